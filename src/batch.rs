@@ -1,0 +1,89 @@
+//! Many keys in one call: the way to be fast, for consumers that poll in batches anyway.
+
+use crate::claim::{self, Claim, CompleteError, Lease, complete_all, is_of};
+use crate::error::{Error, Result};
+use crate::key::Key;
+use crate::store::{Check, Recorded, Store, checked, recorded};
+
+/// Each takes keys in the caller's order and answers in that order, with one write at most. The outer error says
+/// that nothing was done; an inner one is about its key alone.
+impl Store {
+    /// What a claim of each key would find. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::check`]. A key that is empty or too long refuses the whole batch.
+    pub fn check_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Check>>> {
+        let request = self.running.engine.request(keys)?;
+        let answers = self.running.engine.check(&request)?;
+        Ok(answers.into_iter().map(|answer| answer.map(checked)).collect())
+    }
+
+    /// Claims each key. One that stands twice is acquired once, and in progress the second time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim`]. A key that is empty or too long refuses the whole batch; one with another payload only
+    /// itself.
+    pub fn claim_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Claim>>> {
+        let request = self.running.engine.request(keys)?;
+        let claimed = self.running.engine.claim(&request)?;
+        Ok(claimed.into_iter().map(|claimed| Ok(claim::claim(claimed?, &self.running))).collect())
+    }
+
+    /// Completes each lease with its result.
+    ///
+    /// # Errors
+    ///
+    /// For each lease as [`Lease::complete`]. A lease of another store is refused with [`Error::Superseded`] and
+    /// given back.
+    #[must_use = "each lease has an answer of its own"]
+    pub fn complete_batch<R: Into<Vec<u8>>>(
+        &self,
+        leases: impl IntoIterator<Item = (Lease, R)>,
+    ) -> Vec<Result<(), CompleteError>> {
+        let mut ours = Vec::new();
+        let mut answers: Vec<Option<Result<(), CompleteError>>> = Vec::new();
+        for (lease, result) in leases {
+            if is_of(&lease, &self.running) {
+                ours.push((lease, result.into()));
+                answers.push(None);
+            } else {
+                let error = Error::Superseded { key: format!("{lease:?} of another store"), token: lease.token() };
+                answers.push(Some(Err(CompleteError::new(error, result.into(), Some(lease)))));
+            }
+        }
+        let mut completed = complete_all(ours).into_iter();
+        answers.into_iter().map(|answer| answer.or_else(|| completed.next()).unwrap_or(Ok(()))).collect()
+    }
+
+    /// Records each key. One that stands twice is a duplicate the second time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::record`]. A key that is empty or too long refuses the whole batch; one with another payload only
+    /// itself.
+    ///
+    /// ```
+    /// use onlyonce::{Recorded, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// let new: Vec<bool> = store
+    ///     .record_batch(["a", "b", "a"])?
+    ///     .into_iter()
+    ///     .map(|recorded| recorded.map(|recorded| recorded == Recorded::First))
+    ///     .collect::<Result<_, _>>()?;
+    /// assert_eq!(new, [true, true, false]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn record_batch<'k, K: Into<Key<'k>>>(
+        &self,
+        keys: impl IntoIterator<Item = K>,
+    ) -> Result<Vec<Result<Recorded>>> {
+        let request = self.running.engine.request(keys)?;
+        let answers = self.running.engine.record(&request)?;
+        Ok(answers.into_iter().map(|answer| answer.map(|answer| recorded(&answer))).collect())
+    }
+}

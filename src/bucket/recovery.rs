@@ -1,0 +1,65 @@
+//! What happens at open: the journal is read back, and the filter is rebuilt while the store already answers.
+
+use std::sync::Arc;
+
+use super::set::{Bucket, BucketSet};
+use crate::codec::{Event, digest_of_row, read_row};
+use crate::error::{Error, Result};
+use crate::storage::db::Db;
+
+/// Digests that go into the filter at a time.
+const CHUNK: usize = 8_192;
+
+/// What the journal says of the store as a whole.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Replayed {
+    pub(crate) rows: u64,
+    pub(crate) bytes: u64,
+    /// The newest time in it.
+    pub(crate) time_ms: u64,
+    /// The highest number in it.
+    pub(crate) last_number: u64,
+}
+
+/// Hands every event of the journal to `apply`, in order.
+pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Replayed> {
+    let mut replayed = Replayed::default();
+    db.for_each_row(|number, row| {
+        let time_ms = read_row(row, &mut apply).ok_or_else(|| Error::Corrupt {
+            place: format!("the journal's row {number}"),
+            detail: "it is not in a format that this version writes".to_owned(),
+        })?;
+        replayed.rows += 1;
+        replayed.bytes += row.len() as u64;
+        replayed.time_ms = replayed.time_ms.max(time_ms);
+        replayed.last_number = replayed.last_number.max(number);
+        Ok(())
+    })?;
+    Ok(replayed)
+}
+
+/// Brings the keys of a bucket back into the filter, which answers for it from then on. Gives up, with false, when
+/// `go_on` says so.
+pub(crate) fn rebuild_filter(db: &Db, set: &BucketSet, bucket: &Arc<Bucket>, go_on: impl Fn() -> bool) -> Result<bool> {
+    set.make_room(bucket.slot, bucket.keys.load(std::sync::atomic::Ordering::Relaxed));
+    let mut digests = Vec::with_capacity(CHUNK);
+    let mut finished = true;
+    db.for_each_key(&bucket.family, |row_key| {
+        let digest = digest_of_row(row_key).ok_or_else(|| Error::Corrupt {
+            place: format!("a row of the bucket {}", bucket.slice),
+            detail: "its key is too short".to_owned(),
+        })?;
+        digests.push(digest);
+        if digests.len() == CHUNK {
+            set.mark_again(bucket, &digests);
+            digests.clear();
+            finished = go_on();
+        }
+        Ok(finished)
+    })?;
+    set.mark_again(bucket, &digests);
+    if finished {
+        set.set_filtered(bucket);
+    }
+    Ok(finished)
+}

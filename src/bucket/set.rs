@@ -1,0 +1,251 @@
+//! The live buckets and their filter, as one picture that readers take without a lock.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use super::window::Slice;
+use crate::codec::{read_value, row_key};
+use crate::entry::Done;
+use crate::error::{Error, Result};
+use crate::filter::layer::{SLOTS, Slot};
+use crate::filter::stack::Stack;
+use crate::storage::db::Db;
+
+/// A live bucket.
+pub(crate) struct Bucket {
+    pub(crate) slice: Slice,
+    pub(crate) slot: Slot,
+    pub(crate) family: String,
+    pub(crate) keys: AtomicU64,
+}
+
+/// All that a lookup needs, as of one moment.
+#[derive(Clone)]
+pub(crate) struct View {
+    /// By slot. As long as the slots that were ever used.
+    buckets: Vec<Option<Arc<Bucket>>>,
+    /// A bit for each slot with a bucket.
+    live: u64,
+    /// A bit for each bucket that its filter does not cover yet: always asked on disk (G5).
+    unfiltered: u64,
+    stack: Stack,
+}
+
+impl View {
+    /// The slots of the buckets that may hold the key with this digest, a bit each.
+    pub(crate) fn candidates(&self, digest: u64) -> u64 {
+        (self.stack.slots(digest) | self.unfiltered) & self.live
+    }
+
+    /// The live buckets, the newest first.
+    pub(crate) fn newest_first(&self) -> Vec<Arc<Bucket>> {
+        let mut buckets: Vec<Arc<Bucket>> = self.buckets.iter().flatten().cloned().collect();
+        buckets.sort_unstable_by_key(|bucket| std::cmp::Reverse(bucket.slice));
+        buckets
+    }
+
+    /// The buckets of a set of slots.
+    pub(crate) fn of_slots(&self, slots: u64) -> impl Iterator<Item = &Arc<Bucket>> {
+        self.buckets.iter().flatten().filter(move |bucket| slots & 1 << bucket.slot != 0)
+    }
+
+    pub(crate) fn is_filtered(&self, bucket: &Bucket) -> bool {
+        self.unfiltered & 1 << bucket.slot == 0
+    }
+
+    pub(crate) fn filter_bytes(&self) -> u64 {
+        self.stack.bytes()
+    }
+}
+
+/// The live buckets. Lookups take [`BucketSet::view`]; whoever changes something takes `change` first.
+pub(crate) struct BucketSet {
+    view: ArcSwap<View>,
+    change: Mutex<()>,
+}
+
+impl BucketSet {
+    /// The buckets with these family names, none of them covered by a filter yet.
+    pub(crate) fn open(db: &Db, families: &[String], slots: u64, filter_budget: u64) -> Result<Self> {
+        let mut slices = Vec::with_capacity(families.len());
+        for family in families {
+            let slice = Slice::of_family(family).ok_or_else(|| Error::Corrupt {
+                place: format!("the column family `{}`", family.escape_default()),
+                detail: "it is no bucket".to_owned(),
+            })?;
+            slices.push((slice, db.estimate_keys(family)?));
+        }
+        let needed = slots.saturating_add(slices.len() as u64);
+        if needed > SLOTS as u64 {
+            return Err(Error::Config {
+                option: "bucket",
+                value: format!("too narrow for a store that has {} buckets", slices.len()),
+                bounds: format!("wide enough that old and new buckets are at most {SLOTS} ({needed} would be)"),
+            });
+        }
+        let keys: Vec<u64> = slices.iter().map(|(_, keys)| *keys).collect();
+        let mut view =
+            View { buckets: Vec::new(), live: 0, unfiltered: 0, stack: Stack::new(needed, filter_budget, &keys) };
+        for (slice, keys) in slices {
+            if let Some(bucket) = view.insert(slice, keys) {
+                view.unfiltered |= 1 << bucket.slot;
+            }
+        }
+        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()) })
+    }
+
+    pub(crate) fn view(&self) -> arc_swap::Guard<Arc<View>> {
+        self.view.load()
+    }
+
+    /// The bucket of a slice, created where there is none.
+    pub(crate) fn ensure(&self, db: &Db, slice: Slice) -> Result<Arc<Bucket>> {
+        let _change = self.change.lock();
+        let view = self.view.load();
+        if let Some(bucket) = view.buckets.iter().flatten().find(|bucket| bucket.slice == slice) {
+            return Ok(Arc::clone(bucket));
+        }
+        let mut view = View::clone(&view);
+        let Some(bucket) = view.insert(slice, 0) else {
+            return Err(Error::Config {
+                option: "bucket",
+                value: format!("{} ms", slice.width_ms),
+                bounds: format!("wide enough that at most {SLOTS} buckets are live"),
+            });
+        };
+        db.create_bucket(&bucket.family)?;
+        self.view.store(Arc::new(view));
+        tracing::debug!(bucket = %bucket.slice, "bucket created");
+        Ok(bucket)
+    }
+
+    /// Notes in the filter that the bucket holds the keys with these digests, making room first. Must be called
+    /// before anyone relies on the bucket to answer for them.
+    pub(crate) fn mark(&self, bucket: &Bucket, digests: &[u64]) {
+        self.make_room(bucket.slot, digests.len() as u64);
+        self.view.load().stack.insert(bucket.slot, digests.iter().copied());
+        bucket.keys.fetch_add(digests.len() as u64, Ordering::Relaxed);
+    }
+
+    /// Makes sure that a bucket of `keys` more keys fits into the filter, as far as the budget goes.
+    pub(crate) fn make_room(&self, slot: Slot, keys: u64) {
+        let _change = self.change.lock();
+        let view = self.view.load();
+        if let Some(stack) = view.stack.with_room(slot, keys) {
+            tracing::debug!(slot, keys, bytes = stack.bytes(), "filter grown");
+            self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+        }
+    }
+
+    /// Inserts digests of keys that the bucket held before this opening; they are counted already.
+    pub(crate) fn mark_again(&self, bucket: &Bucket, digests: &[u64]) {
+        self.view.load().stack.insert(bucket.slot, digests.iter().copied());
+    }
+
+    /// From now on the filter answers for the bucket.
+    pub(crate) fn set_filtered(&self, bucket: &Arc<Bucket>) {
+        let _change = self.change.lock();
+        let mut view = View::clone(&self.view.load());
+        let same = |other: &Arc<Bucket>| Arc::ptr_eq(other, bucket);
+        if view.buckets.iter().flatten().any(same) {
+            view.unfiltered &= !(1 << bucket.slot);
+            self.view.store(Arc::new(view));
+        }
+    }
+
+    /// Prepares the filter for buckets of `keys` keys.
+    pub(crate) fn expect(&self, keys: u64) {
+        let _change = self.change.lock();
+        let view = self.view.load();
+        if let Some(stack) = view.stack.with_base_for(keys) {
+            tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
+            self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+        }
+    }
+
+    /// Drops a bucket and frees its slot.
+    pub(crate) fn remove(&self, db: &Db, bucket: &Bucket) -> Result<()> {
+        let _change = self.change.lock();
+        let mut view = View::clone(&self.view.load());
+        let bit = 1 << bucket.slot;
+        view.live &= !bit;
+        view.unfiltered &= !bit;
+        // Nobody asks it from here on. The slot stays taken until its column is clean, for a bit that is left over
+        // would be erased again after the next bucket has set it.
+        self.view.store(Arc::new(view.clone()));
+        db.drop_bucket(&bucket.family)?;
+        if let Some(place) = view.buckets.get_mut(usize::from(bucket.slot)) {
+            *place = None;
+        }
+        view.stack = view.stack.without(bucket.slot);
+        self.view.store(Arc::new(view));
+        tracing::debug!(bucket = %bucket.slice, keys = bucket.keys.load(Ordering::Relaxed), "bucket dropped");
+        Ok(())
+    }
+}
+
+impl View {
+    /// Puts a bucket into the first free slot.
+    fn insert(&mut self, slice: Slice, keys: u64) -> Option<Arc<Bucket>> {
+        let free = self.buckets.iter().position(Option::is_none).unwrap_or(self.buckets.len());
+        if free >= SLOTS {
+            return None;
+        }
+        let slot = Slot::try_from(free).ok()?;
+        let bucket = Arc::new(Bucket { slice, slot, family: slice.family(), keys: AtomicU64::new(keys) });
+        match self.buckets.get_mut(free) {
+            Some(place) => *place = Some(Arc::clone(&bucket)),
+            None => self.buckets.push(Some(Arc::clone(&bucket))),
+        }
+        self.live |= 1 << slot;
+        Some(bucket)
+    }
+}
+
+/// A key that the filter could not rule out: its place in the caller's batch, and what to look for where.
+pub(crate) struct Probe<'a> {
+    pub(crate) place: usize,
+    pub(crate) digest: u64,
+    pub(crate) key: &'a [u8],
+    pub(crate) slots: u64,
+}
+
+/// Looks the probes up on disk, each in the buckets that may hold it, and hands what is there to `found`. The whole
+/// key is compared: a digest alone never finds anything.
+pub(crate) fn look_up(
+    db: &Db,
+    view: &View,
+    probes: &[Probe<'_>],
+    mut found: impl FnMut(usize, &Arc<Bucket>, Done),
+) -> Result<()> {
+    let asked = probes.iter().fold(0, |slots, probe| slots | probe.slots);
+    for bucket in view.of_slots(asked) {
+        let here: Vec<&Probe<'_>> = probes.iter().filter(|probe| probe.slots & 1 << bucket.slot != 0).collect();
+        let row_keys: Vec<Vec<u8>> = here
+            .iter()
+            .map(|probe| {
+                let mut row = Vec::with_capacity(probe.key.len() + 8);
+                row_key(probe.digest, probe.key, &mut row);
+                row
+            })
+            .collect();
+        let mut read = |at: usize, value: &[u8]| {
+            let done = read_value(value, bucket.slice.start_ms).ok_or_else(|| Error::Corrupt {
+                place: format!("a row of the bucket {}", bucket.slice),
+                detail: "its value is not in a format that this version writes".to_owned(),
+            })?;
+            if let Some(probe) = here.get(at) {
+                found(probe.place, bucket, done);
+            }
+            Ok(())
+        };
+        match row_keys.as_slice() {
+            [row] => db.get(&bucket.family, row, |value| read(0, value))?.transpose()?,
+            rows => Some(db.get_many(&bucket.family, rows, read)?),
+        };
+    }
+    Ok(())
+}

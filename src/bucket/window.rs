@@ -1,0 +1,92 @@
+//! The arithmetic of windows and buckets.
+
+use std::fmt;
+
+/// A slice of time whose completions lie in one column family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Slice {
+    pub(crate) start_ms: u64,
+    pub(crate) width_ms: u64,
+}
+
+impl Slice {
+    /// The slice of this width that a moment falls into.
+    pub(crate) fn containing(time_ms: u64, width_ms: u64) -> Self {
+        let width_ms = width_ms.max(1);
+        Self { start_ms: time_ms - time_ms % width_ms, width_ms }
+    }
+
+    /// The first moment after the slice.
+    pub(crate) fn end_ms(self) -> u64 {
+        self.start_ms.saturating_add(self.width_ms)
+    }
+
+    pub(crate) fn next(self) -> Self {
+        Self { start_ms: self.end_ms(), width_ms: self.width_ms }
+    }
+
+    /// Whether a key completed in it may still be remembered: its newest possible one, from `end - 1`, is until
+    /// `end - 1 + window`.
+    pub(crate) fn is_live(self, now_ms: u64, window_ms: u64) -> bool {
+        now_ms < (self.end_ms() - 1).saturating_add(window_ms)
+    }
+
+    /// The column family's name.
+    pub(crate) fn family(self) -> String {
+        self.to_string()
+    }
+
+    /// The slice whose column family has this name.
+    pub(crate) fn of_family(name: &str) -> Option<Self> {
+        let (start, width) = name.strip_prefix("bucket-")?.split_once('-')?;
+        let slice = Self { start_ms: start.parse().ok()?, width_ms: width.parse().ok()? };
+        // Only the name that we would have given: no signs, no leading zeros, no overflow.
+        let ours = slice.width_ms > 0
+            && slice.start_ms.checked_add(slice.width_ms).is_some()
+            && slice.start_ms.is_multiple_of(slice.width_ms)
+            && slice.family() == name;
+        ours.then_some(slice)
+    }
+}
+
+impl fmt::Display for Slice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bucket-{}-{}", self.start_ms, self.width_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_is_dead_when_its_newest_key_is_forgotten() {
+        let slice = Slice::containing(1_234, 100);
+        assert_eq!(slice, Slice { start_ms: 1_200, width_ms: 100 });
+        // Completed at 1,299, remembered while now < 1,299 + 500.
+        assert!(slice.is_live(1_798, 500));
+        assert!(!slice.is_live(1_799, 500));
+        assert!(Slice::containing(u64::MAX, 7).is_live(u64::MAX - 1, 500));
+    }
+
+    #[test]
+    fn a_name_is_read_back_and_no_other() {
+        let slice = Slice { start_ms: 1_200, width_ms: 100 };
+        assert_eq!(slice.family(), "bucket-1200-100");
+        assert_eq!(Slice::of_family("bucket-1200-100"), Some(slice));
+        for foreign in [
+            "bucket-",
+            "bucket-1",
+            "bucket-1200-0",
+            "bucket-01200-100",
+            "bucket-1201-100",
+            "bucket--100-100",
+            "bucket-+1200-100",
+            "bucket-1200-100-",
+            "meta",
+            "bucket-18446744073709551615-5",
+        ] {
+            assert_eq!(Slice::of_family(foreign), None, "{foreign}");
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! What a claim is answered, and what may be done with it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::codec;
+use crate::codec::RowKind;
+use crate::entry::{Done, Kept, Prior};
+use crate::error::{Error, Outcome, Result};
+use crate::state::engine::{Answer, Claimed, Grant, Settlement, display};
+use crate::state::keeper::Running;
+
+/// The answer to [`Store::claim`](crate::Store::claim).
+#[derive(Debug)]
+#[must_use = "an acquired lease that is dropped counts as interrupted work"]
+pub enum Claim {
+    /// The work is yours: do it, then complete or release the lease.
+    Acquired(Lease),
+    /// The work was done, inside the window: answer with this.
+    Completed(Completed),
+    /// Somebody is at it, or must decide about it: come back later.
+    InProgress(InProgress),
+}
+
+/// A piece of work that was done, and its result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Completed {
+    done: Done,
+}
+
+impl Completed {
+    pub(crate) fn new(done: Done) -> Self {
+        Self { done }
+    }
+
+    /// The stored result. `None` if the key was recorded without one, or if it was too large to keep.
+    #[must_use]
+    pub fn result(&self) -> Option<&[u8]> {
+        match &self.done.result {
+            Kept::Stored(bytes) => Some(bytes),
+            Kept::Absent | Kept::Omitted => None,
+        }
+    }
+
+    /// The stored result of [`Lease::complete_as`]. `None` as for [`Completed::result`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Decode`] if the bytes are not a `T`.
+    pub fn result_as<T: serde::de::DeserializeOwned>(&self) -> Result<Option<T>> {
+        let decode = |bytes| codec::decode_result(bytes).map_err(|detail| Error::Decode { detail });
+        self.result().map(decode).transpose()
+    }
+
+    /// Whether there was a result over the store's `result_limit`, so that only the fact was kept.
+    #[must_use]
+    pub fn is_omitted(&self) -> bool {
+        self.done.result == Kept::Omitted
+    }
+
+    /// When it was completed, in milliseconds since the Unix epoch, on the store's clock.
+    #[must_use]
+    pub fn completed_at_ms(&self) -> u64 {
+        self.done.completed_ms
+    }
+
+    /// The fencing token of the lease that completed it.
+    #[must_use]
+    pub fn token(&self) -> u64 {
+        self.done.token
+    }
+}
+
+/// Work that is somebody else's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InProgress {
+    /// When to ask again: what is left of the lease or the backoff. `None` if the key is held: it stays so until
+    /// [`Store::resolve`](crate::Store::resolve).
+    pub retry_after: Option<Duration>,
+    /// Which attempt is under way, from 1.
+    pub attempt: u32,
+}
+
+/// The right to do a piece of work, until [`Lease::remaining`] is over or longer if nobody else asks for it.
+///
+/// Pass [`Lease::token`] along with every effect outside, where the other side can refuse a lower token than it has
+/// seen: that is what keeps a holder who was overtaken from doing harm.
+///
+/// Dropping a lease says "outcome unknown": under [`OnInterrupt::Rerun`](crate::OnInterrupt) the next claim gets the
+/// key at once and is told [`Prior::Dropped`].
+#[must_use = "dropping a lease marks its work as interrupted"]
+pub struct Lease {
+    grant: Grant,
+    running: Arc<Running>,
+    /// Whether the lease was settled, so that dropping it means nothing.
+    settled: bool,
+}
+
+impl Lease {
+    /// The fencing token: higher than that of every lease before, over the life of the store.
+    #[must_use]
+    pub fn token(&self) -> u64 {
+        self.grant.token
+    }
+
+    /// Which attempt at this work it is, from 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.grant.attempt
+    }
+
+    /// What became of the attempt before. Anything but `None` and [`Prior::Released`] says that the effect may have
+    /// happened: ask before you repeat it.
+    #[must_use]
+    pub fn prior(&self) -> Option<Prior> {
+        self.grant.prior
+    }
+
+    /// How long nobody else can get the key. Zero when the lease has run out; completing it is still accepted then,
+    /// unless somebody has taken over.
+    #[must_use]
+    pub fn remaining(&self) -> Duration {
+        let now_ms = self.running.engine.now().monotonic_ms;
+        Duration::from_millis(self.grant.until_monotonic_ms.saturating_sub(now_ms))
+    }
+
+    /// Starts the lease's time again. Costs no write.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Superseded`] if somebody has taken over: stop working.
+    pub fn renew(&mut self) -> Result<()> {
+        match self.running.engine.renew(&self.grant)? {
+            Some(until_monotonic_ms) => {
+                self.grant.until_monotonic_ms = until_monotonic_ms;
+                Ok(())
+            }
+            None => Err(self.superseded()),
+        }
+    }
+
+    /// Says that the work is done and keeps its result for whoever asks again. An empty result is a result; one over
+    /// `result_limit` is not kept, only the fact.
+    ///
+    /// Returns when it is as safe as the store's [`Durability`](crate::Durability) says: one write, and one fdatasync
+    /// under `Disk`, shared with the calls of other threads.
+    ///
+    /// # Errors
+    ///
+    /// A [`CompleteError`], which gives the result back. [`Error::Superseded`] if somebody has taken over.
+    pub fn complete(self, result: impl Into<Vec<u8>>) -> Result<(), CompleteError> {
+        let mut outcomes = complete_all(vec![(self, result.into())]);
+        outcomes.pop().unwrap_or(Ok(()))
+    }
+
+    /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
+    /// [`Completed::result_as`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::complete`], and [`Error::Encode`] if `T` cannot be encoded; the lease is given back then.
+    pub fn complete_as<T: serde::Serialize>(self, result: &T) -> Result<(), CompleteError> {
+        match codec::encode_result(result) {
+            Ok(bytes) => self.complete(bytes),
+            Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
+        }
+    }
+
+    /// Says that the work failed and did nothing: the next claim gets the key at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Superseded`] if somebody has taken over.
+    pub fn release(self) -> Result<()> {
+        self.release_after(Duration::ZERO)
+    }
+
+    /// As [`Lease::release`], but nobody gets the key before `backoff` is over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Superseded`] if somebody has taken over.
+    pub fn release_after(mut self, backoff: Duration) -> Result<()> {
+        let engine = &self.running.engine;
+        let not_before_ms = match crate::clock::millis(backoff) {
+            0 => 0,
+            backoff_ms => engine.now().wall_ms.saturating_add(backoff_ms),
+        };
+        let open = Settlement::Open { prior: Prior::Released, not_before_ms };
+        let accepted = engine.settle(RowKind::Settled, vec![(&self.grant, open)])?;
+        self.settled = true;
+        if accepted == [true] { Ok(()) } else { Err(self.superseded()) }
+    }
+
+    fn superseded(&self) -> Error {
+        Error::Superseded { key: display(&self.grant.key), token: self.grant.token }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.running.engine.abandon(&self.grant);
+        }
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease")
+            .field("key", &display(&self.grant.key))
+            .field("token", &self.grant.token)
+            .field("attempt", &self.grant.attempt)
+            .field("prior", &self.grant.prior)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Completes leases in one write; an answer for each.
+pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<(), CompleteError>> {
+    let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };
+    let engine = &running.engine;
+    let limit = engine.config().result_limit;
+    let settlements =
+        leases.iter().map(|(lease, result)| (&lease.grant, Settlement::Completed(Kept::of(result, limit)))).collect();
+    match engine.settle(RowKind::Completed, settlements) {
+        Ok(accepted) => leases
+            .drain(..)
+            .zip(accepted)
+            .map(|((mut lease, result), accepted)| {
+                lease.settled = true;
+                if accepted { Ok(()) } else { Err(CompleteError::new(lease.superseded(), result, None)) }
+            })
+            .collect(),
+        Err(error) => leases
+            .drain(..)
+            .map(|(mut lease, result)| {
+                let lease = match error.outcome() {
+                    Outcome::NotWritten => Some(lease),
+                    Outcome::Unknown => {
+                        lease.settled = true;
+                        None
+                    }
+                };
+                Err(CompleteError::new(error.clone(), result, lease))
+            })
+            .collect(),
+    }
+}
+
+/// Whether two leases are of one store.
+pub(crate) fn is_of(lease: &Lease, running: &Arc<Running>) -> bool {
+    Arc::ptr_eq(&lease.running, running)
+}
+
+/// The public form of what the engine answered.
+pub(crate) fn claim(claimed: Claimed, running: &Arc<Running>) -> Claim {
+    match claimed {
+        Claimed::Acquired(grant) => Claim::Acquired(Lease { grant, running: Arc::clone(running), settled: false }),
+        Claimed::Answered(Answer::Completed(done)) => Claim::Completed(Completed::new(done)),
+        Claimed::Answered(Answer::InProgress { retry_after_ms, attempt }) => {
+            Claim::InProgress(in_progress(retry_after_ms, attempt))
+        }
+        // Not an answer to a claim; whoever gets it asks again.
+        Claimed::Answered(Answer::New) => Claim::InProgress(in_progress(Some(0), 1)),
+    }
+}
+
+pub(crate) fn in_progress(retry_after_ms: Option<u64>, attempt: u32) -> InProgress {
+    InProgress { retry_after: retry_after_ms.map(Duration::from_millis), attempt }
+}
+
+/// Why a completion failed, with the result and, where it is still good, the lease.
+#[derive(Debug, thiserror::Error)]
+#[error("the completion failed: {}", .0.error)]
+pub struct CompleteError(Box<Failure>);
+
+#[derive(Debug)]
+struct Failure {
+    error: Error,
+    result: Vec<u8>,
+    lease: Option<Lease>,
+}
+
+impl CompleteError {
+    pub(crate) fn new(error: Error, result: Vec<u8>, lease: Option<Lease>) -> Self {
+        Self(Box::new(Failure { error, result, lease }))
+    }
+
+    /// What went wrong.
+    #[must_use]
+    pub fn error(&self) -> &Error {
+        &self.0.error
+    }
+
+    /// Whether the completion may have been stored all the same.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        self.0.error.outcome()
+    }
+
+    /// The result that was to be stored.
+    #[must_use]
+    pub fn result(&self) -> &[u8] {
+        &self.0.result
+    }
+
+    /// The error, the result, and the lease if it is still good: drop it, or try again with it.
+    #[must_use]
+    pub fn into_parts(self) -> (Error, Vec<u8>, Option<Lease>) {
+        let Failure { error, result, lease } = *self.0;
+        (error, result, lease)
+    }
+}

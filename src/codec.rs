@@ -1,0 +1,514 @@
+//! The bytes on disk: journal rows, bucket values, `meta` values, and typed results. Drawn in `docs/format.md`.
+//!
+//! Every decoder returns `None` for bytes it did not write; none of them panics.
+
+use std::sync::Arc;
+
+use crate::config::Span;
+use crate::entry::{Done, Holder, Kept, Prior, Processing};
+use crate::key::Fingerprint;
+
+/// The version of everything in this file. A store says which one it was created with.
+pub(crate) const FORMAT: u32 = 1;
+
+// ---------------------------------------------------------------------------------------------------------------
+// Primitives
+// ---------------------------------------------------------------------------------------------------------------
+
+/// Appends `value` in LEB128: seven bits a byte, the lowest first.
+pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push((value as u8) | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn put_prefixed(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+/// Reads bytes from the front; `None` where they end too soon.
+pub(crate) struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (head, tail) = self.0.split_at_checked(len)?;
+        self.0 = tail;
+        Some(head)
+    }
+
+    pub(crate) fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    pub(crate) fn byte(&mut self) -> Option<u8> {
+        let (&byte, tail) = self.0.split_first()?;
+        self.0 = tail;
+        Some(byte)
+    }
+
+    pub(crate) fn varint(&mut self) -> Option<u64> {
+        let mut value = 0_u64;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            let bits = u64::from(byte & 0x7f);
+            if shift == 63 && bits > 1 {
+                return None;
+            }
+            value |= bits << shift;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    pub(crate) fn prefixed(&mut self) -> Option<&'a [u8]> {
+        let len = usize::try_from(self.varint()?).ok()?;
+        self.take(len)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.take(N)?.try_into().ok()
+    }
+
+    fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>> {
+        if flags & FINGERPRINT == 0 { Some(None) } else { self.array().map(Some) }
+    }
+}
+
+const FINGERPRINT: u8 = 0b0001;
+
+fn put_fingerprint(out: &mut Vec<u8>, fingerprint: Option<&Fingerprint>) {
+    if let Some(fingerprint) = fingerprint {
+        out.extend_from_slice(fingerprint);
+    }
+}
+
+fn fingerprint_flag(fingerprint: Option<&Fingerprint>) -> u8 {
+    if fingerprint.is_some() { FINGERPRINT } else { 0 }
+}
+
+// What was kept of a result, in two bits.
+const KEPT_SHIFT: u32 = 1;
+const KEPT_MASK: u8 = 0b0110;
+const KEPT_ABSENT: u8 = 0;
+const KEPT_STORED: u8 = 1;
+const KEPT_OMITTED: u8 = 2;
+
+fn kept_flag(kept: &Kept) -> u8 {
+    let bits = match kept {
+        Kept::Absent => KEPT_ABSENT,
+        Kept::Stored(_) => KEPT_STORED,
+        Kept::Omitted => KEPT_OMITTED,
+    };
+    bits << KEPT_SHIFT
+}
+
+fn kept(flags: u8, bytes: &[u8]) -> Option<Kept> {
+    match (flags & KEPT_MASK) >> KEPT_SHIFT {
+        KEPT_ABSENT if bytes.is_empty() => Some(Kept::Absent),
+        KEPT_STORED => Some(Kept::Stored(Arc::from(bytes))),
+        KEPT_OMITTED if bytes.is_empty() => Some(Kept::Omitted),
+        _ => None,
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Journal rows
+// ---------------------------------------------------------------------------------------------------------------
+
+/// ```text
+/// row        := format (1) | kind (1) | wall time in ms (8, little endian) | item*
+/// processing := flags (1) | token (varint) | attempt (varint) | age in ms (varint) | [not before, in ms (varint)]
+///               | [fingerprint (16)] | key length (varint) | key
+/// completed  := flags (1) | token (varint) | [fingerprint (16)] | key length (varint) | key
+///               | [result length (varint) | result]
+/// forgotten  := token (varint) | key length (varint) | key
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowKind {
+    /// Keys that were claimed, or the image of keys in flight that a seal writes at the journal's head.
+    Claimed = 1,
+    /// Keys that were released, or resolved to run again.
+    Settled = 2,
+    /// Keys that were completed or recorded.
+    Completed = 3,
+    /// Keys that were forgotten.
+    Forgotten = 4,
+}
+
+/// What one item of a journal row says of its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    Claimed(Processing),
+    Settled(Processing),
+    Completed(Done),
+    Forgotten { token: u64 },
+}
+
+const ROW_FORMAT: u8 = 1;
+
+const HOLDER_SHIFT: u32 = 1;
+const HOLDER_MASK: u8 = 0b0000_0110;
+const HOLDER_LEASED: u8 = 0;
+const HOLDER_INTERRUPTED: u8 = 1;
+const HOLDER_OPEN: u8 = 2;
+const PRIOR_SHIFT: u32 = 3;
+const PRIOR_MASK: u8 = 0b0001_1000;
+
+fn prior_bits(prior: Prior) -> u8 {
+    let bits = match prior {
+        Prior::Released => 0,
+        Prior::LeaseExpired => 1,
+        Prior::Dropped => 2,
+        Prior::Crashed => 3,
+    };
+    bits << PRIOR_SHIFT
+}
+
+fn prior(flags: u8) -> Prior {
+    match (flags & PRIOR_MASK) >> PRIOR_SHIFT {
+        0 => Prior::Released,
+        1 => Prior::LeaseExpired,
+        2 => Prior::Dropped,
+        _ => Prior::Crashed,
+    }
+}
+
+/// Writes one journal row, item by item.
+pub(crate) struct RowWriter {
+    bytes: Vec<u8>,
+    time_ms: u64,
+    items: usize,
+}
+
+impl RowWriter {
+    pub(crate) fn new(kind: RowKind, time_ms: u64, capacity: usize) -> Self {
+        let mut bytes = Vec::with_capacity(capacity.saturating_add(10));
+        bytes.push(ROW_FORMAT);
+        bytes.push(kind as u8);
+        bytes.extend_from_slice(&time_ms.to_le_bytes());
+        Self { bytes, time_ms, items: 0 }
+    }
+
+    /// An item of a `Claimed` or `Settled` row. When a lease runs out is not written: it ends with this process.
+    pub(crate) fn processing(&mut self, key: &[u8], processing: &Processing) {
+        let mut flags = fingerprint_flag(processing.fingerprint.as_ref());
+        let mut not_before = None;
+        match processing.holder {
+            Holder::Leased { .. } | Holder::Settling => flags |= HOLDER_LEASED << HOLDER_SHIFT,
+            Holder::Interrupted(prior) => flags |= HOLDER_INTERRUPTED << HOLDER_SHIFT | prior_bits(prior),
+            Holder::Open { prior, not_before_ms } => {
+                flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(prior);
+                not_before = Some(not_before_ms);
+            }
+        }
+        self.bytes.push(flags);
+        put_varint(&mut self.bytes, processing.token);
+        put_varint(&mut self.bytes, u64::from(processing.attempt));
+        put_varint(&mut self.bytes, self.time_ms.saturating_sub(processing.since_ms));
+        if let Some(not_before_ms) = not_before {
+            put_varint(&mut self.bytes, not_before_ms);
+        }
+        put_fingerprint(&mut self.bytes, processing.fingerprint.as_ref());
+        put_prefixed(&mut self.bytes, key);
+        self.items += 1;
+    }
+
+    /// An item of a `Completed` row; the row's time is the time of completion.
+    pub(crate) fn completed(&mut self, key: &[u8], token: u64, fingerprint: Option<&Fingerprint>, result: &Kept) {
+        self.bytes.push(fingerprint_flag(fingerprint) | kept_flag(result));
+        put_varint(&mut self.bytes, token);
+        put_fingerprint(&mut self.bytes, fingerprint);
+        put_prefixed(&mut self.bytes, key);
+        if let Kept::Stored(result) = result {
+            put_prefixed(&mut self.bytes, result);
+        }
+        self.items += 1;
+    }
+
+    /// An item of a `Forgotten` row: what is known of the key up to `token` is void.
+    pub(crate) fn forgotten(&mut self, key: &[u8], token: u64) {
+        put_varint(&mut self.bytes, token);
+        put_prefixed(&mut self.bytes, key);
+        self.items += 1;
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.items == 0
+    }
+
+    pub(crate) fn finish(self) -> Vec<u8> {
+        self.bytes
+    }
+}
+
+/// Reads a journal row: its time, after handing each item's key and event to `visit`. `None` if it is no row.
+pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Option<u64> {
+    let mut reader = Reader::new(row);
+    if reader.byte()? != ROW_FORMAT {
+        return None;
+    }
+    let kind = reader.byte()?;
+    let time_ms = u64::from_le_bytes(reader.array()?);
+    while !reader.is_empty() {
+        match kind {
+            1 => {
+                let (key, processing) = read_processing(&mut reader, time_ms)?;
+                visit(key, Event::Claimed(processing));
+            }
+            2 => {
+                let (key, processing) = read_processing(&mut reader, time_ms)?;
+                visit(key, Event::Settled(processing));
+            }
+            3 => {
+                let flags = reader.byte()?;
+                let token = reader.varint()?;
+                let fingerprint = reader.fingerprint(flags)?;
+                let key = reader.prefixed()?;
+                let stored = (flags & KEPT_MASK) >> KEPT_SHIFT == KEPT_STORED;
+                let result = kept(flags, if stored { reader.prefixed()? } else { &[] })?;
+                visit(key, Event::Completed(Done { token, completed_ms: time_ms, fingerprint, result }));
+            }
+            4 => {
+                let token = reader.varint()?;
+                visit(reader.prefixed()?, Event::Forgotten { token });
+            }
+            _ => return None,
+        }
+    }
+    Some(time_ms)
+}
+
+fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64) -> Option<(&'a [u8], Processing)> {
+    let flags = reader.byte()?;
+    let token = reader.varint()?;
+    let attempt = u32::try_from(reader.varint()?).ok()?;
+    let since_ms = time_ms.checked_sub(reader.varint()?)?;
+    let holder = match (flags & HOLDER_MASK) >> HOLDER_SHIFT {
+        HOLDER_LEASED => Holder::Leased { until_monotonic_ms: 0 },
+        HOLDER_INTERRUPTED => Holder::Interrupted(prior(flags)),
+        HOLDER_OPEN => Holder::Open { prior: prior(flags), not_before_ms: reader.varint()? },
+        _ => return None,
+    };
+    let fingerprint = reader.fingerprint(flags)?;
+    let key = reader.prefixed()?;
+    Some((key, Processing { token, attempt, since_ms, fingerprint, holder }))
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Bucket rows
+// ---------------------------------------------------------------------------------------------------------------
+
+/// The digest that a bucket's row key begins with, and the encoded key behind it.
+pub(crate) fn row_key(digest: u64, key: &[u8], out: &mut Vec<u8>) {
+    out.clear();
+    out.extend_from_slice(&digest.to_be_bytes());
+    out.extend_from_slice(key);
+}
+
+/// The digest of a bucket's row key.
+pub(crate) fn digest_of_row(row_key: &[u8]) -> Option<u64> {
+    Reader::new(row_key).array().map(u64::from_be_bytes)
+}
+
+const VALUE_FORMAT: u8 = 0x10;
+const VALUE_FORMAT_MASK: u8 = 0xf0;
+
+/// ```text
+/// value := format and flags (1) | ms since the bucket's start (varint) | token (varint) | [fingerprint (16)] | result
+/// ```
+pub(crate) fn put_value(done: &Done, bucket_start_ms: u64, out: &mut Vec<u8>) {
+    out.clear();
+    out.push(VALUE_FORMAT | fingerprint_flag(done.fingerprint.as_ref()) | kept_flag(&done.result));
+    put_varint(out, done.completed_ms.saturating_sub(bucket_start_ms));
+    put_varint(out, done.token);
+    put_fingerprint(out, done.fingerprint.as_ref());
+    if let Kept::Stored(result) = &done.result {
+        out.extend_from_slice(result);
+    }
+}
+
+pub(crate) fn read_value(value: &[u8], bucket_start_ms: u64) -> Option<Done> {
+    let mut reader = Reader::new(value);
+    let flags = reader.byte()?;
+    if flags & VALUE_FORMAT_MASK != VALUE_FORMAT {
+        return None;
+    }
+    let completed_ms = bucket_start_ms.checked_add(reader.varint()?)?;
+    let token = reader.varint()?;
+    let fingerprint = reader.fingerprint(flags)?;
+    let result = kept(flags, reader.rest())?;
+    Some(Done { token, completed_ms, fingerprint, result })
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The store's own record of itself
+// ---------------------------------------------------------------------------------------------------------------
+
+/// The secret that keys are digested with, written once.
+pub(crate) type Secret = [u8; 16];
+
+/// `span := window in ms (8, little endian) | bucket width in ms (8, little endian)`
+pub(crate) fn put_span(span: Span) -> Vec<u8> {
+    [span.window_ms.to_le_bytes(), span.bucket_ms.to_le_bytes()].concat()
+}
+
+pub(crate) fn read_span(bytes: &[u8]) -> Option<Span> {
+    let mut reader = Reader::new(bytes);
+    let span = Span { window_ms: u64::from_le_bytes(reader.array()?), bucket_ms: u64::from_le_bytes(reader.array()?) };
+    (reader.is_empty() && span.window_ms > 0 && span.bucket_ms > 0).then_some(span)
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Typed results
+// ---------------------------------------------------------------------------------------------------------------
+
+/// A typed result as bytes: serde through bincode 2, in its standard configuration.
+pub(crate) fn encode_result<T: serde::Serialize>(result: &T) -> Result<Vec<u8>, String> {
+    bincode::serde::encode_to_vec(result, bincode::config::standard()).map_err(|error| error.to_string())
+}
+
+/// A typed result from bytes, all of which must have been used.
+pub(crate) fn decode_result<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    // The limit keeps a length that was never written by us from reserving memory for it.
+    let config = bincode::config::standard().with_limit::<{ 64 << 20 }>();
+    match bincode::serde::decode_from_slice(bytes, config) {
+        Ok((result, used)) if used == bytes.len() => Ok(result),
+        Ok((_, used)) => Err(format!("{} bytes are left over", bytes.len().saturating_sub(used))),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_kept() -> impl Strategy<Value = Kept> {
+        prop_oneof![
+            Just(Kept::Absent),
+            Just(Kept::Omitted),
+            proptest::collection::vec(any::<u8>(), 0..40).prop_map(|bytes| Kept::Stored(Arc::from(bytes))),
+        ]
+    }
+
+    fn any_prior() -> impl Strategy<Value = Prior> {
+        prop_oneof![Just(Prior::Released), Just(Prior::LeaseExpired), Just(Prior::Dropped), Just(Prior::Crashed)]
+    }
+
+    fn any_holder() -> impl Strategy<Value = Holder> {
+        prop_oneof![
+            any_prior().prop_map(Holder::Interrupted),
+            (any_prior(), any::<u64>()).prop_map(|(prior, not_before_ms)| Holder::Open { prior, not_before_ms }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_varint_comes_back(value: u64) {
+            let mut bytes = Vec::new();
+            put_varint(&mut bytes, value);
+            let mut reader = Reader::new(&bytes);
+            prop_assert_eq!(reader.varint(), Some(value));
+            prop_assert!(reader.is_empty());
+        }
+
+        #[test]
+        fn a_processing_row_comes_back(
+            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms: u64, fingerprint: Option<Fingerprint>,
+            holder in any_holder(), key in proptest::collection::vec(any::<u8>(), 1..60),
+        ) {
+            let since_ms = time_ms.saturating_sub(age_ms);
+            let processing = Processing { token, attempt, since_ms, fingerprint, holder };
+            let mut row = RowWriter::new(RowKind::Settled, time_ms, 0);
+            row.processing(&key, &processing);
+            row.processing(&key, &processing);
+            let mut seen = 0;
+            let read = read_row(&row.finish(), |read_key, event| {
+                assert_eq!((read_key, event), (key.as_slice(), Event::Settled(processing.clone())));
+                seen += 1;
+            });
+            prop_assert_eq!(read, Some(time_ms));
+            prop_assert_eq!(seen, 2);
+        }
+
+        #[test]
+        fn a_completed_row_and_its_value_come_back(
+            token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
+            result in any_kept(), key in proptest::collection::vec(any::<u8>(), 1..60),
+        ) {
+            let done = Done { token, completed_ms, fingerprint, result };
+            let mut row = RowWriter::new(RowKind::Completed, completed_ms, 0);
+            row.completed(&key, token, fingerprint.as_ref(), &done.result);
+            row.completed(&key, token, fingerprint.as_ref(), &done.result);
+            let mut seen = 0;
+            read_row(&row.finish(), |read_key, event| {
+                assert_eq!((read_key, event), (key.as_slice(), Event::Completed(done.clone())));
+                seen += 1;
+            }).unwrap();
+            prop_assert_eq!(seen, 2);
+
+            let start_ms = completed_ms.saturating_sub(bucket_age_ms);
+            let mut value = Vec::new();
+            put_value(&done, start_ms, &mut value);
+            prop_assert_eq!(read_value(&value, start_ms), Some(done));
+        }
+
+        #[test]
+        fn foreign_bytes_are_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), start: u64) {
+            let _ = read_row(&bytes, |_, _| {});
+            let _ = read_value(&bytes, start);
+            let _ = read_span(&bytes);
+            let _ = decode_result::<Vec<String>>(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_lease_is_over_when_it_is_read_back() {
+        let processing = Processing {
+            token: 9,
+            attempt: 2,
+            since_ms: 40,
+            fingerprint: None,
+            holder: Holder::Leased { until_monotonic_ms: 77 },
+        };
+        let mut row = RowWriter::new(RowKind::Claimed, 50, 0);
+        row.processing(b"\x00k", &processing);
+        read_row(&row.finish(), |_, event| {
+            let expected = Processing { holder: Holder::Leased { until_monotonic_ms: 0 }, ..processing.clone() };
+            assert_eq!(event, Event::Claimed(expected));
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_cut_row_is_refused() {
+        let mut row = RowWriter::new(RowKind::Completed, 50, 0);
+        row.completed(b"\x00key", 300, Some(&[5; 16]), &Kept::Stored(Arc::from(&b"result"[..])));
+        let row = row.finish();
+        for len in 0..row.len() {
+            // A row of a head alone is a row without items.
+            assert_eq!(read_row(&row[..len], |_, _| {}).is_some(), len == 10, "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn typed_results_come_back_and_others_are_refused() {
+        let bytes = encode_result(&("charge-1", 1_200_u64)).unwrap();
+        assert_eq!(decode_result::<(String, u64)>(&bytes), Ok(("charge-1".to_owned(), 1_200)));
+        assert!(decode_result::<(String, u64, u64)>(&bytes).is_err());
+        assert!(decode_result::<String>(&bytes).unwrap_err().contains("left over"));
+    }
+}

@@ -1,0 +1,188 @@
+//! What a store is opened with, checked once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::{Clock, SystemClock, millis};
+use crate::error::{Error, Result};
+
+/// Live buckets are column families, and RocksDB's cost of those grows faster than their number.
+pub(crate) const MAX_BUCKETS: u64 = 48;
+const DEFAULT_BUCKETS: u32 = 24;
+const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+const MIB: usize = 1024 * 1024;
+
+/// When a finished call is safe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// On the disk before the call returns: survives a power cut. One fdatasync a call or batch, shared by calls at
+    /// the same time.
+    Disk,
+    /// In the operating system's hands before the call returns: survives `kill -9`. A power cut may take what was
+    /// finished within the last `sync_interval`.
+    Process,
+}
+
+/// What becomes of a key whose holder vanished: its lease ran out, was dropped, or its process died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnInterrupt {
+    /// The next claim gets the key at once, and [`Lease::prior`](crate::Lease::prior) tells it what happened.
+    Rerun,
+    /// Nobody gets the key until [`Store::resolve`](crate::Store::resolve) decides. For effects that must not be
+    /// repeated blindly. Under [`Durability::Process`] a power cut can forget the claim itself.
+    Hold,
+}
+
+/// The options of a store, as the caller gave them.
+#[derive(Clone)]
+pub(crate) struct Options {
+    pub(crate) window: Option<Duration>,
+    pub(crate) bucket: Option<Duration>,
+    pub(crate) lease: Duration,
+    pub(crate) durability: Durability,
+    pub(crate) sync_interval: Duration,
+    pub(crate) on_interrupt: OnInterrupt,
+    pub(crate) memory_budget: usize,
+    pub(crate) result_limit: usize,
+    pub(crate) key_limit: usize,
+    pub(crate) in_flight_limit: usize,
+    pub(crate) lock_wait: Duration,
+    pub(crate) clock: Arc<dyn Clock>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            window: None,
+            bucket: None,
+            lease: Duration::from_secs(30),
+            durability: Durability::Disk,
+            sync_interval: Duration::from_secs(1),
+            on_interrupt: OnInterrupt::Rerun,
+            memory_budget: 256 * MIB,
+            result_limit: MIB,
+            key_limit: 1_024,
+            in_flight_limit: 1_000_000,
+            lock_wait: Duration::from_secs(1),
+            clock: Arc::new(SystemClock::new()),
+        }
+    }
+}
+
+/// Window and bucket width, in milliseconds: what a store remembers of its options from one opening to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) window_ms: u64,
+    pub(crate) bucket_ms: u64,
+}
+
+/// The options, checked and complete.
+#[derive(Clone)]
+pub(crate) struct Config {
+    pub(crate) span: Span,
+    pub(crate) lease_ms: u64,
+    pub(crate) durability: Durability,
+    pub(crate) sync_interval: Duration,
+    pub(crate) on_interrupt: OnInterrupt,
+    pub(crate) memory_budget: usize,
+    pub(crate) result_limit: usize,
+    pub(crate) key_limit: usize,
+    pub(crate) in_flight_limit: usize,
+}
+
+impl Options {
+    /// Checks every option against its bounds; `stored` is what an existing store was last opened with.
+    pub(crate) fn check(&self, stored: Option<Span>) -> Result<Config> {
+        let window = match (self.window, stored) {
+            (Some(window), _) => window,
+            (None, Some(stored)) => Duration::from_millis(stored.window_ms),
+            (None, None) => DEFAULT_WINDOW,
+        };
+        within("window", window, Duration::from_millis(1), YEAR * 10)?;
+        let bucket = match (self.bucket, stored) {
+            (Some(bucket), _) => bucket,
+            (None, Some(stored)) if self.window.is_none() || stored.window_ms == millis(window) => {
+                Duration::from_millis(stored.bucket_ms)
+            }
+            _ => (window / DEFAULT_BUCKETS).max(Duration::from_millis(1)),
+        };
+        within("bucket", bucket, Duration::from_millis(1), window)?;
+        let span = Span { window_ms: millis(window), bucket_ms: millis(bucket) };
+        if span.window_ms.div_ceil(span.bucket_ms) > MAX_BUCKETS {
+            let least = Duration::from_millis(span.window_ms.div_ceil(MAX_BUCKETS));
+            return Err(Error::Config {
+                option: "bucket",
+                value: format!("{bucket:?}"),
+                bounds: format!("at least {least:?} for a window of {window:?} (at most {MAX_BUCKETS} buckets)"),
+            });
+        }
+        within("lease", self.lease, Duration::from_millis(1), YEAR)?;
+        within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;
+        within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
+        within("memory_budget", self.memory_budget, 32 * MIB, usize::MAX)?;
+        within("result_limit", self.result_limit, 0, 64 * MIB)?;
+        within("key_limit", self.key_limit, 1, 65_535)?;
+        within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)?;
+        Ok(Config {
+            span,
+            lease_ms: millis(self.lease),
+            durability: self.durability,
+            sync_interval: self.sync_interval,
+            on_interrupt: self.on_interrupt,
+            memory_budget: self.memory_budget,
+            result_limit: self.result_limit,
+            key_limit: self.key_limit,
+            in_flight_limit: self.in_flight_limit,
+        })
+    }
+}
+
+fn within<T: PartialOrd + std::fmt::Debug>(option: &'static str, value: T, least: T, most: T) -> Result<()> {
+    if (&least..=&most).contains(&&value) {
+        return Ok(());
+    }
+    Err(Error::Config { option, value: format!("{value:?}"), bounds: format!("from {least:?} to {most:?}") })
+}
+
+impl Config {
+    /// Whether a finished `complete` or `record` waits for the disk.
+    pub(crate) fn sync_results(&self) -> bool {
+        self.durability == Durability::Disk
+    }
+
+    /// Whether a claim waits for the disk: under `Rerun` a crash reruns it anyway, so that it need not.
+    pub(crate) fn sync_claims(&self) -> bool {
+        self.durability == Durability::Disk && self.on_interrupt == OnInterrupt::Hold
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(options: Options) -> String {
+        options.check(None).map(|_| ()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_option_out_of_bounds_is_named_with_its_bounds() {
+        let second = Duration::from_secs(1);
+        let message = refused(Options { window: Some(second), bucket: Some(second * 2), ..Options::default() });
+        assert!(message.contains("`bucket` is 2s") && message.contains("to 1s"), "{message}");
+        let message = refused(Options { window: Some(second * 490), bucket: Some(second), ..Options::default() });
+        assert!(message.contains("`bucket`") && message.contains("at most 48 buckets"), "{message}");
+        let message = refused(Options { lease: Duration::ZERO, ..Options::default() });
+        assert!(message.contains("`lease` is 0ns"), "{message}");
+        let message = refused(Options { memory_budget: 1, ..Options::default() });
+        assert!(message.contains("`memory_budget` is 1"), "{message}");
+    }
+
+    #[test]
+    fn a_store_keeps_the_window_it_was_made_with_unless_told_otherwise() {
+        let stored = Span { window_ms: 7_000, bucket_ms: 500 };
+        assert_eq!(Options::default().check(Some(stored)).unwrap().span, stored);
+        let wider = Options { window: Some(Duration::from_secs(24)), ..Options::default() };
+        assert_eq!(wider.check(Some(stored)).unwrap().span, Span { window_ms: 24_000, bucket_ms: 1_000 });
+    }
+}

@@ -1,0 +1,100 @@
+//! What the store knows of a key: the two states, and the small types that describe them.
+
+use std::sync::Arc;
+
+use crate::clock::Now;
+use crate::key::Fingerprint;
+
+/// Why a key that is claimed again was not completed by its last holder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Prior {
+    /// The holder gave it back with `release`: the work failed, and is known to have failed.
+    Released,
+    /// The lease ran out while the holder's process lived. It may still be working.
+    LeaseExpired,
+    /// The lease was dropped, for example by a panic. What it had done is unknown.
+    Dropped,
+    /// The holder's process died or closed the store. What it had done is unknown.
+    Crashed,
+}
+
+/// The state of a key, as stored. "Expired" is not a state: it follows from the time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Entry {
+    Processing(Processing),
+    Completed(Done),
+}
+
+impl Entry {
+    pub(crate) fn token(&self) -> u64 {
+        match self {
+            Self::Processing(processing) => processing.token,
+            Self::Completed(done) => done.token,
+        }
+    }
+}
+
+/// Somebody has, or had, the right to do the work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Processing {
+    pub(crate) token: u64,
+    pub(crate) attempt: u32,
+    /// When the holder became what it is (claimed, gone, found crashed), in wall time.
+    pub(crate) since_ms: u64,
+    pub(crate) fingerprint: Option<Fingerprint>,
+    pub(crate) holder: Holder,
+}
+
+/// Where the holder of a claimed key is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Holder {
+    /// At work, until the lease runs out. Read back from the journal it means a holder that died with its process.
+    Leased { until_monotonic_ms: u64 },
+    /// Done with it, and the outcome is on its way to the journal. Nobody may take over now.
+    Settling,
+    /// Gone without a word.
+    Interrupted(Prior),
+    /// Gone, and the key is free from `not_before_ms` (wall time) on.
+    Open { prior: Prior, not_before_ms: u64 },
+}
+
+/// The work is done, and this came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Done {
+    pub(crate) token: u64,
+    pub(crate) completed_ms: u64,
+    pub(crate) fingerprint: Option<Fingerprint>,
+    pub(crate) result: Kept,
+}
+
+impl Done {
+    /// G4: remembered if and only if `now < completed + window`.
+    pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
+        now.wall_ms < self.completed_ms.saturating_add(window_ms)
+    }
+}
+
+/// What is kept of a result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// Recorded by `record`, which has none.
+    Absent,
+    /// The bytes, which may be none.
+    Stored(Arc<[u8]>),
+    /// There was one, over the size limit.
+    Omitted,
+}
+
+impl Kept {
+    /// Keeps `bytes` unless they are over the limit.
+    pub(crate) fn of(bytes: &[u8], limit: usize) -> Self {
+        if bytes.len() > limit { Self::Omitted } else { Self::Stored(Arc::from(bytes)) }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Stored(bytes) => bytes.len(),
+            Self::Absent | Self::Omitted => 0,
+        }
+    }
+}

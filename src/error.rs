@@ -1,0 +1,239 @@
+//! What can go wrong, and what the caller should do about it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The result of every call that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call failed. Each message says what to do next.
+///
+/// [`Error::retryable`] and [`Error::outcome`] answer the two questions a caller has: may I try again, and did the
+/// call happen?
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option is out of its bounds. Nothing was opened.
+    #[error("option `{option}` is {value}, but it must be {bounds}")]
+    Config {
+        /// The builder's method that set it.
+        option: &'static str,
+        /// The value that was given.
+        value: String,
+        /// What would have been accepted.
+        bounds: String,
+    },
+
+    /// Another store, in this process or another one, has the directory open.
+    #[error(
+        "{} is already open (waited {waited:?}): close the other store, or share it by cloning; \
+         `lock_wait` sets how long to wait for a process that is just ending",
+        path.display()
+    )]
+    AlreadyOpen {
+        /// The store's directory.
+        path: PathBuf,
+        /// How long this open waited for the other one to go.
+        waited: Duration,
+    },
+
+    /// The path is not a store and holds something else, so no store was created in it.
+    #[error("{} is not an onlyonce store: {reason}; give an empty or a new directory", path.display())]
+    NotAStore {
+        /// The path that was given.
+        path: PathBuf,
+        /// What stands in the way.
+        reason: String,
+    },
+
+    /// The store was written by a newer version of this crate.
+    #[error("{} has format {found}, this version reads up to {supported}: upgrade onlyonce", path.display())]
+    UnsupportedFormat {
+        /// The store's directory.
+        path: PathBuf,
+        /// The version found on disk.
+        found: u32,
+        /// The newest version this build can read.
+        supported: u32,
+    },
+
+    /// What is on disk contradicts itself or its checksums. Nothing was changed.
+    #[error("{place} is corrupt: {detail}; restore the directory from a copy, or move it away to start empty")]
+    Corrupt {
+        /// The file, column family or journal row at fault.
+        place: String,
+        /// What was found there.
+        detail: String,
+    },
+
+    /// The disk or the file system refused an operation; the store was not changed by it.
+    #[error("{action} {}: {detail}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's or RocksDB's own words.
+        detail: String,
+    },
+
+    /// A write failed and nobody can say whether it reached the disk. The store is poisoned: reopen it to learn the
+    /// truth.
+    #[error("a write failed and its outcome is unknown ({detail}); the store now refuses, reopen it")]
+    WriteFailed {
+        /// RocksDB's own words.
+        detail: String,
+    },
+
+    /// An earlier write failed with an unknown outcome. Nothing was tried; reopen the store.
+    #[error("the store is poisoned by an earlier failed write ({reason}): reopen it")]
+    Poisoned {
+        /// The first failure.
+        reason: String,
+    },
+
+    /// The store was closed. Nothing was tried.
+    #[error("the store is closed")]
+    Closed,
+
+    /// A key with no bytes.
+    #[error("the key is empty: give it at least one byte")]
+    KeyEmpty,
+
+    /// A key, with its scope, that is longer than `key_limit`.
+    #[error(
+        "the key {key} is {len} bytes long with its scope, over the limit of {limit}: \
+             use `Key::content` or raise `key_limit`"
+    )]
+    KeyTooLong {
+        /// The start of the key, escaped.
+        key: String,
+        /// Its length, in bytes.
+        len: usize,
+        /// The limit, in bytes.
+        limit: usize,
+    },
+
+    /// A scope longer than 255 bytes.
+    #[error("the scope {scope} is {len} bytes long, over the limit of 255")]
+    ScopeTooLong {
+        /// The start of the scope, escaped.
+        scope: String,
+        /// Its length, in bytes.
+        len: usize,
+    },
+
+    /// The key was used before with another payload. The caller reused an idempotency key by mistake: refuse the
+    /// request.
+    #[error("the key {key} was first used with another payload: do not reuse an idempotency key")]
+    PayloadMismatch {
+        /// The key, escaped.
+        key: String,
+    },
+
+    /// The lease is no longer the key's: it ran out and another holder took over, or the key was settled by hand.
+    /// Stop working on it.
+    #[error("the lease with token {token} on {key} is superseded: another holder owns the work, stop")]
+    Superseded {
+        /// The key, escaped.
+        key: String,
+        /// The token of the lease that lost.
+        token: u64,
+    },
+
+    /// `resolve` was called for a key that is not held.
+    #[error("the key {key} is not held: see `held()` for those that are")]
+    NotHeld {
+        /// The key, escaped.
+        key: String,
+    },
+
+    /// `forget` was called for a key that somebody is working on.
+    #[error("the key {key} is in progress (token {token}): forget it when its holder is done or its lease is over")]
+    InUse {
+        /// The key, escaped.
+        key: String,
+        /// The token of its holder.
+        token: u64,
+    },
+
+    /// More keys are claimed and not completed than `in_flight_limit` allows. Complete or release some.
+    #[error(
+        "{in_flight} keys are claimed and not completed, the limit is {limit}: \
+             complete or release some, or raise `in_flight_limit`"
+    )]
+    TooManyInFlight {
+        /// How many keys are in flight.
+        in_flight: usize,
+        /// The limit.
+        limit: usize,
+    },
+
+    /// Completed keys cannot be moved out of memory to disk, and there is no room for more in memory.
+    #[error("completed keys cannot be sealed to disk and memory is full: {detail}")]
+    SealingFailed {
+        /// Why sealing fails.
+        detail: String,
+    },
+
+    /// A typed result could not be turned into bytes.
+    #[error("the result cannot be encoded: {detail}")]
+    Encode {
+        /// The encoder's own words.
+        detail: String,
+    },
+
+    /// A stored result is not of the type that was asked for.
+    #[error("the stored result cannot be decoded: {detail}")]
+    Decode {
+        /// The decoder's own words.
+        detail: String,
+    },
+}
+
+/// Whether a failed call changed the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It did not: the call may be made again.
+    NotWritten,
+    /// Nobody can say before the store is reopened.
+    Unknown,
+}
+
+impl Error {
+    /// Whether the failed call changed the store.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::WriteFailed { .. } => Outcome::Unknown,
+            _ => Outcome::NotWritten,
+        }
+    }
+
+    /// Whether the same call, made again later on this store, can succeed.
+    #[must_use]
+    pub fn retryable(&self) -> bool {
+        matches!(
+            self,
+            Self::AlreadyOpen { .. }
+                | Self::Io { .. }
+                | Self::InUse { .. }
+                | Self::TooManyInFlight { .. }
+                | Self::SealingFailed { .. }
+        )
+    }
+
+    /// An `Io` error about `path`.
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>, error: &dyn std::fmt::Display) -> Self {
+        Self::Io { action, path: path.into(), detail: error.to_string() }
+    }
+}
+
+/// Bytes from a stranger, fit for a message: escaped, and cut where they are long.
+pub(crate) fn printable(bytes: &[u8]) -> String {
+    const SHOWN: usize = 64;
+    match bytes.get(..SHOWN) {
+        Some(head) if bytes.len() > SHOWN => format!("\"{}…\"", head.escape_ascii()),
+        _ => format!("\"{}\"", bytes.escape_ascii()),
+    }
+}

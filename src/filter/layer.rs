@@ -1,0 +1,234 @@
+//! A layer of the filter: a matrix of bits, a column for each bucket, eight rows a key.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::sizing::{HASHES, capacity_of, rows_for};
+
+/// Shards of a layer: each is an allocation of its own, so that none is too large to come by.
+const SHARDS: usize = 16;
+const SHARD_BITS: u32 = SHARDS.trailing_zeros();
+
+const WORD_BITS: u32 = u64::BITS;
+
+/// A number below [`SLOTS`] that stands for a live bucket.
+pub(crate) type Slot = u8;
+pub(crate) const SLOTS: usize = 64;
+
+/// What the columns of a layer stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Columns {
+    /// Column `n` is slot `n`; this many columns, a power of two.
+    All(u32),
+    /// One column, for this slot: where a bucket has far more keys than the others.
+    One(Slot),
+}
+
+impl Columns {
+    fn width(self) -> u32 {
+        match self {
+            Self::All(width) => width,
+            Self::One(_) => 1,
+        }
+    }
+
+    fn column(self, slot: Slot) -> Option<u32> {
+        match self {
+            Self::All(width) => Some(u32::from(slot)).filter(|column| *column < width),
+            Self::One(only) => (slot == only).then_some(0),
+        }
+    }
+}
+
+/// A matrix of bits. Rows are chosen by a key's digest, columns by the bucket that holds it.
+///
+/// Bits are set while others read; a reader that must see them takes a lock that the writer gave back afterwards
+/// (the hot table's stripe), so that relaxed accesses are enough.
+pub(crate) struct Layer {
+    columns: Columns,
+    /// `log2` of the rows that lie in one word.
+    rows_per_word_bits: u32,
+    rows_per_shard: u64,
+    shards: Vec<Box<[AtomicU64]>>,
+    /// Keys inserted for each slot.
+    keys: [AtomicU64; SLOTS],
+}
+
+impl Layer {
+    /// A layer whose columns are made for `keys` keys each. The memory is taken as it is touched.
+    pub(crate) fn new(columns: Columns, keys: u64) -> Self {
+        let rows_per_word_bits = (WORD_BITS / columns.width()).trailing_zeros();
+        let words_per_shard = (rows_for(keys.max(1)).div_ceil(SHARDS as u64) >> rows_per_word_bits) + 1;
+        let words = usize::try_from(words_per_shard).unwrap_or(usize::MAX / SHARDS / 8);
+        Self {
+            columns,
+            rows_per_word_bits,
+            rows_per_shard: (words as u64) << rows_per_word_bits,
+            shards: (0..SHARDS).map(|_| bytemuck::zeroed_slice_box(words)).collect(),
+            keys: [const { AtomicU64::new(0) }; SLOTS],
+        }
+    }
+
+    /// The memory that a layer takes.
+    pub(crate) fn bytes_for(columns: Columns, keys: u64) -> u64 {
+        rows_for(keys).saturating_mul(u64::from(columns.width())) / 8
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.shards.iter().map(|words| words.len() as u64 * 8).sum()
+    }
+
+    pub(crate) fn columns(&self) -> Columns {
+        self.columns
+    }
+
+    /// The keys that each column is made for.
+    pub(crate) fn capacity(&self) -> u64 {
+        capacity_of(self.rows_per_shard * SHARDS as u64)
+    }
+
+    /// The keys that were inserted for a slot.
+    pub(crate) fn keys(&self, slot: Slot) -> u64 {
+        self.keys.get(usize::from(slot)).map_or(0, |keys| keys.load(Ordering::Relaxed))
+    }
+
+    /// Whether no slot has keys here.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.keys.iter().all(|keys| keys.load(Ordering::Relaxed) == 0)
+    }
+
+    /// The slots that may hold the key with this digest, a bit each.
+    pub(crate) fn slots(&self, digest: u64) -> u64 {
+        let mut found = u64::MAX;
+        self.for_each_row(digest, |word, shift| {
+            found &= word.load(Ordering::Relaxed) >> shift;
+        });
+        match self.columns {
+            Columns::All(width) => found & (u64::MAX >> (WORD_BITS - width)),
+            Columns::One(slot) => (found & 1) << slot,
+        }
+    }
+
+    /// Notes that the slot's bucket holds keys with these digests. False if the layer has no column for the slot.
+    pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) -> bool {
+        let Some(column) = self.columns.column(slot) else { return false };
+        let mut inserted = 0;
+        for digest in digests {
+            self.for_each_row(digest, |word, shift| {
+                let bit = 1 << (shift + column);
+                if word.load(Ordering::Relaxed) & bit == 0 {
+                    word.fetch_or(bit, Ordering::Relaxed);
+                }
+            });
+            inserted += 1;
+        }
+        if let Some(keys) = self.keys.get(usize::from(slot)) {
+            keys.fetch_add(inserted, Ordering::Relaxed);
+        }
+        true
+    }
+
+    /// Empties a slot's column. It must not stand for a live bucket any more.
+    pub(crate) fn clear(&self, slot: Slot) {
+        let Some(column) = self.columns.column(slot).filter(|_| self.keys(slot) > 0) else { return };
+        let mut column_bits = 0_u64;
+        for row in 0..1_u32 << self.rows_per_word_bits {
+            column_bits |= 1 << (row * self.columns.width() + column);
+        }
+        for word in self.shards.iter().flatten() {
+            if word.load(Ordering::Relaxed) & column_bits != 0 {
+                word.fetch_and(!column_bits, Ordering::Relaxed);
+            }
+        }
+        if let Some(keys) = self.keys.get(usize::from(slot)) {
+            keys.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Visits the key's rows: the word each lies in, and where it begins there.
+    #[inline]
+    fn for_each_row(&self, digest: u64, mut visit: impl FnMut(&AtomicU64, u32)) {
+        let shard = (digest >> (u64::BITS - SHARD_BITS)) as usize;
+        let Some(words) = self.shards.get(shard) else { return };
+        let width_bits = self.columns.width().trailing_zeros();
+        let row_mask = (1_u64 << self.rows_per_word_bits) - 1;
+        let mut state = digest;
+        for _ in 0..HASHES {
+            // SplitMix64's steps: each row is as good as drawn anew.
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            // Lemire's reduction: the high half of the product is uniform over the rows.
+            let row = ((u128::from(mixed) * u128::from(self.rows_per_shard)) >> 64) as u64;
+            let place = (row >> self.rows_per_word_bits) as usize;
+            if let Some(word) = words.get(place) {
+                visit(word, ((row & row_mask) as u32) << width_bits);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::sizing::false_positive_rate;
+    use crate::key::Digester;
+
+    fn digests(range: std::ops::Range<u64>) -> impl Iterator<Item = u64> {
+        let digester = Digester::new(&[1; 16]);
+        range.map(move |i| digester.digest(&i.to_le_bytes()))
+    }
+
+    #[test]
+    fn what_was_inserted_is_found_in_its_slot() {
+        for columns in [Columns::All(1), Columns::All(4), Columns::All(32), Columns::All(64), Columns::One(9)] {
+            let slot = match columns {
+                Columns::All(width) => Slot::try_from(width - 1).unwrap(),
+                Columns::One(slot) => slot,
+            };
+            let layer = Layer::new(columns, 1_000);
+            assert!(layer.insert(slot, digests(0..1_000)));
+            assert_eq!(layer.keys(slot), 1_000);
+            for digest in digests(0..1_000) {
+                assert_ne!(layer.slots(digest) & 1 << slot, 0, "{columns:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_rate_of_wrong_answers_is_the_computed_one() {
+        for columns in [Columns::All(1), Columns::All(8), Columns::All(32), Columns::One(3)] {
+            let layer = Layer::new(columns, 25_000);
+            let slot = if columns == Columns::One(3) { 3 } else { 0 };
+            // Twice what it is made for, so that wrong answers are frequent enough to count.
+            layer.insert(slot, digests(0..50_000));
+            let trials = 400_000;
+            let wrong = digests(1_000_000..1_000_000 + trials).filter(|digest| layer.slots(*digest) != 0).count();
+            let rate = wrong as f64 / trials as f64;
+            let expected = false_positive_rate(50_000, layer.rows_per_shard * SHARDS as u64);
+            assert!((0.85..1.15).contains(&(rate / expected)), "{columns:?}: {rate} where {expected} was computed");
+        }
+    }
+
+    #[test]
+    fn clearing_a_slot_leaves_the_others() {
+        let layer = Layer::new(Columns::All(8), 1_000);
+        for slot in 0..8 {
+            layer.insert(slot, digests(u64::from(slot) * 100..u64::from(slot) * 100 + 100));
+        }
+        layer.clear(5);
+        assert!(digests(500..600).all(|digest| layer.slots(digest) & 1 << 5 == 0));
+        for slot in [0, 4, 6, 7] {
+            let start = u64::from(slot) * 100;
+            assert!(digests(start..start + 100).all(|digest| layer.slots(digest) & 1 << slot != 0));
+        }
+        assert!(!layer.is_empty());
+        (0..8).for_each(|slot| layer.clear(slot));
+        assert!(layer.is_empty() && layer.shards.iter().flatten().all(|word| word.load(Ordering::Relaxed) == 0));
+    }
+
+    #[test]
+    fn a_slot_without_a_column_is_refused() {
+        assert!(!Layer::new(Columns::All(8), 10).insert(8, [1]));
+        assert!(!Layer::new(Columns::One(3), 10).insert(4, [1]));
+    }
+}

@@ -1,0 +1,8 @@
+//! The filter: which buckets may hold a key, from memory.
+//!
+//! One row of bits holds a bit for every bucket, so that one look answers for all of them. See
+//! `docs/architecture.md` for why it is laid out this way.
+
+pub(crate) mod layer;
+pub(crate) mod sizing;
+pub(crate) mod stack;

@@ -1,0 +1,185 @@
+//! The layers of the filter, and how they grow: nothing is copied and nobody waits.
+//!
+//! The base layer has a column for every bucket. A bucket that outgrows its column goes on in a layer of its own,
+//! four times as large as the one before. When a bucket that had to do so ends, the next ones get a larger base; the
+//! old one goes when the last bucket in it does.
+
+use std::sync::Arc;
+
+use super::layer::{Columns, Layer, Slot};
+
+/// The keys a bucket that a new store's base layer is made for.
+const FIRST_CAPACITY: u64 = 100_000;
+/// How much larger each further layer of a bucket is.
+const GROWTH: u64 = 4;
+
+/// An immutable list of layers; the layers themselves change. Made anew when a layer comes or goes.
+#[derive(Clone)]
+pub(crate) struct Stack {
+    layers: Vec<Arc<Layer>>,
+    width: u32,
+    budget_bytes: u64,
+}
+
+impl Stack {
+    /// A stack for so many slots that takes about `budget_bytes` at most; `bucket_keys` are the keys of the buckets
+    /// that are there already.
+    pub(crate) fn new(slots: u64, budget_bytes: u64, bucket_keys: &[u64]) -> Self {
+        let width = u32::try_from(slots).unwrap_or(64).next_power_of_two().min(64);
+        let mut stack = Self { layers: Vec::new(), width, budget_bytes };
+        let largest = bucket_keys.iter().copied().max().unwrap_or(0);
+        stack.add_base(largest.max(FIRST_CAPACITY));
+        stack
+    }
+
+    /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows.
+    fn add_base(&mut self, keys: u64) {
+        let columns = Columns::All(self.width);
+        let left = self.budget_bytes.saturating_sub(self.bytes()) / 2;
+        let affordable = left / Layer::bytes_for(columns, 1).max(1);
+        let keys = keys.min(affordable);
+        // A store must have some base, even where the budget is spent.
+        if keys > 0 || self.layers.is_empty() {
+            self.layers.push(Arc::new(Layer::new(columns, keys.max(1_000))));
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.bytes()).sum()
+    }
+
+    /// The slots whose buckets may hold the key with this digest, a bit each.
+    #[inline]
+    pub(crate) fn slots(&self, digest: u64) -> u64 {
+        self.layers.iter().fold(0, |slots, layer| slots | layer.slots(digest))
+    }
+
+    /// The layer that takes the slot's next keys: the topmost that has a column for it.
+    fn top(&self, slot: Slot) -> Option<&Arc<Layer>> {
+        self.layers.iter().rev().find(|layer| match layer.columns() {
+            Columns::One(only) => only == slot,
+            Columns::All(width) => u32::from(slot) < width,
+        })
+    }
+
+    /// A stack with room for `keys` more keys of the slot, if this one has too little and the budget allows more.
+    pub(crate) fn with_room(&self, slot: Slot, keys: u64) -> Option<Self> {
+        let top = self.top(slot)?;
+        if top.keys(slot).saturating_add(keys) <= top.capacity() {
+            return None;
+        }
+        let columns = Columns::One(slot);
+        let wanted = top.capacity().saturating_mul(GROWTH).max(keys);
+        let affordable = self.budget_bytes.saturating_sub(self.bytes()) / Layer::bytes_for(columns, 8).max(1) * 8;
+        let capacity = wanted.min(affordable);
+        // Not worth a further look at every check.
+        if capacity < top.capacity().min(keys) {
+            return None;
+        }
+        let mut more = self.clone();
+        more.layers.push(Arc::new(Layer::new(columns, capacity)));
+        Some(more)
+    }
+
+    /// Notes the digests of keys that the slot's bucket holds.
+    pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) {
+        if let Some(layer) = self.top(slot) {
+            layer.insert(slot, digests);
+        }
+    }
+
+    /// A stack with a larger base, if a bucket of `keys` keys would not fit into the present one.
+    pub(crate) fn with_base_for(&self, keys: u64) -> Option<Self> {
+        let base = self.layers.iter().rev().find(|layer| matches!(layer.columns(), Columns::All(_)))?;
+        if keys <= base.capacity() {
+            return None;
+        }
+        let mut larger = self.clone();
+        // Room for the ups and downs of a day.
+        larger.add_base(keys.saturating_add(keys / 2));
+        let grown = larger.layers.last().is_some_and(|layer| layer.capacity() > base.capacity());
+        grown.then_some(larger)
+    }
+
+    /// The stack without the slot, whose bucket is gone. Takes time: every word of a base is visited.
+    pub(crate) fn without(&self, slot: Slot) -> Self {
+        for layer in &self.layers {
+            layer.clear(slot);
+        }
+        let mut layers = self.layers.clone();
+        let newest_base = layers.iter().rposition(|layer| matches!(layer.columns(), Columns::All(_)));
+        let mut place = 0;
+        layers.retain(|layer| {
+            let keep = !layer.is_empty() || Some(place) == newest_base;
+            place += 1;
+            keep
+        });
+        Self { layers, width: self.width, budget_bytes: self.budget_bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Digester;
+
+    fn digests(range: std::ops::Range<u64>) -> Vec<u64> {
+        let digester = Digester::new(&[2; 16]);
+        range.map(|i| digester.digest(&i.to_le_bytes())).collect()
+    }
+
+    fn grow(stack: &mut Stack, slot: Slot, range: std::ops::Range<u64>) {
+        let digests = digests(range);
+        if let Some(more) = stack.with_room(slot, digests.len() as u64) {
+            *stack = more;
+        }
+        stack.insert(slot, digests);
+    }
+
+    #[test]
+    fn a_bucket_that_outgrows_its_column_goes_on_in_a_larger_layer() {
+        let mut stack = Stack::new(4, 64 << 20, &[]);
+        for chunk in 0..10 {
+            grow(&mut stack, 2, chunk * 100_000..(chunk + 1) * 100_000);
+        }
+        assert_eq!(stack.layers.len(), 3, "100,000, then 400,000, then 1,600,000");
+        assert!(digests(0..1_000_000).into_iter().all(|digest| stack.slots(digest) & 1 << 2 != 0));
+        let wrong = digests(2_000_000..2_100_000).into_iter().filter(|digest| stack.slots(*digest) != 0).count();
+        assert!(wrong < 100, "{wrong} of 100,000 new keys would go to the disk");
+
+        let stack = stack.without(2);
+        assert_eq!(stack.layers.len(), 1, "only the base stays");
+        assert!(digests(0..1_000_000).into_iter().all(|digest| stack.slots(digest) == 0));
+    }
+
+    #[test]
+    fn the_budget_holds_and_every_key_is_still_found() {
+        let budget = 2 << 20;
+        let mut stack = Stack::new(4, budget, &[]);
+        for chunk in 0..20 {
+            grow(&mut stack, 0, chunk * 100_000..(chunk + 1) * 100_000);
+        }
+        assert!(stack.bytes() <= budget + budget / 8, "{} bytes", stack.bytes());
+        assert!(digests(0..2_000_000).into_iter().all(|digest| stack.slots(digest) & 1 != 0));
+    }
+
+    #[test]
+    fn a_base_that_was_too_small_is_replaced_as_its_buckets_go() {
+        let mut stack = Stack::new(4, 64 << 20, &[]);
+        grow(&mut stack, 0, 0..90_000);
+        assert!(stack.with_base_for(90_000).is_none());
+        stack = stack.with_base_for(300_000).unwrap();
+        grow(&mut stack, 1, 90_000..400_000);
+        assert_eq!(stack.layers.len(), 2, "the larger base takes the second bucket whole");
+        stack = stack.without(0);
+        assert_eq!(stack.layers.len(), 1, "and the old base goes with the first");
+        assert!(digests(90_000..400_000).into_iter().all(|digest| stack.slots(digest) & 2 != 0));
+    }
+
+    #[test]
+    fn a_stack_for_buckets_that_are_there_fits_them() {
+        let stack = Stack::new(26, 128 << 20, &[10, 250_000, 40_000]);
+        assert!(stack.with_room(1, 250_000).is_none());
+        assert_eq!(stack.layers.len(), 1);
+    }
+}

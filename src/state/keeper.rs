@@ -1,0 +1,156 @@
+//! The keeper: the threads behind a store, and their end.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
+use parking_lot::Mutex;
+
+use super::engine::Engine;
+use crate::config::Durability;
+use crate::error::{Error, Result};
+
+/// How often the keeper looks whether a bucket has ended or passed.
+const TICK: Duration = Duration::from_millis(100);
+/// How long it leaves a failure alone.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Threads that end when they are told to.
+pub(crate) struct Keeper {
+    /// Dropped to end the threads.
+    stop: Mutex<Option<Sender<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Keeper {
+    /// Starts the threads of an engine.
+    pub(crate) fn start(engine: &Arc<Engine>) -> Result<Self> {
+        let (stop, stopped) = bounded(0);
+        let (wake, woken) = bounded(1);
+        // Set once: an engine has one keeper.
+        let _ = engine.backlog.wake.set(wake);
+        let keeper = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
+        keeper.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| keep(engine, &woken, stopped))?;
+        keeper.spawn(engine, &stopped, "onlyonce-filter", |engine, stopped| {
+            if let Err(error) = engine.rebuild_filters(|| !is_over(stopped))
+                && !matches!(error, Error::Closed)
+            {
+                // The buckets without a filter are asked on disk: slower, and as right.
+                tracing::warn!(%error, "filters could not be rebuilt");
+            }
+        })?;
+        if engine.config().durability == Durability::Process {
+            keeper.spawn(engine, &stopped, "onlyonce-sync", sync)?;
+        }
+        Ok(keeper)
+    }
+
+    fn spawn(
+        &self,
+        engine: &Arc<Engine>,
+        stopped: &Receiver<()>,
+        name: &'static str,
+        work: impl FnOnce(&Engine, &Receiver<()>) + Send + 'static,
+    ) -> Result<()> {
+        let (engine, stopped) = (Arc::clone(engine), stopped.clone());
+        let path = engine.db.directory().root().to_owned();
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let guard = PoisonOnPanic { engine: &engine, name };
+                work(&engine, &stopped);
+                drop(guard);
+            })
+            .map_err(|error| Error::io("cannot start a thread for", path, &error))?;
+        self.threads.lock().push(thread);
+        Ok(())
+    }
+
+    /// Ends the threads and waits for them.
+    pub(crate) fn stop(&self) {
+        drop(self.stop.lock().take());
+        for thread in std::mem::take(&mut *self.threads.lock()) {
+            // A panic has poisoned the store already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An engine with its keeper: open until it is closed or dropped.
+pub(crate) struct Running {
+    pub(crate) engine: Arc<Engine>,
+    keeper: Keeper,
+}
+
+impl Running {
+    pub(crate) fn start(engine: Engine) -> Result<Self> {
+        let engine = Arc::new(engine);
+        let keeper = Keeper::start(&engine)?;
+        Ok(Self { engine, keeper })
+    }
+
+    /// Ends the keeper, waits for the calls under way, and closes.
+    pub(crate) fn close(&self) -> Result<()> {
+        self.keeper.stop();
+        self.engine.close()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, "the store was not closed cleanly; nothing that was acknowledged is lost");
+        }
+    }
+}
+
+/// A store whose keeper died half way through something must not go on.
+struct PoisonOnPanic<'a> {
+    engine: &'a Engine,
+    name: &'static str,
+}
+
+impl Drop for PoisonOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.engine.poison(&format!("the thread {} panicked", self.name));
+        }
+    }
+}
+
+fn is_over(stopped: &Receiver<()>) -> bool {
+    matches!(stopped.try_recv(), Err(crossbeam::channel::TryRecvError::Disconnected))
+}
+
+fn keep(engine: &Engine, woken: &Receiver<()>, stopped: &Receiver<()>) {
+    let mut sealed = engine.present_slice();
+    let mut pause = TICK;
+    // After a failure nobody may hurry it.
+    let quiet = never();
+    loop {
+        let woken = if pause == TICK { woken } else { &quiet };
+        crossbeam::select! {
+            recv(stopped) -> _ => return,
+            recv(woken) -> _ => {}
+            default(pause) => {}
+        }
+        match engine.upkeep(&mut sealed) {
+            Ok(()) => pause = TICK,
+            Err(Error::Closed | Error::Poisoned { .. }) => return,
+            Err(error) => {
+                tracing::warn!(%error, "upkeep failed, and will be tried again");
+                pause = PAUSE;
+            }
+        }
+    }
+}
+
+fn sync(engine: &Engine, stopped: &Receiver<()>) {
+    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(engine.config().sync_interval) {
+        // A failure has poisoned the store.
+        if engine.sync().is_err() {
+            return;
+        }
+    }
+}

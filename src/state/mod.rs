@@ -1,0 +1,9 @@
+//! The machine: what a key's state means, where it is kept, and in which order things happen.
+
+pub(crate) mod engine;
+pub(crate) mod hot_table;
+pub(crate) mod keeper;
+pub(crate) mod request;
+pub(crate) mod sequence;
+pub(crate) mod transition;
+pub(crate) mod upkeep;

@@ -1,0 +1,65 @@
+//! The keys of one call, encoded and digested once for everything that follows.
+
+use crate::error::Result;
+use crate::key::{Digester, Fingerprint, Key};
+
+/// The keys of a call, in the caller's order.
+pub(crate) struct Request {
+    bytes: Vec<u8>,
+    items: Vec<Item>,
+}
+
+struct Item {
+    end: usize,
+    digest: u64,
+    payload: Option<Fingerprint>,
+}
+
+/// One key of a request.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) place: usize,
+    pub(crate) digest: u64,
+    pub(crate) key: &'a [u8],
+    pub(crate) payload: Option<&'a Fingerprint>,
+}
+
+impl Request {
+    /// Refuses all keys if one is empty or too long.
+    pub(crate) fn new<'k, K: Into<Key<'k>>>(
+        keys: impl IntoIterator<Item = K>,
+        key_limit: usize,
+        digester: &Digester,
+    ) -> Result<Self> {
+        let keys = keys.into_iter();
+        let expected = keys.size_hint().0.min(1 << 16);
+        let mut request = Self { bytes: Vec::with_capacity(expected * 48), items: Vec::with_capacity(expected) };
+        for key in keys {
+            let key = key.into();
+            let start = request.bytes.len();
+            key.encode(key_limit, &mut request.bytes)?;
+            let encoded = request.bytes.get(start..).unwrap_or_default();
+            let digest = digester.digest(encoded);
+            request.items.push(Item { end: request.bytes.len(), digest, payload: key.guard() });
+        }
+        Ok(request)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Bytes of all encoded keys.
+    pub(crate) fn key_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Asked<'_>> {
+        let mut start = 0;
+        self.items.iter().enumerate().map(move |(place, item)| {
+            let key = self.bytes.get(start..item.end).unwrap_or_default();
+            start = item.end;
+            Asked { place, digest: item.digest, key, payload: item.payload.as_ref() }
+        })
+    }
+}

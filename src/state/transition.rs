@@ -1,0 +1,278 @@
+//! The state machine, as pure functions: what is stored of a key and what time it is, in; what to do, out.
+//!
+//! No I/O, no lock, no clock. The table of states in `docs/guarantees.md` is this file in words.
+
+use crate::clock::Now;
+use crate::config::OnInterrupt;
+use crate::entry::{Entry, Holder, Prior, Processing};
+use crate::key::Fingerprint;
+
+/// The options that decide.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Policy {
+    pub(crate) window_ms: u64,
+    pub(crate) on_interrupt: OnInterrupt,
+}
+
+/// How a claimed, uncompleted key stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Somebody works on it for so long at least.
+    Alive { remaining_ms: u64 },
+    /// Its outcome is on its way to the journal.
+    Settling,
+    /// The next claim gets it.
+    Free(Prior),
+    /// The next claim gets it after a backoff.
+    Backoff { remaining_ms: u64 },
+    /// Nobody gets it before it is resolved.
+    Held(Prior),
+    /// It was left alone for a whole window: as good as never seen.
+    Forgotten,
+}
+
+pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Standing {
+    let interrupted = |prior, alone_ms| match policy.on_interrupt {
+        OnInterrupt::Hold => Standing::Held(prior),
+        OnInterrupt::Rerun if alone_ms >= policy.window_ms => Standing::Forgotten,
+        OnInterrupt::Rerun => Standing::Free(prior),
+    };
+    match processing.holder {
+        Holder::Settling => Standing::Settling,
+        Holder::Leased { until_monotonic_ms } => match until_monotonic_ms.checked_sub(now.monotonic_ms) {
+            Some(remaining_ms) if remaining_ms > 0 => Standing::Alive { remaining_ms },
+            _ => interrupted(Prior::LeaseExpired, now.monotonic_ms.saturating_sub(until_monotonic_ms)),
+        },
+        Holder::Interrupted(prior) => interrupted(prior, now.wall_ms.saturating_sub(processing.since_ms)),
+        Holder::Open { prior, not_before_ms } => match not_before_ms.checked_sub(now.wall_ms) {
+            Some(remaining_ms) if remaining_ms > 0 => Standing::Backoff { remaining_ms },
+            // A backoff longer than the window must not swallow the attempt that follows it.
+            _ if now.wall_ms >= processing.since_ms.max(not_before_ms).saturating_add(policy.window_ms) => {
+                Standing::Forgotten
+            }
+            _ => Standing::Free(prior),
+        },
+    }
+}
+
+/// What a claim, a check or a record finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// Nothing that counts: the work is the caller's.
+    Available { attempt: u32, prior: Option<Prior> },
+    /// Somebody else's, for now. `None`: until it is resolved.
+    InProgress { retry_after_ms: Option<u64>, attempt: u32 },
+    /// Done: the stored result is the answer.
+    Completed,
+    /// The key was used with another payload.
+    PayloadMismatch,
+}
+
+/// A completion takes about this long to reach the disk: when to ask again for a key that is settling.
+const SETTLING_RETRY_MS: u64 = 10;
+
+pub(crate) fn find(stored: Option<&Entry>, payload: Option<&Fingerprint>, now: Now, policy: Policy) -> Found {
+    let new = Found::Available { attempt: 1, prior: None };
+    let (first_payload, found) = match stored {
+        None => return new,
+        Some(Entry::Completed(done)) if !done.is_live(now, policy.window_ms) => return new,
+        Some(Entry::Completed(done)) => (&done.fingerprint, Found::Completed),
+        Some(Entry::Processing(processing)) => {
+            let attempt = processing.attempt;
+            let in_progress = |retry_after_ms| Found::InProgress { retry_after_ms, attempt };
+            let found = match standing(processing, now, policy) {
+                Standing::Forgotten => return new,
+                Standing::Alive { remaining_ms } | Standing::Backoff { remaining_ms } => {
+                    in_progress(Some(remaining_ms))
+                }
+                Standing::Settling => in_progress(Some(SETTLING_RETRY_MS)),
+                Standing::Held(_) => in_progress(None),
+                Standing::Free(prior) => Found::Available { attempt: attempt.saturating_add(1), prior: Some(prior) },
+            };
+            (&processing.fingerprint, found)
+        }
+    };
+    match (first_payload, payload) {
+        (Some(first), Some(this)) if first != this => Found::PayloadMismatch,
+        _ => found,
+    }
+}
+
+/// Whether the holder of `token` may settle the key. The token decides, never the clock: a late completion that
+/// nobody has overtaken is accepted, for refusing it would only cause the duplicate.
+pub(crate) fn may_settle(stored: Option<&Entry>, token: u64) -> bool {
+    matches!(stored, Some(Entry::Processing(processing))
+        if processing.token == token && processing.holder != Holder::Settling)
+}
+
+/// Whether an event of the journal changes what was read of its key so far.
+///
+/// Rows are numbered after they took effect, so two of them may stand in the other order; tokens tell the order of
+/// holders, and within one holder's time claimed comes before settled and that before completed.
+pub(crate) fn replay_claimed(stored: Option<&Entry>, token: u64) -> bool {
+    stored.is_none_or(|entry| entry.token() < token)
+}
+
+/// As [`replay_claimed`], for a release.
+pub(crate) fn replay_settled(stored: Option<&Entry>, token: u64) -> bool {
+    match stored {
+        None => true,
+        Some(Entry::Processing(processing)) => processing.token <= token,
+        Some(Entry::Completed(done)) => done.token < token,
+    }
+}
+
+/// As [`replay_claimed`], for a completion or a record.
+pub(crate) fn replay_completed(stored: Option<&Entry>, token: u64) -> bool {
+    stored.is_none_or(|entry| entry.token() <= token)
+}
+
+/// As [`replay_claimed`], for a key that was forgotten.
+pub(crate) fn replay_forgotten(stored: Option<&Entry>, token: u64) -> bool {
+    stored.is_some_and(|entry| entry.token() < token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entry::{Done, Kept};
+
+    const WINDOW_MS: u64 = 1_000;
+    const RERUN: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Rerun };
+    const HOLD: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Hold };
+    const HERS: Option<&Fingerprint> = Some(&[1; 16]);
+    const HIS: Option<&Fingerprint> = Some(&[2; 16]);
+
+    fn at(wall_ms: u64) -> Now {
+        Now { wall_ms, monotonic_ms: wall_ms - 5_000 }
+    }
+
+    fn processing(holder: Holder) -> Entry {
+        Entry::Processing(Processing { token: 7, attempt: 2, since_ms: 5_000, fingerprint: HERS.copied(), holder })
+    }
+
+    fn completed() -> Entry {
+        Entry::Completed(Done { token: 7, completed_ms: 5_000, fingerprint: HERS.copied(), result: Kept::Absent })
+    }
+
+    fn found(stored: &Entry, wall_ms: u64, policy: Policy) -> Found {
+        find(Some(stored), HERS, at(wall_ms), policy)
+    }
+
+    const NEW: Found = Found::Available { attempt: 1, prior: None };
+
+    fn again(prior: Prior) -> Found {
+        Found::Available { attempt: 3, prior: Some(prior) }
+    }
+
+    fn in_progress(retry_after_ms: Option<u64>) -> Found {
+        Found::InProgress { retry_after_ms, attempt: 2 }
+    }
+
+    #[test]
+    fn an_absent_key_is_available() {
+        assert_eq!(find(None, HIS, at(5_000), RERUN), NEW);
+    }
+
+    #[test]
+    fn a_completed_key_is_completed_until_the_last_millisecond_of_its_window() {
+        for policy in [RERUN, HOLD] {
+            assert_eq!(found(&completed(), 5_000, policy), Found::Completed);
+            assert_eq!(found(&completed(), 5_999, policy), Found::Completed);
+            assert_eq!(found(&completed(), 6_000, policy), NEW);
+        }
+    }
+
+    #[test]
+    fn a_leased_key_is_in_progress_until_its_lease_runs_out() {
+        let leased = processing(Holder::Leased { until_monotonic_ms: 300 });
+        assert_eq!(found(&leased, 5_000, RERUN), in_progress(Some(300)));
+        assert_eq!(found(&leased, 5_299, RERUN), in_progress(Some(1)));
+        assert_eq!(found(&leased, 5_300, RERUN), again(Prior::LeaseExpired));
+        assert_eq!(found(&leased, 5_300, HOLD), in_progress(None));
+    }
+
+    #[test]
+    fn a_lease_longer_than_the_window_is_still_a_lease() {
+        let leased = processing(Holder::Leased { until_monotonic_ms: 4_000 });
+        assert_eq!(found(&leased, 8_999, RERUN), in_progress(Some(1)));
+        assert_eq!(found(&leased, 9_000, RERUN), again(Prior::LeaseExpired), "and its end is told");
+        assert_eq!(found(&leased, 9_999, RERUN), again(Prior::LeaseExpired));
+        assert_eq!(found(&leased, 10_000, RERUN), NEW, "for a window");
+    }
+
+    #[test]
+    fn an_interrupted_key_is_free_or_held() {
+        for prior in [Prior::Dropped, Prior::Crashed] {
+            let interrupted = processing(Holder::Interrupted(prior));
+            assert_eq!(found(&interrupted, 5_999, RERUN), again(prior));
+            assert_eq!(found(&interrupted, 6_000, RERUN), NEW);
+            assert_eq!(found(&interrupted, 5_999, HOLD), in_progress(None));
+            assert_eq!(found(&interrupted, 999_000, HOLD), in_progress(None), "a decision does not expire");
+        }
+    }
+
+    #[test]
+    fn a_released_key_is_free_after_its_backoff() {
+        for policy in [RERUN, HOLD] {
+            let released = processing(Holder::Open { prior: Prior::Released, not_before_ms: 0 });
+            assert_eq!(found(&released, 5_000, policy), again(Prior::Released));
+            assert_eq!(found(&released, 6_000, policy), NEW);
+            let backoff = processing(Holder::Open { prior: Prior::Released, not_before_ms: 7_000 });
+            assert_eq!(found(&backoff, 6_990, policy), in_progress(Some(10)));
+            assert_eq!(found(&backoff, 7_000, policy), again(Prior::Released));
+            assert_eq!(found(&backoff, 7_999, policy), again(Prior::Released));
+            assert_eq!(found(&backoff, 8_000, policy), NEW);
+        }
+    }
+
+    #[test]
+    fn a_settling_key_is_nobodys_to_take() {
+        for policy in [RERUN, HOLD] {
+            let settling = processing(Holder::Settling);
+            assert_eq!(found(&settling, 900_000, policy), in_progress(Some(SETTLING_RETRY_MS)));
+            assert!(!may_settle(Some(&settling), 7));
+        }
+    }
+
+    #[test]
+    fn another_payload_is_refused_before_anything_else_is_said() {
+        let states = [
+            completed(),
+            processing(Holder::Leased { until_monotonic_ms: 300 }),
+            processing(Holder::Interrupted(Prior::Crashed)),
+            processing(Holder::Open { prior: Prior::Released, not_before_ms: 0 }),
+            processing(Holder::Settling),
+        ];
+        for stored in &states {
+            assert_eq!(find(Some(stored), HIS, at(5_100), RERUN), Found::PayloadMismatch, "{stored:?}");
+            assert_ne!(find(Some(stored), None, at(5_100), RERUN), Found::PayloadMismatch, "{stored:?}");
+        }
+        assert_eq!(find(Some(&completed()), HIS, at(6_000), RERUN), NEW, "an expired payload binds nobody");
+    }
+
+    #[test]
+    fn a_completion_is_judged_by_its_token() {
+        let late = processing(Holder::Leased { until_monotonic_ms: 0 });
+        assert!(may_settle(Some(&late), 7));
+        assert!(!may_settle(Some(&late), 6));
+        assert!(!may_settle(Some(&completed()), 7));
+        assert!(!may_settle(None, 7));
+    }
+
+    #[test]
+    fn replay_follows_the_tokens() {
+        let claimed = processing(Holder::Interrupted(Prior::Crashed));
+        for (token, claim, settle, complete, forget) in
+            [(6, false, false, false, false), (7, false, true, true, false), (8, true, true, true, true)]
+        {
+            assert_eq!(replay_claimed(Some(&claimed), token), claim, "claimed {token}");
+            assert_eq!(replay_settled(Some(&claimed), token), settle, "settled {token}");
+            assert_eq!(replay_completed(Some(&claimed), token), complete, "completed {token}");
+            assert_eq!(replay_forgotten(Some(&claimed), token), forget, "forgotten {token}");
+        }
+        assert!(!replay_settled(Some(&completed()), 7), "a completion stands");
+        assert!(replay_claimed(None, 1) && replay_settled(None, 1) && replay_completed(None, 1));
+        assert!(!replay_forgotten(None, 1));
+    }
+}

@@ -1,0 +1,230 @@
+//! What keeps a store small and quick: sealing, rotation, syncing, the rebuild of the filter. Done by the keeper's
+//! threads, off every caller's path.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::engine::{Engine, HIGH_WATER};
+use super::transition::Standing;
+use crate::bucket::rotation::{drop_passed, prepare_next};
+use crate::bucket::seal::{Row, seal};
+use crate::bucket::window::Slice;
+use crate::bucket::{recovery, set::Bucket};
+use crate::codec::{RowKind, RowWriter};
+use crate::entry::Entry;
+use crate::error::{Error, Result};
+use crate::stats::{BucketStats, Stats};
+
+/// Completed keys that make a run. Fewer make more runs to look through; more take longer to read back after a crash.
+const SEAL_KEYS: usize = 250_000;
+/// The share of the memory budget that completed keys may fill before they are sealed, and before callers wait.
+const SEAL_SHARE: usize = 4;
+const BACKLOG_SHARE: usize = 2;
+
+impl Engine {
+    /// Whether there is enough in the hot table, or in the journal, to seal.
+    pub(super) fn is_seal_due(&self) -> bool {
+        let bytes = self.config().memory_budget / SEAL_SHARE;
+        self.hot.completed() >= SEAL_KEYS
+            || self.hot.completed_bytes() >= bytes
+            || self.journal_bytes.load(Ordering::Relaxed) >= bytes as u64
+    }
+
+    /// Whether completed keys fill the memory that they may.
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.hot.completed_bytes() >= self.config().memory_budget / BACKLOG_SHARE
+    }
+
+    /// One round of all that is due. `sealed` is the slice of time in which the last seal took place.
+    pub(super) fn upkeep(&self, sealed: &mut Slice) -> Result<()> {
+        let now_ms = self.now().wall_ms;
+        let present = self.present_slice();
+        // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
+        let ended = *sealed != present && self.hot.completed() > 0;
+        if ended || self.is_seal_due() {
+            self.seal()?;
+        }
+        *sealed = present;
+        drop_passed(&self.db, &self.buckets, self.config().span, now_ms)?;
+        prepare_next(&self.db, &self.buckets, self.config().span, now_ms)
+    }
+
+    pub(super) fn present_slice(&self) -> Slice {
+        Slice::containing(self.now().wall_ms, self.config().span.bucket_ms)
+    }
+
+    /// Moves every completed key to its bucket and cuts the journal.
+    ///
+    /// The order: rows up to `start` are written and in the hot table; the table is copied; what is completed goes to
+    /// the buckets, synced; what is in flight is written again at the journal's head and the rows below `start` are
+    /// deleted, in one write; then the keys leave the table. A crash anywhere between replays rows that are in
+    /// buckets already, and sealing them again changes nothing.
+    pub(crate) fn seal(&self) -> Result<()> {
+        let _sealing = self.sealing.lock();
+        self.ready()?;
+        let sealed = self.seal_locked();
+        *self.backlog.failure.lock() = sealed.as_ref().err().map(Error::to_string);
+        self.backlog.eased.notify_all();
+        sealed
+    }
+
+    fn seal_locked(&self) -> Result<()> {
+        let journal_bytes = self.journal_bytes.load(Ordering::Relaxed);
+        if journal_bytes == 0 && self.hot.completed() == 0 {
+            return Ok(());
+        }
+        let begun = std::time::Instant::now();
+        self.reserve(0)?;
+        let start = self.rows.settled_below(|| self.sequence.take());
+        let now = self.now();
+        let window_ms = self.config().span.window_ms;
+        let mut rows = Vec::with_capacity(self.hot.completed());
+        let mut image = RowWriter::new(RowKind::Claimed, now.wall_ms, 0);
+        for stripe in self.hot.stripes() {
+            for slot in stripe.iter() {
+                match &slot.entry {
+                    Entry::Completed(done) if done.is_live(now, window_ms) => {
+                        let key = Arc::clone(&slot.key);
+                        rows.push(Row { digest: slot.digest, key, done: done.clone() });
+                    }
+                    Entry::Completed(_) => {}
+                    Entry::Processing(processing) => {
+                        if self.standing_at(processing, now) != Standing::Forgotten {
+                            image.processing(&slot.key, processing);
+                        }
+                    }
+                }
+            }
+        }
+        seal(&self.db, &self.buckets, &mut rows, self.config().span.bucket_ms)?;
+
+        let image = (!image.is_empty()).then(|| image.finish());
+        let head = self.rows.begin(|| self.sequence.take());
+        self.write(false, |tx| {
+            tx.delete_rows_before(start);
+            if let Some(image) = &image {
+                tx.put_row(head.number(), image);
+            }
+            tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
+        })?;
+        drop(head);
+        self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
+
+        // Before the first key leaves: see `Engine::decide`.
+        self.seals.fetch_add(1, Ordering::AcqRel);
+        for row in &rows {
+            let mut stripe = self.hot.stripe(row.digest);
+            // It may have run out and been claimed anew meanwhile.
+            if stripe.get(row.digest, &row.key).is_some_and(|entry| is_completed_by(entry, row.done.token)) {
+                stripe.remove(row.digest, &row.key);
+            }
+        }
+        for mut stripe in self.hot.stripes() {
+            stripe.retain(|slot| match &slot.entry {
+                Entry::Completed(done) => done.is_live(now, window_ms),
+                Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
+            });
+        }
+        self.db.flush_journal()?;
+        let in_flight = self.hot.in_flight();
+        tracing::debug!(keys = rows.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
+        Ok(())
+    }
+
+    /// Seals, drops and prepares whatever can be, now.
+    pub(crate) fn seal_and_rotate(&self) -> Result<()> {
+        self.seal()?;
+        let now_ms = self.now().wall_ms;
+        drop_passed(&self.db, &self.buckets, self.config().span, now_ms)?;
+        prepare_next(&self.db, &self.buckets, self.config().span, now_ms)
+    }
+
+    /// Puts on the disk what was written without waiting for it.
+    pub(super) fn sync(&self) -> Result<()> {
+        if !self.unsynced.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.ready()?;
+        self.db.sync_log().inspect_err(|error| {
+            if let Error::WriteFailed { detail } = error {
+                self.poison(detail);
+            }
+        })
+    }
+
+    /// Brings back the filter of every bucket that has none, the newest first, as long as `go_on` says so.
+    pub(super) fn rebuild_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
+        let begun = std::time::Instant::now();
+        let view = Arc::clone(&self.buckets.view());
+        let mut keys = 0;
+        for bucket in view.newest_first() {
+            if view.is_filtered(&bucket) {
+                continue;
+            }
+            if !recovery::rebuild_filter(&self.db, &self.buckets, &bucket, &go_on)? {
+                return Ok(());
+            }
+            keys += bucket.keys.load(Ordering::Relaxed);
+        }
+        if keys > 0 {
+            tracing::info!(keys, elapsed = ?begun.elapsed(), "filters rebuilt");
+        }
+        Ok(())
+    }
+
+    /// The store's figures. Visits the hot table and the directory: not for every request.
+    pub(crate) fn stats(&self) -> Stats {
+        let now = self.now();
+        let view = self.buckets.view();
+        let bucket_stats = |bucket: &Arc<Bucket>| BucketStats {
+            start_ms: bucket.slice.start_ms,
+            end_ms: bucket.slice.end_ms(),
+            keys: bucket.keys.load(Ordering::Relaxed),
+            filtered: view.is_filtered(bucket),
+        };
+        let mut buckets: Vec<BucketStats> = view.newest_first().iter().map(bucket_stats).collect();
+        buckets.reverse();
+        let held = self
+            .hot
+            .stripes()
+            .map(|stripe| {
+                let held = |entry: &Entry| {
+                    matches!(entry, Entry::Processing(processing)
+                        if matches!(self.standing_at(processing, now), Standing::Held(_)))
+                };
+                stripe.iter().filter(|slot| held(&slot.entry)).count() as u64
+            })
+            .sum();
+        let counters = &self.counters;
+        let window_ms = self.config().span.window_ms;
+        Stats {
+            acquired: counters.acquired.get(),
+            reclaimed: counters.reclaimed.get(),
+            duplicates: counters.duplicates.get(),
+            in_progress: counters.in_progress.get(),
+            payload_mismatches: counters.payload_mismatches.get(),
+            completed: counters.completed.get(),
+            recorded: counters.recorded.get(),
+            released: counters.released.get(),
+            superseded: counters.superseded.get(),
+            filter_checks: counters.filter_checks.get(),
+            filter_hits: counters.filter_hits.get(),
+            filter_false_positives: counters.filter_false_positives.get(),
+            in_flight: self.hot.in_flight() as u64,
+            held,
+            unsealed: self.hot.completed() as u64,
+            buckets,
+            filter_bytes: view.filter_bytes(),
+            disk_bytes: self.db.directory().bytes(),
+            now_ms: now.wall_ms,
+            window: Duration::from_millis(window_ms),
+            remembers_since_ms: now.wall_ms.saturating_sub(window_ms).saturating_add(1),
+            poisoned: self.poisoned().map(str::to_owned),
+        }
+    }
+}
+
+fn is_completed_by(entry: &Entry, token: u64) -> bool {
+    matches!(entry, Entry::Completed(done) if done.token == token)
+}

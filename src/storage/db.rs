@@ -1,0 +1,333 @@
+//! The database: opening, creating, reading, writing. Every RocksDB error becomes one of ours here.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{RwLock, RwLockReadGuard};
+use rocksdb::{
+    ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, FlushOptions,
+    IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
+};
+
+use super::directory::Directory;
+use super::options::Tuning;
+use super::run::Sink;
+use super::{failed, journal, run};
+use crate::error::{Error, Result};
+
+type Rocks = DBWithThreadMode<MultiThreaded>;
+
+const JOURNAL: &str = DEFAULT_COLUMN_FAMILY_NAME;
+const META: &str = "meta";
+
+/// How long to wait between two tries to open a database whose files a dying process still has.
+const OPEN_POLL: Duration = Duration::from_millis(20);
+
+/// An open database, until it is closed.
+pub(crate) struct Db {
+    // A read lock a call, so that `close` can wait for the calls under way and then really close.
+    rocks: RwLock<Option<Rocks>>,
+    directory: Directory,
+    tuning: Tuning,
+    sync: WriteOptions,
+    no_sync: WriteOptions,
+    runs_written: AtomicU64,
+}
+
+/// What a new database starts with in `meta`.
+pub(crate) type Seed<'a> = &'a [(&'static str, Vec<u8>)];
+
+impl Db {
+    /// Opens the database in `directory`, creating it with `seed` where there is none. Gives the names of the other
+    /// column families, which are buckets.
+    pub(crate) fn open(
+        directory: Directory,
+        memory_budget: usize,
+        wait: Duration,
+        seed: impl FnOnce() -> Result<Vec<(&'static str, Vec<u8>)>>,
+    ) -> Result<(Self, Vec<String>)> {
+        let tuning = Tuning::for_budget(memory_budget);
+        if !directory.holds_a_store()? {
+            let seed = seed()?;
+            directory.create_database(|path| create(&tuning, path, &seed))?;
+        }
+        let path = directory.database();
+        let options = tuning.database();
+        let families = Rocks::list_cf(&options, &path).map_err(|error| failed("cannot open", &path, &error))?;
+        let buckets: Vec<String> = families.iter().filter(|name| *name != JOURNAL && *name != META).cloned().collect();
+        if !families.iter().any(|name| name == META) {
+            return Err(Error::Corrupt {
+                place: path.display().to_string(),
+                detail: "the column family `meta` is missing".to_owned(),
+            });
+        }
+        let start = Instant::now();
+        let rocks = loop {
+            let descriptors = families.iter().map(|name| {
+                let options = match name.as_str() {
+                    JOURNAL => tuning.journal(),
+                    META => tuning.meta(),
+                    _ => tuning.bucket(),
+                };
+                ColumnFamilyDescriptor::new(name, options)
+            });
+            match Rocks::open_cf_descriptors(&options, &path, descriptors) {
+                Ok(rocks) => break rocks,
+                // RocksDB's own lock outlives ours in a process that is being torn down.
+                Err(error) if error.kind() == rocksdb::ErrorKind::IOError && start.elapsed() < wait => {
+                    std::thread::sleep(OPEN_POLL);
+                }
+                Err(error) => return Err(failed("cannot open", &path, &error)),
+            }
+        };
+        let db = Self {
+            rocks: RwLock::new(Some(rocks)),
+            directory,
+            tuning,
+            sync: write_options(true),
+            no_sync: write_options(false),
+            runs_written: AtomicU64::new(0),
+        };
+        Ok((db, buckets))
+    }
+
+    pub(crate) fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    fn rocks(&self) -> Result<Open<'_>> {
+        let guard = self.rocks.read();
+        if guard.is_some() { Ok(Open(guard)) } else { Err(Error::Closed) }
+    }
+
+    /// Writes all that `fill` puts into the transaction, or nothing of it. With `sync`, it is on the disk when this
+    /// returns. An error means that nobody knows.
+    pub(crate) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let mut tx = Tx { rocks, batch: WriteBatch::default() };
+        fill(&mut tx)?;
+        let options = if sync { &self.sync } else { &self.no_sync };
+        rocks.write_opt(tx.batch, options).map_err(|error| Error::WriteFailed { detail: error.to_string() })
+    }
+
+    /// Puts everything that was written so far on the disk.
+    pub(crate) fn sync_log(&self) -> Result<()> {
+        let open = self.rocks()?;
+        open.get()?.flush_wal(true).map_err(|error| Error::WriteFailed { detail: error.to_string() })
+    }
+
+    /// Reads a value of the store's own.
+    pub(crate) fn meta(&self, name: &'static str) -> Result<Option<Vec<u8>>> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
+        rocks.get_cf(&family, name).map_err(|error| failed("cannot read", &self.directory.database(), &error))
+    }
+
+    /// Reads the value under `row_key` in a bucket and hands it to `read`. A bucket that is gone has no keys.
+    pub(crate) fn get<R>(&self, bucket: &str, row_key: &[u8], read: impl FnOnce(&[u8]) -> R) -> Result<Option<R>> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Ok(None) };
+        match rocks.get_pinned_cf(&family, row_key) {
+            Ok(value) => Ok(value.map(|value| read(&value))),
+            Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => Ok(None),
+            Err(error) => Err(failed("cannot read", &self.directory.database(), &error)),
+        }
+    }
+
+    /// Reads many values of a bucket: `read` gets the place of each row key that is there, and its value.
+    pub(crate) fn get_many(
+        &self,
+        bucket: &str,
+        row_keys: &[Vec<u8>],
+        mut read: impl FnMut(usize, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Ok(()) };
+        let values: Vec<Result<Option<DBPinnableSlice<'_>>, rocksdb::Error>> =
+            rocks.batched_multi_get_cf(&family, row_keys, false);
+        for (place, value) in values.into_iter().enumerate() {
+            match value {
+                Ok(Some(value)) => read(place, &value)?,
+                Ok(None) => {}
+                Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => {}
+                Err(error) => return Err(failed("cannot read", &self.directory.database(), &error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands every row of the journal to `visit`, in the order of their numbers.
+    pub(crate) fn for_each_row(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let open = self.rocks()?;
+        for item in open.get()?.iterator(IteratorMode::Start) {
+            let (key, row) = item.map_err(|error| failed("cannot read", &self.directory.database(), &error))?;
+            let Some(number) = journal::number(&key) else {
+                return Err(Error::Corrupt {
+                    place: "the journal".to_owned(),
+                    detail: format!("{} is no row number", key.escape_ascii()),
+                });
+            };
+            visit(number, &row)?;
+        }
+        Ok(())
+    }
+
+    /// Hands the row keys of a bucket to `visit`, in their order, until it answers false.
+    pub(crate) fn for_each_key(&self, bucket: &str, mut visit: impl FnMut(&[u8]) -> Result<bool>) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Ok(()) };
+        let mut options = ReadOptions::default();
+        // A scan of everything must not push out what is asked for.
+        options.fill_cache(false);
+        options.set_readahead_size(1 << 20);
+        let mut rows = rocks.raw_iterator_cf_opt(&family, options);
+        rows.seek_to_first();
+        while let Some(key) = rows.key() {
+            if !visit(key)? {
+                return Ok(());
+            }
+            rows.next();
+        }
+        rows.status().map_err(|error| failed("cannot read", &self.directory.database(), &error))
+    }
+
+    pub(crate) fn create_bucket(&self, bucket: &str) -> Result<()> {
+        let open = self.rocks()?;
+        open.get()?
+            .create_cf(bucket, &self.tuning.bucket())
+            .map_err(|error| failed("cannot create a bucket in", &self.directory.database(), &error))
+    }
+
+    /// Drops a bucket whole. Its files go as soon as nobody reads them.
+    pub(crate) fn drop_bucket(&self, bucket: &str) -> Result<()> {
+        let open = self.rocks()?;
+        open.get()?
+            .drop_cf(bucket)
+            .map_err(|error| failed("cannot drop a bucket in", &self.directory.database(), &error))
+    }
+
+    /// How many keys a bucket has, as RocksDB estimates it: exact but for keys that were forgotten or ingested twice.
+    pub(crate) fn estimate_keys(&self, bucket: &str) -> Result<u64> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
+        let keys = rocks
+            .property_int_value_cf(&family, rocksdb::properties::ESTIMATE_NUM_KEYS)
+            .map_err(|error| failed("cannot read", &self.directory.database(), &error))?;
+        Ok(keys.unwrap_or(0))
+    }
+
+    /// Writes a run with `fill` and gives it to `bucket`. When this returns it is on the disk. A run may be given
+    /// twice: the second changes nothing.
+    pub(crate) fn add_run(&self, bucket: &str, fill: impl FnOnce(&mut Sink<'_>) -> Result<()>) -> Result<()> {
+        let number = self.runs_written.fetch_add(1, Ordering::Relaxed);
+        let path: PathBuf = self.directory.runs().join(format!("{number}.sst"));
+        let written = run::write(&self.tuning, &path, fill).and_then(|()| self.ingest(bucket, &path));
+        if written.is_err() {
+            // It is not part of the store; what cannot be removed now goes at the next open.
+            let _ = std::fs::remove_file(&path);
+        }
+        written
+    }
+
+    fn ingest(&self, bucket: &str, path: &Path) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Err(missing_family(bucket)) };
+        let mut options = IngestExternalFileOptions::default();
+        options.set_move_files(true);
+        rocks
+            .ingest_external_file_cf_opts(&family, &options, vec![path])
+            .map_err(|error| failed("cannot ingest", path, &error))
+    }
+
+    /// Writes what is left of the journal's memtable to a table, so that the log behind it can go.
+    pub(crate) fn flush_journal(&self) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
+        let Some(rows) = rocks.cf_handle(JOURNAL) else { return Err(missing_family(JOURNAL)) };
+        rocks
+            .flush_cfs_opt(&[&rows, &meta], &FlushOptions::default())
+            .map_err(|error| failed("cannot flush", &self.directory.database(), &error))
+    }
+
+    /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].
+    pub(crate) fn close(&self) -> Result<()> {
+        let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
+        let synced = rocks.flush_wal(true);
+        rocks.cancel_all_background_work(true);
+        drop(rocks);
+        synced.map_err(|error| Error::WriteFailed { detail: error.to_string() })
+    }
+}
+
+/// A database that stays open while this lives.
+struct Open<'a>(RwLockReadGuard<'a, Option<Rocks>>);
+
+impl Open<'_> {
+    fn get(&self) -> Result<&Rocks> {
+        self.0.as_ref().ok_or(Error::Closed)
+    }
+}
+
+/// What is written together.
+pub(crate) struct Tx<'a> {
+    rocks: &'a Rocks,
+    batch: WriteBatch,
+}
+
+impl Tx<'_> {
+    pub(crate) fn put_row(&mut self, number: u64, row: &[u8]) {
+        journal::put(&mut self.batch, number, row);
+    }
+
+    pub(crate) fn delete_rows_before(&mut self, end: u64) {
+        journal::delete_before(&mut self.batch, end);
+    }
+
+    pub(crate) fn put_meta(&mut self, name: &'static str, value: &[u8]) -> Result<()> {
+        let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
+        self.batch.put_cf(&family, name, value);
+        Ok(())
+    }
+
+    /// Deletes a key of a bucket. A bucket that is gone has none.
+    pub(crate) fn delete_key(&mut self, bucket: &str, row_key: &[u8]) {
+        if let Some(family) = self.rocks.cf_handle(bucket) {
+            self.batch.delete_cf(&family, row_key);
+        }
+    }
+}
+
+fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
+    let mut options = tuning.database();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    let descriptors =
+        [ColumnFamilyDescriptor::new(JOURNAL, tuning.journal()), ColumnFamilyDescriptor::new(META, tuning.meta())];
+    let cannot_create = |error| failed("cannot create", path, &error);
+    let rocks = Rocks::open_cf_descriptors(&options, path, descriptors).map_err(cannot_create)?;
+    let mut batch = WriteBatch::default();
+    let meta = rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
+    for (name, value) in seed {
+        batch.put_cf(&meta, name, value);
+    }
+    rocks.write_opt(batch, &write_options(true)).map_err(cannot_create)
+}
+
+fn write_options(sync: bool) -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.set_sync(sync);
+    options
+}
+
+fn missing_family(name: &str) -> Error {
+    Error::Corrupt { place: format!("the column family `{name}`"), detail: "it is missing".to_owned() }
+}

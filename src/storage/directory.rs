@@ -1,0 +1,158 @@
+//! A store's directory: who may use it, and what lies in it.
+//!
+//! ```text
+//! STORE/onlyonce.lock   locked by the process that has the store open
+//! STORE/db/             RocksDB
+//! STORE/db.new/         a store that is being created; removed where a crash left it
+//! STORE/runs/           runs that are written and not yet ingested; emptied at open
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+
+const LOCK: &str = "onlyonce.lock";
+const DATABASE: &str = "db";
+const NEW_DATABASE: &str = "db.new";
+const RUNS: &str = "runs";
+
+/// How long to sleep between two tries for a lock.
+const LOCK_POLL: Duration = Duration::from_millis(5);
+
+/// A directory that this process alone may use, until this is dropped.
+pub(crate) struct Directory {
+    root: PathBuf,
+    _lock: File,
+}
+
+impl Directory {
+    /// Makes the directory ours. Creates it, readable by its owner alone, where there is none; waits up to `wait`
+    /// for another process to let go: a killed one holds its locks until the kernel has torn it down.
+    pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
+        refuse_foreign(root)?;
+        make_private(root)?;
+        let path = root.join(LOCK);
+        let lock = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| Error::io("cannot open", &path, &error))?;
+        let start = Instant::now();
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if start.elapsed() < wait => std::thread::sleep(LOCK_POLL),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::AlreadyOpen { path: root.to_owned(), waited: wait });
+                }
+                Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, &error)),
+            }
+        }
+        let directory = Self { root: root.to_owned(), _lock: lock };
+        remove_dir(&directory.new_database())?;
+        remove_dir(&directory.runs())?;
+        make_private(&directory.runs())?;
+        Ok(directory)
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(crate) fn database(&self) -> PathBuf {
+        self.root.join(DATABASE)
+    }
+
+    pub(crate) fn runs(&self) -> PathBuf {
+        self.root.join(RUNS)
+    }
+
+    fn new_database(&self) -> PathBuf {
+        self.root.join(NEW_DATABASE)
+    }
+
+    /// Whether a store was ever created here.
+    pub(crate) fn holds_a_store(&self) -> Result<bool> {
+        let path = self.database();
+        path.try_exists().map_err(|error| Error::io("cannot look at", &path, &error))
+    }
+
+    /// Creates a database with `create` and puts it in its place whole: a crash leaves none or all of it.
+    pub(crate) fn create_database(&self, create: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let (new, database) = (self.new_database(), self.database());
+        make_private(&new)?;
+        create(&new)?;
+        fs::rename(&new, &database).map_err(|error| Error::io("cannot rename", &new, &error))?;
+        sync_dir(&self.root)?;
+        // The directory's own name must survive a power cut, too.
+        match self.root.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent),
+            _ => sync_dir(Path::new(".")),
+        }
+    }
+
+    /// Bytes of all files below. Files that vanish meanwhile count as none.
+    pub(crate) fn bytes(&self) -> u64 {
+        fn below(path: &Path) -> u64 {
+            let Ok(entries) = fs::read_dir(path) else { return 0 };
+            entries
+                .flatten()
+                .map(|entry| match entry.metadata() {
+                    Ok(metadata) if metadata.is_dir() => below(&entry.path()),
+                    Ok(metadata) => metadata.len(),
+                    Err(_) => 0,
+                })
+                .sum()
+        }
+        below(&self.root)
+    }
+}
+
+/// Refuses a path that is a file, or a directory with something in it that is not ours.
+fn refuse_foreign(root: &Path) -> Result<()> {
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            return Err(Error::NotAStore { path: root.to_owned(), reason: "it is a file".to_owned() });
+        }
+        Err(error) => return Err(Error::io("cannot read", root, &error)),
+    };
+    let mut foreign = None;
+    for entry in entries {
+        let name = entry.map_err(|error| Error::io("cannot read", root, &error))?.file_name();
+        match name.to_str() {
+            Some(DATABASE) => return Ok(()),
+            Some(LOCK | NEW_DATABASE | RUNS) => {}
+            _ => foreign = Some(name),
+        }
+    }
+    match foreign {
+        None => Ok(()),
+        Some(name) => Err(Error::NotAStore {
+            path: root.to_owned(),
+            reason: format!("it holds {:?} and no store", name.to_string_lossy()),
+        }),
+    }
+}
+
+fn make_private(path: &Path) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| Error::io("cannot create", path, &error))
+}
+
+fn remove_dir(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove", path, &error)),
+        _ => Ok(()),
+    }
+}
+
+fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, &error))
+}

@@ -1,0 +1,97 @@
+//! Every tuning value, with its reason.
+
+use rocksdb::{
+    BlockBasedOptions, Cache, DBCompactionStyle, DBRecoveryMode, LogLevel, Options, UniversalCompactOptions,
+};
+
+const MIB: usize = 1 << 20;
+
+/// The options of one database: one set a kind of column family, so that none is left to RocksDB's defaults.
+pub(super) struct Tuning {
+    block_cache: Cache,
+    memtable_bytes: usize,
+}
+
+impl Tuning {
+    /// A quarter of the budget caches blocks of the buckets; an eighth is the journal's memtable.
+    pub(super) fn for_budget(memory_budget: usize) -> Self {
+        Self {
+            block_cache: Cache::new_lru_cache(memory_budget / 4),
+            memtable_bytes: (memory_budget / 8).clamp(8 * MIB, 64 * MIB),
+        }
+    }
+
+    /// What holds for the whole database.
+    pub(super) fn database(&self) -> Options {
+        let mut options = Options::default();
+        // A log that ends in half a record is what a crash leaves; a bad record before the end is corruption and
+        // must not pass for the end (G6). Point-in-time recovery, RocksDB's default, would drop all that follows it.
+        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        // A seal flushes the journal, which cuts the log. This bounds the log where seals are rare but claims many.
+        options.set_max_total_wal_size(4 * self.memtable_bytes as u64);
+        // Runs are sorted before they come here; two threads are enough for a flush beside a merge.
+        options.set_max_background_jobs(2);
+        // The usual limit of a process is 1,024 descriptors, and most of them are not ours.
+        options.set_max_open_files(512);
+        // Runs and flushed tables reach the disk bit by bit, so that the log's syncs do not queue behind them.
+        options.set_bytes_per_sync(MIB as u64);
+        options.set_log_level(LogLevel::Warn);
+        options.set_keep_log_file_num(2);
+        options.set_max_log_file_size(4 * MIB);
+        options.set_stats_dump_period_sec(0);
+        options.set_stats_persist_period_sec(0);
+        options
+    }
+
+    /// The journal: rows in the order of their numbers, read only at open, dead soon after they are written.
+    pub(super) fn journal(&self) -> Options {
+        let mut options = Options::default();
+        options.set_write_buffer_size(self.memtable_bytes);
+        options.set_max_write_buffer_number(4);
+        options.set_block_based_table_factory(&self.table());
+        options
+    }
+
+    /// A handful of short rows.
+    pub(super) fn meta(&self) -> Options {
+        let mut options = Options::default();
+        options.set_write_buffer_size(MIB);
+        options.set_block_based_table_factory(&self.table());
+        options
+    }
+
+    /// A bucket: sorted runs that are ingested, read by whole key, merged a few times at most, and dropped whole.
+    pub(super) fn bucket(&self) -> Options {
+        let mut options = Options::default();
+        // Only `forget` writes here without a run.
+        options.set_write_buffer_size(MIB);
+        let mut table = self.table();
+        // A key that the in-memory filter names is asked of every run of the bucket: 1 % of the wrong ones read a
+        // block.
+        table.set_bloom_filter(10.0, false);
+        table.set_whole_key_filtering(true);
+        options.set_block_based_table_factory(&table);
+        // Eight runs become one: each key is rewritten once for every eightfold growth of its bucket.
+        options.set_compaction_style(DBCompactionStyle::Universal);
+        let mut universal = UniversalCompactOptions::default();
+        universal.set_min_merge_width(8);
+        universal.set_max_size_amplification_percent(1_000_000);
+        options.set_universal_compaction_options(&universal);
+        options.set_level_zero_file_num_compaction_trigger(8);
+        // Runs that wait for a merge slow nobody down: nothing is written here but whole runs.
+        options.set_level_zero_slowdown_writes_trigger(i32::MAX);
+        options.set_level_zero_stop_writes_trigger(i32::MAX);
+        options.set_soft_pending_compaction_bytes_limit(0);
+        options.set_hard_pending_compaction_bytes_limit(0);
+        options
+    }
+
+    fn table(&self) -> BlockBasedOptions {
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(&self.block_cache);
+        // Inside the budget, with the blocks.
+        table.set_cache_index_and_filter_blocks(true);
+        table.set_pin_l0_filter_and_index_blocks_in_cache(false);
+        table
+    }
+}

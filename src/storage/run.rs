@@ -1,0 +1,30 @@
+//! Runs: sorted files of completed keys, written beside the database and handed to it whole.
+
+use std::path::Path;
+
+use rocksdb::SstFileWriter;
+
+use super::failed;
+use super::options::Tuning;
+use crate::error::Result;
+
+/// Writes the rows, which must come in the order of their keys and without doubles, to a new file, and syncs it.
+pub(super) fn write(tuning: &Tuning, path: &Path, fill: impl FnOnce(&mut Sink<'_>) -> Result<()>) -> Result<()> {
+    let options = tuning.bucket();
+    let mut sink = Sink { writer: SstFileWriter::create(&options), path };
+    sink.writer.open(path).map_err(|error| failed("cannot create", path, &error))?;
+    fill(&mut sink)?;
+    sink.writer.finish().map_err(|error| failed("cannot write", path, &error))
+}
+
+/// Where the rows of a run go.
+pub(crate) struct Sink<'a> {
+    writer: SstFileWriter<'a>,
+    path: &'a Path,
+}
+
+impl Sink<'_> {
+    pub(crate) fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        self.writer.put(key, value).map_err(|error| failed("cannot write", self.path, &error))
+    }
+}

@@ -1,0 +1,491 @@
+//! The store: opening it, and one key at a time.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::claim::{self, Claim, CompleteError, Completed, InProgress, Lease, in_progress};
+use crate::clock::Clock;
+use crate::codec::RowKind;
+use crate::config::{Durability, OnInterrupt, Options};
+use crate::entry::{Entry, Kept, Prior, Processing};
+use crate::error::{Error, Result};
+use crate::key::Key;
+use crate::state::engine::{Answer, Engine, Settlement, display};
+use crate::state::keeper::Running;
+use crate::state::request::Request;
+use crate::state::transition::Standing;
+use crate::stats::Stats;
+use crate::storage::directory::Directory;
+
+/// A deduplication and idempotency store in a directory. Clones are handles to the same store.
+///
+/// All calls block; none takes longer than a disk needs for a small write, except [`Store::seal`], [`Store::stats`]
+/// and [`Store::close`]. The store closes when it is told to, or when its last clone and lease are dropped.
+#[derive(Clone)]
+pub struct Store {
+    pub(crate) running: Arc<Running>,
+}
+
+/// The options of a store. Made by [`Store::builder`].
+#[derive(Clone)]
+#[must_use = "a builder does nothing before `open`"]
+pub struct Builder {
+    options: Options,
+}
+
+impl Builder {
+    /// How long a completed key is remembered. From 1 ms to 10 years; by default what the store was last opened with,
+    /// 24 hours for a new one. A narrower window forgets what is older, for good.
+    pub fn window(mut self, window: Duration) -> Self {
+        self.options.window = Some(window);
+        self
+    }
+
+    /// The width of the time slices that completed keys are kept and dropped in. By default a 24th of the window;
+    /// at most 48 must cover it. Storage outlives the window by one slice at most; answers do not.
+    pub fn bucket(mut self, width: Duration) -> Self {
+        self.options.bucket = Some(width);
+        self
+    }
+
+    /// How long a claim is safe from being taken over, unless renewed. From 1 ms to a year, 30 seconds by default.
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.options.lease = lease;
+        self
+    }
+
+    /// When a finished call is safe. [`Durability::Disk`] by default.
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.options.durability = durability;
+        self
+    }
+
+    /// Under [`Durability::Process`], how often the log is synced: what a power cut can take. From 1 ms to an hour,
+    /// 1 second by default.
+    pub fn sync_interval(mut self, interval: Duration) -> Self {
+        self.options.sync_interval = interval;
+        self
+    }
+
+    /// What becomes of a key whose holder vanished. [`OnInterrupt::Rerun`] by default.
+    pub fn on_interrupt(mut self, on_interrupt: OnInterrupt) -> Self {
+        self.options.on_interrupt = on_interrupt;
+        self
+    }
+
+    /// Bytes of memory for filters (half at most), unsealed keys (half at most, usually a quarter), cached blocks (a
+    /// quarter) and the journal's memtable (an eighth each). At least 32 MiB, 256 MiB by default. Keys in flight come
+    /// on top: see [`Builder::in_flight_limit`].
+    pub fn memory_budget(mut self, bytes: usize) -> Self {
+        self.options.memory_budget = bytes;
+        self
+    }
+
+    /// The largest result that is kept, in bytes; of a larger one only the fact is. At most 64 MiB, 1 MiB by default.
+    pub fn result_limit(mut self, bytes: usize) -> Self {
+        self.options.result_limit = bytes;
+        self
+    }
+
+    /// The longest key that is accepted, with its scope, in bytes. From 1 to 65,535, 1,024 by default.
+    pub fn key_limit(mut self, bytes: usize) -> Self {
+        self.options.key_limit = bytes;
+        self
+    }
+
+    /// How many keys may be claimed and not completed at a time, about 250 bytes of memory each. 1,000,000 by
+    /// default. A claim over it is refused with [`Error::TooManyInFlight`].
+    pub fn in_flight_limit(mut self, keys: usize) -> Self {
+        self.options.in_flight_limit = keys;
+        self
+    }
+
+    /// How long to wait for another process to let go of the directory: a killed one holds its locks for some
+    /// milliseconds. Up to an hour, 1 second by default.
+    pub fn lock_wait(mut self, wait: Duration) -> Self {
+        self.options.lock_wait = wait;
+        self
+    }
+
+    /// Where the time comes from: the system by default, a [`ManualClock`](crate::ManualClock) in tests.
+    pub fn clock(mut self, clock: impl Clock) -> Self {
+        self.options.clock = Arc::new(clock);
+        self
+    }
+
+    /// Opens the store in a directory, or creates it, readable by its owner alone. Reads the journal back; the filter
+    /// is rebuilt while the store already answers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for an option out of its bounds; [`Error::AlreadyOpen`], [`Error::NotAStore`],
+    /// [`Error::UnsupportedFormat`] and [`Error::Corrupt`] for the directory. Nothing is lost by any of them.
+    pub fn open(self, path: impl AsRef<Path>) -> Result<Store> {
+        let directory = Directory::acquire(path.as_ref(), self.options.lock_wait)?;
+        let engine = Engine::open(directory, &self.options)?;
+        Ok(Store { running: Arc::new(Running::start(engine)?) })
+    }
+}
+
+/// What [`Store::check`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// A claim would acquire it.
+    New,
+    /// A claim would find it in progress.
+    InProgress(InProgress),
+    /// A claim would find it completed.
+    Completed(Completed),
+}
+
+/// What [`Store::record`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recorded {
+    /// The key is new, and completed from now on.
+    First,
+    /// The key was there.
+    Duplicate {
+        /// It is being worked on and not completed: whether it ever will be is open.
+        in_flight: bool,
+    },
+}
+
+/// What [`Store::run`] did.
+#[derive(Debug)]
+#[must_use]
+pub enum Ran {
+    /// The work was done now, with this result.
+    First(Vec<u8>),
+    /// The work was done before: this came of it.
+    Replayed(Completed),
+    /// Somebody else is at it.
+    InProgress(InProgress),
+}
+
+/// Why [`Store::run`] failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError<E> {
+    /// The key could not be claimed: the work was not begun.
+    #[error("the key could not be claimed: {0}")]
+    Claim(Error),
+    /// The work failed, and the key was released.
+    #[error("the work failed: {0}")]
+    Work(E),
+    /// The work is done and its result could not be stored.
+    #[error(transparent)]
+    Complete(CompleteError),
+}
+
+/// What is stored of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stored {
+    /// A claimed key.
+    #[non_exhaustive]
+    Processing {
+        /// The token of its last claim.
+        token: u64,
+        /// The number of that attempt, from 1.
+        attempt: u32,
+        /// How it stands.
+        phase: Phase,
+    },
+    /// A completed key.
+    Completed(Completed),
+}
+
+/// How a claimed key stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Its holder is at work, and nobody else gets it for so long.
+    Leased(Duration),
+    /// Its holder is gone, and nobody gets it for so long.
+    Backoff(Duration, Prior),
+    /// Its holder is gone, and the next claim gets it.
+    Free(Prior),
+    /// Its holder is gone, and nobody gets it before it is resolved.
+    Held(Prior),
+}
+
+/// A key that waits for a decision, under [`OnInterrupt::Hold`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Held {
+    /// The key, with its scope.
+    pub key: Key<'static>,
+    /// The token of the interrupted attempt.
+    pub token: u64,
+    /// Its number, from 1.
+    pub attempt: u32,
+    /// What interrupted it.
+    pub prior: Prior,
+    /// When it was claimed, dropped or found crashed, in milliseconds since the Unix epoch.
+    pub since_ms: u64,
+}
+
+/// The decision about a held key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resolution {
+    /// It did not happen: the next claim gets it.
+    Rerun,
+    /// It did happen, with this result.
+    Completed(Vec<u8>),
+}
+
+impl Store {
+    /// Opens the store in a directory with the default options, or creates it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::builder().open(path)
+    }
+
+    /// The options to open a store with.
+    pub fn builder() -> Builder {
+        Builder { options: Options::default() }
+    }
+
+    /// Asks for the right to work on a key.
+    ///
+    /// A new key costs an append to the log and no read; under [`OnInterrupt::Hold`] with [`Durability::Disk`] it
+    /// waits for an fdatasync as well.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PayloadMismatch`] if the key was used with another payload; [`Error::KeyEmpty`],
+    /// [`Error::KeyTooLong`], [`Error::ScopeTooLong`], [`Error::TooManyInFlight`], [`Error::SealingFailed`] for
+    /// limits. A claim that fails leaves the key unclaimed.
+    ///
+    /// ```
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// match store.claim("order-4711")? {
+    ///     Claim::Acquired(lease) => lease.complete("charged")?,
+    ///     Claim::Completed(first) => println!("done before: {:?}", first.result()),
+    ///     Claim::InProgress(other) => println!("come back in {:?}", other.retry_after),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn claim<'k>(&self, key: impl Into<Key<'k>>) -> Result<Claim> {
+        let request = self.one(key)?;
+        let claimed = only(self.running.engine.claim(&request)?)??;
+        Ok(claim::claim(claimed, &self.running))
+    }
+
+    /// What a claim would find. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim`].
+    pub fn check<'k>(&self, key: impl Into<Key<'k>>) -> Result<Check> {
+        let request = self.one(key)?;
+        Ok(checked(only(self.running.engine.check(&request)?)??))
+    }
+
+    /// Marks a key as completed, without a lease or a result: the one-write form for filters.
+    ///
+    /// Called after the effect it can repeat one after a crash; called before the effect it can lose one. Do the
+    /// former, unless losing is better than repeating.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim`]; after [`Error::WriteFailed`] it may be recorded.
+    pub fn record<'k>(&self, key: impl Into<Key<'k>>) -> Result<Recorded> {
+        let request = self.one(key)?;
+        Ok(recorded(&only(self.running.engine.record(&request)?)??))
+    }
+
+    /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
+    /// done before; releases the key where the work fails. A panic in the work drops the lease.
+    ///
+    /// # Errors
+    ///
+    /// [`RunError`] says whether the claim, the work or the completion failed.
+    ///
+    /// ```
+    /// use onlyonce::{Ran, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// for _ in 0..2 {
+    ///     match store.run("order-4711", |_lease| Ok::<_, std::io::Error>(b"receipt 1".to_vec()))? {
+    ///         Ran::First(result) => assert_eq!(result, b"receipt 1"),
+    ///         Ran::Replayed(first) => assert_eq!(first.result(), Some(&b"receipt 1"[..])),
+    ///         Ran::InProgress(_) => unreachable!("nobody else works here"),
+    ///     }
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn run<'k, E>(
+        &self,
+        key: impl Into<Key<'k>>,
+        work: impl FnOnce(&mut Lease) -> Result<Vec<u8>, E>,
+    ) -> Result<Ran, RunError<E>> {
+        let mut lease = match self.claim(key).map_err(RunError::Claim)? {
+            Claim::Acquired(lease) => lease,
+            Claim::Completed(first) => return Ok(Ran::Replayed(first)),
+            Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
+        };
+        match work(&mut lease) {
+            Ok(result) => match lease.complete(result.clone()) {
+                Ok(()) => Ok(Ran::First(result)),
+                Err(error) => Err(RunError::Complete(error)),
+            },
+            Err(error) => {
+                if let Err(error) = lease.release() {
+                    tracing::warn!(%error, "the key of failed work could not be released");
+                }
+                Err(RunError::Work(error))
+            }
+        }
+    }
+
+    /// What is stored of a key, for people and tools. `None` if a claim would be its first.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim`], without the limits.
+    pub fn get<'k>(&self, key: impl Into<Key<'k>>) -> Result<Option<Stored>> {
+        let request = self.one(key)?;
+        let entry = only(self.running.engine.get(&request)?)?;
+        Ok(entry.map(|entry| match entry {
+            Entry::Completed(done) => Stored::Completed(Completed::new(done)),
+            Entry::Processing(processing) => Stored::Processing {
+                token: processing.token,
+                attempt: processing.attempt,
+                phase: self.phase(&processing),
+            },
+        }))
+    }
+
+    fn phase(&self, processing: &Processing) -> Phase {
+        match self.running.engine.standing(processing) {
+            Standing::Alive { remaining_ms } => Phase::Leased(Duration::from_millis(remaining_ms)),
+            Standing::Settling => Phase::Leased(Duration::ZERO),
+            Standing::Backoff { remaining_ms } => Phase::Backoff(Duration::from_millis(remaining_ms), Prior::Released),
+            Standing::Free(prior) => Phase::Free(prior),
+            Standing::Held(prior) => Phase::Held(prior),
+            // It ran out between two readings of the clock.
+            Standing::Forgotten => Phase::Free(Prior::LeaseExpired),
+        }
+    }
+
+    /// Removes all that is stored of a key, so that the next claim is its first. True if there was something.
+    ///
+    /// For operators: it waits for a seal under way, and its write is as durable as a completion.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] if somebody works on it.
+    pub fn forget<'k>(&self, key: impl Into<Key<'k>>) -> Result<bool> {
+        let request = self.one(key)?;
+        self.running.engine.forget(&request)
+    }
+
+    /// The keys that wait for a decision under [`OnInterrupt::Hold`], the oldest claim first. Visits all keys in
+    /// memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`] and [`Error::Closed`].
+    pub fn held(&self) -> Result<Vec<Held>> {
+        let held = self.running.engine.held()?;
+        held.into_iter()
+            .map(|(key, processing, prior)| {
+                let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
+                    place: "a key in the journal".to_owned(),
+                    detail: format!("{} is no key", key.escape_ascii()),
+                })?;
+                let Processing { token, attempt, since_ms, .. } = processing;
+                Ok(Held { key, token, attempt, prior, since_ms })
+            })
+            .collect()
+    }
+
+    /// Decides about a held key.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotHeld`] if it is not held, or not any more.
+    pub fn resolve<'k>(&self, key: impl Into<Key<'k>>, resolution: Resolution) -> Result<()> {
+        let engine = &self.running.engine;
+        let request = self.one(key)?;
+        let not_held =
+            || Error::NotHeld { key: request.iter().next().map(|asked| display(asked.key)).unwrap_or_default() };
+        let (grant, prior) = engine.held_grant(&request)?.ok_or_else(not_held)?;
+        let (kind, settlement) = match resolution {
+            Resolution::Rerun => (RowKind::Settled, Settlement::Open { prior, not_before_ms: 0 }),
+            Resolution::Completed(result) => {
+                let kept = Kept::of(&result, engine.config().result_limit);
+                (RowKind::Completed, Settlement::Completed(kept))
+            }
+        };
+        let accepted = engine.settle(kind, vec![(&grant, settlement)])?;
+        if accepted == [true] { Ok(()) } else { Err(not_held()) }
+    }
+
+    /// The store's figures. Visits all keys in memory and all files: not for every request.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.running.engine.stats()
+    }
+
+    /// Moves every completed key from memory to its bucket and drops what has passed: what the store does by itself
+    /// in the background. Some milliseconds for a thousand keys, a second for a few million.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the disk refuses; nothing is lost, and it is tried again later.
+    pub fn seal(&self) -> Result<()> {
+        self.running.engine.seal_and_rotate()
+    }
+
+    /// Waits for the calls under way, puts everything on the disk and lets go of the directory. Clones and leases that
+    /// are left get [`Error::Closed`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WriteFailed`] if the last sync fails: under [`Durability::Process`] its last `sync_interval` is in
+    /// doubt.
+    pub fn close(&self) -> Result<()> {
+        self.running.close()
+    }
+
+    fn one<'k>(&self, key: impl Into<Key<'k>>) -> Result<Request> {
+        self.running.engine.request(std::iter::once(key))
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").finish_non_exhaustive()
+    }
+}
+
+/// The answer to a request of one key.
+fn only<T>(mut answers: Vec<T>) -> Result<T> {
+    answers.pop().ok_or(Error::KeyEmpty)
+}
+
+pub(crate) fn checked(answer: Answer) -> Check {
+    match answer {
+        Answer::New => Check::New,
+        Answer::InProgress { retry_after_ms, attempt } => Check::InProgress(in_progress(retry_after_ms, attempt)),
+        Answer::Completed(done) => Check::Completed(Completed::new(done)),
+    }
+}
+
+pub(crate) fn recorded(answer: &Answer) -> Recorded {
+    match answer {
+        Answer::New => Recorded::First,
+        Answer::InProgress { .. } => Recorded::Duplicate { in_flight: true },
+        Answer::Completed(_) => Recorded::Duplicate { in_flight: false },
+    }
+}
