@@ -1,6 +1,7 @@
 //! What happens at open: the journal is read back, and the filter is rebuilt while the store already answers.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::set::{Bucket, BucketSet};
 use crate::codec::{Event, digest_of_row, read_row};
@@ -41,8 +42,9 @@ pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Rep
 /// Brings the keys of a bucket back into the filter, which answers for it from then on. Gives up, with false, when
 /// `go_on` says so.
 pub(crate) fn rebuild_filter(db: &Db, set: &BucketSet, bucket: &Arc<Bucket>, go_on: impl Fn() -> bool) -> Result<bool> {
-    set.make_room(bucket.slot, bucket.keys.load(std::sync::atomic::Ordering::Relaxed));
     let mut digests = Vec::with_capacity(CHUNK);
+    // Room for all of them is made once.
+    let mut expected = bucket.keys.load(Ordering::Relaxed);
     let mut finished = true;
     db.for_each_key(&bucket.family, |row_key| {
         let digest = digest_of_row(row_key).ok_or_else(|| Error::Corrupt {
@@ -51,13 +53,14 @@ pub(crate) fn rebuild_filter(db: &Db, set: &BucketSet, bucket: &Arc<Bucket>, go_
         })?;
         digests.push(digest);
         if digests.len() == CHUNK {
-            set.mark_again(bucket, &digests);
+            set.mark_counted(bucket, &digests, expected.max(CHUNK as u64));
+            expected = expected.saturating_sub(CHUNK as u64);
             digests.clear();
             finished = go_on();
         }
         Ok(finished)
     })?;
-    set.mark_again(bucket, &digests);
+    set.mark_counted(bucket, &digests, digests.len() as u64);
     if finished {
         set.set_filtered(bucket);
     }

@@ -52,6 +52,10 @@ impl View {
         self.buckets.iter().flatten().filter(move |bucket| slots & 1 << bucket.slot != 0)
     }
 
+    fn has(&self, bucket: &Arc<Bucket>) -> bool {
+        self.buckets.iter().flatten().any(|other| Arc::ptr_eq(other, bucket))
+    }
+
     pub(crate) fn is_filtered(&self, bucket: &Bucket) -> bool {
         self.unfiltered & 1 << bucket.slot == 0
     }
@@ -125,32 +129,30 @@ impl BucketSet {
     /// Notes in the filter that the bucket holds the keys with these digests, making room first. Must be called
     /// before anyone relies on the bucket to answer for them.
     pub(crate) fn mark(&self, bucket: &Bucket, digests: &[u64]) {
-        self.make_room(bucket.slot, digests.len() as u64);
-        self.view.load().stack.insert(bucket.slot, digests.iter().copied());
         bucket.keys.fetch_add(digests.len() as u64, Ordering::Relaxed);
+        self.mark_counted(bucket, digests, digests.len() as u64);
     }
 
-    /// Makes sure that a bucket of `keys` more keys fits into the filter, as far as the budget goes.
-    pub(crate) fn make_room(&self, slot: Slot, keys: u64) {
+    /// As [`BucketSet::mark`], for keys that are counted already, of which `expected` are still to come.
+    pub(crate) fn mark_counted(&self, bucket: &Bucket, digests: &[u64], expected: u64) {
+        // Not only to make room: an empty layer is removed with the next bucket that goes, unless it is seen in use.
         let _change = self.change.lock();
         let view = self.view.load();
-        if let Some(stack) = view.stack.with_room(slot, keys) {
-            tracing::debug!(slot, keys, bytes = stack.bytes(), "filter grown");
-            self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+        match view.stack.with_room(bucket.slot, expected) {
+            None => view.stack.insert(bucket.slot, digests.iter().copied()),
+            Some(stack) => {
+                tracing::debug!(bucket = %bucket.slice, keys = expected, bytes = stack.bytes(), "filter grown");
+                stack.insert(bucket.slot, digests.iter().copied());
+                self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+            }
         }
-    }
-
-    /// Inserts digests of keys that the bucket held before this opening; they are counted already.
-    pub(crate) fn mark_again(&self, bucket: &Bucket, digests: &[u64]) {
-        self.view.load().stack.insert(bucket.slot, digests.iter().copied());
     }
 
     /// From now on the filter answers for the bucket.
     pub(crate) fn set_filtered(&self, bucket: &Arc<Bucket>) {
         let _change = self.change.lock();
         let mut view = View::clone(&self.view.load());
-        let same = |other: &Arc<Bucket>| Arc::ptr_eq(other, bucket);
-        if view.buckets.iter().flatten().any(same) {
+        if view.has(bucket) {
             view.unfiltered &= !(1 << bucket.slot);
             self.view.store(Arc::new(view));
         }
@@ -167,9 +169,13 @@ impl BucketSet {
     }
 
     /// Drops a bucket and frees its slot.
-    pub(crate) fn remove(&self, db: &Db, bucket: &Bucket) -> Result<()> {
+    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>) -> Result<()> {
         let _change = self.change.lock();
         let mut view = View::clone(&self.view.load());
+        if !view.has(bucket) {
+            // Somebody else has dropped it meanwhile.
+            return Ok(());
+        }
         let bit = 1 << bucket.slot;
         view.live &= !bit;
         view.unfiltered &= !bit;

@@ -217,7 +217,7 @@ mod tests {
         }
         layer.clear(5);
         assert!(digests(500..600).all(|digest| layer.slots(digest) & 1 << 5 == 0));
-        for slot in [0, 4, 6, 7] {
+        for slot in [0_u8, 4, 6, 7] {
             let start = u64::from(slot) * 100;
             assert!(digests(start..start + 100).all(|digest| layer.slots(digest) & 1 << slot != 0));
         }

@@ -27,7 +27,7 @@ use crate::key::{Digester, Fingerprint, Key};
 use crate::stats::Counters;
 use crate::storage::db::{Db, Tx};
 use crate::storage::directory::Directory;
-use crate::storage::journal::RowNumbers;
+use crate::storage::journal::{OpenRow, RowNumbers};
 
 /// Names in `meta`.
 pub(super) const FORMAT: &str = "format";
@@ -87,8 +87,9 @@ pub(crate) struct Engine {
     pub(super) rows: RowNumbers,
     pub(super) timeline: Timeline,
     pub(super) counters: Counters,
-    /// Held while sealed keys change their place, and by whoever must not see them do so.
-    pub(super) sealing: Mutex<()>,
+    /// Held while sealed keys change their place, and by whoever must not see them do so. The number of the last
+    /// image that a seal wrote at the journal's head.
+    pub(super) sealing: Mutex<u64>,
     /// Grows before keys that were sealed leave the hot table: what was found absent there before may now be in a
     /// bucket.
     pub(super) seals: AtomicU64,
@@ -173,7 +174,7 @@ impl Engine {
             rows: RowNumbers::default(),
             timeline,
             counters: Counters::default(),
-            sealing: Mutex::new(()),
+            sealing: Mutex::new(replayed.last_number),
             seals: AtomicU64::new(0),
             backlog: Backlog::default(),
             journal_bytes: AtomicU64::new(replayed.bytes),
@@ -324,7 +325,7 @@ impl Engine {
     // Reading
     // -----------------------------------------------------------------------------------------------------------
 
-    /// What the disk knows of the keys that are not in the hot table.
+    /// What the disk knows of the keys.
     fn on_disk<'a>(&self, asked: impl Iterator<Item = Asked<'a>>) -> Result<OnDisk> {
         // Before anything is looked at: what changes from here on is noticed.
         let seals = self.seals.load(Ordering::Acquire);
@@ -334,7 +335,8 @@ impl Engine {
         for asked in asked {
             checks += 1;
             let slots = view.candidates(asked.digest);
-            if slots != 0 && self.hot.stripe(asked.digest).get(asked.digest, asked.key).is_none() {
+            // Also where the hot table has the key now: a seal may be about to remove it.
+            if slots != 0 {
                 probes.push(Probe { place: asked.place, digest: asked.digest, key: asked.key, slots });
             }
         }
@@ -450,13 +452,18 @@ impl Engine {
         self.reserve(count)
     }
 
-    /// Appends a row, and calls `apply` once it is written and before it may be sealed away.
-    fn append(&self, row: RowWriter, sync: bool, apply: impl FnOnce()) -> Result<()> {
+    /// Takes the number of a row that is about to be written. Before what it says can be seen in the hot table: then
+    /// the rows of one key stand in the order of its holders, and none of them outlives one that overrules it.
+    fn begin_row(&self) -> OpenRow<'_> {
+        self.rows.begin(|| self.sequence.take())
+    }
+
+    /// Writes a row, and calls `apply` once it is written and before it may be sealed away.
+    fn append(&self, open: OpenRow<'_>, row: RowWriter, sync: bool, apply: impl FnOnce()) -> Result<()> {
         if row.is_empty() {
             return Ok(());
         }
         let row = row.finish();
-        let open = self.rows.begin(|| self.sequence.take());
         self.write(sync, |tx| {
             tx.put_row(open.number(), &row);
             Ok(())
@@ -472,6 +479,7 @@ impl Engine {
         let on_disk = self.on_disk(request.iter())?;
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
+        let open = self.begin_row();
         let mut row = RowWriter::new(RowKind::Claimed, now.wall_ms, request.key_bytes() + request.len() * 12);
         let mut claimed = Vec::with_capacity(request.len());
         for asked in request.iter() {
@@ -507,7 +515,7 @@ impl Engine {
             });
             claimed.push(decided.flatten());
         }
-        self.append(row, self.config.sync_claims(), || {})?;
+        self.append(open, row, self.config.sync_claims(), || {})?;
         self.count_claims(&claimed);
         Ok(claimed)
     }
@@ -517,6 +525,7 @@ impl Engine {
         self.admit(request.len())?;
         let on_disk = self.on_disk(request.iter())?;
         let now = self.now();
+        let open = self.begin_row();
         let mut row = RowWriter::new(RowKind::Completed, now.wall_ms, request.key_bytes() + request.len() * 8);
         let mut ours: Vec<Option<(u64, Option<Fingerprint>)>> = Vec::with_capacity(request.len());
         let mut answers = Vec::with_capacity(request.len());
@@ -540,7 +549,7 @@ impl Engine {
             answers.push(answer);
             ours.push(token);
         }
-        self.append(row, self.config.sync_results(), || {
+        self.append(open, row, self.config.sync_results(), || {
             for (asked, ours) in request.iter().zip(&ours) {
                 let Some((token, fingerprint)) = *ours else { continue };
                 let done = Done { token, completed_ms: now.wall_ms, fingerprint, result: Kept::Absent };
@@ -573,6 +582,7 @@ impl Engine {
                 grant.key.len() + result + 16
             })
             .sum();
+        let open = self.begin_row();
         let mut row = RowWriter::new(kind, now.wall_ms, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
         let mut settled = Vec::with_capacity(leases.len());
@@ -613,7 +623,7 @@ impl Engine {
         }
         let sync = if kind == RowKind::Completed { self.config.sync_results() } else { self.config.sync_claims() };
         let count = settled.len() as u64;
-        self.append(row, sync, || {
+        self.append(open, row, sync, || {
             for (digest, key, entry) in settled {
                 self.hot.stripe(digest).set(digest, &key, entry);
             }
@@ -632,7 +642,11 @@ impl Engine {
         self.ready()?;
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
-        let renewed = self.change_holder(grant, now, |_| Holder::Leased { until_monotonic_ms });
+        let renewed = self.change_holder(grant, now, |holder| match holder {
+            // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it.
+            Holder::Open { .. } => None,
+            _ => Some(Holder::Leased { until_monotonic_ms }),
+        });
         if !renewed {
             self.counters.superseded.add(1);
         }
@@ -643,18 +657,18 @@ impl Engine {
     pub(crate) fn abandon(&self, grant: &Grant) {
         let now = self.timeline.now();
         self.change_holder(grant, now, |holder| match holder {
-            Holder::Leased { .. } => Holder::Interrupted(Prior::Dropped),
-            other => other,
+            Holder::Leased { .. } => Some(Holder::Interrupted(Prior::Dropped)),
+            _ => None,
         });
     }
 
-    fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Holder) -> bool {
+    fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
         let mut stripe = self.hot.stripe(grant.digest);
         let stored = stripe.get(grant.digest, &grant.key);
         let Some(Entry::Processing(processing)) = stored.filter(|_| transition::may_settle(stored, grant.token)) else {
             return false;
         };
-        let holder = change(processing.holder);
+        let Some(holder) = change(processing.holder) else { return false };
         let entry = Entry::Processing(Processing { since_ms: now.wall_ms, holder, ..processing.clone() });
         stripe.set(grant.digest, &grant.key, entry);
         true
@@ -695,6 +709,7 @@ impl Engine {
             counted |= done.is_live(now, self.policy.window_ms);
             sealed.push(Arc::clone(bucket));
         })?;
+        let open = self.begin_row();
         let mut stripe = self.hot.stripe(asked.digest);
         let hot = stripe.get(asked.digest, asked.key).cloned();
         match &hot {
@@ -729,7 +744,6 @@ impl Engine {
         let row = row.finish();
         let mut row_key = Vec::new();
         codec::row_key(asked.digest, asked.key, &mut row_key);
-        let open = self.rows.begin(|| self.sequence.take());
         self.write(self.config.sync_results(), |tx| {
             tx.put_row(open.number(), &row);
             for bucket in &sealed {

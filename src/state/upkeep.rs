@@ -22,6 +22,9 @@ const SEAL_KEYS: usize = 250_000;
 const SEAL_SHARE: usize = 4;
 const BACKLOG_SHARE: usize = 2;
 
+/// How long to sleep between two looks at a row that is being written.
+const ROW_POLL: Duration = Duration::from_micros(200);
+
 impl Engine {
     /// Whether there is enough in the hot table, or in the journal, to seal.
     pub(super) fn is_seal_due(&self) -> bool {
@@ -61,22 +64,22 @@ impl Engine {
     /// deleted, in one write; then the keys leave the table. A crash anywhere between replays rows that are in
     /// buckets already, and sealing them again changes nothing.
     pub(crate) fn seal(&self) -> Result<()> {
-        let _sealing = self.sealing.lock();
+        let mut last_image = self.sealing.lock();
         self.ready()?;
-        let sealed = self.seal_locked();
+        let sealed = self.seal_locked(&mut last_image);
         *self.backlog.failure.lock() = sealed.as_ref().err().map(Error::to_string);
         self.backlog.eased.notify_all();
         sealed
     }
 
-    fn seal_locked(&self) -> Result<()> {
+    fn seal_locked(&self, last_image: &mut u64) -> Result<()> {
         let journal_bytes = self.journal_bytes.load(Ordering::Relaxed);
         if journal_bytes == 0 && self.hot.completed() == 0 {
             return Ok(());
         }
         let begun = std::time::Instant::now();
         self.reserve(0)?;
-        let start = self.rows.settled_below(|| self.sequence.take());
+        let start = self.first_open_row(*last_image);
         let now = self.now();
         let window_ms = self.config().span.window_ms;
         let mut rows = Vec::with_capacity(self.hot.completed());
@@ -108,6 +111,7 @@ impl Engine {
             }
             tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
         })?;
+        *last_image = head.number();
         drop(head);
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
@@ -130,6 +134,19 @@ impl Engine {
         let in_flight = self.hot.in_flight();
         tracing::debug!(keys = rows.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
         Ok(())
+    }
+
+    /// The number below which every row is settled: above the last image. While that image says of a key that it is in
+    /// flight, the row that completed it must not go alone, or a replay would take the key for unfinished.
+    fn first_open_row(&self, last_image: u64) -> u64 {
+        loop {
+            let start = self.rows.settled_below(|| self.sequence.take());
+            if start > last_image {
+                return start;
+            }
+            // Some caller began its row before that image, and is still writing it.
+            std::thread::sleep(ROW_POLL);
+        }
     }
 
     /// Seals, drops and prepares whatever can be, now.

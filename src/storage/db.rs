@@ -264,6 +264,7 @@ impl Db {
         let synced = rocks.flush_wal(true);
         rocks.cancel_all_background_work(true);
         drop(rocks);
+        self.directory.release();
         synced.map_err(|error| Error::WriteFailed { detail: error.to_string() })
     }
 }

@@ -12,6 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use crate::error::{Error, Result};
 
 const LOCK: &str = "onlyonce.lock";
@@ -22,10 +24,10 @@ const RUNS: &str = "runs";
 /// How long to sleep between two tries for a lock.
 const LOCK_POLL: Duration = Duration::from_millis(5);
 
-/// A directory that this process alone may use, until this is dropped.
+/// A directory that this process alone may use, until it is released or dropped.
 pub(crate) struct Directory {
     root: PathBuf,
-    _lock: File,
+    lock: Mutex<Option<File>>,
 }
 
 impl Directory {
@@ -54,11 +56,16 @@ impl Directory {
                 Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, &error)),
             }
         }
-        let directory = Self { root: root.to_owned(), _lock: lock };
+        let directory = Self { root: root.to_owned(), lock: Mutex::new(Some(lock)) };
         remove_dir(&directory.new_database())?;
         remove_dir(&directory.runs())?;
         make_private(&directory.runs())?;
         Ok(directory)
+    }
+
+    /// Lets others use the directory.
+    pub(crate) fn release(&self) {
+        drop(self.lock.lock().take());
     }
 
     pub(crate) fn root(&self) -> &Path {

@@ -1,0 +1,177 @@
+//! `onlyonce filter`: each line whose key is new, once.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::io::{ErrorKind, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use crossbeam::channel::{Receiver, bounded};
+use indicatif::ProgressBar;
+use onlyonce::{Check, Durability, Store};
+
+use crate::args::{self, OnMissingKey};
+use crate::batch::{Batch, Intake, Taken};
+use crate::input::{self, Reading};
+use crate::line_key::LineKey;
+use crate::summary::Summary;
+use crate::{INTERRUPTED, opening, progress};
+
+/// How many batches the reader may be ahead.
+const READ_AHEAD: usize = 4;
+
+/// Runs the filter to its end, and gives the exit code.
+pub(crate) fn run(args: &args::Filter, verbose: bool) -> anyhow::Result<u8> {
+    let begun = Instant::now();
+    let (sources, total_bytes) = input::sources(&args.files)?;
+    let interrupt = interrupt()?;
+    let store = open(args)?;
+
+    let limit = args.batch as usize;
+    let (batches, read) = bounded(READ_AHEAD);
+    let scope = args.scope.as_bytes().to_vec().leak();
+    let reading = Reading {
+        line_key: LineKey { paths: args.keys.clone(), scope },
+        on_missing_key: args.on_missing_key,
+        max_line: args.max_line,
+        batch: limit,
+    };
+    let reader = std::thread::Builder::new()
+        .name("reader".to_owned())
+        .spawn(move || reading.read(&sources, &batches))
+        .context("cannot start a thread")?;
+
+    let mut filter = Filter {
+        store: &store,
+        pass_missing: args.on_missing_key == OnMissingKey::Pass,
+        output: std::io::stdout(),
+        in_line: false,
+        summary: Summary::default(),
+        progress: progress::bar(total_bytes, verbose)?,
+    };
+    let ended = filter.drain(Intake { read, interrupt, limit, left_over: Batch::default() }, reader);
+    let closed = store.close();
+
+    filter.progress.finish_and_clear();
+    let summary = Summary { seconds: begun.elapsed().as_secs_f64(), ..filter.summary };
+    let summary = if args.json { serde_json::to_string(&summary)? } else { summary.to_string() };
+    // Where nobody listens to the summary, the lines are no worse for it.
+    let _ = writeln!(std::io::stderr(), "{summary}");
+    let ended = ended?;
+    closed?;
+    Ok(if ended == Ended::Interrupted { INTERRUPTED } else { 0 })
+}
+
+fn open(args: &args::Filter) -> anyhow::Result<Store> {
+    let durability = match args.durability {
+        args::Durability::Disk => Durability::Disk,
+        args::Durability::Process => Durability::Process,
+    };
+    let mut builder = opening::builder().durability(durability);
+    if let Some(window) = args.window {
+        builder = builder.window(window);
+    }
+    if let Some(bucket) = args.bucket {
+        builder = builder.bucket(bucket);
+    }
+    Ok(builder.open(&args.store)?)
+}
+
+/// A channel that disconnects at the first Ctrl-C. The second ends the process where it stands, which costs no more
+/// than any kill.
+fn interrupt() -> anyhow::Result<Receiver<Infallible>> {
+    let (sender, receiver) = bounded(0);
+    let mut sender = Some(sender);
+    ctrlc::set_handler(move || {
+        if sender.take().is_none() {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(receiver)
+}
+
+/// Why there is nothing more to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Input,
+    Output,
+    Interrupted,
+}
+
+struct Filter<'s> {
+    store: &'s Store,
+    /// Whether a line without a key is written.
+    pass_missing: bool,
+    output: std::io::Stdout,
+    /// Whether the last line that was written had no "\n".
+    in_line: bool,
+    summary: Summary,
+    progress: ProgressBar,
+}
+
+impl Filter<'_> {
+    fn drain(&mut self, mut intake: Intake, reader: JoinHandle<anyhow::Result<()>>) -> anyhow::Result<Ended> {
+        loop {
+            match intake.take() {
+                Taken::Batch(batch) => {
+                    if !self.pass(&batch)? {
+                        return Ok(Ended::Output);
+                    }
+                    self.progress.inc(batch.len_bytes() as u64);
+                }
+                // The reader may be waiting for input that never comes: it ends with the process.
+                Taken::Interrupted => return Ok(Ended::Interrupted),
+                Taken::End => {
+                    reader.join().map_err(|_| anyhow!("the reader panicked"))??;
+                    return Ok(Ended::Input);
+                }
+            }
+        }
+    }
+
+    /// Writes the lines whose keys are new, then records these keys. The other order would lose the lines of a batch
+    /// that a kill cuts short. False, and nothing recorded, where nobody reads the output any more.
+    fn pass(&mut self, batch: &Batch) -> anyhow::Result<bool> {
+        let mut summary = self.summary.clone();
+        let mut in_line = self.in_line;
+        let mut output = Vec::with_capacity(batch.len_bytes());
+        let mut new = HashSet::new();
+        let mut checks = self.store.check_batch(batch.keys())?.into_iter();
+        for (line, key) in batch.iter() {
+            summary.lines += 1;
+            let passes = match key {
+                None => {
+                    summary.missing += 1;
+                    self.pass_missing
+                }
+                Some(key) => {
+                    let check = checks.next().context("the store left a key unanswered")??;
+                    let first = check == Check::New && new.insert(key);
+                    summary.duplicates += u64::from(!first);
+                    first
+                }
+            };
+            if passes {
+                summary.passed += 1;
+                if in_line {
+                    output.push(b'\n');
+                }
+                output.extend_from_slice(line);
+                in_line = !line.ends_with(b"\n");
+            }
+        }
+        match self.output.write_all(&output).and_then(|()| self.output.flush()) {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(false),
+            written => written.context("cannot write to standard output")?,
+        }
+        if !new.is_empty() {
+            self.store.record_batch(new)?.into_iter().collect::<Result<Vec<_>, _>>()?;
+        }
+        self.in_line = in_line;
+        self.summary = summary;
+        Ok(true)
+    }
+}

@@ -1,0 +1,306 @@
+//! The fields of a JSON line that make its key.
+//!
+//! serde_json judges whether a line is JSON. The wanted values are then cut out of the text as they stand, in one pass
+//! and without building the others: a number read as an `f64` would lose digits, and with them could lose a line, for
+//! two keys that differ in those digits alone would be one.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+
+/// Where a field stands in a line: `.a.b`, `.list.0`, `."a.b"`.
+#[derive(Debug, Clone)]
+pub(crate) struct FieldPath {
+    text: String,
+    steps: Vec<Step>,
+}
+
+#[derive(Debug, Clone)]
+struct Step {
+    name: String,
+    /// The name as a place in an array.
+    index: Option<usize>,
+}
+
+impl FromStr for FieldPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut steps = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() || steps.is_empty() {
+            rest = rest.strip_prefix('.').ok_or("each field begins with a dot, as in .user.id")?;
+            let name = if rest.starts_with('"') {
+                let (quoted, after) = rest.split_at_checked(value_len(rest.as_bytes())).unwrap_or((rest, ""));
+                rest = after;
+                serde_json::from_str(quoted).map_err(|_| format!("{quoted} is no quoted name, as in .\"a.b\""))?
+            } else {
+                let (name, after) = rest.split_at_checked(rest.find('.').unwrap_or(rest.len())).unwrap_or((rest, ""));
+                rest = after;
+                if name.is_empty() {
+                    return Err("a field has no name".to_owned());
+                }
+                if name.contains(['"', '[', ']']) {
+                    return Err(format!("write .list.0 for an element, and .\"…\" for a name such as {name}"));
+                }
+                name.to_owned()
+            };
+            let index = name.parse().ok();
+            steps.push(Step { name, index });
+        }
+        Ok(Self { text: text.to_owned(), steps })
+    }
+}
+
+impl fmt::Display for FieldPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// What stands at each path of a line, or `None`: the JSON text of a value.
+pub(crate) fn find<'l>(line: &'l [u8], paths: &[FieldPath]) -> Result<Vec<Option<&'l str>>, NotJson> {
+    let line = str::from_utf8(line).map_err(|_| NotJson::NotText)?;
+    let serde::de::IgnoredAny = serde_json::from_str(line).map_err(NotJson::Syntax)?;
+    let mut found = vec![None; paths.len()];
+    let wanted: Vec<Wanted<'_>> =
+        paths.iter().enumerate().map(|(place, path)| Wanted { place, steps: &path.steps }).collect();
+    descend(line, &wanted, &mut found);
+    Ok(found)
+}
+
+/// A path from some value on, and the place of what it leads to.
+struct Wanted<'p> {
+    place: usize,
+    steps: &'p [Step],
+}
+
+fn descend<'l>(value: &'l str, wanted: &[Wanted<'_>], found: &mut [Option<&'l str>]) {
+    for (name, member) in Members::of(value) {
+        for &Wanted { place, steps } in wanted {
+            let Some((step, steps)) = steps.split_first() else { continue };
+            if !name.is(step) {
+                continue;
+            }
+            // Of a name that stands twice the last counts, also where it leads nowhere.
+            if let Some(slot) = found.get_mut(place) {
+                *slot = steps.is_empty().then_some(member);
+            }
+            if !steps.is_empty() {
+                descend(member, &[Wanted { place, steps }], found);
+            }
+        }
+    }
+}
+
+/// The members of an object or array, as JSON text. Any other value has none.
+struct Members<'l> {
+    rest: &'l str,
+    /// The place of the next one, in an array.
+    index: Option<usize>,
+}
+
+enum Name<'l> {
+    /// With its quotes.
+    Field(&'l str),
+    Index(usize),
+}
+
+impl Name<'_> {
+    fn is(&self, step: &Step) -> bool {
+        match self {
+            Self::Field(quoted) => string(quoted).is_some_and(|name| name == step.name),
+            Self::Index(index) => step.index == Some(*index),
+        }
+    }
+}
+
+impl<'l> Members<'l> {
+    fn of(value: &'l str) -> Self {
+        let value = skip_space(value);
+        match value.strip_prefix('[') {
+            Some(rest) => Self { rest, index: Some(0) },
+            None => Self { rest: value.strip_prefix('{').unwrap_or_default(), index: None },
+        }
+    }
+
+    /// Cuts the next value off the rest, and what stands between it and the next.
+    fn cut(&mut self) -> Option<&'l str> {
+        let rest = skip_space(self.rest);
+        let (value, rest) = rest.split_at_checked(value_len(rest.as_bytes()))?;
+        let rest = skip_space(rest);
+        self.rest = rest.strip_prefix([',', ':']).unwrap_or(rest);
+        // Nothing is cut off where a bracket closes.
+        (!value.is_empty()).then_some(value)
+    }
+}
+
+impl<'l> Iterator for Members<'l> {
+    type Item = (Name<'l>, &'l str);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let name = match &mut self.index {
+            None => Name::Field(self.cut()?),
+            Some(next) => {
+                let index = *next;
+                *next += 1;
+                Name::Index(index)
+            }
+        };
+        Some((name, self.cut()?))
+    }
+}
+
+fn skip_space(text: &str) -> &str {
+    text.trim_start_matches([' ', '\t', '\n', '\r'])
+}
+
+/// The length of the JSON value that the text begins with.
+fn value_len(text: &[u8]) -> usize {
+    let (mut depth, mut quoted, mut escaped) = (0_usize, false, false);
+    for (at, byte) in text.iter().enumerate() {
+        let ended = if quoted {
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = true,
+                b'"' => quoted = false,
+                _ => {}
+            }
+            !quoted
+        } else {
+            match byte {
+                b'"' => quoted = true,
+                b'{' | b'[' => depth += 1,
+                // A number ends before the next byte that is none of its own.
+                b',' | b':' | b'}' | b']' | b' ' | b'\t' | b'\n' | b'\r' if depth == 0 => return at,
+                b'}' | b']' => depth -= 1,
+                _ => {}
+            }
+            matches!(byte, b'}' | b']')
+        };
+        if ended && depth == 0 {
+            return at + 1;
+        }
+    }
+    text.len()
+}
+
+/// The characters of a JSON string. `None` if it has an escape that is no character.
+fn string(quoted: &str) -> Option<Cow<'_, str>> {
+    match quoted.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
+        Some(text) if !text.contains('\\') => Some(Cow::Borrowed(text)),
+        _ => serde_json::from_str(quoted).ok().map(Cow::Owned),
+    }
+}
+
+/// What a value adds to a key, or what it is instead.
+pub(crate) fn key_part(value: &str) -> Result<Cow<'_, str>, &'static str> {
+    match value.as_bytes().first() {
+        Some(b'"') => string(value).ok_or("text with a broken escape"),
+        Some(b'{') => Err("an object"),
+        Some(b'[') => Err("an array"),
+        Some(b'n') => Err("null"),
+        _ => Ok(Cow::Borrowed(value)),
+    }
+}
+
+/// Why a line is no JSON.
+#[derive(Debug)]
+pub(crate) enum NotJson {
+    NotText,
+    Syntax(serde_json::Error),
+}
+
+impl fmt::Display for NotJson {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotText => f.write_str("it is no UTF-8"),
+            Self::Syntax(error) => {
+                // Its own "at line 1" would be taken for the line of the file.
+                let message = error.to_string();
+                let what = message.split(" at line ").next().unwrap_or_default();
+                write!(f, "{what} at byte {}", error.column())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at<'l>(path: &str, line: &'l str) -> Option<&'l str> {
+        find(line.as_bytes(), &[path.parse().unwrap()]).unwrap()[0]
+    }
+
+    #[test]
+    fn a_path_leads_to_the_text_of_a_value() {
+        let line = r#" { "a" : {"b": "x,}\"", "c":[1,{"d":-1.50e3},[]], "a":2} , "x.y":true,"e":[ ],"":0 } "#;
+        for (path, value) in [
+            (".a.b", Some(r#""x,}\"""#)),
+            (".a.a", Some("2")),
+            (".a.c.0", Some("1")),
+            (".a.c.1.d", Some("-1.50e3")),
+            (".a.c.2", Some("[]")),
+            (".a.c.3", None),
+            (".a.c", Some(r#"[1,{"d":-1.50e3},[]]"#)),
+            (".\"x.y\"", Some("true")),
+            (".x.y", None),
+            (".e.0", None),
+            (".\"\"", Some("0")),
+            (".b", None),
+            (".a.b.c", None),
+        ] {
+            assert_eq!(at(path, line), value, "{path}");
+        }
+        for line in ["1", "\"a\"", "null", "[]", "{}"] {
+            assert_eq!(at(".a", line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn several_paths_are_found_in_one_line_in_their_own_order() {
+        let paths: Vec<FieldPath> = [".b", ".a.y", ".a", ".a.x"].map(|path| path.parse().unwrap()).to_vec();
+        let found = find(br#"{"a":{"x":1,"y":2},"b":3}"#, &paths).unwrap();
+        assert_eq!(found, [Some("3"), Some("2"), Some(r#"{"x":1,"y":2}"#), Some("1")]);
+    }
+
+    #[test]
+    fn of_a_name_that_stands_twice_the_last_counts() {
+        assert_eq!(at(".a", r#"{"a":1,"\u0061":2}"#), Some("2"));
+        assert_eq!(at(".a.b", r#"{"a":{"b":1},"a":{}}"#), None);
+        assert_eq!(at(".a.b", r#"{"a":{"b":1},"a":5}"#), None);
+    }
+
+    #[test]
+    fn a_value_counts_by_its_characters_or_its_text() {
+        let value = |line| key_part(at(".a", line).unwrap());
+        assert_eq!(value(r#"{"a":"A\u00e9\n"}"#).unwrap(), "Aé\n");
+        assert_eq!(value(r#"{"a":18446744073709551617}"#).unwrap(), "18446744073709551617");
+        assert_eq!(value(r#"{"a":1.10}"#).unwrap(), "1.10");
+        assert_eq!(value(r#"{"a":false}"#).unwrap(), "false");
+        for (line, what) in [
+            (r#"{"a":null}"#, "null"),
+            (r#"{"a":{}}"#, "an object"),
+            (r#"{"a":[1]}"#, "an array"),
+            (r#"{"a":"\ud800"}"#, "text with a broken escape"),
+        ] {
+            assert_eq!(value(line).unwrap_err(), what);
+        }
+    }
+
+    #[test]
+    fn what_is_no_json_says_why() {
+        let why = |line: &[u8]| find(line, &[]).unwrap_err().to_string();
+        assert_eq!(why(b"\"\xff\""), "it is no UTF-8");
+        assert_eq!(why(b"{\"a\":1"), "EOF while parsing an object at byte 6");
+        assert!(!why(b"{} {}").contains("line"));
+    }
+
+    #[test]
+    fn a_bad_path_is_refused() {
+        for path in ["", ".", "a", ".a.", ".a..b", ".a[0]", ".\"a", ".\"a\"b", "..", ".a\"b\"", ".a b.\"\\x\""] {
+            assert!(path.parse::<FieldPath>().is_err(), "{path}");
+        }
+    }
+}

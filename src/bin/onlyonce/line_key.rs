@@ -1,0 +1,66 @@
+//! What the key of a line is.
+
+use std::fmt;
+
+use onlyonce::Key;
+
+use crate::json_field::{self, FieldPath, NotJson};
+use crate::opening::KEY_LIMIT;
+
+/// How a line gets its key.
+pub(crate) struct LineKey {
+    /// Where the values stand that make the key; where there are none, all of the line's bytes make it.
+    pub(crate) paths: Vec<FieldPath>,
+    /// Given for the rest of the process, so that no key needs a copy of it.
+    pub(crate) scope: &'static [u8],
+}
+
+impl LineKey {
+    /// The key of a line, which is given without its "\n".
+    pub(crate) fn of(&self, line: &[u8]) -> Result<Key<'static>, NoKey<'_>> {
+        let key = if self.paths.is_empty() { Key::content(line) } else { self.of_fields(line)? };
+        Ok(key.scope(self.scope))
+    }
+
+    fn of_fields(&self, line: &[u8]) -> Result<Key<'static>, NoKey<'_>> {
+        let found = json_field::find(line, &self.paths).map_err(NoKey::NotJson)?;
+        let mut parts = Vec::with_capacity(self.paths.len());
+        for (path, value) in self.paths.iter().zip(found) {
+            let value = value.ok_or(NoKey::Absent(path))?;
+            parts.push(json_field::key_part(value).map_err(|what| NoKey::NotAPart(path, what))?);
+        }
+        let key = match parts.as_slice() {
+            // A single value is the key itself, so that `get` and other programs can name it.
+            [value] => Key::from(String::from(value.as_ref())),
+            parts => Key::composite(parts.iter().map(|part| part.as_bytes())),
+        };
+        match key.as_bytes().len() + self.scope.len() {
+            _ if key.as_bytes().is_empty() => Err(NoKey::Empty),
+            len if len > KEY_LIMIT => Err(NoKey::TooLong(len)),
+            _ => Ok(key),
+        }
+    }
+}
+
+/// Why a line has no key.
+pub(crate) enum NoKey<'p> {
+    NotJson(NotJson),
+    Absent(&'p FieldPath),
+    NotAPart(&'p FieldPath, &'static str),
+    Empty,
+    TooLong(usize),
+}
+
+impl fmt::Display for NoKey<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotJson(why) => write!(f, "it is no JSON: {why}"),
+            Self::Absent(path) => write!(f, "it has no {path}"),
+            Self::NotAPart(path, what) => write!(f, "its {path} is {what}"),
+            Self::Empty => f.write_str("its key is empty"),
+            Self::TooLong(len) => {
+                write!(f, "its key is {len} bytes long with the scope, over the limit of {KEY_LIMIT}")
+            }
+        }
+    }
+}

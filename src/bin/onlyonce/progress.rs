@@ -1,0 +1,19 @@
+//! How far `filter` is, for somebody who watches.
+
+use std::io::IsTerminal;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+const OF_FILES: &str = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left  {msg}";
+const OF_A_STREAM: &str = "{spinner} {bytes} {bytes_per_sec} {elapsed}  {msg}";
+
+/// A bar on standard error; hidden where that is no terminal, and where something else writes to it.
+pub(crate) fn bar(total_bytes: Option<u64>, verbose: bool) -> anyhow::Result<ProgressBar> {
+    let target = if verbose || std::io::stdout().is_terminal() {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr()
+    };
+    let template = if total_bytes.is_some() { OF_FILES } else { OF_A_STREAM };
+    Ok(ProgressBar::with_draw_target(total_bytes, target).with_style(ProgressStyle::with_template(template)?))
+}

@@ -1,0 +1,407 @@
+//! The state table, row by row: what a claim is answered, and what its lease may do.
+
+mod common;
+
+use std::time::Duration;
+
+use common::Bench;
+use onlyonce::{Check, Claim, Error, Key, Outcome, Phase, Prior, Ran, Recorded, Resolution, RunError, Store, Stored};
+
+fn held_bench() -> Bench {
+    Bench::with(|builder| builder.on_interrupt(onlyonce::OnInterrupt::Hold))
+}
+
+#[test]
+fn an_absent_key_is_acquired_as_the_first_attempt() {
+    let bench = Bench::new();
+    assert_eq!(bench.store().check("k").unwrap(), Check::New);
+    let lease = bench.acquire("k");
+    assert_eq!((lease.attempt(), lease.prior()), (1, None));
+    assert_eq!(lease.remaining(), Duration::from_secs(1));
+}
+
+#[test]
+fn a_key_with_a_living_lease_is_in_progress_until_it_runs_out() {
+    let bench = Bench::new();
+    let _lease = bench.acquire("k");
+    bench.advance_ms(400);
+    let other = bench.in_progress("k");
+    assert_eq!((other.retry_after, other.attempt), (Some(Duration::from_millis(600)), 1));
+    assert_eq!(bench.store().check("k").unwrap(), Check::InProgress(other));
+}
+
+#[test]
+fn a_lease_that_ran_out_is_taken_over() {
+    let bench = Bench::new();
+    let first = bench.acquire("k");
+    bench.advance_ms(1_000);
+    assert_eq!(first.remaining(), Duration::ZERO);
+    let second = bench.acquire("k");
+    assert_eq!((second.attempt(), second.prior()), (2, Some(Prior::LeaseExpired)));
+    assert!(second.token() > first.token());
+
+    let error = first.complete("late").unwrap_err();
+    assert!(matches!(error.error(), Error::Superseded { .. }), "{error}");
+    assert_eq!((error.result(), error.outcome()), (&b"late"[..], Outcome::NotWritten));
+    second.complete("in time").unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"in time");
+    assert_eq!(bench.store().stats().superseded, 1);
+}
+
+#[test]
+fn a_dropped_lease_frees_its_key_and_is_told() {
+    let bench = Bench::new();
+    drop(bench.acquire("k"));
+    let again = bench.acquire("k");
+    assert_eq!((again.attempt(), again.prior()), (2, Some(Prior::Dropped)));
+}
+
+#[test]
+fn a_panic_in_the_work_is_a_dropped_lease() {
+    let bench = Bench::new();
+    let store = bench.store().clone();
+    let panicked = std::thread::spawn(move || {
+        let _ = store.run("k", |_| -> Result<Vec<u8>, Error> { panic!("the work panics, as it should") });
+    })
+    .join();
+    assert!(panicked.is_err());
+    assert_eq!(bench.acquire("k").prior(), Some(Prior::Dropped));
+}
+
+#[test]
+fn a_key_whose_process_died_is_acquired_again_and_the_crash_is_told() {
+    let mut bench = Bench::new();
+    let lease = bench.acquire("k");
+    bench.reopen();
+    let again = bench.acquire("k");
+    assert_eq!((again.attempt(), again.prior()), (2, Some(Prior::Crashed)));
+    assert!(again.token() > lease.token());
+    let error = lease.complete("from the grave").unwrap_err();
+    assert!(matches!(error.error(), Error::Closed), "{error}");
+}
+
+#[test]
+fn a_crash_is_told_however_long_the_work_had_been_going_on() {
+    let mut bench = Bench::new();
+    let mut lease = bench.acquire("k");
+    for _ in 0..30 {
+        bench.advance_ms(900);
+        lease.renew().unwrap();
+    }
+    bench.reopen();
+    assert_eq!(bench.acquire("k").prior(), Some(Prior::Crashed), "27 s of work in a window of 10 s");
+}
+
+#[test]
+fn under_hold_an_interrupted_key_waits_for_its_resolution() {
+    let mut bench = held_bench();
+    let dropped_token = {
+        let lease = bench.acquire("dropped");
+        lease.token()
+    };
+    let expired = bench.acquire("expired");
+    let crashed = bench.acquire("crashed");
+    bench.advance_ms(1_000);
+    for key in ["dropped", "expired"] {
+        let other = bench.in_progress(key);
+        assert_eq!((other.retry_after, other.attempt), (None, 1), "{key}");
+    }
+    drop((expired, crashed));
+    bench.reopen();
+    bench.advance_ms(60_000);
+    let held = bench.store().held().unwrap();
+    let keys: Vec<_> = held.iter().map(|held| held.key.clone()).collect();
+    assert_eq!(keys, [Key::from("dropped"), Key::from("expired"), Key::from("crashed")]);
+    assert!(held.iter().all(|held| held.attempt == 1 && held.prior == Prior::Crashed));
+    assert_eq!(held[0].token, dropped_token);
+    assert_eq!(bench.store().stats().held, 3);
+
+    bench.store().resolve(&held[0].key, Resolution::Rerun).unwrap();
+    let again = bench.acquire("dropped");
+    assert_eq!((again.attempt(), again.prior()), (2, Some(Prior::Crashed)));
+    bench.store().resolve("expired", Resolution::Completed(b"it did happen".to_vec())).unwrap();
+    assert_eq!(bench.completed("expired").unwrap(), b"it did happen");
+    let twice = bench.store().resolve("expired", Resolution::Rerun);
+    assert!(matches!(twice, Err(Error::NotHeld { .. })), "{twice:?}");
+    assert!(matches!(bench.store().resolve("unknown", Resolution::Rerun), Err(Error::NotHeld { .. })));
+    assert_eq!(bench.store().stats().held, 1);
+}
+
+#[test]
+fn under_hold_a_resolution_survives_a_restart() {
+    let mut bench = held_bench();
+    drop(bench.acquire("k"));
+    bench.store().resolve("k", Resolution::Rerun).unwrap();
+    bench.reopen();
+    assert_eq!(bench.acquire("k").prior(), Some(Prior::Dropped));
+}
+
+#[test]
+fn under_hold_a_late_completion_is_still_accepted() {
+    let bench = held_bench();
+    let lease = bench.acquire("k");
+    bench.advance_ms(5_000);
+    assert_eq!(bench.in_progress("k").retry_after, None);
+    lease.complete("late, and nobody has overtaken").unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"late, and nobody has overtaken");
+}
+
+#[test]
+fn a_released_key_is_acquired_again() {
+    let bench = Bench::new();
+    bench.acquire("k").release().unwrap();
+    let again = bench.acquire("k");
+    assert_eq!((again.attempt(), again.prior()), (2, Some(Prior::Released)));
+}
+
+#[test]
+fn a_release_and_its_backoff_survive_a_restart() {
+    let mut bench = Bench::new();
+    bench.acquire("k").release_after(Duration::from_secs(3)).unwrap();
+    bench.advance_ms(1_000);
+    bench.reopen();
+    let other = bench.in_progress("k");
+    assert_eq!((other.retry_after, other.attempt), (Some(Duration::from_secs(2)), 1));
+    bench.advance_ms(2_000);
+    assert_eq!(bench.acquire("k").prior(), Some(Prior::Released));
+}
+
+#[test]
+fn a_completed_key_answers_with_the_first_result() {
+    let mut bench = Bench::new();
+    bench.acquire("k").complete("first").unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"first");
+    bench.store().seal().unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"first");
+    bench.reopen();
+    assert_eq!(bench.completed("k").unwrap(), b"first");
+}
+
+#[test]
+fn an_empty_result_is_a_result_and_one_over_the_limit_is_omitted() {
+    let mut bench = Bench::with(|builder| builder.result_limit(4));
+    bench.acquire("empty").complete("").unwrap();
+    bench.acquire("fits").complete("1234").unwrap();
+    bench.acquire("too large").complete("12345").unwrap();
+    for sealed in [false, true] {
+        if sealed {
+            bench.store().seal().unwrap();
+            bench.reopen();
+        }
+        assert_eq!(bench.completed("empty"), Some(Vec::new()));
+        assert_eq!(bench.completed("fits"), Some(b"1234".to_vec()));
+        let Claim::Completed(omitted) = bench.store().claim("too large").unwrap() else { panic!("not completed") };
+        assert!(omitted.is_omitted() && omitted.result().is_none());
+    }
+}
+
+#[test]
+fn another_payload_is_refused_in_every_state() {
+    let bench = Bench::new();
+    let first = || Key::from("k").fingerprint("12 EUR");
+    let other = || Key::from("k").fingerprint("99 EUR");
+    let refused = |store: &Store| {
+        assert!(matches!(store.claim(other()), Err(Error::PayloadMismatch { .. })));
+        assert!(matches!(store.check(other()), Err(Error::PayloadMismatch { .. })));
+        assert!(matches!(store.record(other()), Err(Error::PayloadMismatch { .. })));
+    };
+    let Claim::Acquired(lease) = bench.store().claim(first()).unwrap() else { panic!("not acquired") };
+    refused(bench.store());
+    lease.release().unwrap();
+    refused(bench.store());
+    let Claim::Acquired(lease) = bench.store().claim("k").unwrap() else { panic!("not acquired") };
+    refused(bench.store());
+    lease.complete("receipt").unwrap();
+    refused(bench.store());
+    bench.store().seal().unwrap();
+    refused(bench.store());
+    assert!(matches!(bench.store().claim(first()).unwrap(), Claim::Completed(_)));
+    assert!(matches!(bench.store().claim("k").unwrap(), Claim::Completed(_)), "without a payload nothing is compared");
+    bench.advance_ms(10_000);
+    assert!(matches!(bench.store().claim(other()).unwrap(), Claim::Acquired(_)));
+    assert_eq!(bench.store().stats().payload_mismatches, 10);
+}
+
+#[test]
+fn a_renewed_lease_starts_again() {
+    let bench = Bench::new();
+    let mut lease = bench.acquire("k");
+    bench.advance_ms(900);
+    lease.renew().unwrap();
+    bench.advance_ms(900);
+    assert_eq!(bench.in_progress("k").retry_after, Some(Duration::from_millis(100)));
+    bench.advance_ms(100);
+    lease.renew().expect("it ran out, and nobody has overtaken");
+    bench.advance_ms(1_000);
+    let _second = bench.acquire("k");
+    assert!(matches!(lease.renew(), Err(Error::Superseded { .. })));
+    assert!(matches!(lease.release(), Err(Error::Superseded { .. })));
+}
+
+#[test]
+fn tokens_increase_over_keys_and_restarts() {
+    let mut bench = Bench::new();
+    let mut last = 0;
+    for round in 0..5 {
+        for key in ["a", "b", "c"] {
+            let lease = bench.acquire(key);
+            assert!(lease.token() > last, "round {round}");
+            last = lease.token();
+            lease.release().unwrap();
+        }
+        if round == 2 {
+            bench.store().seal().unwrap();
+        }
+        bench.reopen();
+    }
+}
+
+#[test]
+fn record_is_first_once() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.store().record("k").unwrap(), Recorded::First);
+    assert_eq!(bench.store().record("k").unwrap(), Recorded::Duplicate { in_flight: false });
+    let _lease = bench.acquire("claimed");
+    assert_eq!(bench.store().record("claimed").unwrap(), Recorded::Duplicate { in_flight: true });
+    assert_eq!(bench.completed("k"), None, "recorded without a result");
+    bench.store().seal().unwrap();
+    bench.reopen();
+    assert_eq!(bench.store().record("k").unwrap(), Recorded::Duplicate { in_flight: false });
+    assert_eq!(bench.store().record("claimed").unwrap(), Recorded::First, "its holder is gone");
+}
+
+#[test]
+fn run_works_once_and_replays() {
+    let bench = Bench::new();
+    let store = bench.store();
+    let failed = store.run("k", |_| Err::<Vec<u8>, _>("card declined"));
+    assert!(matches!(failed, Err(RunError::Work("card declined"))), "{failed:?}");
+    let ran = store.run("k", |lease| {
+        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
+        assert!(matches!(store.run("k", |_| Ok::<_, Error>(Vec::new())), Ok(Ran::InProgress(_))));
+        Ok::<_, Error>(b"receipt".to_vec())
+    });
+    assert!(matches!(ran, Ok(Ran::First(result)) if result == b"receipt"));
+    match store.run("k", |_| -> Result<Vec<u8>, Error> { panic!("must not run twice") }) {
+        Ok(Ran::Replayed(first)) => assert_eq!(first.result(), Some(&b"receipt"[..])),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn typed_results_come_back_as_they_were() {
+    let bench = Bench::new();
+    let receipt = ("charge-17".to_owned(), 1_200_u64);
+    bench.acquire("k").complete_as(&receipt).unwrap();
+    let Claim::Completed(completed) = bench.store().claim("k").unwrap() else { panic!("not completed") };
+    assert_eq!(completed.result_as::<(String, u64)>().unwrap(), Some(receipt));
+    assert!(matches!(completed.result_as::<Vec<(u64, String)>>(), Err(Error::Decode { .. })));
+}
+
+#[test]
+fn a_result_that_cannot_be_encoded_gives_the_lease_back() {
+    struct Refuses;
+    impl serde::Serialize for Refuses {
+        fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+            Err(serde::ser::Error::custom("it refuses"))
+        }
+    }
+    let bench = Bench::new();
+    let (error, _, lease) = bench.acquire("k").complete_as(&Refuses).unwrap_err().into_parts();
+    assert!(matches!(error, Error::Encode { .. }) && error.to_string().contains("it refuses"), "{error}");
+    lease.unwrap().complete("by hand").unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"by hand");
+}
+
+#[test]
+fn forget_makes_a_key_new_wherever_it_lies() {
+    let mut bench = Bench::new();
+    assert!(!bench.store().forget("never seen").unwrap());
+
+    bench.acquire("hot").complete("r").unwrap();
+    bench.acquire("sealed").complete("r").unwrap();
+    bench.store().seal().unwrap();
+    bench.acquire("unsealed").complete("r").unwrap();
+    bench.acquire("released").release().unwrap();
+    let busy = bench.acquire("busy");
+    for key in ["hot", "sealed", "unsealed", "released"] {
+        assert!(bench.store().forget(key).unwrap(), "{key}");
+        assert!(!bench.store().forget(key).unwrap(), "{key}, a second time");
+    }
+    assert!(matches!(bench.store().forget("busy"), Err(Error::InUse { .. })));
+    busy.complete("r").unwrap();
+    for round in 0..3 {
+        for key in ["hot", "sealed", "unsealed", "released"] {
+            assert_eq!(bench.store().check(key).unwrap(), Check::New, "{key} in round {round}");
+        }
+        bench.reopen();
+        bench.store().seal().unwrap();
+    }
+    assert_eq!(bench.acquire("sealed").attempt(), 1);
+    assert_eq!(bench.completed("busy").unwrap(), b"r");
+}
+
+#[test]
+fn a_key_forgotten_and_completed_again_answers_with_the_second_result() {
+    let mut bench = Bench::new();
+    for (round, result) in ["one", "two", "three"].into_iter().enumerate() {
+        bench.acquire("k").complete(result).unwrap();
+        bench.store().seal().unwrap();
+        assert_eq!(bench.completed("k").unwrap(), result.as_bytes());
+        bench.reopen();
+        assert_eq!(bench.completed("k").unwrap(), result.as_bytes());
+        if round < 2 {
+            bench.store().forget("k").unwrap();
+            bench.advance_ms(1_500);
+        }
+    }
+}
+
+#[test]
+fn get_tells_what_is_stored() {
+    let bench = Bench::new();
+    assert_eq!(bench.store().get("k").unwrap(), None);
+    let phase = || match bench.store().get("k").unwrap() {
+        Some(Stored::Processing { attempt, phase, .. }) => (attempt, phase),
+        other => panic!("{other:?}"),
+    };
+    let lease = bench.acquire("k");
+    assert_eq!(phase(), (1, Phase::Leased(Duration::from_secs(1))));
+    lease.release_after(Duration::from_millis(50)).unwrap();
+    assert_eq!(phase(), (1, Phase::Backoff(Duration::from_millis(50), Prior::Released)));
+    bench.advance_ms(50);
+    assert_eq!(phase(), (1, Phase::Free(Prior::Released)));
+    let lease = bench.acquire("k");
+    let token = lease.token();
+    lease.complete("done").unwrap();
+    match bench.store().get("k").unwrap() {
+        Some(Stored::Completed(completed)) => {
+            assert_eq!((completed.token(), completed.result()), (token, Some(&b"done"[..])));
+            assert_eq!(completed.completed_at_ms(), common::START_MS + 50);
+        }
+        other => panic!("{other:?}"),
+    }
+    bench.advance_ms(10_000);
+    assert_eq!(bench.store().get("k").unwrap(), None);
+}
+
+#[test]
+fn scopes_and_forms_are_different_keys() {
+    let bench = Bench::new();
+    let keys = || {
+        [
+            Key::from("a"),
+            Key::from("a").scope("s"),
+            Key::from("a").scope("t"),
+            Key::composite(["a"]),
+            Key::content("a"),
+            Key::from("sa"),
+        ]
+    };
+    for key in keys() {
+        assert_eq!(bench.store().record(key).unwrap(), Recorded::First);
+    }
+    for key in keys() {
+        assert_eq!(bench.store().record(key).unwrap(), Recorded::Duplicate { in_flight: false });
+    }
+}

@@ -1,0 +1,88 @@
+//! What the behaviour tests share: a store on a clock that they move.
+
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+
+use std::time::Duration;
+
+use onlyonce::{Builder, Claim, InProgress, Lease, ManualClock, Store};
+use tempfile::TempDir;
+
+/// When every test begins.
+pub const START_MS: u64 = 1_700_000_000_000;
+
+/// A store in a directory of its own, with a window of ten seconds in buckets of one, and leases of one second.
+pub struct Bench {
+    pub clock: ManualClock,
+    dir: TempDir,
+    configure: fn(Builder) -> Builder,
+    store: Option<Store>,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        Self::with(|builder| builder)
+    }
+
+    pub fn with(configure: fn(Builder) -> Builder) -> Self {
+        let mut bench =
+            Self { clock: ManualClock::at(START_MS), dir: tempfile::tempdir().unwrap(), configure, store: None };
+        bench.store = Some(bench.open().unwrap());
+        bench
+    }
+
+    pub fn builder(&self) -> Builder {
+        let builder = Store::builder()
+            .window(Duration::from_secs(10))
+            .bucket(Duration::from_secs(1))
+            .lease(Duration::from_secs(1))
+            .memory_budget(32 << 20)
+            .durability(onlyonce::Durability::Process)
+            .lock_wait(Duration::ZERO)
+            .clock(self.clock.clone());
+        (self.configure)(builder)
+    }
+
+    fn open(&self) -> onlyonce::Result<Store> {
+        self.builder().open(self.path())
+    }
+
+    pub fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("store")
+    }
+
+    pub fn store(&self) -> &Store {
+        self.store.as_ref().unwrap()
+    }
+
+    /// Closes the store and opens it again. Leases that are left belong to a process that is no more.
+    pub fn reopen(&mut self) {
+        self.store().close().unwrap();
+        self.store = Some(self.open().unwrap());
+    }
+
+    pub fn advance_ms(&self, ms: u64) {
+        self.clock.advance(Duration::from_millis(ms));
+    }
+
+    pub fn acquire(&self, key: &str) -> Lease {
+        match self.store().claim(key).unwrap() {
+            Claim::Acquired(lease) => lease,
+            other => panic!("{key} should be free, but is {other:?}"),
+        }
+    }
+
+    pub fn in_progress(&self, key: &str) -> InProgress {
+        match self.store().claim(key).unwrap() {
+            Claim::InProgress(in_progress) => in_progress,
+            other => panic!("{key} should be in progress, but is {other:?}"),
+        }
+    }
+
+    /// The result that a claim is answered with.
+    pub fn completed(&self, key: &str) -> Option<Vec<u8>> {
+        match self.store().claim(key).unwrap() {
+            Claim::Completed(completed) => completed.result().map(<[u8]>::to_vec),
+            other => panic!("{key} should be completed, but is {other:?}"),
+        }
+    }
+}

@@ -1,0 +1,587 @@
+//! Random operations against a plain map.
+//!
+//! The model is written from the state table, not from the code: a map from key to what should be known of it, and
+//! for each operation what it should be answered. Rounds: `ONLYONCE_MODEL_ROUNDS` (default 60); a failure names its
+//! seed, and `ONLYONCE_MODEL_SEED` runs that one alone.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use common::{Bench, START_MS};
+use onlyonce::{Check, Claim, Error, Key, Lease, OnInterrupt, Prior, Recorded, Resolution};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, RngExt, SeedableRng};
+
+const WINDOW_MS: u64 = 10_000;
+const LEASE_MS: u64 = 1_000;
+const RESULT_LIMIT: usize = 8;
+const STEPS: usize = 400;
+
+#[derive(Debug, Clone, PartialEq)]
+enum Known {
+    Processing { token: u64, attempt: u32, payload: Option<u8>, holder: Holder },
+    Completed { at_ms: u64, result: Option<Vec<u8>>, omitted: bool, payload: Option<u8> },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Holder {
+    Leased {
+        until_ms: u64,
+    },
+    /// Interrupted at the earliest at this time; the store may have noticed later, after a restart.
+    Gone {
+        priors: Vec<Prior>,
+        since_ms: u64,
+    },
+    Open {
+        prior: Vec<Prior>,
+        since_ms: u64,
+        not_before_ms: u64,
+    },
+}
+
+/// What the store may answer to a claim.
+#[derive(Debug, PartialEq)]
+enum Expected {
+    New,
+    /// Acquired again; or, where it was left alone for a window, as good as new.
+    Again {
+        attempt: u32,
+        priors: Vec<Prior>,
+        or_new: bool,
+    },
+    InProgress {
+        attempt: u32,
+        retry_after_ms: Option<u64>,
+    },
+    Completed,
+    Mismatch,
+}
+
+struct Model {
+    known: BTreeMap<String, Known>,
+    now_ms: u64,
+    on_interrupt: OnInterrupt,
+    last_token: u64,
+}
+
+impl Model {
+    fn expect(&self, key: &str, payload: Option<u8>) -> Expected {
+        let Some(known) = self.known.get(key) else { return Expected::New };
+        let (first, expected) = match known {
+            Known::Completed { at_ms, .. } if self.now_ms >= at_ms + WINDOW_MS => return Expected::New,
+            Known::Completed { payload, .. } => (*payload, Expected::Completed),
+            Known::Processing { attempt, payload, holder, .. } => {
+                let attempt = *attempt;
+                let interrupted = |priors: &[Prior], since_ms: u64| match self.on_interrupt {
+                    OnInterrupt::Hold => Expected::InProgress { attempt, retry_after_ms: None },
+                    OnInterrupt::Rerun => Expected::Again {
+                        attempt: attempt + 1,
+                        priors: priors.to_vec(),
+                        or_new: self.now_ms >= since_ms + WINDOW_MS,
+                    },
+                };
+                let expected = match holder {
+                    Holder::Leased { until_ms } if self.now_ms < *until_ms => {
+                        Expected::InProgress { attempt, retry_after_ms: Some(until_ms - self.now_ms) }
+                    }
+                    Holder::Leased { until_ms } => interrupted(&[Prior::LeaseExpired], *until_ms),
+                    Holder::Gone { priors, since_ms } => interrupted(priors, *since_ms),
+                    Holder::Open { not_before_ms, .. } if self.now_ms < *not_before_ms => {
+                        Expected::InProgress { attempt, retry_after_ms: Some(not_before_ms - self.now_ms) }
+                    }
+                    Holder::Open { prior, since_ms, not_before_ms } => {
+                        if self.now_ms >= since_ms.max(not_before_ms) + WINDOW_MS {
+                            return Expected::New;
+                        }
+                        Expected::Again { attempt: attempt + 1, priors: prior.clone(), or_new: false }
+                    }
+                };
+                (*payload, expected)
+            }
+        };
+        match (first, payload) {
+            (Some(first), Some(this)) if first != this => match expected {
+                Expected::Again { or_new: true, .. } => {
+                    Expected::Again { attempt: 0, priors: Vec::new(), or_new: true }
+                }
+                _ => Expected::Mismatch,
+            },
+            _ => expected,
+        }
+    }
+
+    fn is_held(&self, key: &str) -> bool {
+        matches!(self.expect(key, None), Expected::InProgress { retry_after_ms: None, .. })
+    }
+
+    /// Whether an attempt may have been forgotten, so that its token may be unknown.
+    fn may_be_forgotten(&self, key: &str) -> bool {
+        matches!(self.expect(key, None), Expected::Again { or_new: true, .. } | Expected::New)
+    }
+
+    /// The store acquired the key, as it was allowed to.
+    fn acquired(&mut self, key: &str, payload: Option<u8>, lease: &Lease) {
+        let stored = match self.known.get(key) {
+            Some(Known::Processing { payload, .. }) if lease.prior().is_some() => *payload,
+            _ => None,
+        };
+        self.known.insert(
+            key.to_owned(),
+            Known::Processing {
+                token: lease.token(),
+                attempt: lease.attempt(),
+                payload: payload.or(stored),
+                holder: Holder::Leased { until_ms: self.now_ms + LEASE_MS },
+            },
+        );
+    }
+}
+
+struct Held {
+    key: String,
+    lease: Lease,
+}
+
+struct Round {
+    bench: Bench,
+    model: Model,
+    leases: Vec<Held>,
+    rng: StdRng,
+}
+
+fn with_payload<'a>(key: &'a str, payload: Option<u8>) -> Key<'a> {
+    match payload {
+        Some(payload) => Key::from(key).fingerprint([payload]),
+        None => Key::from(key),
+    }
+}
+
+impl Round {
+    fn new(seed: u64) -> Self {
+        let on_interrupt = if seed % 2 == 0 { OnInterrupt::Rerun } else { OnInterrupt::Hold };
+        let bench = match on_interrupt {
+            OnInterrupt::Rerun => Bench::with(|b| b.result_limit(RESULT_LIMIT)),
+            OnInterrupt::Hold => Bench::with(|b| b.result_limit(RESULT_LIMIT).on_interrupt(OnInterrupt::Hold)),
+        };
+        let model = Model { known: BTreeMap::new(), now_ms: START_MS, on_interrupt, last_token: 0 };
+        Self { bench, model, leases: Vec::new(), rng: StdRng::seed_from_u64(seed) }
+    }
+
+    fn key(&mut self) -> String {
+        format!("key-{}", self.rng.random_range(0..12))
+    }
+
+    fn payload(&mut self) -> Option<u8> {
+        *[None, None, None, Some(1), Some(1), Some(2)].choose(&mut self.rng).unwrap()
+    }
+
+    fn lease(&mut self) -> Option<Held> {
+        if self.leases.is_empty() {
+            return None;
+        }
+        let at = self.rng.random_range(0..self.leases.len());
+        Some(self.leases.swap_remove(at))
+    }
+
+    fn step(&mut self) {
+        match self.rng.random_range(0..100) {
+            0..22 => self.claim(),
+            22..28 => self.claim_batch(),
+            28..38 => self.complete(),
+            38..41 => self.complete_batch(),
+            41..46 => self.release(),
+            46..50 => self.drop_lease(),
+            50..55 => self.renew(),
+            55..61 => self.record(),
+            61..65 => self.record_batch(),
+            65..71 => self.check(),
+            71..75 => self.forget(),
+            75..79 => self.resolve(),
+            79..82 => self.held(),
+            82..92 => self.advance(),
+            92..97 => self.bench.store().seal().unwrap(),
+            _ => self.reopen(),
+        }
+    }
+
+    fn claim(&mut self) {
+        let (key, payload) = (self.key(), self.payload());
+        let claimed = self.bench.store().claim(with_payload(&key, payload));
+        self.claimed(&key, payload, claimed);
+    }
+
+    fn claim_batch(&mut self) {
+        let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
+        let asked = keys.iter().map(|(key, payload)| with_payload(key, *payload));
+        let claimed = self.bench.store().claim_batch(asked).unwrap();
+        assert_eq!(claimed.len(), keys.len());
+        for ((key, payload), claimed) in keys.iter().zip(claimed) {
+            self.claimed(key, *payload, claimed);
+        }
+    }
+
+    fn claimed(&mut self, key: &str, payload: Option<u8>, claimed: onlyonce::Result<Claim>) {
+        let expected = self.model.expect(key, payload);
+        match (&expected, claimed) {
+            (Expected::New, Ok(Claim::Acquired(lease))) => {
+                assert_eq!((lease.attempt(), lease.prior()), (1, None), "{key}");
+                self.acquired(key, payload, lease);
+            }
+            (Expected::Again { attempt, priors, or_new }, Ok(Claim::Acquired(lease))) => {
+                let again = lease.attempt() == *attempt && lease.prior().is_some_and(|prior| priors.contains(&prior));
+                let new = *or_new && lease.attempt() == 1 && lease.prior().is_none();
+                assert!(again || new, "{key}: {lease:?} where {expected:?}");
+                self.acquired(key, payload, lease);
+            }
+            (Expected::InProgress { attempt, retry_after_ms }, Ok(Claim::InProgress(other))) => {
+                assert_eq!(other.attempt, *attempt, "{key}");
+                assert_eq!(other.retry_after, retry_after_ms.map(Duration::from_millis), "{key}");
+            }
+            (Expected::Completed, Ok(Claim::Completed(completed))) => self.is_as_known(key, &completed),
+            (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
+            (_, claimed) => panic!("{key}: {claimed:?} where {expected:?}"),
+        }
+    }
+
+    fn acquired(&mut self, key: &str, payload: Option<u8>, lease: Lease) {
+        assert!(lease.token() > self.model.last_token, "tokens increase");
+        self.model.last_token = lease.token();
+        self.model.acquired(key, payload, &lease);
+        self.leases.push(Held { key: key.to_owned(), lease });
+    }
+
+    fn is_as_known(&self, key: &str, completed: &onlyonce::Completed) {
+        let Some(Known::Completed { at_ms, result, omitted, .. }) = self.model.known.get(key) else {
+            panic!("{key} was never completed")
+        };
+        assert_eq!(completed.result(), result.as_deref(), "{key}");
+        assert_eq!(completed.is_omitted(), *omitted, "{key}");
+        assert_eq!(completed.completed_at_ms(), *at_ms, "{key}");
+    }
+
+    fn result(&mut self) -> Vec<u8> {
+        let mut result = vec![0; self.rng.random_range(0..RESULT_LIMIT + 3)];
+        self.rng.fill_bytes(&mut result);
+        result
+    }
+
+    /// The answer that settling a lease should get, where only one is right.
+    fn settles(&self, held: &Held) -> Option<bool> {
+        match self.model.known.get(&held.key) {
+            Some(Known::Processing { token, .. }) if *token == held.lease.token() => {
+                if self.model.may_be_forgotten(&held.key) { None } else { Some(true) }
+            }
+            _ => Some(false),
+        }
+    }
+
+    fn completed(
+        &mut self,
+        key: &str,
+        expected: Option<bool>,
+        result: &[u8],
+        answer: Result<(), onlyonce::CompleteError>,
+    ) {
+        match answer {
+            Ok(()) => {
+                assert_ne!(expected, Some(false), "{key} was completed by a superseded lease");
+                let payload = match self.model.known.get(key) {
+                    Some(Known::Processing { payload, .. }) => *payload,
+                    _ => None,
+                };
+                let omitted = result.len() > RESULT_LIMIT;
+                let result = (!omitted).then(|| result.to_vec());
+                let at_ms = self.model.now_ms;
+                self.model.known.insert(key.to_owned(), Known::Completed { at_ms, result, omitted, payload });
+            }
+            Err(error) => {
+                assert_ne!(expected, Some(true), "{key}: {error}");
+                assert!(matches!(error.error(), Error::Superseded { .. }), "{error}");
+                assert_eq!(error.result(), result, "the result comes back");
+            }
+        }
+    }
+
+    fn complete(&mut self) {
+        let Some(held) = self.lease() else { return };
+        let (expected, result) = (self.settles(&held), self.result());
+        let answer = held.lease.complete(result.clone());
+        self.completed(&held.key, expected, &result, answer);
+    }
+
+    fn complete_batch(&mut self) {
+        let mut batch = Vec::new();
+        while batch.len() < 4
+            && let Some(held) = self.lease()
+        {
+            let (expected, result) = (self.settles(&held), self.result());
+            batch.push((held, expected, result));
+        }
+        let mut asked = Vec::new();
+        let mut leases = Vec::new();
+        for (held, expected, result) in batch {
+            asked.push((held.key, expected, result.clone()));
+            leases.push((held.lease, result));
+        }
+        let answers = self.bench.store().complete_batch(leases);
+        assert_eq!(answers.len(), asked.len());
+        for ((key, expected, result), answer) in asked.into_iter().zip(answers) {
+            self.completed(&key, expected, &result, answer);
+        }
+    }
+
+    fn release(&mut self) {
+        let Some(held) = self.lease() else { return };
+        let expected = self.settles(&held);
+        let backoff_ms = *[0, 0, 500, 15_000].choose(&mut self.rng).unwrap();
+        match held.lease.release_after(Duration::from_millis(backoff_ms)) {
+            Ok(()) => {
+                assert_ne!(expected, Some(false), "{}", held.key);
+                let now_ms = self.model.now_ms;
+                if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&held.key) {
+                    let not_before_ms = if backoff_ms == 0 { 0 } else { now_ms + backoff_ms };
+                    *holder = Holder::Open { prior: vec![Prior::Released], since_ms: now_ms, not_before_ms };
+                }
+            }
+            Err(error) => {
+                assert_ne!(expected, Some(true), "{}", held.key);
+                assert!(matches!(error, Error::Superseded { .. }), "{error}");
+            }
+        }
+    }
+
+    fn drop_lease(&mut self) {
+        let Some(held) = self.lease() else { return };
+        let Held { key, lease } = held;
+        let token = lease.token();
+        drop(lease);
+        let now_ms = self.model.now_ms;
+        if let Some(Known::Processing { token: current, holder, .. }) = self.model.known.get_mut(&key)
+            && *current == token
+            && let Holder::Leased { until_ms } = *holder
+        {
+            // One that ran out a window ago may be forgotten already, and dropping it says nothing new.
+            let stale = now_ms >= until_ms + WINDOW_MS;
+            let priors = if stale { vec![Prior::Dropped, Prior::LeaseExpired] } else { vec![Prior::Dropped] };
+            *holder = Holder::Gone { priors, since_ms: if stale { until_ms } else { now_ms } };
+        }
+    }
+
+    fn renew(&mut self) {
+        let Some(mut held) = self.lease() else { return };
+        let expected = match self.model.known.get(&held.key) {
+            // Resolved to run again: too late to go on, though not to complete.
+            Some(Known::Processing { holder: Holder::Open { .. }, .. }) => Some(false),
+            _ => self.settles(&held),
+        };
+        match held.lease.renew() {
+            Ok(()) => {
+                assert_ne!(expected, Some(false), "{}", held.key);
+                let until_ms = self.model.now_ms + LEASE_MS;
+                if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&held.key) {
+                    *holder = Holder::Leased { until_ms };
+                }
+            }
+            Err(error) => {
+                assert_ne!(expected, Some(true), "{}", held.key);
+                assert!(matches!(error, Error::Superseded { .. }), "{error}");
+            }
+        }
+        self.leases.push(held);
+    }
+
+    fn record(&mut self) {
+        let (key, payload) = (self.key(), self.payload());
+        self.settle_doubt(&key);
+        let recorded = self.bench.store().record(with_payload(&key, payload));
+        self.recorded(&key, payload, recorded);
+    }
+
+    fn record_batch(&mut self) {
+        let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
+        keys.iter().for_each(|(key, _)| self.settle_doubt(key));
+        let asked = keys.iter().map(|(key, payload)| with_payload(key, *payload));
+        let recorded = self.bench.store().record_batch(asked).unwrap();
+        assert_eq!(recorded.len(), keys.len());
+        for ((key, payload), recorded) in keys.iter().zip(recorded) {
+            self.recorded(key, *payload, recorded);
+        }
+    }
+
+    /// A record does not say whether it found an attempt that was left alone for a window, whose payload would still
+    /// bind, or none. Begins such a key anew.
+    fn settle_doubt(&mut self, key: &str) {
+        if let Expected::Again { or_new: true, .. } = self.model.expect(key, None) {
+            self.bench.store().forget(key).unwrap();
+            self.model.known.remove(key);
+        }
+    }
+
+    fn recorded(&mut self, key: &str, payload: Option<u8>, recorded: onlyonce::Result<Recorded>) {
+        let expected = self.model.expect(key, payload);
+        match (&expected, recorded) {
+            (Expected::New | Expected::Again { .. }, Ok(Recorded::First)) => {
+                let stored = match (&expected, self.model.known.get(key)) {
+                    (Expected::Again { .. }, Some(Known::Processing { payload, .. })) => *payload,
+                    _ => None,
+                };
+                let known = Known::Completed {
+                    at_ms: self.model.now_ms,
+                    result: None,
+                    omitted: false,
+                    payload: payload.or(stored),
+                };
+                self.model.known.insert(key.to_owned(), known);
+            }
+            (Expected::InProgress { .. }, Ok(Recorded::Duplicate { in_flight: true }))
+            | (Expected::Completed, Ok(Recorded::Duplicate { in_flight: false }))
+            | (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
+            (_, recorded) => panic!("{key}: {recorded:?} where {expected:?}"),
+        }
+    }
+
+    fn check(&mut self) {
+        let (key, payload) = (self.key(), self.payload());
+        let expected = self.model.expect(&key, payload);
+        match (&expected, self.bench.store().check(with_payload(&key, payload))) {
+            (Expected::New | Expected::Again { .. }, Ok(Check::New))
+            | (Expected::InProgress { .. }, Ok(Check::InProgress(_)))
+            | (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
+            (Expected::Completed, Ok(Check::Completed(completed))) => self.is_as_known(&key, &completed),
+            (_, checked) => panic!("{key}: {checked:?} where {expected:?}"),
+        }
+    }
+
+    fn forget(&mut self) {
+        let key = self.key();
+        let expected = self.model.expect(&key, None);
+        let alive = matches!(
+            (self.model.known.get(&key), &expected),
+            (
+                Some(Known::Processing { holder: Holder::Leased { .. }, .. }),
+                Expected::InProgress { retry_after_ms: Some(_), .. }
+            )
+        );
+        match self.bench.store().forget(&key) {
+            Ok(there) => {
+                assert!(!alive, "{key} was forgotten under its holder");
+                match expected {
+                    Expected::New => assert!(!there, "{key}"),
+                    Expected::Again { or_new: true, .. } => {}
+                    _ => assert!(there, "{key}"),
+                }
+                self.model.known.remove(&key);
+            }
+            Err(error) => assert!(alive && matches!(error, Error::InUse { .. }), "{key}: {error}"),
+        }
+    }
+
+    fn resolve(&mut self) {
+        let key = self.key();
+        let held = self.model.is_held(&key);
+        let (resolution, result) = if self.rng.random_bool(0.5) {
+            (Resolution::Rerun, None)
+        } else {
+            let result = self.result();
+            (Resolution::Completed(result.clone()), Some(result))
+        };
+        match self.bench.store().resolve(&key, resolution) {
+            Err(Error::NotHeld { .. }) => assert!(!held, "{key} is held"),
+            Err(error) => panic!("{key}: {error}"),
+            Ok(()) => {
+                assert!(held, "{key} is not held");
+                match result {
+                    Some(result) => self.completed(&key, Some(true), &result, Ok(())),
+                    None => {
+                        let now_ms = self.model.now_ms;
+                        if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&key) {
+                            let prior = match &holder {
+                                Holder::Gone { priors, .. } => priors.clone(),
+                                _ => vec![Prior::LeaseExpired],
+                            };
+                            *holder = Holder::Open { prior, since_ms: now_ms, not_before_ms: 0 };
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn held(&mut self) {
+        let held = self.bench.store().held().unwrap();
+        let listed: Vec<String> =
+            held.iter().map(|held| String::from_utf8(held.key.as_bytes().to_vec()).unwrap()).collect();
+        let mut expected: Vec<(u64, &String)> = Vec::new();
+        for (key, known) in &self.model.known {
+            if let Known::Processing { token, .. } = known
+                && self.model.is_held(key)
+            {
+                expected.push((*token, key));
+            }
+        }
+        expected.sort_unstable();
+        assert_eq!(listed, expected.into_iter().map(|(_, key)| key.clone()).collect::<Vec<_>>());
+    }
+
+    fn advance(&mut self) {
+        let ms = *[1, 10, 400, 999, 1_000, 3_000, 9_999, 25_000].choose(&mut self.rng).unwrap();
+        self.bench.advance_ms(ms);
+        self.model.now_ms += ms;
+    }
+
+    fn reopen(&mut self) {
+        if self.rng.random_bool(0.5) {
+            self.leases.clear();
+        }
+        self.bench.reopen();
+        let now_ms = self.model.now_ms;
+        for known in self.model.known.values_mut() {
+            if let Known::Processing { holder, .. } = known {
+                match holder {
+                    Holder::Leased { until_ms } => {
+                        let since_ms = (*until_ms).min(now_ms);
+                        *holder = Holder::Gone { priors: vec![Prior::Crashed, Prior::Dropped], since_ms };
+                    }
+                    // Whether the store wrote down that it was dropped depends on when it sealed.
+                    Holder::Gone { priors, .. } => priors.push(Prior::Crashed),
+                    Holder::Open { .. } => {}
+                }
+            }
+        }
+        self.leases.clear();
+    }
+
+    fn run(&mut self) {
+        for _ in 0..STEPS {
+            self.step();
+        }
+        self.reopen();
+        for i in 0..12 {
+            let key = format!("key-{i}");
+            let claimed = self.bench.store().claim(&key);
+            self.claimed(&key, None, claimed);
+        }
+    }
+}
+
+fn env(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().expect(name))
+}
+
+#[test]
+fn random_operations_are_answered_as_a_plain_map_would() {
+    if let Some(seed) = env("ONLYONCE_MODEL_SEED") {
+        return Round::new(seed).run();
+    }
+    for seed in 0..env("ONLYONCE_MODEL_ROUNDS").unwrap_or(60) {
+        let round = std::panic::AssertUnwindSafe(|| Round::new(seed).run());
+        if let Err(panic) = std::panic::catch_unwind(round) {
+            eprintln!("ONLYONCE_MODEL_SEED={seed} fails");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}

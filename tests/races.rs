@@ -1,0 +1,184 @@
+//! Many threads on few keys: one holder at a time, tokens that increase, no work done twice.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex};
+use std::time::{Duration, Instant};
+
+use onlyonce::{Claim, Durability, OnInterrupt, Recorded, Store};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const THREADS: usize = 16;
+
+fn store(path: &std::path::Path) -> Store {
+    Store::builder()
+        .durability(Durability::Process)
+        .lease(Duration::from_secs(60))
+        .memory_budget(32 << 20)
+        .open(path)
+        .unwrap()
+}
+
+#[test]
+fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir.path().join("store"));
+    let keys: Vec<String> = (0..4).map(|i| format!("key-{i}")).collect();
+    let holders: Vec<AtomicUsize> = keys.iter().map(|_| AtomicUsize::new(0)).collect();
+    let last_tokens: Vec<AtomicU64> = keys.iter().map(|_| AtomicU64::new(0)).collect();
+    let acquired = AtomicUsize::new(0);
+    let end = Instant::now() + Duration::from_secs(3);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (store, keys, holders, last_tokens, acquired) = (&store, &keys, &holders, &last_tokens, &acquired);
+            scope.spawn(move || {
+                let mut rng = StdRng::seed_from_u64(thread as u64);
+                while Instant::now() < end {
+                    let i = rng.random_range(0..keys.len());
+                    match store.claim(&keys[i]).unwrap() {
+                        Claim::Acquired(lease) => {
+                            assert_eq!(holders[i].fetch_add(1, Ordering::SeqCst), 0, "two holders of {}", keys[i]);
+                            let last = last_tokens[i].swap(lease.token(), Ordering::SeqCst);
+                            assert!(last < lease.token(), "{last} came before {}", lease.token());
+                            acquired.fetch_add(1, Ordering::SeqCst);
+                            if rng.random_bool(0.3) {
+                                std::thread::yield_now();
+                            }
+                            holders[i].fetch_sub(1, Ordering::SeqCst);
+                            match rng.random_range(0..3) {
+                                0 => drop(lease),
+                                _ => lease.release().unwrap(),
+                            }
+                        }
+                        Claim::InProgress(other) => assert!(other.retry_after.is_some()),
+                        Claim::Completed(_) => panic!("{} was never completed", keys[i]),
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            while Instant::now() < end {
+                store.seal().unwrap();
+            }
+        });
+    });
+    let acquired = acquired.load(Ordering::SeqCst);
+    assert!(acquired > 1_000, "only {acquired} claims in three seconds");
+    assert_eq!(store.stats().acquired, acquired as u64);
+}
+
+#[test]
+fn every_key_is_worked_on_once_while_seals_move_it() {
+    const KEYS: usize = 30_000;
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir.path().join("store"));
+    let effects: Vec<AtomicUsize> = (0..KEYS).map(|_| AtomicUsize::new(0)).collect();
+    let done = AtomicUsize::new(0);
+    let barrier = Barrier::new(THREADS);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (store, effects, done, barrier) = (&store, &effects, &done, &barrier);
+            scope.spawn(move || {
+                barrier.wait();
+                // Every thread gets every key, in an order of its own.
+                for step in 0..KEYS {
+                    let i = (step * 7_919 + thread * 1_871) % KEYS;
+                    match store.claim(&i.to_string()).unwrap() {
+                        Claim::Acquired(lease) => {
+                            effects[i].fetch_add(1, Ordering::SeqCst);
+                            lease.complete(i.to_string()).unwrap();
+                        }
+                        Claim::Completed(first) => assert_eq!(first.result(), Some(i.to_string().as_bytes())),
+                        Claim::InProgress(_) => {}
+                    }
+                }
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+        }
+        scope.spawn(|| {
+            while done.load(Ordering::SeqCst) < THREADS {
+                store.seal().unwrap();
+            }
+        });
+    });
+    for (i, effects) in effects.iter().enumerate() {
+        assert_eq!(effects.load(Ordering::SeqCst), 1, "key {i}");
+    }
+    let stats = store.stats();
+    assert_eq!(stats.completed, KEYS as u64);
+    assert_eq!(stats.in_flight, 0);
+}
+
+#[test]
+fn batches_that_overlap_record_each_key_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir.path().join("store"));
+    let firsts: Mutex<BTreeMap<u64, usize>> = Mutex::default();
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS as u64 {
+            let (store, firsts) = (&store, &firsts);
+            scope.spawn(move || {
+                for batch in 0..40 {
+                    let keys: Vec<u64> = (0..200).map(|i| (batch * 100 + i * 3 + thread) % 5_000).collect();
+                    let named: Vec<String> = keys.iter().map(u64::to_string).collect();
+                    let recorded = store.record_batch(&named).unwrap();
+                    let mut firsts = firsts.lock().unwrap();
+                    for (key, recorded) in keys.into_iter().zip(recorded) {
+                        if recorded.unwrap() == Recorded::First {
+                            *firsts.entry(key).or_default() += 1;
+                        }
+                    }
+                }
+            });
+        }
+        scope.spawn(|| (0..20).for_each(|_| store.seal().unwrap()));
+    });
+    let firsts = firsts.into_inner().unwrap();
+    assert!(firsts.values().all(|count| *count == 1));
+    assert_eq!(store.stats().recorded, firsts.len() as u64);
+}
+
+#[test]
+fn a_takeover_and_a_late_completion_never_both_win() {
+    let clock = onlyonce::ManualClock::at(common::START_MS);
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::builder()
+        .clock(clock.clone())
+        .lease(Duration::from_millis(10))
+        .durability(Durability::Process)
+        .on_interrupt(OnInterrupt::Rerun)
+        .open(dir.path().join("store"))
+        .unwrap();
+    let (mut late_won, mut taken_over) = (0, 0);
+    for round in 0..2_000 {
+        let key = format!("key-{round}");
+        let Claim::Acquired(first) = store.claim(&key).unwrap() else { panic!("{key} is new") };
+        clock.advance(Duration::from_millis(10));
+        let barrier = Barrier::new(2);
+        let (late, second) = std::thread::scope(|scope| {
+            let late = scope.spawn(|| {
+                barrier.wait();
+                first.complete("first").is_ok()
+            });
+            barrier.wait();
+            let second = match store.claim(&key).unwrap() {
+                Claim::Acquired(lease) => {
+                    assert_eq!(lease.attempt(), 2);
+                    lease.complete("second").unwrap();
+                    true
+                }
+                _ => false,
+            };
+            (late.join().unwrap(), second)
+        });
+        assert_ne!(late, second, "{key}: exactly one of them completes");
+        late_won += usize::from(late);
+        taken_over += usize::from(second);
+        let Claim::Completed(completed) = store.claim(&key).unwrap() else { panic!("{key} is completed") };
+        assert_eq!(completed.result(), Some(if late { &b"first"[..] } else { b"second" }));
+    }
+    eprintln!("late completions {late_won}, takeovers {taken_over}");
+}

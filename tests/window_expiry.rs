@@ -1,0 +1,172 @@
+//! G4: a key answers "completed" if and only if `now < completed + window`, to the millisecond.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use common::{Bench, START_MS};
+use onlyonce::{Check, Key, Store};
+
+const WINDOW_MS: u64 = 10_000;
+
+fn is_completed(store: &Store, key: &str) -> bool {
+    matches!(store.check(key).unwrap(), Check::Completed(_))
+}
+
+#[test]
+fn a_key_is_forgotten_at_the_millisecond_its_window_ends() {
+    for sealed in [false, true] {
+        for reopened in [false, true] {
+            let mut bench = Bench::new();
+            bench.advance_ms(123);
+            bench.acquire("k").complete("r").unwrap();
+            if sealed {
+                bench.store().seal().unwrap();
+            }
+            if reopened {
+                bench.reopen();
+            }
+            bench.advance_ms(WINDOW_MS - 1);
+            bench.store().seal().unwrap();
+            assert!(is_completed(bench.store(), "k"), "sealed {sealed}, reopened {reopened}");
+            bench.advance_ms(1);
+            assert!(!is_completed(bench.store(), "k"), "sealed {sealed}, reopened {reopened}");
+            assert_eq!(bench.acquire("k").attempt(), 1);
+        }
+    }
+}
+
+#[test]
+fn every_key_of_many_buckets_is_remembered_exactly_as_long_as_its_window() {
+    let mut bench = Bench::new();
+    let mut completed_ms = BTreeMap::new();
+    let mut now_ms = START_MS;
+    // 400 keys over 40 s: four windows of ten buckets each.
+    for i in 0..400_u64 {
+        let key = format!("key-{i}");
+        bench.store().record(&key).unwrap();
+        completed_ms.insert(key, now_ms);
+        let step_ms = 37 + i * 41 % 127;
+        bench.advance_ms(step_ms);
+        now_ms += step_ms;
+        match i % 40 {
+            13 | 31 => bench.store().seal().unwrap(),
+            39 => bench.reopen(),
+            _ => {}
+        }
+        for (key, completed_ms) in &completed_ms {
+            let remembered = now_ms < completed_ms + WINDOW_MS;
+            assert_eq!(is_completed(bench.store(), key), remembered, "{key} at {now_ms}, completed at {completed_ms}");
+        }
+    }
+    let stats = bench.store().stats();
+    assert!(stats.buckets.len() <= 13, "passed buckets are dropped: {:?}", stats.buckets);
+    assert!(stats.buckets.len() >= 9, "living ones are not: {:?}", stats.buckets);
+    assert_eq!(stats.remembers_since_ms, now_ms - WINDOW_MS + 1);
+}
+
+#[test]
+fn the_window_counts_from_completion_and_not_from_the_claim() {
+    let bench = Bench::with(|builder| builder.lease(Duration::from_secs(60)));
+    let lease = bench.acquire("k");
+    bench.advance_ms(25_000);
+    lease.complete("r").unwrap();
+    bench.advance_ms(WINDOW_MS - 1);
+    assert!(is_completed(bench.store(), "k"));
+    bench.advance_ms(1);
+    assert!(!is_completed(bench.store(), "k"));
+}
+
+#[test]
+fn a_passed_bucket_leaves_the_disk() {
+    let bench = Bench::new();
+    let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>64}")).collect();
+    bench.store().record_batch(&keys).unwrap();
+    bench.store().seal().unwrap();
+    let full = bench.store().stats();
+    assert_eq!(full.buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 20_000);
+    bench.advance_ms(WINDOW_MS + 1_000);
+    bench.store().seal().unwrap();
+    let empty = bench.store().stats();
+    assert!(empty.buckets.iter().all(|bucket| bucket.keys == 0), "{:?}", empty.buckets);
+    // RocksDB removes the files of a dropped family in the background.
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while bench.store().stats().disk_bytes + 1_000_000 > full.disk_bytes {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{} of {} bytes left",
+            bench.store().stats().disk_bytes,
+            full.disk_bytes
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_clock_that_goes_back_brings_nothing_back_and_forgets_nothing() {
+    let mut bench = Bench::new();
+    bench.store().record("old").unwrap();
+    bench.advance_ms(WINDOW_MS);
+    assert!(!is_completed(bench.store(), "old"));
+    bench.store().record("new").unwrap();
+
+    bench.clock.set_wall_ms(START_MS - 86_400_000);
+    assert!(!is_completed(bench.store(), "old"));
+    assert!(is_completed(bench.store(), "new"));
+    bench.reopen();
+    assert!(!is_completed(bench.store(), "old"), "the high-water mark survives");
+    assert!(is_completed(bench.store(), "new"));
+    assert_eq!(bench.store().stats().now_ms, START_MS + WINDOW_MS);
+
+    bench.store().record("while it stood still").unwrap();
+    bench.clock.set_wall_ms(START_MS + WINDOW_MS + WINDOW_MS - 1);
+    assert!(is_completed(bench.store(), "while it stood still"));
+    bench.clock.set_wall_ms(START_MS + WINDOW_MS + WINDOW_MS);
+    assert!(!is_completed(bench.store(), "while it stood still"));
+}
+
+#[test]
+fn a_clock_that_jumps_a_year_forgets_what_is_a_year_old() {
+    let bench = Bench::new();
+    let keys: Vec<String> = (0..1_000).map(|i| format!("key-{i}")).collect();
+    bench.store().record_batch(&keys).unwrap();
+    bench.store().seal().unwrap();
+    bench.advance_ms(366 * 86_400_000);
+    assert!(keys.iter().all(|key| !is_completed(bench.store(), key)));
+    bench.store().seal().unwrap();
+    bench.store().record_batch(&keys).unwrap();
+    bench.store().seal().unwrap();
+    assert!(keys.iter().all(|key| is_completed(bench.store(), key)));
+}
+
+#[test]
+fn a_store_reopened_with_another_bucket_width_remembers_both() {
+    let bench = Bench::new();
+    bench.store().record("narrow").unwrap();
+    bench.store().seal().unwrap();
+    bench.store().close().unwrap();
+    let wide = bench.builder().bucket(Duration::from_secs(5)).open(bench.path()).unwrap();
+    bench.advance_ms(1_700);
+    wide.record("wide").unwrap();
+    wide.seal().unwrap();
+    assert!(is_completed(&wide, "narrow") && is_completed(&wide, "wide"));
+    assert!(wide.stats().buckets.len() >= 2);
+    bench.advance_ms(WINDOW_MS - 1_700);
+    assert!(!is_completed(&wide, "narrow") && is_completed(&wide, "wide"));
+    bench.advance_ms(1_700);
+    assert!(!is_completed(&wide, "wide"));
+}
+
+#[test]
+fn a_store_keeps_its_window_when_it_is_opened_without_one() {
+    let bench = Bench::new();
+    bench.store().record("k").unwrap();
+    bench.store().close().unwrap();
+    let reopened = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
+    assert_eq!(reopened.stats().window, Duration::from_millis(WINDOW_MS));
+    bench.advance_ms(WINDOW_MS - 1);
+    assert!(matches!(reopened.check(Key::from("k")).unwrap(), Check::Completed(_)));
+    bench.advance_ms(1);
+    assert_eq!(reopened.check(Key::from("k")).unwrap(), Check::New);
+}
