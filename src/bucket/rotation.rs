@@ -10,6 +10,7 @@ use crate::storage::db::Db;
 
 /// Drops every bucket whose keys are all forgotten. Costs a change of the manifest each, however many keys it has.
 pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) -> Result<()> {
+    set.remove_passed(db)?;
     let view = set.view();
     for bucket in view.newest_first() {
         if !bucket.slice.is_live(now_ms, span.window_ms) {

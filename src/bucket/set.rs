@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 
 use super::window::Slice;
 use crate::codec::{read_value, row_key};
+use crate::config::Span;
 use crate::entry::Done;
 use crate::error::{Error, Result};
 use crate::filter::layer::{SLOTS, Slot};
@@ -69,19 +70,28 @@ impl View {
 pub(crate) struct BucketSet {
     view: ArcSwap<View>,
     change: Mutex<()>,
+    /// Families of buckets that had passed when the store was opened, to be dropped.
+    passed: Mutex<Vec<String>>,
 }
 
 impl BucketSet {
     /// The buckets with these family names, none of them covered by a filter yet.
-    pub(crate) fn open(db: &Db, families: &[String], slots: u64, filter_budget: u64) -> Result<Self> {
+    pub(crate) fn open(db: &Db, families: &[String], span: Span, now_ms: u64, filter_budget: u64) -> Result<Self> {
         let mut slices = Vec::with_capacity(families.len());
+        let mut passed = Vec::new();
         for family in families {
             let slice = Slice::of_family(family).ok_or_else(|| Error::Corrupt {
                 place: format!("the column family `{}`", family.escape_default()),
                 detail: "it is no bucket".to_owned(),
             })?;
-            slices.push((slice, db.estimate_keys(family)?));
+            if slice.is_live(now_ms, span.window_ms) {
+                slices.push((slice, db.estimate_keys(family)?));
+            } else {
+                passed.push(family.clone());
+            }
         }
+        // Those of the window, the present one, and the next.
+        let slots = span.window_ms.div_ceil(span.bucket_ms) + 2;
         let needed = slots.saturating_add(slices.len() as u64);
         if needed > SLOTS as u64 {
             return Err(Error::Config {
@@ -98,7 +108,7 @@ impl BucketSet {
                 view.unfiltered |= 1 << bucket.slot;
             }
         }
-        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()) })
+        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()), passed: Mutex::new(passed) })
     }
 
     pub(crate) fn view(&self) -> arc_swap::Guard<Arc<View>> {
@@ -166,6 +176,16 @@ impl BucketSet {
             tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
             self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
         }
+    }
+
+    /// Drops the buckets that had passed before this opening.
+    pub(crate) fn remove_passed(&self, db: &Db) -> Result<()> {
+        let mut passed = self.passed.lock();
+        while let Some(family) = passed.last() {
+            db.drop_bucket(family)?;
+            passed.pop();
+        }
+        Ok(())
     }
 
     /// Drops a bucket and frees its slot.

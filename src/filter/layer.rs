@@ -1,4 +1,7 @@
 //! A layer of the filter: a matrix of bits, a column for each bucket, eight rows a key.
+//!
+//! Where the columns are many, the rows of a key lie anywhere: eight reads of memory, that answer for every bucket.
+//! Where there is one column, they lie in one cache line, a bit in each of its eight words: one read of memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,6 +12,10 @@ const SHARDS: usize = 16;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 
 const WORD_BITS: u32 = u64::BITS;
+/// Words of a cache line, and bits of one.
+const LINE_WORDS: usize = 8;
+const LINE_BITS: u64 = 512;
+const LINE_BYTES: usize = LINE_WORDS * 8;
 
 /// A number below [`SLOTS`] that stands for a live bucket.
 pub(crate) type Slot = u8;
@@ -48,7 +55,7 @@ pub(crate) struct Layer {
     /// `log2` of the rows that lie in one word.
     rows_per_word_bits: u32,
     rows_per_shard: u64,
-    shards: Vec<Box<[AtomicU64]>>,
+    shards: Vec<Shard>,
     /// Keys inserted for each slot.
     keys: [AtomicU64; SLOTS],
 }
@@ -57,13 +64,13 @@ impl Layer {
     /// A layer whose columns are made for `keys` keys each. The memory is taken as it is touched.
     pub(crate) fn new(columns: Columns, keys: u64) -> Self {
         let rows_per_word_bits = (WORD_BITS / columns.width()).trailing_zeros();
-        let words_per_shard = (rows_for(keys.max(1)).div_ceil(SHARDS as u64) >> rows_per_word_bits) + 1;
-        let words = usize::try_from(words_per_shard).unwrap_or(usize::MAX / SHARDS / 8);
+        let lines = (rows_for(keys.max(1)).div_ceil(SHARDS as u64) >> rows_per_word_bits) / LINE_WORDS as u64 + 1;
+        let words = usize::try_from(lines).unwrap_or(usize::MAX / SHARDS / LINE_BYTES / 2) * LINE_WORDS;
         Self {
             columns,
             rows_per_word_bits,
             rows_per_shard: (words as u64) << rows_per_word_bits,
-            shards: (0..SHARDS).map(|_| bytemuck::zeroed_slice_box(words)).collect(),
+            shards: (0..SHARDS).map(|_| Shard::new(words)).collect(),
             keys: [const { AtomicU64::new(0) }; SLOTS],
         }
     }
@@ -74,7 +81,7 @@ impl Layer {
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.shards.iter().map(|words| words.len() as u64 * 8).sum()
+        self.shards.iter().map(|shard| shard.words.len() as u64 * 8).sum()
     }
 
     pub(crate) fn columns(&self) -> Columns {
@@ -134,7 +141,7 @@ impl Layer {
         for row in 0..1_u32 << self.rows_per_word_bits {
             column_bits |= 1 << (row * self.columns.width() + column);
         }
-        for word in self.shards.iter().flatten() {
+        for word in self.shards.iter().flat_map(Shard::words) {
             if word.load(Ordering::Relaxed) & column_bits != 0 {
                 word.fetch_and(!column_bits, Ordering::Relaxed);
             }
@@ -146,31 +153,83 @@ impl Layer {
 
     /// Visits the key's rows: the word each lies in, and where it begins there.
     #[inline]
-    fn for_each_row(&self, digest: u64, mut visit: impl FnMut(&AtomicU64, u32)) {
-        let shard = (digest >> (u64::BITS - SHARD_BITS)) as usize;
-        let Some(words) = self.shards.get(shard) else { return };
-        let width_bits = self.columns.width().trailing_zeros();
+    fn for_each_row(&self, digest: u64, visit: impl FnMut(&AtomicU64, u32)) {
+        let Some(shard) = self.shards.get((digest >> (u64::BITS - SHARD_BITS)) as usize) else { return };
+        match self.columns {
+            Columns::All(width) => self.for_each_scattered(shard.words(), width, digest, visit),
+            Columns::One(_) => self.for_each_in_line(shard.words(), digest, visit),
+        }
+    }
+
+    #[inline]
+    fn for_each_scattered(&self, words: &[AtomicU64], width: u32, digest: u64, mut visit: impl FnMut(&AtomicU64, u32)) {
+        let width_bits = width.trailing_zeros();
         let row_mask = (1_u64 << self.rows_per_word_bits) - 1;
         let mut state = digest;
         for _ in 0..HASHES {
-            // SplitMix64's steps: each row is as good as drawn anew.
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            // Lemire's reduction: the high half of the product is uniform over the rows.
-            let row = ((u128::from(mixed) * u128::from(self.rows_per_shard)) >> 64) as u64;
-            let place = (row >> self.rows_per_word_bits) as usize;
-            if let Some(word) = words.get(place) {
+            state = state.wrapping_add(GOLDEN_GAMMA);
+            let row = reduce(mix(state), self.rows_per_shard);
+            if let Some(word) = words.get((row >> self.rows_per_word_bits) as usize) {
                 visit(word, ((row & row_mask) as u32) << width_bits);
             }
         }
+    }
+
+    #[inline]
+    fn for_each_in_line(&self, words: &[AtomicU64], digest: u64, mut visit: impl FnMut(&AtomicU64, u32)) {
+        let state = digest.wrapping_add(GOLDEN_GAMMA);
+        let line = reduce(mix(state), self.rows_per_shard / LINE_BITS) as usize * LINE_WORDS;
+        let Some(line) = words.get(line..line + LINE_WORDS) else { return };
+        // Six bits of a second number for each word.
+        let mut places = mix(state.wrapping_add(GOLDEN_GAMMA));
+        for word in line {
+            visit(word, (places & 63) as u32);
+            places >>= 6;
+        }
+    }
+}
+
+/// SplitMix64: each number of the sequence is as good as drawn anew.
+const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+#[inline]
+fn mix(state: u64) -> u64 {
+    let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+/// Lemire's reduction: the high half of the product is uniform below `end`.
+#[inline]
+fn reduce(number: u64, end: u64) -> u64 {
+    ((u128::from(number) * u128::from(end)) >> 64) as u64
+}
+
+/// A part of a layer: words that begin at a cache line.
+struct Shard {
+    words: Box<[AtomicU64]>,
+    start: usize,
+}
+
+impl Shard {
+    /// So many words, zero. The memory is taken as it is touched.
+    fn new(words: usize) -> Self {
+        let words: Box<[AtomicU64]> = bytemuck::zeroed_slice_box(words + LINE_WORDS - 1);
+        let over = words.as_ptr().addr() % LINE_BYTES;
+        let start = if over == 0 { 0 } else { (LINE_BYTES - over) / 8 };
+        Self { words, start }
+    }
+
+    #[inline]
+    fn words(&self) -> &[AtomicU64] {
+        self.words.get(self.start..).unwrap_or_default()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filter::sizing::false_positive_rate;
+    use crate::filter::sizing::{false_positive_rate, false_positive_rate_in_line};
     use crate::key::Digester;
 
     fn digests(range: std::ops::Range<u64>) -> impl Iterator<Item = u64> {
@@ -204,7 +263,11 @@ mod tests {
             let trials = 400_000;
             let wrong = digests(1_000_000..1_000_000 + trials).filter(|digest| layer.slots(*digest) != 0).count();
             let rate = wrong as f64 / trials as f64;
-            let expected = false_positive_rate(50_000, layer.rows_per_shard * SHARDS as u64);
+            let rows = layer.rows_per_shard * SHARDS as u64;
+            let expected = match columns {
+                Columns::All(_) => false_positive_rate(50_000, rows),
+                Columns::One(_) => false_positive_rate_in_line(50_000, rows),
+            };
             assert!((0.85..1.15).contains(&(rate / expected)), "{columns:?}: {rate} where {expected} was computed");
         }
     }
@@ -223,7 +286,10 @@ mod tests {
         }
         assert!(!layer.is_empty());
         (0..8).for_each(|slot| layer.clear(slot));
-        assert!(layer.is_empty() && layer.shards.iter().flatten().all(|word| word.load(Ordering::Relaxed) == 0));
+        assert!(
+            layer.is_empty()
+                && layer.shards.iter().flat_map(Shard::words).all(|word| word.load(Ordering::Relaxed) == 0)
+        );
     }
 
     #[test]

@@ -161,9 +161,8 @@ impl Engine {
             });
         }
         let timeline = Timeline::new(Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
-        let slots = config.span.window_ms.div_ceil(config.span.bucket_ms) + 2;
         let filter_budget = (config.memory_budget / FILTER_SHARE) as u64;
-        let buckets = BucketSet::open(&db, &families, slots, filter_budget)?;
+        let buckets = BucketSet::open(&db, &families, config.span, timeline.now().wall_ms, filter_budget)?;
         let engine = Self {
             policy: Policy { window_ms: config.span.window_ms, on_interrupt: config.on_interrupt },
             config,

@@ -41,16 +41,16 @@ impl Engine {
 
     /// One round of all that is due. `sealed` is the slice of time in which the last seal took place.
     pub(super) fn upkeep(&self, sealed: &mut Slice) -> Result<()> {
-        let now_ms = self.now().wall_ms;
         let present = self.present_slice();
+        // First, so that a seal finds room for its buckets.
+        drop_passed(&self.db, &self.buckets, self.config().span, self.now().wall_ms)?;
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
         let ended = *sealed != present && self.hot.completed() > 0;
         if ended || self.is_seal_due() {
             self.seal()?;
         }
         *sealed = present;
-        drop_passed(&self.db, &self.buckets, self.config().span, now_ms)?;
-        prepare_next(&self.db, &self.buckets, self.config().span, now_ms)
+        prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
     }
 
     pub(super) fn present_slice(&self) -> Slice {
@@ -151,10 +151,9 @@ impl Engine {
 
     /// Seals, drops and prepares whatever can be, now.
     pub(crate) fn seal_and_rotate(&self) -> Result<()> {
+        drop_passed(&self.db, &self.buckets, self.config().span, self.now().wall_ms)?;
         self.seal()?;
-        let now_ms = self.now().wall_ms;
-        drop_passed(&self.db, &self.buckets, self.config().span, now_ms)?;
-        prepare_next(&self.db, &self.buckets, self.config().span, now_ms)
+        prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
     }
 
     /// Puts on the disk what was written without waiting for it.

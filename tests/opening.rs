@@ -1,0 +1,252 @@
+//! What an open refuses, what it keeps, and what it clears away.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+use common::Bench;
+use onlyonce::{Check, Claim, Error, Outcome, Recorded, Store};
+
+#[test]
+fn a_second_open_is_refused_by_name_after_the_wait() {
+    let bench = Bench::new();
+    let start = Instant::now();
+    let refused = bench.builder().lock_wait(Duration::from_millis(120)).open(bench.path());
+    let Err(error @ Error::AlreadyOpen { .. }) = refused else { panic!("{refused:?}") };
+    assert!(start.elapsed() >= Duration::from_millis(120));
+    assert!(error.to_string().contains(&bench.path().display().to_string()), "{error}");
+    assert!(error.retryable());
+    bench.store().record("the first one works on").unwrap();
+}
+
+#[test]
+fn a_store_that_is_let_go_meanwhile_is_opened() {
+    let mut bench = Bench::new();
+    bench.store().record("k").unwrap();
+    let (builder, path) = (bench.builder().lock_wait(Duration::from_secs(20)), bench.path());
+    let second = std::thread::spawn(move || builder.open(path).map(|store| store.check("k")));
+    std::thread::sleep(Duration::from_millis(50));
+    bench.store().close().unwrap();
+    let check = second.join().unwrap().unwrap().unwrap();
+    assert!(matches!(check, Check::Completed(_)), "{check:?}");
+    bench.reopen();
+}
+
+#[test]
+fn the_last_clone_and_lease_close_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let store = Store::open(&path).unwrap();
+    let clone = store.clone();
+    let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
+    drop((store, clone));
+    let again = Store::builder().lock_wait(Duration::ZERO).open(&path);
+    assert!(matches!(again, Err(Error::AlreadyOpen { .. })), "the lease holds it open");
+    lease.complete("r").unwrap();
+    let store = Store::builder().lock_wait(Duration::ZERO).open(&path).unwrap();
+    assert!(matches!(store.claim("k").unwrap(), Claim::Completed(_)));
+}
+
+#[test]
+fn a_closed_store_refuses_and_gives_back_what_it_was_given() {
+    let bench = Bench::new();
+    let lease = bench.acquire("k");
+    bench.store().close().unwrap();
+    bench.store().close().expect("closing twice is closing once");
+    assert!(matches!(bench.store().claim("k"), Err(Error::Closed)));
+    assert!(matches!(bench.store().check("new"), Err(Error::Closed)));
+    assert!(matches!(bench.store().record_batch(["a"]), Err(Error::Closed)));
+    assert!(matches!(bench.store().held(), Err(Error::Closed)));
+    assert!(matches!(bench.store().seal(), Err(Error::Closed)));
+    let error = lease.complete("result").unwrap_err();
+    assert!(matches!(error.error(), Error::Closed));
+    assert_eq!((error.outcome(), error.result()), (Outcome::NotWritten, &b"result"[..]));
+    let (_, result, lease) = error.into_parts();
+    assert_eq!((result, lease.map(|lease| lease.attempt())), (b"result".to_vec(), Some(1)));
+}
+
+#[test]
+fn a_path_that_is_no_store_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "text").unwrap();
+    assert!(matches!(Store::open(&file), Err(Error::NotAStore { .. })));
+    assert_eq!(fs::read(&file).unwrap(), b"text");
+
+    let error = Store::open(dir.path()).unwrap_err();
+    assert!(matches!(&error, Error::NotAStore { reason, .. } if reason.contains("file")), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was created beside it");
+}
+
+#[test]
+fn a_new_store_is_its_owners_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a/b/store");
+    let store = Store::open(&path).unwrap();
+    store.record("k").unwrap();
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&path), 0o700);
+    assert_eq!(mode(&path.join("db")), 0o700);
+    assert_eq!(mode(&path.join("onlyonce.lock")), 0o600);
+}
+
+#[test]
+fn what_a_crash_left_half_done_is_cleared_away() {
+    let mut bench = Bench::new();
+    bench.store().record("k").unwrap();
+    bench.store().close().unwrap();
+    let (runs, new) = (bench.path().join("runs"), bench.path().join("db.new"));
+    fs::write(runs.join("7.sst"), "half a run").unwrap();
+    fs::create_dir(&new).unwrap();
+    fs::write(new.join("CURRENT"), "half a store").unwrap();
+    bench.reopen();
+    assert!(!new.exists());
+    assert_eq!(fs::read_dir(&runs).unwrap().count(), 0);
+    assert_eq!(bench.store().record("k").unwrap(), Recorded::Duplicate { in_flight: false });
+}
+
+#[test]
+fn a_crash_during_creation_is_no_obstacle() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    fs::create_dir_all(path.join("db.new")).unwrap();
+    fs::write(path.join("db.new/000004.log"), "half").unwrap();
+    Store::open(&path).unwrap().record("k").unwrap();
+}
+
+#[test]
+fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
+    let bench = Bench::new();
+    bench.store().record("k").unwrap();
+    bench.store().close().unwrap();
+    fs::remove_file(bench.path().join("db/CURRENT")).unwrap();
+    let refused = bench.builder().open(bench.path());
+    assert!(matches!(refused, Err(Error::Io { .. } | Error::Corrupt { .. })), "{refused:?}");
+    assert!(refused.unwrap_err().to_string().contains("db"));
+}
+
+#[test]
+fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
+    let bench = Bench::new();
+    for i in 0..100 {
+        bench.store().record(&format!("key-{i}")).unwrap();
+    }
+    bench.store().close().unwrap();
+    let log = fs::read_dir(bench.path().join("db"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .max_by_key(|path| fs::metadata(path).unwrap().len())
+        .unwrap();
+    let whole = fs::read(&log).unwrap();
+    let mut garbled = whole.clone();
+    garbled[whole.len() / 2] ^= 1;
+    fs::write(&log, &garbled).unwrap();
+    let refused = bench.builder().open(bench.path());
+    assert!(matches!(refused, Err(Error::Corrupt { .. })), "a hole in the middle: {refused:?}");
+
+    fs::write(&log, &whole[..whole.len() - 3]).unwrap();
+    let store = bench.builder().open(bench.path()).expect("half a record at the end is what a crash leaves");
+    let remembered = |i: usize| matches!(store.check(&format!("key-{i}")).unwrap(), Check::Completed(_));
+    assert!((0..98).all(remembered), "only the end may be missing");
+}
+
+#[test]
+fn limits_refuse_by_name_and_change_nothing() {
+    let bench = Bench::with(|builder| builder.key_limit(8).in_flight_limit(2));
+    let store = bench.store();
+    assert!(matches!(store.claim(""), Err(Error::KeyEmpty)));
+    let error = store.record_batch(["fits", "far too long"]).unwrap_err();
+    assert!(matches!(error, Error::KeyTooLong { len: 12, limit: 8, .. }), "{error}");
+    assert_eq!(store.check("fits").unwrap(), Check::New, "a refused batch records nothing");
+
+    let _leases = (bench.acquire("one"), bench.acquire("two"));
+    let error = store.claim("three").unwrap_err();
+    assert!(matches!(error, Error::TooManyInFlight { in_flight: 2, limit: 2 }), "{error}");
+    assert!(error.retryable());
+    assert_eq!(store.check("three").unwrap(), Check::New);
+}
+
+#[test]
+fn bytes_of_any_kind_are_keys() {
+    let mut bench = Bench::new();
+    let keys: [&[u8]; 5] = [b"\0", b"\0\0", b"\xff\xfe", b"a\nb", &[0x80; 300]];
+    for key in keys {
+        assert_eq!(bench.store().record(key).unwrap(), Recorded::First, "{key:?}");
+    }
+    bench.store().seal().unwrap();
+    bench.reopen();
+    for key in keys {
+        assert_eq!(bench.store().record(key).unwrap(), Recorded::Duplicate { in_flight: false }, "{key:?}");
+    }
+}
+
+#[test]
+fn the_filter_answers_after_a_reopen_and_answers_are_right_before() {
+    let mut bench = Bench::new();
+    let keys: Vec<String> = (0..50_000).map(|i| format!("key-{i}")).collect();
+    bench.store().record_batch(&keys).unwrap();
+    bench.store().seal().unwrap();
+    bench.reopen();
+    let checks = bench.store().check_batch(keys.iter().take(2_000)).unwrap();
+    assert!(checks.into_iter().all(|check| matches!(check, Ok(Check::Completed(_)))));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while bench.store().stats().buckets.iter().any(|bucket| !bucket.filtered) {
+        assert!(Instant::now() < deadline, "the filter is not rebuilt");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let before = bench.store().stats();
+    let new: Vec<String> = (0..50_000).map(|i| format!("new-{i}")).collect();
+    let checks = bench.store().check_batch(&new).unwrap();
+    assert!(checks.into_iter().all(|check| matches!(check, Ok(Check::New))));
+    let after = bench.store().stats();
+    assert_eq!(after.filter_checks - before.filter_checks, 50_000);
+    let to_disk = after.filter_hits - before.filter_hits;
+    assert!(to_disk < 250, "{to_disk} of 50,000 new keys went to the disk");
+    assert_eq!(to_disk, after.filter_false_positives - before.filter_false_positives);
+}
+
+#[test]
+fn a_failed_write_poisons_the_store_until_it_is_reopened() {
+    // A file-size limit makes the log's next write fail, as a full disk would. It holds for a process, so the store
+    // that is to fail lives in a child.
+    if let Ok(path) = std::env::var("ONLYONCE_POISON_STORE") {
+        let store = Store::builder().memory_budget(32 << 20).open(path).unwrap();
+        let failure = (0..10_000).find_map(|i| {
+            store
+                .claim(&format!("key-{i}"))
+                .and_then(|claim| match claim {
+                    Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).map_err(|error| {
+                        assert_eq!(error.result().len(), 4_096, "the result comes back");
+                        error.into_parts().0
+                    }),
+                    other => panic!("{other:?}"),
+                })
+                .err()
+        });
+        let failure = failure.expect("the limit is reached");
+        assert!(matches!(failure, Error::WriteFailed { .. }), "{failure}");
+        assert_eq!(failure.outcome(), Outcome::Unknown);
+        for refused in [store.claim("other").map(|_| ()), store.check("other").map(|_| ()), store.seal()] {
+            assert!(matches!(refused, Err(Error::Poisoned { .. })), "{refused:?}");
+        }
+        assert!(store.stats().poisoned.is_some());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let exe = std::env::current_exe().unwrap();
+    let status = std::process::Command::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 2000; exec \"$0\" --exact \"$1\""])
+        .arg(&exe)
+        .arg("a_failed_write_poisons_the_store_until_it_is_reopened")
+        .env("ONLYONCE_POISON_STORE", &path)
+        .stdout(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status}");
+    let store = Store::open(&path).unwrap();
+    assert!(matches!(store.claim("key-0").unwrap(), Claim::Completed(_)));
+}
