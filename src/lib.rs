@@ -1,4 +1,9 @@
 #![doc = include_str!("../README.md")]
+// Nothing a caller passes and nothing on disk may panic.
+#![cfg_attr(
+    not(test),
+    warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)
+)]
 
 mod batch;
 mod bucket;

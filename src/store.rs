@@ -11,7 +11,7 @@ use crate::config::{Durability, OnInterrupt, Options};
 use crate::entry::{Entry, Kept, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::Key;
-use crate::state::engine::{Answer, Engine, Settlement, display};
+use crate::state::engine::{Answer, Engine, HeldKey, Settlement, display};
 use crate::state::keeper::Running;
 use crate::state::request::Request;
 use crate::state::transition::Standing;
@@ -398,7 +398,7 @@ impl Store {
     pub fn held(&self) -> Result<Vec<Held>> {
         let held = self.running.engine.held()?;
         held.into_iter()
-            .map(|(key, processing, prior)| {
+            .map(|HeldKey { key, processing, prior }| {
                 let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
                     place: "a key in the journal".to_owned(),
                     detail: format!("{} is no key", key.escape_ascii()),

@@ -242,14 +242,19 @@ fn a_renewed_lease_starts_again() {
 fn tokens_increase_over_keys_and_restarts() {
     let mut bench = Bench::new();
     let mut last = 0;
-    for round in 0..5 {
+    for round in 0..6 {
         for key in ["a", "b", "c"] {
-            let lease = bench.acquire(key);
+            let lease = bench.acquire(&format!("{key}{round}"));
             assert!(lease.token() > last, "round {round}");
             last = lease.token();
-            lease.release().unwrap();
+            if round < 3 { lease.release().unwrap() } else { lease.complete("r").unwrap() }
         }
-        if round == 2 {
+        if round % 2 == 0 {
+            bench.store().seal().unwrap();
+        }
+        if round == 3 {
+            // Everything is completed or forgotten: nothing of any token is left in the journal.
+            bench.advance_ms(11_000);
             bench.store().seal().unwrap();
         }
         bench.reopen();

@@ -70,6 +70,7 @@ fn child() {
                 store.seal().unwrap();
             }
         });
+        scope.spawn(|| watch(&store, &clock, StdRng::seed_from_u64(seed ^ 0x3a7c4)));
         for thread in 0..THREADS {
             let (store, clock) = (&store, &clock);
             scope.spawn(move || work(store, clock, StdRng::seed_from_u64(seed + thread), round * THREADS + thread));
@@ -79,6 +80,25 @@ fn child() {
 
 fn now_ms(clock: &ManualClock) -> u64 {
     onlyonce::Clock::wall_ms(clock)
+}
+
+/// Says of keys that have just been completed that they are: whoever is told so relies on it as much as the one who
+/// completed them.
+fn watch(store: &Store, clock: &ManualClock, mut rng: StdRng) {
+    loop {
+        let keys: Vec<String> = (0..100).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
+        let mut said = String::new();
+        for (key, check) in keys.iter().zip(store.check_batch(&keys).unwrap()) {
+            if let Check::Completed(first) = check.unwrap()
+                && first.completed_at_ms() + 1_000 > now_ms(clock)
+            {
+                let result = String::from_utf8_lossy(first.result().unwrap()).into_owned();
+                said.push_str(&format!("@dup {key} {result} {}\n", first.completed_at_ms()));
+            }
+        }
+        say(&said);
+        std::thread::yield_now();
+    }
 }
 
 fn work(store: &Store, clock: &ManualClock, mut rng: StdRng, worker: u64) {
@@ -187,6 +207,14 @@ impl Oracle {
                 self.clock_ms = self.clock_ms.max(ended_ms);
                 let done = Said::Done { result: (*result).to_owned(), started_ms, ended_ms };
                 self.said.insert((*key).to_owned(), done);
+            }
+            ["dup", key, result, at] => {
+                let at_ms = at.parse().unwrap();
+                // It may have been said late, when the key was somebody else's again: then it says nothing.
+                if matches!(self.said.get(*key), Some(Said::Tried { result: tried }) if tried == result) {
+                    let done = Said::Done { result: (*result).to_owned(), started_ms: at_ms, ended_ms: at_ms };
+                    self.said.insert((*key).to_owned(), done);
+                }
             }
             _ => panic!("the child said {line:?}"),
         }

@@ -162,7 +162,7 @@ fn with_payload<'a>(key: &'a str, payload: Option<u8>) -> Key<'a> {
 
 impl Round {
     fn new(seed: u64) -> Self {
-        let on_interrupt = if seed % 2 == 0 { OnInterrupt::Rerun } else { OnInterrupt::Hold };
+        let on_interrupt = if seed.is_multiple_of(2) { OnInterrupt::Rerun } else { OnInterrupt::Hold };
         let bench = match on_interrupt {
             OnInterrupt::Rerun => Bench::with(|b| b.result_limit(RESULT_LIMIT)),
             OnInterrupt::Hold => Bench::with(|b| b.result_limit(RESULT_LIMIT).on_interrupt(OnInterrupt::Hold)),

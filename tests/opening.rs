@@ -131,7 +131,7 @@ fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
 fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     let bench = Bench::new();
     for i in 0..100 {
-        bench.store().record(&format!("key-{i}")).unwrap();
+        bench.store().record(format!("key-{i}")).unwrap();
     }
     bench.store().close().unwrap();
     let log = fs::read_dir(bench.path().join("db"))
@@ -149,7 +149,7 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
 
     fs::write(&log, &whole[..whole.len() - 3]).unwrap();
     let store = bench.builder().open(bench.path()).expect("half a record at the end is what a crash leaves");
-    let remembered = |i: usize| matches!(store.check(&format!("key-{i}")).unwrap(), Check::Completed(_));
+    let remembered = |i: usize| matches!(store.check(format!("key-{i}")).unwrap(), Check::Completed(_));
     assert!((0..98).all(remembered), "only the end may be missing");
 }
 
@@ -216,7 +216,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         let store = Store::builder().memory_budget(32 << 20).open(path).unwrap();
         let failure = (0..10_000).find_map(|i| {
             store
-                .claim(&format!("key-{i}"))
+                .claim(format!("key-{i}"))
                 .and_then(|claim| match claim {
                     Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).map_err(|error| {
                         assert_eq!(error.result().len(), 4_096, "the result comes back");

@@ -86,7 +86,7 @@ fn every_key_is_worked_on_once_while_seals_move_it() {
                 // Every thread gets every key, in an order of its own.
                 for step in 0..KEYS {
                     let i = (step * 7_919 + thread * 1_871) % KEYS;
-                    match store.claim(&i.to_string()).unwrap() {
+                    match store.claim(i.to_string()).unwrap() {
                         Claim::Acquired(lease) => {
                             effects[i].fetch_add(1, Ordering::SeqCst);
                             lease.complete(i.to_string()).unwrap();

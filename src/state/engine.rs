@@ -69,6 +69,13 @@ pub(crate) enum Claimed {
     Answered(Answer),
 }
 
+/// A key that waits for a decision.
+pub(crate) struct HeldKey {
+    pub(crate) key: Arc<[u8]>,
+    pub(crate) processing: Processing,
+    pub(crate) prior: Prior,
+}
+
 /// What becomes of a lease.
 pub(crate) enum Settlement {
     /// The work is done.
@@ -420,7 +427,7 @@ impl Engine {
     }
 
     /// The keys that wait for a decision. Visits the whole hot table.
-    pub(crate) fn held(&self) -> Result<Vec<(Arc<[u8]>, Processing, Prior)>> {
+    pub(crate) fn held(&self) -> Result<Vec<HeldKey>> {
         self.ready()?;
         let now = self.now();
         let mut held = Vec::new();
@@ -429,11 +436,11 @@ impl Engine {
                 if let Entry::Processing(processing) = &slot.entry
                     && let Standing::Held(prior) = self.standing_at(processing, now)
                 {
-                    held.push((Arc::clone(&slot.key), processing.clone(), prior));
+                    held.push(HeldKey { key: Arc::clone(&slot.key), processing: processing.clone(), prior });
                 }
             }
         }
-        held.sort_by_key(|(_, processing, _)| processing.token);
+        held.sort_by_key(|held: &HeldKey| held.processing.token);
         Ok(held)
     }
 

@@ -244,3 +244,28 @@ impl Engine {
 fn is_completed_by(entry: &Entry, token: u64) -> bool {
     matches!(entry, Entry::Completed(done) if done.token == token)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Options;
+    use crate::storage::directory::Directory;
+
+    #[test]
+    fn a_seal_waits_for_rows_that_were_begun_before_the_last_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let engine = Engine::open(directory, &Options::default()).unwrap();
+        let slow = engine.rows.begin(|| engine.sequence.take());
+        let image = engine.sequence.take();
+        assert!(slow.number() < image);
+        let (send, cut) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| send.send(engine.first_open_row(image)));
+            let early = cut.recv_timeout(Duration::from_millis(50));
+            assert!(early.is_err(), "the journal would be cut at {early:?}, below the image {image}");
+            drop(slow);
+            assert!(cut.recv().unwrap() > image);
+        });
+    }
+}
