@@ -11,24 +11,19 @@ use crate::storage::db::Db;
 
 /// A completed key on its way to its bucket.
 pub(crate) struct Row {
+    /// The slice of time it was completed in.
+    pub(crate) slice: Slice,
     pub(crate) digest: u64,
     pub(crate) key: Arc<[u8]>,
     pub(crate) done: Done,
 }
 
-/// Sorts the rows, no key of which may come twice, writes them to the buckets of their completion, and marks them in the filter.
-/// When this returns the buckets answer for them. Doing it again after a crash changes nothing.
-pub(crate) fn seal(db: &Db, set: &BucketSet, rows: &mut [Row], bucket_ms: u64) -> Result<()> {
-    rows.sort_unstable_by(|a, b| {
-        let slice = |row: &Row| Slice::containing(row.done.completed_ms, bucket_ms);
-        slice(a).cmp(&slice(b)).then(a.digest.cmp(&b.digest)).then_with(|| a.key.cmp(&b.key))
-    });
-    let same_slice = |a: &Row, b: &Row| {
-        Slice::containing(a.done.completed_ms, bucket_ms) == Slice::containing(b.done.completed_ms, bucket_ms)
-    };
-    for run in rows.chunk_by(same_slice) {
-        let Some(first) = run.first() else { continue };
-        let slice = Slice::containing(first.done.completed_ms, bucket_ms);
+/// Sorts the rows, no key of which may come twice, writes them to the buckets of their completion, and marks them in the
+/// filter. When this returns the buckets answer for them. Doing it again after a crash changes nothing.
+pub(crate) fn seal(db: &Db, set: &BucketSet, rows: &mut [Row]) -> Result<()> {
+    rows.sort_unstable_by(|a, b| (a.slice, a.digest).cmp(&(b.slice, b.digest)).then_with(|| a.key.cmp(&b.key)));
+    for run in rows.chunk_by(|a, b| a.slice == b.slice) {
+        let Some(slice) = run.first().map(|row| row.slice) else { continue };
         let bucket = set.ensure(db, slice)?;
         let (mut key, mut value) = (Vec::new(), Vec::new());
         db.add_run(&bucket.family, |sink| {

@@ -12,6 +12,7 @@ use crate::bucket::seal::{Row, seal};
 use crate::bucket::window::Slice;
 use crate::bucket::{recovery, set::Bucket};
 use crate::codec::{RowKind, RowWriter};
+use crate::config::Span;
 use crate::entry::Entry;
 use crate::error::{Error, Result};
 use crate::stats::{BucketStats, Stats};
@@ -81,7 +82,7 @@ impl Engine {
         self.reserve(0)?;
         let start = self.first_open_row(*last_image);
         let now = self.now();
-        let window_ms = self.config().span.window_ms;
+        let Span { window_ms, bucket_ms } = self.config().span;
         let mut rows = Vec::with_capacity(self.hot.completed());
         let mut image = RowWriter::new(RowKind::Claimed, now.wall_ms, 0);
         for stripe in self.hot.stripes() {
@@ -89,7 +90,8 @@ impl Engine {
                 match &slot.entry {
                     Entry::Completed(done) if done.is_live(now, window_ms) => {
                         let key = Arc::clone(&slot.key);
-                        rows.push(Row { digest: slot.digest, key, done: done.clone() });
+                        let slice = Slice::containing(done.completed_ms, bucket_ms);
+                        rows.push(Row { slice, digest: slot.digest, key, done: done.clone() });
                     }
                     Entry::Completed(_) => {}
                     Entry::Processing(processing) => {
@@ -100,7 +102,7 @@ impl Engine {
                 }
             }
         }
-        seal(&self.db, &self.buckets, &mut rows, self.config().span.bucket_ms)?;
+        seal(&self.db, &self.buckets, &mut rows)?;
 
         let image = (!image.is_empty()).then(|| image.finish());
         let head = self.rows.begin(|| self.sequence.take());
