@@ -35,7 +35,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// For each lease as [`Lease::complete`]. A lease of another store is refused with [`Error::Superseded`] and
+    /// For each lease as [`Lease::complete`]. A lease of another store is refused with [`Error::ForeignLease`] and
     /// given back.
     #[must_use = "each lease has an answer of its own"]
     pub fn complete_batch<R: Into<Vec<u8>>>(
@@ -49,7 +49,8 @@ impl Store {
                 ours.push((lease, result.into()));
                 answers.push(None);
             } else {
-                let error = Error::Superseded { key: format!("{lease:?} of another store"), token: lease.token() };
+                let key = lease.key().to_string();
+                let error = Error::ForeignLease { key };
                 answers.push(Some(Err(CompleteError::new(error, result.into(), Some(lease)))));
             }
         }

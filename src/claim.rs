@@ -7,7 +7,8 @@ use crate::codec;
 use crate::codec::RowKind;
 use crate::entry::{Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
-use crate::state::engine::{Answer, Claimed, Grant, Settlement, display};
+use crate::key::Key;
+use crate::state::engine::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
 
 /// The answer to [`Store::claim`](crate::Store::claim).
@@ -97,6 +98,12 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// The key it is about, with its scope.
+    #[must_use]
+    pub fn key(&self) -> Key<'static> {
+        Key::decode(&self.grant.key).unwrap_or_else(|| Key::from(self.grant.key.to_vec()))
+    }
+
     /// The fencing token: higher than that of every lease before, over the life of the store.
     #[must_use]
     pub fn token(&self) -> u64 {
@@ -111,6 +118,10 @@ impl Lease {
 
     /// What became of the attempt before. Anything but `None` and [`Prior::Released`] says that the effect may have
     /// happened: ask before you repeat it.
+    ///
+    /// Under [`OnInterrupt::Rerun`](crate::OnInterrupt) claims are not synced, so that a power cut can take the claim and
+    /// the memory of it: after one, `None` does not prove that nothing happened. Open with
+    /// [`OnInterrupt::Hold`](crate::OnInterrupt) and [`Durability::Disk`](crate::Durability) where that matters.
     #[must_use]
     pub fn prior(&self) -> Option<Prior> {
         self.grant.prior
@@ -187,7 +198,7 @@ impl Lease {
             backoff_ms => engine.now().wall_ms.saturating_add(backoff_ms),
         };
         let open = Settlement::Open { prior: Prior::Released, not_before_ms };
-        let accepted = engine.settle(RowKind::Settled, vec![(&self.grant, open)])?;
+        let accepted = engine.settle(RowKind::Settled, Settler::Holder, vec![(&self.grant, open)])?;
         self.settled = true;
         if accepted == [true] { Ok(()) } else { Err(self.superseded()) }
     }
@@ -223,7 +234,7 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<(), 
     let limit = engine.config().result_limit;
     let settlements =
         leases.iter().map(|(lease, result)| (&lease.grant, Settlement::Completed(Kept::of(result, limit)))).collect();
-    match engine.settle(RowKind::Completed, settlements) {
+    match engine.settle(RowKind::Completed, Settler::Holder, settlements) {
         Ok(accepted) => leases
             .drain(..)
             .zip(accepted)
@@ -257,12 +268,8 @@ pub(crate) fn is_of(lease: &Lease, running: &Arc<Running>) -> bool {
 pub(crate) fn claim(claimed: Claimed, running: &Arc<Running>) -> Claim {
     match claimed {
         Claimed::Acquired(grant) => Claim::Acquired(Lease { grant, running: Arc::clone(running), settled: false }),
-        Claimed::Answered(Answer::Completed(done)) => Claim::Completed(Completed::new(done)),
-        Claimed::Answered(Answer::InProgress { retry_after_ms, attempt }) => {
-            Claim::InProgress(in_progress(retry_after_ms, attempt))
-        }
-        // Not an answer to a claim; whoever gets it asks again.
-        Claimed::Answered(Answer::New) => Claim::InProgress(in_progress(Some(0), 1)),
+        Claimed::Completed(done) => Claim::Completed(Completed::new(done)),
+        Claimed::InProgress { retry_after_ms, attempt } => Claim::InProgress(in_progress(retry_after_ms, attempt)),
     }
 }
 

@@ -95,6 +95,9 @@ pub(crate) struct Now {
     pub(crate) monotonic_ms: u64,
 }
 
+/// A clock that says more than this, some 140,000 years from now, is broken; the bound keeps sums of times in range.
+const MAX_WALL_MS: u64 = 1 << 52;
+
 /// A clock with a high-water mark.
 pub(crate) struct Timeline {
     clock: Arc<dyn Clock>,
@@ -114,7 +117,7 @@ impl Timeline {
     }
 
     pub(crate) fn now(&self) -> Now {
-        let wall_ms = self.clock.wall_ms();
+        let wall_ms = self.clock.wall_ms().min(MAX_WALL_MS);
         let mut high_water_ms = self.high_water_ms.load(Ordering::Acquire);
         // Most readings fall into a millisecond that was seen before: they need no write to the shared line.
         if wall_ms > high_water_ms {

@@ -209,6 +209,11 @@ impl RowWriter {
         match processing.holder {
             Holder::Leased { .. } | Holder::Settling => flags |= HOLDER_LEASED << HOLDER_SHIFT,
             Holder::Interrupted(prior) => flags |= HOLDER_INTERRUPTED << HOLDER_SHIFT | prior_bits(prior),
+            // Nobody had claimed it, so that nobody's decision is needed should this process die now.
+            Holder::Recording => {
+                flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(Prior::Crashed);
+                not_before = Some(0);
+            }
             Holder::Open { prior, not_before_ms } => {
                 flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(prior);
                 not_before = Some(not_before_ms);
@@ -247,6 +252,10 @@ impl RowWriter {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.items == 0
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
     }
 
     pub(crate) fn finish(self) -> Vec<u8> {

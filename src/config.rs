@@ -27,7 +27,8 @@ pub enum Durability {
 /// What becomes of a key whose holder vanished: its lease ran out, was dropped, or its process died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnInterrupt {
-    /// The next claim gets the key at once, and [`Lease::prior`](crate::Lease::prior) tells it what happened.
+    /// The next claim gets the key at once, and [`Lease::prior`](crate::Lease::prior) tells it what happened. Claims are
+    /// not synced: a power cut can take the claim itself, and then `prior` is `None`.
     Rerun,
     /// Nobody gets the key until [`Store::resolve`](crate::Store::resolve) decides. For effects that must not be
     /// repeated blindly. Under [`Durability::Process`] a power cut can forget the claim itself.

@@ -52,6 +52,8 @@ pub(crate) enum Holder {
     Leased { until_monotonic_ms: u64 },
     /// Done with it, and the outcome is on its way to the journal. Nobody may take over now.
     Settling,
+    /// As `Settling`, where `record` completes a key that nobody holds.
+    Recording,
     /// Gone without a word.
     Interrupted(Prior),
     /// Gone, and the key is free from `not_before_ms` (wall time) on.

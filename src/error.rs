@@ -66,7 +66,7 @@ pub enum Error {
         detail: String,
     },
 
-    /// The disk or the file system refused an operation; the store was not changed by it.
+    /// The disk or the file system refused an operation. No answer of the store is changed by it.
     #[error("{action} {}: {detail}", path.display())]
     Io {
         /// What was tried.
@@ -170,10 +170,26 @@ pub enum Error {
     },
 
     /// Completed keys cannot be moved out of memory to disk, and there is no room for more in memory.
-    #[error("completed keys cannot be sealed to disk and memory is full: {detail}")]
+    #[error("completed keys cannot be sealed to disk and memory is full: {detail}; mend the disk, then try again")]
     SealingFailed {
         /// Why sealing fails.
         detail: String,
+    },
+
+    /// One call brings more bytes than one write can take.
+    #[error("the batch is {bytes} bytes, over the limit of {limit}: make it smaller")]
+    BatchTooLarge {
+        /// Bytes of its keys and results.
+        bytes: usize,
+        /// The limit, in bytes.
+        limit: usize,
+    },
+
+    /// A lease was given to a store that did not hand it out. It is given back unharmed.
+    #[error("the lease on {key} is of another store: complete it there")]
+    ForeignLease {
+        /// The key, escaped.
+        key: String,
     },
 
     /// A typed result could not be turned into bytes.

@@ -265,9 +265,14 @@ impl From<String> for Key<'static> {
     }
 }
 
-impl<'a> From<&Key<'a>> for Key<'a> {
-    fn from(key: &Key<'a>) -> Self {
-        key.clone()
+impl<'a> From<&'a Key<'_>> for Key<'a> {
+    fn from(key: &'a Key<'_>) -> Self {
+        Key {
+            form: key.form,
+            scope: Cow::Borrowed(&key.scope),
+            body: Cow::Borrowed(&key.body),
+            fingerprint: key.fingerprint,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::{Durability, OnInterrupt, Options};
 use crate::entry::{Entry, Kept, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::Key;
-use crate::state::engine::{Answer, Engine, HeldKey, Settlement, display};
+use crate::state::engine::{Answer, Engine, HeldKey, Settlement, Settler, display};
 use crate::state::keeper::Running;
 use crate::state::request::Request;
 use crate::state::transition::Standing;
@@ -20,8 +20,10 @@ use crate::storage::directory::Directory;
 
 /// A deduplication and idempotency store in a directory. Clones are handles to the same store.
 ///
-/// All calls block; none takes longer than a disk needs for a small write, except [`Store::seal`], [`Store::stats`]
-/// and [`Store::close`]. The store closes when it is told to, or when its last clone and lease are dropped.
+/// All calls block, usually for as long as the disk needs for a small write. Claims, records and completions wait longer
+/// where keys are completed faster than they can be moved to disk; [`Store::seal`], [`Store::forget`],
+/// [`Store::stats`], [`Store::held`] and [`Store::close`] say what they wait for. The store closes when it is told to, or
+/// when its last clone and lease are dropped.
 #[derive(Clone)]
 pub struct Store {
     pub(crate) running: Arc<Running>,
@@ -427,7 +429,7 @@ impl Store {
                 (RowKind::Completed, Settlement::Completed(kept))
             }
         };
-        let accepted = engine.settle(kind, vec![(&grant, settlement)])?;
+        let accepted = engine.settle(kind, Settler::Operator, vec![(&grant, settlement)])?;
         if accepted == [true] { Ok(()) } else { Err(not_held()) }
     }
 

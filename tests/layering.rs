@@ -16,7 +16,7 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
-    ("storage", &["options", "journal", "directory", "run", "db"]),
+    ("storage", &["options", "journal", "log", "directory", "run", "db"]),
     ("filter", &["sizing", "layer", "stack"]),
     ("bucket", &["window", "set", "seal", "rotation", "recovery"]),
     ("state", &["transition", "sequence", "request", "hot_table", "engine", "upkeep", "keeper"]),

@@ -130,6 +130,7 @@ fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
 #[test]
 fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     let bench = Bench::new();
+    // Each in a row, and so in a record, of its own.
     for i in 0..100 {
         bench.store().record(format!("key-{i}")).unwrap();
     }
@@ -141,16 +142,169 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
         .max_by_key(|path| fs::metadata(path).unwrap().len())
         .unwrap();
     let whole = fs::read(&log).unwrap();
-    let mut garbled = whole.clone();
-    garbled[whole.len() / 2] ^= 1;
-    fs::write(&log, &garbled).unwrap();
-    let refused = bench.builder().open(bench.path());
-    assert!(matches!(refused, Err(Error::Corrupt { .. })), "a hole in the middle: {refused:?}");
+    // Every bit of a record's header and some of its payload, in the middle of the log; and a header of zeros.
+    let middle = whole.len() / 2;
+    for at in middle..middle + 60 {
+        for bit in [0, 3, 7] {
+            let mut garbled = whole.clone();
+            garbled[at] ^= 1 << bit;
+            fs::write(&log, &garbled).unwrap();
+            let refused = bench.builder().open(bench.path());
+            let Err(Error::Corrupt { place, .. }) = &refused else { panic!("a hole at {at}: {refused:?}") };
+            assert!(place.ends_with(log.file_name().unwrap().to_str().unwrap()), "{place}");
+        }
+    }
+    let mut zeroed = whole.clone();
+    zeroed[middle..middle + 60].fill(0);
+    fs::write(&log, &zeroed).unwrap();
+    assert!(matches!(bench.builder().open(bench.path()), Err(Error::Corrupt { .. })));
 
-    fs::write(&log, &whole[..whole.len() - 3]).unwrap();
-    let store = bench.builder().open(bench.path()).expect("half a record at the end is what a crash leaves");
-    let remembered = |i: usize| matches!(store.check(format!("key-{i}")).unwrap(), Check::Completed(_));
-    assert!((0..98).all(remembered), "only the end may be missing");
+    for (torn, what) in [
+        (whole[..whole.len() - 3].to_vec(), "cut short"),
+        ([&whole[..whole.len() - 3], &[0; 3]].concat(), "its last bytes never written"),
+        ([&whole[..], &[0; 5_000]].concat(), "space behind it never written"),
+    ] {
+        fs::write(&log, torn).unwrap();
+        let copy = bench.path().join("../copy");
+        copy_store(&bench.path(), &copy);
+        let store = bench.builder().open(&copy).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let remembered = |i: usize| matches!(store.check(format!("key-{i}")).unwrap(), Check::Completed(_));
+        assert!((0..98).all(remembered), "only the end may be missing: {what}");
+        store.close().unwrap();
+        fs::remove_dir_all(&copy).unwrap();
+    }
+}
+
+/// Copies a store as it lies on disk, as a crash at this moment would leave it.
+fn copy_store(from: &std::path::Path, to: &std::path::Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.path().is_dir() {
+            copy_store(&entry.path(), &to.join(entry.file_name()));
+        } else {
+            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
+    for buckets in [1, 13, 14, 30, 31, 48] {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = onlyonce::ManualClock::at(common::START_MS);
+        let open = || {
+            Store::builder()
+                .window(Duration::from_secs(buckets))
+                .bucket(Duration::from_secs(1))
+                .clock(clock.clone())
+                .memory_budget(32 << 20)
+                .open(dir.path().join("store"))
+        };
+        let store = open().unwrap();
+        for second in 0..buckets + 3 {
+            store.record(format!("key-{second}")).unwrap();
+            store.seal().unwrap();
+            clock.advance(Duration::from_secs(1));
+        }
+        store.close().unwrap();
+        let store = open().unwrap_or_else(|error| panic!("{buckets} buckets: {error}"));
+        for second in 0..buckets + 3 {
+            let remembered = matches!(store.check(format!("key-{second}")).unwrap(), Check::Completed(_));
+            assert_eq!(remembered, second > 3, "key {second} of {buckets} buckets");
+        }
+    }
+}
+
+#[test]
+fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
+    let mut bench = Bench::with(|builder| builder.in_flight_limit(1));
+    bench.acquire("done").complete("r").unwrap();
+    drop(bench.acquire("dropped"));
+    assert!(matches!(bench.store().claim("new"), Err(Error::TooManyInFlight { .. })));
+    assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate is answered");
+    assert_eq!(bench.store().record("recorded").unwrap(), Recorded::First, "a record leaves nothing in flight");
+    bench.reopen();
+    let again = bench.acquire("dropped");
+    assert_eq!(again.attempt(), 2, "what was interrupted can be claimed again");
+    let batch = bench.store().claim_batch(["done", "new", "dropped"]).unwrap();
+    assert!(
+        matches!(
+            batch.as_slice(),
+            [Ok(Claim::Completed(_)), Err(Error::TooManyInFlight { .. }), Ok(Claim::InProgress(_))]
+        ),
+        "{batch:?}"
+    );
+    again.complete("r").unwrap();
+    bench.acquire("new").complete("r").unwrap();
+}
+
+#[test]
+fn keys_that_nobody_comes_back_for_make_way_after_a_window() {
+    let bench = Bench::with(|builder| builder.in_flight_limit(10));
+    (0..10).for_each(|i| drop(bench.acquire(&format!("left-{i}"))));
+    assert!(matches!(bench.store().claim("new"), Err(Error::TooManyInFlight { .. })));
+    bench.advance_ms(11_000);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while bench.store().claim("new").is_err() {
+        assert!(Instant::now() < deadline, "the store does not heal");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
+    let mut bench = Bench::new();
+    let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>1000}")).collect();
+    for batch in keys.chunks(1_000) {
+        // Forgotten, not dropped: their process is going to die with them.
+        std::mem::forget(bench.store().claim_batch(batch).unwrap());
+    }
+    bench.store().seal().unwrap();
+    bench.reopen();
+    assert_eq!(bench.store().stats().in_flight, 20_000);
+    let again = bench.acquire(&keys[12_345]);
+    assert_eq!((again.attempt(), again.prior()), (2, Some(onlyonce::Prior::Crashed)));
+}
+
+#[test]
+fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
+    let bench = Bench::new();
+    bench.store().record("k").unwrap();
+    bench.store().seal().unwrap();
+    bench.advance_ms(86_400_000);
+    bench.store().seal().unwrap();
+    let copy = bench.path().join("../copy");
+    copy_store(&bench.path(), &copy);
+    bench.clock.set_wall_ms(common::START_MS + 1_000);
+    let store = bench.builder().open(&copy).unwrap();
+    assert_eq!(store.stats().now_ms, common::START_MS + 86_400_000, "time stands still until the clock catches up");
+    assert_eq!(store.check("k").unwrap(), Check::New);
+}
+
+#[test]
+fn a_clock_at_the_end_of_time_is_no_obstacle() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || Store::builder().clock(onlyonce::ManualClock::at(u64::MAX - 10)).open(dir.path().join("store"));
+    let store = open().unwrap();
+    store.record("k").unwrap();
+    store.seal().unwrap();
+    store.close().unwrap();
+    assert!(matches!(open().unwrap().check("k").unwrap(), Check::Completed(_)));
+}
+
+#[test]
+fn a_lease_of_another_store_is_given_back_unharmed() {
+    let (bench, other) = (Bench::new(), Bench::new());
+    let lease = other.acquire("k");
+    assert_eq!(lease.key(), onlyonce::Key::from("k"));
+    let mut answers = bench.store().complete_batch([(lease, "r"), (bench.acquire("ours"), "r")]);
+    assert!(answers.pop().unwrap().is_ok());
+    let (error, result, lease) = answers.pop().unwrap().unwrap_err().into_parts();
+    assert!(matches!(error, Error::ForeignLease { .. }), "{error}");
+    assert_eq!(result, b"r");
+    lease.unwrap().complete("r").unwrap();
+    assert_eq!(other.completed("k").unwrap(), b"r");
 }
 
 #[test]

@@ -56,7 +56,7 @@ pub(crate) fn rebuild_filter(db: &Db, set: &BucketSet, bucket: &Arc<Bucket>, go_
             set.mark_counted(bucket, &digests, expected.max(CHUNK as u64));
             expected = expected.saturating_sub(CHUNK as u64);
             digests.clear();
-            finished = go_on();
+            finished = go_on() && set.view().has(bucket);
         }
         Ok(finished)
     })?;

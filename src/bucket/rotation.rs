@@ -8,16 +8,20 @@ use crate::config::Span;
 use crate::error::Result;
 use crate::storage::db::Db;
 
+/// Whether there are buckets whose keys are all forgotten.
+pub(crate) fn has_passed(set: &BucketSet, span: Span, now_ms: u64) -> bool {
+    set.has_passed() || set.view().newest_first().iter().any(|bucket| !bucket.slice.is_live(now_ms, span.window_ms))
+}
+
 /// Drops every bucket whose keys are all forgotten. Costs a change of the manifest each, however many keys it has.
-pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) -> Result<()> {
-    set.remove_passed(db)?;
+pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) {
+    set.remove_passed(db);
     let view = set.view();
     for bucket in view.newest_first() {
         if !bucket.slice.is_live(now_ms, span.window_ms) {
-            set.remove(db, &bucket)?;
+            set.remove(db, &bucket);
         }
     }
-    Ok(())
 }
 
 /// Creates the bucket after the present one, once half of the present one's time is over, and sizes the filter by

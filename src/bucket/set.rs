@@ -53,7 +53,8 @@ impl View {
         self.buckets.iter().flatten().filter(move |bucket| slots & 1 << bucket.slot != 0)
     }
 
-    fn has(&self, bucket: &Arc<Bucket>) -> bool {
+    /// Whether the bucket is still there.
+    pub(crate) fn has(&self, bucket: &Arc<Bucket>) -> bool {
         self.buckets.iter().flatten().any(|other| Arc::ptr_eq(other, bucket))
     }
 
@@ -90,14 +91,17 @@ impl BucketSet {
                 passed.push(family.clone());
             }
         }
-        // Those of the window, the present one, and the next.
-        let slots = span.window_ms.div_ceil(span.bucket_ms) + 2;
-        let needed = slots.saturating_add(slices.len() as u64);
+        // Those of the window, the present one, the next, and two that are not dropped yet; and those of other widths.
+        let others = slices.iter().filter(|(slice, _)| slice.width_ms != span.bucket_ms).count();
+        let needed = span.window_ms.div_ceil(span.bucket_ms).saturating_add(4).saturating_add(others as u64);
         if needed > SLOTS as u64 {
             return Err(Error::Config {
                 option: "bucket",
-                value: format!("too narrow for a store that has {} buckets", slices.len()),
-                bounds: format!("wide enough that old and new buckets are at most {SLOTS} ({needed} would be)"),
+                value: format!("{} ms", span.bucket_ms),
+                bounds: format!(
+                    "wide enough that at most {SLOTS} buckets are live: {needed} would be, {others} of them from \
+                     openings with another width"
+                ),
             });
         }
         let keys: Vec<u64> = slices.iter().map(|(_, keys)| *keys).collect();
@@ -162,7 +166,7 @@ impl BucketSet {
     pub(crate) fn set_filtered(&self, bucket: &Arc<Bucket>) {
         let _change = self.change.lock();
         let mut view = View::clone(&self.view.load());
-        if view.has(bucket) {
+        if view.has(bucket) && view.stack.covers(bucket.slot) {
             view.unfiltered &= !(1 << bucket.slot);
             self.view.store(Arc::new(view));
         }
@@ -179,22 +183,24 @@ impl BucketSet {
     }
 
     /// Drops the buckets that had passed before this opening.
-    pub(crate) fn remove_passed(&self, db: &Db) -> Result<()> {
-        let mut passed = self.passed.lock();
-        while let Some(family) = passed.last() {
-            db.drop_bucket(family)?;
-            passed.pop();
+    pub(crate) fn remove_passed(&self, db: &Db) {
+        for family in std::mem::take(&mut *self.passed.lock()) {
+            drop_or_leave(db, &family);
         }
-        Ok(())
+    }
+
+    /// Whether buckets are left that had passed before this opening.
+    pub(crate) fn has_passed(&self) -> bool {
+        !self.passed.lock().is_empty()
     }
 
     /// Drops a bucket and frees its slot.
-    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>) -> Result<()> {
+    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>) {
         let _change = self.change.lock();
         let mut view = View::clone(&self.view.load());
         if !view.has(bucket) {
             // Somebody else has dropped it meanwhile.
-            return Ok(());
+            return;
         }
         let bit = 1 << bucket.slot;
         view.live &= !bit;
@@ -202,14 +208,21 @@ impl BucketSet {
         // Nobody asks it from here on. The slot stays taken until its column is clean, for a bit that is left over
         // would be erased again after the next bucket has set it.
         self.view.store(Arc::new(view.clone()));
-        db.drop_bucket(&bucket.family)?;
+        drop_or_leave(db, &bucket.family);
         if let Some(place) = view.buckets.get_mut(usize::from(bucket.slot)) {
             *place = None;
         }
         view.stack = view.stack.without(bucket.slot);
         self.view.store(Arc::new(view));
         tracing::debug!(bucket = %bucket.slice, keys = bucket.keys.load(Ordering::Relaxed), "bucket dropped");
-        Ok(())
+    }
+}
+
+/// Drops a bucket that nobody asks any more. RocksDB forgets the handle even where it fails, so that it cannot be tried
+/// again: the next open finds the bucket, and that it has passed.
+fn drop_or_leave(db: &Db, family: &str) {
+    if let Err(error) = db.drop_bucket(family) {
+        tracing::warn!(%error, family, "a passed bucket could not be dropped: the next open will");
     }
 }
 
@@ -227,6 +240,10 @@ impl View {
             None => self.buckets.push(Some(Arc::clone(&bucket))),
         }
         self.live |= 1 << slot;
+        if !self.stack.covers(slot) {
+            // More buckets than the filter has columns for: this one is asked on disk for as long as it lives.
+            self.unfiltered |= 1 << slot;
+        }
         Some(bucket)
     }
 }
@@ -274,4 +291,28 @@ pub(crate) fn look_up(
         };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::directory::Directory;
+    use std::time::Duration;
+
+    #[test]
+    fn a_bucket_beyond_the_filters_columns_is_asked_on_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let span = Span { window_ms: 4_000, bucket_ms: 1_000 };
+        let set = BucketSet::open(&db, &[], span, 0, 1 << 20).unwrap();
+        // Eight columns; nobody has dropped anything yet.
+        for second in 0..12 {
+            let bucket = set.ensure(&db, Slice { start_ms: second * 1_000, width_ms: 1_000 }).unwrap();
+            set.mark(&bucket, &[second * 977]);
+            set.set_filtered(&bucket);
+            assert_eq!(set.view().is_filtered(&bucket), second < 8, "bucket {second}");
+            assert_ne!(set.view().candidates(second * 977) & 1 << bucket.slot, 0, "bucket {second}");
+        }
+    }
 }

@@ -32,16 +32,24 @@ impl Stack {
         stack
     }
 
-    /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows.
-    fn add_base(&mut self, keys: u64) {
+    /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows. False
+    /// if that is none.
+    fn add_base(&mut self, keys: u64) -> bool {
         let columns = Columns::All(self.width);
         let left = self.budget_bytes.saturating_sub(self.bytes()) / 2;
         let affordable = left / Layer::bytes_for(columns, 1).max(1);
         let keys = keys.min(affordable);
         // A store must have some base, even where the budget is spent.
-        if keys > 0 || self.layers.is_empty() {
+        let more = keys > 0 || self.layers.is_empty();
+        if more {
             self.layers.push(Arc::new(Layer::new(columns, keys.max(1_000))));
         }
+        more
+    }
+
+    /// Whether keys of the slot can be marked at all.
+    pub(crate) fn covers(&self, slot: Slot) -> bool {
+        u32::from(slot) < self.width
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -96,9 +104,9 @@ impl Stack {
         }
         let mut larger = self.clone();
         // Room for the ups and downs of a day.
-        larger.add_base(keys.saturating_add(keys / 2));
+        let added = larger.add_base(keys.saturating_add(keys / 2));
         let grown = larger.layers.last().is_some_and(|layer| layer.capacity() > base.capacity());
-        grown.then_some(larger)
+        (added && grown).then_some(larger)
     }
 
     /// The stack without the slot, whose bucket is gone. Takes time: every word of a base is visited.

@@ -39,6 +39,9 @@ pub(super) const HIGH_WATER: &str = "high-water";
 /// The share of the memory budget that the filters may take.
 const FILTER_SHARE: usize = 2;
 
+/// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
+const BATCH_BYTES: usize = 1 << 30;
+
 /// How long a call waits for the keeper before it looks again whether sealing still works.
 const BACKLOG_WAIT: Duration = Duration::from_millis(100);
 
@@ -66,7 +69,8 @@ pub(crate) struct Grant {
 #[derive(Debug)]
 pub(crate) enum Claimed {
     Acquired(Grant),
-    Answered(Answer),
+    InProgress { retry_after_ms: Option<u64>, attempt: u32 },
+    Completed(Done),
 }
 
 /// A key that waits for a decision.
@@ -74,6 +78,15 @@ pub(crate) struct HeldKey {
     pub(crate) key: Arc<[u8]>,
     pub(crate) processing: Processing,
     pub(crate) prior: Prior,
+}
+
+/// Who settles a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Settler {
+    /// Its holder, however late, unless somebody has taken over.
+    Holder,
+    /// An operator, as long as the key is held.
+    Operator,
 }
 
 /// What becomes of a lease.
@@ -219,6 +232,8 @@ impl Engine {
     fn begin(&self, replayed: Replayed) -> Result<()> {
         self.write(true, |tx| tx.put_meta(SPAN, &codec::put_span(self.config.span)))?;
         self.reserve(0)?;
+        // Tokens must not begin again where a log is lost.
+        self.db.flush_meta()?;
         tracing::info!(
             path = %self.db.directory().root().display(),
             journal_rows = replayed.rows,
@@ -394,7 +409,14 @@ impl Engine {
             .iter()
             .map(|asked| {
                 self.decide(asked, &on_disk, |_, stored| {
-                    answer(transition::find(stored.as_ref(), asked.payload, now, self.policy), stored, asked)
+                    match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+                        Found::Available { .. } => Ok(Answer::New),
+                        Found::InProgress { retry_after_ms, attempt } => {
+                            Ok(Answer::InProgress { retry_after_ms, attempt })
+                        }
+                        Found::Completed(done) => Ok(Answer::Completed(done.clone())),
+                        Found::PayloadMismatch => Err(payload_mismatch(asked)),
+                    }
                 })
             })
             .collect()
@@ -448,14 +470,24 @@ impl Engine {
     // Writing
     // -----------------------------------------------------------------------------------------------------------
 
-    /// Room for so many more keys in flight, and tokens for them.
-    fn admit(&self, count: usize) -> Result<()> {
-        self.wait_for_room()?;
-        let in_flight = self.hot.in_flight();
-        if in_flight.saturating_add(count) > self.config.in_flight_limit {
-            return Err(Error::TooManyInFlight { in_flight, limit: self.config.in_flight_limit });
+    /// Room for what a call brings: in memory, in one write, and among the tokens.
+    fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
+        if bytes > BATCH_BYTES {
+            return Err(Error::BatchTooLarge { bytes, limit: BATCH_BYTES });
         }
-        self.reserve(count)
+        self.wait_for_room()?;
+        self.reserve(keys)
+    }
+
+    /// Room for one more key in flight, if it is none yet. Asked under a stripe's lock: callers in other stripes may
+    /// overshoot by a key each.
+    fn admit_in_flight(&self, stored: Option<&Entry>) -> Result<()> {
+        let (in_flight, limit) = (self.hot.in_flight(), self.config.in_flight_limit);
+        if in_flight < limit || matches!(stored, Some(Entry::Processing(_))) {
+            return Ok(());
+        }
+        self.wake_keeper();
+        Err(Error::TooManyInFlight { in_flight, limit })
     }
 
     /// Takes the number of a row that is about to be written. Before what it says can be seen in the hot table: then
@@ -481,7 +513,7 @@ impl Engine {
 
     /// Claims every key that is free. One row, whatever their number.
     pub(crate) fn claim(&self, request: &Request) -> Result<Vec<Result<Claimed>>> {
-        self.admit(request.len())?;
+        self.admit(request.len(), request.key_bytes())?;
         let on_disk = self.on_disk(request.iter())?;
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
@@ -493,6 +525,7 @@ impl Engine {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
                 match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
                     Found::Available { attempt, prior } => {
+                        self.admit_in_flight(stored.as_ref())?;
                         // Under the lock, so that later holders have higher tokens.
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
@@ -516,7 +549,11 @@ impl Engine {
                             until_monotonic_ms,
                         }))
                     }
-                    found => answer(found, stored, asked).map(Claimed::Answered),
+                    Found::InProgress { retry_after_ms, attempt } => {
+                        Ok(Claimed::InProgress { retry_after_ms, attempt })
+                    }
+                    Found::Completed(done) => Ok(Claimed::Completed(done.clone())),
+                    Found::PayloadMismatch => Err(payload_mismatch(asked)),
                 }
             });
             claimed.push(decided.flatten());
@@ -528,7 +565,7 @@ impl Engine {
 
     /// Records every key that is free as completed, without a result. One row, whatever their number.
     pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
-        self.admit(request.len())?;
+        self.admit(request.len(), request.key_bytes())?;
         let on_disk = self.on_disk(request.iter())?;
         let now = self.now();
         let open = self.begin_row();
@@ -542,13 +579,17 @@ impl Engine {
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
                         row.completed(asked.key, token, fingerprint.as_ref(), &Kept::Absent);
-                        let holder = Holder::Settling;
+                        let holder = Holder::Recording;
                         let since_ms = now.wall_ms;
-                        let settling = Processing { token, attempt, since_ms, fingerprint, holder };
-                        stripe.set(asked.digest, asked.key, Entry::Processing(settling));
+                        let recording = Processing { token, attempt, since_ms, fingerprint, holder };
+                        stripe.set(asked.digest, asked.key, Entry::Processing(recording));
                         (Ok(Answer::New), Some((token, fingerprint)))
                     }
-                    found => (answer(found, stored, asked), None),
+                    Found::InProgress { retry_after_ms, attempt } => {
+                        (Ok(Answer::InProgress { retry_after_ms, attempt }), None)
+                    }
+                    Found::Completed(done) => (Ok(Answer::Completed(done.clone())), None),
+                    Found::PayloadMismatch => (Err(payload_mismatch(asked)), None),
                 }
             });
             let (answer, token) = decided.unwrap_or_else(|error| (Err(error), None));
@@ -562,7 +603,7 @@ impl Engine {
                 self.hot.stripe(asked.digest).set(asked.digest, asked.key, Entry::Completed(done));
             }
         })?;
-        // A key that stands twice in one call was settling when it came up again, and is completed by now.
+        // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
         for (asked, answer) in request.iter().zip(&mut answers) {
             if let Ok(Answer::InProgress { .. }) = answer
                 && let Some(Entry::Completed(done)) = self.hot.stripe(asked.digest).get(asked.digest, asked.key)
@@ -577,10 +618,13 @@ impl Engine {
 
     /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
     /// superseded.
-    pub(crate) fn settle(&self, kind: RowKind, leases: Vec<(&Grant, Settlement)>) -> Result<Vec<bool>> {
+    pub(crate) fn settle(
+        &self,
+        kind: RowKind,
+        settler: Settler,
+        leases: Vec<(&Grant, Settlement)>,
+    ) -> Result<Vec<bool>> {
         self.ready()?;
-        self.reserve(0)?;
-        let now = self.now();
         let bytes: usize = leases
             .iter()
             .map(|(grant, settlement)| {
@@ -588,6 +632,8 @@ impl Engine {
                 grant.key.len() + result + 16
             })
             .sum();
+        self.admit(0, bytes)?;
+        let now = self.now();
         let open = self.begin_row();
         let mut row = RowWriter::new(kind, now.wall_ms, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
@@ -595,7 +641,13 @@ impl Engine {
         for (grant, settlement) in leases {
             let mut stripe = self.hot.stripe(grant.digest);
             let stored = stripe.get(grant.digest, &grant.key);
-            let is_ours = transition::may_settle(stored, grant.token);
+            let may = match (settler, stored) {
+                (Settler::Operator, Some(Entry::Processing(processing))) => {
+                    matches!(self.standing_at(processing, now), Standing::Held(_))
+                }
+                _ => true,
+            };
+            let is_ours = may && transition::may_settle(stored, grant.token);
             accepted.push(is_ours);
             if !is_ours {
                 continue;
@@ -715,7 +767,6 @@ impl Engine {
             counted |= done.is_live(now, self.policy.window_ms);
             sealed.push(Arc::clone(bucket));
         })?;
-        let open = self.begin_row();
         let mut stripe = self.hot.stripe(asked.digest);
         let hot = stripe.get(asked.digest, asked.key).cloned();
         match &hot {
@@ -739,7 +790,8 @@ impl Engine {
             };
             stripe.set(asked.digest, asked.key, Entry::Processing(settling));
         }
-        // Under the lock, so that whoever claims the key from here on has a higher one and is not forgotten.
+        // Under the lock: behind every row of what is forgotten here, and below the token of whoever claims the key next.
+        let open = self.begin_row();
         let token = self.sequence.take();
         drop(stripe);
         if hot.is_none() && sealed.is_empty() {
@@ -757,6 +809,7 @@ impl Engine {
             }
             Ok(())
         })?;
+        self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
         let mut stripe = self.hot.stripe(asked.digest);
         if stripe.get(asked.digest, asked.key).is_some_and(|entry| entry.token() < token) {
             stripe.remove(asked.digest, asked.key);
@@ -779,26 +832,32 @@ impl Engine {
         self.counters.acquired.add(acquired);
         self.counters.reclaimed.add(reclaimed);
         self.count_refusals(claimed.iter().map(|claimed| match claimed {
-            Ok(Claimed::Acquired(_)) => Ok(None),
-            Ok(Claimed::Answered(answer)) => Ok(Some(answer)),
-            Err(error) => Err(error),
+            Ok(Claimed::Acquired(_)) => Refusal::None,
+            Ok(Claimed::InProgress { .. }) => Refusal::InProgress,
+            Ok(Claimed::Completed(_)) => Refusal::Duplicate,
+            Err(error) => Refusal::of(error),
         }));
     }
 
     fn count_records(&self, answers: &[Result<Answer>]) {
         let recorded = answers.iter().filter(|answer| matches!(answer, Ok(Answer::New))).count();
         self.counters.recorded.add(recorded as u64);
-        self.count_refusals(answers.iter().map(|answer| answer.as_ref().map(Some)));
+        self.count_refusals(answers.iter().map(|answer| match answer {
+            Ok(Answer::New) => Refusal::None,
+            Ok(Answer::InProgress { .. }) => Refusal::InProgress,
+            Ok(Answer::Completed(_)) => Refusal::Duplicate,
+            Err(error) => Refusal::of(error),
+        }));
     }
 
-    fn count_refusals<'a>(&self, answers: impl Iterator<Item = Result<Option<&'a Answer>, &'a Error>>) {
+    fn count_refusals(&self, refusals: impl Iterator<Item = Refusal>) {
         let (mut duplicates, mut in_progress, mut mismatches) = (0, 0, 0);
-        for answer in answers {
-            match answer {
-                Ok(Some(Answer::Completed(_))) => duplicates += 1,
-                Ok(Some(Answer::InProgress { .. })) => in_progress += 1,
-                Ok(Some(Answer::New) | None) => {}
-                Err(_) => mismatches += 1,
+        for refusal in refusals {
+            match refusal {
+                Refusal::Duplicate => duplicates += 1,
+                Refusal::InProgress => in_progress += 1,
+                Refusal::PayloadMismatch => mismatches += 1,
+                Refusal::None => {}
             }
         }
         self.counters.duplicates.add(duplicates);
@@ -821,13 +880,22 @@ fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerp
     }
 }
 
-fn answer(found: Found, stored: Option<Entry>, asked: Asked<'_>) -> Result<Answer> {
-    match (found, stored) {
-        (Found::InProgress { retry_after_ms, attempt }, _) => Ok(Answer::InProgress { retry_after_ms, attempt }),
-        (Found::Completed, Some(Entry::Completed(done))) => Ok(Answer::Completed(done)),
-        (Found::PayloadMismatch, _) => Err(Error::PayloadMismatch { key: display(asked.key) }),
-        (Found::Available { .. } | Found::Completed, _) => Ok(Answer::New),
+/// Why a key was not given out, for the counters.
+enum Refusal {
+    None,
+    Duplicate,
+    InProgress,
+    PayloadMismatch,
+}
+
+impl Refusal {
+    fn of(error: &Error) -> Self {
+        if matches!(error, Error::PayloadMismatch { .. }) { Self::PayloadMismatch } else { Self::None }
     }
+}
+
+fn payload_mismatch(asked: Asked<'_>) -> Error {
+    Error::PayloadMismatch { key: display(asked.key) }
 }
 
 /// A key as people read it.

@@ -81,17 +81,20 @@ impl Keeper {
 pub(crate) struct Running {
     pub(crate) engine: Arc<Engine>,
     keeper: Keeper,
+    closing: Mutex<()>,
 }
 
 impl Running {
     pub(crate) fn start(engine: Engine) -> Result<Self> {
         let engine = Arc::new(engine);
         let keeper = Keeper::start(&engine)?;
-        Ok(Self { engine, keeper })
+        Ok(Self { engine, keeper, closing: Mutex::new(()) })
     }
 
     /// Ends the keeper, waits for the calls under way, and closes.
     pub(crate) fn close(&self) -> Result<()> {
+        // Whoever closes second returns when the first has let go of the directory.
+        let _closing = self.closing.lock();
         self.keeper.stop();
         self.engine.close()
     }

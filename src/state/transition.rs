@@ -4,7 +4,7 @@
 
 use crate::clock::Now;
 use crate::config::OnInterrupt;
-use crate::entry::{Entry, Holder, Prior, Processing};
+use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::key::Fingerprint;
 
 /// The options that decide.
@@ -38,7 +38,7 @@ pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Sta
         OnInterrupt::Rerun => Standing::Free(prior),
     };
     match processing.holder {
-        Holder::Settling => Standing::Settling,
+        Holder::Settling | Holder::Recording => Standing::Settling,
         Holder::Leased { until_monotonic_ms } => match until_monotonic_ms.checked_sub(now.monotonic_ms) {
             Some(remaining_ms) if remaining_ms > 0 => Standing::Alive { remaining_ms },
             _ => interrupted(Prior::LeaseExpired, now.monotonic_ms.saturating_sub(until_monotonic_ms)),
@@ -57,13 +57,13 @@ pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Sta
 
 /// What a claim, a check or a record finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Found {
+pub(crate) enum Found<'a> {
     /// Nothing that counts: the work is the caller's.
     Available { attempt: u32, prior: Option<Prior> },
     /// Somebody else's, for now. `None`: until it is resolved.
     InProgress { retry_after_ms: Option<u64>, attempt: u32 },
     /// Done: the stored result is the answer.
-    Completed,
+    Completed(&'a Done),
     /// The key was used with another payload.
     PayloadMismatch,
 }
@@ -71,12 +71,17 @@ pub(crate) enum Found {
 /// A completion takes about this long to reach the disk: when to ask again for a key that is settling.
 const SETTLING_RETRY_MS: u64 = 10;
 
-pub(crate) fn find(stored: Option<&Entry>, payload: Option<&Fingerprint>, now: Now, policy: Policy) -> Found {
+pub(crate) fn find<'a>(
+    stored: Option<&'a Entry>,
+    payload: Option<&Fingerprint>,
+    now: Now,
+    policy: Policy,
+) -> Found<'a> {
     let new = Found::Available { attempt: 1, prior: None };
     let (first_payload, found) = match stored {
         None => return new,
         Some(Entry::Completed(done)) if !done.is_live(now, policy.window_ms) => return new,
-        Some(Entry::Completed(done)) => (&done.fingerprint, Found::Completed),
+        Some(Entry::Completed(done)) => (&done.fingerprint, Found::Completed(done)),
         Some(Entry::Processing(processing)) => {
             let attempt = processing.attempt;
             let in_progress = |retry_after_ms| Found::InProgress { retry_after_ms, attempt };
@@ -102,13 +107,13 @@ pub(crate) fn find(stored: Option<&Entry>, payload: Option<&Fingerprint>, now: N
 /// nobody has overtaken is accepted, for refusing it would only cause the duplicate.
 pub(crate) fn may_settle(stored: Option<&Entry>, token: u64) -> bool {
     matches!(stored, Some(Entry::Processing(processing))
-        if processing.token == token && processing.holder != Holder::Settling)
+        if processing.token == token && !matches!(processing.holder, Holder::Settling | Holder::Recording))
 }
 
 /// Whether an event of the journal changes what was read of its key so far.
 ///
-/// Rows are numbered after they took effect, so two of them may stand in the other order; tokens tell the order of
-/// holders, and within one holder's time claimed comes before settled and that before completed.
+/// A row is numbered before it takes effect, so the rows of one holder stand in their order. Those of two holders may
+/// stand in the other order where their calls overlapped: tokens tell.
 pub(crate) fn replay_claimed(stored: Option<&Entry>, token: u64) -> bool {
     stored.is_none_or(|entry| entry.token() < token)
 }
@@ -135,7 +140,7 @@ pub(crate) fn replay_forgotten(stored: Option<&Entry>, token: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::entry::{Done, Kept};
+    use crate::entry::Kept;
 
     const WINDOW_MS: u64 = 1_000;
     const RERUN: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Rerun };
@@ -155,17 +160,17 @@ mod tests {
         Entry::Completed(Done { token: 7, completed_ms: 5_000, fingerprint: HERS.copied(), result: Kept::Absent })
     }
 
-    fn found(stored: &Entry, wall_ms: u64, policy: Policy) -> Found {
+    fn found(stored: &Entry, wall_ms: u64, policy: Policy) -> Found<'_> {
         find(Some(stored), HERS, at(wall_ms), policy)
     }
 
-    const NEW: Found = Found::Available { attempt: 1, prior: None };
+    const NEW: Found<'_> = Found::Available { attempt: 1, prior: None };
 
-    fn again(prior: Prior) -> Found {
+    fn again(prior: Prior) -> Found<'static> {
         Found::Available { attempt: 3, prior: Some(prior) }
     }
 
-    fn in_progress(retry_after_ms: Option<u64>) -> Found {
+    fn in_progress(retry_after_ms: Option<u64>) -> Found<'static> {
         Found::InProgress { retry_after_ms, attempt: 2 }
     }
 
@@ -177,9 +182,10 @@ mod tests {
     #[test]
     fn a_completed_key_is_completed_until_the_last_millisecond_of_its_window() {
         for policy in [RERUN, HOLD] {
-            assert_eq!(found(&completed(), 5_000, policy), Found::Completed);
-            assert_eq!(found(&completed(), 5_999, policy), Found::Completed);
-            assert_eq!(found(&completed(), 6_000, policy), NEW);
+            let stored = completed();
+            assert!(matches!(found(&stored, 5_000, policy), Found::Completed(done) if done.token == 7));
+            assert!(matches!(found(&stored, 5_999, policy), Found::Completed(_)));
+            assert_eq!(found(&stored, 6_000, policy), NEW);
         }
     }
 
@@ -228,8 +234,8 @@ mod tests {
 
     #[test]
     fn a_settling_key_is_nobodys_to_take() {
-        for policy in [RERUN, HOLD] {
-            let settling = processing(Holder::Settling);
+        for (policy, holder) in [(RERUN, Holder::Settling), (HOLD, Holder::Settling), (HOLD, Holder::Recording)] {
+            let settling = processing(holder);
             assert_eq!(found(&settling, 900_000, policy), in_progress(Some(SETTLING_RETRY_MS)));
             assert!(!may_settle(Some(&settling), 7));
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::engine::{Engine, HIGH_WATER};
 use super::transition::Standing;
-use crate::bucket::rotation::{drop_passed, prepare_next};
+use crate::bucket::rotation::{drop_passed, has_passed, prepare_next};
 use crate::bucket::seal::{Row, seal};
 use crate::bucket::window::Slice;
 use crate::bucket::{recovery, set::Bucket};
@@ -23,6 +23,8 @@ const SEAL_KEYS: usize = 250_000;
 const SEAL_SHARE: usize = 4;
 const BACKLOG_SHARE: usize = 2;
 
+/// Bytes of an image's row, after which the next one begins.
+const IMAGE_ROW_BYTES: usize = 16 << 20;
 /// How long to sleep between two looks at a row that is being written.
 const ROW_POLL: Duration = Duration::from_micros(200);
 
@@ -44,7 +46,10 @@ impl Engine {
     pub(super) fn upkeep(&self, sealed: &mut Slice) -> Result<()> {
         let present = self.present_slice();
         // First, so that a seal finds room for its buckets.
-        drop_passed(&self.db, &self.buckets, self.config().span, self.now().wall_ms)?;
+        self.drop_passed()?;
+        if self.is_crowded() {
+            self.purge();
+        }
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
         let ended = *sealed != present && self.hot.completed() > 0;
         if ended || self.is_seal_due() {
@@ -84,7 +89,7 @@ impl Engine {
         let now = self.now();
         let Span { window_ms, bucket_ms } = self.config().span;
         let mut rows = Vec::with_capacity(self.hot.completed());
-        let mut image = RowWriter::new(RowKind::Claimed, now.wall_ms, 0);
+        let mut image = vec![RowWriter::new(RowKind::Claimed, now.wall_ms, 0)];
         for stripe in self.hot.stripes() {
             for slot in stripe.iter() {
                 match &slot.entry {
@@ -96,7 +101,12 @@ impl Engine {
                     Entry::Completed(_) => {}
                     Entry::Processing(processing) => {
                         if self.standing_at(processing, now) != Standing::Forgotten {
-                            image.processing(&slot.key, processing);
+                            if image.last().is_none_or(|row| row.len() > IMAGE_ROW_BYTES) {
+                                image.push(RowWriter::new(RowKind::Claimed, now.wall_ms, IMAGE_ROW_BYTES));
+                            }
+                            if let Some(row) = image.last_mut() {
+                                row.processing(&slot.key, processing);
+                            }
                         }
                     }
                 }
@@ -104,17 +114,23 @@ impl Engine {
         }
         seal(&self.db, &self.buckets, &mut rows)?;
 
-        let image = (!image.is_empty()).then(|| image.finish());
-        let head = self.rows.begin(|| self.sequence.take());
+        self.reserve(image.len())?;
+        let image: Vec<_> = image
+            .into_iter()
+            .filter(|row| !row.is_empty())
+            .map(|row| (self.rows.begin(|| self.sequence.take()), row.finish()))
+            .collect();
         self.write(false, |tx| {
             tx.delete_rows_before(start);
-            if let Some(image) = &image {
-                tx.put_row(head.number(), image);
+            for (number, row) in &image {
+                tx.put_row(number.number(), row);
             }
             tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
         })?;
-        *last_image = head.number();
-        drop(head);
+        if let Some((number, _)) = image.last() {
+            *last_image = number.number();
+        }
+        drop(image);
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
         // Before the first key leaves: see `Engine::decide`.
@@ -126,15 +142,40 @@ impl Engine {
                 stripe.remove(row.digest, &row.key);
             }
         }
+        self.purge();
+        let families = self.buckets.view().newest_first();
+        self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str()))?;
+        let in_flight = self.hot.in_flight();
+        tracing::debug!(keys = rows.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
+        Ok(())
+    }
+
+    /// Removes from the hot table what has run out.
+    fn purge(&self) {
+        let now = self.now();
+        let window_ms = self.config().span.window_ms;
         for mut stripe in self.hot.stripes() {
             stripe.retain(|slot| match &slot.entry {
                 Entry::Completed(done) => done.is_live(now, window_ms),
                 Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
             });
         }
-        self.db.flush_journal()?;
-        let in_flight = self.hot.in_flight();
-        tracing::debug!(keys = rows.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
+    }
+
+    /// Whether so many keys are in flight that claims are soon refused.
+    fn is_crowded(&self) -> bool {
+        self.hot.in_flight() >= self.config().in_flight_limit / 10 * 9
+    }
+
+    /// Drops the buckets that have passed. Not while keys are sealed or forgotten: a bucket must not go under them.
+    fn drop_passed(&self) -> Result<()> {
+        let _sealing = self.sealing.lock();
+        let (span, now_ms) = (self.config().span, self.now().wall_ms);
+        if has_passed(&self.buckets, span, now_ms) {
+            // A clock that was ahead by mistake must not bring back the time in which these keys counted.
+            self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))?;
+            drop_passed(&self.db, &self.buckets, span, now_ms);
+        }
         Ok(())
     }
 
@@ -153,7 +194,7 @@ impl Engine {
 
     /// Seals, drops and prepares whatever can be, now.
     pub(crate) fn seal_and_rotate(&self) -> Result<()> {
-        drop_passed(&self.db, &self.buckets, self.config().span, self.now().wall_ms)?;
+        self.drop_passed()?;
         self.seal()?;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
     }
@@ -250,14 +291,42 @@ fn is_completed_by(entry: &Entry, token: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Options;
+    use crate::clock::ManualClock;
+    use crate::config::{OnInterrupt, Options};
+    use crate::state::engine::{Claimed, Settlement, Settler};
     use crate::storage::directory::Directory;
+
+    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Engine::open(directory, options).unwrap()
+    }
+
+    #[test]
+    fn a_holder_that_renews_in_time_is_not_resolved_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(1_000_000);
+        let options = Options {
+            clock: Arc::new(clock.clone()),
+            on_interrupt: OnInterrupt::Hold,
+            lease: Duration::from_secs(1),
+            ..Options::default()
+        };
+        let engine = engine(&dir, &options);
+        let request = engine.request(["k"]).unwrap();
+        let Ok(Claimed::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else { panic!("k is new") };
+        clock.advance(Duration::from_secs(1));
+        let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
+        // Between the two steps of a resolution.
+        assert!(engine.renew(&grant).unwrap().is_some());
+        let rerun = vec![(&held, Settlement::Open { prior, not_before_ms: 0 })];
+        assert_eq!(engine.settle(RowKind::Settled, Settler::Operator, rerun).unwrap(), [false]);
+        assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claimed::InProgress { .. }))));
+    }
 
     #[test]
     fn a_seal_waits_for_rows_that_were_begun_before_the_last_image() {
         let dir = tempfile::tempdir().unwrap();
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let engine = Engine::open(directory, &Options::default()).unwrap();
+        let engine = engine(&dir, &Options::default());
         let slow = engine.rows.begin(|| engine.sequence.take());
         let image = engine.sequence.take();
         assert!(slow.number() < image);

@@ -13,7 +13,7 @@ use rocksdb::{
 use super::directory::Directory;
 use super::options::Tuning;
 use super::run::Sink;
-use super::{failed, journal, run};
+use super::{failed, journal, log, run};
 use crate::error::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
@@ -21,6 +21,8 @@ type Rocks = DBWithThreadMode<MultiThreaded>;
 const JOURNAL: &str = DEFAULT_COLUMN_FAMILY_NAME;
 const META: &str = "meta";
 
+/// RocksDB's own lock outlives ours, in a process that is being torn down, by no more than this.
+const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How long to wait between two tries to open a database whose files a dying process still has.
 const OPEN_POLL: Duration = Duration::from_millis(20);
 
@@ -53,6 +55,7 @@ impl Db {
             directory.create_database(|path| create(&tuning, path, &seed))?;
         }
         let path = directory.database();
+        log::check(&path)?;
         let options = tuning.database();
         let families = Rocks::list_cf(&options, &path).map_err(|error| failed("cannot open", &path, &error))?;
         let buckets: Vec<String> = families.iter().filter(|name| *name != JOURNAL && *name != META).cloned().collect();
@@ -74,8 +77,7 @@ impl Db {
             });
             match Rocks::open_cf_descriptors(&options, &path, descriptors) {
                 Ok(rocks) => break rocks,
-                // RocksDB's own lock outlives ours in a process that is being torn down.
-                Err(error) if error.kind() == rocksdb::ErrorKind::IOError && start.elapsed() < wait => {
+                Err(error) if error.kind() == rocksdb::ErrorKind::IOError && start.elapsed() < wait.min(OPEN_WAIT) => {
                     std::thread::sleep(OPEN_POLL);
                 }
                 Err(error) => return Err(failed("cannot open", &path, &error)),
@@ -247,15 +249,33 @@ impl Db {
             .map_err(|error| failed("cannot ingest", path, &error))
     }
 
-    /// Writes what is left of the journal's memtable to a table, so that the log behind it can go.
-    pub(crate) fn flush_journal(&self) -> Result<()> {
+    /// Writes what the store knows of itself to a table, so that it does not hang on the log alone.
+    pub(crate) fn flush_meta(&self) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
+        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &self.directory.database(), &error))
+    }
+
+    /// Writes what is left of the journal's memtable to a table, so that the log behind it can go; and what was deleted
+    /// from buckets, which would hold it back.
+    pub(crate) fn flush_journal<'a>(&self, buckets: impl Iterator<Item = &'a str>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         let Some(rows) = rocks.cf_handle(JOURNAL) else { return Err(missing_family(JOURNAL)) };
-        rocks
-            .flush_cfs_opt(&[&rows, &meta], &FlushOptions::default())
-            .map_err(|error| failed("cannot flush", &self.directory.database(), &error))
+        let cannot_flush = |error| failed("cannot flush", &self.directory.database(), &error);
+        let mut families = vec![rows, meta];
+        for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
+            let entries = rocks
+                .property_int_value_cf(&bucket, rocksdb::properties::NUM_ENTRIES_ACTIVE_MEM_TABLE)
+                .map_err(cannot_flush)?;
+            if entries.is_some_and(|entries| entries > 0) {
+                families.push(bucket);
+            }
+        }
+        let families: Vec<_> = families.iter().collect();
+        rocks.flush_cfs_opt(&families, &FlushOptions::default()).map_err(cannot_flush)
     }
 
     /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].

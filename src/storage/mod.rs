@@ -3,6 +3,7 @@
 pub(crate) mod db;
 pub(crate) mod directory;
 pub(crate) mod journal;
+mod log;
 mod options;
 pub(crate) mod run;
 

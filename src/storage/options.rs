@@ -25,8 +25,10 @@ impl Tuning {
     pub(super) fn database(&self) -> Options {
         let mut options = Options::default();
         // A log that ends in half a record is what a crash leaves; a bad record before the end is corruption and
-        // must not pass for the end (G6). Point-in-time recovery, RocksDB's default, would drop all that follows it.
+        // must not pass for the end (G6). Point-in-time recovery, RocksDB's default, would drop all that follows it; this
+        // one still takes some bad lengths for the end, which is why `log.rs` reads the logs first.
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        options.set_track_and_verify_wals_in_manifest(true);
         // A seal flushes the journal, which cuts the log. This bounds the log where seals are rare but claims many.
         options.set_max_total_wal_size(4 * self.memtable_bytes as u64);
         // Runs are sorted before they come here; two threads are enough for a flush beside a merge.

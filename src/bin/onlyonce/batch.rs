@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use crossbeam::channel::{Receiver, select_biased};
+use crossbeam::channel::{Receiver, TryRecvError, select};
 use onlyonce::Key;
 
 /// Bounds the memory of a batch, whatever its lines are like: with so many bytes it is full.
@@ -84,9 +84,13 @@ pub(crate) struct Intake {
 
 impl Intake {
     pub(crate) fn take(&mut self) -> Taken {
+        // Also where the reader is always ahead, so that there is nothing to wait for.
+        if self.interrupt.try_recv() == Err(TryRecvError::Disconnected) {
+            return Taken::Interrupted;
+        }
         let mut batch = std::mem::take(&mut self.left_over);
         if batch.is_empty() {
-            batch = select_biased! {
+            batch = select! {
                 recv(self.interrupt) -> _ => return Taken::Interrupted,
                 recv(self.read) -> read => match read {
                     Ok(batch) => batch,
@@ -102,5 +106,59 @@ impl Intake {
             batch.append(next);
         }
         Taken::Batch(batch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam::channel::{Sender, bounded};
+
+    use super::*;
+
+    fn batch(lines: &[&str]) -> Batch {
+        let mut batch = Batch::default();
+        lines.iter().for_each(|line| batch.push(line.as_bytes(), None));
+        batch
+    }
+
+    fn intake(limit: usize, read: &[&[&str]]) -> (Sender<Batch>, Sender<Infallible>, Intake) {
+        let (batches, receiver) = bounded(read.len());
+        read.iter().for_each(|lines| batches.send(batch(lines)).unwrap());
+        let (interrupter, interrupt) = bounded(0);
+        (batches, interrupter, Intake { read: receiver, interrupt, limit, left_over: Batch::default() })
+    }
+
+    fn lines(taken: &Taken) -> String {
+        match taken {
+            Taken::Batch(batch) => batch.iter().map(|(line, _)| format!("{} ", line.escape_ascii())).collect(),
+            Taken::End => "end".to_owned(),
+            Taken::Interrupted => "interrupted".to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_is_ready_is_one_batch_of_no_more_than_the_limit() {
+        let (batches, _interrupter, mut intake) = intake(3, &[&["a"], &["b", "c"], &["d", "e"], &["f", "g", "h"]]);
+        drop(batches);
+        for expected in ["a b c ", "d e ", "f g h ", "end"] {
+            assert_eq!(lines(&intake.take()), expected);
+        }
+    }
+
+    #[test]
+    fn a_batch_of_large_lines_is_full_earlier() {
+        let large = "x".repeat(FULL_BYTES / 2 + 1);
+        let (_batches, _interrupter, mut intake) = intake(100, &[&[&large], &[&large], &["a"]]);
+        assert_eq!(lines(&intake.take()).len(), large.len() + 1);
+        assert_eq!(lines(&intake.take()).len(), large.len() + 3);
+        assert!(batch(&[&large, &large]).is_full(100));
+    }
+
+    #[test]
+    fn an_interrupt_comes_first_however_much_is_ready() {
+        let (_batches, interrupter, mut intake) = intake(1, &[&["a"], &["b"], &["c"]]);
+        assert_eq!(lines(&intake.take()), "a ");
+        drop(interrupter);
+        assert_eq!(lines(&intake.take()), "interrupted");
     }
 }

@@ -121,6 +121,10 @@ impl Filter<'_> {
                         return Ok(Ended::Output);
                     }
                     self.progress.inc(batch.len_bytes() as u64);
+                    if !self.progress.is_hidden() {
+                        let Summary { passed, duplicates, .. } = self.summary;
+                        self.progress.set_message(format!("{passed} passed, {duplicates} duplicates"));
+                    }
                 }
                 // The reader may be waiting for input that never comes: it ends with the process.
                 Taken::Interrupted => return Ok(Ended::Interrupted),

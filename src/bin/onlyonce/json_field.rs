@@ -227,7 +227,59 @@ impl fmt::Display for NotJson {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use serde_json::Value;
+
     use super::*;
+
+    fn json() -> impl Strategy<Value = Value> {
+        let text = "[a-c\"\\\\{}\\[\\],: \n\u{e9}]{0,4}";
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            text.prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 40, 4, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map(text, inner, 0..4).prop_map(|map| map.into_iter().collect()),
+            ]
+        })
+    }
+
+    /// Every path there is in a value, and what it leads to.
+    fn paths(value: &Value, path: &str, found: &mut Vec<(String, Value)>) {
+        let members: Vec<(String, &Value)> = match value {
+            Value::Object(map) => {
+                map.iter().map(|(name, value)| (Value::from(name.as_str()).to_string(), value)).collect()
+            }
+            Value::Array(list) => list.iter().enumerate().map(|(index, value)| (index.to_string(), value)).collect(),
+            _ => Vec::new(),
+        };
+        for (step, member) in members {
+            let path = format!("{path}.{step}");
+            found.push((path.clone(), member.clone()));
+            paths(member, &path, found);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_path_leads_where_serde_json_says(value in json(), pretty in any::<bool>()) {
+            let line = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) }.unwrap();
+            let (mut names, mut values) = (Vec::new(), Vec::new());
+            let mut all = Vec::new();
+            paths(&value, "", &mut all);
+            for (path, value) in all {
+                names.push(path.parse::<FieldPath>().unwrap());
+                values.push(value);
+            }
+            let found = find(line.as_bytes(), &names).unwrap();
+            let found: Vec<Value> = found.iter().map(|text| serde_json::from_str(text.unwrap()).unwrap()).collect();
+            prop_assert_eq!(found, values);
+        }
+    }
 
     fn at<'l>(path: &str, line: &'l str) -> Option<&'l str> {
         find(line.as_bytes(), &[path.parse().unwrap()]).unwrap()[0]

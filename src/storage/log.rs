@@ -1,0 +1,192 @@
+//! RocksDB's log, read before RocksDB reads it: a torn end is what a crash leaves, a hole is corruption (G6).
+//!
+//! RocksDB takes a record with a bad length for the end of the log, and passes over a zeroed header to the end of its
+//! block: what follows would be forgotten without a word. And it refuses a last record that is all there with some of its
+//! bytes wrong, although nobody was told that it was written. Here a bad record that a good one follows is a hole, and
+//! one that none follows is cut off.
+//!
+//! ```text
+//! log    := block (32 KiB)*, the last one shorter
+//! block  := record* | zeros, fewer than a header
+//! record := masked CRC-32C of type and payload (4) | payload length (2) | type (1) | payload
+//! ```
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+const BLOCK: usize = 32 * 1024;
+const HEADER: usize = 7;
+
+/// What a log is like behind its last good record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Nothing, or less than a record's header.
+    Clean,
+    /// Bytes that are no record, from here on.
+    Torn { at: u64 },
+    /// Bytes that are no record, and good records behind them.
+    Hole { at: u64 },
+}
+
+/// Reads every log in the database's directory: refuses a hole, cuts off a torn end.
+pub(super) fn check(database: &Path) -> Result<()> {
+    let unreadable = |error: std::io::Error| Error::io("cannot read", database, &error);
+    for entry in std::fs::read_dir(database).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        if path.extension().is_none_or(|extension| extension != "log") {
+            continue;
+        }
+        let mut file = File::open(&path).map_err(|error| Error::io("cannot open", &path, &error))?;
+        match end(&mut file).map_err(|error| Error::io("cannot read", &path, &error))? {
+            End::Clean => {}
+            End::Torn { at } => {
+                tracing::warn!(path = %path.display(), at, "the log ends in what was never acknowledged: cut off");
+                let cut = |file: File| file.set_len(at).and_then(|()| file.sync_all());
+                let file = OpenOptions::new().write(true).open(&path);
+                file.and_then(cut).map_err(|error| Error::io("cannot cut", &path, &error))?;
+            }
+            End::Hole { at } => {
+                return Err(Error::Corrupt {
+                    place: path.display().to_string(),
+                    detail: format!("the log has a bad record at byte {at}, and good ones behind it"),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn end(log: &mut impl Read) -> std::io::Result<End> {
+    let mut block = Vec::with_capacity(BLOCK);
+    let mut start = 0_u64;
+    let mut bad = None;
+    loop {
+        block.clear();
+        log.by_ref().take(BLOCK as u64).read_to_end(&mut block)?;
+        if let Some(at) = bad {
+            if holds_a_record(&block) {
+                return Ok(End::Hole { at });
+            }
+        } else if let Some(offset) = first_bad(&block) {
+            let at = start + offset as u64;
+            // The bad record's own bytes may hold no record of their own: looking begins behind its first.
+            if block.get(offset + 1..).is_some_and(holds_a_record) {
+                return Ok(End::Hole { at });
+            }
+            bad = Some(at);
+        }
+        if block.len() < BLOCK {
+            return Ok(bad.map_or(End::Clean, |at| End::Torn { at }));
+        }
+        start += BLOCK as u64;
+    }
+}
+
+/// Where the first bytes of a block lie that are no record.
+fn first_bad(block: &[u8]) -> Option<usize> {
+    let mut offset = 0;
+    while let Some(rest) = block.get(offset..).filter(|rest| !rest.is_empty()) {
+        match record(rest) {
+            Some(len) => offset += len,
+            // Too short for a header: padding before the next block, or the log's very end.
+            None if rest.len() < HEADER && rest.iter().all(|byte| *byte == 0) => return None,
+            None => return Some(offset),
+        }
+    }
+    None
+}
+
+/// Whether a record begins anywhere in these bytes.
+fn holds_a_record(bytes: &[u8]) -> bool {
+    (0..bytes.len()).any(|offset| bytes.get(offset..).is_some_and(|rest| record(rest).is_some()))
+}
+
+/// The length of the record that these bytes begin with, if they do.
+fn record(bytes: &[u8]) -> Option<usize> {
+    let (crc, rest) = bytes.split_first_chunk::<4>()?;
+    let (len, rest) = rest.split_first_chunk::<2>()?;
+    let len = usize::from(u16::from_le_bytes(*len));
+    let checked = rest.get(..len + 1)?;
+    // Full, first, middle, last; compression; timestamps; predecessor. Recycled logs, which are not written, have others.
+    if !matches!(checked.first()?, 1..=4 | 9 | 10 | 130) {
+        return None;
+    }
+    (masked(crc32c::crc32c(checked)) == u32::from_le_bytes(*crc)).then_some(HEADER + len)
+}
+
+/// RocksDB's form of a checksum, so that one of data with checksums in it is as good.
+fn masked(crc: u32) -> u32 {
+    crc.rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(log: &mut Vec<u8>, payload: &[u8]) {
+        let mut checked = vec![1];
+        checked.extend_from_slice(payload);
+        log.extend_from_slice(&masked(crc32c::crc32c(&checked)).to_le_bytes());
+        log.extend_from_slice(&u16::try_from(payload.len()).unwrap().to_le_bytes());
+        log.extend_from_slice(&checked);
+    }
+
+    fn end_of(log: &[u8]) -> End {
+        end(&mut &log[..]).unwrap()
+    }
+
+    #[test]
+    fn a_log_that_is_cut_anywhere_is_torn_there() {
+        let mut log = Vec::new();
+        for _ in 0..40 {
+            put(&mut log, &[5; 990]);
+            if log.len() % BLOCK > BLOCK - 1_000 {
+                break;
+            }
+        }
+        assert_eq!(end_of(&log), End::Clean);
+        for len in 0..log.len() {
+            let whole = len / 997 * 997;
+            let expected = match len - whole {
+                0 => End::Clean,
+                _ => End::Torn { at: whole as u64 },
+            };
+            assert_eq!(end_of(&log[..len]), expected, "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn a_bad_record_is_a_hole_where_a_good_one_follows_and_the_end_where_none_does() {
+        let mut log = Vec::new();
+        for i in 0..30 {
+            put(&mut log, &[i; 990]);
+        }
+        for at in (0..log.len()).step_by(13).chain(0..30).chain(log.len() - 997..log.len()) {
+            for mask in [1, 0x80] {
+                let mut garbled = log.clone();
+                garbled[at] ^= mask;
+                let bad = (at / 997 * 997) as u64;
+                let expected = if at < log.len() - 997 { End::Hole { at: bad } } else { End::Torn { at: bad } };
+                assert_eq!(end_of(&garbled), expected, "bit {mask} of byte {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_hole_is_seen_over_the_ends_of_blocks() {
+        let mut block = Vec::new();
+        put(&mut block, &vec![1; BLOCK - 2 * HEADER - 100]);
+        put(&mut block, &[2; 100]);
+        assert_eq!(block.len(), BLOCK);
+        let mut log = [block.clone(), block.clone(), block.clone()].concat();
+        assert_eq!(end_of(&log), End::Clean);
+        // All of the second block.
+        log[BLOCK..2 * BLOCK].fill(0);
+        assert_eq!(end_of(&log), End::Hole { at: BLOCK as u64 });
+        log[2 * BLOCK..].fill(0);
+        assert_eq!(end_of(&log), End::Torn { at: BLOCK as u64 });
+    }
+}
