@@ -8,7 +8,7 @@ use crate::codec::RowKind;
 use crate::entry::{Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
 use crate::key::Key;
-use crate::state::engine::{Claimed, Grant, Settlement, Settler, display};
+use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
 
 /// The answer to [`Store::claim`](crate::Store::claim).

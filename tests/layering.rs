@@ -19,7 +19,22 @@ const ORDER: &[(&str, &[&str])] = &[
     ("storage", &["options", "journal", "log", "directory", "run", "db"]),
     ("filter", &["sizing", "layer", "stack"]),
     ("bucket", &["window", "set", "seal", "rotation", "recovery"]),
-    ("state", &["transition", "sequence", "request", "hot_table", "engine", "upkeep", "keeper"]),
+    (
+        "state",
+        &[
+            "transition",
+            "sequence",
+            "request",
+            "hot_table",
+            "answer",
+            "engine",
+            "lookup",
+            "claiming",
+            "settling",
+            "upkeep",
+            "keeper",
+        ],
+    ),
 ];
 
 fn floor(module: &str) -> usize {

@@ -293,7 +293,7 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::{OnInterrupt, Options};
-    use crate::state::engine::{Claimed, Settlement, Settler};
+    use crate::state::answer::{Claimed, Settlement, Settler};
     use crate::storage::directory::Directory;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {

@@ -1,0 +1,72 @@
+//! What the engine is asked for, and what it answers: the words between the machine and the face.
+
+use std::sync::Arc;
+
+use super::request::Asked;
+use crate::entry::{Done, Kept, Prior, Processing};
+use crate::error::{Error, printable};
+use crate::key::{Fingerprint, Key};
+
+/// What a claim, a check or a record was answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    New,
+    InProgress { retry_after_ms: Option<u64>, attempt: u32 },
+    Completed(Done),
+}
+
+/// The right to work on a key.
+#[derive(Debug, Clone)]
+pub(crate) struct Grant {
+    pub(crate) digest: u64,
+    pub(crate) key: Arc<[u8]>,
+    pub(crate) token: u64,
+    pub(crate) attempt: u32,
+    pub(crate) prior: Option<Prior>,
+    pub(crate) fingerprint: Option<Fingerprint>,
+    pub(crate) until_monotonic_ms: u64,
+}
+
+/// What a claim was answered.
+#[derive(Debug)]
+pub(crate) enum Claimed {
+    Acquired(Grant),
+    InProgress { retry_after_ms: Option<u64>, attempt: u32 },
+    Completed(Done),
+}
+
+/// A key that waits for a decision.
+pub(crate) struct HeldKey {
+    pub(crate) key: Arc<[u8]>,
+    pub(crate) processing: Processing,
+    pub(crate) prior: Prior,
+}
+
+/// Who settles a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Settler {
+    /// Its holder, however late, unless somebody has taken over.
+    Holder,
+    /// An operator, as long as the key is held.
+    Operator,
+}
+
+/// What becomes of a lease.
+pub(crate) enum Settlement {
+    /// The work is done.
+    Completed(Kept),
+    /// The work is not done, and free for the next from then on.
+    Open { prior: Prior, not_before_ms: u64 },
+}
+
+pub(super) fn payload_mismatch(asked: Asked<'_>) -> Error {
+    Error::PayloadMismatch { key: display(asked.key) }
+}
+
+/// A key as people read it.
+pub(crate) fn display(encoded: &[u8]) -> String {
+    match Key::decode(encoded) {
+        Some(key) => key.to_string(),
+        None => printable(encoded),
+    }
+}

@@ -1,0 +1,194 @@
+//! Claiming and recording keys: a free key gets its place in the hot table before its row is written.
+
+use super::answer::{Answer, Claimed, Grant, payload_mismatch};
+use super::engine::Engine;
+use super::request::Request;
+use super::transition::{self, Found};
+use crate::codec::{RowKind, RowWriter};
+use crate::entry::{Done, Entry, Holder, Kept, Prior, Processing};
+use crate::error::{Error, Result};
+use crate::key::Fingerprint;
+
+impl Engine {
+    /// Claims every key that is free. One row, whatever their number.
+    pub(crate) fn claim(&self, request: &Request) -> Result<Vec<Result<Claimed>>> {
+        self.admit(request.len(), request.key_bytes())?;
+        let on_disk = self.on_disk(request.iter())?;
+        let now = self.now();
+        let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
+        let open = self.begin_row();
+        let mut row = RowWriter::new(RowKind::Claimed, now.wall_ms, request.key_bytes() + request.len() * 12);
+        let mut claimed = Vec::with_capacity(request.len());
+        for asked in request.iter() {
+            // What fails here fails for this key alone: those before it have their places already.
+            let decided = self.decide(asked, &on_disk, |stripe, stored| {
+                match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+                    Found::Available { attempt, prior } => {
+                        self.admit_in_flight(stored.as_ref())?;
+                        // Under the lock, so that later holders have higher tokens.
+                        let token = self.sequence.take();
+                        let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
+                        let processing = Processing {
+                            token,
+                            attempt,
+                            since_ms: now.wall_ms,
+                            fingerprint,
+                            holder: Holder::Leased { until_monotonic_ms },
+                        };
+                        row.processing(asked.key, &processing);
+                        let key = stripe.set(asked.digest, asked.key, Entry::Processing(processing));
+                        let digest = asked.digest;
+                        Ok(Claimed::Acquired(Grant {
+                            digest,
+                            key,
+                            token,
+                            attempt,
+                            prior,
+                            fingerprint,
+                            until_monotonic_ms,
+                        }))
+                    }
+                    Found::InProgress { retry_after_ms, attempt } => {
+                        Ok(Claimed::InProgress { retry_after_ms, attempt })
+                    }
+                    Found::Completed(done) => Ok(Claimed::Completed(done.clone())),
+                    Found::PayloadMismatch => Err(payload_mismatch(asked)),
+                }
+            });
+            claimed.push(decided.flatten());
+        }
+        self.append(open, row, self.config.sync_claims(), || {})?;
+        self.count_claims(&claimed);
+        Ok(claimed)
+    }
+
+    /// Records every key that is free as completed, without a result. One row, whatever their number.
+    pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
+        self.admit(request.len(), request.key_bytes())?;
+        let on_disk = self.on_disk(request.iter())?;
+        let now = self.now();
+        let open = self.begin_row();
+        let mut row = RowWriter::new(RowKind::Completed, now.wall_ms, request.key_bytes() + request.len() * 8);
+        let mut ours: Vec<Option<(u64, Option<Fingerprint>)>> = Vec::with_capacity(request.len());
+        let mut answers = Vec::with_capacity(request.len());
+        for asked in request.iter() {
+            let decided = self.decide(asked, &on_disk, |stripe, stored| {
+                match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+                    Found::Available { attempt, prior } => {
+                        let token = self.sequence.take();
+                        let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
+                        row.completed(asked.key, token, fingerprint.as_ref(), &Kept::Absent);
+                        let holder = Holder::Recording;
+                        let since_ms = now.wall_ms;
+                        let recording = Processing { token, attempt, since_ms, fingerprint, holder };
+                        stripe.set(asked.digest, asked.key, Entry::Processing(recording));
+                        (Ok(Answer::New), Some((token, fingerprint)))
+                    }
+                    Found::InProgress { retry_after_ms, attempt } => {
+                        (Ok(Answer::InProgress { retry_after_ms, attempt }), None)
+                    }
+                    Found::Completed(done) => (Ok(Answer::Completed(done.clone())), None),
+                    Found::PayloadMismatch => (Err(payload_mismatch(asked)), None),
+                }
+            });
+            let (answer, token) = decided.unwrap_or_else(|error| (Err(error), None));
+            answers.push(answer);
+            ours.push(token);
+        }
+        self.append(open, row, self.config.sync_results(), || {
+            for (asked, ours) in request.iter().zip(&ours) {
+                let Some((token, fingerprint)) = *ours else { continue };
+                let done = Done { token, completed_ms: now.wall_ms, fingerprint, result: Kept::Absent };
+                self.hot.stripe(asked.digest).set(asked.digest, asked.key, Entry::Completed(done));
+            }
+        })?;
+        // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
+        for (asked, answer) in request.iter().zip(&mut answers) {
+            if let Ok(Answer::InProgress { .. }) = answer
+                && let Some(Entry::Completed(done)) = self.hot.stripe(asked.digest).get(asked.digest, asked.key)
+            {
+                *answer = Ok(Answer::Completed(done.clone()));
+            }
+        }
+        self.count_records(&answers);
+        self.wake_if_due();
+        Ok(answers)
+    }
+
+    /// Room for one more key in flight, if it is none yet. Asked under a stripe's lock: callers in other stripes may
+    /// overshoot by a key each.
+    fn admit_in_flight(&self, stored: Option<&Entry>) -> Result<()> {
+        let (in_flight, limit) = (self.hot.in_flight(), self.config.in_flight_limit);
+        if in_flight < limit || matches!(stored, Some(Entry::Processing(_))) {
+            return Ok(());
+        }
+        self.wake_keeper();
+        Err(Error::TooManyInFlight { in_flight, limit })
+    }
+
+    fn count_claims(&self, claimed: &[Result<Claimed>]) {
+        let (mut acquired, mut reclaimed) = (0, 0);
+        for claimed in claimed {
+            if let Ok(Claimed::Acquired(grant)) = claimed {
+                acquired += 1;
+                reclaimed += u64::from(grant.prior.is_some());
+            }
+        }
+        self.counters.acquired.add(acquired);
+        self.counters.reclaimed.add(reclaimed);
+        self.count_refusals(claimed.iter().map(|claimed| match claimed {
+            Ok(Claimed::Acquired(_)) => Refusal::None,
+            Ok(Claimed::InProgress { .. }) => Refusal::InProgress,
+            Ok(Claimed::Completed(_)) => Refusal::Duplicate,
+            Err(error) => Refusal::of(error),
+        }));
+    }
+
+    fn count_records(&self, answers: &[Result<Answer>]) {
+        let recorded = answers.iter().filter(|answer| matches!(answer, Ok(Answer::New))).count();
+        self.counters.recorded.add(recorded as u64);
+        self.count_refusals(answers.iter().map(|answer| match answer {
+            Ok(Answer::New) => Refusal::None,
+            Ok(Answer::InProgress { .. }) => Refusal::InProgress,
+            Ok(Answer::Completed(_)) => Refusal::Duplicate,
+            Err(error) => Refusal::of(error),
+        }));
+    }
+
+    fn count_refusals(&self, refusals: impl Iterator<Item = Refusal>) {
+        let (mut duplicates, mut in_progress, mut mismatches) = (0, 0, 0);
+        for refusal in refusals {
+            match refusal {
+                Refusal::Duplicate => duplicates += 1,
+                Refusal::InProgress => in_progress += 1,
+                Refusal::PayloadMismatch => mismatches += 1,
+                Refusal::None => {}
+            }
+        }
+        self.counters.duplicates.add(duplicates);
+        self.counters.in_progress.add(in_progress);
+        self.counters.payload_mismatches.add(mismatches);
+    }
+}
+
+/// The payload that the first attempt came with binds the later ones that bring none.
+fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerprint> {
+    match (prior, stored) {
+        (Some(_), Some(Entry::Processing(processing))) => processing.fingerprint,
+        _ => None,
+    }
+}
+
+/// Why a key was not given out, for the counters.
+enum Refusal {
+    None,
+    Duplicate,
+    InProgress,
+    PayloadMismatch,
+}
+
+impl Refusal {
+    fn of(error: &Error) -> Self {
+        if matches!(error, Error::PayloadMismatch { .. }) { Self::PayloadMismatch } else { Self::None }
+    }
+}

@@ -1,0 +1,217 @@
+//! Ending what a claim began: a completion takes effect only when its row is written.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::answer::{Grant, Settlement, Settler, display};
+use super::engine::Engine;
+use super::request::Request;
+use super::transition::{self, Standing};
+use crate::bucket::set::{Probe, look_up};
+use crate::clock::Now;
+use crate::codec::{self, RowKind, RowWriter};
+use crate::entry::{Done, Entry, Holder, Prior, Processing};
+use crate::error::{Error, Result};
+
+impl Engine {
+    /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
+    /// superseded.
+    pub(crate) fn settle(
+        &self,
+        kind: RowKind,
+        settler: Settler,
+        leases: Vec<(&Grant, Settlement)>,
+    ) -> Result<Vec<bool>> {
+        self.ready()?;
+        let bytes: usize = leases
+            .iter()
+            .map(|(grant, settlement)| {
+                let result = if let Settlement::Completed(result) = settlement { result.len() } else { 0 };
+                grant.key.len() + result + 16
+            })
+            .sum();
+        self.admit(0, bytes)?;
+        let now = self.now();
+        let open = self.begin_row();
+        let mut row = RowWriter::new(kind, now.wall_ms, bytes);
+        let mut accepted = Vec::with_capacity(leases.len());
+        let mut settled = Vec::with_capacity(leases.len());
+        for (grant, settlement) in leases {
+            let mut stripe = self.hot.stripe(grant.digest);
+            let stored = stripe.get(grant.digest, &grant.key);
+            let may = match (settler, stored) {
+                (Settler::Operator, Some(Entry::Processing(processing))) => {
+                    matches!(self.standing_at(processing, now), Standing::Held(_))
+                }
+                _ => true,
+            };
+            let is_ours = may && transition::may_settle(stored, grant.token);
+            accepted.push(is_ours);
+            if !is_ours {
+                continue;
+            }
+            let processing = Processing {
+                token: grant.token,
+                attempt: grant.attempt,
+                since_ms: now.wall_ms,
+                fingerprint: grant.fingerprint,
+                holder: Holder::Settling,
+            };
+            stripe.set(grant.digest, &grant.key, Entry::Processing(processing.clone()));
+            drop(stripe);
+            let entry = match settlement {
+                Settlement::Completed(result) => {
+                    row.completed(&grant.key, grant.token, grant.fingerprint.as_ref(), &result);
+                    Entry::Completed(Done {
+                        token: grant.token,
+                        completed_ms: now.wall_ms,
+                        fingerprint: grant.fingerprint,
+                        result,
+                    })
+                }
+                Settlement::Open { prior, not_before_ms } => {
+                    let open = Processing { holder: Holder::Open { prior, not_before_ms }, ..processing };
+                    row.processing(&grant.key, &open);
+                    Entry::Processing(open)
+                }
+            };
+            settled.push((grant.digest, Arc::clone(&grant.key), entry));
+        }
+        let sync = if kind == RowKind::Completed { self.config.sync_results() } else { self.config.sync_claims() };
+        let count = settled.len() as u64;
+        self.append(open, row, sync, || {
+            for (digest, key, entry) in settled {
+                self.hot.stripe(digest).set(digest, &key, entry);
+            }
+        })?;
+        match kind {
+            RowKind::Completed => self.counters.completed.add(count),
+            _ => self.counters.released.add(count),
+        }
+        self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
+        self.wake_if_due();
+        Ok(accepted)
+    }
+
+    /// Gives a lease its full time again. `None`: superseded. Costs no write: a lease ends with its process anyway.
+    pub(crate) fn renew(&self, grant: &Grant) -> Result<Option<u64>> {
+        self.ready()?;
+        let now = self.now();
+        let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
+        let renewed = self.change_holder(grant, now, |holder| match holder {
+            // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it.
+            Holder::Open { .. } => None,
+            _ => Some(Holder::Leased { until_monotonic_ms }),
+        });
+        if !renewed {
+            self.counters.superseded.add(1);
+        }
+        Ok(renewed.then_some(until_monotonic_ms))
+    }
+
+    /// Notes that a lease was dropped without a word. Costs no write.
+    pub(crate) fn abandon(&self, grant: &Grant) {
+        let now = self.timeline.now();
+        self.change_holder(grant, now, |holder| match holder {
+            Holder::Leased { .. } => Some(Holder::Interrupted(Prior::Dropped)),
+            _ => None,
+        });
+    }
+
+    fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
+        let mut stripe = self.hot.stripe(grant.digest);
+        let stored = stripe.get(grant.digest, &grant.key);
+        let Some(Entry::Processing(processing)) = stored.filter(|_| transition::may_settle(stored, grant.token)) else {
+            return false;
+        };
+        let Some(holder) = change(processing.holder) else { return false };
+        let entry = Entry::Processing(Processing { since_ms: now.wall_ms, holder, ..processing.clone() });
+        stripe.set(grant.digest, &grant.key, entry);
+        true
+    }
+
+    /// The grant of a key that is held, as if its holder had come back.
+    pub(crate) fn held_grant(&self, request: &Request) -> Result<Option<(Grant, Prior)>> {
+        self.ready()?;
+        let now = self.now();
+        let Some(asked) = request.iter().next() else { return Ok(None) };
+        let stripe = self.hot.stripe(asked.digest);
+        let Some(Entry::Processing(processing)) = stripe.get(asked.digest, asked.key) else { return Ok(None) };
+        let Standing::Held(prior) = self.standing_at(processing, now) else { return Ok(None) };
+        let grant = Grant {
+            digest: asked.digest,
+            key: Arc::from(asked.key),
+            token: processing.token,
+            attempt: processing.attempt,
+            prior: Some(prior),
+            fingerprint: processing.fingerprint,
+            until_monotonic_ms: 0,
+        };
+        Ok(Some((grant, prior)))
+    }
+
+    /// Removes all that is stored of a key: true if there was something that counted.
+    pub(crate) fn forget(&self, request: &Request) -> Result<bool> {
+        // A seal under way would bring the key back into its bucket.
+        let _sealing = self.sealing.lock();
+        self.reserve(1)?;
+        let Some(asked) = request.iter().next() else { return Ok(false) };
+        let now = self.now();
+        let view = self.buckets.view();
+        let slots = view.candidates(asked.digest);
+        let probe = Probe { place: 0, digest: asked.digest, key: asked.key, slots };
+        let (mut sealed, mut counted) = (Vec::new(), false);
+        look_up(&self.db, &view, &[probe], |_, bucket, done| {
+            counted |= done.is_live(now, self.policy.window_ms);
+            sealed.push(Arc::clone(bucket));
+        })?;
+        let mut stripe = self.hot.stripe(asked.digest);
+        let hot = stripe.get(asked.digest, asked.key).cloned();
+        match &hot {
+            None => {}
+            Some(Entry::Completed(done)) => counted |= done.is_live(now, self.policy.window_ms),
+            Some(Entry::Processing(processing)) => match self.standing_at(processing, now) {
+                Standing::Alive { .. } | Standing::Settling => {
+                    return Err(Error::InUse { key: display(asked.key), token: processing.token });
+                }
+                standing => counted |= standing != Standing::Forgotten,
+            },
+        }
+        if let Some(entry) = &hot {
+            // Whoever comes between now and the row sees work that is nearly over.
+            let settling = Processing {
+                token: entry.token(),
+                attempt: 1,
+                since_ms: now.wall_ms,
+                fingerprint: None,
+                holder: Holder::Settling,
+            };
+            stripe.set(asked.digest, asked.key, Entry::Processing(settling));
+        }
+        // Under the lock: behind every row of what is forgotten here, and below the token of whoever claims the key next.
+        let open = self.begin_row();
+        let token = self.sequence.take();
+        drop(stripe);
+        if hot.is_none() && sealed.is_empty() {
+            return Ok(false);
+        }
+        let mut row = RowWriter::new(RowKind::Forgotten, now.wall_ms, asked.key.len() + 16);
+        row.forgotten(asked.key, token);
+        let row = row.finish();
+        let mut row_key = Vec::new();
+        codec::row_key(asked.digest, asked.key, &mut row_key);
+        self.write(self.config.sync_results(), |tx| {
+            tx.put_row(open.number(), &row);
+            for bucket in &sealed {
+                tx.delete_key(&bucket.family, &row_key);
+            }
+            Ok(())
+        })?;
+        self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
+        let mut stripe = self.hot.stripe(asked.digest);
+        if stripe.get(asked.digest, asked.key).is_some_and(|entry| entry.token() < token) {
+            stripe.remove(asked.digest, asked.key);
+        }
+        Ok(counted)
+    }
+}
