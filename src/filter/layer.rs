@@ -105,13 +105,14 @@ impl Layer {
 
     /// The slots that may hold the key with this digest, a bit each.
     pub(crate) fn slots(&self, digest: u64) -> u64 {
-        let mut found = u64::MAX;
+        let mut found = u64::MAX >> (WORD_BITS - self.columns.width());
         self.for_each_row(digest, |word, shift| {
             found &= word.load(Ordering::Relaxed) >> shift;
+            found != 0
         });
         match self.columns {
-            Columns::All(width) => found & (u64::MAX >> (WORD_BITS - width)),
-            Columns::One(slot) => (found & 1) << slot,
+            Columns::All(_) => found,
+            Columns::One(slot) => found << slot,
         }
     }
 
@@ -125,6 +126,7 @@ impl Layer {
                 if word.load(Ordering::Relaxed) & bit == 0 {
                     word.fetch_or(bit, Ordering::Relaxed);
                 }
+                true
             });
             inserted += 1;
         }
@@ -151,9 +153,9 @@ impl Layer {
         }
     }
 
-    /// Visits the key's rows: the word each lies in, and where it begins there.
+    /// Visits the key's rows: the word each lies in, and where it begins there. Half way, `visit` may have seen enough.
     #[inline]
-    fn for_each_row(&self, digest: u64, visit: impl FnMut(&AtomicU64, u32)) {
+    fn for_each_row(&self, digest: u64, visit: impl FnMut(&AtomicU64, u32) -> bool) {
         let Some(shard) = self.shards.get((digest >> (u64::BITS - SHARD_BITS)) as usize) else { return };
         match self.columns {
             Columns::All(width) => self.for_each_scattered(shard.words(), width, digest, visit),
@@ -162,21 +164,31 @@ impl Layer {
     }
 
     #[inline]
-    fn for_each_scattered(&self, words: &[AtomicU64], width: u32, digest: u64, mut visit: impl FnMut(&AtomicU64, u32)) {
+    fn for_each_scattered(
+        &self,
+        words: &[AtomicU64],
+        width: u32,
+        digest: u64,
+        mut visit: impl FnMut(&AtomicU64, u32) -> bool,
+    ) {
         let width_bits = width.trailing_zeros();
         let row_mask = (1_u64 << self.rows_per_word_bits) - 1;
         let mut state = digest;
-        for _ in 0..HASHES {
+        for hash in 1..=HASHES {
             state = state.wrapping_add(GOLDEN_GAMMA);
             let row = reduce(mix(state), self.rows_per_shard);
-            if let Some(word) = words.get((row >> self.rows_per_word_bits) as usize) {
-                visit(word, ((row & row_mask) as u32) << width_bits);
+            let Some(word) = words.get((row >> self.rows_per_word_bits) as usize) else { return };
+            let go_on = visit(word, ((row & row_mask) as u32) << width_bits);
+            // Asked once, so that four reads of memory are under way at a time. Four rows of full columns let one key in
+            // eighty on, for each bucket.
+            if hash == HASHES / 2 && !go_on {
+                return;
             }
         }
     }
 
     #[inline]
-    fn for_each_in_line(&self, words: &[AtomicU64], digest: u64, mut visit: impl FnMut(&AtomicU64, u32)) {
+    fn for_each_in_line(&self, words: &[AtomicU64], digest: u64, mut visit: impl FnMut(&AtomicU64, u32) -> bool) {
         let state = digest.wrapping_add(GOLDEN_GAMMA);
         let line = reduce(mix(state), self.rows_per_shard / LINE_BITS) as usize * LINE_WORDS;
         let Some(line) = words.get(line..line + LINE_WORDS) else { return };
