@@ -19,7 +19,33 @@ impl Store {
         Ok(answers.into_iter().map(|answer| answer.map(checked)).collect())
     }
 
-    /// Claims each key. One that stands twice is acquired once, and in progress the second time.
+    /// Claims each key. One that stands twice is acquired once, and in progress the second time: complete the leases of
+    /// the batch before you wait for what it found in progress, or you wait for yourself.
+    ///
+    /// ```
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// let messages = ["a", "b", "a"];
+    /// let (mut leases, mut later) = (Vec::new(), Vec::new());
+    /// for (message, claim) in messages.into_iter().zip(store.claim_batch(messages)?) {
+    ///     match claim? {
+    ///         Claim::Acquired(lease) => {
+    ///             let result = format!("did {message}");
+    ///             leases.push((lease, result));
+    ///         }
+    ///         Claim::Completed(_first) => {} // acknowledge it
+    ///         Claim::InProgress(_other) => later.push(message),
+    ///     }
+    /// }
+    /// for completed in store.complete_batch(leases) {
+    ///     completed?;
+    /// }
+    /// assert_eq!(later, ["a"]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///

@@ -116,8 +116,8 @@ impl Lease {
         self.grant.attempt
     }
 
-    /// What became of the attempt before. Anything but `None` and [`Prior::Released`] says that the effect may have
-    /// happened: ask before you repeat it.
+    /// What became of the attempts before. Anything but `None` and [`Prior::Released`] says that the effect may have
+    /// happened: ask before you repeat it. Such a doubt outlasts a release: it ends with completion.
     ///
     /// Under [`OnInterrupt::Rerun`](crate::OnInterrupt) claims are not synced, so that a power cut can take the claim and
     /// the memory of it: after one, `None` does not prove that nothing happened. Open with
@@ -177,7 +177,9 @@ impl Lease {
         }
     }
 
-    /// Says that the work failed and did nothing: the next claim gets the key at once.
+    /// Says that this attempt failed and did nothing: the next claim gets the key at once, and is told
+    /// [`Prior::Released`], or the doubt that an earlier attempt had left. If the effect may have happened, drop the lease
+    /// instead.
     ///
     /// # Errors
     ///
@@ -197,7 +199,9 @@ impl Lease {
             0 => 0,
             backoff_ms => engine.now().wall_ms.saturating_add(backoff_ms),
         };
-        let open = Settlement::Open { prior: Prior::Released, not_before_ms };
+        // This attempt did nothing. Whether an earlier one did is as open as before.
+        let prior = self.grant.prior.unwrap_or(Prior::Released);
+        let open = Settlement::Open { prior, not_before_ms };
         let accepted = engine.settle(RowKind::Settled, Settler::Holder, vec![(&self.grant, open)])?;
         self.settled = true;
         if accepted == [true] { Ok(()) } else { Err(self.superseded()) }

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::config::Span;
+use crate::config::{OnInterrupt, Span};
 use crate::entry::{Done, Holder, Kept, Prior, Processing};
 use crate::key::Fingerprint;
 
@@ -378,6 +378,22 @@ pub(crate) fn read_span(bytes: &[u8]) -> Option<Span> {
     let mut reader = Reader::new(bytes);
     let span = Span { window_ms: u64::from_le_bytes(reader.array()?), bucket_ms: u64::from_le_bytes(reader.array()?) };
     (reader.is_empty() && span.window_ms > 0 && span.bucket_ms > 0).then_some(span)
+}
+
+/// `on-interrupt := 0 rerun | 1 hold`
+pub(crate) fn put_on_interrupt(on_interrupt: OnInterrupt) -> Vec<u8> {
+    vec![match on_interrupt {
+        OnInterrupt::Rerun => 0,
+        OnInterrupt::Hold => 1,
+    }]
+}
+
+pub(crate) fn read_on_interrupt(bytes: &[u8]) -> Option<OnInterrupt> {
+    match bytes {
+        [0] => Some(OnInterrupt::Rerun),
+        [1] => Some(OnInterrupt::Hold),
+        _ => None,
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ pub(crate) struct Options {
     pub(crate) lease: Duration,
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
-    pub(crate) on_interrupt: OnInterrupt,
+    pub(crate) on_interrupt: Option<OnInterrupt>,
     pub(crate) memory_budget: usize,
     pub(crate) result_limit: usize,
     pub(crate) key_limit: usize,
@@ -60,7 +60,7 @@ impl Default for Options {
             lease: Duration::from_secs(30),
             durability: Durability::Disk,
             sync_interval: Duration::from_secs(1),
-            on_interrupt: OnInterrupt::Rerun,
+            on_interrupt: None,
             memory_budget: 256 * MIB,
             result_limit: MIB,
             key_limit: 1_024,
@@ -71,7 +71,14 @@ impl Default for Options {
     }
 }
 
-/// Window and bucket width, in milliseconds: what a store remembers of its options from one opening to the next.
+/// What a store remembers of its options from one opening to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stored {
+    pub(crate) span: Span,
+    pub(crate) on_interrupt: OnInterrupt,
+}
+
+/// Window and bucket width, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
     pub(crate) window_ms: u64,
@@ -94,7 +101,9 @@ pub(crate) struct Config {
 
 impl Options {
     /// Checks every option against its bounds; `stored` is what an existing store was last opened with.
-    pub(crate) fn check(&self, stored: Option<Span>) -> Result<Config> {
+    pub(crate) fn check(&self, stored: Option<Stored>) -> Result<Config> {
+        let on_interrupt = self.on_interrupt.or(stored.map(|stored| stored.on_interrupt)).unwrap_or(OnInterrupt::Rerun);
+        let stored = stored.map(|stored| stored.span);
         let window = match (self.window, stored) {
             (Some(window), _) => window,
             (None, Some(stored)) => Duration::from_millis(stored.window_ms),
@@ -130,7 +139,7 @@ impl Options {
             lease_ms: millis(self.lease),
             durability: self.durability,
             sync_interval: self.sync_interval,
-            on_interrupt: self.on_interrupt,
+            on_interrupt,
             memory_budget: self.memory_budget,
             result_limit: self.result_limit,
             key_limit: self.key_limit,
@@ -181,8 +190,10 @@ mod tests {
 
     #[test]
     fn a_store_keeps_the_window_it_was_made_with_unless_told_otherwise() {
-        let stored = Span { window_ms: 7_000, bucket_ms: 500 };
-        assert_eq!(Options::default().check(Some(stored)).unwrap().span, stored);
+        let span = Span { window_ms: 7_000, bucket_ms: 500 };
+        let stored = Stored { span, on_interrupt: OnInterrupt::Hold };
+        assert_eq!(Options::default().check(Some(stored)).unwrap().span, span);
+        assert_eq!(Options::default().check(Some(stored)).unwrap().on_interrupt, OnInterrupt::Hold);
         let wider = Options { window: Some(Duration::from_secs(24)), ..Options::default() };
         assert_eq!(wider.check(Some(stored)).unwrap().span, Span { window_ms: 24_000, bucket_ms: 1_000 });
     }

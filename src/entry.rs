@@ -8,7 +8,7 @@ use crate::key::Fingerprint;
 /// Why a key that is claimed again was not completed by its last holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Prior {
-    /// The holder gave it back with `release`: the work failed, and is known to have failed.
+    /// Every holder so far gave it back with `release`: the work is known to have failed and done nothing.
     Released,
     /// The lease ran out while the holder's process lived. It may still be working.
     LeaseExpired,

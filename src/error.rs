@@ -248,8 +248,14 @@ impl Error {
 /// Bytes from a stranger, fit for a message: escaped, and cut where they are long.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     const SHOWN: usize = 64;
-    match bytes.get(..SHOWN) {
-        Some(head) if bytes.len() > SHOWN => format!("\"{}…\"", head.escape_ascii()),
-        _ => format!("\"{}\"", bytes.escape_ascii()),
+    let head = bytes.get(..SHOWN).unwrap_or(bytes);
+    let more = if head.len() < bytes.len() { "…" } else { "" };
+    let mut shown = String::new();
+    for chunk in head.utf8_chunks() {
+        shown.extend(chunk.valid().escape_debug());
+        for byte in chunk.invalid() {
+            shown.push_str(&format!("\\x{byte:02x}"));
+        }
     }
+    format!("\"{shown}{more}\"")
 }

@@ -42,7 +42,7 @@ pub(crate) type Fingerprint = [u8; 16];
 /// assert_ne!(of_parts, of_payload);
 /// assert_eq!(guarded, plain, "a fingerprint guards a key, it is no part of it");
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Key<'a> {
     form: Form,
     scope: Cow<'a, [u8]>,
@@ -200,6 +200,12 @@ impl std::hash::Hash for Key<'_> {
         self.form.hash(state);
         self.scope.hash(state);
         self.body.hash(state);
+    }
+}
+
+impl std::fmt::Debug for Key<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Key({self})")
     }
 }
 

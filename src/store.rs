@@ -39,7 +39,7 @@ pub struct Builder {
 
 impl Builder {
     /// How long a completed key is remembered. From 1 ms to 10 years; by default what the store was last opened with,
-    /// 24 hours for a new one. A narrower window forgets what is older, for good.
+    /// 24 hours for a new one. What a narrower window has let go of is gone for good.
     pub fn window(mut self, window: Duration) -> Self {
         self.options.window = Some(window);
         self
@@ -71,9 +71,10 @@ impl Builder {
         self
     }
 
-    /// What becomes of a key whose holder vanished. [`OnInterrupt::Rerun`] by default.
+    /// What becomes of a key whose holder vanished. By default what the store was last opened with,
+    /// [`OnInterrupt::Rerun`] for a new one.
     pub fn on_interrupt(mut self, on_interrupt: OnInterrupt) -> Self {
-        self.options.on_interrupt = on_interrupt;
+        self.options.on_interrupt = Some(on_interrupt);
         self
     }
 
@@ -306,6 +307,9 @@ impl Store {
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
     /// done before; releases the key where the work fails. A panic in the work drops the lease.
+    ///
+    /// An `Err` of the work says that it did nothing. Where it may have (a timeout after the charge was sent), claim and
+    /// drop the lease yourself: the next holder is told then.
     ///
     /// # Errors
     ///

@@ -155,6 +155,39 @@ fn a_released_key_is_acquired_again() {
 }
 
 #[test]
+fn a_doubt_outlasts_a_release() {
+    let mut bench = Bench::new();
+    drop(bench.acquire("k"));
+    for attempt in 2..4 {
+        let lease = bench.acquire("k");
+        assert_eq!((lease.attempt(), lease.prior()), (attempt, Some(Prior::Dropped)));
+        lease.release().unwrap();
+    }
+    bench.reopen();
+    let lease = bench.acquire("k");
+    assert_eq!(lease.prior(), Some(Prior::Dropped), "nobody has found out whether the first attempt did anything");
+    lease.complete("r").unwrap();
+}
+
+#[test]
+fn a_store_that_holds_goes_on_holding_when_it_is_not_told_otherwise() {
+    let bench = held_bench();
+    drop(bench.acquire("k"));
+    bench.store().close().unwrap();
+    let untold = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
+    assert!(matches!(untold.claim("k").unwrap(), Claim::InProgress(held) if held.retry_after.is_none()));
+    assert_eq!(untold.record("k").unwrap(), Recorded::Duplicate { in_flight: true });
+    assert_eq!(untold.held().unwrap().len(), 1);
+    untold.close().unwrap();
+    let told = Store::builder()
+        .on_interrupt(onlyonce::OnInterrupt::Rerun)
+        .clock(bench.clock.clone())
+        .open(bench.path())
+        .unwrap();
+    assert_eq!(told.record("k").unwrap(), Recorded::First);
+}
+
+#[test]
 fn a_release_and_its_backoff_survive_a_restart() {
     let mut bench = Bench::new();
     bench.acquire("k").release_after(Duration::from_secs(3)).unwrap();

@@ -338,13 +338,16 @@ impl Round {
         let Some(held) = self.lease() else { return };
         let expected = self.settles(&held);
         let backoff_ms = *[0, 0, 500, 15_000].choose(&mut self.rng).unwrap();
+        let doubt = held.lease.prior();
         match held.lease.release_after(Duration::from_millis(backoff_ms)) {
             Ok(()) => {
                 assert_ne!(expected, Some(false), "{}", held.key);
                 let now_ms = self.model.now_ms;
                 if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&held.key) {
                     let not_before_ms = if backoff_ms == 0 { 0 } else { now_ms + backoff_ms };
-                    *holder = Holder::Open { prior: vec![Prior::Released], since_ms: now_ms, not_before_ms };
+                    // A doubt outlasts a release.
+                    let prior = vec![doubt.unwrap_or(Prior::Released)];
+                    *holder = Holder::Open { prior, since_ms: now_ms, not_before_ms };
                 }
             }
             Err(error) => {

@@ -78,6 +78,15 @@ fn a_path_that_is_no_store_is_left_alone() {
     let error = Store::open(dir.path()).unwrap_err();
     assert!(matches!(&error, Error::NotAStore { reason, .. } if reason.contains("file")), "{error}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was created beside it");
+
+    // Names that we use, too, in a directory that was never a store.
+    let theirs = dir.path().join("theirs");
+    for name in ["runs", "db", "db.new"] {
+        fs::create_dir_all(theirs.join(name)).unwrap();
+        fs::write(theirs.join(name).join("1.sst"), "weights").unwrap();
+    }
+    assert!(matches!(Store::open(&theirs), Err(Error::NotAStore { .. })));
+    assert!(["runs", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
 }
 
 #[test]
@@ -101,9 +110,11 @@ fn what_a_crash_left_half_done_is_cleared_away() {
     fs::write(runs.join("7.sst"), "half a run").unwrap();
     fs::create_dir(&new).unwrap();
     fs::write(new.join("CURRENT"), "half a store").unwrap();
+    fs::write(runs.join("notes.txt"), "somebody's").unwrap();
     bench.reopen();
     assert!(!new.exists());
-    assert_eq!(fs::read_dir(&runs).unwrap().count(), 0);
+    assert!(!runs.join("7.sst").exists());
+    assert!(runs.join("notes.txt").exists(), "what is not ours stays");
     assert_eq!(bench.store().record("k").unwrap(), Recorded::Duplicate { in_flight: false });
 }
 
@@ -112,6 +123,7 @@ fn a_crash_during_creation_is_no_obstacle() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     fs::create_dir_all(path.join("db.new")).unwrap();
+    fs::write(path.join("onlyonce.lock"), "").unwrap();
     fs::write(path.join("db.new/000004.log"), "half").unwrap();
     Store::open(&path).unwrap().record("k").unwrap();
 }
@@ -123,8 +135,10 @@ fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
     bench.store().close().unwrap();
     fs::remove_file(bench.path().join("db/CURRENT")).unwrap();
     let refused = bench.builder().open(bench.path());
-    assert!(matches!(refused, Err(Error::Io { .. } | Error::Corrupt { .. })), "{refused:?}");
-    assert!(refused.unwrap_err().to_string().contains("db"));
+    assert!(matches!(&refused, Err(Error::Corrupt { place, .. }) if place.ends_with("CURRENT")), "{refused:?}");
+    fs::remove_dir_all(bench.path().join("db")).unwrap();
+    let refused = bench.builder().open(bench.path());
+    assert!(matches!(&refused, Err(Error::Corrupt { place, .. }) if place.ends_with("db")), "{refused:?}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
 use crate::clock::{Now, Timeline};
 use crate::codec::{self, Event, RowWriter};
-use crate::config::{Config, Options};
+use crate::config::{Config, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::{Digester, Key};
@@ -32,6 +32,7 @@ use crate::storage::journal::{OpenRow, RowNumbers};
 pub(super) const FORMAT: &str = "format";
 pub(super) const SECRET: &str = "secret";
 pub(super) const SPAN: &str = "span";
+pub(super) const ON_INTERRUPT: &str = "on-interrupt";
 pub(super) const TOKENS: &str = "tokens";
 pub(super) const HIGH_WATER: &str = "high-water";
 
@@ -92,6 +93,7 @@ impl Engine {
                 (FORMAT, codec::FORMAT.to_le_bytes().to_vec()),
                 (SECRET, secret.to_vec()),
                 (SPAN, codec::put_span(config.span)),
+                (ON_INTERRUPT, codec::put_on_interrupt(config.on_interrupt)),
                 (TOKENS, 1_u64.to_le_bytes().to_vec()),
                 (HIGH_WATER, 0_u64.to_le_bytes().to_vec()),
             ])
@@ -107,7 +109,9 @@ impl Engine {
         let span = codec::read_span(&span).ok_or_else(|| corrupt_meta(SPAN))?;
         let tokens = u64::from_le_bytes(meta(&db, TOKENS)?);
         let high_water_ms = u64::from_le_bytes(meta(&db, HIGH_WATER)?);
-        let config = options.check(Some(span))?;
+        let on_interrupt =
+            codec::read_on_interrupt(&meta::<1>(&db, ON_INTERRUPT)?).ok_or_else(|| corrupt_meta(ON_INTERRUPT))?;
+        let config = options.check(Some(Stored { span, on_interrupt }))?;
 
         let digester = Digester::new(&secret);
         let hot = HotTable::new();
@@ -171,7 +175,10 @@ impl Engine {
 
     /// Puts on the disk, before the first answer, what this opening changed: its options and its tokens.
     fn begin(&self, replayed: Replayed) -> Result<()> {
-        self.write(true, |tx| tx.put_meta(SPAN, &codec::put_span(self.config.span)))?;
+        self.write(true, |tx| {
+            tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
+            tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))
+        })?;
         self.reserve(0)?;
         // Tokens must not begin again where a log is lost.
         self.db.flush_meta()?;

@@ -307,7 +307,7 @@ mod tests {
         let clock = ManualClock::at(1_000_000);
         let options = Options {
             clock: Arc::new(clock.clone()),
-            on_interrupt: OnInterrupt::Hold,
+            on_interrupt: Some(OnInterrupt::Hold),
             lease: Duration::from_secs(1),
             ..Options::default()
         };

@@ -55,6 +55,11 @@ impl Db {
             directory.create_database(|path| create(&tuning, path, &seed))?;
         }
         let path = directory.database();
+        let current = path.join("CURRENT");
+        if !current.exists() {
+            let detail = "it is missing, and with it the way to all that is stored".to_owned();
+            return Err(Error::Corrupt { place: current.display().to_string(), detail });
+        }
         log::check(&path)?;
         let options = tuning.database();
         let families = Rocks::list_cf(&options, &path).map_err(|error| failed("cannot open", &path, &error))?;

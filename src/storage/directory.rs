@@ -1,10 +1,10 @@
 //! A store's directory: who may use it, and what lies in it.
 //!
 //! ```text
-//! STORE/onlyonce.lock   locked by the process that has the store open
+//! STORE/onlyonce.lock   locked by the process that has the store open; says "created" once there is a store
 //! STORE/db/             RocksDB
 //! STORE/db.new/         a store that is being created; removed where a crash left it
-//! STORE/runs/           runs that are written and not yet ingested; emptied at open
+//! STORE/runs/           runs that are written and not yet ingested; removed at open
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -20,6 +20,8 @@ const LOCK: &str = "onlyonce.lock";
 const DATABASE: &str = "db";
 const NEW_DATABASE: &str = "db.new";
 const RUNS: &str = "runs";
+/// What the lock file says once a store was created: without it, a lost database would pass for a new store.
+const CREATED: &[u8] = b"created\n";
 
 /// How long to sleep between two tries for a lock.
 const LOCK_POLL: Duration = Duration::from_millis(5);
@@ -58,9 +60,26 @@ impl Directory {
         }
         let directory = Self { root: root.to_owned(), lock: Mutex::new(Some(lock)) };
         remove_dir(&directory.new_database())?;
-        remove_dir(&directory.runs())?;
         make_private(&directory.runs())?;
+        remove_runs(&directory.runs())?;
+        directory.note_creation()?;
         Ok(directory)
+    }
+
+    /// Sees to it that the lock file says "created" if and only if there is a store.
+    fn note_creation(&self) -> Result<()> {
+        let path = self.root.join(LOCK);
+        let said = fs::read(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
+        match (self.holds_a_store()?, said.is_empty()) {
+            (true, true) => fs::write(&path, CREATED)
+                .and_then(|()| File::open(&path)?.sync_all())
+                .map_err(|error| Error::io("cannot write", &path, &error)),
+            (false, false) => Err(Error::Corrupt {
+                place: self.database().display().to_string(),
+                detail: "it is missing, though a store was created here".to_owned(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Lets others use the directory.
@@ -99,9 +118,10 @@ impl Directory {
         sync_dir(&self.root)?;
         // The directory's own name must survive a power cut, too.
         match self.root.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent),
-            _ => sync_dir(Path::new(".")),
+            Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent)?,
+            _ => sync_dir(Path::new("."))?,
         }
+        self.note_creation()
     }
 
     /// Bytes of all files below. Files that vanish meanwhile count as none.
@@ -121,7 +141,8 @@ impl Directory {
     }
 }
 
-/// Refuses a path that is a file, or a directory with something in it that is not ours.
+/// Refuses a path that is a file, or a directory that holds something and was never a store: the lock file is the first
+/// thing that is created in one.
 fn refuse_foreign(root: &Path) -> Result<()> {
     let entries = match fs::read_dir(root) {
         Ok(entries) => entries,
@@ -131,16 +152,15 @@ fn refuse_foreign(root: &Path) -> Result<()> {
         }
         Err(error) => return Err(Error::io("cannot read", root, &error)),
     };
-    let mut foreign = None;
+    let mut found = None;
     for entry in entries {
         let name = entry.map_err(|error| Error::io("cannot read", root, &error))?.file_name();
-        match name.to_str() {
-            Some(DATABASE) => return Ok(()),
-            Some(LOCK | NEW_DATABASE | RUNS) => {}
-            _ => foreign = Some(name),
+        if name == LOCK {
+            return Ok(());
         }
+        found = Some(name);
     }
-    match foreign {
+    match found {
         None => Ok(()),
         Some(name) => Err(Error::NotAStore {
             path: root.to_owned(),
@@ -151,6 +171,20 @@ fn refuse_foreign(root: &Path) -> Result<()> {
 
 fn make_private(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| Error::io("cannot create", path, &error))
+}
+
+/// Removes runs that a crash left, and nothing else that somebody may have put beside them.
+fn remove_runs(runs: &Path) -> Result<()> {
+    let unreadable = |error: std::io::Error| Error::io("cannot read", runs, &error);
+    for entry in fs::read_dir(runs).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let ours = path.extension().is_some_and(|extension| extension == "sst")
+            && path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| stem.parse::<u64>().is_ok());
+        if ours {
+            fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, &error))?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_dir(path: &Path) -> Result<()> {

@@ -43,7 +43,7 @@ pub(super) fn check(database: &Path) -> Result<()> {
         match end(&mut file).map_err(|error| Error::io("cannot read", &path, &error))? {
             End::Clean => {}
             End::Torn { at } => {
-                tracing::warn!(path = %path.display(), at, "the log ends in what was never acknowledged: cut off");
+                tracing::warn!(path = %path.display(), at, "the log ends in half a record, as a crash leaves it: cut off");
                 let cut = |file: File| file.set_len(at).and_then(|()| file.sync_all());
                 let file = OpenOptions::new().write(true).open(&path);
                 file.and_then(cut).map_err(|error| Error::io("cannot cut", &path, &error))?;

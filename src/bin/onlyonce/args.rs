@@ -41,7 +41,8 @@ pub(crate) enum Command {
 ///
 /// A batch's lines are written and flushed before their keys are recorded: killed at any moment and run again on the
 /// same input, it repeats at most the lines of one batch, and loses none. Ctrl-C finishes the batch under way; a second
-/// one ends at once. When nobody reads the output any more it ends, and what could not be written is not recorded.
+/// one ends at once. When nobody reads the output any more it ends with exit code 0, and what could not be written is not
+/// recorded; what was written and never read from the pipe is.
 ///
 /// At the end a summary goes to standard error: `lines=N passed=N duplicates=N missing=N seconds=S`. A key that another
 /// program holds in progress counts as a duplicate.
@@ -52,7 +53,7 @@ pub(crate) struct Filter {
     pub(crate) store: PathBuf,
 
     /// How long a key is remembered, such as 24h or "7 days" [default: as the store was last opened; 24h for a new
-    /// one]. A narrower window forgets what is older, for good
+    /// one]. What a narrower window has let go of is gone for good
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) window: Option<Duration>,
 
@@ -102,6 +103,8 @@ pub(crate) struct Filter {
 }
 
 /// Print what is stored of a key, as JSON; exit 1 where nothing is
+///
+/// Nobody else may have the store open meanwhile, and its directory must be writable.
 #[derive(clap::Args)]
 pub(crate) struct Get {
     /// The store's directory
@@ -122,6 +125,8 @@ pub(crate) struct Get {
 }
 
 /// Print how much a store holds
+///
+/// Nobody else may have the store open meanwhile, and its directory must be writable.
 #[derive(clap::Args)]
 pub(crate) struct Stats {
     /// The store's directory
@@ -133,9 +138,9 @@ pub(crate) struct Stats {
     pub(crate) json: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Durability {
-    /// On the disk before the next batch: survives a power cut
+    /// On the disk before the next batch, and the lines before them where the output is a file: survives a power cut
     Disk,
     /// With the operating system before the next batch: survives a kill; a power cut can take the last second
     Process,

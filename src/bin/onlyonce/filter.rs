@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
+use std::fs::File;
 use std::io::{ErrorKind, Write};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -47,6 +49,7 @@ pub(crate) fn run(args: &args::Filter, verbose: bool) -> anyhow::Result<u8> {
         store: &store,
         pass_missing: args.on_missing_key == OnMissingKey::Pass,
         output: std::io::stdout(),
+        synced_output: synced_output(args.durability)?,
         in_line: false,
         summary: Summary::default(),
         progress: progress::bar(total_bytes, verbose)?,
@@ -76,7 +79,15 @@ fn open(args: &args::Filter) -> anyhow::Result<Store> {
     if let Some(bucket) = args.bucket {
         builder = builder.bucket(bucket);
     }
-    Ok(builder.open(&args.store)?)
+    opening::open(builder, &args.store)
+}
+
+/// With keys on the disk and lines in the page cache, a power cut would lose lines. A pipe's reader has to see to it itself.
+fn synced_output(durability: args::Durability) -> anyhow::Result<Option<File>> {
+    let output = std::io::stdout().as_fd().try_clone_to_owned().context("cannot use standard output")?;
+    let output = File::from(output);
+    let is_file = output.metadata().context("cannot look at standard output")?.is_file();
+    Ok(Some(output).filter(|_| is_file && durability == args::Durability::Disk))
 }
 
 /// A channel that disconnects at the first Ctrl-C. The second ends the process where it stands, which costs no more
@@ -106,6 +117,8 @@ struct Filter<'s> {
     /// Whether a line without a key is written.
     pass_missing: bool,
     output: std::io::Stdout,
+    /// The output once more, where it is a file that must be on the disk before the keys are.
+    synced_output: Option<File>,
     /// Whether the last line that was written had no "\n".
     in_line: bool,
     summary: Summary,
@@ -172,6 +185,9 @@ impl Filter<'_> {
             written => written.context("cannot write to standard output")?,
         }
         if !new.is_empty() {
+            if let Some(output) = &self.synced_output {
+                output.sync_data().context("cannot sync standard output")?;
+            }
             self.store.record_batch(new)?.into_iter().collect::<Result<Vec<_>, _>>()?;
         }
         self.in_line = in_line;

@@ -24,7 +24,11 @@ pub(crate) fn get(args: &args::Get) -> anyhow::Result<u8> {
     let store = opening::existing(&args.store)?;
     let stored = store.get(&key)?;
     store.close()?;
-    let Some(stored) = stored else { return Ok(NOTHING) };
+    let Some(stored) = stored else {
+        let hint = if args.content { "" } else { "; a line that was filtered without --key is found with --content" };
+        let _ = writeln!(std::io::stderr(), "onlyonce: nothing is stored of {key}{hint}");
+        return Ok(NOTHING);
+    };
     print(&described(&key, &stored).to_string())?;
     Ok(0)
 }
@@ -110,6 +114,7 @@ fn figures(stats: &Stats) -> Value {
         "window_ms": millis(stats.window),
         "remembers_since_ms": stats.remembers_since_ms,
         "in_flight": stats.in_flight,
+        "held": stats.held,
         "unsealed": stats.unsealed,
         "sealed": sealed(stats),
         "buckets": buckets,
@@ -122,6 +127,7 @@ fn lines(stats: &Stats) -> String {
         ("window", format_duration(stats.window).to_string()),
         ("remembers since", time(stats.remembers_since_ms)),
         ("in flight", HumanCount(stats.in_flight).to_string()),
+        ("held", HumanCount(stats.held).to_string()),
         ("unsealed keys", HumanCount(stats.unsealed).to_string()),
         ("sealed keys", HumanCount(sealed(stats)).to_string()),
         ("on disk", HumanBytes(stats.disk_bytes).to_string()),
