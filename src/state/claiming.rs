@@ -122,7 +122,6 @@ impl Engine {
         if in_flight < limit || matches!(stored, Some(Entry::Processing(_))) {
             return Ok(());
         }
-        self.wake_keeper();
         Err(Error::TooManyInFlight { in_flight, limit })
     }
 

@@ -127,7 +127,7 @@ fn is_over(stopped: &Receiver<()>) -> bool {
 }
 
 fn keep(engine: &Engine, woken: &Receiver<()>, stopped: &Receiver<()>) {
-    let mut sealed = engine.present_slice();
+    let mut last = engine.rounds();
     let mut pause = TICK;
     // After a failure nobody may hurry it.
     let quiet = never();
@@ -138,7 +138,7 @@ fn keep(engine: &Engine, woken: &Receiver<()>, stopped: &Receiver<()>) {
             recv(woken) -> _ => {}
             default(pause) => {}
         }
-        match engine.upkeep(&mut sealed) {
+        match engine.upkeep(&mut last) {
             Ok(()) => pause = TICK,
             Err(Error::Closed | Error::Poisoned { .. }) => return,
             Err(error) => {

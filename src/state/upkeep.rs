@@ -28,6 +28,16 @@ const IMAGE_ROW_BYTES: usize = 16 << 20;
 /// How long to sleep between two looks at a row that is being written.
 const ROW_POLL: Duration = Duration::from_micros(200);
 
+/// How long at least a purge is not repeated: it visits the whole hot table.
+const PURGE_INTERVAL_MS: u64 = 1_000;
+
+/// What the rounds of upkeep remember of each other.
+pub(super) struct Rounds {
+    /// The slice of time in which the last one took place.
+    sealed: Slice,
+    purged_monotonic_ms: u64,
+}
+
 impl Engine {
     /// Whether there is enough in the hot table, or in the journal, to seal.
     pub(super) fn is_seal_due(&self) -> bool {
@@ -42,24 +52,31 @@ impl Engine {
         self.hot.completed_bytes() >= self.config().memory_budget / BACKLOG_SHARE
     }
 
-    /// One round of all that is due. `sealed` is the slice of time in which the last seal took place.
-    pub(super) fn upkeep(&self, sealed: &mut Slice) -> Result<()> {
+    /// One round of all that is due.
+    pub(super) fn upkeep(&self, last: &mut Rounds) -> Result<()> {
         let present = self.present_slice();
         // First, so that a seal finds room for its buckets.
         self.drop_passed()?;
-        if self.is_crowded() {
+        let now_ms = self.now().monotonic_ms;
+        if self.is_crowded() && now_ms.saturating_sub(last.purged_monotonic_ms) >= PURGE_INTERVAL_MS {
+            last.purged_monotonic_ms = now_ms;
             self.purge();
         }
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
-        let ended = *sealed != present && self.hot.completed() > 0;
+        let ended = last.sealed != present && self.hot.completed() > 0;
         if ended || self.is_seal_due() {
             self.seal()?;
         }
-        *sealed = present;
+        last.sealed = present;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
     }
 
-    pub(super) fn present_slice(&self) -> Slice {
+    /// Where the rounds of upkeep begin.
+    pub(super) fn rounds(&self) -> Rounds {
+        Rounds { sealed: self.present_slice(), purged_monotonic_ms: self.now().monotonic_ms }
+    }
+
+    fn present_slice(&self) -> Slice {
         Slice::containing(self.now().wall_ms, self.config().span.bucket_ms)
     }
 
@@ -162,9 +179,9 @@ impl Engine {
         }
     }
 
-    /// Whether so many keys are in flight that claims are soon refused.
+    /// Whether so many keys are in flight that claims are refused.
     fn is_crowded(&self) -> bool {
-        self.hot.in_flight() >= self.config().in_flight_limit / 10 * 9
+        self.hot.in_flight() >= self.config().in_flight_limit
     }
 
     /// Drops the buckets that have passed. Not while keys are sealed or forgotten: a bucket must not go under them.
