@@ -1,0 +1,377 @@
+//! A process that is made to die, and the oracle that knows what it had said.
+//!
+//! The child works on a store with several threads, while others seal it and move its clock a hundred times as fast as
+//! real time, so that buckets come and go all the while. It says what it does, before and after, in lines on a pipe. Whoever
+//! made it die opens the store and checks G1 to G4 for every key it has ever heard of.
+
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use onlyonce::{Check, Claim, Durability, ManualClock, Prior, Recorded, Store};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const WINDOW_MS: u64 = 60_000;
+const BUCKET_MS: u64 = 2_500;
+const THREADS: u64 = 4;
+const POOL: u64 = 400;
+const STORE: &str = "ONLYONCE_KILL_STORE";
+const CHILD_SEED: &str = "ONLYONCE_KILL_CHILD_SEED";
+const CLOCK: &str = "ONLYONCE_KILL_CLOCK";
+const ROUND: &str = "ONLYONCE_KILL_ROUND";
+const DURABILITY: &str = "ONLYONCE_KILL_DURABILITY";
+
+fn durability(name: &str) -> Durability {
+    if name == "Disk" { Durability::Disk } else { Durability::Process }
+}
+
+/// Starts the test executable's own `child`.
+pub fn spawn(path: &Path, durability: Durability, oracle: &Oracle, seed: u32, round: u64) -> (Child, Listener) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
+        .env(STORE, path)
+        .env(DURABILITY, format!("{durability:?}"))
+        .env(CLOCK, oracle.clock_ms.to_string())
+        .env(CHILD_SEED, seed.to_string())
+        .env(ROUND, round.to_string())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let out = child.stdout.take().unwrap();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let lines = Arc::clone(&heard);
+    let thread = std::thread::spawn(move || {
+        let mut out = BufReader::new(out);
+        let mut line = String::new();
+        while out.read_line(&mut line).unwrap() > 0 {
+            // A line without its end was being written when the child died.
+            if let Some(line) = line.strip_suffix('\n').and_then(|line| line.strip_prefix('@')) {
+                lines.lock().unwrap().push(line.to_owned());
+            }
+            line.clear();
+        }
+    });
+    (child, Listener { heard, thread })
+}
+
+/// Hears what a child says.
+pub struct Listener {
+    heard: Arc<Mutex<Vec<String>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Listener {
+    /// How many lines have arrived.
+    pub fn so_far(&self) -> usize {
+        self.heard.lock().unwrap().len()
+    }
+
+    /// Everything, when the child has said its last.
+    pub fn all(self) -> Vec<String> {
+        self.thread.join().unwrap();
+        std::mem::take(&mut self.heard.lock().unwrap())
+    }
+}
+
+pub fn open(path: &Path, clock: &ManualClock, durability: Durability) -> onlyonce::Result<Store> {
+    Store::builder()
+        .window(Duration::from_millis(WINDOW_MS))
+        .bucket(Duration::from_millis(BUCKET_MS))
+        .lease(Duration::from_secs(24 * 60 * 60))
+        .durability(durability)
+        // Never, within a life: what is not synced by its own call is not synced.
+        .sync_interval(Duration::from_secs(3_600))
+        .memory_budget(32 << 20)
+        .lock_wait(Duration::from_secs(10))
+        .clock(clock.clone())
+        .open(path)
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by the parent"))
+}
+
+/// Says something to the parent: whole lines, one write, so that threads do not mix theirs.
+fn say(lines: &str) {
+    let mut out = std::io::stdout().lock();
+    out.write_all(lines.as_bytes()).unwrap();
+    out.flush().unwrap();
+}
+
+/// What the process does that is to die.
+pub fn child() {
+    let clock = ManualClock::at(variable(CLOCK).parse().unwrap());
+    let (seed, round): (u64, u64) = (variable(CHILD_SEED).parse().unwrap(), variable(ROUND).parse().unwrap());
+    let store = open(Path::new(&variable(STORE)), &clock, durability(&variable(DURABILITY))).unwrap();
+    say("\n@open\n");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            loop {
+                std::thread::sleep(Duration::from_millis(1));
+                clock.advance(Duration::from_millis(100));
+            }
+        });
+        scope.spawn(|| {
+            let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
+            loop {
+                std::thread::sleep(Duration::from_millis(rng.random_range(0..20)));
+                store.seal().unwrap();
+            }
+        });
+        scope.spawn(|| watch(&store, &clock, StdRng::seed_from_u64(seed ^ 0x3a7c4)));
+        for thread in 0..THREADS {
+            let (store, clock) = (&store, &clock);
+            scope.spawn(move || work(store, clock, StdRng::seed_from_u64(seed + thread), round * THREADS + thread));
+        }
+    });
+}
+
+fn now_ms(clock: &ManualClock) -> u64 {
+    onlyonce::Clock::wall_ms(clock)
+}
+
+/// Says of keys that have just been completed that they are: whoever is told so relies on it as much as the one who
+/// completed them.
+fn watch(store: &Store, clock: &ManualClock, mut rng: StdRng) {
+    loop {
+        let keys: Vec<String> = (0..100).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
+        let mut said = String::new();
+        for (key, check) in keys.iter().zip(store.check_batch(&keys).unwrap()) {
+            if let Check::Completed(first) = check.unwrap()
+                && first.completed_at_ms() + 1_000 > now_ms(clock)
+            {
+                let result = String::from_utf8_lossy(first.result().unwrap()).into_owned();
+                said.push_str(&format!("@dup {key} {result} {}\n", first.completed_at_ms()));
+            }
+        }
+        say(&said);
+        std::thread::yield_now();
+    }
+}
+
+fn work(store: &Store, clock: &ManualClock, mut rng: StdRng, worker: u64) {
+    for step in 0_u64.. {
+        if rng.random_bool(0.05) {
+            let keys: Vec<String> = (0..rng.random_range(1..30)).map(|i| format!("r{worker}-{step}-{i}")).collect();
+            let started = now_ms(clock);
+            say(&keys.iter().map(|key| format!("@try {key} -\n")).collect::<String>());
+            let recorded = store.record_batch(&keys).unwrap();
+            assert!(recorded.into_iter().all(|recorded| matches!(recorded, Ok(Recorded::First))));
+            let ended = now_ms(clock);
+            say(&keys.iter().map(|key| format!("@done {key} - {started} {ended}\n")).collect::<String>());
+            continue;
+        }
+        let keys: Vec<String> =
+            (0..rng.random_range(1..4)).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
+        let mut leases = Vec::new();
+        for (key, claimed) in keys.iter().zip(store.claim_batch(&keys).unwrap()) {
+            if let Claim::Acquired(lease) = claimed.unwrap() {
+                let prior = lease.prior().map_or("none".to_owned(), |prior| format!("{prior:?}"));
+                say(&format!("@got {key} {} {prior} {}\n", lease.token(), now_ms(clock)));
+                leases.push((key.clone(), lease));
+            }
+        }
+        match rng.random_range(0..10) {
+            0 => leases.into_iter().for_each(|(key, lease)| {
+                say(&format!("@left {key}\n"));
+                drop(lease);
+            }),
+            1 => leases.into_iter().for_each(|(key, lease)| {
+                say(&format!("@left {key}\n"));
+                lease.release().unwrap();
+            }),
+            2 => leases.into_iter().for_each(|(_, lease)| std::mem::forget(lease)),
+            _ => {
+                let started = now_ms(clock);
+                let tried: String =
+                    leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token())).collect();
+                say(&tried);
+                let results: Vec<String> =
+                    leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
+                let (keys, leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
+                let completed = store.complete_batch(leases.into_iter().zip(results.clone()));
+                assert!(completed.iter().all(Result::is_ok), "{completed:?}");
+                let ended = now_ms(clock);
+                let done: String = keys
+                    .iter()
+                    .zip(&results)
+                    .map(|(key, result)| format!("@done {key} {result} {started} {ended}\n"))
+                    .collect();
+                say(&done);
+            }
+        }
+    }
+}
+
+/// What the parent knows of a key from what the children said.
+#[derive(Debug, Clone, PartialEq)]
+enum Said {
+    /// Claimed, and not known to be given up.
+    Got,
+    /// Released, dropped, or found to be neither completed nor claimed.
+    Left,
+    /// A completion was begun; whether it was written is open.
+    Tried { result: String },
+    /// Completed between these two times.
+    Done { result: String, started_ms: u64, ended_ms: u64 },
+}
+
+pub struct Oracle {
+    said: BTreeMap<String, Said>,
+    last_token: u64,
+    pub clock_ms: u64,
+    /// Lives in which the store was opened, and completions that were acknowledged in them.
+    pub opened: u64,
+    pub acknowledged: u64,
+}
+
+impl Oracle {
+    pub fn new() -> Self {
+        Self { said: BTreeMap::new(), last_token: 0, clock_ms: 1_700_000_000_000, opened: 0, acknowledged: 0 }
+    }
+
+    /// Takes in all that one child said, in the order it said it. Behind the first `certain` lines, what it says of
+    /// completions may be void.
+    pub fn hear_all(&mut self, lines: &[String], certain: usize) {
+        let tokens_before = self.last_token;
+        for (place, line) in lines.iter().enumerate() {
+            if line == "open" {
+                self.opened += 1;
+                continue;
+            }
+            if let Some(token) = line.strip_prefix("got ").and_then(|rest| rest.split(' ').nth(1)) {
+                let token: u64 = token.parse().unwrap();
+                assert!(token > tokens_before, "G3: {token} after {tokens_before}");
+            }
+            if line.starts_with("done ") || line.starts_with("dup ") {
+                if place >= certain {
+                    continue;
+                }
+                self.acknowledged += u64::from(line.starts_with("done "));
+            }
+            self.hear(line);
+        }
+    }
+
+    /// How many completions that were acknowledged, and whose window is not over, the store does not know.
+    pub fn missing(&self, store: &Store) -> usize {
+        let now_ms = store.stats().now_ms;
+        let done = self
+            .said
+            .iter()
+            .filter(|(_, said)| matches!(said, Said::Done { started_ms, .. } if now_ms < started_ms + WINDOW_MS));
+        let keys: Vec<&String> = done.map(|(key, _)| key).collect();
+        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).unwrap());
+        checks.filter(|check| !matches!(check, Ok(Check::Completed(_)))).count()
+    }
+
+    fn hear(&mut self, line: &str) {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words.as_slice() {
+            ["got", key, token, prior, at] => {
+                let (token, at_ms): (u64, u64) = (token.parse().unwrap(), at.parse().unwrap());
+                match self.said.get(*key) {
+                    // The claim was answered before it was said, at `at` or earlier.
+                    Some(Said::Done { started_ms, result, .. }) => assert!(
+                        at_ms >= started_ms + WINDOW_MS,
+                        "G1: {key}, completed at {started_ms} with {result}, was given out again by {at_ms}"
+                    ),
+                    Some(Said::Got) => panic!("G3: {key} has two holders"),
+                    Some(Said::Tried { .. } | Said::Left) | None => {}
+                }
+                assert_ne!(*prior, "LeaseExpired", "leases last a day");
+                self.tokens_seen(token);
+                self.clock_ms = self.clock_ms.max(at_ms);
+                self.said.insert((*key).to_owned(), Said::Got);
+            }
+            ["left", key] => {
+                self.said.insert((*key).to_owned(), Said::Left);
+            }
+            ["try", key, result] => {
+                self.said.insert((*key).to_owned(), Said::Tried { result: (*result).to_owned() });
+            }
+            ["done", key, result, started, ended] => {
+                let (started_ms, ended_ms) = (started.parse().unwrap(), ended.parse().unwrap());
+                self.clock_ms = self.clock_ms.max(ended_ms);
+                let done = Said::Done { result: (*result).to_owned(), started_ms, ended_ms };
+                self.said.insert((*key).to_owned(), done);
+            }
+            ["dup", key, result, at] => {
+                let at_ms = at.parse().unwrap();
+                // It may have been said late, when the key was somebody else's again: then it says nothing.
+                if matches!(self.said.get(*key), Some(Said::Tried { result: tried }) if tried == result) {
+                    let done = Said::Done { result: (*result).to_owned(), started_ms: at_ms, ended_ms: at_ms };
+                    self.said.insert((*key).to_owned(), done);
+                }
+            }
+            _ => panic!("the child said {line:?}"),
+        }
+    }
+
+    /// Tokens of one child come in any order, for its threads speak when they can. None may be as low as any of the
+    /// children before it: checked per round.
+    fn tokens_seen(&mut self, token: u64) {
+        self.last_token = self.last_token.max(token);
+    }
+
+    /// Looks every key up and compares; then what is known is what the store says.
+    pub fn check(&mut self, store: &Store) {
+        let now_ms = store.stats().now_ms;
+        self.clock_ms = now_ms;
+        let keys: Vec<String> = self.said.keys().cloned().collect();
+        // The first of them are asked while the filter is being rebuilt, the last by the filter.
+        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys).unwrap());
+        let mut passed = Vec::new();
+        for (key, check) in keys.iter().cloned().zip(checks) {
+            let check = check.unwrap();
+            let said = self.said.get_mut(&key).unwrap();
+            match (&*said, check) {
+                (Said::Done { result, started_ms, ended_ms }, Check::Completed(completed)) => {
+                    assert!(now_ms < ended_ms + WINDOW_MS, "G4: {key} is remembered too long");
+                    assert!((*started_ms..=*ended_ms).contains(&completed.completed_at_ms()), "G1: {key}");
+                    let stored = completed.result().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+                    assert_eq!(stored.as_deref().unwrap_or("-"), result, "G1: {key} has another result");
+                }
+                (Said::Done { started_ms, .. }, check) => {
+                    assert!(now_ms >= started_ms + WINDOW_MS, "G1: {key} was acknowledged: {said:?}, but is {check:?}");
+                    passed.push(key);
+                }
+                (Said::Tried { result }, Check::Completed(completed)) => {
+                    // It was written, and only the acknowledgement was lost.
+                    let stored = completed.result().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+                    assert_eq!(stored.as_deref().unwrap_or("-"), result, "{key}");
+                    let at_ms = completed.completed_at_ms();
+                    *said = Said::Done { result: result.clone(), started_ms: at_ms, ended_ms: at_ms };
+                }
+                (Said::Got | Said::Left, Check::Completed(_)) => panic!("G2: {key} was never completed: {said:?}"),
+                (Said::Got | Said::Left | Said::Tried { .. }, Check::New) => *said = Said::Left,
+                (_, Check::InProgress(other)) => panic!("G2: {key} is blocked by the dead: {other:?}"),
+            }
+        }
+        for key in passed {
+            self.said.remove(&key);
+        }
+        // A key that was left by the dead is told so, and its token is higher than all before.
+        let left = self.said.iter().find(|(_, said)| **said == Said::Left).map(|(key, _)| key.clone());
+        if let Some(key) = left {
+            let Claim::Acquired(lease) = store.claim(&key).unwrap() else { panic!("G2: {key} can be claimed") };
+            assert!(lease.token() > self.last_token, "G3: {} after {}", lease.token(), self.last_token);
+            assert_ne!(lease.prior(), Some(Prior::LeaseExpired));
+            self.last_token = lease.token();
+            lease.release().unwrap();
+        }
+    }
+}
+
+/// A number from the environment.
+pub fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().expect(name))
+}
