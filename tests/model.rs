@@ -147,9 +147,10 @@ struct Held {
 }
 
 struct Round {
+    // Dropped before the store's directory is: a lease keeps its store open.
+    leases: Vec<Held>,
     bench: Bench,
     model: Model,
-    leases: Vec<Held>,
     rng: StdRng,
 }
 

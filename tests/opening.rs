@@ -279,6 +279,8 @@ fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
     assert_eq!(bench.store().stats().in_flight, 20_000);
     let again = bench.acquire(&keys[12_345]);
     assert_eq!((again.attempt(), again.prior()), (2, Some(onlyonce::Prior::Crashed)));
+    drop(again);
+    bench.store().close().unwrap();
 }
 
 #[test]

@@ -12,10 +12,11 @@ pub const START_MS: u64 = 1_700_000_000_000;
 
 /// A store in a directory of its own, with a window of ten seconds in buckets of one, and leases of one second.
 pub struct Bench {
+    // Dropped before its directory is.
+    store: Option<Store>,
     pub clock: ManualClock,
     dir: TempDir,
     configure: fn(Builder) -> Builder,
-    store: Option<Store>,
 }
 
 impl Bench {
