@@ -8,6 +8,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
 use parking_lot::Mutex;
 
 use super::engine::Engine;
+use super::upkeep::Rounds;
 use crate::config::Durability;
 use crate::error::{Error, Result};
 
@@ -31,7 +32,11 @@ impl Keeper {
         // Set once: an engine has one keeper.
         let _ = engine.backlog.wake.set(wake);
         let keeper = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
-        keeper.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| keep(engine, &woken, stopped))?;
+        // From now on, however late the thread begins.
+        let rounds = engine.rounds();
+        keeper.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| {
+            keep(engine, rounds, &woken, stopped);
+        })?;
         keeper.spawn(engine, &stopped, "onlyonce-filter", |engine, stopped| {
             if let Err(error) = engine.rebuild_filters(|| !is_over(stopped))
                 && !matches!(error, Error::Closed)
@@ -126,8 +131,7 @@ fn is_over(stopped: &Receiver<()>) -> bool {
     matches!(stopped.try_recv(), Err(crossbeam::channel::TryRecvError::Disconnected))
 }
 
-fn keep(engine: &Engine, woken: &Receiver<()>, stopped: &Receiver<()>) {
-    let mut last = engine.rounds();
+fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Receiver<()>) {
     let mut pause = TICK;
     // After a failure nobody may hurry it.
     let quiet = never();
