@@ -101,7 +101,7 @@ impl Lease {
     /// The key it is about, with its scope.
     #[must_use]
     pub fn key(&self) -> Key<'static> {
-        Key::decode(&self.grant.key).unwrap_or_else(|| Key::from(self.grant.key.to_vec()))
+        Key::decode(self.grant.key()).unwrap_or_else(|| Key::from(self.grant.key().to_vec()))
     }
 
     /// The fencing token: higher than that of every lease before, over the life of the store.
@@ -208,7 +208,7 @@ impl Lease {
     }
 
     fn superseded(&self) -> Error {
-        Error::Superseded { key: display(&self.grant.key), token: self.grant.token }
+        Error::Superseded { key: display(self.grant.key()), token: self.grant.token }
     }
 }
 
@@ -223,7 +223,7 @@ impl Drop for Lease {
 impl std::fmt::Debug for Lease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Lease")
-            .field("key", &display(&self.grant.key))
+            .field("key", &display(self.grant.key()))
             .field("token", &self.grant.token)
             .field("attempt", &self.grant.attempt)
             .field("prior", &self.grant.prior)

@@ -106,7 +106,7 @@ const KEPT_ABSENT: u8 = 0;
 const KEPT_STORED: u8 = 1;
 const KEPT_OMITTED: u8 = 2;
 
-fn kept_flag(kept: &Kept) -> u8 {
+fn kept_flag<B>(kept: &Kept<B>) -> u8 {
     let bits = match kept {
         Kept::Absent => KEPT_ABSENT,
         Kept::Stored(_) => KEPT_STORED,
@@ -232,8 +232,8 @@ impl RowWriter {
     }
 
     /// An item of a `Completed` row; the row's time is the time of completion.
-    pub(crate) fn completed(&mut self, key: &[u8], token: u64, fingerprint: Option<&Fingerprint>, result: &Kept) {
-        self.bytes.push(fingerprint_flag(fingerprint) | kept_flag(result));
+    pub(crate) fn completed(&mut self, key: &[u8], token: u64, fingerprint: Option<&Fingerprint>, result: Kept<&[u8]>) {
+        self.bytes.push(fingerprint_flag(fingerprint) | kept_flag(&result));
         put_varint(&mut self.bytes, token);
         put_fingerprint(&mut self.bytes, fingerprint);
         put_prefixed(&mut self.bytes, key);
@@ -338,13 +338,13 @@ const VALUE_FORMAT_MASK: u8 = 0xf0;
 /// ```text
 /// value := format and flags (1) | ms since the bucket's start (varint) | token (varint) | [fingerprint (16)] | result
 /// ```
-pub(crate) fn put_value(done: &Done, bucket_start_ms: u64, out: &mut Vec<u8>) {
+pub(crate) fn put_value(done: &Done<&[u8]>, bucket_start_ms: u64, out: &mut Vec<u8>) {
     out.clear();
     out.push(VALUE_FORMAT | fingerprint_flag(done.fingerprint.as_ref()) | kept_flag(&done.result));
     put_varint(out, done.completed_ms.saturating_sub(bucket_start_ms));
     put_varint(out, done.token);
     put_fingerprint(out, done.fingerprint.as_ref());
-    if let Kept::Stored(result) = &done.result {
+    if let Kept::Stored(result) = done.result {
         out.extend_from_slice(result);
     }
 }
@@ -476,8 +476,8 @@ mod tests {
         ) {
             let done = Done { token, completed_ms, fingerprint, result };
             let mut row = RowWriter::new(RowKind::Completed, completed_ms, 0);
-            row.completed(&key, token, fingerprint.as_ref(), &done.result);
-            row.completed(&key, token, fingerprint.as_ref(), &done.result);
+            row.completed(&key, token, fingerprint.as_ref(), done.borrowed().result);
+            row.completed(&key, token, fingerprint.as_ref(), done.borrowed().result);
             let mut seen = 0;
             read_row(&row.finish(), |read_key, event| {
                 assert_eq!((read_key, event), (key.as_slice(), Event::Completed(done.clone())));
@@ -487,7 +487,7 @@ mod tests {
 
             let start_ms = completed_ms.saturating_sub(bucket_age_ms);
             let mut value = Vec::new();
-            put_value(&done, start_ms, &mut value);
+            put_value(&done.borrowed(), start_ms, &mut value);
             prop_assert_eq!(read_value(&value, start_ms), Some(done));
         }
 
@@ -521,7 +521,7 @@ mod tests {
     #[test]
     fn a_cut_row_is_refused() {
         let mut row = RowWriter::new(RowKind::Completed, 50, 0);
-        row.completed(b"\x00key", 300, Some(&[5; 16]), &Kept::Stored(Arc::from(&b"result"[..])));
+        row.completed(b"\x00key", 300, Some(&[5; 16]), Kept::Stored(b"result"));
         let row = row.finish();
         for len in 0..row.len() {
             // A row of a head alone is a row without items.

@@ -20,12 +20,12 @@ pub enum Prior {
 
 /// The state of a key, as stored. "Expired" is not a state: it follows from the time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub(crate) enum Entry<B = Arc<[u8]>> {
     Processing(Processing),
-    Completed(Done),
+    Completed(Done<B>),
 }
 
-impl Entry {
+impl<B> Entry<B> {
     pub(crate) fn token(&self) -> u64 {
         match self {
             Self::Processing(processing) => processing.token,
@@ -62,14 +62,14 @@ pub(crate) enum Holder {
 
 /// The work is done, and this came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Done {
+pub(crate) struct Done<B = Arc<[u8]>> {
     pub(crate) token: u64,
     pub(crate) completed_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
-    pub(crate) result: Kept,
+    pub(crate) result: Kept<B>,
 }
 
-impl Done {
+impl<B> Done<B> {
     /// G4: remembered if and only if `now < completed + window`.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
         now.wall_ms < self.completed_ms.saturating_add(window_ms)
@@ -77,20 +77,20 @@ impl Done {
 }
 
 /// What is kept of a result.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Kept {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept<B = Arc<[u8]>> {
     /// Recorded by `record`, which has none.
     Absent,
     /// The bytes, which may be none.
-    Stored(Arc<[u8]>),
+    Stored(B),
     /// There was one, over the size limit.
     Omitted,
 }
 
-impl Kept {
+impl<'a> Kept<&'a [u8]> {
     /// Keeps `bytes` unless they are over the limit.
-    pub(crate) fn of(bytes: &[u8], limit: usize) -> Self {
-        if bytes.len() > limit { Self::Omitted } else { Self::Stored(Arc::from(bytes)) }
+    pub(crate) fn of(bytes: &'a [u8], limit: usize) -> Self {
+        if bytes.len() > limit { Self::Omitted } else { Self::Stored(bytes) }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -98,5 +98,29 @@ impl Kept {
             Self::Stored(bytes) => bytes.len(),
             Self::Absent | Self::Omitted => 0,
         }
+    }
+}
+
+impl Done<&[u8]> {
+    /// A copy that owns its result.
+    pub(crate) fn shared(&self) -> Done {
+        let result = match self.result {
+            Kept::Absent => Kept::Absent,
+            Kept::Stored(bytes) => Kept::Stored(Arc::from(bytes)),
+            Kept::Omitted => Kept::Omitted,
+        };
+        Done { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+    }
+}
+
+impl Done {
+    /// The same, with its result borrowed.
+    pub(crate) fn borrowed(&self) -> Done<&[u8]> {
+        let result = match &self.result {
+            Kept::Absent => Kept::Absent,
+            Kept::Stored(bytes) => Kept::Stored(&**bytes),
+            Kept::Omitted => Kept::Omitted,
+        };
+        Done { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }

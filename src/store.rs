@@ -427,10 +427,10 @@ impl Store {
         let not_held =
             || Error::NotHeld { key: request.iter().next().map(|asked| display(asked.key)).unwrap_or_default() };
         let (grant, prior) = engine.held_grant(&request)?.ok_or_else(not_held)?;
-        let (kind, settlement) = match resolution {
+        let (kind, settlement) = match &resolution {
             Resolution::Rerun => (RowKind::Settled, Settlement::Open { prior, not_before_ms: 0 }),
             Resolution::Completed(result) => {
-                let kept = Kept::of(&result, engine.config().result_limit);
+                let kept = Kept::of(result, engine.config().result_limit);
                 (RowKind::Completed, Settlement::Completed(kept))
             }
         };
@@ -465,7 +465,7 @@ impl Store {
         self.running.close()
     }
 
-    fn one<'k>(&self, key: impl Into<Key<'k>>) -> Result<Request> {
+    fn one<'k>(&self, key: impl Into<Key<'k>>) -> Result<Arc<Request>> {
         self.running.engine.request(std::iter::once(key))
     }
 }

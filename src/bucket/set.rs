@@ -41,6 +41,14 @@ impl View {
         (self.stack.slots(digest) | self.unfiltered) & self.live
     }
 
+    /// As [`View::candidates`], for many digests, each in its place.
+    pub(crate) fn candidates_of(&self, digests: &[u64], slots: &mut [u64]) {
+        self.stack.slots_of(digests, slots);
+        for slots in slots {
+            *slots = (*slots | self.unfiltered) & self.live;
+        }
+    }
+
     /// The live buckets, the newest first.
     pub(crate) fn newest_first(&self) -> Vec<Arc<Bucket>> {
         let mut buckets: Vec<Arc<Bucket>> = self.buckets.iter().flatten().cloned().collect();

@@ -116,6 +116,13 @@ impl Layer {
         }
     }
 
+    /// As [`Layer::slots`], for many digests: adds to what stands in each one's place.
+    pub(crate) fn slots_of(&self, digests: &[u64], slots: &mut [u64]) {
+        for (digest, slots) in digests.iter().zip(slots) {
+            *slots |= self.slots(*digest);
+        }
+    }
+
     /// Notes that the slot's bucket holds keys with these digests. False if the layer has no column for the slot.
     pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) -> bool {
         let Some(column) = self.columns.column(slot) else { return false };

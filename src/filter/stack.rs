@@ -62,6 +62,13 @@ impl Stack {
         self.layers.iter().fold(0, |slots, layer| slots | layer.slots(digest))
     }
 
+    /// As [`Stack::slots`], for many digests, each in its place.
+    pub(crate) fn slots_of(&self, digests: &[u64], slots: &mut [u64]) {
+        for layer in &self.layers {
+            layer.slots_of(digests, slots);
+        }
+    }
+
     /// The layer that takes the slot's next keys: the topmost that has a column for it.
     fn top(&self, slot: Slot) -> Option<&Arc<Layer>> {
         self.layers.iter().rev().find(|layer| match layer.columns() {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::request::Asked;
+use super::request::{Asked, Request};
 use crate::entry::{Done, Kept, Prior, Processing};
 use crate::error::{Error, printable};
 use crate::key::{Fingerprint, Key};
@@ -18,13 +18,24 @@ pub(crate) enum Answer {
 /// The right to work on a key.
 #[derive(Debug, Clone)]
 pub(crate) struct Grant {
-    pub(crate) digest: u64,
-    pub(crate) key: Arc<[u8]>,
+    /// The keys of the call that it was given in, shared by all that were.
+    pub(crate) request: Arc<Request>,
+    pub(crate) place: usize,
     pub(crate) token: u64,
     pub(crate) attempt: u32,
     pub(crate) prior: Option<Prior>,
     pub(crate) fingerprint: Option<Fingerprint>,
     pub(crate) until_monotonic_ms: u64,
+}
+
+impl Grant {
+    pub(crate) fn key(&self) -> &[u8] {
+        self.request.get(self.place).map_or(&[], |asked| asked.key)
+    }
+
+    pub(crate) fn digest(&self) -> u64 {
+        self.request.get(self.place).map_or(0, |asked| asked.digest)
+    }
 }
 
 /// What a claim was answered.
@@ -52,9 +63,9 @@ pub(crate) enum Settler {
 }
 
 /// What becomes of a lease.
-pub(crate) enum Settlement {
+pub(crate) enum Settlement<'a> {
     /// The work is done.
-    Completed(Kept),
+    Completed(Kept<&'a [u8]>),
     /// The work is not done, and free for the next from then on.
     Open { prior: Prior, not_before_ms: u64 },
 }

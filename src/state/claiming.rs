@@ -1,7 +1,10 @@
 //! Claiming and recording keys: a free key gets its place in the hot table before its row is written.
 
+use std::sync::Arc;
+
 use super::answer::{Answer, Claimed, Grant, payload_mismatch};
 use super::engine::Engine;
+use super::page::Pending;
 use super::request::Request;
 use super::transition::{self, Found};
 use crate::codec::{RowKind, RowWriter};
@@ -11,9 +14,9 @@ use crate::key::Fingerprint;
 
 impl Engine {
     /// Claims every key that is free. One row, whatever their number.
-    pub(crate) fn claim(&self, request: &Request) -> Result<Vec<Result<Claimed>>> {
+    pub(crate) fn claim(&self, request: &Arc<Request>) -> Result<Vec<Result<Claimed>>> {
         self.admit(request.len(), request.key_bytes())?;
-        let on_disk = self.on_disk(request.iter())?;
+        let on_disk = self.on_disk(request)?;
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
         let open = self.begin_row();
@@ -36,11 +39,10 @@ impl Engine {
                             holder: Holder::Leased { until_monotonic_ms },
                         };
                         row.processing(asked.key, &processing);
-                        let key = stripe.set(asked.digest, asked.key, Entry::Processing(processing));
-                        let digest = asked.digest;
+                        stripe.set(asked.digest, asked.key, Entry::Processing(processing));
                         Ok(Claimed::Acquired(Grant {
-                            digest,
-                            key,
+                            request: Arc::clone(request),
+                            place: asked.place,
                             token,
                             attempt,
                             prior,
@@ -57,7 +59,7 @@ impl Engine {
             });
             claimed.push(decided.flatten());
         }
-        self.append(open, row, self.config.sync_claims(), || {})?;
+        self.append(open, row, self.config.sync_claims())?;
         self.count_claims(&claimed);
         Ok(claimed)
     }
@@ -65,11 +67,10 @@ impl Engine {
     /// Records every key that is free as completed, without a result. One row, whatever their number.
     pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
         self.admit(request.len(), request.key_bytes())?;
-        let on_disk = self.on_disk(request.iter())?;
+        let on_disk = self.on_disk(request)?;
         let now = self.now();
         let open = self.begin_row();
         let mut row = RowWriter::new(RowKind::Completed, now.wall_ms, request.key_bytes() + request.len() * 8);
-        let mut ours: Vec<Option<(u64, Option<Fingerprint>)>> = Vec::with_capacity(request.len());
         let mut answers = Vec::with_capacity(request.len());
         for asked in request.iter() {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
@@ -77,37 +78,26 @@ impl Engine {
                     Found::Available { attempt, prior } => {
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
-                        row.completed(asked.key, token, fingerprint.as_ref(), &Kept::Absent);
-                        let holder = Holder::Recording;
-                        let since_ms = now.wall_ms;
-                        let recording = Processing { token, attempt, since_ms, fingerprint, holder };
-                        stripe.set(asked.digest, asked.key, Entry::Processing(recording));
-                        (Ok(Answer::New), Some((token, fingerprint)))
+                        row.completed(asked.key, token, fingerprint.as_ref(), Kept::Absent);
+                        let done = Done { token, completed_ms: now.wall_ms, fingerprint, result: Kept::Absent };
+                        let pending = Pending { row: open.number(), attempt, holder: Holder::Recording };
+                        stripe.settle(asked.digest, asked.key, Entry::Completed(done), pending);
+                        Ok(Answer::New)
                     }
-                    Found::InProgress { retry_after_ms, attempt } => {
-                        (Ok(Answer::InProgress { retry_after_ms, attempt }), None)
-                    }
-                    Found::Completed(done) => (Ok(Answer::Completed(done.clone())), None),
-                    Found::PayloadMismatch => (Err(payload_mismatch(asked)), None),
+                    Found::InProgress { retry_after_ms, attempt } => Ok(Answer::InProgress { retry_after_ms, attempt }),
+                    Found::Completed(done) => Ok(Answer::Completed(done.clone())),
+                    Found::PayloadMismatch => Err(payload_mismatch(asked)),
                 }
             });
-            let (answer, token) = decided.unwrap_or_else(|error| (Err(error), None));
-            answers.push(answer);
-            ours.push(token);
+            answers.push(decided.flatten());
         }
-        self.append(open, row, self.config.sync_results(), || {
-            for (asked, ours) in request.iter().zip(&ours) {
-                let Some((token, fingerprint)) = *ours else { continue };
-                let done = Done { token, completed_ms: now.wall_ms, fingerprint, result: Kept::Absent };
-                self.hot.stripe(asked.digest).set(asked.digest, asked.key, Entry::Completed(done));
-            }
-        })?;
+        self.append(open, row, self.config.sync_results())?;
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
         for (asked, answer) in request.iter().zip(&mut answers) {
             if let Ok(Answer::InProgress { .. }) = answer
                 && let Some(Entry::Completed(done)) = self.hot.stripe(asked.digest).get(asked.digest, asked.key)
             {
-                *answer = Ok(Answer::Completed(done.clone()));
+                *answer = Ok(Answer::Completed(done));
             }
         }
         self.count_records(&answers);

@@ -26,7 +26,6 @@ use crate::key::{Digester, Key};
 use crate::stats::Counters;
 use crate::storage::db::{Db, Tx};
 use crate::storage::directory::Directory;
-use crate::storage::journal::{OpenRow, RowNumbers};
 
 /// Names in `meta`.
 pub(super) const FORMAT: &str = "format";
@@ -38,6 +37,9 @@ pub(super) const HIGH_WATER: &str = "high-water";
 
 /// The share of the memory budget that the filters may take.
 const FILTER_SHARE: usize = 2;
+
+/// The share that sealed keys may take which stay at hand because they are asked for most.
+const RECENT_SHARE: usize = 8;
 
 /// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
 const BATCH_BYTES: usize = 1 << 30;
@@ -52,7 +54,6 @@ pub(crate) struct Engine {
     pub(super) hot: HotTable,
     pub(super) buckets: BucketSet,
     pub(super) sequence: Sequence,
-    pub(super) rows: RowNumbers,
     pub(super) timeline: Timeline,
     pub(super) counters: Counters,
     /// Held while sealed keys change their place, and by whoever must not see them do so. The number of the last
@@ -114,7 +115,7 @@ impl Engine {
         let config = options.check(Some(Stored { span, on_interrupt }))?;
 
         let digester = Digester::new(&secret);
-        let hot = HotTable::new();
+        let hot = HotTable::new(config.memory_budget / RECENT_SHARE);
         let replayed = recovery::replay(&db, |key, event| {
             let digest = digester.digest(key);
             apply(&mut hot.stripe(digest), digest, key, event);
@@ -135,7 +136,6 @@ impl Engine {
             hot,
             buckets,
             sequence: Sequence::after(tokens),
-            rows: RowNumbers::default(),
             timeline,
             counters: Counters::default(),
             sealing: Mutex::new(replayed.last_number),
@@ -157,18 +157,15 @@ impl Engine {
         let since_ms = self.timeline.now().wall_ms;
         for mut stripe in self.hot.stripes() {
             let crashed: Vec<_> = stripe
-                .iter()
-                .filter_map(|slot| match &slot.entry {
-                    Entry::Processing(processing) if matches!(processing.holder, Holder::Leased { .. }) => {
-                        let holder = Holder::Interrupted(Prior::Crashed);
-                        let entry = Entry::Processing(Processing { since_ms, holder, ..processing.clone() });
-                        Some((slot.digest, Arc::clone(&slot.key), entry))
-                    }
-                    _ => None,
+                .in_flight()
+                .filter(|(_, _, processing)| matches!(processing.holder, Holder::Leased { .. }))
+                .map(|(digest, key, processing)| {
+                    let holder = Holder::Interrupted(Prior::Crashed);
+                    (digest, key.to_vec(), Processing { since_ms, holder, ..processing })
                 })
                 .collect();
-            for (digest, key, entry) in crashed {
-                stripe.set(digest, &key, entry);
+            for (digest, key, processing) in crashed {
+                stripe.set(digest, &key, Entry::Processing(processing));
             }
         }
     }
@@ -202,9 +199,9 @@ impl Engine {
     }
 
     /// Encodes and digests the keys of a call.
-    pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Request> {
+    pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
         self.ready()?;
-        Request::new(keys, self.config.key_limit, &self.digester)
+        Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
     }
 
     /// Refuses where the store is closed or poisoned.
@@ -304,28 +301,57 @@ impl Engine {
     /// Takes the number of a row that is about to be written. Before what it says can be seen in the hot table: then
     /// the rows of one key stand in the order of its holders, and none of them outlives one that overrules it.
     pub(super) fn begin_row(&self) -> OpenRow<'_> {
-        self.rows.begin(|| self.sequence.take())
+        let number = self.hot.rows().begin(|| self.sequence.take());
+        OpenRow { engine: self, number, finished: false }
     }
 
-    /// Writes a row, and calls `apply` once it is written and before it may be sealed away.
-    pub(super) fn append(&self, open: OpenRow<'_>, row: RowWriter, sync: bool, apply: impl FnOnce()) -> Result<()> {
-        if row.is_empty() {
-            return Ok(());
+    /// Writes a row. From then on what it says counts.
+    pub(super) fn append(&self, open: OpenRow<'_>, row: RowWriter, sync: bool) -> Result<()> {
+        if !row.is_empty() {
+            let row = row.finish();
+            self.write(sync, |tx| {
+                tx.put_row(open.number, &row);
+                Ok(())
+            })?;
+            self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
         }
-        let row = row.finish();
-        self.write(sync, |tx| {
-            tx.put_row(open.number(), &row);
-            Ok(())
-        })?;
-        self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
-        apply();
+        open.finish();
         Ok(())
+    }
+}
+
+/// A row on its way to the journal.
+pub(super) struct OpenRow<'a> {
+    engine: &'a Engine,
+    number: u64,
+    finished: bool,
+}
+
+impl OpenRow<'_> {
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// It is written, or nothing waits for it.
+    pub(super) fn finish(mut self) {
+        self.finished = true;
+        self.engine.hot.rows().finish(self.number);
+    }
+}
+
+/// A row that was given up stays open: what it says is never believed, and what is on the disk is not known.
+impl Drop for OpenRow<'_> {
+    fn drop(&mut self) {
+        if !self.finished && !self.engine.closed.load(Ordering::Acquire) {
+            self.engine.poison("a write was given up half way");
+        }
     }
 }
 
 /// Does to a stripe what an event of the journal says.
 fn apply(stripe: &mut Stripe<'_>, digest: u64, key: &[u8], event: Event) {
     let stored = stripe.get(digest, key);
+    let stored = stored.as_ref();
     match event {
         Event::Claimed(processing) if transition::replay_claimed(stored, processing.token) => {
             stripe.set(digest, key, Entry::Processing(processing));
@@ -334,7 +360,7 @@ fn apply(stripe: &mut Stripe<'_>, digest: u64, key: &[u8], event: Event) {
             stripe.set(digest, key, Entry::Processing(processing));
         }
         Event::Completed(done) if transition::replay_completed(stored, done.token) => {
-            stripe.set(digest, key, Entry::Completed(done));
+            stripe.set(digest, key, Entry::Completed(done.borrowed()));
         }
         Event::Forgotten { token } if transition::replay_forgotten(stored, token) => stripe.remove(digest, key),
         _ => {}

@@ -1,37 +1,23 @@
 //! The hot table: the journal's image in memory. Exact, and locked by stripes.
 //!
 //! It holds every key in flight, and every completed key that is not yet in a bucket. A key that is neither here nor
-//! in a bucket was never seen, or is forgotten.
+//! in a bucket was never seen, or is forgotten. What was sealed lately stays at hand as long as memory allows: it says
+//! nothing that its bucket does not say, but says it without the disk.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam::utils::CachePadded;
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry as Place;
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::entry::Entry;
+use super::page::{Page, Pending, Tally};
+use crate::entry::{Done, Entry, Processing};
+use crate::storage::journal::RowNumbers;
 
 /// Many more than there are cores, so that two threads seldom want the same one.
 const STRIPES: usize = 256;
-
-/// What a completed key takes beside its own bytes and its result's: a slot and two allocations, roughly.
-const OVERHEAD_BYTES: usize = 160;
-
-/// A key and what is known of it.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) digest: u64,
-    pub(crate) key: Arc<[u8]>,
-    pub(crate) entry: Entry,
-}
-
-impl Slot {
-    fn is(&self, digest: u64, key: &[u8]) -> bool {
-        self.digest == digest && *self.key == *key
-    }
-}
+const STRIPE_BITS: u32 = STRIPES.trailing_zeros();
 
 /// How much the table holds.
 #[derive(Debug, Default)]
@@ -42,62 +28,68 @@ struct Counts {
 }
 
 impl Counts {
-    fn add(&self, slot: &Slot) {
-        match &slot.entry {
-            Entry::Processing(_) => {
-                self.in_flight.fetch_add(1, Ordering::Relaxed);
-            }
-            Entry::Completed(_) => {
-                self.completed.fetch_add(1, Ordering::Relaxed);
-                self.completed_bytes.fetch_add(bytes(slot), Ordering::Relaxed);
-            }
-        }
-    }
-
-    fn subtract(&self, slot: &Slot) {
-        match &slot.entry {
-            Entry::Processing(_) => {
-                self.in_flight.fetch_sub(1, Ordering::Relaxed);
-            }
-            Entry::Completed(_) => {
-                self.completed.fetch_sub(1, Ordering::Relaxed);
-                self.completed_bytes.fetch_sub(bytes(slot), Ordering::Relaxed);
+    fn add(&self, tally: Tally) {
+        for (count, change) in [
+            (&self.in_flight, tally.in_flight),
+            (&self.completed, tally.completed),
+            (&self.completed_bytes, tally.completed_bytes),
+        ] {
+            if change != 0 {
+                // Two's complement: adding a negative number wraps around to the difference.
+                count.fetch_add(change as usize, Ordering::Relaxed);
             }
         }
     }
 }
 
-fn bytes(slot: &Slot) -> usize {
-    let result = match &slot.entry {
-        Entry::Completed(done) => done.result.len(),
-        Entry::Processing(_) => 0,
-    };
-    slot.key.len() + result + OVERHEAD_BYTES
+/// The pages of one stripe.
+#[derive(Debug, Default)]
+struct Pages {
+    /// What changes.
+    young: Page,
+    /// What is on its way to its bucket, the newest last. More than one where a seal failed.
+    sealing: Vec<Arc<Page>>,
+    /// What lies in its bucket, the newest first.
+    recent: VecDeque<Arc<Page>>,
 }
 
 /// Keys by digest, in stripes.
 pub(crate) struct HotTable {
-    stripes: Box<[CachePadded<Mutex<HashTable<Slot>>>]>,
+    stripes: Box<[CachePadded<Mutex<Pages>>]>,
     counts: Counts,
+    rows: RowNumbers,
+    /// The memory that sealed pages of one stripe may take.
+    recent_bytes: usize,
 }
 
 impl HotTable {
-    pub(crate) fn new() -> Self {
-        Self { stripes: (0..STRIPES).map(|_| CachePadded::default()).collect(), counts: Counts::default() }
+    /// An empty table that keeps about `recent_bytes` of what was sealed.
+    pub(crate) fn new(recent_bytes: usize) -> Self {
+        Self {
+            stripes: (0..STRIPES).map(|_| CachePadded::default()).collect(),
+            counts: Counts::default(),
+            rows: RowNumbers::default(),
+            recent_bytes: recent_bytes / STRIPES,
+        }
+    }
+
+    /// The rows that changes wait for.
+    pub(crate) fn rows(&self) -> &RowNumbers {
+        &self.rows
     }
 
     /// Locks the stripe of a digest.
     pub(crate) fn stripe(&self, digest: u64) -> Stripe<'_> {
-        // The top bits choose the filter's shard and the bottom bits the place in the table.
-        let place = (digest >> 32) as usize % STRIPES;
-        #[expect(clippy::indexing_slicing, reason = "a remainder of the length")]
-        let slots = self.stripes[place].lock();
-        Stripe { slots, counts: &self.counts }
+        // The top bits, so that one stripe after the other comes in the order of a run.
+        let place = (digest >> (u64::BITS - STRIPE_BITS)) as usize;
+        #[expect(clippy::indexing_slicing, reason = "as many bits as there are stripes")]
+        let pages = self.stripes[place].lock();
+        Stripe { pages, table: self }
     }
 
     /// Locks one stripe after the other.
     pub(crate) fn stripes(&self) -> impl Iterator<Item = Stripe<'_>> {
-        self.stripes.iter().map(|stripe| Stripe { slots: stripe.lock(), counts: &self.counts })
+        self.stripes.iter().map(|stripe| Stripe { pages: stripe.lock(), table: self })
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -111,107 +103,267 @@ impl HotTable {
     pub(crate) fn completed_bytes(&self) -> usize {
         self.counts.completed_bytes.load(Ordering::Relaxed)
     }
+
+    /// Begins to seal what is completed by rows below `start`, and hands it out stripe by stripe, with what an earlier
+    /// seal could not finish. What is in flight stays if `keep` says so.
+    pub(super) fn split(&self, start: u64, mut keep: impl FnMut(&[u8], &Processing) -> bool) -> Vec<Vec<Arc<Page>>> {
+        self.stripes()
+            .map(|mut stripe| {
+                let (sealed, tally) = stripe.pages.young.split(start, &self.rows, &mut keep);
+                self.counts.add(tally);
+                stripe.pages.sealing.push(Arc::new(sealed));
+                stripe.pages.sealing.clone()
+            })
+            .collect()
+    }
+
+    /// Ends a seal: from here on the buckets answer for what [`HotTable::split`] handed out.
+    pub(super) fn retire(&self) {
+        for mut stripe in self.stripes() {
+            let pages = &mut *stripe.pages;
+            let mut passed = Vec::new();
+            for page in pages.sealing.drain(..) {
+                self.counts.add(Tally::default() - page.tally());
+                pages.recent.push_front(page);
+            }
+            let mut bytes: usize = pages.recent.iter().map(|page| page.bytes()).sum();
+            while bytes > self.recent_bytes
+                && let Some(page) = pages.recent.pop_back()
+            {
+                bytes -= page.bytes();
+                passed.push(page);
+            }
+            // Given back to the allocator without the lock.
+            drop(stripe);
+        }
+    }
 }
 
 /// A locked stripe.
 pub(crate) struct Stripe<'a> {
-    slots: MutexGuard<'a, HashTable<Slot>>,
-    counts: &'a Counts,
+    pages: MutexGuard<'a, Pages>,
+    table: &'a HotTable,
 }
 
 impl Stripe<'_> {
-    pub(crate) fn get(&self, digest: u64, key: &[u8]) -> Option<&Entry> {
-        self.slots.find(digest, |slot| slot.is(digest, key)).map(|slot| &slot.entry)
+    /// What is known of a key that is in no bucket, or not yet known to be.
+    pub(crate) fn get(&self, digest: u64, key: &[u8]) -> Option<Entry> {
+        let rows = &self.table.rows;
+        let pages = &*self.pages;
+        pages.young.get(digest, key, rows).or_else(|| {
+            // The newest first: a key may have run out, and been completed again.
+            pages.sealing.iter().rev().find_map(|page| page.get(digest, key, rows))
+        })
     }
 
-    /// Puts an entry in the place of whatever was there, and gives the key as the table shares it.
-    pub(crate) fn set(&mut self, digest: u64, key: &[u8], entry: Entry) -> Arc<[u8]> {
-        match self.slots.entry(digest, |slot| slot.is(digest, key), |slot| slot.digest) {
-            Place::Occupied(mut place) => {
-                let slot = place.get_mut();
-                self.counts.subtract(slot);
-                slot.entry = entry;
-                self.counts.add(slot);
-                Arc::clone(&slot.key)
-            }
-            Place::Vacant(place) => {
-                let slot = Slot { digest, key: Arc::from(key), entry };
-                self.counts.add(&slot);
-                Arc::clone(&place.insert(slot).get().key)
-            }
-        }
+    /// What a bucket holds of a key, where it came there lately.
+    pub(crate) fn recent(&self, digest: u64, key: &[u8]) -> Option<Done> {
+        self.pages.recent.iter().find_map(|page| match page.get(digest, key, &self.table.rows) {
+            Some(Entry::Completed(done)) => Some(done),
+            _ => None,
+        })
     }
 
+    /// Puts an entry in the place of whatever was there.
+    pub(crate) fn set(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>) {
+        let tally = self.pages.young.set(digest, key, entry);
+        self.table.counts.add(tally);
+    }
+
+    /// As [`Stripe::set`], from the moment on at which a row is written.
+    pub(crate) fn settle(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) {
+        let tally = self.pages.young.settle(digest, key, entry, pending);
+        self.table.counts.add(tally);
+    }
+
+    /// Removes a key. Not while its page is being sealed.
     pub(crate) fn remove(&mut self, digest: u64, key: &[u8]) {
-        if let Ok(place) = self.slots.find_entry(digest, |slot| slot.is(digest, key)) {
-            self.counts.subtract(place.get());
-            place.remove();
+        let pages = &mut *self.pages;
+        let mut tally = Tally::default();
+        for page in pages.sealing.drain(..).rev() {
+            tally += pages.young.absorb(&page);
         }
+        tally += pages.young.remove(digest, key);
+        self.table.counts.add(tally);
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.slots.iter()
+    /// Lets go of what is at hand of the buckets, where one of them has changed.
+    pub(crate) fn clear_recent(&mut self) {
+        self.pages.recent.clear();
     }
 
-    /// Removes every slot for which `keep` says false.
-    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&Slot) -> bool) {
-        let counts = self.counts;
-        self.slots.retain(|slot| {
-            let stays = keep(slot);
-            if !stays {
-                counts.subtract(slot);
-            }
-            stays
-        });
+    /// Visits the keys in flight.
+    pub(crate) fn in_flight(&self) -> impl Iterator<Item = (u64, &[u8], Processing)> {
+        self.pages.young.in_flight(&self.table.rows)
+    }
+
+    /// Removes every key for which `keep` says false, of those that can change.
+    pub(crate) fn retain(&mut self, keep: impl FnMut(&Entry) -> bool) {
+        let tally = self.pages.young.retain(&self.table.rows, keep);
+        self.table.counts.add(tally);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::entry::{Done, Holder, Kept, Processing};
+    use crate::entry::{Holder, Kept};
 
-    fn processing(token: u64) -> Entry {
-        Entry::Processing(Processing {
-            token,
-            attempt: 1,
-            since_ms: 0,
-            fingerprint: None,
-            holder: Holder::Leased { until_monotonic_ms: 1 },
-        })
+    const RECENT_BYTES: usize = 1 << 20;
+
+    fn processing(token: u64) -> Entry<&'static [u8]> {
+        let holder = Holder::Leased { until_monotonic_ms: 1 };
+        Entry::Processing(Processing { token, attempt: 3, since_ms: 0, fingerprint: Some([7; 16]), holder })
     }
 
-    fn completed(token: u64) -> Entry {
-        Entry::Completed(Done { token, completed_ms: 0, fingerprint: None, result: Kept::Stored(Arc::from(&b"r"[..])) })
+    fn completed(token: u64) -> Entry<&'static [u8]> {
+        Entry::Completed(Done { token, completed_ms: 0, fingerprint: None, result: Kept::Stored(b"r") })
+    }
+
+    fn result(table: &HotTable, digest: u64, key: &[u8]) -> Option<Done> {
+        match table.stripe(digest).get(digest, key) {
+            Some(Entry::Completed(done)) => Some(done),
+            _ => None,
+        }
+    }
+
+    /// A table of keys `0..count`, of which the even ones are completed.
+    fn table(count: u64) -> HotTable {
+        let table = HotTable::new(4 * RECENT_BYTES);
+        for i in 0..count {
+            let digest = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            table.stripe(digest).set(digest, &i.to_le_bytes(), processing(i));
+            if i % 2 == 0 {
+                table.stripe(digest).set(digest, &i.to_le_bytes(), completed(i));
+            }
+        }
+        table
+    }
+
+    fn each(count: u64) -> impl Iterator<Item = (u64, u64, [u8; 8])> {
+        (0..count).map(|i| (i, i.wrapping_mul(0x9e37_79b9_7f4a_7c15), i.to_le_bytes()))
     }
 
     #[test]
     fn keys_with_one_digest_are_told_apart_by_their_bytes() {
-        let table = HotTable::new();
+        let table = HotTable::new(RECENT_BYTES);
         table.stripe(5).set(5, b"a", processing(1));
         table.stripe(5).set(5, b"b", completed(2));
-        assert_eq!(table.stripe(5).get(5, b"a").map(Entry::token), Some(1));
-        assert_eq!(table.stripe(5).get(5, b"b").map(Entry::token), Some(2));
+        assert_eq!(table.stripe(5).get(5, b"a").as_ref().map(Entry::token), Some(1));
+        assert_eq!(table.stripe(5).get(5, b"b").as_ref().map(Entry::token), Some(2));
         assert!(table.stripe(5).get(5, b"c").is_none());
         assert_eq!((table.in_flight(), table.completed()), (1, 1));
     }
 
     #[test]
     fn the_counts_follow_every_change() {
-        let table = HotTable::new();
-        for i in 0..1_000_u64 {
-            table.stripe(i << 32).set(i << 32, &i.to_le_bytes(), processing(i));
-        }
-        for i in 0..600_u64 {
-            table.stripe(i << 32).set(i << 32, &i.to_le_bytes(), completed(i));
-        }
-        assert_eq!((table.in_flight(), table.completed()), (400, 600));
-        assert_eq!(table.completed_bytes(), 600 * (8 + 1 + OVERHEAD_BYTES));
+        let table = table(1_000);
+        assert_eq!((table.in_flight(), table.completed()), (500, 500));
+        assert_eq!(table.completed_bytes(), 500 * (8 + 1 + crate::state::page::OVERHEAD_BYTES));
         for mut stripe in table.stripes() {
-            stripe.retain(|slot| matches!(slot.entry, Entry::Processing(_)));
+            stripe.retain(|entry| matches!(entry, Entry::Processing(_)));
         }
-        table.stripe(999 << 32).remove(999 << 32, &999_u64.to_le_bytes());
-        assert_eq!((table.in_flight(), table.completed(), table.completed_bytes()), (399, 0, 0));
-        assert_eq!(table.stripes().map(|stripe| stripe.iter().count()).sum::<usize>(), 399);
+        let (_, digest, key) = each(1_000).last().unwrap();
+        table.stripe(digest).remove(digest, &key);
+        assert_eq!((table.in_flight(), table.completed(), table.completed_bytes()), (499, 0, 0));
+        assert_eq!(table.stripes().map(|stripe| stripe.in_flight().count()).sum::<usize>(), 499);
+    }
+
+    #[test]
+    fn a_completion_counts_from_the_moment_on_at_which_its_row_is_written() {
+        let table = HotTable::new(RECENT_BYTES);
+        table.stripe(5).set(5, b"k", processing(1));
+        let row = table.rows().begin(|| 9);
+        table.stripe(5).settle(5, b"k", completed(1), Pending { row, attempt: 3, holder: Holder::Settling });
+        let Some(Entry::Processing(before)) = table.stripe(5).get(5, b"k") else { panic!("its row is open") };
+        assert_eq!((before.token, before.attempt, before.holder), (1, 3, Holder::Settling));
+        table.rows().finish(row);
+        assert_eq!(result(&table, 5, b"k").unwrap().token, 1);
+    }
+
+    #[test]
+    fn what_a_seal_takes_is_found_until_it_ends_and_what_it_leaves_stays() {
+        let table = table(10_000);
+        let open = table.rows().begin(|| 7);
+        let (digest, key) = (1 << 40, b"behind the cut");
+        table.stripe(digest).settle(
+            digest,
+            key,
+            completed(20_000),
+            Pending { row: open, attempt: 2, holder: Holder::Recording },
+        );
+        let mut kept = Vec::new();
+        let pages = table.split(7, |key, processing| {
+            kept.push((key.to_vec(), processing.holder));
+            processing.token != 1
+        });
+        assert_eq!(kept.len(), 5_001, "asked about every key in flight");
+        assert!(kept.contains(&(key.to_vec(), Holder::Recording)), "and about one that is being recorded");
+        assert_eq!(pages.iter().flatten().flat_map(|page| page.completed()).count(), 5_000);
+        assert_eq!((table.in_flight(), table.completed()), (4_999, 5_001));
+        for (i, digest, key) in each(10_000) {
+            let stored = table.stripe(digest).get(digest, &key);
+            assert_eq!(stored.map(|entry| entry.token()), (i != 1).then_some(i));
+            assert!(table.stripe(digest).recent(digest, &key).is_none());
+        }
+        table.rows().finish(open);
+        table.retire();
+        assert_eq!((table.in_flight(), table.completed()), (4_999, 1));
+        assert_eq!(result(&table, digest, key).unwrap().token, 20_000);
+        for (i, digest, key) in each(10_000) {
+            assert_eq!(table.stripe(digest).get(digest, &key).is_some(), i % 2 == 1 && i != 1);
+            assert_eq!(table.stripe(digest).recent(digest, &key).is_some(), i % 2 == 0, "at hand for now");
+        }
+    }
+
+    #[test]
+    fn what_is_at_hand_of_the_buckets_goes_when_it_is_too_much_the_oldest_first() {
+        let table = HotTable::new(RECENT_BYTES);
+        for chunk in 0..20_u64 {
+            for i in chunk * 1_000..(chunk + 1) * 1_000 {
+                let digest = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                table.stripe(digest).set(digest, &i.to_le_bytes(), completed(i));
+            }
+            table.split(u64::MAX, |_, _| true);
+            table.retire();
+        }
+        let recent = |i: u64| {
+            let digest = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            table.stripe(digest).recent(digest, &i.to_le_bytes()).is_some()
+        };
+        assert!((0..1_000).all(|i| !recent(i)));
+        assert!((19_000..20_000).all(recent));
+        let at_hand = (0..20_000).filter(|i| recent(*i)).count();
+        assert!((5_000..10_000).contains(&at_hand), "{at_hand} keys in {RECENT_BYTES} bytes");
+    }
+
+    #[test]
+    fn a_key_that_a_failed_seal_left_behind_can_be_removed() {
+        let table = table(1_000);
+        table.split(u64::MAX, |_, _| true);
+        let (i, digest, key) = each(1_000).nth(500).unwrap();
+        assert_eq!(result(&table, digest, &key).unwrap().token, i);
+        table.stripe(digest).remove(digest, &key);
+        assert!(table.stripe(digest).get(digest, &key).is_none());
+        assert_eq!((table.in_flight(), table.completed()), (500, 499));
+        let pages = table.split(u64::MAX, |_, _| true);
+        let sealed = pages.iter().flatten().flat_map(|page| page.completed()).count();
+        assert_eq!(sealed, 499, "the rest is sealed by the next");
+    }
+
+    #[test]
+    fn large_results_and_fingerprints_come_back() {
+        let table = HotTable::new(RECENT_BYTES);
+        for len in [0, 1, 1_024, 1_025, 100_000] {
+            let bytes = vec![b'x'; len];
+            let result = Kept::Stored(bytes.as_slice());
+            let done = Done { token: 1, completed_ms: 5, fingerprint: Some([9; 16]), result };
+            table.stripe(len as u64).set(len as u64, b"k", Entry::Completed(done));
+            let stored = super::tests::result(&table, len as u64, b"k").unwrap();
+            assert_eq!(stored.borrowed(), done_of(&bytes));
+        }
+        fn done_of(bytes: &[u8]) -> Done<&[u8]> {
+            Done { token: 1, completed_ms: 5, fingerprint: Some([9; 16]), result: Kept::Stored(bytes) }
+        }
     }
 }

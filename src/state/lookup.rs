@@ -1,6 +1,5 @@
 //! Looking keys up: what the disk knows, what the hot table has, and which of the two counts.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -9,47 +8,74 @@ use super::engine::Engine;
 use super::hot_table::Stripe;
 use super::request::{Asked, Request};
 use super::transition::{self, Found, Standing};
-use crate::bucket::set::{Probe, look_up};
+use crate::bucket::set::{Probe, View, look_up};
 use crate::clock::Now;
 use crate::entry::{Done, Entry, Processing};
 use crate::error::Result;
 
-/// What the disk knows of a request's keys, and as of which seal.
+/// What the buckets know of a request's keys, and as of which seal.
 pub(super) struct OnDisk {
     seals: u64,
-    done: HashMap<usize, Done>,
+    /// The place of a key in its request, and what was found of it. In the order of the places.
+    done: Vec<(usize, Done)>,
+}
+
+impl OnDisk {
+    fn done(&self, place: usize) -> Option<&Done> {
+        let start = self.done.partition_point(|(found, _)| *found < place);
+        let here = self.done.iter().skip(start).take_while(|(found, _)| *found == place);
+        // A key that was completed, forgotten and completed again may lie in two buckets.
+        here.map(|(_, done)| done).max_by_key(|done| done.token)
+    }
 }
 
 impl Engine {
-    /// What the disk knows of the keys.
-    pub(super) fn on_disk<'a>(&self, asked: impl Iterator<Item = Asked<'a>>) -> Result<OnDisk> {
+    /// What the buckets know of the keys of a request.
+    pub(super) fn on_disk(&self, request: &Request) -> Result<OnDisk> {
         // Before anything is looked at: what changes from here on is noticed.
         let seals = self.seals.load(Ordering::Acquire);
         let view = self.buckets.view();
-        let mut checks = 0;
+        let digests: Vec<u64> = request.digests().collect();
+        let mut slots = vec![0; digests.len()];
+        view.candidates_of(&digests, &mut slots);
+        let asked = slots.iter().enumerate().filter(|(_, slots)| **slots != 0);
+        let asked = asked.filter_map(|(place, slots)| request.get(place).map(|asked| (asked, *slots)));
+        let found = self.in_buckets(&view, asked)?;
+        self.counters.filter_checks.add(digests.len() as u64);
+        Ok(OnDisk { seals, done: found })
+    }
+
+    /// As [`Engine::on_disk`], for one key.
+    fn on_disk_again(&self, asked: Asked<'_>) -> Result<OnDisk> {
+        let seals = self.seals.load(Ordering::Acquire);
+        let view = self.buckets.view();
+        let slots = view.candidates(asked.digest);
+        let done = self.in_buckets(&view, (slots != 0).then_some((asked, slots)).into_iter())?;
+        Ok(OnDisk { seals, done })
+    }
+
+    /// What the buckets that the filter named know of the keys: from what came there lately, or from the disk.
+    fn in_buckets<'a>(&self, view: &View, asked: impl Iterator<Item = (Asked<'a>, u64)>) -> Result<Vec<(usize, Done)>> {
+        let mut found = Vec::new();
         let mut probes = Vec::new();
-        for asked in asked {
-            checks += 1;
-            let slots = view.candidates(asked.digest);
-            // Also where the hot table has the key now: a seal may be about to remove it.
-            if slots != 0 {
-                probes.push(Probe { place: asked.place, digest: asked.digest, key: asked.key, slots });
+        let mut hits = 0;
+        for (asked, slots) in asked {
+            hits += 1;
+            // What the hot table has beside that does not count here: a seal may be about to remove it.
+            match self.hot.stripe(asked.digest).recent(asked.digest, asked.key) {
+                Some(done) => found.push((asked.place, done)),
+                None => probes.push(Probe { place: asked.place, digest: asked.digest, key: asked.key, slots }),
             }
         }
-        self.counters.filter_checks.add(checks);
-        let mut done = HashMap::new();
-        if !probes.is_empty() {
-            look_up(&self.db, &view, &probes, |place, _, found: Done| {
-                // A key that was completed, forgotten and completed again may lie in two buckets.
-                let newer = done.get(&place).is_none_or(|other: &Done| other.token < found.token);
-                if newer {
-                    done.insert(place, found);
-                }
-            })?;
-            self.counters.filter_hits.add(probes.len() as u64);
-            self.counters.filter_false_positives.add(probes.len().saturating_sub(done.len()) as u64);
+        if hits == 0 {
+            return Ok(found);
         }
-        Ok(OnDisk { seals, done })
+        look_up(&self.db, view, &probes, |place, _, done: Done| found.push((place, done)))?;
+        // Sorted, so that [`OnDisk::done`] finds a key without a walk through all of them.
+        found.sort_unstable_by_key(|(place, _)| *place);
+        self.counters.filter_hits.add(hits);
+        self.counters.filter_false_positives.add(hits.saturating_sub(found.len() as u64));
+        Ok(found)
     }
 
     /// Calls `decide` with the key's locked stripe and what is stored of it, which is the truth as long as the
@@ -64,14 +90,14 @@ impl Engine {
         let mut on_disk = on_disk;
         loop {
             let mut stripe = self.hot.stripe(asked.digest);
-            let hot = stripe.get(asked.digest, asked.key).cloned();
+            let hot = stripe.get(asked.digest, asked.key);
             if hot.is_some() || self.seals.load(Ordering::Acquire) == on_disk.seals {
-                let stored = hot.or_else(|| on_disk.done.get(&asked.place).cloned().map(Entry::Completed));
+                let stored = hot.or_else(|| on_disk.done(asked.place).cloned().map(Entry::Completed));
                 return Ok(decide(&mut stripe, stored));
             }
             // The key may have been completed and sealed since the disk was asked. Ask again.
             drop(stripe);
-            again = self.on_disk(std::iter::once(asked))?;
+            again = self.on_disk_again(asked)?;
             on_disk = &again;
         }
     }
@@ -79,7 +105,7 @@ impl Engine {
     /// What a claim of each key would find. Changes nothing.
     pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
         let now = self.now();
-        let on_disk = self.on_disk(request.iter())?;
+        let on_disk = self.on_disk(request)?;
         request
             .iter()
             .map(|asked| {
@@ -100,7 +126,7 @@ impl Engine {
     /// What is stored of a key, as long as it counts.
     pub(crate) fn get(&self, request: &Request) -> Result<Vec<Option<Entry>>> {
         let now = self.now();
-        let on_disk = self.on_disk(request.iter())?;
+        let on_disk = self.on_disk(request)?;
         request
             .iter()
             .map(|asked| {
@@ -129,13 +155,10 @@ impl Engine {
         let now = self.now();
         let mut held = Vec::new();
         for stripe in self.hot.stripes() {
-            for slot in stripe.iter() {
-                if let Entry::Processing(processing) = &slot.entry
-                    && let Standing::Held(prior) = self.standing_at(processing, now)
-                {
-                    held.push(HeldKey { key: Arc::clone(&slot.key), processing: processing.clone(), prior });
-                }
-            }
+            held.extend(stripe.in_flight().filter_map(|(_, key, processing)| {
+                let Standing::Held(prior) = self.standing_at(&processing, now) else { return None };
+                Some(HeldKey { key: Arc::from(key), processing, prior })
+            }));
         }
         held.sort_by_key(|held: &HeldKey| held.processing.token);
         Ok(held)

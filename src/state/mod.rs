@@ -1,11 +1,13 @@
 //! The machine: what a key's state means, where it is kept, and in which order things happen.
 
 pub(crate) mod answer;
+mod chunk;
 mod claiming;
 pub(crate) mod engine;
 pub(crate) mod hot_table;
 pub(crate) mod keeper;
 mod lookup;
+mod page;
 pub(crate) mod request;
 pub(crate) mod sequence;
 mod settling;

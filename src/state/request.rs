@@ -4,11 +4,13 @@ use crate::error::Result;
 use crate::key::{Digester, Fingerprint, Key};
 
 /// The keys of a call, in the caller's order.
+#[derive(Debug)]
 pub(crate) struct Request {
     bytes: Vec<u8>,
     items: Vec<Item>,
 }
 
+#[derive(Debug)]
 struct Item {
     end: usize,
     digest: u64,
@@ -45,6 +47,11 @@ impl Request {
         Ok(request)
     }
 
+    /// The digests of its keys.
+    pub(crate) fn digests(&self) -> impl Iterator<Item = u64> {
+        self.items.iter().map(|item| item.digest)
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.items.len()
     }
@@ -52,6 +59,14 @@ impl Request {
     /// Bytes of all encoded keys.
     pub(crate) fn key_bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// The key in this place.
+    pub(crate) fn get(&self, place: usize) -> Option<Asked<'_>> {
+        let item = self.items.get(place)?;
+        let before = place.checked_sub(1).and_then(|before| self.items.get(before));
+        let key = self.bytes.get(before.map_or(0, |before| before.end)..item.end).unwrap_or_default();
+        Some(Asked { place, digest: item.digest, key, payload: item.payload.as_ref() })
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = Asked<'_>> {

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::answer::{Grant, Settlement, Settler, display};
 use super::engine::Engine;
+use super::page::Pending;
 use super::request::Request;
 use super::transition::{self, Standing};
 use crate::bucket::set::{Probe, look_up};
@@ -20,14 +21,14 @@ impl Engine {
         &self,
         kind: RowKind,
         settler: Settler,
-        leases: Vec<(&Grant, Settlement)>,
+        leases: Vec<(&Grant, Settlement<'_>)>,
     ) -> Result<Vec<bool>> {
         self.ready()?;
         let bytes: usize = leases
             .iter()
             .map(|(grant, settlement)| {
                 let result = if let Settlement::Completed(result) = settlement { result.len() } else { 0 };
-                grant.key.len() + result + 16
+                grant.key().len() + result + 16
             })
             .sum();
         self.admit(0, bytes)?;
@@ -35,55 +36,39 @@ impl Engine {
         let open = self.begin_row();
         let mut row = RowWriter::new(kind, now.wall_ms, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
-        let mut settled = Vec::with_capacity(leases.len());
         for (grant, settlement) in leases {
-            let mut stripe = self.hot.stripe(grant.digest);
-            let stored = stripe.get(grant.digest, &grant.key);
-            let may = match (settler, stored) {
+            let (digest, key) = (grant.digest(), grant.key());
+            let mut stripe = self.hot.stripe(digest);
+            let stored = stripe.get(digest, key);
+            let may = match (settler, &stored) {
                 (Settler::Operator, Some(Entry::Processing(processing))) => {
                     matches!(self.standing_at(processing, now), Standing::Held(_))
                 }
                 _ => true,
             };
-            let is_ours = may && transition::may_settle(stored, grant.token);
+            let is_ours = may && transition::may_settle(stored.as_ref(), grant.token);
             accepted.push(is_ours);
             if !is_ours {
                 continue;
             }
-            let processing = Processing {
-                token: grant.token,
-                attempt: grant.attempt,
-                since_ms: now.wall_ms,
-                fingerprint: grant.fingerprint,
-                holder: Holder::Settling,
-            };
-            stripe.set(grant.digest, &grant.key, Entry::Processing(processing.clone()));
-            drop(stripe);
+            let Grant { token, attempt, fingerprint, .. } = *grant;
             let entry = match settlement {
                 Settlement::Completed(result) => {
-                    row.completed(&grant.key, grant.token, grant.fingerprint.as_ref(), &result);
-                    Entry::Completed(Done {
-                        token: grant.token,
-                        completed_ms: now.wall_ms,
-                        fingerprint: grant.fingerprint,
-                        result,
-                    })
+                    row.completed(key, token, fingerprint.as_ref(), result);
+                    Entry::Completed(Done { token, completed_ms: now.wall_ms, fingerprint, result })
                 }
                 Settlement::Open { prior, not_before_ms } => {
-                    let open = Processing { holder: Holder::Open { prior, not_before_ms }, ..processing };
-                    row.processing(&grant.key, &open);
+                    let holder = Holder::Open { prior, not_before_ms };
+                    let open = Processing { token, attempt, since_ms: now.wall_ms, fingerprint, holder };
+                    row.processing(key, &open);
                     Entry::Processing(open)
                 }
             };
-            settled.push((grant.digest, Arc::clone(&grant.key), entry));
+            stripe.settle(digest, key, entry, Pending { row: open.number(), attempt, holder: Holder::Settling });
         }
         let sync = if kind == RowKind::Completed { self.config.sync_results() } else { self.config.sync_claims() };
-        let count = settled.len() as u64;
-        self.append(open, row, sync, || {
-            for (digest, key, entry) in settled {
-                self.hot.stripe(digest).set(digest, &key, entry);
-            }
-        })?;
+        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
+        self.append(open, row, sync)?;
         match kind {
             RowKind::Completed => self.counters.completed.add(count),
             _ => self.counters.released.add(count),
@@ -119,28 +104,26 @@ impl Engine {
     }
 
     fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
-        let mut stripe = self.hot.stripe(grant.digest);
-        let stored = stripe.get(grant.digest, &grant.key);
-        let Some(Entry::Processing(processing)) = stored.filter(|_| transition::may_settle(stored, grant.token)) else {
-            return false;
-        };
+        let (digest, key) = (grant.digest(), grant.key());
+        let mut stripe = self.hot.stripe(digest);
+        let stored = stripe.get(digest, key).filter(|stored| transition::may_settle(Some(stored), grant.token));
+        let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
-        let entry = Entry::Processing(Processing { since_ms: now.wall_ms, holder, ..processing.clone() });
-        stripe.set(grant.digest, &grant.key, entry);
+        stripe.set(digest, key, Entry::Processing(Processing { since_ms: now.wall_ms, holder, ..processing }));
         true
     }
 
     /// The grant of a key that is held, as if its holder had come back.
-    pub(crate) fn held_grant(&self, request: &Request) -> Result<Option<(Grant, Prior)>> {
+    pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, Prior)>> {
         self.ready()?;
         let now = self.now();
         let Some(asked) = request.iter().next() else { return Ok(None) };
         let stripe = self.hot.stripe(asked.digest);
         let Some(Entry::Processing(processing)) = stripe.get(asked.digest, asked.key) else { return Ok(None) };
-        let Standing::Held(prior) = self.standing_at(processing, now) else { return Ok(None) };
+        let Standing::Held(prior) = self.standing_at(&processing, now) else { return Ok(None) };
         let grant = Grant {
-            digest: asked.digest,
-            key: Arc::from(asked.key),
+            request: Arc::clone(request),
+            place: asked.place,
             token: processing.token,
             attempt: processing.attempt,
             prior: Some(prior),
@@ -166,7 +149,7 @@ impl Engine {
             sealed.push(Arc::clone(bucket));
         })?;
         let mut stripe = self.hot.stripe(asked.digest);
-        let hot = stripe.get(asked.digest, asked.key).cloned();
+        let hot = stripe.get(asked.digest, asked.key);
         match &hot {
             None => {}
             Some(Entry::Completed(done)) => counted |= done.is_live(now, self.policy.window_ms),
@@ -193,6 +176,7 @@ impl Engine {
         let token = self.sequence.take();
         drop(stripe);
         if hot.is_none() && sealed.is_empty() {
+            open.finish();
             return Ok(false);
         }
         let mut row = RowWriter::new(RowKind::Forgotten, now.wall_ms, asked.key.len() + 16);
@@ -209,9 +193,12 @@ impl Engine {
         })?;
         self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
         let mut stripe = self.hot.stripe(asked.digest);
+        stripe.clear_recent();
         if stripe.get(asked.digest, asked.key).is_some_and(|entry| entry.token() < token) {
             stripe.remove(asked.digest, asked.key);
         }
+        drop(stripe);
+        open.finish();
         Ok(counted)
     }
 }

@@ -5,15 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::chunk::Chunk;
 use super::engine::{Engine, HIGH_WATER};
 use super::transition::Standing;
 use crate::bucket::rotation::{drop_passed, has_passed, prepare_next};
-use crate::bucket::seal::{Row, seal};
+use crate::bucket::seal::seal;
 use crate::bucket::window::Slice;
 use crate::bucket::{recovery, set::Bucket};
 use crate::codec::{RowKind, RowWriter};
 use crate::config::Span;
-use crate::entry::Entry;
+use crate::entry::{Entry, Processing};
 use crate::error::{Error, Result};
 use crate::stats::{BucketStats, Stats};
 
@@ -82,8 +83,8 @@ impl Engine {
 
     /// Moves every completed key to its bucket and cuts the journal.
     ///
-    /// The order: rows up to `start` are written and in the hot table; the table is copied; what is completed goes to
-    /// the buckets, synced; what is in flight is written again at the journal's head and the rows below `start` are
+    /// The order: rows up to `start` are written and in the hot table; what they completed is set apart; it goes to the
+    /// buckets, synced; what is in flight is written again at the journal's head and the rows below `start` are
     /// deleted, in one write; then the keys leave the table. A crash anywhere between replays rows that are in
     /// buckets already, and sealing them again changes nothing.
     pub(crate) fn seal(&self) -> Result<()> {
@@ -102,68 +103,48 @@ impl Engine {
         }
         let begun = std::time::Instant::now();
         self.reserve(0)?;
-        let start = self.first_open_row(*last_image);
+        let start = self.first_open_row(*last_image)?;
         let now = self.now();
         let Span { window_ms, bucket_ms } = self.config().span;
-        let mut rows = Vec::with_capacity(self.hot.completed());
         let mut image = vec![RowWriter::new(RowKind::Claimed, now.wall_ms, 0)];
-        for stripe in self.hot.stripes() {
-            for slot in stripe.iter() {
-                match &slot.entry {
-                    Entry::Completed(done) if done.is_live(now, window_ms) => {
-                        let key = Arc::clone(&slot.key);
-                        let slice = Slice::containing(done.completed_ms, bucket_ms);
-                        rows.push(Row { slice, digest: slot.digest, key, done: done.clone() });
-                    }
-                    Entry::Completed(_) => {}
-                    Entry::Processing(processing) => {
-                        if self.standing_at(processing, now) != Standing::Forgotten {
-                            if image.last().is_none_or(|row| row.len() > IMAGE_ROW_BYTES) {
-                                image.push(RowWriter::new(RowKind::Claimed, now.wall_ms, IMAGE_ROW_BYTES));
-                            }
-                            if let Some(row) = image.last_mut() {
-                                row.processing(&slot.key, processing);
-                            }
-                        }
-                    }
+        let pages = self.hot.split(start, |key, processing| {
+            let stays = self.standing_at(processing, now) != Standing::Forgotten;
+            if stays {
+                if image.last().is_none_or(|row| row.len() > IMAGE_ROW_BYTES) {
+                    image.push(RowWriter::new(RowKind::Claimed, now.wall_ms, IMAGE_ROW_BYTES));
+                }
+                if let Some(row) = image.last_mut() {
+                    row.processing(key, processing);
                 }
             }
-        }
-        seal(&self.db, &self.buckets, &mut rows)?;
+            stays
+        });
+        let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
+        seal(&self.db, &self.buckets, &chunk)?;
 
         self.reserve(image.len())?;
-        let image: Vec<_> = image
-            .into_iter()
-            .filter(|row| !row.is_empty())
-            .map(|row| (self.rows.begin(|| self.sequence.take()), row.finish()))
-            .collect();
+        let image: Vec<_> =
+            image.into_iter().filter(|row| !row.is_empty()).map(|row| (self.begin_row(), row.finish())).collect();
         self.write(false, |tx| {
             tx.delete_rows_before(start);
-            for (number, row) in &image {
-                tx.put_row(number.number(), row);
+            for (open, row) in &image {
+                tx.put_row(open.number(), row);
             }
             tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
         })?;
-        if let Some((number, _)) = image.last() {
-            *last_image = number.number();
+        for (open, _) in image {
+            *last_image = open.number();
+            open.finish();
         }
-        drop(image);
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
         // Before the first key leaves: see `Engine::decide`.
         self.seals.fetch_add(1, Ordering::AcqRel);
-        for row in &rows {
-            let mut stripe = self.hot.stripe(row.digest);
-            // It may have run out and been claimed anew meanwhile.
-            if stripe.get(row.digest, &row.key).is_some_and(|entry| is_completed_by(entry, row.done.token)) {
-                stripe.remove(row.digest, &row.key);
-            }
-        }
-        self.purge();
+        self.hot.retire();
         let families = self.buckets.view().newest_first();
         self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str()))?;
         let in_flight = self.hot.in_flight();
-        tracing::debug!(keys = rows.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
+        tracing::debug!(keys = chunk.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
         Ok(())
     }
 
@@ -172,7 +153,7 @@ impl Engine {
         let now = self.now();
         let window_ms = self.config().span.window_ms;
         for mut stripe in self.hot.stripes() {
-            stripe.retain(|slot| match &slot.entry {
+            stripe.retain(|entry| match entry {
                 Entry::Completed(done) => done.is_live(now, window_ms),
                 Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
             });
@@ -198,12 +179,14 @@ impl Engine {
 
     /// The number below which every row is settled: above the last image. While that image says of a key that it is in
     /// flight, the row that completed it must not go alone, or a replay would take the key for unfinished.
-    fn first_open_row(&self, last_image: u64) -> u64 {
+    fn first_open_row(&self, last_image: u64) -> Result<u64> {
         loop {
-            let start = self.rows.settled_below(|| self.sequence.take());
+            let start = self.hot.rows().settled_below(|| self.sequence.take());
             if start > last_image {
-                return start;
+                return Ok(start);
             }
+            // A row that was given up stays open for good, in a store that is poisoned or closed.
+            self.ready()?;
             // Some caller began its row before that image, and is still writing it.
             std::thread::sleep(ROW_POLL);
         }
@@ -265,11 +248,8 @@ impl Engine {
             .hot
             .stripes()
             .map(|stripe| {
-                let held = |entry: &Entry| {
-                    matches!(entry, Entry::Processing(processing)
-                        if matches!(self.standing_at(processing, now), Standing::Held(_)))
-                };
-                stripe.iter().filter(|slot| held(&slot.entry)).count() as u64
+                let held = |processing: &Processing| matches!(self.standing_at(processing, now), Standing::Held(_));
+                stripe.in_flight().filter(|(_, _, processing)| held(processing)).count() as u64
             })
             .sum();
         let counters = &self.counters;
@@ -299,10 +279,6 @@ impl Engine {
             poisoned: self.poisoned().map(str::to_owned),
         }
     }
-}
-
-fn is_completed_by(entry: &Entry, token: u64) -> bool {
-    matches!(entry, Entry::Completed(done) if done.token == token)
 }
 
 #[cfg(test)]
@@ -344,15 +320,15 @@ mod tests {
     fn a_seal_waits_for_rows_that_were_begun_before_the_last_image() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
-        let slow = engine.rows.begin(|| engine.sequence.take());
+        let slow = engine.begin_row();
         let image = engine.sequence.take();
         assert!(slow.number() < image);
         let (send, cut) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
-            scope.spawn(|| send.send(engine.first_open_row(image)));
+            scope.spawn(|| send.send(engine.first_open_row(image).unwrap()));
             let early = cut.recv_timeout(Duration::from_millis(50));
             assert!(early.is_err(), "the journal would be cut at {early:?}, below the image {image}");
-            drop(slow);
+            slow.finish();
             assert!(cut.recv().unwrap() > image);
         });
     }

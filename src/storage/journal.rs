@@ -1,6 +1,6 @@
 //! The journal's rows: one a batch, in the order of their numbers, in the default column family.
 
-use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rocksdb::WriteBatch;
@@ -25,46 +25,51 @@ pub(super) fn number(key: &[u8]) -> Option<u64> {
     key.try_into().ok().map(u64::from_be_bytes)
 }
 
-/// Numbers for rows that are being written, and the first that still is.
+/// Numbers for rows that are being written, and which of them are.
 ///
 /// A seal may delete the rows below [`RowNumbers::settled_below`]: each of them is written, and what it says is in
-/// the hot table.
-#[derive(Default)]
+/// the hot table. What a row says counts once [`RowNumbers::is_settled`] says so.
+#[derive(Debug, Default)]
 pub(crate) struct RowNumbers {
-    open: Mutex<BTreeSet<u64>>,
+    /// In the order they were taken; seldom more than there are threads.
+    open: Mutex<Open>,
+    /// Every row below this one is settled. Spares most readers the lock.
+    settled: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    numbers: Vec<u64>,
+    last: u64,
 }
 
 impl RowNumbers {
-    /// Takes a number from `next` and keeps it open until the guard is dropped. `next` must only grow.
-    pub(crate) fn begin(&self, next: impl FnOnce() -> u64) -> OpenRow<'_> {
+    /// Takes a number from `next`, which must only grow, and keeps it open until it is finished.
+    pub(crate) fn begin(&self, next: impl FnOnce() -> u64) -> u64 {
         let mut open = self.open.lock();
         let number = next();
-        open.insert(number);
-        OpenRow { numbers: self, number }
+        open.numbers.push(number);
+        open.last = number;
+        number
+    }
+
+    /// The row is written, or never will be.
+    pub(crate) fn finish(&self, number: u64) {
+        let mut open = self.open.lock();
+        open.numbers.retain(|other| *other != number);
+        let settled = open.numbers.first().copied().unwrap_or(open.last + 1);
+        self.settled.store(settled, Ordering::Release);
+    }
+
+    /// Whether the row is finished.
+    pub(crate) fn is_settled(&self, number: u64) -> bool {
+        number < self.settled.load(Ordering::Acquire) || !self.open.lock().numbers.contains(&number)
     }
 
     /// Every row numbered below the answer is finished; `next` gives a number for where none is open.
     pub(crate) fn settled_below(&self, next: impl FnOnce() -> u64) -> u64 {
         let open = self.open.lock();
-        open.first().copied().unwrap_or_else(next)
-    }
-}
-
-/// A row on its way to the journal.
-pub(crate) struct OpenRow<'a> {
-    numbers: &'a RowNumbers,
-    number: u64,
-}
-
-impl OpenRow<'_> {
-    pub(crate) fn number(&self) -> u64 {
-        self.number
-    }
-}
-
-impl Drop for OpenRow<'_> {
-    fn drop(&mut self) {
-        self.numbers.open.lock().remove(&self.number);
+        open.numbers.first().copied().unwrap_or_else(next)
     }
 }
 
@@ -75,15 +80,20 @@ mod tests {
     #[test]
     fn rows_are_settled_up_to_the_first_that_is_open() {
         let numbers = RowNumbers::default();
-        let begin = |number| numbers.begin(|| number);
         let settled = |next| numbers.settled_below(|| next);
-        let (one, two, five) = (begin(1), begin(2), begin(5));
+        for number in [1, 2, 5] {
+            assert_eq!(numbers.begin(|| number), number);
+        }
         assert_eq!(settled(6), 1);
-        drop(two);
+        assert!(numbers.is_settled(0) && !numbers.is_settled(1) && !numbers.is_settled(5));
+        numbers.finish(2);
         assert_eq!(settled(6), 1);
-        drop(one);
+        assert!(numbers.is_settled(2) && !numbers.is_settled(1));
+        numbers.finish(1);
         assert_eq!(settled(6), 5);
-        drop(five);
+        assert!(numbers.is_settled(1) && !numbers.is_settled(5));
+        numbers.finish(5);
         assert_eq!(settled(6), 6);
+        assert!(numbers.is_settled(5));
     }
 }

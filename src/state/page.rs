@@ -1,0 +1,394 @@
+//! A page: keys of one stripe and what is known of them, packed. An index of places, a list of slots, a heap of bytes.
+//!
+//! Nothing in it is an allocation of its own but large results and fingerprints, so that a key costs no call of the
+//! allocator, and a page that was sealed goes in one piece.
+
+use std::sync::Arc;
+
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry as Place;
+
+use crate::entry::{Done, Entry, Holder, Kept, Processing};
+use crate::key::Fingerprint;
+use crate::storage::journal::RowNumbers;
+
+/// Results up to this size lie in the heap; a larger one would be copied each time the heap grows.
+const HEAP_RESULT_BYTES: usize = 1_024;
+
+/// What a key takes beside its own bytes and its result's: a slot, a place in the index and the room kept for growth.
+pub(super) const OVERHEAD_BYTES: usize = 112;
+
+/// What a write changes in the figures of the table.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub(super) in_flight: isize,
+    pub(super) completed: isize,
+    pub(super) completed_bytes: isize,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.in_flight += other.in_flight;
+        self.completed += other.completed;
+        self.completed_bytes += other.completed_bytes;
+    }
+}
+
+impl std::ops::Sub for Tally {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            in_flight: self.in_flight - other.in_flight,
+            completed: self.completed - other.completed,
+            completed_bytes: self.completed_bytes - other.completed_bytes,
+        }
+    }
+}
+
+/// A change that counts from the moment on at which its row is written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pending {
+    pub(crate) row: u64,
+    /// What the key is until then: its attempt, and `Settling` or `Recording`.
+    pub(crate) attempt: u32,
+    pub(crate) holder: Holder,
+}
+
+impl Pending {
+    /// Counts at once.
+    const NONE: Self = Self { row: 0, attempt: 1, holder: Holder::Settling };
+}
+
+/// A key, and what is known of it.
+#[derive(Debug, Clone)]
+struct Slot {
+    digest: u64,
+    token: u64,
+    /// The row that brings it into force; none is numbered 0.
+    row: u64,
+    /// When it was completed, or its holder became what it is.
+    since_ms: u64,
+    key_start: usize,
+    key_len: u32,
+    attempt: u32,
+    /// Whether nobody had claimed the key that is being completed.
+    recording: bool,
+    fingerprint: Option<Box<Fingerprint>>,
+    state: State,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    /// Removed.
+    Gone,
+    Processing(Holder),
+    /// Completed, with nothing to keep.
+    Absent,
+    /// Completed, with a result too large to keep.
+    Omitted,
+    /// Completed; its result lies in the heap.
+    Heap {
+        start: usize,
+        len: u32,
+    },
+    /// Completed; its result is large.
+    Apart(Arc<[u8]>),
+}
+
+impl Slot {
+    fn tally(&self) -> Tally {
+        let result = match &self.state {
+            State::Gone => return Tally::default(),
+            State::Processing(_) => return Tally { in_flight: 1, ..Tally::default() },
+            State::Absent | State::Omitted => 0,
+            State::Heap { len, .. } => *len as usize,
+            State::Apart(bytes) => bytes.len(),
+        };
+        let bytes = self.key_len as usize + result + OVERHEAD_BYTES;
+        Tally { in_flight: 0, completed: 1, completed_bytes: bytes as isize }
+    }
+
+    fn processing(&self, holder: Holder) -> Processing {
+        Processing {
+            token: self.token,
+            attempt: self.attempt,
+            since_ms: self.since_ms,
+            fingerprint: self.fingerprint.as_deref().copied(),
+            holder,
+        }
+    }
+
+    /// What the key is while the row that changes it is on its way.
+    fn before(&self) -> Processing {
+        self.processing(if self.recording { Holder::Recording } else { Holder::Settling })
+    }
+}
+
+/// A completed key, where it lies.
+#[derive(Debug, Clone)]
+pub(super) struct DoneKey<'a> {
+    pub(super) digest: u64,
+    pub(super) key: &'a [u8],
+    pub(super) done: Done<&'a [u8]>,
+}
+
+/// The top bits of a digest are the same throughout a page; the index wants others at the top.
+fn spread(digest: u64) -> u64 {
+    digest.rotate_left(32)
+}
+
+/// Keys of one stripe. Places of slots that are gone are used again by nobody: the next split leaves them behind.
+#[derive(Debug, Default)]
+pub(super) struct Page {
+    places: HashTable<u32>,
+    slots: Vec<Slot>,
+    heap: Vec<u8>,
+}
+
+impl Page {
+    /// An empty page with room for what another holds.
+    fn like(other: &Self) -> Self {
+        Self {
+            places: HashTable::with_capacity(other.places.len()),
+            slots: Vec::with_capacity(other.places.len()),
+            heap: Vec::with_capacity(other.heap.len()),
+        }
+    }
+
+    /// The memory it takes.
+    pub(super) fn bytes(&self) -> usize {
+        self.slots.len() * OVERHEAD_BYTES + self.heap.len()
+    }
+
+    fn find(&self, digest: u64, key: &[u8]) -> Option<&Slot> {
+        let place = self.places.find(spread(digest), |place| is(&self.slots, &self.heap, *place, digest, key))?;
+        self.slots.get(*place as usize)
+    }
+
+    fn key(&self, slot: &Slot) -> &[u8] {
+        key_of(&self.heap, slot)
+    }
+
+    /// What is known of a key.
+    pub(super) fn get(&self, digest: u64, key: &[u8], rows: &RowNumbers) -> Option<Entry> {
+        self.find(digest, key).map(|slot| self.entry(slot, rows))
+    }
+
+    fn entry(&self, slot: &Slot, rows: &RowNumbers) -> Entry {
+        if !rows.is_settled(slot.row) {
+            return Entry::Processing(slot.before());
+        }
+        match (&slot.state, self.done(slot)) {
+            (_, Some(done)) => Entry::Completed(done.shared()),
+            (State::Processing(holder), None) => Entry::Processing(slot.processing(*holder)),
+            (_, None) => Entry::Processing(slot.before()),
+        }
+    }
+
+    /// What a slot was completed with.
+    fn done<'a>(&'a self, slot: &'a Slot) -> Option<Done<&'a [u8]>> {
+        let result = match &slot.state {
+            State::Gone | State::Processing(_) => return None,
+            State::Absent => Kept::Absent,
+            State::Omitted => Kept::Omitted,
+            State::Heap { start, len } => {
+                Kept::Stored(self.heap.get(*start..start + *len as usize).unwrap_or_default())
+            }
+            State::Apart(bytes) => Kept::Stored(&**bytes),
+        };
+        let fingerprint = slot.fingerprint.as_deref().copied();
+        Some(Done { token: slot.token, completed_ms: slot.since_ms, fingerprint, result })
+    }
+
+    /// Puts an entry in the place of whatever was there.
+    pub(super) fn set(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>) -> Tally {
+        self.settle(digest, key, entry, Pending::NONE)
+    }
+
+    /// As [`Page::set`], from the moment on at which a row is written.
+    pub(super) fn settle(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) -> Tally {
+        let (token, since_ms, attempt, fingerprint, state) = match entry {
+            Entry::Processing(processing) => {
+                let Processing { token, attempt, since_ms, fingerprint, holder } = processing;
+                (token, since_ms, attempt, fingerprint, State::Processing(holder))
+            }
+            Entry::Completed(done) => {
+                let state = self.keep(done.result);
+                (done.token, done.completed_ms, pending.attempt, done.fingerprint, state)
+            }
+        };
+        let Self { places, slots, heap } = self;
+        let is = |place: &u32| is(slots, heap, *place, digest, key);
+        let hash = |place: &u32| hash(slots, *place);
+        let mut new = Slot {
+            digest,
+            token,
+            row: pending.row,
+            since_ms,
+            key_start: heap.len(),
+            key_len: key.len() as u32,
+            attempt,
+            recording: pending.holder == Holder::Recording,
+            fingerprint: fingerprint.map(Box::new),
+            state,
+        };
+        match places.entry(spread(digest), is, hash) {
+            Place::Occupied(place) => {
+                let Some(slot) = slots.get_mut(*place.get() as usize) else { return Tally::default() };
+                new.key_start = slot.key_start;
+                let tally = new.tally() - slot.tally();
+                *slot = new;
+                tally
+            }
+            Place::Vacant(vacant) => {
+                vacant.insert(slots.len() as u32);
+                heap.extend_from_slice(key);
+                let tally = new.tally();
+                slots.push(new);
+                tally
+            }
+        }
+    }
+
+    fn keep(&mut self, result: Kept<&[u8]>) -> State {
+        match result {
+            Kept::Absent => State::Absent,
+            Kept::Omitted => State::Omitted,
+            Kept::Stored(bytes) if bytes.len() > HEAP_RESULT_BYTES => State::Apart(Arc::from(bytes)),
+            Kept::Stored(bytes) => {
+                let start = self.heap.len();
+                self.heap.extend_from_slice(bytes);
+                State::Heap { start, len: bytes.len() as u32 }
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, digest: u64, key: &[u8]) -> Tally {
+        let Self { places, slots, heap } = self;
+        let is = |place: &u32| is(slots, heap, *place, digest, key);
+        let Ok(found) = places.find_entry(spread(digest), is) else { return Tally::default() };
+        let (place, _) = found.remove();
+        let Some(slot) = slots.get_mut(place as usize) else { return Tally::default() };
+        let before = slot.tally();
+        slot.state = State::Gone;
+        Tally::default() - before
+    }
+
+    /// Visits the keys in flight, also those whose completion is on its way.
+    pub(super) fn in_flight(&self, rows: &RowNumbers) -> impl Iterator<Item = (u64, &[u8], Processing)> {
+        self.slots.iter().filter(|slot| !matches!(slot.state, State::Gone)).filter_map(|slot| {
+            match self.entry(slot, rows) {
+                Entry::Processing(processing) => Some((slot.digest, self.key(slot), processing)),
+                Entry::Completed(_) => None,
+            }
+        })
+    }
+
+    /// Visits the keys that are completed, or about to be, in no order.
+    pub(super) fn completed(&self) -> impl Iterator<Item = DoneKey<'_>> {
+        self.slots
+            .iter()
+            .filter_map(|slot| self.done(slot).map(|done| DoneKey { digest: slot.digest, key: self.key(slot), done }))
+    }
+
+    /// Takes out what is completed by rows below `start`, all of which are written, as a page of its own. What is in
+    /// flight stays if `keep` says so; it is asked about each such key.
+    pub(super) fn split(
+        &mut self,
+        start: u64,
+        rows: &RowNumbers,
+        mut keep: impl FnMut(&[u8], &Processing) -> bool,
+    ) -> (Self, Tally) {
+        let empty = Self::like(self);
+        let mut sealed = std::mem::replace(self, empty);
+        let mut tally = Tally::default();
+        for place in 0..sealed.slots.len() {
+            let Some(slot) = sealed.slots.get(place) else { break };
+            let stays = match slot.state {
+                State::Gone => continue,
+                State::Processing(_) => true,
+                _ => slot.row >= start,
+            };
+            if !stays {
+                continue;
+            }
+            let key = sealed.key(slot);
+            // A completion whose row is written behind the cut needs nobody's leave.
+            let kept = match sealed.entry(slot, rows) {
+                Entry::Processing(processing) => keep(key, &processing),
+                Entry::Completed(_) => true,
+            };
+            let (digest, key) = (slot.digest, key.to_vec());
+            if kept {
+                self.take(&sealed, slot);
+            } else {
+                tally += Tally::default() - slot.tally();
+            }
+            sealed.remove(digest, &key);
+        }
+        (sealed, tally)
+    }
+
+    /// Copies a slot of another page, which has no other here.
+    fn take(&mut self, other: &Self, slot: &Slot) {
+        let key_start = self.heap.len();
+        self.heap.extend_from_slice(other.key(slot));
+        let state = match (&slot.state, other.done(slot)) {
+            (State::Heap { .. }, Some(Done { result, .. })) => self.keep(result),
+            (state, _) => state.clone(),
+        };
+        let place = self.slots.len() as u32;
+        self.slots.push(Slot { key_start, state, ..slot.clone() });
+        let slots = &self.slots;
+        self.places.insert_unique(spread(slot.digest), place, |place| hash(slots, *place));
+    }
+
+    /// Takes back what was split off, where nothing newer is known.
+    pub(super) fn absorb(&mut self, sealed: &Self) -> Tally {
+        let mut tally = Tally::default();
+        for slot in sealed.slots.iter().filter(|slot| !matches!(slot.state, State::Gone)) {
+            if self.find(slot.digest, sealed.key(slot)).is_none() {
+                self.take(sealed, slot);
+            } else {
+                tally += Tally::default() - slot.tally();
+            }
+        }
+        tally
+    }
+
+    /// Removes every key for which `keep` says false.
+    pub(super) fn retain(&mut self, rows: &RowNumbers, mut keep: impl FnMut(&Entry) -> bool) -> Tally {
+        let gone: Vec<(u64, Vec<u8>)> = self
+            .slots
+            .iter()
+            .filter(|slot| !matches!(slot.state, State::Gone) && !keep(&self.entry(slot, rows)))
+            .map(|slot| (slot.digest, self.key(slot).to_vec()))
+            .collect();
+        let mut tally = Tally::default();
+        for (digest, key) in gone {
+            tally += self.remove(digest, &key);
+        }
+        tally
+    }
+
+    /// The figures of all its keys.
+    pub(super) fn tally(&self) -> Tally {
+        self.slots.iter().fold(Tally::default(), |mut sum, slot| {
+            sum += slot.tally();
+            sum
+        })
+    }
+}
+
+fn is(slots: &[Slot], heap: &[u8], place: u32, digest: u64, key: &[u8]) -> bool {
+    slots.get(place as usize).is_some_and(|slot| slot.digest == digest && key_of(heap, slot) == key)
+}
+
+fn key_of<'a>(heap: &'a [u8], slot: &Slot) -> &'a [u8] {
+    heap.get(slot.key_start..slot.key_start + slot.key_len as usize).unwrap_or_default()
+}
+
+fn hash(slots: &[Slot], place: u32) -> u64 {
+    slots.get(place as usize).map_or(0, |slot| spread(slot.digest))
+}
