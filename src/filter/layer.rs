@@ -1,21 +1,26 @@
 //! A layer of the filter: a matrix of bits, a column for each bucket, eight rows a key.
 //!
-//! Where the columns are many, the rows of a key lie anywhere: eight reads of memory, that answer for every bucket.
-//! Where there is one column, they lie in one cache line, a bit in each of its eight words: one read of memory.
+//! Where the columns are many, the rows of a key lie in four cache lines, two in each: four reads of memory at most,
+//! that answer for every bucket. Where there is one column, they lie in one line, a bit in each of its eight words: one
+//! read of memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::sizing::{HASHES, capacity_of, rows_for};
+use super::sizing::{LINE_BITS, LINES, capacity_of, rows_for};
 
 /// Shards of a layer: each is an allocation of its own, so that none is too large to come by.
 const SHARDS: usize = 16;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 
 const WORD_BITS: u32 = u64::BITS;
-/// Words of a cache line, and bits of one.
+/// Words of a cache line.
 const LINE_WORDS: usize = 8;
-const LINE_BITS: u64 = 512;
 const LINE_BYTES: usize = LINE_WORDS * 8;
+
+/// Lines whose reads are under way together before the answers are looked at.
+const AHEAD: u32 = LINES / 2;
+/// Keys whose reads are under way together. A core waits for ten to twelve lines at a time.
+const GROUP: usize = 32;
 
 /// A number below [`SLOTS`] that stands for a live bucket.
 pub(crate) type Slot = u8;
@@ -49,12 +54,11 @@ impl Columns {
 /// A matrix of bits. Rows are chosen by a key's digest, columns by the bucket that holds it.
 ///
 /// Bits are set while others read; a reader that must see them takes a lock that the writer gave back afterwards
-/// (the hot table's stripe), so that relaxed accesses are enough.
+/// (the hot table's stripe), so that relaxed accesses are enough. Writers take turns: a word that two of them change at
+/// a time could lose a bit.
 pub(crate) struct Layer {
     columns: Columns,
-    /// `log2` of the rows that lie in one word.
-    rows_per_word_bits: u32,
-    rows_per_shard: u64,
+    lines_per_shard: u64,
     shards: Vec<Shard>,
     /// Keys inserted for each slot.
     keys: [AtomicU64; SLOTS],
@@ -63,13 +67,12 @@ pub(crate) struct Layer {
 impl Layer {
     /// A layer whose columns are made for `keys` keys each. The memory is taken as it is touched.
     pub(crate) fn new(columns: Columns, keys: u64) -> Self {
-        let rows_per_word_bits = (WORD_BITS / columns.width()).trailing_zeros();
-        let lines = (rows_for(keys.max(1)).div_ceil(SHARDS as u64) >> rows_per_word_bits) / LINE_WORDS as u64 + 1;
+        let rows_per_line = LINE_BITS / u64::from(columns.width());
+        let lines = rows_for(keys.max(1)).div_ceil(SHARDS as u64 * rows_per_line);
         let words = usize::try_from(lines).unwrap_or(usize::MAX / SHARDS / LINE_BYTES / 2) * LINE_WORDS;
         Self {
             columns,
-            rows_per_word_bits,
-            rows_per_shard: (words as u64) << rows_per_word_bits,
+            lines_per_shard: (words / LINE_WORDS) as u64,
             shards: (0..SHARDS).map(|_| Shard::new(words)).collect(),
             keys: [const { AtomicU64::new(0) }; SLOTS],
         }
@@ -90,7 +93,11 @@ impl Layer {
 
     /// The keys that each column is made for.
     pub(crate) fn capacity(&self) -> u64 {
-        capacity_of(self.rows_per_shard * SHARDS as u64)
+        capacity_of(self.rows())
+    }
+
+    fn rows(&self) -> u64 {
+        self.lines_per_shard * SHARDS as u64 * LINE_BITS / u64::from(self.columns.width())
     }
 
     /// The keys that were inserted for a slot.
@@ -105,36 +112,104 @@ impl Layer {
 
     /// The slots that may hold the key with this digest, a bit each.
     pub(crate) fn slots(&self, digest: u64) -> u64 {
-        let mut found = u64::MAX >> (WORD_BITS - self.columns.width());
-        self.for_each_row(digest, |word, shift| {
-            found &= word.load(Ordering::Relaxed) >> shift;
-            found != 0
-        });
-        match self.columns {
-            Columns::All(_) => found,
-            Columns::One(slot) => found << slot,
-        }
+        let mut slots = [0];
+        self.slots_of(&[digest], &mut slots);
+        let [slots] = slots;
+        slots
     }
 
     /// As [`Layer::slots`], for many digests: adds to what stands in each one's place.
     pub(crate) fn slots_of(&self, digests: &[u64], slots: &mut [u64]) {
-        for (digest, slots) in digests.iter().zip(slots) {
-            *slots |= self.slots(*digest);
+        for (digests, slots) in digests.chunks(GROUP).zip(slots.chunks_mut(GROUP)) {
+            match self.columns {
+                Columns::All(width) => self.columns_of(width, digests, slots),
+                Columns::One(slot) => {
+                    for (digest, slots) in digests.iter().zip(slots) {
+                        *slots |= u64::from(self.has_in_line(*digest)) << slot;
+                    }
+                }
+            }
         }
     }
 
+    fn columns_of(&self, width: u32, digests: &[u64], slots: &mut [u64]) {
+        let mut found = [u64::MAX >> (WORD_BITS - width); GROUP];
+        // The reads do not wait for each other, so that memory answers many at a time.
+        for number in 0..AHEAD {
+            for (digest, found) in digests.iter().zip(&mut found) {
+                *found &= self.both(*digest, number, width);
+            }
+        }
+        // Four rows of full columns let one key in forty on, for each bucket.
+        for ((digest, found), slots) in digests.iter().zip(found).zip(slots) {
+            let mut found = found;
+            for number in AHEAD..LINES {
+                if found == 0 {
+                    break;
+                }
+                found &= self.both(*digest, number, width);
+            }
+            *slots |= found;
+        }
+    }
+
+    /// What the two rows of a key have in common that lie in its line of this number.
+    #[inline]
+    fn both(&self, digest: u64, number: u32, width: u32) -> u64 {
+        let place = Place::of(digest, number, width, self.lines_per_shard);
+        let Some(line) = self.shard(digest).get(place.line) else { return u64::MAX };
+        place.rows.iter().fold(u64::MAX, |common, (word, shift)| {
+            common & line.get(*word).map_or(u64::MAX, |word| word.load(Ordering::Relaxed) >> shift)
+        })
+    }
+
+    #[inline]
+    fn has_in_line(&self, digest: u64) -> bool {
+        let (line, mut places) = self.line_of_one(digest);
+        line.iter().fold(true, |all, word| {
+            let set = word.load(Ordering::Relaxed) >> (places & 63) & 1;
+            places >>= 6;
+            all & (set == 1)
+        })
+    }
+
+    /// The one line of a key, and six bits for the place in each of its words.
+    #[inline]
+    fn line_of_one(&self, digest: u64) -> (&[AtomicU64], u64) {
+        let line = reduce(mix(digest.wrapping_add(GOLDEN_GAMMA)), self.lines_per_shard);
+        let line = self.shard(digest).get(line as usize).map_or(&[][..], |line| line.as_slice());
+        (line, mix(digest.wrapping_add(GOLDEN_GAMMA.wrapping_mul(2))))
+    }
+
+    #[inline]
+    fn shard(&self, digest: u64) -> &[[AtomicU64; LINE_WORDS]] {
+        self.shards.get((digest >> (u64::BITS - SHARD_BITS)) as usize).map_or(&[], Shard::lines)
+    }
+
     /// Notes that the slot's bucket holds keys with these digests. False if the layer has no column for the slot.
+    /// Quickest where the digests are sorted.
     pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) -> bool {
         let Some(column) = self.columns.column(slot) else { return false };
         let mut inserted = 0;
         for digest in digests {
-            self.for_each_row(digest, |word, shift| {
-                let bit = 1 << (shift + column);
-                if word.load(Ordering::Relaxed) & bit == 0 {
-                    word.fetch_or(bit, Ordering::Relaxed);
+            match self.columns {
+                Columns::All(width) => {
+                    for number in 0..LINES {
+                        let place = Place::of(digest, number, width, self.lines_per_shard);
+                        let Some(line) = self.shard(digest).get(place.line) else { continue };
+                        for (word, shift) in place.rows {
+                            line.get(word).map(|word| set(word, 1 << (shift + column)));
+                        }
+                    }
                 }
-                true
-            });
+                Columns::One(_) => {
+                    let (line, mut places) = self.line_of_one(digest);
+                    for word in line {
+                        set(word, 1 << (places & 63));
+                        places >>= 6;
+                    }
+                }
+            }
             inserted += 1;
         }
         if let Some(keys) = self.keys.get(usize::from(slot)) {
@@ -147,64 +222,49 @@ impl Layer {
     pub(crate) fn clear(&self, slot: Slot) {
         let Some(column) = self.columns.column(slot).filter(|_| self.keys(slot) > 0) else { return };
         let mut column_bits = 0_u64;
-        for row in 0..1_u32 << self.rows_per_word_bits {
-            column_bits |= 1 << (row * self.columns.width() + column);
+        for shift in (0..WORD_BITS).step_by(self.columns.width() as usize) {
+            column_bits |= 1 << (shift + column);
         }
         for word in self.shards.iter().flat_map(Shard::words) {
-            if word.load(Ordering::Relaxed) & column_bits != 0 {
-                word.fetch_and(!column_bits, Ordering::Relaxed);
+            let bits = word.load(Ordering::Relaxed);
+            if bits & column_bits != 0 {
+                word.store(bits & !column_bits, Ordering::Relaxed);
             }
         }
         if let Some(keys) = self.keys.get(usize::from(slot)) {
             keys.store(0, Ordering::Relaxed);
         }
     }
+}
 
-    /// Visits the key's rows: the word each lies in, and where it begins there. Half way, `visit` may have seen enough.
-    #[inline]
-    fn for_each_row(&self, digest: u64, visit: impl FnMut(&AtomicU64, u32) -> bool) {
-        let Some(shard) = self.shards.get((digest >> (u64::BITS - SHARD_BITS)) as usize) else { return };
-        match self.columns {
-            Columns::All(width) => self.for_each_scattered(shard.words(), width, digest, visit),
-            Columns::One(_) => self.for_each_in_line(shard.words(), digest, visit),
-        }
-    }
+/// Sets bits. A plain load and store, for writers take turns: a locked instruction would wait for each line in turn.
+#[inline]
+fn set(word: &AtomicU64, bits: u64) {
+    word.store(word.load(Ordering::Relaxed) | bits, Ordering::Relaxed);
+}
 
+/// Where two rows of a key lie: a line, and for each row a word of it and the place where the row begins there.
+struct Place {
+    line: usize,
+    rows: [(usize, u32); 2],
+}
+
+impl Place {
+    /// The line of this number. That of number 0 grows with the digest, so that sorted keys meet memory in order.
     #[inline]
-    fn for_each_scattered(
-        &self,
-        words: &[AtomicU64],
-        width: u32,
-        digest: u64,
-        mut visit: impl FnMut(&AtomicU64, u32) -> bool,
-    ) {
+    fn of(digest: u64, number: u32, width: u32, lines: u64) -> Self {
+        let mixed = mix(digest.wrapping_add(GOLDEN_GAMMA.wrapping_mul(u64::from(number) + 1)));
+        let line = reduce(if number == 0 { digest << SHARD_BITS } else { mixed }, lines) as usize;
         let width_bits = width.trailing_zeros();
-        let row_mask = (1_u64 << self.rows_per_word_bits) - 1;
-        let mut state = digest;
-        for hash in 1..=HASHES {
-            state = state.wrapping_add(GOLDEN_GAMMA);
-            let row = reduce(mix(state), self.rows_per_shard);
-            let Some(word) = words.get((row >> self.rows_per_word_bits) as usize) else { return };
-            let go_on = visit(word, ((row & row_mask) as u32) << width_bits);
-            // Asked once, so that four reads of memory are under way at a time. Four rows of full columns let one key in
-            // eighty on, for each bucket.
-            if hash == HASHES / 2 && !go_on {
-                return;
-            }
-        }
-    }
-
-    #[inline]
-    fn for_each_in_line(&self, words: &[AtomicU64], digest: u64, mut visit: impl FnMut(&AtomicU64, u32) -> bool) {
-        let state = digest.wrapping_add(GOLDEN_GAMMA);
-        let line = reduce(mix(state), self.rows_per_shard / LINE_BITS) as usize * LINE_WORDS;
-        let Some(line) = words.get(line..line + LINE_WORDS) else { return };
-        // Six bits of a second number for each word.
-        let mut places = mix(state.wrapping_add(GOLDEN_GAMMA));
-        for word in line {
-            visit(word, (places & 63) as u32);
-            places >>= 6;
-        }
+        let rows = LINE_BITS as u32 >> width_bits;
+        // The line hangs on the high bits, the rows on the low ones. Another row than the first: all but one may be it.
+        let first = mixed as u32 & (rows - 1);
+        let further = 1 + (((mixed >> 16) as u32 & 0xffff) * (rows - 1) >> 16);
+        let second = (first + further) & (rows - 1);
+        let place = |row: u32| {
+            ((row >> (WORD_BITS.trailing_zeros() - width_bits)) as usize, row << width_bits & (WORD_BITS - 1))
+        };
+        Self { line, rows: [place(first), place(second)] }
     }
 }
 
@@ -240,8 +300,12 @@ impl Shard {
     }
 
     #[inline]
+    fn lines(&self) -> &[[AtomicU64; LINE_WORDS]] {
+        self.words.get(self.start..).unwrap_or_default().as_chunks().0
+    }
+
     fn words(&self) -> &[AtomicU64] {
-        self.words.get(self.start..).unwrap_or_default()
+        self.lines().as_flattened()
     }
 }
 
@@ -274,7 +338,7 @@ mod tests {
 
     #[test]
     fn the_rate_of_wrong_answers_is_the_computed_one() {
-        for columns in [Columns::All(1), Columns::All(8), Columns::All(32), Columns::One(3)] {
+        for columns in [Columns::All(8), Columns::All(32), Columns::All(64), Columns::One(3)] {
             let layer = Layer::new(columns, 25_000);
             let slot = if columns == Columns::One(3) { 3 } else { 0 };
             // Twice what it is made for, so that wrong answers are frequent enough to count.
@@ -282,10 +346,9 @@ mod tests {
             let trials = 400_000;
             let wrong = digests(1_000_000..1_000_000 + trials).filter(|digest| layer.slots(*digest) != 0).count();
             let rate = wrong as f64 / trials as f64;
-            let rows = layer.rows_per_shard * SHARDS as u64;
             let expected = match columns {
-                Columns::All(_) => false_positive_rate(50_000, rows),
-                Columns::One(_) => false_positive_rate_in_line(50_000, rows),
+                Columns::All(width) => false_positive_rate(50_000, layer.rows(), u64::from(width)),
+                Columns::One(_) => false_positive_rate_in_line(50_000, layer.rows()),
             };
             assert!((0.85..1.15).contains(&(rate / expected)), "{columns:?}: {rate} where {expected} was computed");
         }

@@ -286,7 +286,9 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::{OnInterrupt, Options};
-    use crate::state::answer::{Claimed, Settlement, Settler};
+    use crate::entry::{Done, Holder, Kept};
+    use crate::state::answer::{Answer, Claimed, Settlement, Settler};
+    use crate::state::page::Pending;
     use crate::storage::directory::Directory;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
@@ -331,5 +333,29 @@ mod tests {
             slow.finish();
             assert!(cut.recv().unwrap() > image);
         });
+    }
+
+    #[test]
+    fn a_key_whose_row_is_open_is_neither_sealed_nor_completed() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["k"]).unwrap();
+        let asked = request.get(0).unwrap();
+        engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
+        let open = engine.begin_row();
+        let now_ms = engine.now().wall_ms;
+        let done = Done { token: open.number(), completed_ms: now_ms, fingerprint: None, result: Kept::Absent };
+        let pending = Pending { row: open.number(), attempt: 1, holder: Holder::Recording };
+        engine.hot.stripe(asked.digest).settle(asked.digest, asked.key, Entry::Completed(done), pending);
+        let answers = |engine: &Engine| engine.check(&request).unwrap().pop().unwrap().unwrap();
+
+        engine.seal().unwrap();
+        assert!(matches!(answers(&engine), Answer::InProgress { .. }));
+        assert_eq!(engine.hot.completed(), 1, "it waits for its row, and for the next seal");
+        open.finish();
+        assert!(matches!(answers(&engine), Answer::Completed(_)));
+        engine.seal().unwrap();
+        assert_eq!(engine.hot.completed(), 0);
+        assert!(matches!(answers(&engine), Answer::Completed(_)));
     }
 }
