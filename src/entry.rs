@@ -72,8 +72,13 @@ pub(crate) struct Done<B = Arc<[u8]>> {
 impl<B> Done<B> {
     /// G4: remembered if and only if `now < completed + window`.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
-        now.wall_ms < self.completed_ms.saturating_add(window_ms)
+        is_live(self.completed_ms, now, window_ms)
     }
+}
+
+/// G4, for what was completed at this time.
+pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
+    now.wall_ms < completed_ms.saturating_add(window_ms)
 }
 
 /// What is kept of a result.

@@ -143,6 +143,9 @@ impl BucketSet {
             });
         };
         db.create_bucket(&bucket.family)?;
+        // Most buckets come to what the fullest before them came to.
+        let fullest = view.buckets.iter().flatten().map(|bucket| bucket.keys.load(Ordering::Relaxed)).max();
+        view.expect(fullest.unwrap_or(0));
         self.view.store(Arc::new(view));
         tracing::debug!(bucket = %bucket.slice, "bucket created");
         Ok(bucket)
@@ -183,10 +186,9 @@ impl BucketSet {
     /// Prepares the filter for buckets of `keys` keys.
     pub(crate) fn expect(&self, keys: u64) {
         let _change = self.change.lock();
-        let view = self.view.load();
-        if let Some(stack) = view.stack.with_base_for(keys) {
-            tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
-            self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+        let mut view = View::clone(&self.view.load());
+        if view.expect(keys) {
+            self.view.store(Arc::new(view));
         }
     }
 
@@ -235,6 +237,14 @@ fn drop_or_leave(db: &Db, family: &str) {
 }
 
 impl View {
+    /// Makes the filter's base large enough for buckets of `keys` keys, where the budget allows; true if it changed.
+    fn expect(&mut self, keys: u64) -> bool {
+        let Some(stack) = self.stack.with_base_for(keys) else { return false };
+        tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
+        self.stack = stack;
+        true
+    }
+
     /// Puts a bucket into the first free slot.
     fn insert(&mut self, slice: Slice, keys: u64) -> Option<Arc<Bucket>> {
         let free = self.buckets.iter().position(Option::is_none).unwrap_or(self.buckets.len());

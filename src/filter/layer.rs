@@ -167,7 +167,7 @@ impl Layer {
     fn has_in_line(&self, digest: u64) -> bool {
         let (line, mut places) = self.line_of_one(digest);
         line.iter().fold(true, |all, word| {
-            let set = word.load(Ordering::Relaxed) >> (places & 63) & 1;
+            let set = (word.load(Ordering::Relaxed) >> (places & 63)) & 1;
             places >>= 6;
             all & (set == 1)
         })
@@ -198,7 +198,9 @@ impl Layer {
                         let place = Place::of(digest, number, width, self.lines_per_shard);
                         let Some(line) = self.shard(digest).get(place.line) else { continue };
                         for (word, shift) in place.rows {
-                            line.get(word).map(|word| set(word, 1 << (shift + column)));
+                            if let Some(word) = line.get(word) {
+                                set(word, 1 << (shift + column));
+                            }
                         }
                     }
                 }
@@ -259,10 +261,10 @@ impl Place {
         let rows = LINE_BITS as u32 >> width_bits;
         // The line hangs on the high bits, the rows on the low ones. Another row than the first: all but one may be it.
         let first = mixed as u32 & (rows - 1);
-        let further = 1 + (((mixed >> 16) as u32 & 0xffff) * (rows - 1) >> 16);
+        let further = 1 + ((((mixed >> 16) as u32 & 0xffff) * (rows - 1)) >> 16);
         let second = (first + further) & (rows - 1);
         let place = |row: u32| {
-            ((row >> (WORD_BITS.trailing_zeros() - width_bits)) as usize, row << width_bits & (WORD_BITS - 1))
+            ((row >> (WORD_BITS.trailing_zeros() - width_bits)) as usize, (row << width_bits) & (WORD_BITS - 1))
         };
         Self { line, rows: [place(first), place(second)] }
     }

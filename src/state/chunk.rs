@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::page::{DoneKey, Page};
+use super::page::{Completed, Page};
 use crate::bucket::seal::{Row, Rows};
 use crate::bucket::window::Slice;
 use crate::clock::Now;
+use crate::entry::is_live;
 use crate::error::Result;
 
 /// The pages that a seal took out of the hot table, those of each stripe together, and what counts of them.
@@ -24,7 +25,7 @@ impl Chunk {
         let mut chunk = Self { stripes, now, window_ms, bucket_ms, slices: BTreeMap::new() };
         let mut slices: BTreeMap<Slice, usize> = BTreeMap::new();
         for live in chunk.stripes.iter().flatten().flat_map(|page| chunk.live(page)) {
-            *slices.entry(chunk.slice(&live)).or_default() += 1;
+            *slices.entry(chunk.slice(live)).or_default() += 1;
         }
         chunk.slices = slices;
         chunk
@@ -34,13 +35,13 @@ impl Chunk {
         self.slices.values().sum()
     }
 
-    fn live<'a>(&self, page: &'a Page) -> impl Iterator<Item = DoneKey<'a>> {
+    fn live<'a>(&self, page: &'a Page) -> impl Iterator<Item = Completed<'a>> {
         let (now, window_ms) = (self.now, self.window_ms);
-        page.completed().filter(move |completed| completed.done.is_live(now, window_ms))
+        page.completed().filter(move |completed| is_live(completed.completed_ms(), now, window_ms))
     }
 
-    fn slice(&self, completed: &DoneKey<'_>) -> Slice {
-        Slice::containing(completed.done.completed_ms, self.bucket_ms)
+    fn slice(&self, completed: Completed<'_>) -> Slice {
+        Slice::containing(completed.completed_ms(), self.bucket_ms)
     }
 }
 
@@ -50,20 +51,27 @@ impl Rows for Chunk {
     }
 
     fn visit(&self, slice: Slice, mut visit: impl FnMut(Row<'_>) -> Result<()>) -> Result<()> {
-        let mut here: Vec<DoneKey<'_>> = Vec::new();
+        let mut here: Vec<(u64, Completed<'_>)> = Vec::new();
         // A stripe holds the digests between two bounds, so that sorting each by itself sorts them all.
         for pages in &self.stripes {
+            let completed = pages.iter().flat_map(|page| self.live(page));
             here.clear();
             here.extend(
-                pages.iter().flat_map(|page| self.live(page)).filter(|completed| self.slice(completed) == slice),
+                completed
+                    .filter(|completed| self.slice(*completed) == slice)
+                    .map(|completed| (completed.digest(), completed)),
             );
             // Where a seal has failed, a key may have been completed again since: the last one counts.
-            here.sort_unstable_by(|a, b| {
-                (a.digest, a.key).cmp(&(b.digest, b.key)).then(b.done.token.cmp(&a.done.token))
+            here.sort_unstable_by(|(a_digest, a), (b_digest, b)| {
+                a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key())).then_with(|| b.token().cmp(&a.token()))
             });
-            here.dedup_by(|later, first| later.digest == first.digest && later.key == first.key);
-            for DoneKey { digest, key, done } in &here {
-                visit(Row { digest: *digest, key, done })?;
+            here.dedup_by(|(later_digest, later), (digest, first)| {
+                later_digest == digest && later.key() == first.key()
+            });
+            for (digest, completed) in &here {
+                if let Some(done) = &completed.done() {
+                    visit(Row { digest: *digest, key: completed.key(), done })?;
+                }
             }
         }
         Ok(())

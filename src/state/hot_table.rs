@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use arc_swap::ArcSwap;
 use crossbeam::utils::CachePadded;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -49,16 +50,19 @@ struct Pages {
     young: Page,
     /// What is on its way to its bucket, the newest last. More than one where a seal failed.
     sealing: Vec<Arc<Page>>,
-    /// What lies in its bucket, the newest first.
-    recent: VecDeque<Arc<Page>>,
 }
+
+/// What was sealed lately, by stripe, the newest first.
+type Recent = Vec<VecDeque<Arc<Page>>>;
 
 /// Keys by digest, in stripes.
 pub(crate) struct HotTable {
     stripes: Box<[CachePadded<Mutex<Pages>>]>,
     counts: Counts,
     rows: RowNumbers,
-    /// The memory that sealed pages of one stripe may take.
+    /// Read without a lock, so that a batch's reads of memory need not wait for each other. Made anew by each seal.
+    recent: ArcSwap<Recent>,
+    /// The memory that it may take.
     recent_bytes: usize,
 }
 
@@ -69,7 +73,8 @@ impl HotTable {
             stripes: (0..STRIPES).map(|_| CachePadded::default()).collect(),
             counts: Counts::default(),
             rows: RowNumbers::default(),
-            recent_bytes: recent_bytes / STRIPES,
+            recent: ArcSwap::from_pointee(vec![VecDeque::new(); STRIPES]),
+            recent_bytes,
         }
     }
 
@@ -80,10 +85,8 @@ impl HotTable {
 
     /// Locks the stripe of a digest.
     pub(crate) fn stripe(&self, digest: u64) -> Stripe<'_> {
-        // The top bits, so that one stripe after the other comes in the order of a run.
-        let place = (digest >> (u64::BITS - STRIPE_BITS)) as usize;
         #[expect(clippy::indexing_slicing, reason = "as many bits as there are stripes")]
-        let pages = self.stripes[place].lock();
+        let pages = self.stripes[stripe_of(digest)].lock();
         Stripe { pages, table: self }
     }
 
@@ -119,23 +122,56 @@ impl HotTable {
 
     /// Ends a seal: from here on the buckets answer for what [`HotTable::split`] handed out.
     pub(super) fn retire(&self) {
-        for mut stripe in self.stripes() {
-            let pages = &mut *stripe.pages;
-            let mut passed = Vec::new();
-            for page in pages.sealing.drain(..) {
-                self.counts.add(Tally::default() - page.tally());
-                pages.recent.push_front(page);
+        let mut recent = Recent::clone(&self.recent.load());
+        let mut sealed = Vec::new();
+        for (mut stripe, recent) in self.stripes().zip(&mut recent) {
+            for page in stripe.pages.sealing.drain(..) {
+                recent.push_front(Arc::clone(&page));
+                sealed.push(page);
             }
-            let mut bytes: usize = pages.recent.iter().map(|page| page.bytes()).sum();
-            while bytes > self.recent_bytes
-                && let Some(page) = pages.recent.pop_back()
-            {
-                bytes -= page.bytes();
-                passed.push(page);
-            }
-            // Given back to the allocator without the lock.
-            drop(stripe);
         }
+        for page in sealed {
+            self.counts.add(Tally::default() - page.tally());
+        }
+        let mut bytes: usize = recent.iter().flatten().map(|page| page.bytes()).sum();
+        // The last chunk stays, however large.
+        while bytes > self.recent_bytes && recent.iter().any(|pages| pages.len() > 1) {
+            for pages in recent.iter_mut().filter(|pages| pages.len() > 1) {
+                bytes -= pages.pop_back().map_or(0, |page| page.bytes());
+            }
+        }
+        self.recent.store(Arc::new(recent));
+    }
+
+    /// What was sealed lately.
+    pub(super) fn recent(&self) -> RecentKeys {
+        RecentKeys(self.recent.load_full())
+    }
+
+    /// Lets go of what is at hand of a key's bucket, where the bucket has changed.
+    pub(crate) fn forget_recent(&self, digest: u64) {
+        self.recent.rcu(|recent| {
+            let mut recent = Recent::clone(recent);
+            if let Some(pages) = recent.get_mut(stripe_of(digest)) {
+                pages.clear();
+            }
+            recent
+        });
+    }
+}
+
+/// The top bits of a digest, so that one stripe after the other comes in the order of a run.
+fn stripe_of(digest: u64) -> usize {
+    (digest >> (u64::BITS - STRIPE_BITS)) as usize
+}
+
+/// What was sealed lately, as of one moment.
+pub(super) struct RecentKeys(Arc<Recent>);
+
+impl RecentKeys {
+    /// What a bucket holds of a key, where it came there lately.
+    pub(super) fn get(&self, digest: u64, key: &[u8]) -> Option<Done> {
+        self.0.get(stripe_of(digest))?.iter().find_map(|page| page.get_done(digest, key))
     }
 }
 
@@ -153,14 +189,6 @@ impl Stripe<'_> {
         pages.young.get(digest, key, rows).or_else(|| {
             // The newest first: a key may have run out, and been completed again.
             pages.sealing.iter().rev().find_map(|page| page.get(digest, key, rows))
-        })
-    }
-
-    /// What a bucket holds of a key, where it came there lately.
-    pub(crate) fn recent(&self, digest: u64, key: &[u8]) -> Option<Done> {
-        self.pages.recent.iter().find_map(|page| match page.get(digest, key, &self.table.rows) {
-            Some(Entry::Completed(done)) => Some(done),
-            _ => None,
         })
     }
 
@@ -185,11 +213,6 @@ impl Stripe<'_> {
         }
         tally += pages.young.remove(digest, key);
         self.table.counts.add(tally);
-    }
-
-    /// Lets go of what is at hand of the buckets, where one of them has changed.
-    pub(crate) fn clear_recent(&mut self) {
-        self.pages.recent.clear();
     }
 
     /// Visits the keys in flight.
@@ -304,7 +327,7 @@ mod tests {
         for (i, digest, key) in each(10_000) {
             let stored = table.stripe(digest).get(digest, &key);
             assert_eq!(stored.map(|entry| entry.token()), (i != 1).then_some(i));
-            assert!(table.stripe(digest).recent(digest, &key).is_none());
+            assert!(table.recent().get(digest, &key).is_none());
         }
         table.rows().finish(open);
         table.retire();
@@ -312,7 +335,7 @@ mod tests {
         assert_eq!(result(&table, digest, key).unwrap().token, 20_000);
         for (i, digest, key) in each(10_000) {
             assert_eq!(table.stripe(digest).get(digest, &key).is_some(), i % 2 == 1 && i != 1);
-            assert_eq!(table.stripe(digest).recent(digest, &key).is_some(), i % 2 == 0, "at hand for now");
+            assert_eq!(table.recent().get(digest, &key).is_some(), i % 2 == 0, "at hand for now");
         }
     }
 
@@ -329,7 +352,7 @@ mod tests {
         }
         let recent = |i: u64| {
             let digest = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            table.stripe(digest).recent(digest, &i.to_le_bytes()).is_some()
+            table.recent().get(digest, &i.to_le_bytes()).is_some()
         };
         assert!((0..1_000).all(|i| !recent(i)));
         assert!((19_000..20_000).all(recent));

@@ -56,13 +56,14 @@ impl Engine {
 
     /// What the buckets that the filter named know of the keys: from what came there lately, or from the disk.
     fn in_buckets<'a>(&self, view: &View, asked: impl Iterator<Item = (Asked<'a>, u64)>) -> Result<Vec<(usize, Done)>> {
+        let recent = self.hot.recent();
         let mut found = Vec::new();
         let mut probes = Vec::new();
         let mut hits = 0;
         for (asked, slots) in asked {
             hits += 1;
             // What the hot table has beside that does not count here: a seal may be about to remove it.
-            match self.hot.stripe(asked.digest).recent(asked.digest, asked.key) {
+            match recent.get(asked.digest, asked.key) {
                 Some(done) => found.push((asked.place, done)),
                 None => probes.push(Probe { place: asked.place, digest: asked.digest, key: asked.key, slots }),
             }

@@ -126,16 +126,32 @@ impl Slot {
 }
 
 /// A completed key, where it lies.
-#[derive(Debug, Clone)]
-pub(super) struct DoneKey<'a> {
-    pub(super) digest: u64,
-    pub(super) key: &'a [u8],
-    pub(super) done: Done<&'a [u8]>,
+#[derive(Clone, Copy)]
+pub(super) struct Completed<'a> {
+    page: &'a Page,
+    slot: &'a Slot,
 }
 
-/// The top bits of a digest are the same throughout a page; the index wants others at the top.
-fn spread(digest: u64) -> u64 {
-    digest.rotate_left(32)
+impl<'a> Completed<'a> {
+    pub(super) fn digest(self) -> u64 {
+        self.slot.digest
+    }
+
+    pub(super) fn key(self) -> &'a [u8] {
+        self.page.key(self.slot)
+    }
+
+    pub(super) fn token(self) -> u64 {
+        self.slot.token
+    }
+
+    pub(super) fn completed_ms(self) -> u64 {
+        self.slot.since_ms
+    }
+
+    pub(super) fn done(self) -> Option<Done<&'a [u8]>> {
+        self.page.done(self.slot)
+    }
 }
 
 /// Keys of one stripe. Places of slots that are gone are used again by nobody: the next split leaves them behind.
@@ -173,6 +189,11 @@ impl Page {
     /// What is known of a key.
     pub(super) fn get(&self, digest: u64, key: &[u8], rows: &RowNumbers) -> Option<Entry> {
         self.find(digest, key).map(|slot| self.entry(slot, rows))
+    }
+
+    /// What a key was completed with, in a page that is sealed.
+    pub(super) fn get_done(&self, digest: u64, key: &[u8]) -> Option<Done> {
+        self.find(digest, key).and_then(|slot| self.done(slot)).map(|done| done.shared())
     }
 
     fn entry(&self, slot: &Slot, rows: &RowNumbers) -> Entry {
@@ -286,10 +307,9 @@ impl Page {
     }
 
     /// Visits the keys that are completed, or about to be, in no order.
-    pub(super) fn completed(&self) -> impl Iterator<Item = DoneKey<'_>> {
-        self.slots
-            .iter()
-            .filter_map(|slot| self.done(slot).map(|done| DoneKey { digest: slot.digest, key: self.key(slot), done }))
+    pub(super) fn completed(&self) -> impl Iterator<Item = Completed<'_>> {
+        let is_completed = |slot: &&Slot| !matches!(slot.state, State::Gone | State::Processing(_));
+        self.slots.iter().filter(is_completed).map(|slot| Completed { page: self, slot })
     }
 
     /// Takes out what is completed by rows below `start`, all of which are written, as a page of its own. What is in
@@ -379,6 +399,11 @@ impl Page {
             sum
         })
     }
+}
+
+/// The top bits of a digest are the same throughout a page; the index wants others at the top.
+fn spread(digest: u64) -> u64 {
+    digest.rotate_left(32)
 }
 
 fn is(slots: &[Slot], heap: &[u8], place: u32, digest: u64, key: &[u8]) -> bool {

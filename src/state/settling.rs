@@ -193,7 +193,7 @@ impl Engine {
         })?;
         self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
         let mut stripe = self.hot.stripe(asked.digest);
-        stripe.clear_recent();
+        self.hot.forget_recent(asked.digest);
         if stripe.get(asked.digest, asked.key).is_some_and(|entry| entry.token() < token) {
             stripe.remove(asked.digest, asked.key);
         }

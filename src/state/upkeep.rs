@@ -21,8 +21,8 @@ use crate::stats::{BucketStats, Stats};
 /// Completed keys that make a run. Fewer make more runs to look through; more take longer to read back after a crash.
 const SEAL_KEYS: usize = 250_000;
 /// The share of the memory budget that completed keys may fill before they are sealed, and before callers wait.
-const SEAL_SHARE: usize = 4;
-const BACKLOG_SHARE: usize = 2;
+const SEAL_SHARE: usize = 8;
+const BACKLOG_SHARE: usize = 4;
 
 /// Bytes of an image's row, after which the next one begins.
 const IMAGE_ROW_BYTES: usize = 16 << 20;

@@ -6,7 +6,7 @@ use rocksdb::SstFileWriter;
 
 use super::failed;
 use super::options::Tuning;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Writes the rows, which must come in the order of their keys and without doubles, to a new file, and syncs it.
 pub(super) fn write(tuning: &Tuning, path: &Path, fill: impl FnOnce(&mut Sink<'_>) -> Result<()>) -> Result<()> {
@@ -14,7 +14,13 @@ pub(super) fn write(tuning: &Tuning, path: &Path, fill: impl FnOnce(&mut Sink<'_
     let mut sink = Sink { writer: SstFileWriter::create(&options), path };
     sink.writer.open(path).map_err(|error| failed("cannot create", path, &error))?;
     fill(&mut sink)?;
-    sink.writer.finish().map_err(|error| failed("cannot write", path, &error))
+    sink.writer.finish().map_err(|error| failed("cannot write", path, &error))?;
+    // The writer tells the operating system to drop what it wrote. Read once, the run's first questions find it in
+    // memory.
+    std::fs::File::open(path)
+        .and_then(|mut run| std::io::copy(&mut run, &mut std::io::sink()))
+        .map(|_| ())
+        .map_err(|error| Error::io("cannot read", path.to_owned(), &error))
 }
 
 /// Where the rows of a run go.
