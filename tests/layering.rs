@@ -17,8 +17,8 @@ const FLOORS: &[&[&str]] = &[
 
 const ORDER: &[(&str, &[&str])] = &[
     ("storage", &["options", "journal", "log", "directory", "run", "db"]),
-    ("filter", &["sizing", "layer", "stack"]),
-    ("bucket", &["window", "set", "seal", "rotation", "recovery"]),
+    ("filter", &["sizing", "layer", "file", "stack"]),
+    ("bucket", &["window", "set", "seal", "rotation", "recovery", "filters"]),
     (
         "state",
         &[

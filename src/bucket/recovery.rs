@@ -41,7 +41,12 @@ pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Rep
 
 /// Brings the keys of a bucket back into the filter, which answers for it from then on. Gives up, with false, when
 /// `go_on` says so.
-pub(crate) fn rebuild_filter(db: &Db, set: &BucketSet, bucket: &Arc<Bucket>, go_on: impl Fn() -> bool) -> Result<bool> {
+pub(crate) fn rebuild_filter(
+    db: &Db,
+    set: &BucketSet,
+    bucket: &Arc<Bucket>,
+    go_on: &impl Fn() -> bool,
+) -> Result<bool> {
     let mut digests = Vec::with_capacity(CHUNK);
     // Room for all of them is made once.
     let mut expected = bucket.keys.load(Ordering::Relaxed);

@@ -11,7 +11,7 @@ use crate::codec::{read_value, row_key};
 use crate::config::Span;
 use crate::entry::Done;
 use crate::error::{Error, Result};
-use crate::filter::layer::{SLOTS, Slot};
+use crate::filter::layer::{Geometry, Layer, SLOTS, Slot};
 use crate::filter::stack::Stack;
 use crate::storage::db::Db;
 
@@ -70,6 +70,16 @@ impl View {
         self.unfiltered & 1 << bucket.slot == 0
     }
 
+    /// The base of the filter, which kept columns fit into.
+    pub(crate) fn base(&self) -> Option<&Arc<Layer>> {
+        self.stack.base()
+    }
+
+    /// The layer that has all keys of a slot's bucket, if one has and kept columns can come from it.
+    pub(crate) fn base_of(&self, slot: Slot) -> Option<&Arc<Layer>> {
+        self.stack.base_of(slot)
+    }
+
     pub(crate) fn filter_bytes(&self) -> u64 {
         self.stack.bytes()
     }
@@ -84,8 +94,16 @@ pub(crate) struct BucketSet {
 }
 
 impl BucketSet {
-    /// The buckets with these family names, none of them covered by a filter yet.
-    pub(crate) fn open(db: &Db, families: &[String], span: Span, now_ms: u64, filter_budget: u64) -> Result<Self> {
+    /// The buckets with these family names, none of them covered by a filter yet. Its base is of `geometry`, if it may
+    /// be.
+    pub(crate) fn open(
+        db: &Db,
+        families: &[String],
+        span: Span,
+        now_ms: u64,
+        filter_budget: u64,
+        geometry: Option<Geometry>,
+    ) -> Result<Self> {
         let mut slices = Vec::with_capacity(families.len());
         let mut passed = Vec::new();
         for family in families {
@@ -113,8 +131,8 @@ impl BucketSet {
             });
         }
         let keys: Vec<u64> = slices.iter().map(|(_, keys)| *keys).collect();
-        let mut view =
-            View { buckets: Vec::new(), live: 0, unfiltered: 0, stack: Stack::new(needed, filter_budget, &keys) };
+        let stack = Stack::new(needed, filter_budget, &keys, geometry);
+        let mut view = View { buckets: Vec::new(), live: 0, unfiltered: 0, stack };
         for (slice, keys) in slices {
             if let Some(bucket) = view.insert(slice, keys) {
                 view.unfiltered |= 1 << bucket.slot;
@@ -171,6 +189,25 @@ impl BucketSet {
                 self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
             }
         }
+    }
+
+    /// Adds kept columns to a layer of the filter.
+    pub(crate) fn add_columns(&self, layer: &Layer, shard: usize, columns: &[(Slot, Vec<u8>)]) {
+        let _change = self.change.lock();
+        layer.add_columns(shard, columns);
+    }
+
+    /// As [`BucketSet::set_filtered`], where a layer got the bucket's column from a file: `keys` keys. Not if the layer
+    /// has gone meanwhile.
+    pub(crate) fn set_loaded(&self, bucket: &Arc<Bucket>, layer: &Arc<Layer>, keys: u64) {
+        {
+            let _change = self.change.lock();
+            if !self.view.load().stack.has(layer) {
+                return;
+            }
+            layer.count(bucket.slot, keys);
+        }
+        self.set_filtered(bucket);
     }
 
     /// From now on the filter answers for the bucket.
@@ -323,7 +360,7 @@ mod tests {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
         let span = Span { window_ms: 4_000, bucket_ms: 1_000 };
-        let set = BucketSet::open(&db, &[], span, 0, 1 << 20).unwrap();
+        let set = BucketSet::open(&db, &[], span, 0, 1 << 20, None).unwrap();
         // Eight columns; nobody has dropped anything yet.
         for second in 0..12 {
             let bucket = set.ensure(&db, Slice { start_ms: second * 1_000, width_ms: 1_000 }).unwrap();

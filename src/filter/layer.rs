@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::sizing::{LINE_BITS, LINES, capacity_of, rows_for};
 
 /// Shards of a layer: each is an allocation of its own, so that none is too large to come by.
-const SHARDS: usize = 16;
+pub(crate) const SHARDS: usize = 16;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 
 const WORD_BITS: u32 = u64::BITS;
@@ -51,6 +51,39 @@ impl Columns {
     }
 }
 
+/// The measures of a base layer. Two of the same geometry put a key into the same rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    pub(super) width: u32,
+    pub(super) lines_per_shard: u64,
+}
+
+impl Geometry {
+    /// Whether a layer can be like this.
+    pub(super) fn is_valid(self) -> bool {
+        self.width.is_power_of_two() && (8..=WORD_BITS).contains(&self.width) && self.lines_per_shard > 0
+    }
+
+    /// Bytes of a line that belong to one column.
+    fn column_line_bytes(self) -> usize {
+        LINE_BYTES / self.width as usize
+    }
+
+    /// Bytes of one column of one shard.
+    pub(super) fn column_bytes(self) -> u64 {
+        self.lines_per_shard.saturating_mul(self.column_line_bytes() as u64)
+    }
+
+    pub(crate) fn width(self) -> u32 {
+        self.width
+    }
+
+    /// The memory that a layer of this geometry takes.
+    pub(super) fn bytes(self) -> u64 {
+        self.lines_per_shard.saturating_mul((SHARDS * LINE_BYTES) as u64)
+    }
+}
+
 /// A matrix of bits. Rows are chosen by a key's digest, columns by the bucket that holds it.
 ///
 /// Bits are set while others read; a reader that must see them takes a lock that the writer gave back afterwards
@@ -69,12 +102,84 @@ impl Layer {
     pub(crate) fn new(columns: Columns, keys: u64) -> Self {
         let rows_per_line = LINE_BITS / u64::from(columns.width());
         let lines = rows_for(keys.max(1)).div_ceil(SHARDS as u64 * rows_per_line);
-        let words = usize::try_from(lines).unwrap_or(usize::MAX / SHARDS / LINE_BYTES / 2) * LINE_WORDS;
+        Self::of_lines(columns, lines)
+    }
+
+    /// A base layer of this geometry.
+    pub(super) fn like(geometry: Geometry) -> Self {
+        Self::of_lines(Columns::All(geometry.width), geometry.lines_per_shard)
+    }
+
+    fn of_lines(columns: Columns, lines_per_shard: u64) -> Self {
+        let lines = usize::try_from(lines_per_shard).unwrap_or(usize::MAX / SHARDS / LINE_BYTES / 2);
         Self {
             columns,
-            lines_per_shard: (words / LINE_WORDS) as u64,
-            shards: (0..SHARDS).map(|_| Shard::new(words)).collect(),
+            lines_per_shard: lines as u64,
+            shards: (0..SHARDS).map(|_| Shard::new(lines * LINE_WORDS)).collect(),
             keys: [const { AtomicU64::new(0) }; SLOTS],
+        }
+    }
+
+    /// The measures of a base layer.
+    pub(crate) fn geometry(&self) -> Option<Geometry> {
+        match self.columns {
+            Columns::All(width) => Some(Geometry { width, lines_per_shard: self.lines_per_shard }),
+            Columns::One(_) => None,
+        }
+    }
+
+    /// The bits of a slot's column in one shard, row after row, the lowest bit of a byte first.
+    pub(super) fn column(&self, shard: usize, slot: Slot) -> Vec<u8> {
+        let (Some(geometry), Some(column)) = (self.geometry(), self.columns.column(slot)) else { return Vec::new() };
+        let rows_per_word = WORD_BITS / geometry.width;
+        let line_bytes = geometry.column_line_bytes();
+        let mut bytes = Vec::with_capacity(geometry.column_bytes() as usize);
+        for line in self.shards.get(shard).map_or(&[][..], Shard::lines) {
+            // A column has 64 rows of a line at most.
+            let mut rows = 0_u64;
+            for (word, place) in line.iter().zip(0..) {
+                let word = word.load(Ordering::Relaxed) >> column;
+                for row in 0..rows_per_word {
+                    rows |= ((word >> (row * geometry.width)) & 1) << (place * rows_per_word + row);
+                }
+            }
+            bytes.extend_from_slice(rows.to_le_bytes().get(..line_bytes).unwrap_or_default());
+        }
+        bytes
+    }
+
+    /// Adds columns, as [`Layer::column`] gave them, to one shard. They must be of this layer's geometry.
+    pub(crate) fn add_columns(&self, shard: usize, columns: &[(Slot, Vec<u8>)]) {
+        let Some(geometry) = self.geometry() else { return };
+        let rows_per_word = WORD_BITS / geometry.width;
+        let line_bytes = geometry.column_line_bytes();
+        let mut readers: Vec<_> = columns
+            .iter()
+            .filter_map(|(slot, bytes)| Some((self.columns.column(*slot)?, bytes.chunks_exact(line_bytes))))
+            .collect();
+        for line in self.shards.get(shard).map_or(&[][..], Shard::lines) {
+            for (column, lines) in &mut readers {
+                let mut rows = [0; 8];
+                let bytes = lines.next().unwrap_or_default();
+                for (row, byte) in rows.iter_mut().zip(bytes) {
+                    *row = *byte;
+                }
+                let mut rows = u64::from_le_bytes(rows);
+                while rows != 0 {
+                    let row = rows.trailing_zeros();
+                    rows &= rows - 1;
+                    if let Some(word) = line.get((row / rows_per_word) as usize) {
+                        set(word, 1 << (row % rows_per_word * geometry.width + *column));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Counts keys that came with a column.
+    pub(crate) fn count(&self, slot: Slot, keys: u64) {
+        if let Some(count) = self.keys.get(usize::from(slot)) {
+            count.fetch_add(keys, Ordering::Relaxed);
         }
     }
 
@@ -214,9 +319,7 @@ impl Layer {
             }
             inserted += 1;
         }
-        if let Some(keys) = self.keys.get(usize::from(slot)) {
-            keys.fetch_add(inserted, Ordering::Relaxed);
-        }
+        self.count(slot, inserted);
         true
     }
 
@@ -374,6 +477,27 @@ mod tests {
             layer.is_empty()
                 && layer.shards.iter().flat_map(Shard::words).all(|word| word.load(Ordering::Relaxed) == 0)
         );
+    }
+
+    #[test]
+    fn a_column_comes_back_as_it_was_taken_out() {
+        for width in [8, 16, 32, 64] {
+            let layer = Layer::new(Columns::All(width), 3_000);
+            let slots: Vec<Slot> = [0, 5, width as Slot - 1].into();
+            for slot in &slots {
+                layer.insert(*slot, digests(u64::from(*slot) * 10_000..u64::from(*slot) * 10_000 + 3_000));
+            }
+            let other = Layer::like(layer.geometry().unwrap());
+            for shard in 0..SHARDS {
+                let columns: Vec<_> = slots.iter().map(|slot| (*slot, layer.column(shard, *slot))).collect();
+                assert_eq!(columns[0].1.len() as u64, layer.geometry().unwrap().column_bytes());
+                other.add_columns(shard, &columns);
+            }
+            let words = |layer: &Layer| -> Vec<u64> {
+                layer.shards.iter().flat_map(Shard::words).map(|word| word.load(Ordering::Relaxed)).collect()
+            };
+            assert_eq!(words(&layer), words(&other), "{width} columns");
+        }
     }
 
     #[test]

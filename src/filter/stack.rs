@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::layer::{Columns, Layer, Slot};
+use super::layer::{Columns, Geometry, Layer, Slot};
 use super::sizing::with_margin;
 
 /// The keys a bucket that a new store's base layer is made for.
@@ -24,13 +24,42 @@ pub(crate) struct Stack {
 
 impl Stack {
     /// A stack for so many slots that takes about `budget_bytes` at most; `bucket_keys` are the keys of the buckets
-    /// that are there already.
-    pub(crate) fn new(slots: u64, budget_bytes: u64, bucket_keys: &[u64]) -> Self {
-        let width = u32::try_from(slots).unwrap_or(64).next_power_of_two().min(64);
+    /// that are there already. Its base is of this geometry, if it may be, so that columns that were kept fit into it.
+    pub(crate) fn new(slots: u64, budget_bytes: u64, bucket_keys: &[u64], geometry: Option<Geometry>) -> Self {
+        let width = Self::width_for(slots);
         let mut stack = Self { layers: Vec::new(), width, budget_bytes };
+        if let Some(geometry) = geometry
+            && geometry.width() == width
+            && geometry.bytes() <= budget_bytes
+        {
+            stack.layers.push(Arc::new(Layer::like(geometry)));
+            return stack;
+        }
         let largest = bucket_keys.iter().copied().max().unwrap_or(0);
         stack.add_base(with_margin(largest).max(FIRST_CAPACITY));
         stack
+    }
+
+    /// The columns of a base for so many slots.
+    fn width_for(slots: u64) -> u32 {
+        u32::try_from(slots).unwrap_or(64).next_power_of_two().clamp(8, 64)
+    }
+
+    /// The topmost base.
+    pub(crate) fn base(&self) -> Option<&Arc<Layer>> {
+        self.layers.iter().rev().find(|layer| matches!(layer.columns(), Columns::All(_)))
+    }
+
+    /// Whether the layer is still asked.
+    pub(crate) fn has(&self, layer: &Arc<Layer>) -> bool {
+        self.layers.iter().any(|other| Arc::ptr_eq(other, layer))
+    }
+
+    /// The base that has all keys of the slot, if one has.
+    pub(crate) fn base_of(&self, slot: Slot) -> Option<&Arc<Layer>> {
+        let mut with_keys = self.layers.iter().filter(|layer| layer.keys(slot) > 0);
+        let only = with_keys.next().filter(|layer| matches!(layer.columns(), Columns::All(_)))?;
+        with_keys.next().is_none().then_some(only)
     }
 
     /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows. False
@@ -106,7 +135,7 @@ impl Stack {
 
     /// A stack with a larger base, if a bucket of `keys` keys would not fit into the present one.
     pub(crate) fn with_base_for(&self, keys: u64) -> Option<Self> {
-        let base = self.layers.iter().rev().find(|layer| matches!(layer.columns(), Columns::All(_)))?;
+        let base = self.base()?;
         if keys <= base.capacity() {
             return None;
         }
@@ -153,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_bucket_that_outgrows_its_column_goes_on_in_a_larger_layer() {
-        let mut stack = Stack::new(4, 64 << 20, &[]);
+        let mut stack = Stack::new(4, 64 << 20, &[], None);
         for chunk in 0..10 {
             grow(&mut stack, 2, chunk * 100_000..(chunk + 1) * 100_000);
         }
@@ -170,7 +199,7 @@ mod tests {
     #[test]
     fn the_budget_holds_and_every_key_is_still_found() {
         let budget = 2 << 20;
-        let mut stack = Stack::new(4, budget, &[]);
+        let mut stack = Stack::new(4, budget, &[], None);
         for chunk in 0..20 {
             grow(&mut stack, 0, chunk * 100_000..(chunk + 1) * 100_000);
         }
@@ -180,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_base_that_was_too_small_is_replaced_as_its_buckets_go() {
-        let mut stack = Stack::new(4, 64 << 20, &[]);
+        let mut stack = Stack::new(4, 64 << 20, &[], None);
         grow(&mut stack, 0, 0..90_000);
         assert!(stack.with_base_for(90_000).is_none());
         stack = stack.with_base_for(300_000).unwrap();
@@ -193,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_stack_for_buckets_that_are_there_fits_them() {
-        let stack = Stack::new(26, 128 << 20, &[10, 250_000, 40_000]);
+        let stack = Stack::new(26, 128 << 20, &[10, 250_000, 40_000], None);
         assert!(stack.with_room(1, 250_000).is_none());
         assert_eq!(stack.layers.len(), 1);
     }

@@ -15,6 +15,7 @@ use super::hot_table::{HotTable, Stripe};
 use super::request::Request;
 use super::sequence::Sequence;
 use super::transition::{self, Policy};
+use crate::bucket::filters::Filters;
 use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
 use crate::clock::{Now, Timeline};
@@ -53,6 +54,7 @@ pub(crate) struct Engine {
     pub(super) db: Db,
     pub(super) hot: HotTable,
     pub(super) buckets: BucketSet,
+    pub(super) filters: Filters,
     pub(super) sequence: Sequence,
     pub(super) timeline: Timeline,
     pub(super) counters: Counters,
@@ -128,13 +130,16 @@ impl Engine {
         }
         let timeline = Timeline::new(Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
         let filter_budget = (config.memory_budget / FILTER_SHARE) as u64;
-        let buckets = BucketSet::open(&db, &families, config.span, timeline.now().wall_ms, filter_budget)?;
+        let filters = Filters::find(&db, &secret, &families)?;
+        let now_ms = timeline.now().wall_ms;
+        let buckets = BucketSet::open(&db, &families, config.span, now_ms, filter_budget, filters.geometry())?;
         let engine = Self {
             policy: Policy { window_ms: config.span.window_ms, on_interrupt: config.on_interrupt },
             config,
             db,
             hot,
             buckets,
+            filters,
             sequence: Sequence::after(tokens),
             timeline,
             counters: Counters::default(),

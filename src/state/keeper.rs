@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 
 /// How often the keeper looks whether a bucket has ended or passed.
 const TICK: Duration = Duration::from_millis(100);
+/// How often it looks whether the filter of an ended bucket is to be kept on disk.
+const FILTER_INTERVAL: Duration = Duration::from_secs(1);
 /// How long it leaves a failure alone.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -37,14 +39,7 @@ impl Keeper {
         keeper.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| {
             keep(engine, rounds, &woken, stopped);
         })?;
-        keeper.spawn(engine, &stopped, "onlyonce-filter", |engine, stopped| {
-            if let Err(error) = engine.rebuild_filters(|| !is_over(stopped))
-                && !matches!(error, Error::Closed)
-            {
-                // The buckets without a filter are asked on disk: slower, and as right.
-                tracing::warn!(%error, "filters could not be rebuilt");
-            }
-        })?;
+        keeper.spawn(engine, &stopped, "onlyonce-filter", keep_filters)?;
         if engine.config().durability == Durability::Process {
             keeper.spawn(engine, &stopped, "onlyonce-sync", sync)?;
         }
@@ -149,6 +144,22 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
                 tracing::warn!(%error, "upkeep failed, and will be tried again");
                 pause = PAUSE;
             }
+        }
+    }
+}
+
+/// A filter that fails costs time and nothing else: the buckets without one are asked on disk.
+fn keep_filters(engine: &Engine, stopped: &Receiver<()>) {
+    let go_on = || !is_over(stopped);
+    if let Err(error) = engine.bring_back_filters(&go_on)
+        && !matches!(error, Error::Closed)
+    {
+        tracing::warn!(%error, "filters could not be rebuilt");
+    }
+    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(FILTER_INTERVAL) {
+        match engine.keep_filters(go_on) {
+            Ok(()) | Err(Error::Closed) => {}
+            Err(error) => tracing::warn!(%error, "the filter of an ended bucket could not be kept on disk"),
         }
     }
 }

@@ -8,10 +8,11 @@ use std::time::Duration;
 use super::chunk::Chunk;
 use super::engine::{Engine, HIGH_WATER};
 use super::transition::Standing;
+use crate::bucket::filters::Filters;
 use crate::bucket::rotation::{drop_passed, has_passed, prepare_next};
 use crate::bucket::seal::seal;
+use crate::bucket::set::Bucket;
 use crate::bucket::window::Slice;
-use crate::bucket::{recovery, set::Bucket};
 use crate::codec::{RowKind, RowWriter};
 use crate::config::Span;
 use crate::entry::{Entry, Processing};
@@ -212,24 +213,23 @@ impl Engine {
         })
     }
 
-    /// Brings back the filter of every bucket that has none, the newest first, as long as `go_on` says so.
-    pub(super) fn rebuild_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
+    /// Brings back the filter of every bucket that has none, as long as `go_on` says so.
+    pub(super) fn bring_back_filters(&self, go_on: &(impl Fn() -> bool + Sync)) -> Result<()> {
         let begun = std::time::Instant::now();
-        let view = Arc::clone(&self.buckets.view());
-        let mut keys = 0;
-        for bucket in view.newest_first() {
-            if view.is_filtered(&bucket) {
-                continue;
-            }
-            if !recovery::rebuild_filter(&self.db, &self.buckets, &bucket, &go_on)? {
-                return Ok(());
-            }
-            keys += bucket.keys.load(Ordering::Relaxed);
-        }
-        if keys > 0 {
-            tracing::info!(keys, elapsed = ?begun.elapsed(), "filters rebuilt");
-        }
+        self.filters.load(&self.buckets, go_on);
+        Filters::rebuild(&self.db, &self.buckets, go_on)?;
+        tracing::info!(elapsed = ?begun.elapsed(), "filters complete");
         Ok(())
+    }
+
+    /// Keeps the filters of buckets that have ended on disk.
+    pub(super) fn keep_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
+        let runs = || {
+            // While a seal is between a run and its marks, the run must not pass for one that is marked.
+            let _sealing = self.sealing.lock();
+            self.db.runs()
+        };
+        self.filters.keep(&self.buckets, self.now().wall_ms, runs, go_on)
     }
 
     /// The store's figures. Visits the hot table and the directory: not for every request.

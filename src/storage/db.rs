@@ -1,5 +1,6 @@
 //! The database: opening, creating, reading, writing. Every RocksDB error becomes one of ours here.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -217,6 +218,21 @@ impl Db {
         open.get()?
             .drop_cf(bucket)
             .map_err(|error| failed("cannot drop a bucket in", &self.directory.database(), &error))
+    }
+
+    /// The numbers of the files of each bucket. A number is given once.
+    pub(crate) fn runs(&self) -> Result<HashMap<String, Vec<u64>>> {
+        let open = self.rocks()?;
+        let path = self.directory.database();
+        let files = open.get()?.live_files().map_err(|error| failed("cannot list the files of", &path, &error))?;
+        let mut runs: HashMap<String, Vec<u64>> = HashMap::new();
+        for file in files {
+            let number = file.name.trim_start_matches('/').trim_end_matches(".sst").parse().map_err(|_| {
+                Error::Corrupt { place: path.display().to_string(), detail: format!("{} is no number", file.name) }
+            })?;
+            runs.entry(file.column_family_name).or_default().push(number);
+        }
+        Ok(runs)
     }
 
     /// How many keys a bucket has, as RocksDB estimates it: exact but for keys that were forgotten or ingested twice.

@@ -5,6 +5,7 @@
 //! STORE/db/             RocksDB
 //! STORE/db.new/         a store that is being created; removed where a crash left it
 //! STORE/runs/           runs that are written and not yet ingested; removed at open
+//! STORE/filters/        filters of ended buckets; what is missing or does not match is made anew
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -20,6 +21,7 @@ const LOCK: &str = "onlyonce.lock";
 const DATABASE: &str = "db";
 const NEW_DATABASE: &str = "db.new";
 const RUNS: &str = "runs";
+const FILTERS: &str = "filters";
 /// What the lock file says once a store was created: without it, a lost database would pass for a new store.
 const CREATED: &[u8] = b"created\n";
 
@@ -61,6 +63,7 @@ impl Directory {
         let directory = Self { root: root.to_owned(), lock: Mutex::new(Some(lock)) };
         remove_dir(&directory.new_database())?;
         make_private(&directory.runs())?;
+        make_private(&directory.filters())?;
         remove_runs(&directory.runs())?;
         directory.note_creation()?;
         Ok(directory)
@@ -97,6 +100,10 @@ impl Directory {
 
     pub(crate) fn runs(&self) -> PathBuf {
         self.root.join(RUNS)
+    }
+
+    pub(crate) fn filters(&self) -> PathBuf {
+        self.root.join(FILTERS)
     }
 
     fn new_database(&self) -> PathBuf {

@@ -1,0 +1,358 @@
+//! The filters behind the buckets: read from their files at open, rebuilt from the keys where those do not match, and
+//! kept on disk when a bucket has ended. Meanwhile the store answers from disk.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::recovery::rebuild_filter;
+use super::set::{Bucket, BucketSet};
+use crate::codec::Secret;
+use crate::error::{Error, Result};
+use crate::filter::file::{self, Covered, FileKey, FilterFile};
+use crate::filter::layer::{Geometry, SHARDS};
+use crate::storage::db::Db;
+
+/// Threads that read files, or the keys of buckets, at a time.
+const THREADS: usize = 2;
+
+const EXTENSION: &str = "filter";
+
+/// The filter files of a store.
+pub(crate) struct Filters {
+    dir: PathBuf,
+    key: FileKey,
+    /// Files that were there at open, by the names of their buckets.
+    found: Mutex<HashMap<String, FilterFile>>,
+    /// What the file of a bucket answers for, by the bucket's name.
+    kept: Mutex<HashMap<String, Covered>>,
+}
+
+impl Filters {
+    /// Looks at the files of these buckets, and leaves those alone that do not answer for all keys of theirs.
+    pub(crate) fn find(db: &Db, secret: &Secret, buckets: &[String]) -> Result<Self> {
+        let filters = Self {
+            dir: db.directory().filters(),
+            key: FileKey::new(secret),
+            found: Mutex::default(),
+            kept: Mutex::default(),
+        };
+        let runs = db.runs()?;
+        for bucket in buckets {
+            match FilterFile::open(&filters.path(bucket), &filters.key, bucket) {
+                Ok(file) if file.covered.covers(runs.get(bucket).map_or(&[], Vec::as_slice)) => {
+                    filters.found.lock().insert(bucket.clone(), file);
+                }
+                Ok(_) => tracing::debug!(bucket, "the filter file does not answer for all keys of its bucket"),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => untrusted(bucket, &error),
+            }
+        }
+        Ok(filters)
+    }
+
+    fn path(&self, bucket: &str) -> PathBuf {
+        self.dir.join(bucket).with_extension(EXTENSION)
+    }
+
+    /// The geometry that most of the files have.
+    pub(crate) fn geometry(&self) -> Option<Geometry> {
+        let found = self.found.lock();
+        let with = |geometry| found.values().filter(|file| file.geometry == geometry).count();
+        found.values().map(|file| file.geometry).max_by_key(|geometry| with(*geometry))
+    }
+
+    /// Reads the files that were found at open. The filter answers for their buckets from then on. Gives up when
+    /// `go_on` says so.
+    pub(crate) fn load(&self, set: &BucketSet, go_on: &(impl Fn() -> bool + Sync)) {
+        let mut found = std::mem::take(&mut *self.found.lock());
+        let view = set.view();
+        let Some(base) = view.base() else { return };
+        let files: Vec<(Arc<Bucket>, FilterFile)> = view
+            .newest_first()
+            .into_iter()
+            .filter_map(|bucket| found.remove(&bucket.family).map(|file| (bucket, file)))
+            .filter(|(_, file)| base.geometry() == Some(file.geometry))
+            .collect();
+        let damaged: Vec<Mutex<Option<io::Error>>> = files.iter().map(|_| Mutex::new(None)).collect();
+        let next = AtomicUsize::new(0);
+        in_parallel(|| {
+            while let shard @ 0..SHARDS = next.fetch_add(1, Ordering::Relaxed)
+                && go_on()
+            {
+                let mut columns = Vec::with_capacity(files.len());
+                for ((bucket, file), damaged) in files.iter().zip(&damaged) {
+                    match file.column(shard) {
+                        Ok(column) => columns.push((bucket.slot, column)),
+                        Err(error) => *damaged.lock() = Some(error),
+                    }
+                }
+                set.add_columns(base, shard, &columns);
+            }
+        });
+        if !go_on() {
+            return;
+        }
+        for ((bucket, file), damaged) in files.into_iter().zip(damaged) {
+            match damaged.into_inner() {
+                // What was read of it stays in the filter, where it lets a few keys more through to the disk.
+                Some(error) => untrusted(&bucket.family, &error),
+                None => {
+                    set.set_loaded(&bucket, base, file.covered.keys);
+                    self.kept.lock().insert(bucket.family.clone(), file.covered);
+                }
+            }
+        }
+    }
+
+    /// Rebuilds the filters that are still missing from the keys of their buckets, the newest first, as long as `go_on`
+    /// says so. True if all are there.
+    pub(crate) fn rebuild(db: &Db, set: &BucketSet, go_on: &(impl Fn() -> bool + Sync)) -> Result<()> {
+        let view = set.view();
+        let missing: Vec<Arc<Bucket>> =
+            view.newest_first().into_iter().filter(|bucket| !view.is_filtered(bucket)).collect();
+        let next = AtomicUsize::new(0);
+        let failed = Mutex::new(None);
+        in_parallel(|| {
+            while let Some(bucket) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match rebuild_filter(db, set, bucket, go_on) {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => *failed.lock() = Some(error),
+                }
+            }
+        });
+        failed.into_inner().map_or(Ok(()), Err)
+    }
+
+    /// Writes the filter of every bucket that has ended and has no file that answers for all its keys, and removes the
+    /// files of buckets that are gone. `runs` lists the files of all buckets while no key is on its way into one.
+    pub(crate) fn keep(
+        &self,
+        set: &BucketSet,
+        now_ms: u64,
+        runs: impl FnOnce() -> Result<HashMap<String, Vec<u64>>>,
+        go_on: impl Fn() -> bool,
+    ) -> Result<()> {
+        let view = set.view();
+        let ended: Vec<Arc<Bucket>> = view
+            .newest_first()
+            .into_iter()
+            .filter(|bucket| bucket.slice.end_ms() <= now_ms && view.is_filtered(bucket))
+            .collect();
+        if ended.is_empty() {
+            return Ok(());
+        }
+        let mut runs = runs()?;
+        // Every key of these runs is marked by now, and in this picture or a later one.
+        let view = set.view();
+        for bucket in ended {
+            let covered = Covered {
+                keys: bucket.keys.load(Ordering::Relaxed),
+                runs: runs.remove(&bucket.family).unwrap_or_default(),
+            };
+            let is_kept = self.kept.lock().get(&bucket.family).is_some_and(|kept| kept.covers(&covered.runs));
+            // One that outgrew its column is spread over several layers, and is rebuilt at the next open.
+            let Some(layer) = view.base_of(bucket.slot).filter(|_| !is_kept) else { continue };
+            if !go_on() {
+                return Ok(());
+            }
+            let path = self.path(&bucket.family);
+            file::write(&path, &self.key, &bucket.family, layer, bucket.slot, &covered)
+                .map_err(|error| Error::io("cannot write", path, &error))?;
+            tracing::debug!(bucket = %bucket.slice, keys = covered.keys, "filter kept");
+            self.kept.lock().insert(bucket.family.clone(), covered);
+        }
+        self.remove_passed(set)
+    }
+
+    /// Removes the files of buckets that are gone, and what a crash left of one that was being written.
+    pub(crate) fn remove_passed(&self, set: &BucketSet) -> Result<()> {
+        let buckets = set.view().newest_first();
+        let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
+        self.kept.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));
+        let unreadable = |error: io::Error| Error::io("cannot read", self.dir.clone(), &error);
+        for entry in fs::read_dir(&self.dir).map_err(unreadable)? {
+            let path = entry.map_err(unreadable)?.path();
+            // Nothing else that somebody may have put beside them.
+            let ours = path.extension().is_some_and(|extension| extension == EXTENSION || extension == file::NEW);
+            if ours && !is_live(&path) {
+                fs::remove_file(&path).map_err(|error| Error::io("cannot remove", path, &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn untrusted(bucket: &str, error: &io::Error) {
+    tracing::warn!(bucket, %error, "the filter file is not trusted: the filter is rebuilt from the bucket's keys");
+}
+
+fn in_parallel(work: impl Fn() + Sync) {
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(&work);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bucket::seal::{Row, Rows, seal};
+    use crate::bucket::window::Slice;
+    use crate::config::Span;
+    use crate::entry::{Done, Kept};
+    use crate::storage::directory::Directory;
+    use std::time::Duration;
+
+    const SECRET: Secret = [5; 16];
+    const SPAN: Span = Span { window_ms: 10_000, bucket_ms: 1_000 };
+
+    /// Keys `range`, completed in the bucket of a second.
+    struct Keys(u64, std::ops::Range<u64>);
+
+    fn slice(second: u64) -> Slice {
+        Slice { start_ms: second * 1_000, width_ms: 1_000 }
+    }
+
+    fn digest(i: u64) -> u64 {
+        i.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+
+    impl Rows for Keys {
+        fn slices(&self) -> Vec<(Slice, usize)> {
+            vec![(slice(self.0), self.1.clone().count())]
+        }
+
+        fn visit(&self, _: Slice, mut visit: impl FnMut(Row<'_>) -> Result<()>) -> Result<()> {
+            let mut keys: Vec<u64> = self.1.clone().collect();
+            keys.sort_unstable_by_key(|i| digest(*i));
+            let done = Done { token: 1, completed_ms: self.0 * 1_000, fingerprint: None, result: Kept::Absent };
+            keys.into_iter().try_for_each(|i| visit(Row { digest: digest(i), key: &i.to_le_bytes(), done: &done }))
+        }
+    }
+
+    fn open(dir: &tempfile::TempDir) -> (Db, Filters, BucketSet) {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let filters = Filters::find(&db, &SECRET, &families).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, 0, 64 << 20, filters.geometry()).unwrap();
+        (db, filters, set)
+    }
+
+    fn fill(db: &Db, set: &BucketSet, second: u64, range: std::ops::Range<u64>) {
+        seal(db, set, &Keys(second, range)).unwrap();
+    }
+
+    fn keep(db: &Db, filters: &Filters, set: &BucketSet, now_ms: u64) {
+        filters.keep(set, now_ms, || db.runs(), || true).unwrap();
+    }
+
+    fn filtered(set: &BucketSet) -> Vec<u64> {
+        let view = set.view();
+        let mut seconds: Vec<u64> = view
+            .newest_first()
+            .iter()
+            .filter(|bucket| view.is_filtered(bucket))
+            .map(|bucket| bucket.slice.start_ms / 1_000)
+            .collect();
+        seconds.sort_unstable();
+        seconds
+    }
+
+    /// Three buckets, of which two have ended.
+    fn three_buckets(dir: &tempfile::TempDir) {
+        let (db, filters, set) = open(dir);
+        for second in 0..3 {
+            fill(&db, &set, second, second * 1_000..second * 1_000 + 1_000);
+        }
+        keep(&db, &filters, &set, 2_500);
+        db.close().unwrap();
+    }
+
+    fn assert_all_known(set: &BucketSet) {
+        for i in 0..3_000 {
+            let slots = set.view().candidates(digest(i));
+            let buckets: Vec<u64> = set.view().of_slots(slots).map(|bucket| bucket.slice.start_ms / 1_000).collect();
+            assert!(buckets.contains(&(i / 1_000)), "key {i}");
+        }
+    }
+
+    #[test]
+    fn the_filters_of_ended_buckets_are_read_back_and_the_others_rebuilt() {
+        let dir = tempfile::tempdir().unwrap();
+        three_buckets(&dir);
+        let (db, filters, set) = open(&dir);
+        assert!(filtered(&set).is_empty());
+        filters.load(&set, &|| true);
+        assert_eq!(filtered(&set), [0, 1]);
+        assert_all_known(&set);
+        Filters::rebuild(&db, &set, &|| true).unwrap();
+        assert_eq!(filtered(&set), [0, 1, 2]);
+        assert_all_known(&set);
+        let wrong = (10_000..30_000).filter(|i| set.view().candidates(digest(*i)) != 0).count();
+        assert!(wrong < 20, "{wrong} of 20,000 new keys would go to the disk");
+    }
+
+    #[test]
+    fn a_file_that_does_not_know_all_runs_of_its_bucket_is_not_trusted() {
+        let dir = tempfile::tempdir().unwrap();
+        three_buckets(&dir);
+        let (db, _, set) = open(&dir);
+        fill(&db, &set, 1, 5_000..5_100);
+        db.close().unwrap();
+        let (db, filters, set) = open(&dir);
+        filters.load(&set, &|| true);
+        assert_eq!(filtered(&set), [0]);
+        Filters::rebuild(&db, &set, &|| true).unwrap();
+        keep(&db, &filters, &set, 2_500);
+        db.close().unwrap();
+        let (_db, filters, set) = open(&dir);
+        filters.load(&set, &|| true);
+        assert_eq!(filtered(&set), [0, 1], "it was written anew");
+        assert_ne!(set.view().candidates(digest(5_050)), 0);
+    }
+
+    #[test]
+    fn a_damaged_file_is_not_trusted() {
+        let dir = tempfile::tempdir().unwrap();
+        three_buckets(&dir);
+        let path = dir.path().join("store/filters").join(slice(1).family()).with_extension(EXTENSION);
+        let good = fs::read(&path).unwrap();
+        for at in [9, 40, good.len() / 2, good.len() - 1] {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            fs::write(&path, &bad).unwrap();
+            let (db, filters, set) = open(&dir);
+            filters.load(&set, &|| true);
+            assert_eq!(filtered(&set), [0], "byte {at} of {}", good.len());
+            assert_all_known(&set);
+            db.close().unwrap();
+        }
+    }
+
+    #[test]
+    fn the_file_of_a_bucket_that_is_gone_goes_too() {
+        let dir = tempfile::tempdir().unwrap();
+        three_buckets(&dir);
+        let (db, filters, set) = open(&dir);
+        let filters_dir = dir.path().join("store/filters");
+        fs::write(filters_dir.join("torn.new"), b"x").unwrap();
+        fs::write(filters_dir.join("somebody's"), b"x").unwrap();
+        let oldest = set.view().newest_first().pop().unwrap();
+        set.remove(&db, &oldest);
+        filters.remove_passed(&set).unwrap();
+        let mut left: Vec<_> = fs::read_dir(&filters_dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(
+            left,
+            [format!("{}.filter", slice(1).family()).as_str(), "somebody's"].map(std::ffi::OsString::from)
+        );
+    }
+}

@@ -1,0 +1,217 @@
+//! Filter files: the column of one bucket, kept so that an opening need not read the bucket's keys.
+//!
+//! ```text
+//! file   := header | header hash (16) | (column of a shard | hash (16)) for each of 16 shards
+//! header := "ONLYFLT1" | width (4) | lines of a shard (8) | keys (8) | number of runs (4) | number of a run (8)*
+//! column := a bit for each row, row after row, the lowest bit of a byte first
+//! ```
+//!
+//! Numbers are little endian. A hash is BLAKE3's, keyed with the store's secret, over the bucket's name and the header
+//! (the header's), or over the header's hash, the shard's number and the column (a shard's), cut to 16 bytes: a file of
+//! another store, another bucket or another moment does not pass, nor does one with a wrong bit.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::layer::{Geometry, Layer, SHARDS, Slot};
+use crate::codec::{Reader, Secret};
+
+const MAGIC: &[u8; 8] = b"ONLYFLT1";
+const HASH_BYTES: usize = 16;
+/// What the name of a file ends in while it is being written.
+pub(crate) const NEW: &str = "new";
+/// A bucket's runs are merged long before.
+const MAX_RUNS: u32 = 1 << 16;
+
+type Hash = [u8; HASH_BYTES];
+
+/// The key that the files of a store are hashed with.
+#[derive(Clone, Copy)]
+pub(crate) struct FileKey([u8; blake3::KEY_LEN]);
+
+impl FileKey {
+    pub(crate) fn new(secret: &Secret) -> Self {
+        Self(blake3::derive_key("onlyonce 2026 filter files", secret))
+    }
+
+    fn hash(&self, parts: &[&[u8]]) -> Hash {
+        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        for part in parts {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        let mut hash = Hash::default();
+        hasher.finalize_xof().fill(&mut hash);
+        hash
+    }
+}
+
+/// What a filter file answers for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Covered {
+    pub(crate) keys: u64,
+    /// The numbers of the bucket's files. It answers for no key that lies in another.
+    pub(crate) runs: Vec<u64>,
+}
+
+impl Covered {
+    /// Whether it answers for all keys of a bucket that has these files.
+    pub(crate) fn covers(&self, runs: &[u64]) -> bool {
+        runs.iter().all(|run| self.runs.contains(run))
+    }
+}
+
+/// Writes a slot's column of a base layer, whole or not at all.
+pub(crate) fn write(
+    path: &Path,
+    key: &FileKey,
+    bucket: &str,
+    layer: &Layer,
+    slot: Slot,
+    covered: &Covered,
+) -> io::Result<()> {
+    let Some(geometry) = layer.geometry() else { return Err(io::Error::other("only a base has columns to keep")) };
+    let new = path.with_extension(NEW);
+    let file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut header = Vec::new();
+    header.extend_from_slice(MAGIC);
+    header.extend_from_slice(&geometry.width.to_le_bytes());
+    header.extend_from_slice(&geometry.lines_per_shard.to_le_bytes());
+    header.extend_from_slice(&covered.keys.to_le_bytes());
+    header.extend_from_slice(&(covered.runs.len() as u32).to_le_bytes());
+    for run in &covered.runs {
+        header.extend_from_slice(&run.to_le_bytes());
+    }
+    let header_hash = key.hash(&[bucket.as_bytes(), &header]);
+    out.write_all(&header)?;
+    out.write_all(&header_hash)?;
+    for shard in 0..SHARDS {
+        let column = layer.column(shard, slot);
+        out.write_all(&column)?;
+        out.write_all(&key.hash(&[&header_hash, &shard.to_le_bytes(), &column]))?;
+    }
+    out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
+    fs::rename(&new, path)
+}
+
+/// A filter file whose header was read and found right.
+pub(crate) struct FilterFile {
+    file: File,
+    key: FileKey,
+    header_hash: Hash,
+    /// Where the first column begins.
+    columns_start: u64,
+    pub(crate) geometry: Geometry,
+    pub(crate) covered: Covered,
+}
+
+impl FilterFile {
+    /// Opens the file of a bucket. An error says why it is not to be trusted.
+    pub(crate) fn open(path: &Path, key: &FileKey, bucket: &str) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        let mut header = vec![0; MAGIC.len() + 24];
+        file.read_exact(&mut header)?;
+        let (geometry, keys, runs) = read_header(&header).ok_or_else(|| damaged("its header"))?;
+        let fixed = header.len();
+        header.resize(fixed + runs as usize * 8, 0);
+        file.read_exact(header.get_mut(fixed..).unwrap_or_default())?;
+        let mut header_hash = Hash::default();
+        file.read_exact(&mut header_hash)?;
+        if header_hash != key.hash(&[bucket.as_bytes(), &header]) || !geometry.is_valid() {
+            return Err(damaged("its header"));
+        }
+        let runs = header.get(fixed..).unwrap_or_default().as_chunks().0.iter().copied().map(u64::from_le_bytes);
+        let covered = Covered { keys, runs: runs.collect() };
+        let columns_start = (header.len() + HASH_BYTES) as u64;
+        Ok(Self { file, key: *key, header_hash, columns_start, geometry, covered })
+    }
+
+    /// The column of a shard.
+    pub(crate) fn column(&self, shard: usize) -> io::Result<Vec<u8>> {
+        let len = self.geometry.column_bytes();
+        let start =
+            (len + HASH_BYTES as u64).checked_mul(shard as u64).and_then(|at| at.checked_add(self.columns_start));
+        let start = start.ok_or_else(|| damaged("its header"))?;
+        let mut column = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut column, start)?;
+        let mut hash = Hash::default();
+        self.file.read_exact_at(&mut hash, start + len)?;
+        if hash != self.key.hash(&[&self.header_hash, &shard.to_le_bytes(), &column]) {
+            return Err(damaged("a column"));
+        }
+        Ok(column)
+    }
+}
+
+fn read_header(header: &[u8]) -> Option<(Geometry, u64, u32)> {
+    let mut reader = Reader::new(header);
+    if reader.take(MAGIC.len())? != MAGIC {
+        return None;
+    }
+    let width = u32::from_le_bytes(reader.array()?);
+    let lines_per_shard = u64::from_le_bytes(reader.array()?);
+    let keys = u64::from_le_bytes(reader.array()?);
+    let runs = u32::from_le_bytes(reader.array()?);
+    (runs <= MAX_RUNS).then_some((Geometry { width, lines_per_shard }, keys, runs))
+}
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{what} does not match its checksum"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::layer::Columns;
+
+    fn key() -> FileKey {
+        FileKey::new(&[3; 16])
+    }
+
+    fn written(dir: &tempfile::TempDir) -> (std::path::PathBuf, Layer, Covered) {
+        let layer = Layer::new(Columns::All(32), 2_000);
+        layer.insert(7, (0..2_000_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        let covered = Covered { keys: 2_000, runs: vec![11, 19] };
+        let path = dir.path().join("bucket.filter");
+        write(&path, &key(), "bucket", &layer, 7, &covered).unwrap();
+        (path, layer, covered)
+    }
+
+    fn read(path: &Path, key: &FileKey, bucket: &str) -> io::Result<(Covered, Vec<Vec<u8>>)> {
+        let file = FilterFile::open(path, key, bucket)?;
+        let columns = (0..SHARDS).map(|shard| file.column(shard)).collect::<io::Result<_>>()?;
+        Ok((file.covered, columns))
+    }
+
+    #[test]
+    fn a_file_comes_back_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, layer, covered) = written(&dir);
+        let (read, columns) = read(&path, &key(), "bucket").unwrap();
+        assert_eq!(read, covered);
+        assert!(columns.iter().enumerate().all(|(shard, column)| *column == layer.column(shard, 7)));
+        assert!(read.covers(&[19]) && read.covers(&[]) && !read.covers(&[11, 20]));
+    }
+
+    #[test]
+    fn a_file_with_a_wrong_bit_or_a_missing_end_or_of_another_bucket_is_not_trusted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, ..) = written(&dir);
+        let good = fs::read(&path).unwrap();
+        for at in (0..good.len()).step_by(97) {
+            let mut bad = good.clone();
+            bad[at] ^= 1 << (at % 8);
+            fs::write(&path, &bad).unwrap();
+            assert!(read(&path, &key(), "bucket").is_err(), "a bit of byte {at}");
+            fs::write(&path, &good[..at]).unwrap();
+            assert!(read(&path, &key(), "bucket").is_err(), "cut at {at}");
+        }
+        fs::write(&path, &good).unwrap();
+        assert!(read(&path, &key(), "other").is_err());
+        assert!(read(&path, &FileKey::new(&[4; 16]), "bucket").is_err());
+        assert!(read(&path, &key(), "bucket").is_ok());
+    }
+}
