@@ -1,0 +1,176 @@
+//! The command line, and how large a run is.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::child::Child;
+use crate::subject::Kind;
+
+/// Measures onlyonce beside its peers, in one run.
+#[derive(Parser)]
+pub struct Args {
+    /// Fewer keys and one round: everything together in five minutes.
+    #[arg(long)]
+    pub quick: bool,
+    /// Only these workloads: W1,W4
+    #[arg(long, value_delimiter = ',', ignore_case = true)]
+    pub only: Vec<Workload>,
+    /// Only these subjects: onlyonce,redb
+    #[arg(long, value_delimiter = ',')]
+    pub subjects: Vec<Kind>,
+    /// Write the figures to this file, an object a line.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write a page with tables and plots to this directory.
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
+    /// Measure nothing: take the figures from a file that --json wrote.
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<PathBuf>,
+    /// How often each measurement is made: the table has medians. 3 by default, 1 with --quick.
+    #[arg(long)]
+    pub rounds: Option<usize>,
+    /// How many keys the workloads have at most.
+    #[arg(long)]
+    pub keys: Option<u64>,
+    /// How long the consumer's day (W6) is, in seconds. 600 by default, 40 with --quick.
+    #[arg(long, value_name = "SECONDS")]
+    pub day: Option<u64>,
+    /// Where the data goes while it is needed: the system's directory for temporary files by default.
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Answer one key wrong: the run has to fail.
+    #[arg(long, hide = true)]
+    pub plant_wrong_answer: bool,
+    #[command(subcommand)]
+    pub child: Option<Child>,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[value(rename_all = "verbatim")]
+pub enum Workload {
+    /// Checks of new keys.
+    W1,
+    /// Checks of known keys.
+    W2,
+    /// Records of new keys.
+    W3,
+    /// The whole life: claim, then complete.
+    W4,
+    /// The whole life, safe from a power cut.
+    W5,
+    /// A consumer's day.
+    W6,
+    /// A bucket of many keys leaves.
+    W7,
+    /// Opening.
+    W8,
+    /// What more keys and more buckets cost.
+    W9,
+}
+
+impl Workload {
+    pub const ALL: [Self; 9] =
+        [Self::W1, Self::W2, Self::W3, Self::W4, Self::W5, Self::W6, Self::W7, Self::W8, Self::W9];
+
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::W1 => "W1: checks of new keys",
+            Self::W2 => "W2: checks of known keys",
+            Self::W3 => "W3: records of new keys, until all lie where they stay",
+            Self::W4 => "W4: the whole life, claim then complete, until all lie where they stay",
+            Self::W5 => "W5: the whole life, each synced to the disk",
+            Self::W6 => "W6: a consumer's day",
+            Self::W7 => "W7: many keys leave at once",
+            Self::W8 => "W8: opening",
+            Self::W9 => "W9: growth",
+        }
+    }
+}
+
+/// How much of everything.
+#[derive(Debug, Clone)]
+pub struct Scale {
+    pub rounds: usize,
+    /// W1: live keys of the subjects that are fast enough to be filled with so many.
+    pub live: u64,
+    /// W1 and W2: live keys where all subjects are compared.
+    pub compared: u64,
+    /// W1 and W2: keys that are asked for.
+    pub probes: u64,
+    /// W3 and W4: keys in batches, and one at a time.
+    pub batched: u64,
+    pub single: u64,
+    /// In a quick run, fast subjects get more keys than slow ones: a tenth of a second measures nothing.
+    pub fast_factor: u64,
+    /// W5: how long each.
+    pub synced: Duration,
+    /// W6: how long in all.
+    pub day: Duration,
+    /// W7: keys that leave.
+    pub leaving: u64,
+    /// W8: keys in the store that is opened.
+    pub opened: u64,
+    /// W9: the largest number of keys, and the smaller ones as parts of it.
+    pub grown: u64,
+    pub grown_parts: [u64; 3],
+}
+
+impl Scale {
+    pub fn of(args: &Args) -> Self {
+        let mut scale = if args.quick {
+            Self {
+                rounds: 1,
+                live: 10_000_000,
+                compared: 400_000,
+                probes: 400_000,
+                batched: 400_000,
+                single: 60_000,
+                fast_factor: 5,
+                synced: Duration::from_millis(1_000),
+                day: Duration::from_secs(40),
+                leaving: 1_000_000,
+                opened: 5_000_000,
+                grown: 3_000_000,
+                grown_parts: [10, 3, 1],
+            }
+        } else {
+            Self {
+                rounds: 3,
+                live: 100_000_000,
+                compared: 10_000_000,
+                probes: 4_000_000,
+                batched: 4_000_000,
+                single: 500_000,
+                fast_factor: 1,
+                synced: Duration::from_secs(5),
+                day: Duration::from_secs(600),
+                leaving: 10_000_000,
+                opened: 100_000_000,
+                grown: 100_000_000,
+                grown_parts: [100, 10, 1],
+            }
+        };
+        if let Some(keys) = args.keys {
+            for count in [
+                &mut scale.live,
+                &mut scale.compared,
+                &mut scale.probes,
+                &mut scale.batched,
+                &mut scale.single,
+                &mut scale.leaving,
+                &mut scale.opened,
+                &mut scale.grown,
+            ] {
+                *count = keys.min(*count);
+            }
+        }
+        scale.rounds = args.rounds.unwrap_or(scale.rounds).max(1);
+        scale.day = args.day.map_or(scale.day, Duration::from_secs);
+        scale
+    }
+}

@@ -1,0 +1,93 @@
+//! What the operating system knows: bytes written, sizes, the disk's syncs, and what machine it is.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// The bytes that this process has passed to `write` and its kin. The kernel's count of bytes that went to the
+/// device would leave out what the page cache has not written back yet.
+pub fn bytes_written() -> Result<u64> {
+    field("/proc/self/io", "wchar:")
+}
+
+/// The bytes of pages that another process has dirtied: its `write` calls are answers to its clients as well.
+pub fn bytes_dirtied_by(pid: u32) -> Result<u64> {
+    field(&format!("/proc/{pid}/io"), "write_bytes:")
+}
+
+/// The memory of this process, in bytes.
+pub fn resident_bytes() -> Result<u64> {
+    Ok(field("/proc/self/status", "VmRSS:")? * 1024)
+}
+
+fn field(path: &str, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| format!("{path} cannot be read"))?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)).and_then(|rest| rest.split_whitespace().next());
+    value.and_then(|value| value.parse().ok()).with_context(|| format!("{path} has no {name}"))
+}
+
+/// What a directory takes on the disk. Files that vanish meanwhile count nothing.
+pub fn directory_bytes(path: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(path) else { return 0 };
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => directory_bytes(&entry.path()),
+            Ok(metadata) => metadata.blocks() * 512,
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+/// How many small appends a second the disk can make safe, one after the other.
+pub fn fsyncs_per_s(dir: &Path, duration: Duration) -> Result<f64> {
+    let path = dir.join("fsyncs");
+    let mut file = File::create(&path)?;
+    let start = Instant::now();
+    let mut count = 0;
+    while start.elapsed() < duration {
+        file.write_all(&[b'x'; 64])?;
+        file.sync_data()?;
+        count += 1;
+    }
+    let rate = f64::from(count) / start.elapsed().as_secs_f64();
+    fs::remove_file(path)?;
+    Ok(rate)
+}
+
+/// The processor, the number of cores, and the memory.
+pub fn description() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map_or("an unnamed processor", |rest| rest.trim_start_matches([' ', '\t', ':']));
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let memory = field("/proc/meminfo", "MemTotal:").unwrap_or(0) as f64 / 1024.0 / 1024.0;
+    let system = output("uname", &["-sr"]).unwrap_or_else(|| "an unknown system".to_owned());
+    format!("{model}, {cores} cores, {memory:.0} GiB, {system}")
+}
+
+/// The commit that was built, as far as the working directory tells.
+pub fn commit() -> String {
+    let Some(commit) = output("git", &["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
+    let changed =
+        output("git", &["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
+    if changed { format!("{commit}, with changes") } else { commit }
+}
+
+fn output(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Whether a program is installed.
+pub fn has(program: &str) -> bool {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&paths).any(|path| path.join(program).is_file())
+}

@@ -1,0 +1,136 @@
+//! Measures onlyonce beside its peers, on the same keys, in one run. README.md says what each workload is.
+
+mod args;
+mod child;
+mod goals;
+mod keys;
+mod machine;
+mod measure;
+mod plot;
+mod report;
+mod row;
+mod subject;
+mod subjects;
+mod table;
+mod workloads;
+
+use std::cell::Cell;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use args::{Args, Scale, Workload};
+use row::{Circumstances, Row};
+use subject::Kind;
+use workloads::{Run, checks, day, durable, expiry, growth, inserts, opening};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = match (&args.child, &args.from) {
+        (Some(child), _) => child.run(),
+        (None, Some(from)) => row::read(from).and_then(|(circumstances, rows)| show(&args, &circumstances, &rows)),
+        (None, None) => measure(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(args: &Args) -> Result<()> {
+    let root = args.dir.clone().unwrap_or_else(std::env::temp_dir);
+    // Removed when it is dropped, also when a measurement fails.
+    let dir = tempfile::Builder::new()
+        .prefix("onlyonce-compare-")
+        .tempdir_in(&root)
+        .with_context(|| format!("no directory for the data in {}", root.display()))?;
+    let interrupted = dir.path().to_owned();
+    ctrlc::set_handler(move || {
+        // Somebody may still write to it: what is left is left.
+        let _ = std::fs::remove_dir_all(&interrupted);
+        std::process::exit(130);
+    })?;
+
+    let run = Run {
+        scale: Scale::of(args),
+        workloads: if args.only.is_empty() { Workload::ALL.to_vec() } else { args.only.clone() },
+        subjects: subjects(args),
+        dir: dir.path().to_owned(),
+        plant_wrong_answer: args.plant_wrong_answer,
+        filter_bytes_per_key: Cell::new(checks::FILTER_BYTES_PER_KEY),
+    };
+    let circumstances = Circumstances {
+        machine: machine::description(),
+        commit: machine::commit(),
+        command: std::env::args()
+            .skip(1)
+            .fold("cargo run --release -p onlyonce-compare --".to_owned(), |all, one| all + " " + &one),
+        fsyncs_per_s: machine::fsyncs_per_s(dir.path(), Duration::from_secs(1))?,
+        rounds: run.scale.rounds,
+    };
+    println!("{}\ncommit {}\n{}", circumstances.machine, circumstances.commit, circumstances.command);
+    println!("{:.0} fdatasyncs of small appends a second\n", circumstances.fsyncs_per_s);
+
+    let mut rows: Vec<Row> = Vec::new();
+    let mut part = |has: bool, rounds: usize, workload: fn(&Run) -> Result<Vec<Row>>| -> Result<()> {
+        if !has {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let mut measured = Vec::new();
+        for round in 1..=rounds {
+            eprintln!("round {round} of {rounds}");
+            measured.extend(workload(&run)?);
+        }
+        eprintln!("{:.0} s", start.elapsed().as_secs_f64());
+        rows.extend(row::medians(measured));
+        // After each part: a run of hours that fails has not been for nothing.
+        if let Some(path) = &args.json {
+            row::write(path, &circumstances, &rows)?;
+        }
+        Ok(())
+    };
+    let rounds = run.scale.rounds;
+    part(run.has(Workload::W1), rounds, checks::many)?;
+    part(run.has(Workload::W1) || run.has(Workload::W2), rounds, checks::compared)?;
+    part(run.has(Workload::W3), rounds, inserts::records)?;
+    part(run.has(Workload::W4) && run.has_subject(Kind::Onlyonce), rounds, inserts::lives)?;
+    part(run.has(Workload::W5), rounds, durable::run)?;
+    part(run.has(Workload::W6) && run.has_subject(Kind::Onlyonce), 1, day::run)?;
+    part(run.has(Workload::W7), rounds, expiry::run)?;
+    part(run.has(Workload::W8) && run.has_subject(Kind::Onlyonce), 1, opening::run)?;
+    part(run.has(Workload::W9) && run.has_subject(Kind::Onlyonce), 1, growth::run)?;
+    show(args, &circumstances, &rows)
+}
+
+/// The subjects that were asked for and are there.
+fn subjects(args: &Args) -> Vec<Kind> {
+    let mut kinds = Kind::ALL.to_vec();
+    if !args.subjects.is_empty() {
+        kinds.retain(|kind| args.subjects.contains(kind));
+    }
+    if kinds.contains(&Kind::Redis) && !machine::has(subjects::redis::PROGRAM) {
+        eprintln!("redis is left out: {} is not installed", subjects::redis::PROGRAM);
+        kinds.retain(|kind| *kind != Kind::Redis);
+    }
+    kinds
+}
+
+fn show(args: &Args, circumstances: &Circumstances, rows: &[Row]) -> Result<()> {
+    for workload in Workload::ALL {
+        if rows.iter().any(|row| row.workload == workload) {
+            println!("{}\n\n{}\n", workload.title(), table::table(workload, rows));
+        }
+    }
+    println!("{}", report::goals_table(rows));
+    if let Some(dir) = &args.report {
+        report::write(dir, circumstances, rows)?;
+        println!("\n{}", dir.join(report::PAGE).display());
+    }
+    Ok(())
+}

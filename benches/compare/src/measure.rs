@@ -1,0 +1,147 @@
+//! Time: calls, their latencies, and rates that leave the making of keys out.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use hdrhistogram::Histogram;
+
+use crate::keys::{Key, key};
+
+/// The latencies of calls.
+pub struct Latencies(Histogram<u64>);
+
+impl Latencies {
+    pub fn new() -> Result<Self> {
+        Ok(Self(Histogram::new(3)?))
+    }
+
+    pub fn add(&mut self, latency: Duration) {
+        self.0.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    pub fn merge(&mut self, other: &Self) -> Result<()> {
+        self.0.add(&other.0).map_err(|error| anyhow!("latencies do not add up: {error}"))
+    }
+
+    /// In microseconds.
+    pub fn at(&self, quantile: f64) -> f64 {
+        self.0.value_at_quantile(quantile) as f64 / 1e3
+    }
+
+    /// In microseconds.
+    pub fn worst(&self) -> f64 {
+        self.0.max() as f64 / 1e3
+    }
+}
+
+/// What came of calls.
+pub struct Called {
+    /// The sum of what the calls answered.
+    pub answers: u64,
+    pub latencies: Latencies,
+}
+
+/// Calls with each batch in turn. The clock is read once a call.
+pub fn call_each(keys: &[Key], batch: usize, call: impl Fn(&[Key]) -> Result<usize>) -> Result<Called> {
+    let mut called = Called { answers: 0, latencies: Latencies::new()? };
+    let mut before = Instant::now();
+    for keys in keys.chunks(batch) {
+        called.answers += call(keys)? as u64;
+        let now = Instant::now();
+        called.latencies.add(now - before);
+        before = now;
+    }
+    Ok(called)
+}
+
+/// What came of reads.
+pub struct Probed {
+    /// Calls for so many keys, and what they answered.
+    pub keys: u64,
+    pub answers: u64,
+    pub ops_per_s: f64,
+    pub latencies: Latencies,
+}
+
+/// Calls with `count` keys, those that `pick` names, made a piece at a time while no clock runs. Rate and latencies are
+/// of different pieces: reading the clock costs as much as a fast answer.
+pub fn probe(
+    count: u64,
+    batch: usize,
+    pick: impl Fn(u64) -> u64,
+    call: impl Fn(&[Key]) -> Result<usize>,
+) -> Result<Probed> {
+    const PIECE: usize = 32 * 512;
+    let mut probed = Probed { keys: 0, answers: 0, ops_per_s: 0.0, latencies: Latencies::new()? };
+    let mut timed = Duration::ZERO;
+    let mut timed_keys = 0;
+    let mut piece = Vec::with_capacity(PIECE);
+    let pieces = count.div_ceil(PIECE as u64).max(3);
+    for number in 0..pieces {
+        let from = number * PIECE as u64;
+        piece.clear();
+        piece.extend((from..from + PIECE as u64).map(|i| key(pick(i))));
+        if number % 4 == 0 {
+            let called = call_each(&piece, batch, &call)?;
+            probed.answers += called.answers;
+            // The first piece warms up.
+            if number > 0 || pieces < 5 {
+                probed.latencies.merge(&called.latencies)?;
+            }
+        } else {
+            let start = Instant::now();
+            for keys in piece.chunks(batch) {
+                probed.answers += call(keys)? as u64;
+            }
+            timed += start.elapsed();
+            timed_keys += piece.len();
+        }
+        probed.keys += piece.len() as u64;
+    }
+    probed.ops_per_s = timed_keys as f64 / timed.as_secs_f64();
+    Ok(probed)
+}
+
+/// Calls on a schedule, whatever the calls before took, until `stop`. Gives when each was due, in seconds from the
+/// start, and how long after that it was answered, in milliseconds: who waits in line waits too.
+pub fn pulse(
+    start: Instant,
+    every: Duration,
+    stop: impl Fn() -> bool,
+    mut call: impl FnMut() -> Result<()>,
+) -> Result<Vec<[f64; 2]>> {
+    let mut beats = Vec::new();
+    let mut due = Instant::now();
+    while !stop() {
+        wait_until(due);
+        call()?;
+        beats.push([(due - start).as_secs_f64(), due.elapsed().as_secs_f64() * 1e3]);
+        due += every;
+    }
+    Ok(beats)
+}
+
+/// Sleeps, and for the last moment only yields: sleeping overshoots by more than a fast call takes.
+pub fn wait_until(due: Instant) {
+    const OVERSHOOT: Duration = Duration::from_micros(150);
+    let left = due.saturating_duration_since(Instant::now());
+    if left > OVERSHOOT {
+        std::thread::sleep(left - OVERSHOOT);
+    }
+    while Instant::now() < due {
+        std::thread::yield_now();
+    }
+}
+
+/// The worst of each slice of time: what a plot of many points can show.
+pub fn worst_of_slices(points: &[[f64; 2]], width: f64) -> Vec<[f64; 2]> {
+    let mut slices: Vec<[f64; 2]> = Vec::new();
+    for &[at, value] in points {
+        let slice = (at / width).floor() * width;
+        match slices.last_mut() {
+            Some(last) if last[0] == slice => last[1] = last[1].max(value),
+            _ => slices.push([slice, value]),
+        }
+    }
+    slices
+}

@@ -1,0 +1,124 @@
+//! The figures as pictures, in SVG.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use plotters::prelude::*;
+
+use crate::table::rate;
+
+const BACKGROUND: RGBColor = RGBColor(255, 255, 255);
+const OURS: RGBColor = RGBColor(0xc2, 0x41, 0x0c);
+const PEER: RGBColor = RGBColor(0x94, 0xa3, 0xb8);
+const LINES: [RGBColor; 4] = [OURS, RGBColor(0x1d, 0x4e, 0xd8), RGBColor(0x15, 0x80, 0x3d), RGBColor(0x7e, 0x22, 0xce)];
+const FONT: &str = "sans-serif";
+
+/// A bar for each subject, on a scale of powers of ten: the subjects differ by hundreds.
+pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
+    let most = bars.iter().map(|(_, value)| *value).fold(1.0, f64::max) * 4.0;
+    let least = bars.iter().map(|(_, value)| *value).fold(f64::MAX, f64::min).max(1.0) / 4.0;
+    let height = 70 + 30 * u32::try_from(bars.len())?;
+    let root = SVGBackend::new(path, (760, height)).into_drawing_area();
+    root.fill(&BACKGROUND).map_err(failed)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, (FONT, 17))
+        .margin(8)
+        .margin_right(20)
+        .set_label_area_size(LabelAreaPosition::Left, 190)
+        .build_cartesian_2d((least..most).log_scale(), 0.0..bars.len() as f64)
+        .map_err(failed)?;
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .disable_y_axis()
+        .x_labels(6)
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(RGBColor(0xe2, 0xe8, 0xf0))
+        .draw()
+        .map_err(failed)?;
+    for (number, (subject, value)) in bars.iter().enumerate() {
+        let top = (bars.len() - number) as f64;
+        let color = if subject.starts_with("onlyonce") { OURS } else { PEER };
+        let bar = Rectangle::new([(least, top - 0.82), (*value, top - 0.18)], color.filled());
+        let value_text = Text::new(rate(*value), (value * 1.03, top - 0.72), (FONT, 13));
+        chart.draw_series([bar]).map_err(failed)?;
+        chart.draw_series([value_text]).map_err(failed)?;
+        // The subject's name stands left of the plot, at the height of its bar.
+        let (_, y) = chart.backend_coord(&(least, top - 0.68));
+        let name = Text::new(subject.clone(), (14, y - 2), (FONT, 14));
+        root.draw(&name).map_err(failed)?;
+    }
+    root.present().map_err(failed)
+}
+
+/// A named line of a plot.
+pub struct Line {
+    pub name: String,
+    pub points: Vec<[f64; 2]>,
+}
+
+/// What a plot of lines says at its axes, and how they are scaled.
+pub struct Axes<'a> {
+    pub title: &'a str,
+    pub x: &'a str,
+    pub y: &'a str,
+    /// Powers of ten along x.
+    pub is_x_log: bool,
+}
+
+pub fn lines(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
+    let points = || lines.iter().flat_map(|line| &line.points);
+    // A scale of powers of ten is a scale of logarithms with other labels.
+    let x_of = |x: f64| if axes.is_x_log { x.max(1.0).log10() } else { x };
+    let (x_least, x_most) = points()
+        .map(|[x, _]| x_of(*x))
+        .fold(None, |range: Option<(f64, f64)>, x| Some(range.map_or((x, x), |(low, high)| (low.min(x), high.max(x)))))
+        .context("a plot without points")?;
+    let y_most = points().map(|[_, y]| *y).fold(0.0, f64::max).max(1e-9) * 1.15;
+    let root = SVGBackend::new(path, (760, 300)).into_drawing_area();
+    root.fill(&BACKGROUND).map_err(failed)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(axes.title, (FONT, 17))
+        .margin(8)
+        .margin_right(20)
+        .set_label_area_size(LabelAreaPosition::Left, 60)
+        .set_label_area_size(LabelAreaPosition::Bottom, 40)
+        .build_cartesian_2d(x_least..x_most.max(x_least + 1e-9), 0.0..y_most)
+        .map_err(failed)?;
+    let x_label = |x: &f64| {
+        let x = if axes.is_x_log { 10f64.powf(*x) } else { *x };
+        if x >= 1e6 { format!("{:.1} M", x / 1e6) } else { crate::table::number(x) }
+    };
+    chart
+        .configure_mesh()
+        .x_desc(axes.x)
+        .y_desc(axes.y)
+        .x_label_formatter(&x_label)
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(RGBColor(0xe2, 0xe8, 0xf0))
+        .draw()
+        .map_err(failed)?;
+    for (number, line) in lines.iter().enumerate() {
+        let color = LINES[number % LINES.len()];
+        let points = line.points.iter().map(|[x, y]| (x_of(*x), *y));
+        chart
+            .draw_series(LineSeries::new(points, color.stroke_width(2)))
+            .map_err(failed)?
+            .label(&line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 14, y)], color.stroke_width(2)));
+    }
+    if lines.len() > 1 {
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .background_style(BACKGROUND.mix(0.8))
+            .border_style(RGBColor(0xe2, 0xe8, 0xf0))
+            .draw()
+            .map_err(failed)?;
+    }
+    root.present().map_err(failed)
+}
+
+fn failed<E: std::error::Error + Send + Sync>(error: DrawingAreaErrorKind<E>) -> anyhow::Error {
+    anyhow!("a plot cannot be drawn: {error}")
+}

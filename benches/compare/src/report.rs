@@ -1,0 +1,197 @@
+//! The page: goals beside what was measured, tables, and plots.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::args::Workload;
+use crate::goals::goals;
+use crate::plot::{Axes, Line, bars, lines};
+use crate::row::{Circumstances, Row};
+use crate::subject::Kind;
+use crate::table::{rows_of, table};
+
+/// The page's name in its directory.
+pub const PAGE: &str = "benchmarks.md";
+
+/// The directory of the plots, beside the page.
+const PLOTS: &str = "benchmarks";
+
+pub fn goals_table(rows: &[Row]) -> String {
+    let mut text = "| workload | goal | measured | reached |\n|---|---|---|---|\n".to_owned();
+    for goal in goals(rows) {
+        let reached = match goal.is_reached {
+            Some(true) => "yes",
+            Some(false) => "**no**",
+            None => "",
+        };
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "| {:?} | {} | {} | {reached} |", goal.workload, goal.aim, goal.measured);
+    }
+    text
+}
+
+/// Writes the page and its plots.
+pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<()> {
+    let plots = dir.join(PLOTS);
+    fs::create_dir_all(&plots).with_context(|| format!("{} cannot be made", plots.display()))?;
+    let mut page = format!(
+        "# Benchmarks\n\n\
+         onlyonce beside its peers, on the same keys, in one run: `{}`, commit {}.\n\n\
+         {}. The disk made {:.0} small appends a second safe when the run began. Ratios carry over to other machines, \
+         absolute figures do not: shared cores and a virtual disk were measured.\n\n\
+         Keys are 36 bytes and look like UUIDs; results are 17 bytes. Figures are medians of {} rounds, in which the \
+         subjects took turns; the worst is the worst of all rounds. The column *onlyonce* says how many times the rate \
+         of a row onlyonce has. Each measurement checks its answers: as many first answers as distinct keys, or the \
+         run fails. [How to run it, and what is counted](../benches/compare/README.md).\n\n\
+         ## Goals\n\n{}\n",
+        circumstances.command,
+        circumstances.commit,
+        circumstances.machine,
+        circumstances.fsyncs_per_s,
+        circumstances.rounds,
+        goals_table(rows),
+    );
+    for workload in Workload::ALL.into_iter().filter(|workload| rows.iter().any(|row| row.workload == *workload)) {
+        writeln!(page, "## {}\n\n{}\n", workload.title(), words(workload))?;
+        for plot in draw(&plots, workload, rows)? {
+            writeln!(page, "![{}]({PLOTS}/{})\n", plot.title, plot.file)?;
+        }
+        writeln!(page, "{}\n", table(workload, rows))?;
+    }
+    let path = dir.join(PAGE);
+    fs::write(&path, page.trim_end().to_owned() + "\n").with_context(|| format!("{} cannot be written", path.display()))
+}
+
+/// What has to be known to read a workload's figures.
+fn words(workload: Workload) -> &'static str {
+    match workload {
+        Workload::W1 => {
+            "Keys that were never seen are asked for, one at a time and in batches of 512. With many live keys only what \
+             can be filled with so many in time: onlyonce, RocksDB with a family for each bucket, and a bare Bloom \
+             filter with as many bits as onlyonce's. The other rows are of stores with fewer keys, which makes them faster."
+        }
+        Workload::W2 => {
+            "Known keys are asked for: the last hundredth as inserting left them (and, for onlyonce, once more after they \
+             were sealed to disk), and any of all keys."
+        }
+        Workload::W3 => {
+            "New keys without a result: `record` of onlyonce, and an insert-if-absent of peers, one transaction a call. \
+             The clock stops when everything is sealed, flushed or checkpointed. Write amplification counts all bytes \
+             passed to `write` (of Redis: pages dirtied by the server) for each byte of key and result."
+        }
+        Workload::W4 => "Two calls: claim, then complete with a result. Peers do only the insert of W3.",
+        Workload::W5 => {
+            "As W4, and on the disk when it is answered. Syncs a life are counted by strace in a run of their own, those \
+             of sealing included; tracing slows each sync down a little, and a slower sync is shared by more callers."
+        }
+        Workload::W6 => {
+            "Batches of 500 are claimed and completed, one key in a hundred is a duplicate, mostly of a moment ago. \
+             Buckets are 2 seconds wide and the window 24, so that buckets come and go all the time. First as fast as \
+             it goes; then on a schedule at half that rate, where latency counts from when a batch was due. \
+             *slowdown*: the median batch of the last fifth beside that of the second."
+        }
+        Workload::W7 => {
+            "All keys of a bucket run out at once, while somebody claims 5,000 keys a second, each wait counted from when \
+             it was due. Beside it, the same on plain RocksDB: `delete_range` and a compaction, and a compaction of a \
+             database with a TTL. The disk is free when seven tenths of the space are back."
+        }
+        Workload::W8 => {
+            "The time from the call of `open` to the answer to a first claim, and until every bucket has its filter, \
+             after a clean close and after a kill while keys were recorded at full speed."
+        }
+        Workload::W9 => "onlyonce with more keys and with more buckets, batches of 512.",
+    }
+}
+
+struct Plot {
+    title: String,
+    file: String,
+}
+
+fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
+    let mut drawn = Vec::new();
+    let mut add = |name: &str, title: String| {
+        let file = format!("{}.svg", name.replace([' ', ','], "-").replace("--", "-"));
+        let path = dir.join(&file);
+        drawn.push(Plot { title, file });
+        path
+    };
+    let of = rows_of(workload, rows);
+    match workload {
+        Workload::W1 | Workload::W2 | Workload::W3 | Workload::W4 | Workload::W5 => {
+            let mut cases: Vec<&str> = Vec::new();
+            for row in of.iter().filter(|row| row.workload == workload && row.case != "recent, sealed") {
+                if !cases.contains(&row.case.as_str()) {
+                    cases.push(&row.case);
+                }
+            }
+            for case in cases {
+                let is_shown = |row: &&&Row| {
+                    let is_way = workload == Workload::W5 || row.batch > 1 && row.threads == 1;
+                    is_way && (row.case == case || row.workload != workload || row.case == format!("{case}, sealed"))
+                };
+                let mut shown: Vec<(String, f64)> = of
+                    .iter()
+                    .filter(is_shown)
+                    .filter_map(|row| Some((label(row, case, &of), row.figures.ops_per_s?)))
+                    .collect();
+                shown.sort_by(|(_, one), (_, other)| other.total_cmp(one));
+                let durable = if workload == Workload::W5 { "" } else { ", batches of 512, 1 thread" };
+                let title = format!("{workload:?}, {case}{durable}: keys a second");
+                bars(&add(&format!("{workload:?}-{case}").to_lowercase(), title.clone()), &title, &shown)?;
+            }
+        }
+        Workload::W6 => {
+            for row in &of {
+                for (name, points) in &row.series {
+                    let unit = if name.starts_with("worst") { "worst batch, ms" } else { "M keys a second" };
+                    let title = format!("W6, {}: {unit}", row.case);
+                    let line = Line { name: row.case.clone(), points: points.clone() };
+                    let axes = Axes { title: &title, x: "seconds", y: unit, is_x_log: false };
+                    lines(&add(&format!("w6-{}-{name}", row.case), title.clone()), &axes, &[line])?;
+                }
+            }
+        }
+        Workload::W7 => {
+            let title = "W7: the longest wait of a claim, in each twentieth of a second".to_owned();
+            let all: Vec<Line> = of
+                .iter()
+                .filter_map(|row| Some(Line { name: row.subject.clone(), points: row.series.values().next()?.clone() }))
+                .collect();
+            let axes = Axes { title: &title, x: "seconds", y: "ms", is_x_log: false };
+            lines(&add("w7-waits", title.clone()), &axes, &all)?;
+        }
+        Workload::W8 => {}
+        Workload::W9 => {
+            for case in ["new keys", "uniform", "record"] {
+                let title = format!("W9, {case}, batches of 512: M keys a second");
+                let line = |buckets: u32| Line {
+                    name: format!("{buckets} buckets"),
+                    points: of
+                        .iter()
+                        .filter(|row| row.case == case && row.buckets == Some(buckets))
+                        .filter_map(|row| Some([row.keys as f64, row.figures.ops_per_s? / 1e6]))
+                        .collect(),
+                };
+                let axes = Axes { title: &title, x: "keys", y: "M/s", is_x_log: true };
+                lines(&add(&format!("w9-{case}"), title.clone()), &axes, &[line(2), line(8), line(32)])?;
+            }
+        }
+    }
+    Ok(drawn)
+}
+
+/// The subject, and what sets its row apart from others of the same subject.
+fn label(row: &Row, case: &str, of: &[&Row]) -> String {
+    let mut label = row.subject.clone();
+    if row.subject == Kind::Onlyonce.name() && row.case != case {
+        label += ", sealed";
+    }
+    if of.iter().any(|other| other.workload == row.workload && other.case == row.case && other.keys != row.keys) {
+        label += &format!(", {} M keys", crate::table::number(row.keys as f64 / 1e6));
+    }
+    label
+}

@@ -1,0 +1,209 @@
+//! The figures: a row a measurement, medians over rounds, and the file they are kept in.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::args::Workload;
+
+/// A measurement; after [`medians`], those of all rounds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Row {
+    pub workload: Workload,
+    /// Which measurement of the workload.
+    pub case: String,
+    pub subject: String,
+    /// `process`, `disk`, or `none`.
+    pub durability: String,
+    pub keys: u64,
+    pub buckets: Option<u32>,
+    pub threads: u32,
+    /// Keys a call.
+    pub batch: u32,
+    #[serde(flatten)]
+    pub figures: Figures,
+    /// Figures that only this workload has, with their unit at the end of the name.
+    #[serde(default)]
+    pub more: BTreeMap<String, f64>,
+    pub note: Option<String>,
+    pub rounds: usize,
+    /// The slowest and the fastest round.
+    pub lowest_ops_per_s: Option<f64>,
+    pub highest_ops_per_s: Option<f64>,
+    /// For plots: seconds, and a value.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub series: BTreeMap<String, Vec<[f64; 2]>>,
+}
+
+/// The figures that most workloads have. `None` where it does not apply.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Figures {
+    pub ops_per_s: Option<f64>,
+    pub p50_us: Option<f64>,
+    pub p99_us: Option<f64>,
+    pub p999_us: Option<f64>,
+    pub worst_us: Option<f64>,
+    pub ram_bytes_per_key: Option<f64>,
+    pub disk_bytes_per_key: Option<f64>,
+    pub write_amp: Option<f64>,
+    pub fsyncs_per_s: Option<f64>,
+}
+
+impl Row {
+    pub fn new(workload: Workload, case: &str, subject: &str) -> Self {
+        Self {
+            workload,
+            case: case.to_owned(),
+            subject: subject.to_owned(),
+            durability: "process".to_owned(),
+            keys: 0,
+            buckets: None,
+            threads: 1,
+            batch: 1,
+            figures: Figures::default(),
+            more: BTreeMap::new(),
+            note: None,
+            rounds: 1,
+            lowest_ops_per_s: None,
+            highest_ops_per_s: None,
+            series: BTreeMap::new(),
+        }
+    }
+
+    pub fn latencies(&mut self, latencies: &crate::measure::Latencies) {
+        self.figures.p50_us = Some(latencies.at(0.5));
+        self.figures.p99_us = Some(latencies.at(0.99));
+        self.figures.p999_us = Some(latencies.at(0.999));
+        self.figures.worst_us = Some(latencies.worst());
+    }
+
+    pub fn more(&mut self, name: &str, value: f64) {
+        self.more.insert(name.to_owned(), value);
+    }
+
+    /// Whether two rows are of the same measurement in different rounds.
+    fn is_same(&self, other: &Self) -> bool {
+        let of = |row: &Self| (row.workload, row.buckets, row.threads, row.batch);
+        of(self) == of(other)
+            && self.case == other.case
+            && self.subject == other.subject
+            && self.durability == other.durability
+            // A run of a fixed time has another number of keys each round.
+            && (self.keys == other.keys || self.workload == Workload::W5)
+    }
+}
+
+/// One row for each measurement: the median of each figure over the rounds. The worst of all rounds stays the worst.
+pub fn medians(rows: Vec<Row>) -> Vec<Row> {
+    let mut groups: Vec<Vec<Row>> = Vec::new();
+    for row in rows {
+        match groups.iter_mut().find(|group| group[0].is_same(&row)) {
+            Some(group) => group.push(row),
+            None => groups.push(vec![row]),
+        }
+    }
+    groups.into_iter().map(|group| median_row(&group)).collect()
+}
+
+fn median_row(group: &[Row]) -> Row {
+    let of =
+        |figure: fn(&Figures) -> Option<f64>| median(group.iter().filter_map(|row| figure(&row.figures)).collect());
+    let rates = || group.iter().filter_map(|row| row.figures.ops_per_s);
+    let mut row = group[0].clone();
+    row.figures = Figures {
+        ops_per_s: of(|f| f.ops_per_s),
+        p50_us: of(|f| f.p50_us),
+        p99_us: of(|f| f.p99_us),
+        p999_us: of(|f| f.p999_us),
+        worst_us: group.iter().filter_map(|row| row.figures.worst_us).reduce(f64::max),
+        ram_bytes_per_key: of(|f| f.ram_bytes_per_key),
+        disk_bytes_per_key: of(|f| f.disk_bytes_per_key),
+        write_amp: of(|f| f.write_amp),
+        fsyncs_per_s: of(|f| f.fsyncs_per_s),
+    };
+    for (name, value) in &mut row.more {
+        if let Some(median) = median(group.iter().filter_map(|row| row.more.get(name).copied()).collect()) {
+            *value = median;
+        }
+    }
+    row.rounds = group.len();
+    row.lowest_ops_per_s = rates().reduce(f64::min);
+    row.highest_ops_per_s = rates().reduce(f64::max);
+    row
+}
+
+/// Of an even number of values the lower of the two in the middle: a value that was measured.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len().checked_sub(1)? / 2).copied()
+}
+
+/// Where, with what and how the figures came about.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Circumstances {
+    pub machine: String,
+    pub commit: String,
+    pub command: String,
+    pub fsyncs_per_s: f64,
+    pub rounds: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Circumstances(Circumstances),
+    Row(Box<Row>),
+}
+
+/// Writes the circumstances and the rows, an object a line.
+pub fn write(path: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<()> {
+    let file = fs::File::create(path).with_context(|| format!("{} cannot be written", path.display()))?;
+    let mut file = BufWriter::new(file);
+    serde_json::to_writer(&mut file, circumstances)?;
+    writeln!(file)?;
+    for row in rows {
+        serde_json::to_writer(&mut file, row)?;
+        writeln!(file)?;
+    }
+    Ok(file.flush()?)
+}
+
+/// Reads what [`write`] wrote.
+pub fn read(path: &Path) -> Result<(Circumstances, Vec<Row>)> {
+    let text = fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
+    let (mut circumstances, mut rows) = (None, Vec::new());
+    for (number, line) in text.lines().enumerate() {
+        let line = serde_json::from_str(line)
+            .with_context(|| format!("line {} of {} is no figure", number + 1, path.display()))?;
+        match line {
+            Line::Circumstances(read) => circumstances = Some(read),
+            Line::Row(row) => rows.push(*row),
+        }
+    }
+    Ok((circumstances.with_context(|| format!("{} does not say where it was measured", path.display()))?, rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_become_medians() {
+        let row = |rate| {
+            let mut row = Row::new(Workload::W3, "record", "redb");
+            row.figures.ops_per_s = Some(rate);
+            row.figures.worst_us = Some(rate);
+            row
+        };
+        let rows = medians(vec![row(3.0), row(1.0), row(2.0)]);
+        assert_eq!(rows.len(), 1);
+        assert_eq!(rows[0].figures.ops_per_s, Some(2.0));
+        assert_eq!(rows[0].figures.worst_us, Some(3.0));
+        assert_eq!(rows[0].lowest_ops_per_s, Some(1.0));
+        assert_eq!(rows[0].rounds, 3);
+    }
+}

@@ -1,0 +1,124 @@
+//! The store of this repository, through its public interface.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use onlyonce::{Check, Claim, Lease, ManualClock, Recorded, Store};
+
+use crate::keys::Key;
+use crate::subject::{Durability, Setup, Subject};
+
+/// How wide a slice of time is where a clock is moved by hand.
+pub const BUCKET: Duration = Duration::from_secs(60 * 60);
+
+pub struct OnlyOnce {
+    pub store: Store,
+    pub clock: ManualClock,
+}
+
+impl OnlyOnce {
+    pub fn open(setup: &Setup) -> Result<Self> {
+        let window = BUCKET * setup.buckets;
+        // The last bucket is about now, so that the keys are remembered by who opens the store with the real clock.
+        let clock = ManualClock::at(now_ms()?.saturating_sub(millis(BUCKET * setup.buckets.saturating_sub(1))));
+        let store = Store::builder()
+            .durability(match setup.durability {
+                Durability::Process => onlyonce::Durability::Process,
+                Durability::Disk => onlyonce::Durability::Disk,
+            })
+            .window(window)
+            .bucket(BUCKET)
+            .memory_budget(usize::try_from(setup.memory())?)
+            .clock(clock.clone())
+            .open(setup.dir.join("store"))?;
+        Ok(Self { store, clock })
+    }
+
+    /// The share of new keys that a filter did not rule out, and the number of keys asked, up to now.
+    pub fn filter_counts(&self) -> (u64, u64) {
+        let stats = self.store.stats();
+        (stats.filter_hits, stats.filter_checks)
+    }
+}
+
+impl Subject for OnlyOnce {
+    /// A key with a result is claimed and completed; one without is recorded.
+    fn insert(&self, keys: &[Key], result: &[u8]) -> Result<usize> {
+        match (keys, result) {
+            ([key], []) => Ok(usize::from(self.store.record(key)? == Recorded::First)),
+            (_, []) => {
+                let mut first = 0;
+                for recorded in self.store.record_batch(keys)? {
+                    first += usize::from(recorded? == Recorded::First);
+                }
+                Ok(first)
+            }
+            ([key], _) => live_one(&self.store, key, result),
+            _ => live(&self.store, keys, result),
+        }
+    }
+
+    fn check(&self, keys: &[Key]) -> Result<usize> {
+        if let [key] = keys {
+            return Ok(usize::from(self.store.check(key)? != Check::New));
+        }
+        let mut known = 0;
+        for check in self.store.check_batch(keys)? {
+            known += usize::from(check? != Check::New);
+        }
+        Ok(known)
+    }
+
+    fn next_bucket(&self) -> Result<()> {
+        self.store.seal()?;
+        self.clock.advance(BUCKET);
+        Ok(())
+    }
+
+    fn settle(&self) -> Result<()> {
+        Ok(self.store.seal()?)
+    }
+
+    fn memory_bytes(&self) -> Option<u64> {
+        Some(self.store.stats().filter_bytes)
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        Ok(self.store.close()?)
+    }
+}
+
+/// Claims a key and completes it. How many lives were begun and ended: one, or none for a duplicate.
+pub fn live_one(store: &Store, key: &Key, result: &[u8]) -> Result<usize> {
+    match store.claim(key)? {
+        Claim::Acquired(lease) => {
+            lease.complete(result)?;
+            Ok(1)
+        }
+        Claim::Completed(_) | Claim::InProgress(_) => Ok(0),
+    }
+}
+
+/// Claims the keys and completes what was acquired.
+pub fn live(store: &Store, keys: &[Key], result: &[u8]) -> Result<usize> {
+    let mut leases: Vec<(Lease, &[u8])> = Vec::with_capacity(keys.len());
+    for claim in store.claim_batch(keys)? {
+        if let Claim::Acquired(lease) = claim? {
+            leases.push((lease, result));
+        }
+    }
+    let first = leases.len();
+    for completed in store.complete_batch(leases) {
+        completed?;
+    }
+    Ok(first)
+}
+
+/// Milliseconds since the Unix epoch.
+pub fn now_ms() -> Result<u64> {
+    Ok(millis(SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

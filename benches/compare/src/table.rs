@@ -1,0 +1,198 @@
+//! The figures as tables, for a terminal and for the page alike.
+
+use comfy_table::presets::ASCII_MARKDOWN;
+use comfy_table::{CellAlignment, ContentArrangement, Table};
+
+use crate::args::Workload;
+use crate::row::Row;
+use crate::subject::Kind;
+
+const COLUMNS: [&str; 17] = [
+    "case",
+    "subject",
+    "durability",
+    "keys",
+    "buckets",
+    "threads",
+    "a call",
+    "rate",
+    "onlyonce",
+    "p50 µs",
+    "p99 µs",
+    "p99.9 µs",
+    "worst µs",
+    "RAM B/key",
+    "disk B/key",
+    "write amp",
+    "fsyncs/s",
+];
+
+/// The rows of a workload. In W4 those of peers in W3 stand beside it: the insert is all they do.
+pub fn rows_of(workload: Workload, rows: &[Row]) -> Vec<&Row> {
+    let is_peer_of_life =
+        |row: &&Row| workload == Workload::W4 && row.workload == Workload::W3 && row.subject != Kind::Onlyonce.name();
+    let mut of: Vec<&Row> = rows.iter().filter(|row| row.workload == workload).collect();
+    if !of.is_empty() {
+        of.extend(rows.iter().filter(is_peer_of_life));
+    }
+    // As they were measured, but what is compared stands together, the sizes of the runs apart.
+    let order = |row: &&Row| {
+        let case = of.iter().position(|other| other.case == row.case || is_insert(other, row)).unwrap_or(usize::MAX);
+        (case, row.threads, row.batch == 1)
+    };
+    let mut sorted = of.clone();
+    sorted.sort_by_key(order);
+    sorted
+}
+
+/// A life and a peer's insert.
+fn is_insert(one: &Row, other: &Row) -> bool {
+    matches!((one.workload, other.workload), (Workload::W3, Workload::W4) | (Workload::W4, Workload::W3))
+}
+
+/// How many times the rate of a row the rate of onlyonce is: at the same number of keys if there is such a row.
+pub fn ratio(rows: &[&Row], row: &Row) -> Option<f64> {
+    let ours = |row: &Row, with_keys: bool| {
+        rows.iter()
+            .find(|other| {
+                other.subject == Kind::Onlyonce.name()
+                    && (other.case == row.case || is_insert(other, row))
+                    && (other.threads, other.batch) == (row.threads, row.batch)
+                    && (!with_keys || other.keys == row.keys)
+            })
+            .and_then(|other| other.figures.ops_per_s)
+    };
+    if row.subject == Kind::Onlyonce.name() {
+        return None;
+    }
+    Some(ours(row, true).or_else(|| ours(row, false))? / row.figures.ops_per_s?)
+}
+
+/// A table of a workload in Markdown; columns that would be empty are left out.
+pub fn table(workload: Workload, rows: &[Row]) -> String {
+    let rows = rows_of(workload, rows);
+    let mut lines: Vec<Vec<String>> = rows.iter().map(|row| cells(&rows, row)).collect();
+    let mut header: Vec<String> = COLUMNS.iter().map(|&name| name.to_owned()).collect();
+    let mut more: Vec<&String> = Vec::new();
+    for name in rows.iter().flat_map(|row| row.more.keys()) {
+        if !more.contains(&name) {
+            more.push(name);
+        }
+    }
+    header.extend(more.iter().map(|name| spoken(name)));
+    header.push("note".to_owned());
+    for (line, row) in lines.iter_mut().zip(&rows) {
+        line.extend(more.iter().map(|name| row.more.get(*name).map_or_else(String::new, |value| number(*value))));
+        line.push(row.note.clone().unwrap_or_default());
+    }
+    let used: Vec<bool> = (0..header.len()).map(|i| lines.iter().any(|line| !line[i].is_empty())).collect();
+    let keep = |line: Vec<String>| -> Vec<String> {
+        line.into_iter().zip(&used).filter(|(_, used)| **used).map(|(cell, _)| cell).collect()
+    };
+    let header = keep(header);
+    let words = ["case", "subject", "durability", "note"];
+    let alignments: Vec<CellAlignment> = header
+        .iter()
+        .map(|name| if words.contains(&name.as_str()) { CellAlignment::Left } else { CellAlignment::Right })
+        .collect();
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN).set_content_arrangement(ContentArrangement::Disabled).set_header(header);
+    for line in lines {
+        table.add_row(keep(line));
+    }
+    for (column, alignment) in table.column_iter_mut().zip(&alignments) {
+        column.set_cell_alignment(*alignment);
+    }
+    markdown_alignment(&table.to_string(), &alignments)
+}
+
+/// Markdown aligns by the line under the header.
+fn markdown_alignment(table: &str, alignments: &[CellAlignment]) -> String {
+    let mut lines: Vec<String> = table.lines().map(str::to_owned).collect();
+    if let Some(rule) = lines.get_mut(1) {
+        let cells: Vec<String> = rule
+            .trim_matches('|')
+            .split('|')
+            .zip(alignments)
+            .map(|(cell, alignment)| match alignment {
+                CellAlignment::Right if cell.len() > 1 => format!("{}:", &cell[..cell.len() - 1]),
+                _ => cell.to_owned(),
+            })
+            .collect();
+        *rule = format!("|{}|", cells.join("|"));
+    }
+    lines.join("\n")
+}
+
+fn cells(rows: &[&Row], row: &Row) -> Vec<String> {
+    let figures = &row.figures;
+    let optional = |value: Option<f64>| value.map_or_else(String::new, number);
+    vec![
+        row.case.clone(),
+        row.subject.clone(),
+        row.durability.clone(),
+        count(row.keys),
+        row.buckets.map_or_else(String::new, |buckets| buckets.to_string()),
+        row.threads.to_string(),
+        row.batch.to_string(),
+        figures.ops_per_s.map_or_else(String::new, rate),
+        ratio(rows, row).map_or_else(String::new, |ratio| format!("{} ×", number(ratio))),
+        optional(figures.p50_us),
+        optional(figures.p99_us),
+        optional(figures.p999_us),
+        optional(figures.worst_us),
+        optional(figures.ram_bytes_per_key),
+        optional(figures.disk_bytes_per_key),
+        optional(figures.write_amp),
+        optional(figures.fsyncs_per_s),
+    ]
+}
+
+/// The name of a figure, its unit last.
+fn spoken(name: &str) -> String {
+    name.replace("_per_s", "/s").replace('_', " ")
+}
+
+pub fn rate(per_s: f64) -> String {
+    match per_s {
+        1e6.. => format!("{} M/s", number(per_s / 1e6)),
+        1e3.. => format!("{} k/s", number(per_s / 1e3)),
+        _ => format!("{} /s", number(per_s)),
+    }
+}
+
+fn count(keys: u64) -> String {
+    match keys {
+        1_000_000.. => format!("{} M", number(keys as f64 / 1e6)),
+        1_000.. => format!("{} k", number(keys as f64 / 1e3)),
+        _ => keys.to_string(),
+    }
+}
+
+/// Three digits that say something.
+pub fn number(value: f64) -> String {
+    let decimals = match value.abs() {
+        100.0.. => 0,
+        10.0.. => 1,
+        0.1.. => 2,
+        0.0 => 0,
+        _ => 4,
+    };
+    let text = format!("{value:.decimals$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits_that_say_something() {
+        assert_eq!(number(1234.5), "1234");
+        assert_eq!(number(12.34), "12.3");
+        assert_eq!(number(1.2), "1.2");
+        assert_eq!(number(0.0042), "0.0042");
+        assert_eq!(number(100.0), "100");
+        assert_eq!(rate(4_300_000.0), "4.3 M/s");
+    }
+}

@@ -1,0 +1,174 @@
+//! W1, checks of new keys, and W2, checks of known keys.
+
+use anyhow::{Result, ensure};
+
+use super::{BATCH, Run, describe, fill, say};
+use crate::args::Workload;
+use crate::keys::{NEW, RESULT, mix};
+use crate::machine::{directory_bytes, resident_bytes};
+use crate::measure::{Probed, probe};
+use crate::row::Row;
+use crate::subject::{Durability, Kind, Setup, Subject};
+use crate::subjects::onlyonce::OnlyOnce;
+use crate::subjects::rocks::Families;
+
+const BUCKETS: u32 = 24;
+
+/// Of onlyonce's filter, where it is not measured itself.
+pub const FILTER_BYTES_PER_KEY: f64 = 2.5;
+
+/// W1 with many keys: onlyonce, RocksDB with a family for each bucket, and the bare filter.
+pub fn many(run: &Run) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let keys = run.scale.live;
+    let dir = run.directory("many");
+    let setup =
+        |filter_bytes| Setup { dir: &dir, durability: Durability::Process, keys, buckets: BUCKETS, filter_bytes };
+    if run.has_subject(Kind::Onlyonce) {
+        say(&format!("W1: onlyonce, {keys} keys"));
+        let setup = setup(0);
+        std::fs::create_dir_all(&dir)?;
+        let store = OnlyOnce::open(&setup)?;
+        fill(&store, keys, BUCKETS, &[])?;
+        store.settle()?;
+        let filter_bytes_per_key = store.memory_bytes().unwrap_or(0) as f64 / keys as f64;
+        run.filter_bytes_per_key.set(filter_bytes_per_key);
+        let disk = directory_bytes(&dir);
+        let (hits, checks) = store.filter_counts();
+        let mut new = new_keys(run, &store, "onlyonce", keys)?;
+        let (hits, checks) = (store.filter_counts().0 - hits, store.filter_counts().1 - checks);
+        for row in &mut new {
+            row.figures.ram_bytes_per_key = Some(filter_bytes_per_key);
+            row.figures.disk_bytes_per_key = Some(disk as f64 / keys as f64);
+            row.more("to_disk_percent", 100.0 * hits as f64 / checks.max(1) as f64);
+            row.more("memory_budget_mib", (setup.memory() >> 20) as f64);
+            row.note = Some("ram: filters".to_owned());
+        }
+        rows.extend(new);
+        Box::new(store).close()?;
+        super::remove(&dir)?;
+    }
+    if run.has_subject(Kind::RocksdbTuned) {
+        say(&format!("W1: rocksdb-tuned with {BUCKETS} families, {keys} keys"));
+        let setup = setup(0);
+        let open = || Ok(Box::new(Families::open(&setup)?) as Box<dyn Subject>);
+        let families = run.with_opened("rocksdb-families", &setup, open, |families| {
+            fill(families, keys, BUCKETS, &[])?;
+            families.settle()?;
+            new_keys(run, families, "rocksdb-families", keys)
+        })?;
+        rows.extend(families.into_iter().map(|mut row| {
+            row.note = Some("a family for each bucket, each merged; filters of 10 bits a key".to_owned());
+            row
+        }));
+    }
+    if run.has_subject(Kind::Bloom) {
+        say(&format!("W1: bare filter, {keys} keys"));
+        let setup = setup((run.filter_bytes_per_key.get() * keys as f64) as u64);
+        rows.extend(run.with(Kind::Bloom, &setup, |bloom| {
+            fill(bloom, keys, 1, &[])?;
+            let mut rows = new_keys(run, bloom, "bloom", keys)?;
+            for row in &mut rows {
+                describe(row, Kind::Bloom);
+                row.buckets = Some(1);
+                row.figures.ram_bytes_per_key = bloom.memory_bytes().map(|bytes| bytes as f64 / keys as f64);
+            }
+            Ok(rows)
+        })?);
+    }
+    Ok(rows)
+}
+
+/// W1 and W2 with as many keys as the slowest subject can be filled with.
+pub fn compared(run: &Run) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let keys = run.scale.compared;
+    for &kind in run.subjects.iter().filter(|kind| **kind != Kind::Bloom) {
+        say(&format!("W1 and W2: {}, {keys} keys", kind.name()));
+        let dir = run.directory("compared");
+        let setup = Setup { dir: &dir, durability: Durability::Process, keys, buckets: BUCKETS, filter_bytes: 0 };
+        rows.extend(run.with(kind, &setup, |subject| {
+            let mut rows = Vec::new();
+            let (resident, own) = (resident_bytes()?, subject.memory_bytes());
+            fill(subject, keys, BUCKETS, RESULT)?;
+            if run.has(Workload::W2) {
+                rows.extend(recent(run, subject, kind, keys, "recent")?);
+            }
+            subject.settle()?;
+            let disk = directory_bytes(&dir);
+            let ram = match (kind, subject.memory_bytes()) {
+                (Kind::Onlyonce, after) => after,
+                (Kind::Moka, _) => Some(resident_bytes()?.saturating_sub(resident)),
+                (_, after) => after.zip(own).map(|(after, before)| after.saturating_sub(before)),
+            };
+            if run.has(Workload::W2) {
+                if kind == Kind::Onlyonce {
+                    rows.extend(recent(run, subject, kind, keys, "recent, sealed")?);
+                }
+                for batch in [1, BATCH] {
+                    let pick = |i| mix(i ^ 0x5eed) % keys;
+                    let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
+                    let probed = probe(count, batch, pick, |keys| subject.check(keys))?;
+                    rows.push(known_row(kind, "uniform", keys, batch, &probed)?);
+                }
+            }
+            if run.has(Workload::W1) {
+                rows.extend(new_keys(run, subject, kind.name(), keys)?);
+            }
+            for row in &mut rows {
+                describe(row, kind);
+                row.buckets = (kind == Kind::Onlyonce).then_some(BUCKETS);
+                row.figures.ram_bytes_per_key = ram.map(|bytes| bytes as f64 / keys as f64);
+                row.figures.disk_bytes_per_key = kind.is_persistent().then_some(disk as f64 / keys as f64);
+            }
+            Ok(rows)
+        })?);
+    }
+    Ok(rows)
+}
+
+/// Checks of keys that were never inserted.
+pub fn new_keys(run: &Run, subject: &dyn Subject, name: &str, keys: u64) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for batch in [1, BATCH] {
+        let from = NEW + batch as u64 * (1 << 32);
+        let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
+        let probed = probe(count, batch, |i| from + i, |keys| subject.check(keys))?;
+        if name == Kind::Bloom.name() {
+            ensure!(probed.answers * 50 < probed.keys, "{} of {} new keys pass", probed.answers, probed.keys);
+        } else {
+            ensure!(probed.answers == 0, "{} of {} new keys are taken for known", probed.answers, probed.keys);
+        }
+        rows.push(row(Workload::W1, "new keys", name, keys, batch, &probed));
+    }
+    for row in &mut rows {
+        row.buckets = Some(BUCKETS);
+    }
+    Ok(rows)
+}
+
+/// Checks of the keys that came last.
+fn recent(run: &Run, subject: &dyn Subject, kind: Kind, keys: u64, case: &str) -> Result<Vec<Row>> {
+    let last = (keys / 100).max(1);
+    let mut rows = Vec::new();
+    for batch in [1, BATCH] {
+        let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
+        let probed = probe(count, batch, |i| keys - 1 - mix(i) % last, |keys| subject.check(keys))?;
+        rows.push(known_row(kind, case, keys, batch, &probed)?);
+    }
+    Ok(rows)
+}
+
+fn known_row(kind: Kind, case: &str, keys: u64, batch: usize, probed: &Probed) -> Result<Row> {
+    ensure!(probed.answers == probed.keys, "of {} known keys {} were found", probed.keys, probed.answers);
+    Ok(row(Workload::W2, case, kind.name(), keys, batch, probed))
+}
+
+fn row(workload: Workload, case: &str, name: &str, keys: u64, batch: usize, probed: &Probed) -> Row {
+    let mut row = Row::new(workload, case, name);
+    row.keys = keys;
+    row.batch = batch as u32;
+    row.figures.ops_per_s = Some(probed.ops_per_s);
+    row.latencies(&probed.latencies);
+    row
+}

@@ -1,0 +1,75 @@
+//! W8: how long after an open the first claim is answered, and how long until the filters are whole.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use onlyonce::{Check, Claim};
+
+use super::{BATCH, Run, remove, say};
+use crate::args::Workload;
+use crate::child::{fill_and_close, open_filled, work_and_kill};
+use crate::keys::{Key, key, mix};
+use crate::machine::directory_bytes;
+use crate::row::Row;
+
+const BUCKETS: u32 = 24;
+
+/// How long the killed process works before it is killed.
+const WORK: Duration = Duration::from_secs(2);
+
+/// Filters that take longer than this are not waited for.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Numbers of keys that nobody else inserts.
+const FIRST_CLAIM: u64 = 1 << 50;
+
+pub fn run(run: &Run) -> Result<Vec<Row>> {
+    let keys = run.scale.opened;
+    let dir = run.directory("opening");
+    say(&format!("W8: a store of {keys} keys, closed"));
+    fill_and_close(&dir, keys, BUCKETS)?;
+    let closed = open(&dir, keys, "clean close", FIRST_CLAIM)?;
+    say(&format!("W8: a store of {keys} keys, killed"));
+    work_and_kill(&dir, keys, BUCKETS, WORK)?;
+    let killed = open(&dir, keys, "SIGKILL", FIRST_CLAIM + 1)?;
+    remove(&dir)?;
+    Ok(vec![closed, killed])
+}
+
+fn open(dir: &Path, keys: u64, case: &str, first_claim: u64) -> Result<Row> {
+    let start = Instant::now();
+    let store = open_filled(dir, keys, BUCKETS)?;
+    let opened = start.elapsed();
+    let claim = store.claim(&key(first_claim))?;
+    let claimed = start.elapsed();
+    ensure!(matches!(claim, Claim::Acquired(_)), "a new key was not acquired");
+    drop(claim);
+    while !store.stats().buckets.iter().all(|bucket| bucket.filtered) {
+        ensure!(start.elapsed() < PATIENCE, "the filters are not whole after {} s", PATIENCE.as_secs());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let filtered = start.elapsed();
+
+    // Keys of the oldest bucket may have left meanwhile: the window goes on.
+    let oldest = keys / u64::from(BUCKETS);
+    let sample: Vec<Key> = (0..20 * BATCH as u64).map(|i| key(oldest + mix(i) % (keys - oldest))).collect();
+    for batch in sample.chunks(BATCH) {
+        for check in store.check_batch(batch)? {
+            ensure!(check? != Check::New, "a key that was recorded is forgotten");
+        }
+    }
+    let stats = store.stats();
+    let mut row = Row::new(Workload::W8, case, "onlyonce");
+    row.keys = keys;
+    row.buckets = Some(BUCKETS);
+    row.more("open_ms", opened.as_secs_f64() * 1e3);
+    row.more("first_claim_ms", claimed.as_secs_f64() * 1e3);
+    row.more("filters_whole_s", filtered.as_secs_f64());
+    row.more("unsealed_keys", stats.unsealed as f64);
+    row.figures.ram_bytes_per_key = Some(stats.filter_bytes as f64 / keys as f64);
+    row.figures.disk_bytes_per_key = Some(directory_bytes(dir) as f64 / keys as f64);
+    row.note = Some("the page cache is as the fill left it".to_owned());
+    store.close()?;
+    Ok(row)
+}
