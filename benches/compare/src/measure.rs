@@ -12,7 +12,8 @@ pub struct Latencies(Histogram<u64>);
 
 impl Latencies {
     pub fn new() -> Result<Self> {
-        Ok(Self(Histogram::new(3)?))
+        // Up to an hour, in nanoseconds, to three digits.
+        Ok(Self(Histogram::new_with_bounds(1, 3_600_000_000_000, 3)?))
     }
 
     pub fn add(&mut self, latency: Duration) {

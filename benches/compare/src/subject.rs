@@ -69,7 +69,9 @@ impl Kind {
             Self::RocksdbDefault | Self::RocksdbTuned | Self::Fjall => {
                 Some("two threads may both find a key absent: nothing makes get-then-put one step")
             }
-            Self::Redb => Some("unsynced commits do not outlive the process; one a second is synced"),
+            Self::Redb => {
+                Some("unsynced commits do not outlive the process, unlike those of the others; one a second is synced")
+            }
             Self::Redis => Some("pipelines of 64 over two connections; single: one request at a time"),
             Self::Moka => Some("volatile"),
             Self::Bloom => Some("volatile, and wrong about some keys"),

@@ -80,17 +80,15 @@ pub fn table(workload: Workload, rows: &[Row]) -> String {
         }
     }
     header.extend(more.iter().map(|name| spoken(name)));
-    header.push("note".to_owned());
     for (line, row) in lines.iter_mut().zip(&rows) {
-        line.extend(more.iter().map(|name| row.more.get(*name).map_or_else(String::new, |value| number(*value))));
-        line.push(row.note.clone().unwrap_or_default());
+        line.extend(more.iter().map(|name| row.more.get(*name).map_or_else(String::new, |value| figure(name, *value))));
     }
     let used: Vec<bool> = (0..header.len()).map(|i| lines.iter().any(|line| !line[i].is_empty())).collect();
     let keep = |line: Vec<String>| -> Vec<String> {
         line.into_iter().zip(&used).filter(|(_, used)| **used).map(|(cell, _)| cell).collect()
     };
     let header = keep(header);
-    let words = ["case", "subject", "durability", "note"];
+    let words = ["case", "subject", "durability"];
     let alignments: Vec<CellAlignment> = header
         .iter()
         .map(|name| if words.contains(&name.as_str()) { CellAlignment::Left } else { CellAlignment::Right })
@@ -103,7 +101,23 @@ pub fn table(workload: Workload, rows: &[Row]) -> String {
     for (column, alignment) in table.column_iter_mut().zip(&alignments) {
         column.set_cell_alignment(*alignment);
     }
-    markdown_alignment(&table.to_string(), &alignments)
+    markdown_alignment(&table.to_string(), &alignments) + &notes(&rows)
+}
+
+/// What has to be said of some subjects, once each, under the table.
+fn notes(rows: &[&Row]) -> String {
+    let mut notes: Vec<(&str, Vec<&str>)> = Vec::new();
+    for row in rows {
+        let Some(note) = &row.note else { continue };
+        match notes.iter_mut().find(|(other, _)| other == note) {
+            Some((_, subjects)) if subjects.contains(&row.subject.as_str()) => {}
+            Some((_, subjects)) => subjects.push(&row.subject),
+            None => notes.push((note, vec![&row.subject])),
+        }
+    }
+    let lines = notes.iter().map(|(note, subjects)| format!("\n- {}: {note}", subjects.join(", ")));
+    let text: String = lines.collect();
+    if text.is_empty() { text } else { format!("\n{text}") }
 }
 
 /// Markdown aligns by the line under the header.
@@ -150,7 +164,11 @@ fn cells(rows: &[&Row], row: &Row) -> Vec<String> {
 
 /// The name of a figure, its unit last.
 fn spoken(name: &str) -> String {
-    name.replace("_per_s", "/s").replace('_', " ")
+    name.trim_end_matches("_per_s").replace("_percent", "_%").replace('_', " ")
+}
+
+fn figure(name: &str, value: f64) -> String {
+    if name.ends_with("_per_s") { rate(value) } else { number(value) }
 }
 
 pub fn rate(per_s: f64) -> String {
