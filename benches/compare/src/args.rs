@@ -105,7 +105,7 @@ pub struct Scale {
     /// W3 and W4: keys in batches, and one at a time.
     pub batched: u64,
     pub single: u64,
-    /// In a quick run, fast subjects get more keys than slow ones: a tenth of a second measures nothing.
+    /// In a quick run onlyonce gets more keys than its peers: a tenth of a second measures nothing.
     pub fast_factor: u64,
     /// W5: how long each.
     pub synced: Duration,
@@ -126,9 +126,9 @@ impl Scale {
             Self {
                 rounds: 1,
                 live: 10_000_000,
-                compared: 400_000,
-                probes: 400_000,
-                batched: 400_000,
+                compared: 300_000,
+                probes: 300_000,
+                batched: 300_000,
                 single: 60_000,
                 fast_factor: 5,
                 synced: Duration::from_millis(1_000),

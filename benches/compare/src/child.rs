@@ -10,9 +10,10 @@ use clap::Subcommand;
 use onlyonce::Store;
 use serde::{Deserialize, Serialize};
 
-use crate::keys::{self, NEW};
+use crate::keys::{self, NEW, RESULT};
 use crate::machine;
 use crate::subject::{self, Durability, Kind, Setup, Subject, memory_for};
+use crate::subjects::moka::Moka;
 use crate::subjects::onlyonce::{BUCKET, OnlyOnce};
 use crate::workloads::durable::{Way, insert_for};
 use crate::workloads::{BATCH, fill, remove};
@@ -26,6 +27,10 @@ pub enum Child {
     /// Fills a store and closes it.
     #[command(hide = true)]
     Fill { dir: PathBuf, keys: u64, buckets: u32 },
+    /// Fills a cache, and says how much more memory the process has then: in a process of its own, where nobody has
+    /// left memory behind.
+    #[command(hide = true)]
+    MokaBytes { keys: u64 },
     /// Records keys in a store until it is killed.
     #[command(hide = true)]
     Work { dir: PathBuf, keys: u64, buckets: u32 },
@@ -44,6 +49,16 @@ impl Child {
                 let store = OnlyOnce::open(&setup)?;
                 fill(&store, *keys, *buckets, &[])?;
                 Box::new(store).close()
+            }
+            Self::MokaBytes { keys } => {
+                let (dir, keys) = (Path::new(""), *keys);
+                let setup = Setup { dir, durability: Durability::Process, keys, buckets: 1, filter_bytes: 0 };
+                let before = machine::resident_bytes()?;
+                let moka = Moka::new(&setup);
+                fill(&moka, keys, 1, RESULT)?;
+                moka.settle()?;
+                println!("{}", machine::resident_bytes()?.saturating_sub(before));
+                Ok(())
             }
             Self::Work { dir, keys, buckets } => {
                 let store = open_filled(dir, *keys, *buckets)?;
@@ -102,6 +117,15 @@ pub fn fill_and_close(dir: &Path, keys: u64, buckets: u32) -> Result<()> {
         bail!("the child that fills the store ended with {status}");
     }
     Ok(())
+}
+
+/// The memory that moka takes for so many keys.
+pub fn moka_bytes(keys: u64) -> Result<u64> {
+    let output = command()?.arg("moka-bytes").arg(keys.to_string()).stderr(Stdio::inherit()).output()?;
+    if !output.status.success() {
+        bail!("the child that fills moka ended with {}", output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().parse()?)
 }
 
 #[derive(Serialize, Deserialize)]

@@ -25,6 +25,25 @@ pub fn resident_bytes() -> Result<u64> {
     Ok(field("/proc/self/status", "VmRSS:")? * 1024)
 }
 
+/// The processor time of a process (`self`, or its number) and all of its threads, in seconds: what it costs, whoever
+/// else uses the machine.
+pub fn cpu_s(process: &str) -> Result<f64> {
+    // Linux shows these in hundredths of a second, whatever it counts in.
+    const TICKS_PER_S: f64 = 100.0;
+    let path = format!("/proc/{process}/stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("{path} cannot be read"))?;
+    // The second field is a name, in parentheses, that may hold blanks.
+    let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let ticks: Vec<f64> = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
+    Ok(ticks.iter().sum::<f64>() / TICKS_PER_S)
+}
+
+/// The processor time of this thread. `None` where the kernel does not say.
+pub fn thread_cpu() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    Some(Duration::from_nanos(text.split_whitespace().next()?.parse().ok()?))
+}
+
 fn field(path: &str, name: &str) -> Result<u64> {
     let text = fs::read_to_string(path).with_context(|| format!("{path} cannot be read"))?;
     let value = text.lines().find_map(|line| line.strip_prefix(name)).and_then(|rest| rest.split_whitespace().next());

@@ -6,6 +6,7 @@ use anyhow::{Result, anyhow};
 use hdrhistogram::Histogram;
 
 use crate::keys::{Key, key};
+use crate::machine::thread_cpu;
 
 /// The latencies of calls.
 pub struct Latencies(Histogram<u64>);
@@ -61,6 +62,8 @@ pub struct Probed {
     pub keys: u64,
     pub answers: u64,
     pub ops_per_s: f64,
+    /// Of the calling thread.
+    pub cpu_us_per_key: Option<f64>,
     pub latencies: Latencies,
 }
 
@@ -73,8 +76,9 @@ pub fn probe(
     call: impl Fn(&[Key]) -> Result<usize>,
 ) -> Result<Probed> {
     const PIECE: usize = 32 * 512;
-    let mut probed = Probed { keys: 0, answers: 0, ops_per_s: 0.0, latencies: Latencies::new()? };
+    let mut probed = Probed { keys: 0, answers: 0, ops_per_s: 0.0, cpu_us_per_key: None, latencies: Latencies::new()? };
     let mut timed = Duration::ZERO;
+    let mut cpu = Some(Duration::ZERO);
     let mut timed_keys = 0;
     let mut piece = Vec::with_capacity(PIECE);
     let pieces = count.div_ceil(PIECE as u64).max(3);
@@ -90,15 +94,19 @@ pub fn probe(
                 probed.latencies.merge(&called.latencies)?;
             }
         } else {
+            let cpu_before = thread_cpu();
             let start = Instant::now();
             for keys in piece.chunks(batch) {
                 probed.answers += call(keys)? as u64;
             }
             timed += start.elapsed();
+            let used = thread_cpu().zip(cpu_before).map(|(after, before)| after.saturating_sub(before));
+            cpu = cpu.zip(used).map(|(sum, used)| sum + used);
             timed_keys += piece.len();
         }
         probed.keys += piece.len() as u64;
     }
+    probed.cpu_us_per_key = cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / timed_keys as f64);
     probed.ops_per_s = timed_keys as f64 / timed.as_secs_f64();
     Ok(probed)
 }

@@ -47,6 +47,8 @@ pub struct Figures {
     pub p99_us: Option<f64>,
     pub p999_us: Option<f64>,
     pub worst_us: Option<f64>,
+    /// Processor time. Of checks that of the caller's thread; else of all threads, and of the server where there is one.
+    pub cpu_us_per_key: Option<f64>,
     pub ram_bytes_per_key: Option<f64>,
     pub disk_bytes_per_key: Option<f64>,
     pub write_amp: Option<f64>,
@@ -120,6 +122,7 @@ fn median_row(group: &[Row]) -> Row {
         p99_us: of(|f| f.p99_us),
         p999_us: of(|f| f.p999_us),
         worst_us: group.iter().filter_map(|row| row.figures.worst_us).reduce(f64::max),
+        cpu_us_per_key: of(|f| f.cpu_us_per_key),
         ram_bytes_per_key: of(|f| f.ram_bytes_per_key),
         disk_bytes_per_key: of(|f| f.disk_bytes_per_key),
         write_amp: of(|f| f.write_amp),

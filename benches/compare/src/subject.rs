@@ -140,6 +140,11 @@ pub trait Subject: Send + Sync {
         machine::bytes_written()
     }
 
+    /// All processor time that was used up to now, in seconds.
+    fn cpu_s(&self) -> Result<f64> {
+        machine::cpu_s("self")
+    }
+
     /// Lets go of the directory.
     fn close(self: Box<Self>) -> Result<()> {
         Ok(())

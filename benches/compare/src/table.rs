@@ -7,7 +7,7 @@ use crate::args::Workload;
 use crate::row::Row;
 use crate::subject::Kind;
 
-const COLUMNS: [&str; 17] = [
+const COLUMNS: [&str; 18] = [
     "case",
     "subject",
     "durability",
@@ -21,6 +21,7 @@ const COLUMNS: [&str; 17] = [
     "p99 µs",
     "p99.9 µs",
     "worst µs",
+    "CPU µs/key",
     "RAM B/key",
     "disk B/key",
     "write amp",
@@ -155,6 +156,7 @@ fn cells(rows: &[&Row], row: &Row) -> Vec<String> {
         optional(figures.p99_us),
         optional(figures.p999_us),
         optional(figures.worst_us),
+        optional(figures.cpu_us_per_key),
         optional(figures.ram_bytes_per_key),
         optional(figures.disk_bytes_per_key),
         optional(figures.write_amp),

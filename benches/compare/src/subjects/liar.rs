@@ -45,6 +45,10 @@ impl Subject for Liar {
         self.inner.bytes_written()
     }
 
+    fn cpu_s(&self) -> Result<f64> {
+        self.inner.cpu_s()
+    }
+
     fn close(self: Box<Self>) -> Result<()> {
         self.inner.close()
     }

@@ -148,4 +148,8 @@ impl Subject for Redis {
     fn bytes_written(&self) -> Result<u64> {
         machine::bytes_dirtied_by(self.server.0.id())
     }
+
+    fn cpu_s(&self) -> Result<f64> {
+        Ok(machine::cpu_s("self")? + machine::cpu_s(&self.server.0.id().to_string())?)
+    }
 }

@@ -4,8 +4,9 @@ use anyhow::{Result, ensure};
 
 use super::{BATCH, Run, describe, fill, say};
 use crate::args::Workload;
+use crate::child;
 use crate::keys::{NEW, RESULT, mix};
-use crate::machine::{directory_bytes, resident_bytes};
+use crate::machine::directory_bytes;
 use crate::measure::{Probed, probe};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
@@ -89,7 +90,7 @@ pub fn compared(run: &Run) -> Result<Vec<Row>> {
         let setup = Setup { dir: &dir, durability: Durability::Process, keys, buckets: BUCKETS, filter_bytes: 0 };
         rows.extend(run.with(kind, &setup, |subject| {
             let mut rows = Vec::new();
-            let (resident, own) = (resident_bytes()?, subject.memory_bytes());
+            let own = subject.memory_bytes();
             fill(subject, keys, BUCKETS, RESULT)?;
             if run.has(Workload::W2) {
                 rows.extend(recent(run, subject, kind, keys, "recent")?);
@@ -98,7 +99,7 @@ pub fn compared(run: &Run) -> Result<Vec<Row>> {
             let disk = directory_bytes(&dir);
             let ram = match (kind, subject.memory_bytes()) {
                 (Kind::Onlyonce, after) => after,
-                (Kind::Moka, _) => Some(resident_bytes()?.saturating_sub(resident)),
+                (Kind::Moka, _) => Some(child::moka_bytes(keys)?),
                 (_, after) => after.zip(own).map(|(after, before)| after.saturating_sub(before)),
             };
             if run.has(Workload::W2) {
@@ -151,7 +152,8 @@ pub fn new_keys(run: &Run, subject: &dyn Subject, name: &str, keys: u64) -> Resu
 fn recent(run: &Run, subject: &dyn Subject, kind: Kind, keys: u64, case: &str) -> Result<Vec<Row>> {
     let last = (keys / 100).max(1);
     let mut rows = Vec::new();
-    for batch in [1, BATCH] {
+    // Batches first: what came last is soon moved to where the rest is.
+    for batch in [BATCH, 1] {
         let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
         let probed = probe(count, batch, |i| keys - 1 - mix(i) % last, |keys| subject.check(keys))?;
         rows.push(known_row(kind, case, keys, batch, &probed)?);
@@ -169,6 +171,8 @@ fn row(workload: Workload, case: &str, name: &str, keys: u64, batch: usize, prob
     row.keys = keys;
     row.batch = batch as u32;
     row.figures.ops_per_s = Some(probed.ops_per_s);
+    // Redis answers in another process.
+    row.figures.cpu_us_per_key = probed.cpu_us_per_key.filter(|_| name != Kind::Redis.name());
     row.latencies(&probed.latencies);
     row
 }

@@ -61,12 +61,14 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
                 Setup { dir: &dir, durability: Durability::Disk, keys: 1_000_000, buckets: 24, filter_bytes: 0 };
             let fsyncs_per_s = run.fsyncs_per_s()?;
             let mut row = run.with(kind, &setup, |subject| {
+                let cpu_s = subject.cpu_s()?;
                 let start = Instant::now();
                 let (count, latencies) = insert_for(subject, way, run.scale.synced)?;
                 subject.settle()?;
                 let mut row = Row::new(Workload::W5, way.case(), kind.name());
                 row.keys = count;
                 row.figures.ops_per_s = Some(count as f64 / start.elapsed().as_secs_f64());
+                row.figures.cpu_us_per_key = Some((subject.cpu_s()? - cpu_s) * 1e6 / count as f64);
                 row.latencies(&latencies);
                 Ok(row)
             })?;

@@ -35,8 +35,7 @@ fn all<'a>(
         // Made before the clock runs: what a subject does in the background must not have the time for it.
         let most = keys::keys(0, usize::try_from(count * run.scale.fast_factor)?);
         for &kind in subjects.clone() {
-            let is_fast = matches!(kind, Kind::Onlyonce | Kind::Moka);
-            let keys = if is_fast { &most[..] } else { &most[..usize::try_from(count)?] };
+            let keys = if kind == Kind::Onlyonce { &most[..] } else { &most[..usize::try_from(count)?] };
             say(&format!("{workload:?}: {}, {} keys, {threads} threads, {batch} a call", kind.name(), keys.len()));
             let dir = run.directory("inserts");
             let setup = Setup {
@@ -73,6 +72,7 @@ fn one(
     dir: &std::path::Path,
 ) -> Result<Row> {
     let written = subject.bytes_written()?;
+    let cpu_s = subject.cpu_s()?;
     let start = Instant::now();
     let called = std::thread::scope(|scope| {
         let part = keys.len().div_ceil(threads as usize);
@@ -87,6 +87,7 @@ fn one(
     subject.settle()?;
     let elapsed = start.elapsed();
     let written = subject.bytes_written()? - written;
+    let cpu_s = subject.cpu_s()? - cpu_s;
 
     let first: u64 = called.iter().map(|called| called.answers).sum();
     let count = keys.len();
@@ -105,6 +106,7 @@ fn one(
     row.batch = batch as u32;
     row.figures.ops_per_s = Some(count as f64 / elapsed.as_secs_f64());
     row.latencies(&latencies);
+    row.figures.cpu_us_per_key = Some(cpu_s * 1e6 / count as f64);
     row.figures.disk_bytes_per_key = Some(disk as f64 / count as f64);
     row.figures.write_amp = Some(written as f64 / (count * (size_of::<Key>() + result.len())) as f64);
     row.more("answered_per_s", count as f64 / answered.as_secs_f64());
