@@ -49,6 +49,40 @@ pub struct Args {
     pub child: Option<Child>,
 }
 
+impl Args {
+    /// The command that measures the same again, without the places that files go to.
+    pub fn command(&self) -> String {
+        let mut command = "cargo run --release -p onlyonce-compare --".to_owned();
+        let mut add = |argument: String| {
+            command.push(' ');
+            command.push_str(&argument);
+        };
+        if self.quick {
+            add("--quick".to_owned());
+        }
+        if !self.only.is_empty() {
+            add(format!("--only {}", joined(self.only.iter().map(|workload| format!("{workload:?}")))));
+        }
+        if !self.subjects.is_empty() {
+            add(format!("--subjects {}", joined(self.subjects.iter().map(|kind| kind.name().to_owned()))));
+        }
+        if let Some(rounds) = self.rounds {
+            add(format!("--rounds {rounds}"));
+        }
+        if let Some(keys) = self.keys {
+            add(format!("--keys {keys}"));
+        }
+        if let Some(day) = self.day {
+            add(format!("--day {day}"));
+        }
+        command.trim_end_matches(" --").to_owned()
+    }
+}
+
+fn joined(names: impl Iterator<Item = String>) -> String {
+    names.collect::<Vec<_>>().join(",")
+}
+
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[value(rename_all = "verbatim")]

@@ -92,12 +92,15 @@ pub fn description() -> String {
     format!("{model}, {cores} cores, {memory:.0} GiB, {system}")
 }
 
-/// The commit that was built, as far as the working directory tells.
+/// The commit that was built, as far as the sources tell that are there now.
 pub fn commit() -> String {
-    let Some(commit) = output("git", &["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
-    let changed =
-        output("git", &["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());
     if changed { format!("{commit}, with changes") } else { commit }
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    output("git", &[&["-C", env!("CARGO_MANIFEST_DIR")], arguments].concat())
 }
 
 fn output(program: &str, arguments: &[&str]) -> Option<String> {

@@ -67,9 +67,7 @@ fn measure(args: &Args) -> Result<()> {
     let circumstances = Circumstances {
         machine: machine::description(),
         commit: machine::commit(),
-        command: std::env::args()
-            .skip(1)
-            .fold("cargo run --release -p onlyonce-compare --".to_owned(), |all, one| all + " " + &one),
+        command: args.command(),
         fsyncs_per_s: machine::fsyncs_per_s(dir.path(), Duration::from_secs(1))?,
         rounds: run.scale.rounds,
     };

@@ -4,14 +4,16 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::table::rate;
+use crate::table::{count, number, rate};
 
 const BACKGROUND: RGBColor = RGBColor(255, 255, 255);
 const OURS: RGBColor = RGBColor(0xc2, 0x41, 0x0c);
 const PEER: RGBColor = RGBColor(0x94, 0xa3, 0xb8);
 const LINES: [RGBColor; 4] = [OURS, RGBColor(0x1d, 0x4e, 0xd8), RGBColor(0x15, 0x80, 0x3d), RGBColor(0x7e, 0x22, 0xce)];
 const FONT: &str = "sans-serif";
+const TITLE: u32 = 20;
 
 /// A bar for each subject, on a scale of powers of ten: the subjects differ by hundreds.
 pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
@@ -21,10 +23,10 @@ pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
     let root = SVGBackend::new(path, (760, height)).into_drawing_area();
     root.fill(&BACKGROUND).map_err(failed)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(title, (FONT, 17))
+        .caption(title, (FONT, TITLE))
         .margin(8)
         .margin_right(20)
-        .set_label_area_size(LabelAreaPosition::Left, 190)
+        .set_label_area_size(LabelAreaPosition::Left, 200)
         .build_cartesian_2d((least..most).log_scale(), 0.0..bars.len() as f64)
         .map_err(failed)?;
     chart
@@ -40,13 +42,13 @@ pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
         let top = (bars.len() - number) as f64;
         let color = if subject.starts_with("onlyonce") { OURS } else { PEER };
         let bar = Rectangle::new([(least, top - 0.82), (*value, top - 0.18)], color.filled());
-        let value_text = Text::new(rate(*value), (value * 1.03, top - 0.72), (FONT, 13));
         chart.draw_series([bar]).map_err(failed)?;
-        chart.draw_series([value_text]).map_err(failed)?;
+        let middle = Pos::new(HPos::Left, VPos::Center);
+        let text = TextStyle::from((FONT, 15)).pos(middle);
+        chart.draw_series([Text::new(rate(*value), (value * 1.04, top - 0.5), text.clone())]).map_err(failed)?;
         // The subject's name stands left of the plot, at the height of its bar.
-        let (_, y) = chart.backend_coord(&(least, top - 0.68));
-        let name = Text::new(subject.clone(), (14, y - 2), (FONT, 14));
-        root.draw(&name).map_err(failed)?;
+        let (_, y) = chart.backend_coord(&(least, top - 0.5));
+        root.draw(&Text::new(subject.clone(), (14, y), text)).map_err(failed)?;
     }
     root.present().map_err(failed)
 }
@@ -78,7 +80,7 @@ pub fn lines(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
     let root = SVGBackend::new(path, (760, 300)).into_drawing_area();
     root.fill(&BACKGROUND).map_err(failed)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(axes.title, (FONT, 17))
+        .caption(axes.title, (FONT, TITLE))
         .margin(8)
         .margin_right(20)
         .set_label_area_size(LabelAreaPosition::Left, 60)
@@ -87,7 +89,7 @@ pub fn lines(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
         .map_err(failed)?;
     let x_label = |x: &f64| {
         let x = if axes.is_x_log { 10f64.powf(*x) } else { *x };
-        if x >= 1e6 { format!("{:.1} M", x / 1e6) } else { crate::table::number(x) }
+        if axes.is_x_log { count(x as u64) } else { number(x) }
     };
     chart
         .configure_mesh()

@@ -10,11 +10,13 @@ use crate::args::Workload;
 use crate::goals::goals;
 use crate::plot::{Axes, Line, bars, lines};
 use crate::row::{Circumstances, Row};
-use crate::subject::Kind;
-use crate::table::{rows_of, table};
+use crate::table::{count, rows_of, table};
 
 /// The page's name in its directory.
 pub const PAGE: &str = "benchmarks.md";
+
+/// The case that is shown beside the same of peers, who have no such difference.
+const SEALED: &str = "recent, sealed";
 
 /// The directory of the plots, beside the page.
 const PLOTS: &str = "benchmarks";
@@ -42,8 +44,7 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
          onlyonce beside its peers, on the same keys, in one run: `{}`, commit {}.\n\n\
          {}. The disk made {:.0} small appends a second safe when the run began. Ratios carry over to other machines, \
          absolute figures do not: shared cores and a virtual disk were measured.\n\n\
-         Keys are 36 bytes and look like UUIDs; results are 17 bytes. Figures are medians of {} rounds, in which the \
-         subjects took turns; the worst is the worst of all rounds. The column *onlyonce* says how many times the rate \
+         Keys are 36 bytes and look like UUIDs; results are 17 bytes. {} The column *onlyonce* says how many times the rate \
          of a row onlyonce has. Each measurement checks its answers: as many first answers as distinct keys, or the \
          run fails. [How to run it, and what is counted](../benches/compare/README.md).\n\n\
          ## Goals\n\n{}\n",
@@ -51,7 +52,13 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
         circumstances.commit,
         circumstances.machine,
         circumstances.fsyncs_per_s,
-        circumstances.rounds,
+        match circumstances.rounds {
+            1 => "There was one round.".to_owned(),
+            rounds => format!(
+                "Figures of W1 to W5 and W7 are medians of {rounds} rounds, in which the subjects took turns; the worst \
+                 is the worst of all rounds."
+            ),
+        },
         goals_table(rows),
     );
     for workload in Workload::ALL.into_iter().filter(|workload| rows.iter().any(|row| row.workload == *workload)) {
@@ -122,26 +129,29 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
     let of = rows_of(workload, rows);
     match workload {
         Workload::W1 | Workload::W2 | Workload::W3 | Workload::W4 | Workload::W5 => {
-            let mut cases: Vec<&str> = Vec::new();
-            for row in of.iter().filter(|row| row.workload == workload && row.case != "recent, sealed") {
-                if !cases.contains(&row.case.as_str()) {
-                    cases.push(&row.case);
+            // Stores of different sizes do not belong in one picture.
+            let size = |row: &Row| (workload == Workload::W1).then_some(row.keys);
+            let mut pictures: Vec<(&str, Option<u64>)> = Vec::new();
+            for row in of.iter().filter(|row| row.workload == workload && row.case != SEALED) {
+                if !pictures.contains(&(&row.case, size(row))) {
+                    pictures.push((&row.case, size(row)));
                 }
             }
-            for case in cases {
+            for (case, keys) in pictures {
                 let is_shown = |row: &&&Row| {
                     let is_way = workload == Workload::W5 || row.batch > 1 && row.threads == 1;
-                    is_way && (row.case == case || row.workload != workload || row.case == format!("{case}, sealed"))
+                    let is_case =
+                        row.case == case || row.workload != workload || case == "recent" && row.case == SEALED;
+                    is_way && is_case && size(row) == keys
                 };
-                let mut shown: Vec<(String, f64)> = of
-                    .iter()
-                    .filter(is_shown)
-                    .filter_map(|row| Some((label(row, case, &of), row.figures.ops_per_s?)))
-                    .collect();
+                let mut shown: Vec<(String, f64)> =
+                    of.iter().filter(is_shown).filter_map(|row| Some((label(row), row.figures.ops_per_s?))).collect();
                 shown.sort_by(|(_, one), (_, other)| other.total_cmp(one));
-                let durable = if workload == Workload::W5 { "" } else { ", batches of 512, 1 thread" };
-                let title = format!("{workload:?}, {case}{durable}: keys a second");
-                bars(&add(&format!("{workload:?}-{case}").to_lowercase(), title.clone()), &title, &shown)?;
+                let way = if workload == Workload::W5 { "" } else { ", batches of 512, 1 thread" };
+                let live = keys.map_or_else(String::new, |keys| format!(", {} live keys", count(keys)));
+                let title = format!("{workload:?}, {case}{live}{way}: keys a second");
+                let name = format!("{workload:?}-{case}{}", keys.map_or_else(String::new, |keys| format!("-{keys}")));
+                bars(&add(&name.to_lowercase(), title.clone()), &title, &shown)?;
             }
         }
         Workload::W6 => {
@@ -184,14 +194,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
     Ok(drawn)
 }
 
-/// The subject, and what sets its row apart from others of the same subject.
-fn label(row: &Row, case: &str, of: &[&Row]) -> String {
-    let mut label = row.subject.clone();
-    if row.subject == Kind::Onlyonce.name() && row.case != case {
-        label += ", sealed";
-    }
-    if of.iter().any(|other| other.workload == row.workload && other.case == row.case && other.keys != row.keys) {
-        label += &format!(", {} M keys", crate::table::number(row.keys as f64 / 1e6));
-    }
-    label
+/// The subject, and what sets its row apart from another of the same picture.
+fn label(row: &Row) -> String {
+    if row.case == SEALED { format!("{}, sealed", row.subject) } else { row.subject.clone() }
 }

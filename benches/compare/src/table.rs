@@ -181,7 +181,7 @@ pub fn rate(per_s: f64) -> String {
     }
 }
 
-fn count(keys: u64) -> String {
+pub fn count(keys: u64) -> String {
     match keys {
         1_000_000.. => format!("{} M", number(keys as f64 / 1e6)),
         1_000.. => format!("{} k", number(keys as f64 / 1e3)),
