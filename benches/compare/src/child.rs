@@ -43,6 +43,7 @@ impl Child {
                 synced_lives(dir, *way, Duration::from_millis(*milliseconds))
             }
             Self::Fill { dir, keys, buckets } => {
+                end_with_parent();
                 let setup =
                     Setup { dir, durability: Durability::Process, keys: *keys, buckets: *buckets, filter_bytes: 0 };
                 std::fs::create_dir_all(dir)?;
@@ -61,6 +62,7 @@ impl Child {
                 Ok(())
             }
             Self::Work { dir, keys, buckets } => {
+                end_with_parent();
                 let store = open_filled(dir, *keys, *buckets)?;
                 println!("open");
                 let mut from = NEW;
@@ -85,34 +87,59 @@ pub fn open_filled(dir: &Path, keys: u64, buckets: u32) -> Result<Store> {
         .open(dir.join("store"))?)
 }
 
-/// This program, to be started again.
-pub fn command() -> Result<Command> {
-    Ok(Command::new(std::env::current_exe()?))
+/// A started child, killed with its owner. It ends by itself where its owner is killed: its input ends then.
+struct Tethered {
+    child: std::process::Child,
+    _input: Option<std::process::ChildStdin>,
+}
+
+impl Tethered {
+    /// Starts this program again.
+    fn start(name: &str, dir: &Path, keys: u64, buckets: u32) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(name).arg(dir).arg(keys.to_string()).arg(buckets.to_string());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        // Waiting for a child closes its input unless somebody else has it.
+        let input = child.stdin.take();
+        Ok(Self { child, _input: input })
+    }
+}
+
+impl Drop for Tethered {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// In a child: ends the process when the one that started it is gone.
+fn end_with_parent() {
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
 }
 
 /// Starts a child that works until it is killed, lets it work, and kills it.
 pub fn work_and_kill(dir: &Path, keys: u64, buckets: u32, work: Duration) -> Result<()> {
-    let mut command = command()?;
-    command.arg("work").arg(dir).arg(keys.to_string()).arg(buckets.to_string());
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-    let opened = (|| {
-        let stdout = child.stdout.take().context("the child has no output")?;
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
-        if line.trim() != "open" {
-            bail!("the child does not open the store");
-        }
-        std::thread::sleep(work);
-        Ok(())
-    })();
-    child.kill()?;
-    child.wait()?;
-    opened
+    let mut worker = Tethered::start("work", dir, keys, buckets)?;
+    let stdout = worker.child.stdout.take().context("the child has no output")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line)?;
+    if line.trim() != "open" {
+        bail!("the child does not open the store");
+    }
+    std::thread::sleep(work);
+    if let Some(status) = worker.child.try_wait()? {
+        bail!("the child that works ended with {status}, before it was killed");
+    }
+    Ok(())
 }
 
 /// Fills a store in a process of its own, which ends well.
 pub fn fill_and_close(dir: &Path, keys: u64, buckets: u32) -> Result<()> {
-    let status = command()?.arg("fill").arg(dir).arg(keys.to_string()).arg(buckets.to_string()).status()?;
+    let status = Tethered::start("fill", dir, keys, buckets)?.child.wait()?;
     if !status.success() {
         bail!("the child that fills the store ended with {status}");
     }
@@ -121,7 +148,11 @@ pub fn fill_and_close(dir: &Path, keys: u64, buckets: u32) -> Result<()> {
 
 /// The memory that moka takes for so many keys.
 pub fn moka_bytes(keys: u64) -> Result<u64> {
-    let output = command()?.arg("moka-bytes").arg(keys.to_string()).stderr(Stdio::inherit()).output()?;
+    let output = Command::new(std::env::current_exe()?)
+        .arg("moka-bytes")
+        .arg(keys.to_string())
+        .stderr(Stdio::inherit())
+        .output()?;
     if !output.status.success() {
         bail!("the child that fills moka ended with {}", output.status);
     }

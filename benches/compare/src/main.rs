@@ -51,6 +51,7 @@ fn measure(args: &Args) -> Result<()> {
         .with_context(|| format!("no directory for the data in {}", root.display()))?;
     let interrupted = dir.path().to_owned();
     ctrlc::set_handler(move || {
+        subjects::redis::stop_all();
         // Somebody may still write to it: what is left is left.
         let _ = std::fs::remove_dir_all(&interrupted);
         std::process::exit(130);

@@ -39,6 +39,12 @@ pub fn goals_table(rows: &[Row]) -> String {
 pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<()> {
     let plots = dir.join(PLOTS);
     fs::create_dir_all(&plots).with_context(|| format!("{} cannot be made", plots.display()))?;
+    for entry in fs::read_dir(&plots)?.flatten() {
+        // Those of an earlier page, which may have had others.
+        if entry.path().extension().is_some_and(|extension| extension == "svg") {
+            fs::remove_file(entry.path())?;
+        }
+    }
     let mut page = format!(
         "# Benchmarks\n\n\
          onlyonce beside its peers, on the same keys, in one run: `{}`, commit {}.\n\n\

@@ -27,14 +27,41 @@ pub struct Redis {
     server: Server,
 }
 
-/// The server; it is killed with its owner.
-struct Server(Child);
+/// The servers that run. Whoever ends the process early has to stop them.
+static RUNNING: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+
+/// Stops every server.
+pub fn stop_all() {
+    if let Ok(mut running) = RUNNING.lock() {
+        running.drain(..).for_each(stop);
+    }
+}
+
+fn stop(mut server: Child) {
+    // It has nothing to lose, and may be gone already.
+    let _ = server.kill();
+    let _ = server.wait();
+}
+
+/// The number of a server's process; it is stopped with its owner.
+struct Server(u32);
+
+impl Server {
+    fn start(mut command: Command) -> Result<Self> {
+        let server = command.spawn().context("redis-server does not start")?;
+        let id = server.id();
+        RUNNING.lock().map_err(|_| anyhow!("another thread panicked"))?.push(server);
+        Ok(Self(id))
+    }
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It has nothing to lose, and may be gone already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        if let Ok(mut running) = RUNNING.lock()
+            && let Some(at) = running.iter().position(|server| server.id() == self.0)
+        {
+            stop(running.swap_remove(at));
+        }
     }
 }
 
@@ -45,16 +72,15 @@ impl Redis {
             Durability::Process => "everysec",
             Durability::Disk => "always",
         };
-        let server = Command::new(PROGRAM)
+        let mut command = Command::new(PROGRAM);
+        command
             .args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", ""])
             .args(["--appendonly", "yes", "--appendfsync", everysec_or_always, "--dir"])
             .arg(setup.dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("redis-server does not start")?;
-        let mut server = Server(server);
+            .stderr(Stdio::null());
+        let server = Server::start(command)?;
         let client = Client::open(format!("redis://127.0.0.1:{port}/"))?;
         let deadline = Instant::now() + Duration::from_secs(10);
         let first = loop {
@@ -62,9 +88,6 @@ impl Redis {
                 Ok(connection) => break connection,
                 Err(error) if Instant::now() > deadline => return Err(error).context("redis-server does not answer"),
                 Err(_) => {}
-            }
-            if let Some(status) = server.0.try_wait()? {
-                bail!("redis-server ended with {status}");
             }
             std::thread::sleep(Duration::from_millis(10));
         };
@@ -146,10 +169,10 @@ impl Subject for Redis {
     }
 
     fn bytes_written(&self) -> Result<u64> {
-        machine::bytes_dirtied_by(self.server.0.id())
+        machine::bytes_dirtied_by(self.server.0)
     }
 
     fn cpu_s(&self) -> Result<f64> {
-        Ok(machine::cpu_s("self")? + machine::cpu_s(&self.server.0.id().to_string())?)
+        Ok(machine::cpu_s("self")? + machine::cpu_s(&self.server.0.to_string())?)
     }
 }
