@@ -59,7 +59,7 @@ fn one(run: &Run, count: u64, buckets: u32) -> Result<Vec<Row>> {
     let known = probe(run.scale.probes / 3, BATCH, |i| mix(i) % count, check)?;
     ensure!(known.answers == known.keys, "of {} known keys {} were found", known.keys, known.answers);
 
-    let recorded = keys::keys(2 * NEW, usize::try_from(run.scale.batched * run.scale.fast_factor / 3)?);
+    let recorded = keys::keys(2 * NEW, usize::try_from(run.scale.batched * run.scale.fast_factor / 4)?);
     let cpu_s = store.cpu_s()?;
     let start = Instant::now();
     let called = call_each(&recorded, BATCH, |keys| store.insert(keys, &[]))?;
