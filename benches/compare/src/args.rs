@@ -160,9 +160,9 @@ impl Scale {
             Self {
                 rounds: 1,
                 live: 10_000_000,
-                compared: 250_000,
+                compared: 200_000,
                 probes: 250_000,
-                batched: 300_000,
+                batched: 200_000,
                 single: 50_000,
                 fast_factor: 5,
                 synced: Duration::from_millis(800),
