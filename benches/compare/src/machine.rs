@@ -92,6 +92,12 @@ pub fn description() -> String {
     format!("{model}, {cores} cores, {memory:.0} GiB, {system}")
 }
 
+/// How many threads wanted a processor in the last minute.
+pub fn load() -> Result<f64> {
+    let text = fs::read_to_string("/proc/loadavg").context("/proc/loadavg cannot be read")?;
+    text.split_whitespace().next().and_then(|load| load.parse().ok()).context("/proc/loadavg has no load")
+}
+
 /// The commit that was built, as far as the sources tell that are there now.
 pub fn commit() -> String {
     let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };

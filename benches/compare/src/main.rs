@@ -70,8 +70,12 @@ fn measure(args: &Args) -> Result<()> {
         commit: machine::commit(),
         command: args.command(),
         fsyncs_per_s: machine::fsyncs_per_s(dir.path(), Duration::from_secs(1))?,
+        load: machine::load()?,
         rounds: run.scale.rounds,
     };
+    if circumstances.load > 0.5 {
+        eprintln!("the load was {} before the run: somebody else uses this machine", circumstances.load);
+    }
     println!("{}\ncommit {}\n{}", circumstances.machine, circumstances.commit, circumstances.command);
     println!("{:.0} fdatasyncs of small appends a second\n", circumstances.fsyncs_per_s);
 

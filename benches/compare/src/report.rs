@@ -48,8 +48,8 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
     let mut page = format!(
         "# Benchmarks\n\n\
          onlyonce beside its peers, on the same keys, in one run: `{}`, commit {}.\n\n\
-         {}. The disk made {:.0} small appends a second safe when the run began. Ratios carry over to other machines, \
-         absolute figures do not: shared cores and a virtual disk were measured.\n\n\
+         {}. The disk made {:.0} small appends a second safe when the run began. The load of \
+         others was {:.1} then. Ratios carry over to other machines, absolute figures do not.\n\n\
          Keys are 36 bytes and look like UUIDs; results are 17 bytes. {} The column *onlyonce* says how many times the rate \
          of a row onlyonce has. Each measurement checks its answers: as many first answers as distinct keys, or the \
          run fails. [How to run it, and what is counted](../benches/compare/README.md).\n\n\
@@ -58,6 +58,7 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
         circumstances.commit,
         circumstances.machine,
         circumstances.fsyncs_per_s,
+        circumstances.load,
         match circumstances.rounds {
             1 => "There was one round.".to_owned(),
             rounds => format!(

@@ -152,6 +152,8 @@ pub struct Circumstances {
     pub commit: String,
     pub command: String,
     pub fsyncs_per_s: f64,
+    /// How many others wanted a processor in the minute before the run.
+    pub load: f64,
     pub rounds: usize,
 }
 
