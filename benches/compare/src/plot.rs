@@ -15,10 +15,10 @@ const LINES: [RGBColor; 4] = [OURS, RGBColor(0x1d, 0x4e, 0xd8), RGBColor(0x15, 0
 const FONT: &str = "sans-serif";
 const TITLE: u32 = 20;
 
-/// A bar for each subject, on a scale of powers of ten: the subjects differ by hundreds.
+/// A bar for each subject, from zero, with its rate beside it.
 pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
-    let most = bars.iter().map(|(_, value)| *value).fold(1.0, f64::max) * 4.0;
-    let least = bars.iter().map(|(_, value)| *value).fold(f64::MAX, f64::min).max(1.0) / 4.0;
+    // Room for the rate behind the longest bar.
+    let most = bars.iter().map(|(_, value)| *value).fold(1.0, f64::max) * 1.2;
     let height = 70 + 30 * u32::try_from(bars.len())?;
     let root = SVGBackend::new(path, (760, height)).into_drawing_area();
     root.fill(&BACKGROUND).map_err(failed)?;
@@ -27,27 +27,20 @@ pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
         .margin(8)
         .margin_right(20)
         .set_label_area_size(LabelAreaPosition::Left, 200)
-        .build_cartesian_2d((least..most).log_scale(), 0.0..bars.len() as f64)
-        .map_err(failed)?;
-    chart
-        .configure_mesh()
-        .disable_y_mesh()
-        .disable_y_axis()
-        .x_labels(6)
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(RGBColor(0xe2, 0xe8, 0xf0))
-        .draw()
+        .build_cartesian_2d(0.0..most, 0.0..bars.len() as f64)
         .map_err(failed)?;
     for (number, (subject, value)) in bars.iter().enumerate() {
         let top = (bars.len() - number) as f64;
         let color = if subject.starts_with("onlyonce") { OURS } else { PEER };
-        let bar = Rectangle::new([(least, top - 0.82), (*value, top - 0.18)], color.filled());
+        let bar = Rectangle::new([(0.0, top - 0.82), (*value, top - 0.18)], color.filled());
         chart.draw_series([bar]).map_err(failed)?;
         let middle = Pos::new(HPos::Left, VPos::Center);
         let text = TextStyle::from((FONT, 15)).pos(middle);
-        chart.draw_series([Text::new(rate(*value), (value * 1.04, top - 0.5), text.clone())]).map_err(failed)?;
+        chart
+            .draw_series([Text::new(rate(*value), (value + most * 0.008, top - 0.5), text.clone())])
+            .map_err(failed)?;
         // The subject's name stands left of the plot, at the height of its bar.
-        let (_, y) = chart.backend_coord(&(least, top - 0.5));
+        let (_, y) = chart.backend_coord(&(0.0, top - 0.5));
         root.draw(&Text::new(subject.clone(), (14, y), text)).map_err(failed)?;
     }
     root.present().map_err(failed)
