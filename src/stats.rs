@@ -32,6 +32,8 @@ pub struct Stats {
     pub filter_hits: u64,
     /// Of those, keys that were not on the disk.
     pub filter_false_positives: u64,
+    /// Syncs of the log that calls waited for. Calls at the same time share one.
+    pub log_syncs: u64,
     /// Keys claimed and not completed, whoever holds them.
     pub in_flight: u64,
     /// Of those, keys that wait for [`Store::resolve`](crate::Store::resolve).

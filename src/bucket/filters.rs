@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use super::recovery::rebuild_filter;
+use super::recovery::{move_filter, rebuild_filter};
 use super::set::{Bucket, BucketSet};
 use crate::codec::Secret;
 use crate::error::{Error, Result};
@@ -128,6 +128,17 @@ impl Filters {
             }
         });
         failed.into_inner().map_or(Ok(()), Err)
+    }
+
+    /// Moves every bucket that has ended to the newest base, so that the layers in which it grew up can go.
+    pub(crate) fn tidy(db: &Db, set: &BucketSet, now_ms: u64, go_on: &impl Fn() -> bool) -> Result<()> {
+        let view = set.view();
+        for bucket in view.newest_first() {
+            if bucket.slice.end_ms() <= now_ms && view.is_filtered(&bucket) {
+                move_filter(db, set, &bucket, go_on)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the filter of every bucket that has ended and has no file that answers for all its keys, and removes the
@@ -298,6 +309,28 @@ mod tests {
         assert_all_known(&set);
         let wrong = (10_000..30_000).filter(|i| set.view().candidates(digest(*i)) != 0).count();
         assert!(wrong < 20, "{wrong} of 20,000 new keys would go to the disk");
+    }
+
+    #[test]
+    fn ended_buckets_move_to_the_newest_base_and_are_kept_from_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, filters, set) = open(&dir);
+        fill(&db, &set, 0, 0..90_000);
+        fill(&db, &set, 0, 90_000..200_000);
+        fill(&db, &set, 1, 200_000..300_000);
+        assert!(set.view().base_of(0).is_none(), "it has outgrown its column");
+        let bytes = set.view().filter_bytes();
+        Filters::tidy(&db, &set, 1_500, &|| true).unwrap();
+        assert!(set.view().base_of(0).is_some());
+        assert!(set.view().filter_bytes() < bytes);
+        for i in 0..300_000 {
+            assert_ne!(set.view().candidates(digest(i)), 0, "key {i}");
+        }
+        keep(&db, &filters, &set, 1_500);
+        db.close().unwrap();
+        let (_db, filters, set) = open(&dir);
+        filters.load(&set, &|| true);
+        assert_eq!(filtered(&set), [0]);
     }
 
     #[test]

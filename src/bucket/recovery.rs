@@ -47,9 +47,39 @@ pub(crate) fn rebuild_filter(
     bucket: &Arc<Bucket>,
     go_on: &impl Fn() -> bool,
 ) -> Result<bool> {
-    let mut digests = Vec::with_capacity(CHUNK);
     // Room for all of them is made once.
     let mut expected = bucket.keys.load(Ordering::Relaxed);
+    let finished = for_each_digest(db, set, bucket, go_on, |digests| {
+        set.mark_counted(bucket, digests, expected.max(digests.len() as u64));
+        expected = expected.saturating_sub(digests.len() as u64);
+    })?;
+    if finished {
+        set.set_filtered(bucket);
+    }
+    Ok(finished)
+}
+
+/// Moves a bucket that has outgrown its column, or lies in a base that was too small, to the newest base. Gives up when
+/// `go_on` says so; what has moved by then does no harm.
+pub(crate) fn move_filter(db: &Db, set: &BucketSet, bucket: &Arc<Bucket>, go_on: &impl Fn() -> bool) -> Result<()> {
+    // Before the keys are read: what comes after them goes to this layer, or one above it.
+    let Some(home) = set.home_for(bucket) else { return Ok(()) };
+    if for_each_digest(db, set, bucket, go_on, |digests| set.move_in(bucket, &home, digests))? {
+        set.moved(bucket, &home);
+    }
+    Ok(())
+}
+
+/// Hands out the digests of a bucket's keys, some at a time, as long as `go_on` says so and the bucket is there. True if
+/// those were all.
+fn for_each_digest(
+    db: &Db,
+    set: &BucketSet,
+    bucket: &Arc<Bucket>,
+    go_on: &impl Fn() -> bool,
+    mut visit: impl FnMut(&[u64]),
+) -> Result<bool> {
+    let mut digests = Vec::with_capacity(CHUNK);
     let mut finished = true;
     db.for_each_key(&bucket.family, |row_key| {
         let digest = digest_of_row(row_key).ok_or_else(|| Error::Corrupt {
@@ -58,16 +88,12 @@ pub(crate) fn rebuild_filter(
         })?;
         digests.push(digest);
         if digests.len() == CHUNK {
-            set.mark_counted(bucket, &digests, expected.max(CHUNK as u64));
-            expected = expected.saturating_sub(CHUNK as u64);
+            visit(&digests);
             digests.clear();
             finished = go_on() && set.view().has(bucket);
         }
         Ok(finished)
     })?;
-    set.mark_counted(bucket, &digests, digests.len() as u64);
-    if finished {
-        set.set_filtered(bucket);
-    }
+    visit(&digests);
     Ok(finished)
 }

@@ -220,6 +220,29 @@ impl BucketSet {
         }
     }
 
+    /// The layer that a bucket's keys should move to, so that the layers they lie in can go.
+    pub(crate) fn home_for(&self, bucket: &Bucket) -> Option<Arc<Layer>> {
+        let keys = bucket.keys.load(Ordering::Relaxed);
+        self.view().stack.home_for(bucket.slot, keys).cloned()
+    }
+
+    /// Notes digests of keys that move to a layer.
+    pub(crate) fn move_in(&self, bucket: &Bucket, home: &Layer, digests: &[u64]) {
+        let _change = self.change.lock();
+        home.insert(bucket.slot, digests.iter().copied());
+    }
+
+    /// All keys of the bucket have moved: its older layers are asked no more.
+    pub(crate) fn moved(&self, bucket: &Arc<Bucket>, home: &Arc<Layer>) {
+        let _change = self.change.lock();
+        let mut view = View::clone(&self.view.load());
+        if view.has(bucket) && view.stack.has(home) {
+            view.stack = view.stack.moved(bucket.slot, home);
+            tracing::debug!(bucket = %bucket.slice, bytes = view.stack.bytes(), "filter moved to the newest base");
+            self.view.store(Arc::new(view));
+        }
+    }
+
     /// Prepares the filter for buckets of `keys` keys.
     pub(crate) fn expect(&self, keys: u64) {
         let _change = self.change.lock();

@@ -176,6 +176,18 @@ impl Layer {
         }
     }
 
+    /// Whether it has a column for the slot.
+    pub(super) fn column_for(&self, slot: Slot) -> bool {
+        self.columns.column(slot).is_some()
+    }
+
+    /// Notes that another layer has all keys of the slot. Its bits stay.
+    pub(super) fn leave(&self, slot: Slot) {
+        if let Some(count) = self.keys.get(usize::from(slot)) {
+            count.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Counts keys that came with a column.
     pub(crate) fn count(&self, slot: Slot, keys: u64) {
         if let Some(count) = self.keys.get(usize::from(slot)) {
@@ -325,7 +337,7 @@ impl Layer {
 
     /// Empties a slot's column. It must not stand for a live bucket any more.
     pub(crate) fn clear(&self, slot: Slot) {
-        let Some(column) = self.columns.column(slot).filter(|_| self.keys(slot) > 0) else { return };
+        let Some(column) = self.columns.column(slot) else { return };
         let mut column_bits = 0_u64;
         for shift in (0..WORD_BITS).step_by(self.columns.width() as usize) {
             column_bits |= 1 << (shift + column);

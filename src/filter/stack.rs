@@ -62,6 +62,34 @@ impl Stack {
         with_keys.next().is_none().then_some(only)
     }
 
+    /// The topmost base, if the slot's keys lie elsewhere and would fit into it.
+    pub(crate) fn home_for(&self, slot: Slot, keys: u64) -> Option<&Arc<Layer>> {
+        let place = self.layers.iter().rposition(|layer| matches!(layer.columns(), Columns::All(_)))?;
+        let (below, rest) = self.layers.split_at_checked(place)?;
+        let (home, above) = rest.split_first()?;
+        let elsewhere = below.iter().any(|layer| layer.keys(slot) > 0);
+        let overflown = above.iter().any(|layer| layer.keys(slot) > 0);
+        let fits = home.keys(slot).saturating_add(keys) <= home.capacity();
+        (elsewhere && !overflown && fits && home.column_for(slot)).then_some(home)
+    }
+
+    /// The stack without what it has of a slot below `home`, which has all of it by now. Nothing is erased: somebody may
+    /// still be looking at the stack as it was.
+    pub(crate) fn moved(&self, slot: Slot, home: &Arc<Layer>) -> Self {
+        let mut layers = Vec::with_capacity(self.layers.len());
+        let mut below = true;
+        for layer in &self.layers {
+            below &= !Arc::ptr_eq(layer, home);
+            if below {
+                layer.leave(slot);
+            }
+            if !below || !layer.is_empty() {
+                layers.push(Arc::clone(layer));
+            }
+        }
+        Self { layers, ..*self }
+    }
+
     /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows. False
     /// if that is none.
     fn add_base(&mut self, keys: u64) -> bool {
@@ -218,6 +246,29 @@ mod tests {
         stack = stack.without(0);
         assert_eq!(stack.layers.len(), 1, "and the old base goes with the first");
         assert!(digests(90_000..400_000).into_iter().all(|digest| stack.slots(digest) & 2 != 0));
+    }
+
+    #[test]
+    fn a_bucket_moves_to_the_newest_base_and_the_old_layers_go() {
+        let mut stack = Stack::new(4, 64 << 20, &[], None);
+        grow(&mut stack, 0, 0..90_000);
+        grow(&mut stack, 0, 90_000..200_000);
+        grow(&mut stack, 1, 200_000..210_000);
+        stack = stack.with_base_for(200_000).unwrap();
+        assert_eq!(stack.layers.len(), 3);
+        assert!(stack.home_for(0, 300_000).is_none(), "too many");
+        for (slot, range) in [(0, 0..200_000), (1, 200_000..210_000)] {
+            let before = stack.clone();
+            let home = Arc::clone(stack.home_for(slot, range.end - range.start).unwrap());
+            home.insert(slot, digests(range.clone()));
+            stack = stack.moved(slot, &home);
+            assert!(stack.home_for(slot, 1).is_none(), "it is there");
+            for stack in [&before, &stack] {
+                assert!(digests(range.clone()).into_iter().all(|digest| stack.slots(digest) & 1 << slot != 0));
+            }
+        }
+        assert_eq!(stack.layers.len(), 1);
+        assert!(digests(0..200_000).into_iter().all(|digest| stack.slots(digest) & 1 != 0));
     }
 
     #[test]

@@ -222,8 +222,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Keeps the filters of buckets that have ended on disk.
+    /// Tidies the filters of buckets that have ended, and keeps them on disk.
     pub(super) fn keep_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
+        Filters::tidy(&self.db, &self.buckets, self.now().wall_ms, &go_on)?;
         let runs = || {
             // While a seal is between a run and its marks, the run must not pass for one that is marked.
             let _sealing = self.sealing.lock();
@@ -267,6 +268,7 @@ impl Engine {
             filter_checks: counters.filter_checks.get(),
             filter_hits: counters.filter_hits.get(),
             filter_false_positives: counters.filter_false_positives.get(),
+            log_syncs: self.db.syncs(),
             in_flight: self.hot.in_flight() as u64,
             held,
             unsealed: self.hot.completed() as u64,

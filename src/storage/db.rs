@@ -14,6 +14,7 @@ use rocksdb::{
 use super::directory::Directory;
 use super::options::Tuning;
 use super::run::Sink;
+use super::sync::SyncGroup;
 use super::{failed, journal, log, run};
 use crate::error::{Error, Result};
 
@@ -27,14 +28,17 @@ const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How long to wait between two tries to open a database whose files a dying process still has.
 const OPEN_POLL: Duration = Duration::from_millis(20);
 
+/// Before and behind every key of a bucket.
+const FIRST_KEY: &[u8] = &[];
+const LAST_KEY: &[u8] = &[0xff; 16];
+
 /// An open database, until it is closed.
 pub(crate) struct Db {
     // A read lock a call, so that `close` can wait for the calls under way and then really close.
     rocks: RwLock<Option<Rocks>>,
     directory: Directory,
     tuning: Tuning,
-    sync: WriteOptions,
-    no_sync: WriteOptions,
+    group: SyncGroup,
     runs_written: AtomicU64,
 }
 
@@ -93,8 +97,7 @@ impl Db {
             rocks: RwLock::new(Some(rocks)),
             directory,
             tuning,
-            sync: write_options(true),
-            no_sync: write_options(false),
+            group: SyncGroup::default(),
             runs_written: AtomicU64::new(0),
         };
         Ok((db, buckets))
@@ -116,14 +119,22 @@ impl Db {
         let rocks = open.get()?;
         let mut tx = Tx { rocks, batch: WriteBatch::default() };
         fill(&mut tx)?;
-        let options = if sync { &self.sync } else { &self.no_sync };
-        rocks.write_opt(tx.batch, options).map_err(|error| Error::WriteFailed { detail: error.to_string() })
+        rocks.write(tx.batch).map_err(|error| Error::WriteFailed { detail: error.to_string() })?;
+        if sync {
+            self.group.wait(|| sync_log(rocks))?;
+        }
+        Ok(())
+    }
+
+    /// Syncs of the log that callers waited for.
+    pub(crate) fn syncs(&self) -> u64 {
+        self.group.syncs()
     }
 
     /// Puts everything that was written so far on the disk.
     pub(crate) fn sync_log(&self) -> Result<()> {
         let open = self.rocks()?;
-        open.get()?.flush_wal(true).map_err(|error| Error::WriteFailed { detail: error.to_string() })
+        sync_log(open.get()?)
     }
 
     /// Reads a value of the store's own.
@@ -215,9 +226,13 @@ impl Db {
     /// Drops a bucket whole. Its files go as soon as nobody reads them.
     pub(crate) fn drop_bucket(&self, bucket: &str) -> Result<()> {
         let open = self.rocks()?;
-        open.get()?
-            .drop_cf(bucket)
-            .map_err(|error| failed("cannot drop a bucket in", &self.directory.database(), &error))
+        let rocks = open.get()?;
+        let cannot_drop = |error| failed("cannot drop a bucket in", &self.directory.database(), &error);
+        // Its files first: while a family is dropped nobody can look anything up, and without files that is over soon.
+        if let Some(family) = rocks.cf_handle(bucket) {
+            rocks.delete_file_in_range_cf(&family, FIRST_KEY, LAST_KEY).map_err(cannot_drop)?;
+        }
+        rocks.drop_cf(bucket).map_err(cannot_drop)
     }
 
     /// The numbers of the files of each bucket. A number is given once.
@@ -361,13 +376,13 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
     for (name, value) in seed {
         batch.put_cf(&meta, name, value);
     }
-    rocks.write_opt(batch, &write_options(true)).map_err(cannot_create)
+    let mut synced = WriteOptions::default();
+    synced.set_sync(true);
+    rocks.write_opt(batch, &synced).map_err(cannot_create)
 }
 
-fn write_options(sync: bool) -> WriteOptions {
-    let mut options = WriteOptions::default();
-    options.set_sync(sync);
-    options
+fn sync_log(rocks: &Rocks) -> Result<()> {
+    rocks.flush_wal(true).map_err(|error| Error::WriteFailed { detail: error.to_string() })
 }
 
 fn missing_family(name: &str) -> Error {

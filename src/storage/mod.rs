@@ -6,6 +6,7 @@ pub(crate) mod journal;
 mod log;
 mod options;
 pub(crate) mod run;
+mod sync;
 
 use std::path::Path;
 

@@ -53,6 +53,7 @@ impl Tuning {
         options.set_write_buffer_size(self.memtable_bytes);
         options.set_max_write_buffer_number(4);
         options.set_block_based_table_factory(&self.table());
+        never_slow_down(&mut options);
         options
     }
 
@@ -85,11 +86,7 @@ impl Tuning {
         universal.set_max_size_amplification_percent(1_000_000);
         options.set_universal_compaction_options(&universal);
         options.set_level_zero_file_num_compaction_trigger(8);
-        // Runs that wait for a merge slow nobody down: nothing is written here but whole runs.
-        options.set_level_zero_slowdown_writes_trigger(i32::MAX);
-        options.set_level_zero_stop_writes_trigger(i32::MAX);
-        options.set_soft_pending_compaction_bytes_limit(0);
-        options.set_hard_pending_compaction_bytes_limit(0);
+        never_slow_down(&mut options);
         options
     }
 
@@ -101,4 +98,13 @@ impl Tuning {
         table.set_pin_l0_filter_and_index_blocks_in_cache(false);
         table
     }
+}
+
+/// Tables that wait for a merge slow nobody down: those of a bucket are whole runs, and those of the journal nearly
+/// empty.
+fn never_slow_down(options: &mut Options) {
+    options.set_level_zero_slowdown_writes_trigger(i32::MAX);
+    options.set_level_zero_stop_writes_trigger(i32::MAX);
+    options.set_soft_pending_compaction_bytes_limit(0);
+    options.set_hard_pending_compaction_bytes_limit(0);
 }

@@ -1,0 +1,109 @@
+//! Group commit: callers that wait for the disk at the same time share one sync.
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, Result};
+
+/// Whose writes are on the disk. RocksDB has a group commit of its own, but does not mix writes that sync with writes that
+/// do not: where claims (which need no sync) and completions come by turns, its groups stay small.
+#[derive(Debug, Default)]
+pub(super) struct SyncGroup {
+    state: Mutex<State>,
+    synced: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Writes that were made, and of those the ones that are on the disk.
+    written: u64,
+    synced: u64,
+    /// Whether somebody syncs at the moment.
+    syncing: bool,
+    /// Syncs that were made.
+    syncs: u64,
+    /// Why a sync failed. Nobody knows what is on the disk since: a sync that succeeds after it proves nothing.
+    failed: Option<String>,
+}
+
+impl SyncGroup {
+    /// Returns when all that was written before this call is on the disk. `sync` syncs everything written so far; one
+    /// caller at a time calls it, for all that wait.
+    pub(super) fn wait(&self, sync: impl Fn() -> Result<()>) -> Result<()> {
+        let mut state = self.state.lock();
+        state.written += 1;
+        let mine = state.written;
+        loop {
+            if let Some(detail) = &state.failed {
+                return Err(Error::WriteFailed { detail: detail.clone() });
+            }
+            if state.synced >= mine {
+                return Ok(());
+            }
+            if state.syncing {
+                self.synced.wait(&mut state);
+                continue;
+            }
+            state.syncing = true;
+            let covered = state.written;
+            drop(state);
+            let outcome = sync();
+            state = self.state.lock();
+            state.syncing = false;
+            match outcome {
+                Ok(()) => {
+                    state.synced = covered;
+                    state.syncs += 1;
+                }
+                Err(error) => state.failed = Some(error.to_string()),
+            }
+            self.synced.notify_all();
+        }
+    }
+
+    /// Syncs that callers waited for.
+    pub(super) fn syncs(&self) -> u64 {
+        self.state.lock().syncs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    #[test]
+    fn callers_share_syncs_and_none_returns_before_its_write_is_synced() {
+        let group = SyncGroup::default();
+        let (written, synced, syncs) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let sync = || {
+            let covered = written.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(1));
+            synced.store(covered, Ordering::SeqCst);
+            syncs.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..32 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        let mine = written.fetch_add(1, Ordering::SeqCst) + 1;
+                        group.wait(sync).unwrap();
+                        assert!(synced.load(Ordering::SeqCst) >= mine);
+                    }
+                });
+            }
+        });
+        let syncs = syncs.into_inner();
+        assert_eq!(group.syncs(), syncs);
+        assert!(syncs <= 320, "{syncs} syncs for 640 writes of 32 threads");
+    }
+
+    #[test]
+    fn after_a_sync_that_failed_none_is_believed() {
+        let group = SyncGroup::default();
+        let failed = group.wait(|| Err(Error::WriteFailed { detail: "no space left".to_owned() }));
+        assert!(failed.unwrap_err().to_string().contains("no space left"));
+        assert!(group.wait(|| Ok(())).is_err());
+    }
+}
