@@ -16,7 +16,7 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
-    ("storage", &["options", "journal", "log", "directory", "run", "sync", "db"]),
+    ("storage", &["options", "journal", "log", "directory", "inventory", "run", "sync", "db"]),
     ("filter", &["sizing", "layer", "file", "stack"]),
     ("bucket", &["window", "set", "seal", "rotation", "recovery", "filters"]),
     (

@@ -148,8 +148,11 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     for i in 0..100 {
         bench.store().record(format!("key-{i}")).unwrap();
     }
+    // As a crash leaves it: where a store was closed, every log has its end.
+    let crashed = bench.path().join("../crashed");
+    copy_store(&bench.path(), &crashed);
     bench.store().close().unwrap();
-    let log = fs::read_dir(bench.path().join("db"))
+    let log = fs::read_dir(crashed.join("db"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
@@ -163,7 +166,7 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
             let mut garbled = whole.clone();
             garbled[at] ^= 1 << bit;
             fs::write(&log, &garbled).unwrap();
-            let refused = bench.builder().open(bench.path());
+            let refused = bench.builder().open(&crashed);
             let Err(Error::Corrupt { place, .. }) = &refused else { panic!("a hole at {at}: {refused:?}") };
             assert!(place.ends_with(log.file_name().unwrap().to_str().unwrap()), "{place}");
         }
@@ -171,7 +174,7 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     let mut zeroed = whole.clone();
     zeroed[middle..middle + 60].fill(0);
     fs::write(&log, &zeroed).unwrap();
-    assert!(matches!(bench.builder().open(bench.path()), Err(Error::Corrupt { .. })));
+    assert!(matches!(bench.builder().open(&crashed), Err(Error::Corrupt { .. })));
 
     for (torn, what) in [
         (whole[..whole.len() - 3].to_vec(), "cut short"),
@@ -180,7 +183,7 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     ] {
         fs::write(&log, torn).unwrap();
         let copy = bench.path().join("../copy");
-        copy_store(&bench.path(), &copy);
+        copy_store(&crashed, &copy);
         let store = bench.builder().open(&copy).unwrap_or_else(|error| panic!("{what}: {error}"));
         let remembered = |i: usize| matches!(store.check(format!("key-{i}")).unwrap(), Check::Completed(_));
         assert!((0..98).all(remembered), "only the end may be missing: {what}");

@@ -57,6 +57,7 @@ impl Engine {
     /// One round of all that is due.
     pub(super) fn upkeep(&self, last: &mut Rounds) -> Result<()> {
         let present = self.present_slice();
+        self.db.take_inventory_if_due();
         // First, so that a seal finds room for its buckets.
         self.drop_passed()?;
         let now_ms = self.now().monotonic_ms;

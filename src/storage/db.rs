@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use rocksdb::{
     ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, FlushOptions,
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
@@ -15,7 +15,7 @@ use super::directory::Directory;
 use super::options::Tuning;
 use super::run::Sink;
 use super::sync::SyncGroup;
-use super::{failed, journal, log, run};
+use super::{failed, inventory, journal, run, unreadable};
 use crate::error::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
@@ -40,6 +40,12 @@ pub(crate) struct Db {
     tuning: Tuning,
     group: SyncGroup,
     runs_written: AtomicU64,
+    /// A write or a sync has failed: nobody knows what the files hold.
+    in_doubt: AtomicBool,
+    /// One inventory at a time.
+    taking: Mutex<()>,
+    /// Bytes that were written since the last one.
+    untaken: AtomicU64,
 }
 
 /// What a new database starts with in `meta`.
@@ -60,14 +66,9 @@ impl Db {
             directory.create_database(|path| create(&tuning, path, &seed))?;
         }
         let path = directory.database();
-        let current = path.join("CURRENT");
-        if !current.exists() {
-            let detail = "it is missing, and with it the way to all that is stored".to_owned();
-            return Err(Error::Corrupt { place: current.display().to_string(), detail });
-        }
-        log::check(&path)?;
+        inventory::check(&directory.inventory(), &path)?;
         let options = tuning.database();
-        let families = Rocks::list_cf(&options, &path).map_err(|error| failed("cannot open", &path, &error))?;
+        let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("cannot open", &path, &error))?;
         let buckets: Vec<String> = families.iter().filter(|name| *name != JOURNAL && *name != META).cloned().collect();
         if !families.iter().any(|name| name == META) {
             return Err(Error::Corrupt {
@@ -75,6 +76,7 @@ impl Db {
                 detail: "the column family `meta` is missing".to_owned(),
             });
         }
+        inventory::reopen(&directory.inventory())?;
         let start = Instant::now();
         let rocks = loop {
             let descriptors = families.iter().map(|name| {
@@ -90,7 +92,7 @@ impl Db {
                 Err(error) if error.kind() == rocksdb::ErrorKind::IOError && start.elapsed() < wait.min(OPEN_WAIT) => {
                     std::thread::sleep(OPEN_POLL);
                 }
-                Err(error) => return Err(failed("cannot open", &path, &error)),
+                Err(error) => return Err(unreadable("cannot open", &path, &error)),
             }
         };
         let db = Self {
@@ -99,6 +101,9 @@ impl Db {
             tuning,
             group: SyncGroup::default(),
             runs_written: AtomicU64::new(0),
+            in_doubt: AtomicBool::new(false),
+            taking: Mutex::new(()),
+            untaken: AtomicU64::new(0),
         };
         Ok((db, buckets))
     }
@@ -119,9 +124,11 @@ impl Db {
         let rocks = open.get()?;
         let mut tx = Tx { rocks, batch: WriteBatch::default() };
         fill(&mut tx)?;
-        rocks.write(tx.batch).map_err(|error| Error::WriteFailed { detail: error.to_string() })?;
+        let bytes = tx.batch.size_in_bytes() as u64;
+        rocks.write(tx.batch).map_err(|error| self.write_failed(&error))?;
+        self.untaken.fetch_add(bytes, Ordering::Relaxed);
         if sync {
-            self.group.wait(|| sync_log(rocks))?;
+            self.group.wait(|| self.sync(rocks))?;
         }
         Ok(())
     }
@@ -134,7 +141,16 @@ impl Db {
     /// Puts everything that was written so far on the disk.
     pub(crate) fn sync_log(&self) -> Result<()> {
         let open = self.rocks()?;
-        sync_log(open.get()?)
+        self.sync(open.get()?)
+    }
+
+    fn sync(&self, rocks: &Rocks) -> Result<()> {
+        rocks.flush_wal(true).map_err(|error| self.write_failed(&error))
+    }
+
+    fn write_failed(&self, error: &rocksdb::Error) -> Error {
+        self.in_doubt.store(true, Ordering::Release);
+        Error::WriteFailed { detail: error.to_string() }
     }
 
     /// Reads a value of the store's own.
@@ -142,7 +158,7 @@ impl Db {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        rocks.get_cf(&family, name).map_err(|error| failed("cannot read", &self.directory.database(), &error))
+        rocks.get_cf(&family, name).map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
     }
 
     /// Reads the value under `row_key` in a bucket and hands it to `read`. A bucket that is gone has no keys.
@@ -153,7 +169,7 @@ impl Db {
         match rocks.get_pinned_cf(&family, row_key) {
             Ok(value) => Ok(value.map(|value| read(&value))),
             Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => Ok(None),
-            Err(error) => Err(failed("cannot read", &self.directory.database(), &error)),
+            Err(error) => Err(unreadable("cannot read", &self.directory.database(), &error)),
         }
     }
 
@@ -174,7 +190,7 @@ impl Db {
                 Ok(Some(value)) => read(place, &value)?,
                 Ok(None) => {}
                 Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => {}
-                Err(error) => return Err(failed("cannot read", &self.directory.database(), &error)),
+                Err(error) => return Err(unreadable("cannot read", &self.directory.database(), &error)),
             }
         }
         Ok(())
@@ -184,7 +200,7 @@ impl Db {
     pub(crate) fn for_each_row(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let open = self.rocks()?;
         for item in open.get()?.iterator(IteratorMode::Start) {
-            let (key, row) = item.map_err(|error| failed("cannot read", &self.directory.database(), &error))?;
+            let (key, row) = item.map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
             let Some(number) = journal::number(&key) else {
                 return Err(Error::Corrupt {
                     place: "the journal".to_owned(),
@@ -213,7 +229,7 @@ impl Db {
             }
             rows.next();
         }
-        rows.status().map_err(|error| failed("cannot read", &self.directory.database(), &error))
+        rows.status().map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
     }
 
     pub(crate) fn create_bucket(&self, bucket: &str) -> Result<()> {
@@ -257,7 +273,7 @@ impl Db {
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
         let keys = rocks
             .property_int_value_cf(&family, rocksdb::properties::ESTIMATE_NUM_KEYS)
-            .map_err(|error| failed("cannot read", &self.directory.database(), &error))?;
+            .map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
         Ok(keys.unwrap_or(0))
     }
 
@@ -290,7 +306,24 @@ impl Db {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &self.directory.database(), &error))
+        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &self.directory.database(), &error))?;
+        self.take_inventory(false)
+    }
+
+    /// Where so much was written that there may be a new log. It waits for the disk.
+    pub(crate) fn take_inventory_if_due(&self) {
+        if self.untaken.load(Ordering::Relaxed) >= self.tuning.inventory_interval_bytes()
+            && let Err(error) = self.take_inventory(false)
+        {
+            // What was written is safe all the same.
+            tracing::warn!(%error, "it could not be noted which files the store has");
+        }
+    }
+
+    fn take_inventory(&self, closed: bool) -> Result<()> {
+        let _taking = self.taking.lock();
+        self.untaken.store(0, Ordering::Relaxed);
+        inventory::take(&self.directory.inventory(), &self.directory.database(), closed)
     }
 
     /// Writes what is left of the journal's memtable to a table, so that the log behind it can go; and what was deleted
@@ -311,17 +344,23 @@ impl Db {
             }
         }
         let families: Vec<_> = families.iter().collect();
-        rocks.flush_cfs_opt(&families, &FlushOptions::default()).map_err(cannot_flush)
+        rocks.flush_cfs_opt(&families, &FlushOptions::default()).map_err(cannot_flush)?;
+        self.take_inventory(false)
     }
 
     /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].
     pub(crate) fn close(&self) -> Result<()> {
         let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
-        let synced = rocks.flush_wal(true);
+        let synced = rocks.flush_wal(true).map_err(|error| self.write_failed(&error));
         rocks.cancel_all_background_work(true);
         drop(rocks);
+        if !self.in_doubt.load(Ordering::Acquire)
+            && let Err(error) = self.take_inventory(true)
+        {
+            tracing::warn!(%error, "the next open cannot see whether a file was cut short since");
+        }
         self.directory.release();
-        synced.map_err(|error| Error::WriteFailed { detail: error.to_string() })
+        synced
     }
 }
 
@@ -379,10 +418,6 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
     let mut synced = WriteOptions::default();
     synced.set_sync(true);
     rocks.write_opt(batch, &synced).map_err(cannot_create)
-}
-
-fn sync_log(rocks: &Rocks) -> Result<()> {
-    rocks.flush_wal(true).map_err(|error| Error::WriteFailed { detail: error.to_string() })
 }
 
 fn missing_family(name: &str) -> Error {

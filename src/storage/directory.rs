@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! STORE/onlyonce.lock   locked by the process that has the store open; says "created" once there is a store
+//! STORE/onlyonce.files  what `db/` must hold at the next open: see `inventory.rs`
 //! STORE/db/             RocksDB
 //! STORE/db.new/         a store that is being created; removed where a crash left it
 //! STORE/runs/           runs that are written and not yet ingested; removed at open
@@ -18,6 +19,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, Result};
 
 const LOCK: &str = "onlyonce.lock";
+const FILES: &str = "onlyonce.files";
 const DATABASE: &str = "db";
 const NEW_DATABASE: &str = "db.new";
 const RUNS: &str = "runs";
@@ -96,6 +98,11 @@ impl Directory {
 
     pub(crate) fn database(&self) -> PathBuf {
         self.root.join(DATABASE)
+    }
+
+    /// Where it is noted what the database must hold.
+    pub(super) fn inventory(&self) -> PathBuf {
+        self.root.join(FILES)
     }
 
     pub(crate) fn runs(&self) -> PathBuf {
@@ -201,6 +208,6 @@ fn remove_dir(path: &Path) -> Result<()> {
     }
 }
 
-fn sync_dir(path: &Path) -> Result<()> {
+pub(super) fn sync_dir(path: &Path) -> Result<()> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, &error))
 }

@@ -3,7 +3,7 @@
 //! RocksDB takes a record with a bad length for the end of the log, and passes over a zeroed header to the end of its
 //! block: what follows would be forgotten without a word. And it refuses a last record that is all there with some of its
 //! bytes wrong, although nobody was told that it was written. Here a bad record that a good one follows is a hole, and
-//! one that none follows is cut off.
+//! one that none follows is cut off. The manifest has the same form, and the same holes.
 //!
 //! ```text
 //! log    := block (32 KiB)*, the last one shorter
@@ -31,32 +31,61 @@ enum End {
     Hole { at: u64 },
 }
 
-/// Reads every log in the database's directory: refuses a hole, cuts off a torn end.
-pub(super) fn check(database: &Path) -> Result<()> {
+/// The number of a log, if it is one.
+pub(super) fn number(path: &Path) -> Option<u64> {
+    let is_log = path.extension().is_some_and(|extension| extension == "log");
+    path.file_stem().filter(|_| is_log).and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok())
+}
+
+/// Reads every log in the database's directory: refuses a hole, cuts off the torn end of the newest. A log that was
+/// `closed` has none.
+pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read", database, &error);
+    let mut logs = Vec::new();
     for entry in std::fs::read_dir(database).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        if path.extension().is_none_or(|extension| extension != "log") {
-            continue;
+        if let Some(number) = number(&path) {
+            logs.push((number, path));
         }
-        let mut file = File::open(&path).map_err(|error| Error::io("cannot open", &path, &error))?;
-        match end(&mut file).map_err(|error| Error::io("cannot read", &path, &error))? {
+    }
+    logs.sort_unstable();
+    // Behind a newer log that says something, an end is in the middle.
+    let mut newer = false;
+    for (_, path) in logs.into_iter().rev() {
+        match end_of(&path)? {
             End::Clean => {}
-            End::Torn { at } => {
+            End::Torn { at } if !newer && !closed => {
                 tracing::warn!(path = %path.display(), at, "the log ends in half a record, as a crash leaves it: cut off");
                 let cut = |file: File| file.set_len(at).and_then(|()| file.sync_all());
                 let file = OpenOptions::new().write(true).open(&path);
                 file.and_then(cut).map_err(|error| Error::io("cannot cut", &path, &error))?;
             }
-            End::Hole { at } => {
-                return Err(Error::Corrupt {
-                    place: path.display().to_string(),
-                    detail: format!("the log has a bad record at byte {at}, and good ones behind it"),
-                });
-            }
+            End::Torn { at } if closed => return Err(bad_record(&path, at, "was closed without one")),
+            End::Torn { at } => return Err(bad_record(&path, at, "a newer log behind it")),
+            End::Hole { at } => return Err(bad_record(&path, at, "good ones behind it")),
         }
+        newer |= std::fs::metadata(&path).map_err(unreadable)?.len() > 0;
     }
     Ok(())
+}
+
+/// Reads a manifest, which has a log's form: refuses one with a hole, or with a bad record before `least`, which was read
+/// or written before. What a crash leaves at the end, RocksDB passes over.
+pub(super) fn check_manifest(path: &Path, least: u64) -> Result<()> {
+    match end_of(path)? {
+        End::Torn { at } if at < least => Err(bad_record(path, at, "was longer before")),
+        End::Hole { at } => Err(bad_record(path, at, "good ones behind it")),
+        End::Clean | End::Torn { .. } => Ok(()),
+    }
+}
+
+fn end_of(path: &Path) -> Result<End> {
+    let mut file = File::open(path).map_err(|error| Error::io("cannot open", path, &error))?;
+    end(&mut file).map_err(|error| Error::io("cannot read", path, &error))
+}
+
+fn bad_record(path: &Path, at: u64, and: &str) -> Error {
+    Error::Corrupt { place: path.display().to_string(), detail: format!("it has a bad record at byte {at}, and {and}") }
 }
 
 fn end(log: &mut impl Read) -> std::io::Result<End> {
@@ -134,7 +163,7 @@ mod tests {
         log.extend_from_slice(&checked);
     }
 
-    fn end_of(log: &[u8]) -> End {
+    fn end_in(log: &[u8]) -> End {
         end(&mut &log[..]).unwrap()
     }
 
@@ -147,14 +176,14 @@ mod tests {
                 break;
             }
         }
-        assert_eq!(end_of(&log), End::Clean);
+        assert_eq!(end_in(&log), End::Clean);
         for len in 0..log.len() {
             let whole = len / 997 * 997;
             let expected = match len - whole {
                 0 => End::Clean,
                 _ => End::Torn { at: whole as u64 },
             };
-            assert_eq!(end_of(&log[..len]), expected, "cut at {len}");
+            assert_eq!(end_in(&log[..len]), expected, "cut at {len}");
         }
     }
 
@@ -170,7 +199,7 @@ mod tests {
                 garbled[at] ^= mask;
                 let bad = (at / 997 * 997) as u64;
                 let expected = if at < log.len() - 997 { End::Hole { at: bad } } else { End::Torn { at: bad } };
-                assert_eq!(end_of(&garbled), expected, "bit {mask} of byte {at}");
+                assert_eq!(end_in(&garbled), expected, "bit {mask} of byte {at}");
             }
         }
     }
@@ -182,11 +211,11 @@ mod tests {
         put(&mut block, &[2; 100]);
         assert_eq!(block.len(), BLOCK);
         let mut log = [block.clone(), block.clone(), block.clone()].concat();
-        assert_eq!(end_of(&log), End::Clean);
+        assert_eq!(end_in(&log), End::Clean);
         // All of the second block.
         log[BLOCK..2 * BLOCK].fill(0);
-        assert_eq!(end_of(&log), End::Hole { at: BLOCK as u64 });
+        assert_eq!(end_in(&log), End::Hole { at: BLOCK as u64 });
         log[2 * BLOCK..].fill(0);
-        assert_eq!(end_of(&log), End::Torn { at: BLOCK as u64 });
+        assert_eq!(end_in(&log), End::Torn { at: BLOCK as u64 });
     }
 }

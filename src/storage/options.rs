@@ -23,6 +23,11 @@ impl Tuning {
         }
     }
 
+    /// A log is as long as a memtable: it is noted soon after it was begun, and seldom enough to cost nothing.
+    pub(super) fn inventory_interval_bytes(&self) -> u64 {
+        (self.memtable_bytes / 4) as u64
+    }
+
     /// What holds for the whole database.
     pub(super) fn database(&self) -> Options {
         let mut options = Options::default();
@@ -31,6 +36,11 @@ impl Tuning {
         // one still takes some bad lengths for the end, which is why `log.rs` reads the logs first.
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
         options.set_track_and_verify_wals_in_manifest(true);
+        // Each log says what the one before it was: one that is gone, or shorter than it was, is noticed. No function of
+        // the binding sets it.
+        if let Ok(verifying) = options.get_options_from_string("track_and_verify_wals=true") {
+            options = verifying;
+        }
         // A seal flushes the journal, which cuts the log. This bounds the log where seals are rare but claims many.
         options.set_max_total_wal_size(4 * self.memtable_bytes as u64);
         // Runs are sorted before they come here; two threads are enough for a flush beside a merge.

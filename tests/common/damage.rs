@@ -1,0 +1,132 @@
+//! A store in memory, file by file, and the ways to damage it.
+
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rand::RngExt;
+use rand::rngs::StdRng;
+
+/// The files of a store, by their paths inside it.
+#[derive(Clone)]
+pub struct Image {
+    pub files: BTreeMap<PathBuf, Vec<u8>>,
+}
+
+impl Image {
+    /// Reads a store's directory as it lies there.
+    pub fn read(root: &Path) -> Self {
+        let mut files = BTreeMap::new();
+        read_below(root, Path::new(""), &mut files);
+        Self { files }
+    }
+
+    /// Reads a store that has nothing to do, once its flushes and merges have come to an end.
+    pub fn read_at_rest(root: &Path) -> Self {
+        let mut before = Self::read(root);
+        loop {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = Self::read(root);
+            if now.files == before.files {
+                return now;
+            }
+            before = now;
+        }
+    }
+
+    /// Writes it to a new directory.
+    pub fn write(&self, root: &Path) {
+        // A store without runs has the directory for them all the same.
+        for dir in ["db", "runs"] {
+            fs::create_dir_all(root.join(dir)).unwrap();
+        }
+        for (path, bytes) in &self.files {
+            fs::write(root.join(path), bytes).unwrap();
+        }
+    }
+
+    /// The logs, the oldest first.
+    pub fn logs(&self) -> Vec<PathBuf> {
+        self.files.keys().filter(|path| path.extension().is_some_and(|extension| extension == "log")).cloned().collect()
+    }
+
+    /// The newest file whose name ends so.
+    pub fn newest(&self, ending: &str) -> PathBuf {
+        self.files.keys().rfind(|path| path.to_string_lossy().ends_with(ending)).expect(ending).clone()
+    }
+}
+
+fn read_below(root: &Path, inside: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
+    for entry in fs::read_dir(root.join(inside)).unwrap() {
+        let entry = entry.unwrap();
+        let path = inside.join(entry.file_name());
+        if entry.path().is_dir() {
+            read_below(root, &path, files);
+        } else {
+            files.insert(path, fs::read(entry.path()).unwrap());
+        }
+    }
+}
+
+/// What happened to a file.
+#[derive(Debug, Clone)]
+pub enum Harm {
+    Flipped { bit: u8 },
+    CutTail,
+    CutOut { len: usize },
+    Zeroed { len: usize },
+    Deleted,
+}
+
+/// One damage to one file, from byte `at` on.
+#[derive(Debug, Clone)]
+pub struct Damage {
+    pub file: PathBuf,
+    pub at: usize,
+    pub harm: Harm,
+}
+
+/// What a disk loses at a time.
+const SECTOR: usize = 512;
+
+impl Damage {
+    /// A random one to a random file: each file as likely as another, for the small ones hold up the large ones.
+    pub fn draw(image: &Image, rng: &mut StdRng) -> Self {
+        let (file, bytes) = image.files.iter().nth(rng.random_range(0..image.files.len())).unwrap();
+        let at = if bytes.is_empty() { 0 } else { rng.random_range(0..bytes.len()) };
+        let left = bytes.len() - at;
+        let harm = match rng.random_range(0..16) {
+            0 => Harm::Deleted,
+            _ if bytes.is_empty() => Harm::Deleted,
+            1..=8 => Harm::Flipped { bit: rng.random_range(0..8) },
+            9..=10 => Harm::CutTail,
+            11..=12 => Harm::CutOut { len: rng.random_range(1..=left) },
+            _ => return Self { file: file.clone(), at: at / SECTOR * SECTOR, harm: Harm::Zeroed { len: SECTOR } },
+        };
+        let at = if matches!(harm, Harm::Deleted) { 0 } else { at };
+        Self { file: file.clone(), at, harm }
+    }
+
+    /// Does it. False where nothing changed: zeros that were zeros.
+    pub fn inflict(&self, image: &mut Image) -> bool {
+        if matches!(self.harm, Harm::Deleted) {
+            return image.files.remove(&self.file).is_some();
+        }
+        let bytes = image.files.get_mut(&self.file).unwrap();
+        let before = bytes.clone();
+        match self.harm {
+            Harm::Flipped { bit } => bytes[self.at] ^= 1 << bit,
+            Harm::CutTail => bytes.truncate(self.at),
+            Harm::CutOut { len } => drop(bytes.drain(self.at..self.at + len)),
+            Harm::Zeroed { len } => {
+                let end = bytes.len().min(self.at + len);
+                bytes[self.at..end].fill(0);
+            }
+            Harm::Deleted => {}
+        }
+        *bytes != before
+    }
+}

@@ -1,0 +1,531 @@
+//! Damaged files: bits flipped, bytes cut, blocks zeroed, files gone, in every kind of file that a store has. Whatever
+//! the damage, the store refuses with an error that says where it is, or answers as if nothing had happened: never a
+//! wrong answer, a panic, a hang, or a store that is silently empty.
+//!
+//! `ONLYONCE_CORRUPTION_ROUNDS` (600 if not set), `ONLYONCE_CORRUPTION_SEED` (default: drawn, and printed) and
+//! `ONLYONCE_CORRUPTION_FIRST` (the round to begin with) set how often and how. Each round draws from the seed and its
+//! own number, so that one can be repeated alone; to the kind of file and of damage, not to the byte, for a store's files
+//! hold a secret that is drawn anew.
+
+mod common;
+#[path = "common/damage.rs"]
+mod damage;
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::START_MS;
+use damage::{Damage, Harm, Image};
+use onlyonce::{Builder, Check, Claim, Completed, Durability, Error, ManualClock, Phase, Prior, Store, Stored};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tempfile::TempDir;
+
+const DEFAULT_ROUNDS: u64 = 600;
+
+/// What a key is, as far as it outlives the process.
+#[derive(Debug, Clone, PartialEq)]
+enum State {
+    Absent,
+    Processing { token: u64, attempt: u32, released: bool },
+    Completed(Completed),
+}
+
+impl State {
+    fn of(store: &Store, key: &str) -> onlyonce::Result<Self> {
+        Ok(match store.get(key)? {
+            None => Self::Absent,
+            Some(Stored::Processing { token, attempt, phase, .. }) => {
+                Self::Processing { token, attempt, released: phase == Phase::Free(Prior::Released) }
+            }
+            Some(Stored::Completed(completed)) => Self::Completed(completed),
+            Some(other) => panic!("{other:?}"),
+        })
+    }
+}
+
+/// One change of one key, and how long the newest log was when it was written.
+struct Event {
+    key: String,
+    state: State,
+    log_bytes: usize,
+}
+
+/// A store with all that a store can hold, and what is true of it.
+struct Base {
+    image: Image,
+    /// Whether it was closed, or is as a crash leaves it.
+    closed: bool,
+    /// The newest log.
+    log: PathBuf,
+    /// What each key was before the newest log was begun.
+    before: BTreeMap<String, State>,
+    /// What the newest log says.
+    events: Vec<Event>,
+    now_ms: u64,
+    last_token: u64,
+}
+
+/// Where files cost nothing to sync, if this machine has such a place.
+fn scratch() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
+}
+
+fn builder(clock: &ManualClock) -> Builder {
+    Store::builder()
+        .window(Duration::from_secs(60))
+        .bucket(Duration::from_secs(10))
+        .lease(Duration::from_secs(3_600))
+        .memory_budget(32 << 20)
+        .durability(Durability::Process)
+        .sync_interval(Duration::from_secs(3_600))
+        .lock_wait(Duration::ZERO)
+        .clock(clock.clone())
+}
+
+fn complete(store: &Store, key: &str) {
+    let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
+    lease.complete(format!("the result of {key}")).unwrap();
+}
+
+/// Claims, and lets nobody know that the work was dropped: its process is going to die.
+fn leave_in_flight(store: &Store, key: &str) {
+    let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is free") };
+    std::mem::forget(lease);
+}
+
+fn log_bytes(path: &Path) -> usize {
+    std::fs::metadata(path).unwrap().len() as usize
+}
+
+impl Base {
+    /// Closed or not; and with a last life that has sealed keys before the newest log, or that has found some in the
+    /// journal.
+    fn all() -> Vec<Self> {
+        [(false, false), (false, true), (true, false), (true, true)]
+            .map(|(closed, seal)| Self::new(closed, seal))
+            .into()
+    }
+
+    fn new(closed: bool, seal: bool) -> Self {
+        let dir = scratch();
+        let path = dir.path().join("store");
+        let clock = ManualClock::at(START_MS);
+        let mut keys: Vec<String> = (0..40).map(|i| format!("never-seen-{i}")).collect();
+        let mut add = |key: String| {
+            keys.push(key.clone());
+            key
+        };
+        let store = builder(&clock).open(&path).unwrap();
+        for bucket in 0..4 {
+            // The last two buckets have two runs each.
+            for run in 0..1 + bucket / 2 {
+                (0..10).for_each(|i| complete(&store, &add(format!("sealed-{bucket}-{run}-{i}"))));
+                // One run of several blocks.
+                let many = if bucket == 0 { 200 } else { 10 };
+                let recorded: Vec<String> = (0..many).map(|i| add(format!("recorded-{bucket}-{run}-{i}"))).collect();
+                store.record_batch(&recorded).unwrap();
+                (0..3).for_each(|i| leave_in_flight(&store, &add(format!("in-flight-{bucket}-{run}-{i}"))));
+                store.seal().unwrap();
+            }
+            clock.advance(Duration::from_secs(10));
+        }
+        // A second life: what the log held is in a table of the journal now.
+        (0..10).for_each(|i| complete(&store, &add(format!("journal-{i}"))));
+        (0..3).for_each(|i| leave_in_flight(&store, &add(format!("journal-in-flight-{i}"))));
+        store.forget("sealed-0-0-0").unwrap();
+        store.close().unwrap();
+        drop(store);
+        let store = builder(&clock).open(&path).unwrap();
+        if seal {
+            clock.advance(Duration::from_secs(10));
+            (0..10).for_each(|i| complete(&store, &add(format!("sealed-late-{i}"))));
+            store.seal().unwrap();
+        }
+
+        let new: Vec<String> = (0..12).map(|i| add(format!("log-{i}"))).collect();
+        let before = keys.iter().map(|key| (key.clone(), State::of(&store, key).unwrap())).collect();
+        let newest = Image::read(&path).newest(".log");
+        let log = path.join(&newest);
+        let mut events = Vec::new();
+        let mut note = |key: &str| {
+            let state = State::of(&store, key).unwrap();
+            events.push(Event { key: key.to_owned(), state, log_bytes: log_bytes(&log) });
+        };
+        for (i, key) in new.iter().enumerate() {
+            let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
+            note(key);
+            match i % 3 {
+                0 => lease.complete(format!("the result of {key}")).unwrap(),
+                1 => lease.release().unwrap(),
+                _ => {
+                    std::mem::forget(lease);
+                    continue;
+                }
+            }
+            note(key);
+        }
+        store.forget("sealed-1-0-0").unwrap();
+        note("sealed-1-0-0");
+        let Claim::Acquired(lease) = store.claim("in-flight-2-0-0").unwrap() else { panic!("its process is gone") };
+        note("in-flight-2-0-0");
+        let last_token = lease.token();
+        lease.complete("at the second attempt").unwrap();
+        note("in-flight-2-0-0");
+        if closed {
+            store.close().unwrap();
+        }
+        Self { image: Image::read(&path), closed, log: newest, before, events, now_ms: clock_ms(&clock), last_token }
+    }
+
+    /// What each key is after the first `events` events of the newest log.
+    fn truth(&self, events: usize) -> BTreeMap<&str, &State> {
+        let mut truth: BTreeMap<&str, &State> = self.before.iter().map(|(key, state)| (key.as_str(), state)).collect();
+        for event in self.events.iter().take(events) {
+            truth.insert(&event.key, &event.state);
+        }
+        truth
+    }
+}
+
+fn clock_ms(clock: &ManualClock) -> u64 {
+    onlyonce::Clock::wall_ms(clock)
+}
+
+/// What a store said when it was asked about everything.
+#[derive(Debug)]
+enum Said {
+    RefusedToOpen(Error),
+    /// It refused some questions, the first of them so, and answered the others rightly.
+    RefusedToAnswer(Error),
+    /// All is as it was, but for the last so many events of its log.
+    Answered {
+        missing: usize,
+    },
+}
+
+/// Opens what is in `path`, asks every key, and compares. `certain` is how many events of the newest log must be there.
+fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result<Said, String> {
+    let clock = ManualClock::at(base.now_ms);
+    let store = match builder(&clock).open(path) {
+        Ok(store) => store,
+        Err(error) => return Ok(Said::RefusedToOpen(error)),
+    };
+    let mut answers: BTreeMap<&str, State> = BTreeMap::new();
+    let mut refused = Vec::new();
+    let keys: Vec<&str> = base.before.keys().map(String::as_str).collect();
+    match store.check_batch(keys.iter().copied()) {
+        Ok(checks) => {
+            for (key, check) in keys.iter().zip(checks) {
+                match check {
+                    Ok(Check::Completed(completed)) => drop(answers.insert(key, State::Completed(completed))),
+                    Ok(Check::New) => drop(answers.insert(key, State::Absent)),
+                    Ok(Check::InProgress(other)) => return Err(format!("{key} is held by the dead: {other:?}")),
+                    Err(error) => refused.push(error),
+                }
+            }
+        }
+        Err(error) => refused.push(error),
+    }
+    // One by one, too: all that a batch cannot tell from new keys, or did not get to, and a few of the others.
+    for key in &keys {
+        let asked = !key.contains("sealed") && !key.contains("recorded") || !answers.contains_key(key);
+        if !asked && !rng.random_bool(0.02) {
+            continue;
+        }
+        match (State::of(&store, key), answers.get(key)) {
+            (Err(error), _) => refused.push(error),
+            (Ok(State::Completed(one)), Some(many)) if State::Completed(one.clone()) != *many => {
+                return Err(format!("{key} is {one:?} alone and {many:?} in a batch"));
+            }
+            (Ok(state), _) => drop(answers.insert(key, state)),
+        }
+    }
+    let fits = |events: usize| {
+        let truth = base.truth(events);
+        answers.iter().find(|(key, state)| truth[**key] != *state).map(|(key, state)| (*key, state, truth[key]))
+    };
+    let all = base.events.len();
+    let Some(events) = (certain..=all).rev().find(|events| fits(*events).is_none()) else {
+        let (key, state, truth) = fits(all).unwrap();
+        return Err(format!("{key} is {state:?}, and was {truth:?}"));
+    };
+    // Tokens go on, whatever was lost.
+    match store.claim("a new one") {
+        Ok(Claim::Acquired(lease)) if lease.token() > base.last_token => drop(lease.release()),
+        Ok(other) => return Err(format!("a new key after token {}: {other:?}", base.last_token)),
+        Err(error) => refused.push(error),
+    }
+    let closed = store.close();
+    Ok(match refused.first() {
+        None => {
+            closed.map_err(|error| format!("it answered, and cannot be closed: {error}"))?;
+            Said::Answered { missing: all - events }
+        }
+        Some(error) => Said::RefusedToAnswer(error.clone()),
+    })
+}
+
+/// How many events of the newest log a damage leaves certain.
+fn certain(base: &Base, damage: &Damage) -> usize {
+    // The end of the newest log, as a crash leaves it, may be what was being written. All else was acknowledged.
+    if base.closed || damage.file != base.log || matches!(damage.harm, Harm::Deleted) {
+        return base.events.len();
+    }
+    base.events.iter().filter(|event| event.log_bytes <= damage.at).count()
+}
+
+fn rounds() -> u64 {
+    number("ONLYONCE_CORRUPTION_ROUNDS").unwrap_or(DEFAULT_ROUNDS)
+}
+
+fn seed() -> u64 {
+    number("ONLYONCE_CORRUPTION_SEED").unwrap_or_else(|| rand::rng().random::<u32>().into())
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().expect(name))
+}
+
+/// Ends the process, with a word, where a round does not end.
+struct Watchdog {
+    round: Arc<AtomicU64>,
+}
+
+impl Watchdog {
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn new() -> Self {
+        let round = Arc::new(AtomicU64::new(0));
+        let watched = Arc::downgrade(&round);
+        std::thread::spawn(move || {
+            let mut last = (u64::MAX, Instant::now());
+            while let Some(round) = watched.upgrade().map(|round| round.load(Ordering::Relaxed)) {
+                if round != last.0 {
+                    last = (round, Instant::now());
+                }
+                if last.1.elapsed() > Self::PATIENCE {
+                    eprintln!("round {round} hangs");
+                    std::process::abort();
+                }
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        Self { round }
+    }
+
+    fn begin(&self, round: u64) {
+        self.round.store(round, Ordering::Relaxed);
+    }
+}
+
+/// What kind of file a path is, for the count at the end.
+fn kind(path: &Path) -> String {
+    let name = path.file_name().unwrap().to_string_lossy().into_owned();
+    match path.extension() {
+        Some(extension) if !name.starts_with("LOG") => extension.to_string_lossy().into_owned(),
+        _ => name.split(['-', '.']).next().unwrap().to_owned(),
+    }
+}
+
+/// The damaged file is named, or RocksDB does not know better.
+fn is_named(error: &Error, damage: &Damage) -> bool {
+    let file = damage.file.file_name().unwrap().to_string_lossy();
+    match error {
+        Error::Corrupt { place, detail } => {
+            // A garbled block of properties is sometimes read before its checksum, and then nobody knows whose it is.
+            place.contains(&*file) || detail.contains(&*file) || (file.ends_with(".sst") && place.ends_with("/db"))
+        }
+        // A merge in the background had found it, and RocksDB writes no more.
+        Error::WriteFailed { detail } | Error::Poisoned { reason: detail } => detail.contains(&*file),
+        // Without its lock file a store is no store.
+        Error::NotAStore { .. } => file == "onlyonce.lock",
+        _ => false,
+    }
+}
+
+/// What came of the rounds.
+#[derive(Default)]
+struct Tally {
+    counts: BTreeMap<(String, &'static str), u64>,
+    wrong: Vec<String>,
+}
+
+/// Damages one file of one store and asks it everything.
+fn round(bases: &[Base], path: &Path, seed: u64, round: u64, tally: &Mutex<Tally>) {
+    let mut rng = StdRng::seed_from_u64(seed << 32 ^ round);
+    let base = &bases[rng.random_range(0..bases.len())];
+    let mut image = base.image.clone();
+    let damage = Damage::draw(&image, &mut rng);
+    if !damage.inflict(&mut image) {
+        return;
+    }
+    image.write(path);
+    let certain = certain(base, &damage);
+    let said = std::panic::catch_unwind(AssertUnwindSafe(|| interrogate(base, path, certain, &mut rng)));
+    let (outcome, why) = match said {
+        Err(_) => ("PANIC", Some("a panic".to_owned())),
+        Ok(Err(why)) => ("WRONG", Some(why)),
+        Ok(Ok(Said::RefusedToOpen(error) | Said::RefusedToAnswer(error))) if !is_named(&error, &damage) => {
+            ("REFUSED FOR ANOTHER REASON", Some(format!("{error:?}")))
+        }
+        Ok(Ok(Said::RefusedToOpen(_))) => ("refused to open", None),
+        Ok(Ok(Said::RefusedToAnswer(_))) => ("refused to answer", None),
+        Ok(Ok(Said::Answered { missing: 0 })) => ("answered", None),
+        Ok(Ok(Said::Answered { .. })) => ("answered, without its last events", None),
+    };
+    let mut tally = tally.lock().unwrap();
+    *tally.counts.entry((kind(&damage.file), outcome)).or_default() += 1;
+    if let Some(why) = why {
+        tally.wrong.push(format!("round {round} of seed {seed}, closed: {}, {damage:?}: {why}", base.closed));
+    }
+}
+
+/// Calls `work` with every number below `end` from `first` on, on a few threads, each with a directory of its own.
+fn in_parallel(first: u64, end: u64, work: impl Fn(u64, &Path) + Sync) {
+    let dir = scratch();
+    let next = AtomicU64::new(first);
+    std::thread::scope(|scope| {
+        // An open waits for threads and files more than it computes.
+        for worker in 0..2 * std::thread::available_parallelism().unwrap().get() {
+            let (work, next, path) = (&work, &next, dir.path().join(worker.to_string()));
+            scope.spawn(move || {
+                let watchdog = Watchdog::new();
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= end {
+                        return;
+                    }
+                    watchdog.begin(number);
+                    work(number, &path);
+                    let _ = std::fs::remove_dir_all(&path);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn no_damage_to_any_file_makes_a_wrong_answer() {
+    let (rounds, seed) = (rounds(), seed());
+    let first = number("ONLYONCE_CORRUPTION_FIRST").unwrap_or(0);
+    eprintln!("ONLYONCE_CORRUPTION_SEED={seed} ONLYONCE_CORRUPTION_ROUNDS={rounds}");
+    let bases = Base::all();
+    let tally = Mutex::new(Tally::default());
+    let begun = Instant::now();
+    in_parallel(first, first + rounds, |number, path| round(&bases, path, seed, number, &tally));
+    let Tally { counts, wrong } = tally.into_inner().unwrap();
+    for ((kind, outcome), count) in &counts {
+        eprintln!("{kind:>10}  {outcome:<34} {count:>8}");
+    }
+    let elapsed = begun.elapsed();
+    eprintln!("{rounds} rounds in {elapsed:.1?}, {:.1?} each", elapsed / u32::try_from(rounds.max(1)).unwrap());
+    assert!(wrong.is_empty(), "{} wrong: {:#?}", wrong.len(), &wrong[..wrong.len().min(20)]);
+}
+
+#[test]
+fn a_log_cut_at_any_byte_loses_only_what_lies_behind_the_cut() {
+    let base = Base::new(false, true);
+    let whole = base.image.files[&base.log].len();
+    // At every byte where the rounds are many.
+    let step = if rounds() > DEFAULT_ROUNDS { 1 } else { 7 };
+    in_parallel(0, (whole / step) as u64 + 1, |number, path| {
+        let mut image = base.image.clone();
+        let at = number as usize * step;
+        image.files.get_mut(&base.log).unwrap().truncate(at);
+        image.write(path);
+        let there = base.events.iter().filter(|event| event.log_bytes <= at).count();
+        let said = interrogate(&base, path, there, &mut StdRng::seed_from_u64(number)).unwrap();
+        let Said::Answered { missing } = said else { panic!("cut at {at} of {whole}: {said:?}") };
+        assert_eq!(missing, base.events.len() - there, "cut at {at} of {whole}");
+    });
+}
+
+#[test]
+fn a_bad_place_in_a_log_is_corrupt_where_good_records_follow_and_its_end_where_none_do() {
+    let base = Base::new(false, false);
+    let seed = seed();
+    eprintln!("ONLYONCE_CORRUPTION_SEED={seed}");
+    let whole = base.image.files[&base.log].len();
+    let last_but_one = base.events[base.events.len() - 2].log_bytes;
+    in_parallel(0, rounds() / 4, |number, path| {
+        let mut rng = StdRng::seed_from_u64(seed << 32 ^ number);
+        let mut image = base.image.clone();
+        let log = image.files.get_mut(&base.log).unwrap();
+        // Half of them in the last record.
+        let begin = if rng.random_bool(0.5) { last_but_one } else { 0 };
+        let at = rng.random_range(begin..whole);
+        let end = rng.random_range(at..whole.min(at + 40)) + 1;
+        for byte in &mut log[at..end] {
+            *byte ^= rng.random_range(1..=255_u8);
+        }
+        image.write(path);
+        let said = interrogate(&base, path, base.events.len() - 1, &mut rng);
+        let what = format!("round {number} of seed {seed}: {at}..{end} of {whole}: {said:?}");
+        match said {
+            Ok(Said::RefusedToOpen(Error::Corrupt { place, .. })) => {
+                assert!(at < last_but_one && place.ends_with(base.log.to_str().unwrap()), "{what}");
+            }
+            // What reaches into the last record from the one before it leaves no good one behind.
+            Ok(Said::Answered { missing: 1 }) => assert!(at >= last_but_one, "{what}"),
+            _ => assert!(end > last_but_one && at < last_but_one, "{what}"),
+        }
+    });
+}
+
+#[test]
+fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
+    let dir = scratch();
+    let path = dir.path().join("store");
+    let clock = ManualClock::at(START_MS);
+    // Two logs that are both needed: the journal's memtable has been full once, and the removal of a sealed key, which
+    // waits in its bucket's memtable, holds the older log back.
+    let open = |path: &Path| builder(&clock).memory_budget(256 << 20).durability(Durability::Disk).open(path);
+    let store = open(&path).unwrap();
+    complete(&store, "sealed and forgotten");
+    store.seal().unwrap();
+    store.forget("sealed and forgotten").unwrap();
+    // A third of it behind the older log, so that the newer one has been noted.
+    let keys: Vec<String> = (0..52).map(|i| format!("key-{i}")).collect();
+    for key in &keys {
+        let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
+        lease.complete(vec![b'r'; 900_000]).unwrap();
+    }
+    let image = Image::read_at_rest(&path);
+    store.close().unwrap();
+    let logs = image.logs();
+    let [older, newer] = logs.as_slice() else { panic!("two logs: {logs:?}") };
+    let whole = image.files[older].len();
+
+    let copy = dir.path().join("copy");
+    let try_with = |damaged: &Image| {
+        damaged.write(&copy);
+        let opened = open(&copy);
+        let answers = opened.map(|store| {
+            let checks: Vec<Check> = keys.iter().map(|key| store.check(key).unwrap()).collect();
+            let forgotten = store.check("sealed and forgotten").unwrap();
+            store.close().unwrap();
+            (checks.iter().filter(|check| matches!(check, Check::Completed(_))).count(), forgotten)
+        });
+        std::fs::remove_dir_all(&copy).unwrap();
+        answers
+    };
+    assert_eq!(try_with(&image).unwrap(), (keys.len(), Check::New), "as a crash leaves it");
+    for cut in [1, 3, 1_000, 900_000, 5_000_000, whole - 10, whole] {
+        let mut damaged = image.clone();
+        damaged.files.get_mut(older).unwrap().truncate(whole - cut);
+        let answers = try_with(&damaged);
+        assert!(matches!(&answers, Err(Error::Corrupt { .. })), "the older without its last {cut} bytes: {answers:?}");
+    }
+    for gone in [older, newer] {
+        let mut damaged = image.clone();
+        damaged.files.remove(gone);
+        let answers = try_with(&damaged);
+        assert!(matches!(&answers, Err(Error::Corrupt { .. })), "{gone:?} is gone: {answers:?}");
+    }
+}
