@@ -47,6 +47,8 @@ impl Tuning {
         options.set_max_background_jobs(2);
         // The usual limit of a process is 1,024 descriptors, and most of them are not ours.
         options.set_max_open_files(512);
+        // RocksDB opens sixteen files ahead at most, and starts sixteen threads for it in every family.
+        options.set_max_file_opening_threads(1);
         // Runs and flushed tables reach the disk bit by bit, so that the log's syncs do not queue behind them.
         options.set_bytes_per_sync(MIB as u64);
         options.set_log_level(LogLevel::Warn);
