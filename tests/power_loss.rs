@@ -6,17 +6,18 @@
 //! `ONLYONCE_REQUIRE_POWER_LOSS` makes that a failure. `ONLYONCE_POWER_ROUNDS` (default 10) and `ONLYONCE_POWER_SEED`
 //! (default: drawn, and printed) set how often and how.
 
+#[path = "common/disk.rs"]
+mod disk;
 #[path = "common/torture.rs"]
 mod torture;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::time::Duration;
 
+use disk::Disk;
 use onlyonce::{Durability, ManualClock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use tempfile::TempDir;
 use torture::{Oracle, number, open, spawn};
 
 /// The process whose power is cut. Run by the tests below, never by itself.
@@ -26,76 +27,8 @@ fn child() {
     torture::child();
 }
 
-/// EXT4_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH: from here on nothing reaches the device.
-const SHUTDOWN: &str = "import fcntl, os, struct, sys; \
-    fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
-
-/// A file system in a file, unmounted at the end.
-struct Disk {
-    dir: TempDir,
-}
-
-fn runs(program: &str, args: &[&str]) -> bool {
-    Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
-}
-
-impl Disk {
-    /// `None` where this machine cannot do it.
-    fn new() -> Option<Self> {
-        let disk = Self { dir: tempfile::tempdir().unwrap() };
-        let image = std::fs::File::create(disk.image()).unwrap();
-        image.set_len(512 << 20).unwrap();
-        std::fs::create_dir(disk.root()).unwrap();
-        let image = disk.image();
-        (runs("mkfs.ext4", &["-q", "-F", image.to_str()?]) && disk.mount(5) && runs("python3", &["-c", "pass"]))
-            .then_some(disk)
-    }
-
-    fn image(&self) -> PathBuf {
-        self.dir.path().join("image")
-    }
-
-    fn root(&self) -> PathBuf {
-        self.dir.path().join("root")
-    }
-
-    /// `commit_s`: how often the file system commits its journal by itself.
-    fn mount(&self, commit_s: u32) -> bool {
-        let (image, root) = (self.image(), self.root());
-        let options = format!("loop,commit={commit_s}");
-        runs("mount", &["-o", &options, image.to_str().unwrap(), root.to_str().unwrap()])
-    }
-
-    fn unmount(&self) -> bool {
-        // The killed child's files may be open for a moment more.
-        (0..500).any(|_| {
-            runs("umount", &[self.root().to_str().unwrap()]) || {
-                std::thread::sleep(Duration::from_millis(10));
-                false
-            }
-        })
-    }
-
-    fn cut(&self) {
-        assert!(runs("python3", &["-c", SHUTDOWN, self.root().to_str().unwrap()]), "the power cannot be cut");
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        runs("umount", &[self.root().to_str().unwrap()]);
-    }
-}
-
-/// A disk; or none, said aloud.
 fn disk() -> Option<Disk> {
-    let disk = Disk::new();
-    if disk.is_none() {
-        let why = "needs root, loop devices, mkfs.ext4 and python3";
-        assert!(std::env::var_os("ONLYONCE_REQUIRE_POWER_LOSS").is_none(), "the power-loss tests are required: {why}");
-        eprintln!("SKIPPED: {why}");
-    }
-    disk
+    disk::or_skip(Disk::new(512))
 }
 
 /// Lets a child work, cuts its power, and gives what it had said. Some cuts come while it recovers from the last one.

@@ -28,7 +28,8 @@ fn failed(action: &'static str, path: &Path, error: &rocksdb::Error) -> Error {
 fn unreadable(action: &'static str, database: &Path, error: &rocksdb::Error) -> Error {
     let detail = error.to_string();
     let place = place(database, &detail);
-    let is_gone = matches!(Path::new(&place).try_exists(), Ok(false));
+    // RocksDB removes what it could not write: the words tell that apart from a file that was not there.
+    let is_gone = detail.contains("No such file") && matches!(Path::new(&place).try_exists(), Ok(false));
     if error.kind() == rocksdb::ErrorKind::IOError && is_gone {
         return Error::Corrupt { place, detail };
     }

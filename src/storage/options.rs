@@ -65,7 +65,7 @@ impl Tuning {
         options.set_write_buffer_size(self.memtable_bytes);
         options.set_max_write_buffer_number(4);
         options.set_block_based_table_factory(&self.table());
-        never_slow_down(&mut options);
+        never_stall(&mut options);
         options
     }
 
@@ -74,6 +74,7 @@ impl Tuning {
         let mut options = Options::default();
         options.set_write_buffer_size(MIB);
         options.set_block_based_table_factory(&self.table());
+        never_stall(&mut options);
         options
     }
 
@@ -98,7 +99,7 @@ impl Tuning {
         universal.set_max_size_amplification_percent(1_000_000);
         options.set_universal_compaction_options(&universal);
         options.set_level_zero_file_num_compaction_trigger(8);
-        never_slow_down(&mut options);
+        never_stall(&mut options);
         options
     }
 
@@ -112,9 +113,9 @@ impl Tuning {
     }
 }
 
-/// Tables that wait for a merge slow nobody down: those of a bucket are whole runs, and those of the journal nearly
-/// empty.
-fn never_slow_down(options: &mut Options) {
+/// Tables that wait for a merge hold nobody up. What is written is a few tables a seal, and a merge that cannot be done,
+/// for the disk is full, would else have the seal wait for it without an end, and without an error.
+fn never_stall(options: &mut Options) {
     options.set_level_zero_slowdown_writes_trigger(i32::MAX);
     options.set_level_zero_stop_writes_trigger(i32::MAX);
     options.set_soft_pending_compaction_bytes_limit(0);

@@ -1,0 +1,152 @@
+//! File systems of our own, to be filled, broken and cut off: ext4 on a loop device. Needs root, loop devices, mkfs.ext4
+//! and python3 (for one ioctl).
+
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+/// EXT4_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH: from here on nothing reaches the device.
+const SHUTDOWN: &str = "import fcntl, os, struct, sys; \
+    fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
+
+/// A file system in a file, unmounted at the end.
+pub struct Disk {
+    dir: TempDir,
+    /// Whether the file lies in a file system of its own, which may be smaller than it.
+    thin: bool,
+}
+
+/// Runs a program, silently; whether it went well.
+pub fn runs(program: &str, args: &[&str]) -> bool {
+    Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
+}
+
+impl Disk {
+    /// `None` where this machine cannot do it.
+    pub fn new(mib: u64) -> Option<Self> {
+        let disk = Self { dir: tempfile::tempdir().unwrap(), thin: false };
+        std::fs::create_dir(disk.pool()).unwrap();
+        disk.make(mib)
+    }
+
+    /// A disk that says it has `mib`, on a pool of `pool_mib`: where the pool is full, what is written to the disk fails
+    /// when it is synced.
+    pub fn thin(mib: u64, pool_mib: u64) -> Option<Self> {
+        let disk = Self { dir: tempfile::tempdir().unwrap(), thin: true };
+        std::fs::create_dir(disk.pool()).unwrap();
+        let size = format!("size={pool_mib}m");
+        runs("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", disk.pool().to_str()?]).then_some(())?;
+        disk.make(mib)
+    }
+
+    fn make(self, mib: u64) -> Option<Self> {
+        let image = std::fs::File::create(self.image()).unwrap();
+        image.set_len(mib << 20).unwrap();
+        std::fs::create_dir(self.root()).unwrap();
+        let image = self.image();
+        let made = runs("mkfs.ext4", &["-q", "-F", "-b", "4096", image.to_str()?]);
+        (made && self.mount(5) && runs("python3", &["-c", "pass"])).then_some(self)
+    }
+
+    /// Where the file lies that holds the file system.
+    pub fn pool(&self) -> PathBuf {
+        self.dir.path().join("pool")
+    }
+
+    fn image(&self) -> PathBuf {
+        self.pool().join("image")
+    }
+
+    /// Where the file system is mounted.
+    pub fn root(&self) -> PathBuf {
+        self.dir.path().join("root")
+    }
+
+    /// `commit_s`: how often the file system commits its journal by itself.
+    pub fn mount(&self, commit_s: u32) -> bool {
+        let (image, root) = (self.image(), self.root());
+        let options = format!("loop,commit={commit_s}");
+        runs("mount", &["-o", &options, image.to_str().unwrap(), root.to_str().unwrap()])
+            && (!self.thin || self.write_page_by_page())
+    }
+
+    /// The loop device takes a write for done of which its file took a part (Linux 6.18). Of a page it takes all or
+    /// nothing, and then it says so.
+    fn write_page_by_page(&self) -> bool {
+        let out = Command::new("losetup").args(["-n", "-O", "NAME", "-j"]).arg(self.image()).output().unwrap();
+        let device = String::from_utf8(out.stdout).unwrap();
+        let device = device.trim().trim_start_matches("/dev/");
+        std::fs::write(format!("/sys/block/{device}/queue/max_sectors_kb"), "4").is_ok()
+    }
+
+    /// Makes it read-only, or not.
+    pub fn set_read_only(&self, read_only: bool) -> bool {
+        let options = if read_only { "remount,ro" } else { "remount,rw" };
+        runs("mount", &["-o", options, self.root().to_str().unwrap()])
+    }
+
+    pub fn unmount(&self) -> bool {
+        // The killed child's files may be open for a moment more.
+        (0..500).any(|_| {
+            runs("umount", &[self.root().to_str().unwrap()]) || {
+                std::thread::sleep(Duration::from_millis(10));
+                false
+            }
+        })
+    }
+
+    /// Looks the unmounted file system over, as after an error it must be.
+    pub fn mend(&self) {
+        let mut check = Command::new("e2fsck");
+        let check = check.args(["-f", "-y"]).arg(self.image()).stdout(Stdio::null()).stderr(Stdio::null());
+        let code = check.status().unwrap().code();
+        // 1 says that something was mended.
+        assert!(matches!(code, Some(0 | 1)), "the file system cannot be mended: {code:?}");
+    }
+
+    /// From here on nothing reaches the device.
+    pub fn cut(&self) {
+        assert!(runs("python3", &["-c", SHUTDOWN, self.root().to_str().unwrap()]), "the power cannot be cut");
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        runs("umount", &[self.root().to_str().unwrap()]);
+        if self.thin {
+            runs("umount", &[self.pool().to_str().unwrap()]);
+        }
+    }
+}
+
+/// A disk; or none, said aloud.
+pub fn or_skip(disk: Option<Disk>) -> Option<Disk> {
+    if disk.is_none() {
+        let why = "needs root, loop devices, mkfs.ext4 and python3";
+        assert!(std::env::var_os("ONLYONCE_REQUIRE_POWER_LOSS").is_none(), "tests with disks are required: {why}");
+        eprintln!("SKIPPED: {why}");
+    }
+    disk
+}
+
+/// A file that takes all space of a file system but so much.
+pub fn fill(dir: &Path, leave_bytes: u64) -> PathBuf {
+    let path = dir.join("filler");
+    let free = free_bytes(dir);
+    let length = free.saturating_sub(leave_bytes);
+    assert!(
+        runs("fallocate", &["-l", &length.max(1).to_string(), path.to_str().unwrap()]),
+        "the disk cannot be filled"
+    );
+    path
+}
+
+/// The bytes that are free for everybody.
+fn free_bytes(dir: &Path) -> u64 {
+    let out = Command::new("df").args(["--output=avail", "-B1"]).arg(dir).output().unwrap();
+    String::from_utf8(out.stdout).unwrap().lines().nth(1).unwrap().trim().parse().unwrap()
+}
