@@ -10,7 +10,7 @@ use std::time::Duration;
 use onlyonce::{Durability, ManualClock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use torture::{Oracle, number, open, spawn};
+use torture::{Life, Oracle, number, open, spawn};
 
 /// The process that is killed. Run by the test below, never by itself.
 #[test]
@@ -28,8 +28,9 @@ fn what_was_acknowledged_survives_sigkill_and_what_was_not_is_no_duplicate() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let mut oracle = Oracle::new();
+    let life = Life { durability: Durability::Process, seal_ms: 20 };
     for round in 0..rounds {
-        let (mut child, listener) = spawn(&path, Durability::Process, &oracle, rng.random(), round);
+        let (mut child, listener) = spawn(&path, life, &oracle, rng.random(), round);
         // Some die while they open, most while they work.
         std::thread::sleep(Duration::from_millis(rng.random_range(3..300)));
         assert!(child.try_wait().unwrap().is_none(), "the child ended by itself, in round {round} of seed {seed}");

@@ -18,7 +18,7 @@ use disk::Disk;
 use onlyonce::{Durability, ManualClock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use torture::{Oracle, number, open, spawn};
+use torture::{Life, Oracle, number, open, spawn};
 
 /// The process whose power is cut. Run by the tests below, never by itself.
 #[test]
@@ -32,8 +32,8 @@ fn disk() -> Option<Disk> {
 }
 
 /// Lets a child work, cuts its power, and gives what it had said. Some cuts come while it recovers from the last one.
-fn round(disk: &Disk, store: &Path, durability: Durability, oracle: &mut Oracle, rng: &mut StdRng, round: u64) {
-    let (mut child, listener) = spawn(store, durability, oracle, rng.random(), round);
+fn round(disk: &Disk, store: &Path, life: Life, oracle: &mut Oracle, rng: &mut StdRng, round: u64) {
+    let (mut child, listener) = spawn(store, life, oracle, rng.random(), round);
     std::thread::sleep(Duration::from_millis(rng.random_range(10..400)));
     // What arrives after the cut may be void: a sync that is under way in that moment can come back as if it had worked.
     // From a machine that goes dark nothing arrives.
@@ -60,7 +60,7 @@ fn what_was_acknowledged_on_disk_survives_a_power_cut() {
     let path = disk.root().join("store");
     let mut oracle = Oracle::new();
     for number in 0..rounds {
-        round(&disk, &path, Durability::Disk, &mut oracle, &mut rng, number);
+        round(&disk, &path, Life { durability: Durability::Disk, seal_ms: 20 }, &mut oracle, &mut rng, number);
         let clock = ManualClock::at(oracle.clock_ms);
         let store = open(&path, &clock, Durability::Disk).unwrap_or_else(|error| panic!("round {number}: {error}"));
         oracle.check(&store);
@@ -78,7 +78,9 @@ fn without_syncs_the_same_test_finds_losses() {
     for number in 0..20 {
         let path = disk.root().join(format!("store-{number}"));
         let mut oracle = Oracle::new();
-        round(&disk, &path, Durability::Process, &mut oracle, &mut rng, number);
+        // A seal puts what was completed before it on the disk: here there is none.
+        let life = Life { durability: Durability::Process, seal_ms: 60_000 };
+        round(&disk, &path, life, &mut oracle, &mut rng, number);
         let clock = ManualClock::at(oracle.clock_ms);
         let missing = match open(&path, &clock, Durability::Process) {
             Ok(store) => oracle.missing(&store),

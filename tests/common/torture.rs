@@ -27,17 +27,27 @@ const CHILD_SEED: &str = "ONLYONCE_KILL_CHILD_SEED";
 const CLOCK: &str = "ONLYONCE_KILL_CLOCK";
 const ROUND: &str = "ONLYONCE_KILL_ROUND";
 const DURABILITY: &str = "ONLYONCE_KILL_DURABILITY";
+const SEAL_MS: &str = "ONLYONCE_KILL_SEAL_MS";
 
 fn durability(name: &str) -> Durability {
     if name == "Disk" { Durability::Disk } else { Durability::Process }
 }
 
+/// What a child does.
+#[derive(Clone, Copy)]
+pub struct Life {
+    pub durability: Durability,
+    /// It seals after so long at most.
+    pub seal_ms: u64,
+}
+
 /// Starts the test executable's own `child`.
-pub fn spawn(path: &Path, durability: Durability, oracle: &Oracle, seed: u32, round: u64) -> (Child, Listener) {
+pub fn spawn(path: &Path, life: Life, oracle: &Oracle, seed: u32, round: u64) -> (Child, Listener) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
         .env(STORE, path)
-        .env(DURABILITY, format!("{durability:?}"))
+        .env(DURABILITY, format!("{:?}", life.durability))
+        .env(SEAL_MS, life.seal_ms.to_string())
         .env(CLOCK, oracle.clock_ms.to_string())
         .env(CHILD_SEED, seed.to_string())
         .env(ROUND, round.to_string())
@@ -121,8 +131,9 @@ pub fn child() {
         });
         scope.spawn(|| {
             let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
+            let seal_ms: u64 = variable(SEAL_MS).parse().unwrap();
             loop {
-                std::thread::sleep(Duration::from_millis(rng.random_range(0..20)));
+                std::thread::sleep(Duration::from_millis(rng.random_range(0..seal_ms)));
                 store.seal().unwrap();
             }
         });
