@@ -40,7 +40,7 @@ impl Image {
     /// Writes it to a new directory.
     pub fn write(&self, root: &Path) {
         // A store without runs has the directory for them all the same.
-        for dir in ["db", "runs"] {
+        for dir in ["db", "runs", "filters"] {
             fs::create_dir_all(root.join(dir)).unwrap();
         }
         for (path, bytes) in &self.files {
