@@ -496,13 +496,13 @@ fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
     let clock = ManualClock::at(START_MS);
     // Two logs that are both needed: the journal's memtable has been full once, and the removal of a sealed key, which
     // waits in its bucket's memtable, holds the older log back.
-    let open = |path: &Path| builder(&clock).memory_budget(256 << 20).durability(Durability::Disk).open(path);
+    let open = |path: &Path| builder(&clock).memory_budget(1 << 30).durability(Durability::Disk).open(path);
     let store = open(&path).unwrap();
     complete(&store, "sealed and forgotten");
     store.seal().unwrap();
     store.forget("sealed and forgotten").unwrap();
-    // A third of it behind the older log, so that the newer one has been noted.
-    let keys: Vec<String> = (0..26).map(|i| format!("key-{i}")).collect();
+    // A quarter of it behind the older log, so that the newer one has been noted.
+    let keys: Vec<String> = (0..96).map(|i| format!("key-{i}")).collect();
     for key in &keys {
         let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
         lease.complete(vec![b'r'; 900_000]).unwrap();

@@ -19,8 +19,8 @@ const LINE_BYTES: usize = LINE_WORDS * 8;
 
 /// Lines whose reads are under way together before the answers are looked at.
 const AHEAD: u32 = LINES / 2;
-/// Keys whose reads are under way together. A core waits for ten to twelve lines at a time.
-const GROUP: usize = 32;
+/// Keys that are looked up together: enough for a core, which waits for ten to twelve lines at a time, never to idle.
+const GROUP: usize = 64;
 
 /// A number below [`SLOTS`] that stands for a live bucket.
 pub(crate) type Slot = u8;
@@ -257,15 +257,20 @@ impl Layer {
                 *found &= self.both(*digest, number, width);
             }
         }
-        // Four rows of full columns let one key in forty on, for each bucket.
-        for ((digest, found), slots) in digests.iter().zip(found).zip(slots) {
-            let mut found = found;
-            for number in AHEAD..LINES {
-                if found == 0 {
-                    break;
+        // Four rows of full columns let one key in fifty on, for each bucket. Those that are left are asked together again,
+        // without a branch that hangs on an answer: a wrong guess would cost more than a line.
+        let mut left = [0; GROUP];
+        let mut count = compact(&mut left, 0..digests.len(), &found);
+        for number in AHEAD..LINES {
+            for place in left.iter().take(count) {
+                if let (Some(digest), Some(found)) = (digests.get(*place), found.get_mut(*place)) {
+                    *found &= self.both(*digest, number, width);
                 }
-                found &= self.both(*digest, number, width);
             }
+            let before = left;
+            count = compact(&mut left, before.into_iter().take(count), &found);
+        }
+        for (found, slots) in found.iter().zip(slots) {
             *slots |= found;
         }
     }
@@ -352,6 +357,19 @@ impl Layer {
             keys.store(0, Ordering::Relaxed);
         }
     }
+}
+
+/// Puts those places to the front whose keys are not ruled out yet, and counts them.
+#[inline]
+fn compact(left: &mut [usize; GROUP], places: impl Iterator<Item = usize>, found: &[u64; GROUP]) -> usize {
+    let mut count = 0;
+    for place in places {
+        if let Some(next) = left.get_mut(count) {
+            *next = place;
+        }
+        count += usize::from(found.get(place).is_some_and(|found| *found != 0));
+    }
+    count
 }
 
 /// Sets bits. A plain load and store, for writers take turns: a locked instruction would wait for each line in turn.

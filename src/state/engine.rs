@@ -36,11 +36,12 @@ pub(super) const ON_INTERRUPT: &str = "on-interrupt";
 pub(super) const TOKENS: &str = "tokens";
 pub(super) const HIGH_WATER: &str = "high-water";
 
-/// The share of the memory budget that the filters may take.
-const FILTER_SHARE: usize = 2;
+/// What the filters may take of sixteen parts of the memory budget. The rest: four parts for keys that are not sealed, two
+/// for cached blocks, two for the journal's memtable, one for what was sealed lately.
+const FILTER_SIXTEENTHS: usize = 7;
 
 /// The share that sealed keys may take which stay at hand because they are asked for most.
-const RECENT_SHARE: usize = 8;
+const RECENT_SHARE: usize = 16;
 
 /// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
 const BATCH_BYTES: usize = 1 << 30;
@@ -67,6 +68,8 @@ pub(crate) struct Engine {
     pub(super) backlog: Backlog,
     /// Bytes of rows that were written since the last seal, or found at open.
     pub(super) journal_bytes: AtomicU64,
+    /// Bytes of rows that were written since the journal was flushed last.
+    pub(super) log_bytes: AtomicU64,
     /// Whether something was written that is not on the disk yet.
     pub(super) unsynced: AtomicBool,
     digester: Digester,
@@ -129,7 +132,7 @@ impl Engine {
             });
         }
         let timeline = Timeline::new(Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
-        let filter_budget = (config.memory_budget / FILTER_SHARE) as u64;
+        let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
         let now_ms = timeline.now().wall_ms;
         let buckets = BucketSet::open(&db, &families, config.span, now_ms, filter_budget, filters.geometry())?;
@@ -147,6 +150,7 @@ impl Engine {
             seals: AtomicU64::new(0),
             backlog: Backlog::default(),
             journal_bytes: AtomicU64::new(replayed.bytes),
+            log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
             digester,
             poison: OnceLock::new(),
@@ -310,6 +314,11 @@ impl Engine {
         OpenRow { engine: self, number, finished: false }
     }
 
+    pub(super) fn count_row(&self, bytes: usize) {
+        self.journal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     /// Writes a row. From then on what it says counts.
     pub(super) fn append(&self, open: OpenRow<'_>, row: RowWriter, sync: bool) -> Result<()> {
         if !row.is_empty() {
@@ -318,7 +327,7 @@ impl Engine {
                 tx.put_row(open.number, &row);
                 Ok(())
             })?;
-            self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
+            self.count_row(row.len());
         }
         open.finish();
         Ok(())

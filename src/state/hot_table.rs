@@ -62,7 +62,7 @@ pub(crate) struct HotTable {
     rows: RowNumbers,
     /// Read without a lock, so that a batch's reads of memory need not wait for each other. Made anew by each seal.
     recent: ArcSwap<Recent>,
-    /// The memory that it may take.
+    /// The memory that it takes at least, once so much was sealed, and at most a chunk more.
     recent_bytes: usize,
 }
 
@@ -134,11 +134,14 @@ impl HotTable {
             self.counts.add(Tally::default() - page.tally());
         }
         let mut bytes: usize = recent.iter().flatten().map(|page| page.bytes()).sum();
-        // The last chunk stays, however large.
-        while bytes > self.recent_bytes && recent.iter().any(|pages| pages.len() > 1) {
-            for pages in recent.iter_mut().filter(|pages| pages.len() > 1) {
-                bytes -= pages.pop_back().map_or(0, |page| page.bytes());
+        loop {
+            let oldest: usize = recent.iter().filter_map(VecDeque::back).map(|page| page.bytes()).sum();
+            // As long as what is left is enough, the oldest chunk goes.
+            if bytes - oldest < self.recent_bytes || oldest == 0 {
+                break;
             }
+            bytes -= oldest;
+            recent.iter_mut().for_each(|pages| drop(pages.pop_back()));
         }
         self.recent.store(Arc::new(recent));
     }

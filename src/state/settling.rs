@@ -1,7 +1,6 @@
 //! Ending what a claim began: a completion takes effect only when its row is written.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::answer::{Grant, Settlement, Settler, display};
 use super::engine::Engine;
@@ -191,7 +190,7 @@ impl Engine {
             }
             Ok(())
         })?;
-        self.journal_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
+        self.count_row(row.len());
         let mut stripe = self.hot.stripe(asked.digest);
         self.hot.forget_recent(asked.digest);
         if stripe.get(asked.digest, asked.key).is_some_and(|entry| entry.token() < token) {

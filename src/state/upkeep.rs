@@ -27,6 +27,11 @@ const BACKLOG_SHARE: usize = 4;
 
 /// Bytes of an image's row, after which the next one begins.
 const IMAGE_ROW_BYTES: usize = 16 << 20;
+/// Bytes of rows after which a seal has the log cut: at most so much, and what comes during one more seal, is read back
+/// after a crash.
+const CUT_BYTES: u64 = 32 << 20;
+/// The same, where nothing waits to be sealed.
+const IDLE_CUT_BYTES: u64 = 1 << 20;
 /// How long to sleep between two looks at a row that is being written.
 const ROW_POLL: Duration = Duration::from_micros(200);
 
@@ -70,6 +75,11 @@ impl Engine {
         if ended || self.is_seal_due() {
             self.seal()?;
         }
+        if self.hot.completed() == 0 {
+            // There is nothing that would be written for it but what is in flight.
+            let _sealing = self.sealing.lock();
+            self.cut_log(IDLE_CUT_BYTES)?;
+        }
         last.sealed = present;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
     }
@@ -92,7 +102,7 @@ impl Engine {
     pub(crate) fn seal(&self) -> Result<()> {
         let mut last_image = self.sealing.lock();
         self.ready()?;
-        let sealed = self.seal_locked(&mut last_image);
+        let sealed = self.seal_locked(&mut last_image).and_then(|()| self.cut_log(CUT_BYTES));
         *self.backlog.failure.lock() = sealed.as_ref().err().map(Error::to_string);
         self.backlog.eased.notify_all();
         sealed
@@ -143,11 +153,21 @@ impl Engine {
         // Before the first key leaves: see `Engine::decide`.
         self.seals.fetch_add(1, Ordering::AcqRel);
         self.hot.retire();
-        let families = self.buckets.view().newest_first();
-        self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str()))?;
         let in_flight = self.hot.in_flight();
         tracing::debug!(keys = chunk.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
         Ok(())
+    }
+
+    /// Has RocksDB flush the journal, so that the log behind it can go, if `least` bytes were written to it since the last
+    /// time. Hardly anything in it is alive after a seal; but what has come meanwhile is written once more, so that it is
+    /// better done seldom.
+    fn cut_log(&self, least: u64) -> Result<()> {
+        if self.log_bytes.load(Ordering::Relaxed) < least {
+            return Ok(());
+        }
+        self.log_bytes.store(0, Ordering::Relaxed);
+        let families = self.buckets.view().newest_first();
+        self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str()))
     }
 
     /// Removes from the hot table what has run out.
@@ -198,6 +218,10 @@ impl Engine {
     pub(crate) fn seal_and_rotate(&self) -> Result<()> {
         self.drop_passed()?;
         self.seal()?;
+        {
+            let _sealing = self.sealing.lock();
+            self.cut_log(1)?;
+        }
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
     }
 

@@ -14,12 +14,13 @@ pub(super) struct Tuning {
 }
 
 impl Tuning {
-    /// An eighth of the budget caches blocks of the buckets; a sixteenth is the journal's memtable.
+    /// An eighth of the budget caches blocks of the buckets; another is the journal's memtable, which has to hold the rows
+    /// of two seals: one that is flushed before its rows are sealed is written twice.
     pub(super) fn for_budget(memory_budget: usize) -> Self {
         Self {
             // Lookups of many threads share it without a lock. It works out the usual size of an entry by itself.
             block_cache: Cache::new_hyper_clock_cache(memory_budget / 8, 0),
-            memtable_bytes: (memory_budget / 16).clamp(4 * MIB, 64 * MIB),
+            memtable_bytes: (memory_budget / 8).clamp(8 * MIB, 64 * MIB),
         }
     }
 
