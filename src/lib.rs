@@ -14,6 +14,9 @@ mod config;
 mod entry;
 mod error;
 mod filter;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod key;
 mod state;
 mod stats;

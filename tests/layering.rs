@@ -12,7 +12,7 @@ const FLOORS: &[&[&str]] = &[
     &["filter"],
     &["bucket"],
     &["state"],
-    &["claim", "store", "batch", "lib"],
+    &["claim", "store", "batch", "internals", "lib"],
 ];
 
 const ORDER: &[(&str, &[&str])] = &[

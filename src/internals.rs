@@ -1,0 +1,115 @@
+//! Doors to the parts, for their benches (`benches/parts.rs`). No part of the public interface: they may change or go at
+//! any time.
+
+use std::hint::black_box;
+
+use crate::codec::{Event, RowKind, RowWriter, read_row};
+use crate::entry::{Done, Entry, Kept};
+use crate::filter::layer::{Columns, Layer};
+use crate::key::{self, Key};
+use crate::state::hot_table;
+
+/// Digests keys as a store does.
+pub struct Digester(key::Digester);
+
+impl Digester {
+    /// With a secret that is none.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(key::Digester::new(&[7; 16]))
+    }
+
+    /// The digest of an encoded key.
+    #[must_use]
+    pub fn digest(&self, encoded: &[u8]) -> u64 {
+        self.0.digest(encoded)
+    }
+}
+
+impl Default for Digester {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A key as it is stored.
+///
+/// # Errors
+///
+/// As a store refuses it.
+pub fn encode(key: &str) -> crate::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    Key::from(key).encode(1_024, &mut out)?;
+    Ok(out)
+}
+
+/// A base layer of the filter with 32 columns.
+pub struct Filter(Layer);
+
+impl Filter {
+    /// For so many keys in each column.
+    #[must_use]
+    pub fn new(keys: u64) -> Self {
+        Self(Layer::new(Columns::All(32), keys))
+    }
+
+    /// Marks keys of a bucket.
+    pub fn insert(&self, slot: u8, digests: &[u64]) {
+        self.0.insert(slot, digests.iter().copied());
+    }
+
+    /// The buckets that may hold the keys.
+    pub fn slots_of(&self, digests: &[u64], slots: &mut [u64]) {
+        self.0.slots_of(digests, slots);
+    }
+}
+
+/// The hot table.
+pub struct HotTable(hot_table::HotTable);
+
+impl HotTable {
+    /// Empty.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(hot_table::HotTable::new(0))
+    }
+
+    /// Completes a key without a result.
+    pub fn complete(&self, digest: u64, key: &[u8], token: u64) {
+        let done = Done { token, completed_ms: 0, fingerprint: None, result: Kept::Absent };
+        self.0.stripe(digest).set(digest, key, Entry::Completed(done));
+    }
+
+    /// Whether a key is there.
+    #[must_use]
+    pub fn has(&self, digest: u64, key: &[u8]) -> bool {
+        self.0.stripe(digest).get(digest, key).is_some()
+    }
+}
+
+impl Default for HotTable {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A journal row that completes the keys.
+#[must_use]
+pub fn write_row<'k>(keys: impl IntoIterator<Item = &'k [u8]>, result: &[u8]) -> Vec<u8> {
+    let mut row = RowWriter::new(RowKind::Completed, 1, 1 << 16);
+    for (key, token) in keys.into_iter().zip(1_000_000..) {
+        row.completed(key, token, None, Kept::Stored(result));
+    }
+    row.finish()
+}
+
+/// Reads a journal row, and counts its keys.
+#[must_use]
+pub fn read_keys(row: &[u8]) -> usize {
+    let mut keys = 0;
+    let read = read_row(row, |key, event: Event| {
+        black_box((key, event));
+        keys += 1;
+    });
+    if read.is_some() { keys } else { 0 }
+}
