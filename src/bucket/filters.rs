@@ -169,7 +169,8 @@ impl Filters {
             };
             let is_kept = self.kept.lock().get(&bucket.family).is_some_and(|kept| kept.covers(&covered.runs));
             // One that outgrew its column is spread over several layers, and is rebuilt at the next open.
-            let Some(layer) = view.base_of(bucket.slot).filter(|_| !is_kept) else { continue };
+            let is_due = !is_kept && view.has(&bucket);
+            let Some(layer) = view.base_of(bucket.slot).filter(|_| is_due) else { continue };
             if !go_on() {
                 return Ok(());
             }

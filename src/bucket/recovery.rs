@@ -94,6 +94,8 @@ fn for_each_digest(
         }
         Ok(finished)
     })?;
-    visit(&digests);
+    if finished && !digests.is_empty() {
+        visit(&digests);
+    }
     Ok(finished)
 }

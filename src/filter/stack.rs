@@ -146,7 +146,7 @@ impl Stack {
         let affordable = self.budget_bytes.saturating_sub(self.bytes()) / Layer::bytes_for(columns, 8).max(1) * 8;
         let capacity = wanted.min(affordable);
         // Not worth a further look at every check.
-        if capacity < top.capacity().min(keys) {
+        if capacity < keys || capacity < top.capacity() / 2 {
             return None;
         }
         let mut more = self.clone();

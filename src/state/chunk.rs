@@ -10,10 +10,10 @@ use crate::clock::Now;
 use crate::entry::is_live;
 use crate::error::Result;
 
-/// The pages that a seal took out of the hot table, those of each stripe together, and what counts of them.
+/// The pages that a seal took out of the hot table, and what counts of them.
 pub(super) struct Chunk {
-    /// Stripes in the order of their digests.
-    stripes: Vec<Vec<Arc<Page>>>,
+    /// A page for each stripe that had something to seal, in the order of their digests.
+    pages: Vec<Arc<Page>>,
     now: Now,
     window_ms: u64,
     bucket_ms: u64,
@@ -21,10 +21,10 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    pub(super) fn new(stripes: Vec<Vec<Arc<Page>>>, now: Now, window_ms: u64, bucket_ms: u64) -> Self {
-        let mut chunk = Self { stripes, now, window_ms, bucket_ms, slices: BTreeMap::new() };
+    pub(super) fn new(pages: Vec<Arc<Page>>, now: Now, window_ms: u64, bucket_ms: u64) -> Self {
+        let mut chunk = Self { pages, now, window_ms, bucket_ms, slices: BTreeMap::new() };
         let mut slices: BTreeMap<Slice, usize> = BTreeMap::new();
-        for live in chunk.stripes.iter().flatten().flat_map(|page| chunk.live(page)) {
+        for live in chunk.pages.iter().flat_map(|page| chunk.live(page)) {
             *slices.entry(chunk.slice(live)).or_default() += 1;
         }
         chunk.slices = slices;
@@ -53,20 +53,15 @@ impl Rows for Chunk {
     fn visit(&self, slice: Slice, mut visit: impl FnMut(Row<'_>) -> Result<()>) -> Result<()> {
         let mut here: Vec<(u64, Completed<'_>)> = Vec::new();
         // A stripe holds the digests between two bounds, so that sorting each by itself sorts them all.
-        for pages in &self.stripes {
-            let completed = pages.iter().flat_map(|page| self.live(page));
+        for page in &self.pages {
             here.clear();
             here.extend(
-                completed
+                self.live(page)
                     .filter(|completed| self.slice(*completed) == slice)
                     .map(|completed| (completed.digest(), completed)),
             );
-            // Where a seal has failed, a key may have been completed again since: the last one counts.
             here.sort_unstable_by(|(a_digest, a), (b_digest, b)| {
-                a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key())).then_with(|| b.token().cmp(&a.token()))
-            });
-            here.dedup_by(|(later_digest, later), (digest, first)| {
-                later_digest == digest && later.key() == first.key()
+                a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key()))
             });
             for (digest, completed) in &here {
                 if let Some(done) = &completed.done() {

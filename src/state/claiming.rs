@@ -95,7 +95,7 @@ impl Engine {
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
         for (asked, answer) in request.iter().zip(&mut answers) {
             if let Ok(Answer::InProgress { .. }) = answer
-                && let Some(Entry::Completed(done)) = self.hot.stripe(asked.digest).get(asked.digest, asked.key)
+                && let Ok(Some(Entry::Completed(done))) = self.decide(asked, &on_disk, |_, stored| stored)
             {
                 *answer = Ok(Answer::Completed(done));
             }

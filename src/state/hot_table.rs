@@ -48,8 +48,8 @@ impl Counts {
 struct Pages {
     /// What changes.
     young: Page,
-    /// What is on its way to its bucket, the newest last. More than one where a seal failed.
-    sealing: Vec<Arc<Page>>,
+    /// What is on its way to its bucket.
+    sealing: Option<Arc<Page>>,
 }
 
 /// What was sealed lately, by stripe, the newest first.
@@ -107,43 +107,62 @@ impl HotTable {
         self.counts.completed_bytes.load(Ordering::Relaxed)
     }
 
-    /// Begins to seal what is completed by rows below `start`, and hands it out stripe by stripe, with what an earlier
-    /// seal could not finish. What is in flight stays if `keep` says so.
-    pub(super) fn split(&self, start: u64, mut keep: impl FnMut(&[u8], &Processing) -> bool) -> Vec<Vec<Arc<Page>>> {
+    /// Begins to seal what is completed by rows below `start`, and hands it out stripe by stripe. What is in flight stays
+    /// if `keep` says so. Ended by [`HotTable::publish`] and [`HotTable::retire`], or undone by [`HotTable::restore`].
+    pub(super) fn split(&self, start: u64, mut keep: impl FnMut(&[u8], &Processing) -> bool) -> Vec<Arc<Page>> {
         self.stripes()
-            .map(|mut stripe| {
+            .filter_map(|mut stripe| {
                 let (sealed, tally) = stripe.pages.young.split(start, &self.rows, &mut keep);
                 self.counts.add(tally);
-                stripe.pages.sealing.push(Arc::new(sealed));
-                stripe.pages.sealing.clone()
+                sealed.completed().next()?;
+                let sealed = Arc::new(sealed);
+                stripe.pages.sealing = Some(Arc::clone(&sealed));
+                Some(sealed)
             })
             .collect()
     }
 
-    /// Ends a seal: from here on the buckets answer for what [`HotTable::split`] handed out.
-    pub(super) fn retire(&self) {
-        let mut recent = Recent::clone(&self.recent.load());
-        let mut sealed = Vec::new();
-        for (mut stripe, recent) in self.stripes().zip(&mut recent) {
-            for page in stripe.pages.sealing.drain(..) {
-                recent.push_front(Arc::clone(&page));
-                sealed.push(page);
+    /// Takes back what a seal could not finish.
+    pub(super) fn restore(&self) {
+        for mut stripe in self.stripes() {
+            if let Some(page) = stripe.pages.sealing.take() {
+                let tally = stripe.pages.young.absorb(&page);
+                self.counts.add(tally);
             }
         }
-        for page in sealed {
-            self.counts.add(Tally::default() - page.tally());
+    }
+
+    /// Puts what is being sealed at hand. Before anybody is told that it leaves the table: an older state of a key that
+    /// is still at hand must not be found where the newer one has just gone.
+    pub(super) fn publish(&self) {
+        let mut recent = Recent::clone(&self.recent.load());
+        for (stripe, recent) in self.stripes().zip(&mut recent) {
+            if let Some(page) = &stripe.pages.sealing {
+                recent.push_front(Arc::clone(page));
+            }
         }
         let mut bytes: usize = recent.iter().flatten().map(|page| page.bytes()).sum();
-        loop {
+        while recent.iter().any(|pages| !pages.is_empty()) {
             let oldest: usize = recent.iter().filter_map(VecDeque::back).map(|page| page.bytes()).sum();
             // As long as what is left is enough, the oldest chunk goes.
-            if bytes - oldest < self.recent_bytes || oldest == 0 {
+            if bytes - oldest < self.recent_bytes {
                 break;
             }
             bytes -= oldest;
             recent.iter_mut().for_each(|pages| drop(pages.pop_back()));
         }
         self.recent.store(Arc::new(recent));
+    }
+
+    /// Ends a seal: from here on the buckets answer for what [`HotTable::split`] handed out.
+    pub(super) fn retire(&self) {
+        for mut stripe in self.stripes() {
+            let sealed = stripe.pages.sealing.take();
+            drop(stripe);
+            if let Some(page) = sealed {
+                self.counts.add(Tally::default() - page.tally());
+            }
+        }
     }
 
     /// What was sealed lately.
@@ -189,10 +208,8 @@ impl Stripe<'_> {
     pub(crate) fn get(&self, digest: u64, key: &[u8]) -> Option<Entry> {
         let rows = &self.table.rows;
         let pages = &*self.pages;
-        pages.young.get(digest, key, rows).or_else(|| {
-            // The newest first: a key may have run out, and been completed again.
-            pages.sealing.iter().rev().find_map(|page| page.get(digest, key, rows))
-        })
+        // The newer first: a key may have run out, and been claimed again.
+        pages.young.get(digest, key, rows).or_else(|| pages.sealing.as_ref()?.get(digest, key, rows))
     }
 
     /// Puts an entry in the place of whatever was there.
@@ -207,14 +224,9 @@ impl Stripe<'_> {
         self.table.counts.add(tally);
     }
 
-    /// Removes a key. Not while its page is being sealed.
+    /// Removes a key. Not while a seal is under way.
     pub(crate) fn remove(&mut self, digest: u64, key: &[u8]) {
-        let pages = &mut *self.pages;
-        let mut tally = Tally::default();
-        for page in pages.sealing.drain(..).rev() {
-            tally += pages.young.absorb(&page);
-        }
-        tally += pages.young.remove(digest, key);
+        let tally = self.pages.young.remove(digest, key);
         self.table.counts.add(tally);
     }
 
@@ -325,7 +337,7 @@ mod tests {
         });
         assert_eq!(kept.len(), 5_001, "asked about every key in flight");
         assert!(kept.contains(&(key.to_vec(), Holder::Recording)), "and about one that is being recorded");
-        assert_eq!(pages.iter().flatten().flat_map(|page| page.completed()).count(), 5_000);
+        assert_eq!(pages.iter().flat_map(|page| page.completed()).count(), 5_000);
         assert_eq!((table.in_flight(), table.completed()), (4_999, 5_001));
         for (i, digest, key) in each(10_000) {
             let stored = table.stripe(digest).get(digest, &key);
@@ -333,6 +345,10 @@ mod tests {
             assert!(table.recent().get(digest, &key).is_none());
         }
         table.rows().finish(open);
+        table.publish();
+        for (i, digest, key) in each(10_000) {
+            assert_eq!(table.stripe(digest).get(digest, &key).is_some(), i != 1, "in both places, or in one");
+        }
         table.retire();
         assert_eq!((table.in_flight(), table.completed()), (4_999, 1));
         assert_eq!(result(&table, digest, key).unwrap().token, 20_000);
@@ -351,6 +367,11 @@ mod tests {
                 table.stripe(digest).set(digest, &i.to_le_bytes(), completed(i));
             }
             table.split(u64::MAX, |_, _| true);
+            table.publish();
+            table.retire();
+            // A seal that finds nothing must not stand in the way.
+            table.split(u64::MAX, |_, _| true);
+            table.publish();
             table.retire();
         }
         let recent = |i: u64| {
@@ -364,17 +385,46 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_a_failed_seal_left_behind_can_be_removed() {
+    fn what_a_failed_seal_left_behind_is_taken_back() {
         let table = table(1_000);
         table.split(u64::MAX, |_, _| true);
+        table.restore();
         let (i, digest, key) = each(1_000).nth(500).unwrap();
         assert_eq!(result(&table, digest, &key).unwrap().token, i);
         table.stripe(digest).remove(digest, &key);
         assert!(table.stripe(digest).get(digest, &key).is_none());
         assert_eq!((table.in_flight(), table.completed()), (500, 499));
         let pages = table.split(u64::MAX, |_, _| true);
-        let sealed = pages.iter().flatten().flat_map(|page| page.completed()).count();
+        let sealed = pages.iter().flat_map(|page| page.completed()).count();
         assert_eq!(sealed, 499, "the rest is sealed by the next");
+    }
+
+    #[test]
+    fn the_newer_state_is_at_hand_before_it_leaves_the_table() {
+        let table = HotTable::new(RECENT_BYTES);
+        for token in [1, 2] {
+            table.stripe(5).set(5, b"k", completed(token));
+            table.split(u64::MAX, |_, _| true);
+            table.publish();
+            assert_eq!(table.recent().get(5, b"k").unwrap().token, token);
+            assert_eq!(result(&table, 5, b"k").unwrap().token, token, "and still in the table");
+            table.retire();
+        }
+    }
+
+    #[test]
+    fn large_results_count_for_what_is_at_hand() {
+        let table = HotTable::new(RECENT_BYTES);
+        let bytes = vec![b'x'; 100_000];
+        for token in 1..100_u64 {
+            let done = Done { token, completed_ms: 5, fingerprint: None, result: Kept::Stored(bytes.as_slice()) };
+            table.stripe(token).set(token, b"k", Entry::Completed(done));
+            table.split(u64::MAX, |_, _| true);
+            table.publish();
+            table.retire();
+        }
+        let at_hand = (1..100).filter(|token| table.recent().get(*token, b"k").is_some()).count();
+        assert!((10..=12).contains(&at_hand), "{at_hand} results of 100,000 bytes in {RECENT_BYTES}");
     }
 
     #[test]

@@ -141,10 +141,6 @@ impl<'a> Completed<'a> {
         self.page.key(self.slot)
     }
 
-    pub(super) fn token(self) -> u64 {
-        self.slot.token
-    }
-
     pub(super) fn completed_ms(self) -> u64 {
         self.slot.since_ms
     }
@@ -160,6 +156,8 @@ pub(super) struct Page {
     places: HashTable<u32>,
     slots: Vec<Slot>,
     heap: Vec<u8>,
+    /// Bytes of what lies apart: large results, fingerprints.
+    apart_bytes: usize,
 }
 
 impl Page {
@@ -169,12 +167,13 @@ impl Page {
             places: HashTable::with_capacity(other.places.len()),
             slots: Vec::with_capacity(other.places.len()),
             heap: Vec::with_capacity(other.heap.len()),
+            apart_bytes: 0,
         }
     }
 
     /// The memory it takes.
     pub(super) fn bytes(&self) -> usize {
-        self.slots.len() * OVERHEAD_BYTES + self.heap.len()
+        self.slots.len() * OVERHEAD_BYTES + self.heap.len() + self.apart_bytes
     }
 
     fn find(&self, digest: u64, key: &[u8]) -> Option<&Slot> {
@@ -239,7 +238,8 @@ impl Page {
                 (done.token, done.completed_ms, pending.attempt, done.fingerprint, state)
             }
         };
-        let Self { places, slots, heap } = self;
+        self.apart_bytes += apart_bytes(&state, fingerprint.is_some());
+        let Self { places, slots, heap, .. } = self;
         let is = |place: &u32| is(slots, heap, *place, digest, key);
         let hash = |place: &u32| hash(slots, *place);
         let mut new = Slot {
@@ -286,7 +286,7 @@ impl Page {
     }
 
     pub(super) fn remove(&mut self, digest: u64, key: &[u8]) -> Tally {
-        let Self { places, slots, heap } = self;
+        let Self { places, slots, heap, .. } = self;
         let is = |place: &u32| is(slots, heap, *place, digest, key);
         let Ok(found) = places.find_entry(spread(digest), is) else { return Tally::default() };
         let (place, _) = found.remove();
@@ -358,6 +358,7 @@ impl Page {
             (State::Heap { .. }, Some(Done { result, .. })) => self.keep(result),
             (state, _) => state.clone(),
         };
+        self.apart_bytes += apart_bytes(&state, slot.fingerprint.is_some());
         let place = self.slots.len() as u32;
         self.slots.push(Slot { key_start, state, ..slot.clone() });
         let slots = &self.slots;
@@ -399,6 +400,11 @@ impl Page {
             sum
         })
     }
+}
+
+fn apart_bytes(state: &State, has_fingerprint: bool) -> usize {
+    let result = if let State::Apart(bytes) = state { bytes.len() } else { 0 };
+    result + if has_fingerprint { size_of::<Fingerprint>() } else { 0 }
 }
 
 /// The top bits of a digest are the same throughout a page; the index wants others at the top.

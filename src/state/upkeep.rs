@@ -102,10 +102,12 @@ impl Engine {
     pub(crate) fn seal(&self) -> Result<()> {
         let mut last_image = self.sealing.lock();
         self.ready()?;
-        let sealed = self.seal_locked(&mut last_image).and_then(|()| self.cut_log(CUT_BYTES));
+        let sealed = self.seal_locked(&mut last_image).inspect_err(|_| self.hot.restore());
         *self.backlog.failure.lock() = sealed.as_ref().err().map(Error::to_string);
         self.backlog.eased.notify_all();
-        sealed
+        sealed?;
+        // Should this fail, memory is free all the same.
+        self.cut_log(CUT_BYTES)
     }
 
     fn seal_locked(&self, last_image: &mut u64) -> Result<()> {
@@ -133,6 +135,8 @@ impl Engine {
         });
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
         seal(&self.db, &self.buckets, &chunk)?;
+        // Before the rows go: a manifest that has lost these runs must not pass for whole.
+        self.db.take_inventory()?;
 
         self.reserve(image.len())?;
         let image: Vec<_> =
@@ -144,12 +148,14 @@ impl Engine {
             }
             tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
         })?;
-        for (open, _) in image {
+        for (open, row) in image {
+            self.log_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
             *last_image = open.number();
             open.finish();
         }
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
+        self.hot.publish();
         // Before the first key leaves: see `Engine::decide`.
         self.seals.fetch_add(1, Ordering::AcqRel);
         self.hot.retire();
@@ -165,9 +171,11 @@ impl Engine {
         if self.log_bytes.load(Ordering::Relaxed) < least {
             return Ok(());
         }
-        self.log_bytes.store(0, Ordering::Relaxed);
+        let bytes = self.log_bytes.swap(0, Ordering::Relaxed);
         let families = self.buckets.view().newest_first();
-        self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str()))
+        self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str())).inspect_err(|_| {
+            self.log_bytes.fetch_add(bytes, Ordering::Relaxed);
+        })
     }
 
     /// Removes from the hot table what has run out.

@@ -307,20 +307,25 @@ impl Db {
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &self.directory.database(), &error))?;
-        self.take_inventory(false)
+        self.take_inventory()
     }
 
     /// Where so much was written that there may be a new log. It waits for the disk.
     pub(crate) fn take_inventory_if_due(&self) {
         if self.untaken.load(Ordering::Relaxed) >= self.tuning.inventory_interval_bytes()
-            && let Err(error) = self.take_inventory(false)
+            && let Err(error) = self.take_inventory()
         {
             // What was written is safe all the same.
             tracing::warn!(%error, "it could not be noted which files the store has");
         }
     }
 
-    fn take_inventory(&self, closed: bool) -> Result<()> {
+    /// Notes what the database must hold from now on.
+    pub(crate) fn take_inventory(&self) -> Result<()> {
+        self.note_files(false)
+    }
+
+    fn note_files(&self, closed: bool) -> Result<()> {
         let _taking = self.taking.lock();
         self.untaken.store(0, Ordering::Relaxed);
         inventory::take(&self.directory.inventory(), &self.directory.database(), closed)
@@ -345,7 +350,7 @@ impl Db {
         }
         let families: Vec<_> = families.iter().collect();
         rocks.flush_cfs_opt(&families, &FlushOptions::default()).map_err(cannot_flush)?;
-        self.take_inventory(false)
+        self.take_inventory()
     }
 
     /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].
@@ -355,7 +360,7 @@ impl Db {
         rocks.cancel_all_background_work(true);
         drop(rocks);
         if !self.in_doubt.load(Ordering::Acquire)
-            && let Err(error) = self.take_inventory(true)
+            && let Err(error) = self.note_files(true)
         {
             tracing::warn!(%error, "the next open cannot see whether a file was cut short since");
         }

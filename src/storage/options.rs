@@ -42,7 +42,7 @@ impl Tuning {
         if let Ok(verifying) = options.get_options_from_string("track_and_verify_wals=true") {
             options = verifying;
         }
-        // A seal flushes the journal, which cuts the log. This bounds the log where seals are rare but claims many.
+        // Now and then a seal flushes the journal, which cuts the log. This bounds the log where seals are rare but claims many.
         options.set_max_total_wal_size(4 * self.memtable_bytes as u64);
         // Runs are sorted before they come here; two threads are enough for a flush beside a merge.
         options.set_max_background_jobs(2);

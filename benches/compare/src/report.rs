@@ -18,6 +18,9 @@ pub const PAGE: &str = "benchmarks.md";
 /// The case that is shown beside the same of peers, who have no such difference.
 const SEALED: &str = "recent, sealed";
 
+/// What stands in the way of the goals that are missed. Written by hand.
+const LIMITS: &str = include_str!("../limits.md");
+
 /// The directory of the plots, beside the page.
 const PLOTS: &str = "benchmarks";
 
@@ -68,6 +71,8 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
         },
         goals_table(rows),
     );
+    page.push_str(LIMITS);
+    page.push('\n');
     for workload in Workload::ALL.into_iter().filter(|workload| rows.iter().any(|row| row.workload == *workload)) {
         writeln!(page, "## {}\n\n{}\n", workload.title(), words(workload))?;
         for plot in draw(&plots, workload, rows)? {
