@@ -111,7 +111,7 @@ impl Filters {
     }
 
     /// Rebuilds the filters that are still missing from the keys of their buckets, the newest first, as long as `go_on`
-    /// says so. True if all are there.
+    /// says so.
     pub(crate) fn rebuild(db: &Db, set: &BucketSet, go_on: &(impl Fn() -> bool + Sync)) -> Result<()> {
         let view = set.view();
         let missing: Vec<Arc<Bucket>> =
@@ -157,7 +157,7 @@ impl Filters {
             .filter(|bucket| bucket.slice.end_ms() <= now_ms && view.is_filtered(bucket))
             .collect();
         if ended.is_empty() {
-            return Ok(());
+            return self.remove_passed(set);
         }
         let mut runs = runs()?;
         // Every key of these runs is marked by now, and in this picture or a later one.
@@ -184,7 +184,7 @@ impl Filters {
     }
 
     /// Removes the files of buckets that are gone, and what a crash left of one that was being written.
-    pub(crate) fn remove_passed(&self, set: &BucketSet) -> Result<()> {
+    fn remove_passed(&self, set: &BucketSet) -> Result<()> {
         let buckets = set.view().newest_first();
         let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
         self.kept.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));
@@ -381,12 +381,18 @@ mod tests {
         fs::write(filters_dir.join("somebody's"), b"x").unwrap();
         let oldest = set.view().newest_first().pop().unwrap();
         set.remove(&db, &oldest);
-        filters.remove_passed(&set).unwrap();
-        let mut left: Vec<_> = fs::read_dir(&filters_dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        left.sort();
-        assert_eq!(
-            left,
-            [format!("{}.filter", slice(1).family()).as_str(), "somebody's"].map(std::ffi::OsString::from)
-        );
+        let left = || {
+            let names = fs::read_dir(&filters_dir).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut left: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
+            left.sort();
+            left
+        };
+        keep(&db, &filters, &set, 2_500);
+        assert_eq!(left(), [format!("{}.filter", slice(1).family()), "somebody's".to_owned()]);
+        for bucket in set.view().newest_first() {
+            set.remove(&db, &bucket);
+        }
+        keep(&db, &filters, &set, 2_500);
+        assert_eq!(left(), ["somebody's"], "also where no bucket is left");
     }
 }

@@ -106,39 +106,31 @@ impl Engine {
     /// What a claim of each key would find. Changes nothing.
     pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
         let now = self.now();
-        let on_disk = self.on_disk(request)?;
-        request
-            .iter()
-            .map(|asked| {
-                self.decide(asked, &on_disk, |_, stored| {
-                    match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
-                        Found::Available { .. } => Ok(Answer::New),
-                        Found::InProgress { retry_after_ms, attempt } => {
-                            Ok(Answer::InProgress { retry_after_ms, attempt })
-                        }
-                        Found::Completed(done) => Ok(Answer::Completed(done.clone())),
-                        Found::PayloadMismatch => Err(payload_mismatch(asked)),
-                    }
-                })
-            })
-            .collect()
+        self.look_at(request, |asked, stored| {
+            match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+                Found::Available { .. } => Ok(Answer::New),
+                Found::InProgress { retry_after_ms, attempt } => Ok(Answer::InProgress { retry_after_ms, attempt }),
+                Found::Completed(done) => Ok(Answer::Completed(done.clone())),
+                Found::PayloadMismatch => Err(payload_mismatch(asked)),
+            }
+        })
     }
 
     /// What is stored of a key, as long as it counts.
     pub(crate) fn get(&self, request: &Request) -> Result<Vec<Option<Entry>>> {
         let now = self.now();
-        let on_disk = self.on_disk(request)?;
-        request
-            .iter()
-            .map(|asked| {
-                self.decide(asked, &on_disk, |_, stored| {
-                    stored.filter(|entry| match entry {
-                        Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
-                        Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
-                    })
-                })
+        self.look_at(request, |_, stored| {
+            stored.filter(|entry| match entry {
+                Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
+                Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
             })
-            .collect()
+        })
+    }
+
+    /// What `answer` makes of each key and what is stored of it.
+    fn look_at<R>(&self, request: &Request, answer: impl Fn(Asked<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
+        let on_disk = self.on_disk(request)?;
+        request.iter().map(|asked| self.decide(asked, &on_disk, |_, stored| answer(asked, stored))).collect()
     }
 
     /// How a key that is being processed stands.
