@@ -30,7 +30,8 @@ pub struct Args {
     /// Measure nothing: take the figures from a file that --json wrote.
     #[arg(long, value_name = "FILE")]
     pub from: Option<PathBuf>,
-    /// How often each measurement is made: the table has medians. 3 by default, 1 with --quick.
+    /// How often each measurement with the smaller number of keys is made: the table has medians. 3 by default, 1 with
+    /// --quick.
     #[arg(long)]
     pub rounds: Option<usize>,
     /// How many keys the workloads have at most.
@@ -126,10 +127,9 @@ impl Workload {
     }
 }
 
-/// How much of everything.
+/// How many keys the comparisons have.
 #[derive(Debug, Clone)]
-pub struct Scale {
-    pub rounds: usize,
+pub struct Size {
     /// W1: live keys of the subjects that are fast enough to be filled with so many.
     pub live: u64,
     /// W1 and W2: live keys where all subjects are compared.
@@ -139,8 +139,41 @@ pub struct Scale {
     /// W3 and W4: keys in batches, and one at a time.
     pub batched: u64,
     pub single: u64,
-    /// In a quick run onlyonce gets more keys than its peers: a tenth of a second measures nothing.
-    pub fast_factor: u64,
+    /// W3 and W4: how many threads call.
+    pub threads: Vec<u32>,
+}
+
+impl Size {
+    fn small() -> Self {
+        Self {
+            live: 5_000_000,
+            compared: 1_000_000,
+            probes: 250_000,
+            batched: 1_000_000,
+            single: 100_000,
+            threads: vec![1],
+        }
+    }
+
+    fn large() -> Self {
+        Self {
+            live: 100_000_000,
+            compared: 6_000_000,
+            probes: 1_000_000,
+            batched: 6_000_000,
+            single: 500_000,
+            threads: vec![1, 2],
+        }
+    }
+}
+
+/// How much of everything.
+#[derive(Debug, Clone)]
+pub struct Scale {
+    pub rounds: usize,
+    /// W1 to W4, the smaller size first. A full run makes the quick run's measurements, too, so that a quick run can be
+    /// held beside the page; only they have several rounds.
+    pub sizes: Vec<Size>,
     /// W5: how long each.
     pub synced: Duration,
     /// W6: how long in all.
@@ -159,13 +192,8 @@ impl Scale {
         let mut scale = if args.quick {
             Self {
                 rounds: 1,
-                live: 10_000_000,
-                compared: 200_000,
-                probes: 250_000,
-                batched: 200_000,
-                single: 50_000,
-                fast_factor: 5,
-                synced: Duration::from_millis(800),
+                sizes: vec![Size::small()],
+                synced: Duration::from_secs(2),
                 day: Duration::from_secs(40),
                 leaving: 1_000_000,
                 opened: 5_000_000,
@@ -175,13 +203,8 @@ impl Scale {
         } else {
             Self {
                 rounds: 3,
-                live: 100_000_000,
-                compared: 10_000_000,
-                probes: 4_000_000,
-                batched: 4_000_000,
-                single: 500_000,
-                fast_factor: 1,
-                synced: Duration::from_secs(5),
+                sizes: vec![Size::small(), Size::large()],
+                synced: Duration::from_secs(3),
                 day: Duration::from_secs(600),
                 leaving: 10_000_000,
                 opened: 100_000_000,
@@ -190,18 +213,14 @@ impl Scale {
             }
         };
         if let Some(keys) = args.keys {
-            for count in [
-                &mut scale.live,
-                &mut scale.compared,
-                &mut scale.probes,
-                &mut scale.batched,
-                &mut scale.single,
-                &mut scale.leaving,
-                &mut scale.opened,
-                &mut scale.grown,
-            ] {
+            let sizes = scale.sizes.iter_mut().flat_map(|size| {
+                [&mut size.live, &mut size.compared, &mut size.probes, &mut size.batched, &mut size.single]
+            });
+            for count in sizes.chain([&mut scale.leaving, &mut scale.opened, &mut scale.grown]) {
                 *count = keys.min(*count);
             }
+            // Sizes that the bound has made equal would measure the same twice.
+            scale.sizes.dedup_by_key(|size| (size.live, size.compared, size.batched));
         }
         scale.rounds = args.rounds.unwrap_or(scale.rounds).max(1);
         scale.day = args.day.map_or(scale.day, Duration::from_secs);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// The bytes that this process has passed to `write` and its kin. The kernel's count of bytes that went to the
 /// device would leave out what the page cache has not written back yet.
@@ -77,6 +77,13 @@ pub fn fsyncs_per_s(dir: &Path, duration: Duration) -> Result<f64> {
     let rate = f64::from(count) / start.elapsed().as_secs_f64();
     fs::remove_file(path)?;
     Ok(rate)
+}
+
+/// Has the kernel write back what it has not written yet.
+pub fn write_back() -> Result<()> {
+    let status = Command::new("sync").status().context("`sync` cannot be run")?;
+    ensure!(status.success(), "`sync` fails: {status}");
+    Ok(())
 }
 
 /// The processor, the number of cores, and the memory.

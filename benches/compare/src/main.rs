@@ -80,7 +80,7 @@ fn measure(args: &Args) -> Result<()> {
     println!("{:.0} fdatasyncs of small appends a second\n", circumstances.fsyncs_per_s);
 
     let mut rows: Vec<Row> = Vec::new();
-    let mut part = |has: bool, rounds: usize, workload: fn(&Run) -> Result<Vec<Row>>| -> Result<()> {
+    let mut part = |has: bool, rounds: usize, workload: &dyn Fn(&Run) -> Result<Vec<Row>>| -> Result<()> {
         if !has {
             return Ok(());
         }
@@ -99,15 +99,19 @@ fn measure(args: &Args) -> Result<()> {
         Ok(())
     };
     let rounds = run.scale.rounds;
-    part(run.has(Workload::W1), rounds, checks::many)?;
-    part(run.has(Workload::W1) || run.has(Workload::W2), rounds, checks::compared)?;
-    part(run.has(Workload::W3), rounds, inserts::records)?;
-    part(run.has(Workload::W4) && run.has_subject(Kind::Onlyonce), rounds, inserts::lives)?;
-    part(run.has(Workload::W5), rounds, durable::run)?;
-    part(run.has(Workload::W6) && run.has_subject(Kind::Onlyonce), 1, day::run)?;
-    part(run.has(Workload::W7), rounds, expiry::run)?;
-    part(run.has(Workload::W8) && run.has_subject(Kind::Onlyonce), 1, opening::run)?;
-    part(run.has(Workload::W9) && run.has_subject(Kind::Onlyonce), 1, growth::run)?;
+    let has_ours = run.has_subject(Kind::Onlyonce);
+    for (nth, size) in run.scale.sizes.iter().enumerate() {
+        let rounds = if nth == 0 { rounds } else { 1 };
+        part(run.has(Workload::W1), rounds, &|run| checks::many(run, size))?;
+        part(run.has(Workload::W1) || run.has(Workload::W2), rounds, &|run| checks::compared(run, size))?;
+        part(run.has(Workload::W3), rounds, &|run| inserts::records(run, size))?;
+        part(run.has(Workload::W4) && has_ours, rounds, &|run| inserts::lives(run, size))?;
+    }
+    part(run.has(Workload::W5), rounds, &durable::run)?;
+    part(run.has(Workload::W6) && has_ours, 1, &day::run)?;
+    part(run.has(Workload::W7), 1, &expiry::run)?;
+    part(run.has(Workload::W8) && has_ours, 1, &opening::run)?;
+    part(run.has(Workload::W9) && has_ours, 1, &growth::run)?;
     show(args, &circumstances, &rows)
 }
 

@@ -90,7 +90,8 @@ fn words(workload: Workload) -> &'static str {
         Workload::W1 => {
             "Keys that were never seen are asked for, one at a time and in batches of 512. With many live keys only what \
              can be filled with so many in time: onlyonce, RocksDB with a family for each bucket, and a bare Bloom \
-             filter with as many bits as onlyonce's. The other rows are of stores with fewer keys, which makes them faster."
+             filter with as many bits as onlyonce's. The other rows are of stores with fewer keys, which makes them faster. \
+             The smallest stores are those of a quick run (`--quick`), which gives the same ratios but for noise."
         }
         Workload::W2 => {
             "Known keys are asked for: the last hundredth as inserting left them (and, for onlyonce, once more after they \
@@ -142,9 +143,15 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
     match workload {
         Workload::W1 | Workload::W2 | Workload::W3 | Workload::W4 | Workload::W5 => {
             // Stores of different sizes do not belong in one picture.
-            let size = |row: &Row| (workload == Workload::W1).then_some(row.keys);
+            let size = |row: &Row| (workload != Workload::W5).then_some(row.keys);
+            let most = of.iter().filter(|row| row.workload == workload).filter_map(|row| size(row)).max();
+            let has_picture = |row: &Row| match workload {
+                Workload::W5 => true,
+                Workload::W1 => row.batch > 1,
+                _ => row.batch > 1 && size(row) == most,
+            };
             let mut pictures: Vec<(&str, Option<u64>)> = Vec::new();
-            for row in of.iter().filter(|row| row.workload == workload && row.case != SEALED) {
+            for row in of.iter().filter(|row| row.workload == workload && row.case != SEALED && has_picture(row)) {
                 if !pictures.contains(&(&row.case, size(row))) {
                     pictures.push((&row.case, size(row)));
                 }
@@ -160,15 +167,17 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
                     of.iter().filter(is_shown).filter_map(|row| Some((label(row), row.figures.ops_per_s?))).collect();
                 shown.sort_by(|(_, one), (_, other)| other.total_cmp(one));
                 let way = if workload == Workload::W5 { "" } else { ", batches of 512, 1 thread" };
-                let live = keys.map_or_else(String::new, |keys| format!(", {} live keys", count(keys)));
+                let live = keys.map_or_else(String::new, |keys| format!(", {} keys", count(keys)));
                 let title = format!("{workload:?}, {case}{live}{way}: keys a second");
-                let name = format!("{workload:?}-{case}{}", keys.map_or_else(String::new, |keys| format!("-{keys}")));
+                let sized = keys.filter(|_| workload == Workload::W1);
+                let name = format!("{workload:?}-{case}{}", sized.map_or_else(String::new, |keys| format!("-{keys}")));
                 bars(&add(&name.to_lowercase(), title.clone()), &title, &shown)?;
             }
         }
         Workload::W6 => {
             for row in &of {
-                for (name, points) in &row.series {
+                // A day of some seconds may not have one that is whole.
+                for (name, points) in row.series.iter().filter(|(_, points)| !points.is_empty()) {
                     let unit = if name.starts_with("worst") { "worst batch, ms" } else { "M keys a second" };
                     let title = format!("W6, {}: {unit}", row.case);
                     let line = Line { name: row.case.clone(), points: points.clone() };

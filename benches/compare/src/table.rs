@@ -1,5 +1,7 @@
 //! The figures as tables, for a terminal and for the page alike.
 
+use std::cmp::Reverse;
+
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 
@@ -39,7 +41,9 @@ pub fn rows_of(workload: Workload, rows: &[Row]) -> Vec<&Row> {
     // As they were measured, but what is compared stands together, the sizes of the runs apart.
     let order = |row: &&Row| {
         let case = of.iter().position(|other| other.case == row.case || is_insert(other, row)).unwrap_or(usize::MAX);
-        (case, row.threads, row.batch == 1)
+        // In W5 it is the time that all have in common.
+        let keys = if row.workload == Workload::W5 { 0 } else { row.keys };
+        (case, Reverse(keys), row.threads, row.batch == 1)
     };
     let mut sorted = of.clone();
     sorted.sort_by_key(order);

@@ -3,10 +3,10 @@
 use anyhow::{Result, ensure};
 
 use super::{BATCH, Run, describe, fill, say};
-use crate::args::Workload;
+use crate::args::{Size, Workload};
 use crate::child;
 use crate::keys::{NEW, RESULT, mix};
-use crate::machine::directory_bytes;
+use crate::machine::{self, directory_bytes};
 use crate::measure::{Probed, probe};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
@@ -19,15 +19,16 @@ const BUCKETS: u32 = 24;
 pub const FILTER_BYTES_PER_KEY: f64 = 2.5;
 
 /// W1 with many keys: onlyonce, RocksDB with a family for each bucket, and the bare filter.
-pub fn many(run: &Run) -> Result<Vec<Row>> {
+pub fn many(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let keys = run.scale.live;
+    let keys = size.live;
     let dir = run.directory("many");
     let setup =
         |filter_bytes| Setup { dir: &dir, durability: Durability::Process, keys, buckets: BUCKETS, filter_bytes };
     if run.has_subject(Kind::Onlyonce) {
         say(&format!("W1: onlyonce, {keys} keys"));
         let setup = setup(0);
+        machine::write_back()?;
         std::fs::create_dir_all(&dir)?;
         let store = OnlyOnce::open(&setup)?;
         fill(&store, keys, BUCKETS, &[])?;
@@ -36,7 +37,7 @@ pub fn many(run: &Run) -> Result<Vec<Row>> {
         run.filter_bytes_per_key.set(filter_bytes_per_key);
         let disk = directory_bytes(&dir);
         let (hits, checks) = store.filter_counts();
-        let mut new = new_keys(run, &store, "onlyonce", keys)?;
+        let mut new = new_keys(size, &store, "onlyonce", keys)?;
         let (hits, checks) = (store.filter_counts().0 - hits, store.filter_counts().1 - checks);
         for row in &mut new {
             row.figures.ram_bytes_per_key = Some(filter_bytes_per_key);
@@ -56,7 +57,7 @@ pub fn many(run: &Run) -> Result<Vec<Row>> {
         let families = run.with_opened("rocksdb-families", &setup, open, |families| {
             fill(families, keys, BUCKETS, &[])?;
             families.settle()?;
-            new_keys(run, families, "rocksdb-families", keys)
+            new_keys(size, families, "rocksdb-families", keys)
         })?;
         rows.extend(families.into_iter().map(|mut row| {
             row.note = Some("a family for each bucket, each merged; filters of 10 bits a key".to_owned());
@@ -68,7 +69,7 @@ pub fn many(run: &Run) -> Result<Vec<Row>> {
         let setup = setup((run.filter_bytes_per_key.get() * keys as f64) as u64);
         rows.extend(run.with(Kind::Bloom, &setup, |bloom| {
             fill(bloom, keys, 1, &[])?;
-            let mut rows = new_keys(run, bloom, "bloom", keys)?;
+            let mut rows = new_keys(size, bloom, "bloom", keys)?;
             for row in &mut rows {
                 describe(row, Kind::Bloom);
                 row.buckets = Some(1);
@@ -81,9 +82,9 @@ pub fn many(run: &Run) -> Result<Vec<Row>> {
 }
 
 /// W1 and W2 with as many keys as the slowest subject can be filled with.
-pub fn compared(run: &Run) -> Result<Vec<Row>> {
+pub fn compared(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let keys = run.scale.compared;
+    let keys = size.compared;
     for &kind in run.subjects.iter().filter(|kind| **kind != Kind::Bloom) {
         say(&format!("W1 and W2: {}, {keys} keys", kind.name()));
         let dir = run.directory("compared");
@@ -93,7 +94,7 @@ pub fn compared(run: &Run) -> Result<Vec<Row>> {
             let own = subject.memory_bytes();
             fill(subject, keys, BUCKETS, RESULT)?;
             if run.has(Workload::W2) {
-                rows.extend(recent(run, subject, kind, keys, "recent")?);
+                rows.extend(recent(size, subject, kind, keys, "recent")?);
             }
             subject.settle()?;
             let disk = directory_bytes(&dir);
@@ -104,17 +105,17 @@ pub fn compared(run: &Run) -> Result<Vec<Row>> {
             };
             if run.has(Workload::W2) {
                 if kind == Kind::Onlyonce {
-                    rows.extend(recent(run, subject, kind, keys, "recent, sealed")?);
+                    rows.extend(recent(size, subject, kind, keys, "recent, sealed")?);
                 }
                 for batch in [1, BATCH] {
                     let pick = |i| mix(i ^ 0x5eed) % keys;
-                    let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
+                    let count = if batch == 1 { size.probes / 4 } else { size.probes };
                     let probed = probe(count, batch, pick, |keys| subject.check(keys))?;
                     rows.push(known_row(kind, "uniform", keys, batch, &probed)?);
                 }
             }
             if run.has(Workload::W1) {
-                rows.extend(new_keys(run, subject, kind.name(), keys)?);
+                rows.extend(new_keys(size, subject, kind.name(), keys)?);
             }
             for row in &mut rows {
                 describe(row, kind);
@@ -129,11 +130,11 @@ pub fn compared(run: &Run) -> Result<Vec<Row>> {
 }
 
 /// Checks of keys that were never inserted.
-pub fn new_keys(run: &Run, subject: &dyn Subject, name: &str, keys: u64) -> Result<Vec<Row>> {
+pub fn new_keys(size: &Size, subject: &dyn Subject, name: &str, keys: u64) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for batch in [1, BATCH] {
         let from = NEW + batch as u64 * (1 << 32);
-        let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
+        let count = if batch == 1 { size.probes / 4 } else { size.probes };
         let probed = probe(count, batch, |i| from + i, |keys| subject.check(keys))?;
         if name == Kind::Bloom.name() {
             ensure!(probed.answers * 50 < probed.keys, "{} of {} new keys pass", probed.answers, probed.keys);
@@ -149,12 +150,12 @@ pub fn new_keys(run: &Run, subject: &dyn Subject, name: &str, keys: u64) -> Resu
 }
 
 /// Checks of the keys that came last.
-fn recent(run: &Run, subject: &dyn Subject, kind: Kind, keys: u64, case: &str) -> Result<Vec<Row>> {
+fn recent(size: &Size, subject: &dyn Subject, kind: Kind, keys: u64, case: &str) -> Result<Vec<Row>> {
     let last = (keys / 100).max(1);
     let mut rows = Vec::new();
     // Batches first: what came last is soon moved to where the rest is.
     for batch in [BATCH, 1] {
-        let count = if batch == 1 { run.scale.probes / 4 } else { run.scale.probes };
+        let count = if batch == 1 { size.probes / 4 } else { size.probes };
         let probed = probe(count, batch, |i| keys - 1 - mix(i) % last, |keys| subject.check(keys))?;
         rows.push(known_row(kind, case, keys, batch, &probed)?);
     }

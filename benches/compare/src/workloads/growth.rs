@@ -13,6 +13,9 @@ use crate::row::Row;
 use crate::subject::{Durability, Setup, Subject};
 use crate::subjects::onlyonce::OnlyOnce;
 
+/// Keys that are asked for, and recorded.
+const PROBES: u64 = 1_000_000;
+
 pub fn run(run: &Run) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for part in run.scale.grown_parts {
@@ -50,16 +53,16 @@ fn one(run: &Run, count: u64, buckets: u32) -> Result<Vec<Row>> {
     let check = |keys: &[keys::Key]| store.check(keys);
 
     let (hits, checks) = store.filter_counts();
-    let new = probe(run.scale.probes, BATCH, |i| NEW + i, check)?;
+    let new = probe(PROBES, BATCH, |i| NEW + i, check)?;
     ensure!(new.answers == 0, "{} of {} new keys are taken for known", new.answers, new.keys);
     let (hits, checks) = (store.filter_counts().0 - hits, store.filter_counts().1 - checks);
     let mut new_row = row("new keys", new.ops_per_s, new.cpu_us_per_key, &new.latencies);
     new_row.more("to_disk_percent", 100.0 * hits as f64 / checks.max(1) as f64);
 
-    let known = probe(run.scale.probes / 3, BATCH, |i| mix(i) % count, check)?;
+    let known = probe(PROBES / 3, BATCH, |i| mix(i) % count, check)?;
     ensure!(known.answers == known.keys, "of {} known keys {} were found", known.keys, known.answers);
 
-    let recorded = keys::keys(2 * NEW, usize::try_from(run.scale.batched * run.scale.fast_factor / 4)?);
+    let recorded = keys::keys(2 * NEW, usize::try_from(PROBES.min(count))?);
     let cpu_s = store.cpu_s()?;
     let start = Instant::now();
     let called = call_each(&recorded, BATCH, |keys| store.insert(keys, &[]))?;

@@ -5,37 +5,37 @@ use std::time::Instant;
 use anyhow::{Result, anyhow, ensure};
 
 use super::{BATCH, Run, describe, insert_again, say};
-use crate::args::Workload;
+use crate::args::{Size, Workload};
 use crate::keys::{self, Key, RESULT};
 use crate::machine::directory_bytes;
 use crate::measure::{Latencies, call_each};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
 
-pub fn records(run: &Run) -> Result<Vec<Row>> {
+pub fn records(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let subjects = run.subjects.iter().filter(|kind| **kind != Kind::Bloom);
-    all(run, Workload::W3, "record", subjects, &[])
+    all(run, size, Workload::W3, "record", subjects, &[])
 }
 
-pub fn lives(run: &Run) -> Result<Vec<Row>> {
+pub fn lives(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let subjects = run.subjects.iter().filter(|kind| **kind == Kind::Onlyonce);
-    all(run, Workload::W4, "claim, complete", subjects, RESULT)
+    all(run, size, Workload::W4, "claim, complete", subjects, RESULT)
 }
 
 fn all<'a>(
     run: &Run,
+    size: &Size,
     workload: Workload,
     case: &str,
     subjects: impl Iterator<Item = &'a Kind> + Clone,
     result: &[u8],
 ) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for (batch, threads) in [(BATCH, 1), (BATCH, 2), (1, 1), (1, 2)] {
-        let count = if batch == 1 { run.scale.single } else { run.scale.batched };
+    for (batch, &threads) in [BATCH, 1].into_iter().flat_map(|batch| size.threads.iter().map(move |n| (batch, n))) {
+        let count = if batch == 1 { size.single } else { size.batched };
         // Made before the clock runs: what a subject does in the background must not have the time for it.
-        let most = keys::keys(0, usize::try_from(count * run.scale.fast_factor)?);
+        let keys = &keys::keys(0, usize::try_from(count)?)[..];
         for &kind in subjects.clone() {
-            let keys = if kind == Kind::Onlyonce { &most[..] } else { &most[..usize::try_from(count)?] };
             say(&format!("{workload:?}: {}, {} keys, {threads} threads, {batch} a call", kind.name(), keys.len()));
             let dir = run.directory("inserts");
             let setup = Setup {

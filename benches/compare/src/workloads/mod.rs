@@ -55,6 +55,8 @@ impl Run {
         open: impl FnOnce() -> Result<Box<dyn Subject>>,
         work: impl FnOnce(&dyn Subject) -> Result<T>,
     ) -> Result<T> {
+        // What an earlier subject left to the kernel to write would be written at this one's expense.
+        machine::write_back()?;
         let mut subject = open().with_context(|| format!("{name} does not open"))?;
         if self.plant_wrong_answer {
             subject = Box::new(Liar::new(subject));
