@@ -86,6 +86,15 @@ impl Builder {
         self
     }
 
+    /// How many keys a second will be completed, on the average of a bucket: the filter of the first buckets is made for
+    /// it. Without it they start small and grow by layers, of which each makes a check dearer, until a bucket has ended
+    /// and shows what buckets come to. A wrong guess costs memory or layers, never an answer. 0, which is unknown, by
+    /// default.
+    pub fn expected_rate(mut self, keys_per_s: u64) -> Self {
+        self.options.expected_rate = keys_per_s;
+        self
+    }
+
     /// The largest result that is kept, in bytes; of a larger one only the fact is. At most 64 MiB, 1 MiB by default.
     pub fn result_limit(mut self, bytes: usize) -> Self {
         self.options.result_limit = bytes;

@@ -423,3 +423,23 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
     let store = Store::open(&path).unwrap();
     assert!(matches!(store.claim("key-0").unwrap(), Claim::Completed(_)));
 }
+
+#[test]
+fn a_store_that_is_told_what_to_expect_has_no_need_to_grow_its_filter() {
+    let fill = |bench: &Bench| {
+        let keys: Vec<String> = (0..150_000).map(|i| format!("key-{i}")).collect();
+        let before = bench.store().stats().filter_bytes;
+        for batch in keys.chunks(1_000) {
+            bench.store().record_batch(batch).unwrap();
+        }
+        bench.store().seal().unwrap();
+        (before, bench.store().stats().filter_bytes)
+    };
+    let (before, after) = fill(&Bench::with(|builder| builder.expected_rate(150_000)));
+    assert_eq!(before, after);
+    let (before, after) = fill(&Bench::new());
+    assert!(after > before, "{before} bytes before, {after} after: a guess of 100,000 was too low");
+    // A rate that no budget has room for is no reason to refuse.
+    let (_, after) = fill(&Bench::with(|builder| builder.expected_rate(u64::MAX)));
+    assert!(after <= 32 << 20, "{after}");
+}

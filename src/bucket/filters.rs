@@ -254,7 +254,7 @@ mod tests {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
         let filters = Filters::find(&db, &SECRET, &families).unwrap();
-        let set = BucketSet::open(&db, &families, SPAN, 0, 64 << 20, filters.geometry()).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 64 << 20, filters.geometry()).unwrap();
         (db, filters, set)
     }
 

@@ -89,18 +89,21 @@ impl View {
 pub(crate) struct BucketSet {
     view: ArcSwap<View>,
     change: Mutex<()>,
+    /// What the caller expects of a bucket, or 0.
+    expected_keys: u64,
     /// Families of buckets that had passed when the store was opened, to be dropped.
     passed: Mutex<Vec<String>>,
 }
 
 impl BucketSet {
     /// The buckets with these family names, none of them covered by a filter yet. Its base is of `geometry`, if it may
-    /// be.
+    /// be, and else for buckets of `expected_keys`, or of as many as those that are there.
     pub(crate) fn open(
         db: &Db,
         families: &[String],
         span: Span,
         now_ms: u64,
+        expected_keys: u64,
         filter_budget: u64,
         geometry: Option<Geometry>,
     ) -> Result<Self> {
@@ -130,7 +133,7 @@ impl BucketSet {
                 ),
             });
         }
-        let keys: Vec<u64> = slices.iter().map(|(_, keys)| *keys).collect();
+        let keys: Vec<u64> = slices.iter().map(|(_, keys)| *keys).chain([expected_keys]).collect();
         let stack = Stack::new(needed, filter_budget, &keys, geometry);
         let mut view = View { buckets: Vec::new(), live: 0, unfiltered: 0, stack };
         for (slice, keys) in slices {
@@ -138,7 +141,8 @@ impl BucketSet {
                 view.unfiltered |= 1 << bucket.slot;
             }
         }
-        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()), passed: Mutex::new(passed) })
+        let passed = Mutex::new(passed);
+        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()), expected_keys, passed })
     }
 
     pub(crate) fn view(&self) -> arc_swap::Guard<Arc<View>> {
@@ -163,7 +167,7 @@ impl BucketSet {
         db.create_bucket(&bucket.family)?;
         // Most buckets come to what the fullest before them came to.
         let fullest = view.buckets.iter().flatten().map(|bucket| bucket.keys.load(Ordering::Relaxed)).max();
-        view.expect(fullest.unwrap_or(0));
+        view.expect(fullest.unwrap_or(0).max(self.expected_keys));
         self.view.store(Arc::new(view));
         tracing::debug!(bucket = %bucket.slice, "bucket created");
         Ok(bucket)
@@ -384,7 +388,7 @@ mod tests {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
         let span = Span { window_ms: 4_000, bucket_ms: 1_000 };
-        let set = BucketSet::open(&db, &[], span, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &[], span, 0, 0, 1 << 20, None).unwrap();
         // Eight columns; nobody has dropped anything yet.
         for second in 0..12 {
             let bucket = set.ensure(&db, Slice { start_ms: second * 1_000, width_ms: 1_000 }).unwrap();

@@ -135,7 +135,8 @@ impl Engine {
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
         let now_ms = timeline.now().wall_ms;
-        let buckets = BucketSet::open(&db, &families, config.span, now_ms, filter_budget, filters.geometry())?;
+        let (span, expected) = (config.span, config.bucket_keys);
+        let buckets = BucketSet::open(&db, &families, span, now_ms, expected, filter_budget, filters.geometry())?;
         let engine = Self {
             policy: Policy { window_ms: config.span.window_ms, on_interrupt: config.on_interrupt },
             config,

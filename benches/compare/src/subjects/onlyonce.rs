@@ -29,6 +29,7 @@ impl OnlyOnce {
             .window(window)
             .bucket(BUCKET)
             .memory_budget(usize::try_from(setup.memory())?)
+            .expected_rate(setup.keys.div_ceil(u64::from(setup.buckets) * BUCKET.as_secs()))
             .clock(clock.clone())
             .open(setup.dir.join("store"))?;
         Ok(Self { store, clock })
