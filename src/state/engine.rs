@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use super::hot_table::{HotTable, Stripe};
-use super::request::Request;
+use super::request::{Request, admit_bytes};
 use super::sequence::Sequence;
 use super::transition::{self, Policy};
 use crate::bucket::filters::Filters;
@@ -42,9 +42,6 @@ const FILTER_SIXTEENTHS: usize = 7;
 
 /// The share that sealed keys may take which stay at hand because they are asked for most.
 const RECENT_SHARE: usize = 16;
-
-/// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
-const BATCH_BYTES: usize = 1 << 30;
 
 /// How long a call waits for the keeper before it looks again whether sealing still works.
 const BACKLOG_WAIT: Duration = Duration::from_millis(100);
@@ -274,9 +271,7 @@ impl Engine {
 
     /// Room for what a call brings: in memory, in one write, and among the tokens.
     pub(super) fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
-        if bytes > BATCH_BYTES {
-            return Err(Error::BatchTooLarge { bytes, limit: BATCH_BYTES });
-        }
+        admit_bytes(bytes)?;
         self.wait_for_room()?;
         self.reserve(keys)
     }

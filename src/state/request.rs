@@ -1,7 +1,10 @@
 //! The keys of one call, encoded and digested once for everything that follows.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::{Digester, Fingerprint, Key};
+
+/// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
+const CALL_BYTES: usize = 1 << 30;
 
 /// The keys of a call, in the caller's order.
 #[derive(Debug)]
@@ -26,8 +29,14 @@ pub(crate) struct Asked<'a> {
     pub(crate) payload: Option<&'a Fingerprint>,
 }
 
+/// Refuses a call that brings too much.
+pub(super) fn admit_bytes(bytes: usize) -> Result<()> {
+    if bytes > CALL_BYTES { Err(Error::BatchTooLarge { bytes, limit: CALL_BYTES }) } else { Ok(()) }
+}
+
 impl Request {
-    /// Refuses all keys if one is empty or too long.
+    /// Refuses all keys if one is empty or too long, or if they are too many: where they come from a stream, no more of
+    /// it is read.
     pub(crate) fn new<'k, K: Into<Key<'k>>>(
         keys: impl IntoIterator<Item = K>,
         key_limit: usize,
@@ -40,6 +49,7 @@ impl Request {
             let key = key.into();
             let start = request.bytes.len();
             key.encode(key_limit, &mut request.bytes)?;
+            admit_bytes(request.bytes.len())?;
             let encoded = request.bytes.get(start..).unwrap_or_default();
             let digest = digester.digest(encoded);
             request.items.push(Item { end: request.bytes.len(), digest, payload: key.guard() });
