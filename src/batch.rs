@@ -80,7 +80,7 @@ impl Store {
                 answers.push(Some(Err(CompleteError::new(error, result.into(), Some(lease)))));
             }
         }
-        let mut completed = complete_all(ours).into_iter();
+        let mut completed = complete_all(ours).into_iter().map(|completed| completed.map(drop));
         answers.into_iter().map(|answer| answer.or_else(|| completed.next()).unwrap_or(Ok(()))).collect()
     }
 

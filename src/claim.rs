@@ -160,8 +160,13 @@ impl Lease {
     ///
     /// A [`CompleteError`], which gives the result back. [`Error::Superseded`] if somebody has taken over.
     pub fn complete(self, result: impl Into<Vec<u8>>) -> Result<(), CompleteError> {
-        let mut outcomes = complete_all(vec![(self, result.into())]);
-        outcomes.pop().unwrap_or(Ok(()))
+        self.complete_and_keep(result.into()).map(drop)
+    }
+
+    /// As [`Lease::complete`], and gives the result back where that worked, too.
+    pub(crate) fn complete_and_keep(self, result: Vec<u8>) -> Result<Vec<u8>, CompleteError> {
+        let mut outcomes = complete_all(vec![(self, result)]);
+        outcomes.pop().unwrap_or(Ok(Vec::new()))
     }
 
     /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
@@ -231,8 +236,8 @@ impl std::fmt::Debug for Lease {
     }
 }
 
-/// Completes leases in one write; an answer for each.
-pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<(), CompleteError>> {
+/// Completes leases in one write; an answer for each, with its result.
+pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<Vec<u8>, CompleteError>> {
     let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };
     let engine = &running.engine;
     let limit = engine.config().result_limit;
@@ -244,7 +249,7 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<(), 
             .zip(accepted)
             .map(|((mut lease, result), accepted)| {
                 lease.settled = true;
-                if accepted { Ok(()) } else { Err(CompleteError::new(lease.superseded(), result, None)) }
+                if accepted { Ok(result) } else { Err(CompleteError::new(lease.superseded(), result, None)) }
             })
             .collect(),
         Err(error) => leases

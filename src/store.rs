@@ -107,8 +107,9 @@ impl Builder {
         self
     }
 
-    /// How many keys may be claimed and not completed at a time, about 250 bytes of memory each. 1,000,000 by
-    /// default. A claim over it is refused with [`Error::TooManyInFlight`].
+    /// How many keys may be claimed and not completed at a time. Each takes about 250 bytes of memory, and up to six times
+    /// its key's length while a seal writes it anew: keep it low where strangers choose long keys. 1,000,000 by default. A
+    /// claim over it is refused with [`Error::TooManyInFlight`].
     pub fn in_flight_limit(mut self, keys: usize) -> Self {
         self.options.in_flight_limit = keys;
         self
@@ -350,10 +351,7 @@ impl Store {
             Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
         };
         match work(&mut lease) {
-            Ok(result) => match lease.complete(result.clone()) {
-                Ok(()) => Ok(Ran::First(result)),
-                Err(error) => Err(RunError::Complete(error)),
-            },
+            Ok(result) => lease.complete_and_keep(result).map(Ran::First).map_err(RunError::Complete),
             Err(error) => {
                 if let Err(error) = lease.release() {
                     tracing::warn!(%error, "the key of failed work could not be released");

@@ -139,17 +139,19 @@ impl Engine {
         self.db.take_inventory()?;
 
         self.reserve(image.len())?;
-        let image: Vec<_> =
-            image.into_iter().filter(|row| !row.is_empty()).map(|row| (self.begin_row(), row.finish())).collect();
+        let mut written = Vec::with_capacity(image.len());
         self.write(false, |tx| {
             tx.delete_rows_before(start);
-            for (open, row) in &image {
-                tx.put_row(open.number(), row);
+            // Each row goes as soon as the transaction has it: where much is in flight, one copy fewer is a lot.
+            for row in image.into_iter().filter(|row| !row.is_empty()).map(RowWriter::finish) {
+                let open = self.begin_row();
+                tx.put_row(open.number(), &row);
+                written.push((open, row.len()));
             }
             tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
         })?;
-        for (open, row) in image {
-            self.log_bytes.fetch_add(row.len() as u64, Ordering::Relaxed);
+        for (open, bytes) in written {
+            self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
             *last_image = open.number();
             open.finish();
         }
