@@ -29,7 +29,7 @@ pub(crate) fn get(args: &args::Get) -> anyhow::Result<u8> {
         let _ = writeln!(std::io::stderr(), "onlyonce: nothing is stored of {key}{hint}");
         return Ok(NOTHING);
     };
-    print(&described(&key, &stored).to_string())?;
+    print(&harmless(&described(&key, &stored)))?;
     Ok(0)
 }
 
@@ -80,6 +80,20 @@ fn described(key: &Key<'_>, stored: &Stored) -> Value {
         }
         _ => json!({ "key": key.to_string(), "state": "unknown to this version" }),
     }
+}
+
+/// A value as JSON that does nothing to a terminal: the control characters that JSON lets stand, which can only be in its
+/// text, are escaped as well.
+fn harmless(value: &Value) -> String {
+    let mut text = String::new();
+    for char in value.to_string().chars() {
+        if char.is_control() {
+            text.push_str(&format!("\\u{:04x}", u32::from(char)));
+        } else {
+            text.push(char);
+        }
+    }
+    text
 }
 
 /// How the result is given, and the result.
