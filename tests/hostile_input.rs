@@ -1,0 +1,764 @@
+//! Keys, results and scopes from strangers who mean harm: limits hold, memory stays in its bounds, and nobody sees or
+//! blocks what is another's.
+
+#[path = "common/child.rs"]
+mod child;
+mod common;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt::{Debug, Write as _};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use child::memory_growth;
+use common::Bench;
+use onlyonce::{
+    Check, Claim, Error, Key, OnInterrupt, Outcome, Phase, Prior, Ran, Recorded, Resolution, Store, Stored,
+};
+use siphasher::sip::SipHasher13;
+
+const MIB: u64 = 1 << 20;
+/// The smallest there is.
+const BUDGET: u64 = 32 * MIB;
+/// What a process takes beside the budget: RocksDB and its write buffers, the call under way, what the allocator keeps.
+const BESIDE: u64 = 128 * MIB;
+
+/// What people have put into keys to break things.
+const ODD: [&[u8]; 16] = [
+    b"\0",
+    b"\0\0",
+    b"a\0",
+    b"\0a",
+    b"a\0b",
+    b"\xff",
+    b"\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+    b"\xc3\x28",
+    b"\xed\xa0\x80",
+    b"\xf4\x90\x80\x80",
+    b"\x80\x01a",
+    b"\n",
+    b"\x1b[2J\x07",
+    b"\xc2\x9b31m",
+    b"\xe2\x80\xae",
+    b"' OR 1=1; --",
+];
+
+// ---------------------------------------------------------------------------------------------------------------
+// Digests
+// ---------------------------------------------------------------------------------------------------------------
+
+/// The rows of a column family of a store that is closed.
+fn rows(store: &Path, family: impl Fn(&str) -> bool) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let (options, path) = (rocksdb::Options::default(), store.join("db"));
+    let names = rocksdb::DB::list_cf(&options, &path).unwrap();
+    let db = rocksdb::DB::open_cf_for_read_only(&options, &path, &names, false).unwrap();
+    let wanted = names.iter().filter(|name| family(name)).map(|name| db.cf_handle(name).unwrap());
+    wanted.flat_map(|family| db.iterator_cf(&family, rocksdb::IteratorMode::Start)).map(|row| row.unwrap()).fold(
+        Vec::new(),
+        |mut rows, (key, value)| {
+            rows.push((key.into_vec(), value.into_vec()));
+            rows
+        },
+    )
+}
+
+/// Each key of the buckets, with the digest it lies under.
+fn digests(store: &Path) -> BTreeMap<Vec<u8>, u64> {
+    let rows = rows(store, |family| family.starts_with("bucket-"));
+    rows.iter().map(|(row, _)| (row[8..].to_vec(), u64::from_be_bytes(row[..8].try_into().unwrap()))).collect()
+}
+
+fn secret(store: &Path) -> Vec<u8> {
+    let rows = rows(store, |family| family == "meta");
+    rows.into_iter().find(|(name, _)| name == b"secret").expect("a secret").1
+}
+
+/// How many of the digests share their most frequent byte in this place.
+fn crowd<'d>(digests: impl IntoIterator<Item = &'d u64>, place: u32) -> usize {
+    let mut counts = [0; 256];
+    digests.into_iter().for_each(|digest| counts[(digest >> (8 * place) & 0xff) as usize] += 1);
+    counts.into_iter().max().unwrap()
+}
+
+#[test]
+fn keys_that_were_chosen_to_crowd_are_spread_by_each_store_in_a_way_of_its_own() {
+    // All of them would lie in one place of 256, were the digest the same everywhere.
+    let unseeded = |key: &str| SipHasher13::new_with_key(&[0; 16]).hash(format!("\0{key}").as_bytes());
+    let chosen: Vec<String> =
+        (0..).map(|i| format!("key-{i}")).filter(|key| unseeded(key) >> 56 == 0).take(2_048).collect();
+    let stores: Vec<BTreeMap<Vec<u8>, u64>> = (0..2)
+        .map(|_| {
+            let bench = Bench::new();
+            bench.store().record_batch(&chosen).unwrap();
+            bench.store().seal().unwrap();
+            bench.store().close().unwrap();
+            let (found, secret) = (digests(&bench.path()), secret(&bench.path()));
+            let seeded = SipHasher13::new_with_key(&secret.try_into().unwrap());
+            assert!(found.iter().all(|(key, digest)| seeded.hash(key) == *digest), "the secret is what makes them");
+            found
+        })
+        .collect();
+    let [one, other] = stores.as_slice() else { panic!("two stores") };
+    assert_eq!((one.len(), other.len()), (chosen.len(), chosen.len()));
+    assert_eq!(crowd(&chosen.iter().map(|key| unseeded(key)).collect::<Vec<_>>(), 7), chosen.len());
+    for place in 0..8 {
+        for store in [one, other] {
+            // Eight on average; that forty meet by chance does not happen.
+            assert!(crowd(store.values(), place) < 40, "byte {place}");
+        }
+    }
+    let values: HashSet<&u64> = one.values().collect();
+    assert_eq!(other.values().filter(|digest| values.contains(digest)).count(), 0, "two stores agree on a digest");
+}
+
+#[test]
+fn the_secret_of_a_store_is_in_nothing_that_it_says() {
+    let bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold).in_flight_limit(3));
+    let store = bench.store();
+    let mut said = String::new();
+    let mut say = |what: &dyn Debug| writeln!(said, "{what:?} {what:#?}").unwrap();
+    say(store);
+    let claim = store.claim(Key::from("k").fingerprint("p")).unwrap();
+    say(&claim);
+    say(&store.claim("k"));
+    say(&store.claim(Key::from("k").fingerprint("q")));
+    say(&store.get("k"));
+    drop(claim);
+    say(&store.held());
+    say(&store.check_batch(["k", "new"]));
+    say(&store.resolve("k", Resolution::Completed(b"r".to_vec())));
+    say(&store.resolve("k", Resolution::Rerun));
+    say(&store.get("k"));
+    say(&store.record_batch(["k", "other"]));
+    say(&store.claim(""));
+    say(&store.claim("k".repeat(2_000)));
+    say(&store.claim_batch(["1", "2", "3", "4", "5"]));
+    say(&store.run("run", |lease| Err::<Vec<u8>, _>(format!("{lease:?}"))));
+    store.seal().unwrap();
+    say(&store.stats());
+    say(&bench.builder().open(bench.path()));
+    store.close().unwrap();
+    say(&store.claim("k"));
+
+    let secret = secret(&bench.path());
+    assert!(!secret.iter().all(|byte| *byte == 0));
+    let list = |bytes: &[u8]| format!("{bytes:?}").trim_matches(['[', ']']).to_owned();
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    // In all ways of writing it, and each half of it as the number that SipHash takes it for.
+    for half in secret.chunks(8) {
+        let number: [u8; 8] = half.try_into().unwrap();
+        let (number, turned) = (u64::from_le_bytes(number), u64::from_be_bytes(number));
+        let forms = [list(half), hex(half), format!("{}", half.escape_ascii()), number.to_string(), turned.to_string()];
+        for form in forms.into_iter().chain([format!("{number:x}"), format!("{turned:x}")]) {
+            assert!(!said.to_lowercase().contains(&form.to_lowercase()), "{form} is in {said}");
+        }
+        // On disk it lies in the database, which only the owner reads, and nowhere else.
+        let holders = files(&bench.path())
+            .into_iter()
+            .filter(|file| fs::read(file).unwrap().windows(half.len()).any(|window| window == half));
+        let holders: Vec<PathBuf> = holders.collect();
+        assert!(!holders.is_empty(), "this test would not find it");
+        let stray: Vec<_> = holders
+            .iter()
+            .filter(|file| {
+                !file.parent().unwrap().ends_with("db") || file.ends_with("LOG") || file.ends_with("IDENTITY")
+            })
+            .collect();
+        assert!(stray.is_empty(), "{stray:?}");
+    }
+}
+
+/// All files below a directory.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
+    }
+    found
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Memory
+// ---------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_gigabyte_of_result_is_not_kept_and_not_copied() {
+    // Zeros that nobody touches take no memory before somebody copies them.
+    let huge = || vec![0_u8; 1 << 30];
+    let growth = memory_growth("a_gigabyte_of_result_is_not_kept_and_not_copied", || {
+        let bench = Bench::with(|builder| builder.result_limit(64 << 20).on_interrupt(OnInterrupt::Hold));
+        let store = bench.store();
+        let omitted = |key| match store.check(key).unwrap() {
+            Check::Completed(completed) => completed.is_omitted() && completed.result().is_none(),
+            other => panic!("{key} is {other:?}"),
+        };
+        bench.acquire("completed").complete(huge()).unwrap();
+        assert!(omitted("completed"));
+        let Ran::First(result) = store.run("run", |_| Ok::<_, Error>(huge())).unwrap() else { panic!("run is new") };
+        assert_eq!(result.len(), 1 << 30, "whoever did the work has the result");
+        assert!(omitted("run"));
+        drop(bench.acquire("held"));
+        store.resolve("held", Resolution::Completed(huge())).unwrap();
+        assert!(omitted("held"));
+
+        // Each of them would be kept, and all of them are too much for one call.
+        let keys: Vec<String> = (0..17).map(|i| format!("batch-{i}")).collect();
+        let leases = store.claim_batch(&keys).unwrap().into_iter().map(|claim| match claim.unwrap() {
+            Claim::Acquired(lease) => (lease, vec![0_u8; 64 << 20]),
+            other => panic!("{other:?}"),
+        });
+        for refused in store.complete_batch(leases) {
+            let refused = refused.unwrap_err();
+            assert!(matches!(refused.error(), Error::BatchTooLarge { limit, .. } if *limit == 1 << 30), "{refused}");
+            assert_eq!(refused.outcome(), Outcome::NotWritten);
+            let (_, result, lease) = refused.into_parts();
+            assert_eq!(result.len(), 64 << 20);
+            lease.expect("it is still good").complete("small").unwrap();
+        }
+        assert!(keys.iter().all(|key| bench.completed(key).unwrap() == b"small"));
+        store.close().unwrap();
+    });
+    assert!(growth < BUDGET + BESIDE, "{growth}");
+}
+
+#[test]
+fn a_flood_of_results_at_the_limit_stays_in_the_budget() {
+    let growth = memory_growth("a_flood_of_results_at_the_limit_stays_in_the_budget", || {
+        let bench = Bench::new();
+        let key = |i: u32| format!("key-{i}");
+        let result = |i: u32| vec![i as u8; 1 << 20];
+        (0..300).for_each(|i| bench.acquire(&key(i)).complete(result(i)).unwrap());
+        assert!((0..300).step_by(7).all(|i| bench.completed(&key(i)).unwrap() == result(i)));
+        bench.store().close().unwrap();
+    });
+    assert!(growth < BUDGET + BESIDE, "{growth}");
+}
+
+#[test]
+fn a_million_new_keys_stay_in_the_budget() {
+    let growth = memory_growth("a_million_new_keys_stay_in_the_budget", || {
+        let bench = Bench::new();
+        let key = |i: u32| format!("{i:032x}-of-a-stranger");
+        for start in (0..1_000_000).step_by(1_000) {
+            let keys = (start..start + 1_000).map(key);
+            if start % 2_000 == 0 {
+                let recorded = bench.store().record_batch(keys).unwrap();
+                assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == Recorded::First));
+                continue;
+            }
+            let leases = bench.store().claim_batch(keys).unwrap().into_iter().map(|claim| match claim.unwrap() {
+                Claim::Acquired(lease) => (lease, b"thirty bytes of a short result".to_vec()),
+                other => panic!("{other:?}"),
+            });
+            assert!(bench.store().complete_batch(leases).into_iter().all(|completed| completed.is_ok()));
+        }
+        let checks = bench.store().check_batch((0..1_000_000).step_by(97).map(key)).unwrap();
+        assert!(checks.into_iter().all(|check| matches!(check.unwrap(), Check::Completed(_))));
+        bench.store().close().unwrap();
+    });
+    assert!(growth < BUDGET + BESIDE, "{growth}");
+}
+
+#[test]
+fn claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_more() {
+    const LIMIT: u64 = 100_000;
+    const KEY: u64 = 1_024;
+    let test = "claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_more";
+    let growth = memory_growth(test, || {
+        let bench = Bench::with(|builder| builder.in_flight_limit(LIMIT as usize));
+        let (mut acquired, mut refused) = (0, 0);
+        for start in (0..2 * LIMIT).step_by(500) {
+            // Their leases are dropped: what they worked on stays interrupted.
+            for claim in bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).unwrap() {
+                match claim {
+                    Ok(Claim::Acquired(_)) => acquired += 1,
+                    Err(Error::TooManyInFlight { limit, .. }) if limit as u64 == LIMIT => refused += 1,
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        assert_eq!((acquired, refused), (LIMIT, LIMIT));
+        assert_eq!(bench.store().stats().in_flight, LIMIT);
+        bench.store().close().unwrap();
+    });
+    assert!(growth < BUDGET + BESIDE + LIMIT * (6 * KEY + 250), "{growth}");
+}
+
+#[test]
+fn a_call_of_a_million_keys_is_one_call_and_one_without_an_end_is_refused_unread() {
+    let bench = Bench::with(|builder| builder.key_limit(65_535).memory_budget(256 << 20));
+    let keys: Vec<String> = (0..1_000_000).map(|i| format!("key-{i}")).collect();
+    let recorded = bench.store().record_batch(&keys).unwrap();
+    assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == Recorded::First));
+    let again = bench.store().claim_batch(&keys).unwrap();
+    assert!(again.into_iter().all(|claim| matches!(claim.unwrap(), Claim::Completed(_))));
+
+    let long = "k".repeat(65_535);
+    let read = std::cell::Cell::new(0);
+    let endless = || std::iter::repeat_with(|| long.as_str()).inspect(|_| read.set(read.get() + 1));
+    let too_large = |error| matches!(error, Error::BatchTooLarge { limit, .. } if limit == 1 << 30);
+    assert!(too_large(bench.store().record_batch(endless()).unwrap_err()));
+    assert!(too_large(bench.store().claim_batch(endless()).unwrap_err()));
+    assert!(too_large(bench.store().check_batch(endless()).unwrap_err()));
+    assert_eq!(read.get(), 3 * ((1 << 30) / 65_536 + 1), "no more of it is read");
+    assert_eq!(bench.store().check(&long).unwrap(), Check::New);
+    assert_eq!(bench.store().stats().in_flight, 0);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Bytes of any kind
+// ---------------------------------------------------------------------------------------------------------------
+
+/// Every form a stranger's bytes can come in.
+fn forms(bytes: &[u8]) -> [Key<'static>; 5] {
+    [
+        Key::from(bytes.to_vec()),
+        Key::from(bytes.to_vec()).scope(bytes).into_owned(),
+        Key::composite([bytes, b"", bytes]),
+        Key::content(bytes),
+        Key::content(bytes).scope(bytes).into_owned(),
+    ]
+}
+
+#[test]
+fn every_verb_takes_keys_of_any_bytes() {
+    let mut bench = Bench::new();
+    let keys: Vec<Key<'static>> = ODD.iter().flat_map(|bytes| forms(bytes)).collect();
+    let result = |key: &Key<'_>| [key.as_bytes(), b"\0\xff"].concat();
+    let store = bench.store();
+    for key in &keys {
+        assert_eq!(store.get(key).unwrap(), None);
+        assert_eq!(store.check(key).unwrap(), Check::New);
+        let Claim::Acquired(mut lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
+        lease.renew().unwrap();
+        assert!(matches!(store.check(key).unwrap(), Check::InProgress(other) if other.attempt == 1));
+        assert!(matches!(store.get(key).unwrap(), Some(Stored::Processing { phase: Phase::Leased(_), .. })));
+        assert_eq!(store.record(key).unwrap(), Recorded::Duplicate { in_flight: true });
+        assert!(matches!(store.forget(key), Err(Error::InUse { .. })));
+        lease.release().unwrap();
+        let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is free") };
+        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
+        lease.complete(result(key)).unwrap();
+        assert_eq!(store.record(key).unwrap(), Recorded::Duplicate { in_flight: false });
+    }
+    store.seal().unwrap();
+    bench.reopen();
+    let store = bench.store();
+    for (key, check) in keys.iter().zip(store.check_batch(&keys).unwrap()) {
+        assert!(matches!(&check, Ok(Check::Completed(it)) if it.result() == Some(&result(key))), "{key}: {check:?}");
+        assert!(matches!(store.run(key, |_| Err::<Vec<u8>, _>("again")), Ok(Ran::Replayed(_))));
+        assert!(store.forget(key).unwrap() && !store.forget(key).unwrap());
+        assert!(matches!(store.run(key, |_| Ok::<_, Error>(vec![0])), Ok(Ran::First(_))));
+    }
+    store.close().unwrap();
+}
+
+#[test]
+fn a_held_key_of_any_bytes_is_listed_as_it_is_and_resolved_by_that_name() {
+    let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
+    let keys: HashSet<Key<'static>> = ODD.iter().flat_map(|bytes| forms(bytes)).collect();
+    for claim in bench.store().claim_batch(&keys).unwrap() {
+        assert!(matches!(claim.unwrap(), Claim::Acquired(_)));
+    }
+    bench.reopen();
+    let held = bench.store().held().unwrap();
+    assert_eq!(held.iter().map(|held| held.key.clone()).collect::<HashSet<_>>(), keys);
+    for held in &held {
+        let shown = format!("{} {:?}", held.key, held);
+        assert!(!shown.contains(char::is_control), "{shown:?} does something to a terminal");
+        bench.store().resolve(&held.key, Resolution::Completed(b"decided".to_vec())).unwrap();
+    }
+    assert!(bench.store().held().unwrap().is_empty());
+    let checks = bench.store().check_batch(&keys).unwrap();
+    assert!(checks.into_iter().all(|check| matches!(check, Ok(Check::Completed(_)))));
+}
+
+#[test]
+fn errors_show_odd_keys_escaped_and_cut() {
+    let bench = Bench::with(|builder| builder.key_limit(100));
+    for bytes in ODD {
+        let guarded = |payload: &'static str| Key::from(bytes).scope(bytes).fingerprint(payload);
+        let _lease = bench.store().claim(guarded("one")).unwrap();
+        let long = bytes.repeat(1_000);
+        let errors = [
+            bench.store().claim(guarded("other")).unwrap_err(),
+            bench.store().forget(guarded("one")).unwrap_err(),
+            bench.store().resolve(bytes, Resolution::Rerun).unwrap_err(),
+            bench.store().claim(&long).unwrap_err(),
+            bench.store().claim(Key::from("k").scope(&long)).unwrap_err(),
+        ];
+        for error in errors {
+            let shown = format!("{error} {error:?}");
+            assert!(!shown.contains(char::is_control), "{shown:?}");
+            assert!(shown.len() < 1_500, "{shown}");
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Scopes
+// ---------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn no_scope_and_key_are_another_scope_and_key() {
+    // Bytes that stand for lengths and tags of the encoding, in every order.
+    let alphabet = [0_u8, 1, 2, 0x80, b'a'];
+    let mut words: Vec<Vec<u8>> = vec![vec![]];
+    for len in 0..3 {
+        let longer = words
+            .iter()
+            .filter(|word| word.len() == len)
+            .flat_map(|word| alphabet.iter().map(move |byte| [word.as_slice(), &[*byte]].concat()));
+        words.extend(longer.collect::<Vec<_>>());
+    }
+    let mut keys: Vec<Key<'_>> = Vec::new();
+    for scope in &words {
+        for body in words.iter().filter(|body| !body.is_empty()) {
+            keys.push(Key::from(body).scope(scope));
+        }
+        for (one, other) in words
+            .iter()
+            .filter(|part| part.len() < 2)
+            .flat_map(|one| words.iter().filter(|part| part.len() < 2).map(move |other| (one, other)))
+        {
+            keys.push(Key::composite([one, other]).scope(scope));
+        }
+    }
+    let mut bench = Bench::new();
+    for (start, batch) in keys.chunks(4_000).enumerate() {
+        let claims = bench.store().claim_batch(batch).unwrap();
+        let leases = claims.into_iter().enumerate().map(|(place, claim)| match claim.unwrap() {
+            Claim::Acquired(lease) => (lease, (start * 4_000 + place).to_string()),
+            other => panic!("{} is another: {other:?}", batch[place]),
+        });
+        assert!(bench.store().complete_batch(leases).into_iter().all(|completed| completed.is_ok()));
+    }
+    bench.store().seal().unwrap();
+    bench.reopen();
+    for (place, check) in bench.store().check_batch(&keys).unwrap().into_iter().enumerate() {
+        let Ok(Check::Completed(completed)) = check else { panic!("{}: {check:?}", keys[place]) };
+        assert_eq!(completed.result().unwrap(), place.to_string().as_bytes(), "{}", keys[place]);
+    }
+    assert!(keys.len() > 25_000, "{} keys", keys.len());
+}
+
+#[test]
+fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
+    let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
+    let key = |scope: &'static str| Key::from("order-1").scope(scope);
+    let store = bench.store();
+    let Claim::Acquired(theirs) = store.claim(key("theirs").fingerprint("their payload")).unwrap() else { panic!() };
+    // In progress there is new here, with any payload; whatever is done here changes nothing there.
+    for scope in ["ours", "", "their", "theirs\0", "theirs2"] {
+        assert_eq!(store.check(key(scope)).unwrap(), Check::New, "{scope}");
+        assert_eq!(store.get(key(scope)).unwrap(), None, "{scope}");
+        assert!(!store.forget(key(scope)).unwrap());
+        assert!(matches!(store.resolve(key(scope), Resolution::Rerun), Err(Error::NotHeld { .. })));
+        let Claim::Acquired(lease) = store.claim(key(scope).fingerprint("ours")).unwrap() else { panic!("{scope}") };
+        lease.complete(format!("of {scope}")).unwrap();
+    }
+    assert!(matches!(store.check(key("theirs")).unwrap(), Check::InProgress(_)));
+    drop(theirs);
+    let held: Vec<String> = store.held().unwrap().iter().map(|held| held.key.to_string()).collect();
+    assert_eq!(held, ["\"order-1\" in \"theirs\""]);
+    store.resolve(key("theirs"), Resolution::Completed(b"of theirs".to_vec())).unwrap();
+    assert!(store.forget(key("ours")).unwrap());
+    store.seal().unwrap();
+    bench.reopen();
+    assert_eq!(bench.store().check(key("ours")).unwrap(), Check::New);
+    for scope in ["", "their", "theirs", "theirs\0", "theirs2"] {
+        let Check::Completed(completed) = bench.store().check(key(scope)).unwrap() else { panic!("{scope}") };
+        assert_eq!(completed.result().unwrap(), format!("of {scope}").as_bytes());
+    }
+}
+
+#[test]
+fn a_scope_that_fills_the_store_keeps_others_from_new_claims_and_from_nothing_else() {
+    let bench = Bench::with(|builder| builder.in_flight_limit(100));
+    bench.store().record(Key::from("done").scope("ours")).unwrap();
+    let Claim::Acquired(at_work) = bench.store().claim(Key::from("at work").scope("ours")).unwrap() else { panic!() };
+    let flood: Vec<String> = (0..1_000).map(|i| format!("flood-{i}")).collect();
+    let claims = bench.store().claim_batch(flood.iter().map(|key| Key::from(key).scope("theirs"))).unwrap();
+    assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 99);
+    let new = || Key::from("new").scope("ours");
+    assert!(matches!(bench.store().claim(new()), Err(Error::TooManyInFlight { .. })), "the limit is the store's");
+    assert!(matches!(bench.store().claim(Key::from("done").scope("ours")).unwrap(), Claim::Completed(_)));
+    assert_eq!(bench.store().check(new()).unwrap(), Check::New);
+    assert_eq!(bench.store().record(Key::from("recorded").scope("ours")).unwrap(), Recorded::First);
+    at_work.complete("r").unwrap();
+    assert!(matches!(bench.store().claim(new()).unwrap(), Claim::Acquired(_)), "there is room for one again");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Limits
+// ---------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
+    for limit in [1, 300, 65_535] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::builder().key_limit(limit).open(dir.path().join("store")).unwrap();
+        let bytes = |len: usize| vec![0xff; len];
+        let (most, over) = (bytes(limit), bytes(limit + 1));
+        let is_refused = |error: Error| match error {
+            Error::KeyTooLong { len, limit: said, .. } => (len, said) == (limit + 1, limit),
+            Error::KeyEmpty => false,
+            other => panic!("{other}"),
+        };
+        let mut too_long = vec![Key::from(&over)];
+        if limit > 255 {
+            // A scope counts with its key.
+            too_long.push(Key::from(&over[..limit + 1 - 255]).scope(&over[..255]));
+            assert!(matches!(store.claim(Key::from(&most[..limit - 255]).scope(&most[..255])), Ok(Claim::Acquired(_))));
+            assert!(matches!(
+                store.claim(Key::from("k").scope(&most[..256])),
+                Err(Error::ScopeTooLong { len: 256, .. })
+            ));
+        }
+        for key in too_long {
+            assert!(is_refused(store.claim(&key).unwrap_err()));
+            assert!(is_refused(store.check(&key).unwrap_err()));
+            assert!(is_refused(store.record(&key).unwrap_err()));
+            assert!(is_refused(store.get(&key).unwrap_err()));
+            assert!(is_refused(store.forget(&key).unwrap_err()));
+            assert!(is_refused(store.resolve(&key, Resolution::Rerun).unwrap_err()));
+            assert!(store.run(&key, |_| -> Result<_, Error> { panic!("the work is not begun") }).is_err());
+            // One of them refuses its batch, and nothing of it is done.
+            let batch = || [Key::from("a"), key.clone()];
+            assert!(is_refused(store.claim_batch(batch()).unwrap_err()));
+            assert!(is_refused(store.record_batch(batch()).unwrap_err()));
+            assert!(is_refused(store.check_batch(batch()).unwrap_err()));
+            assert_eq!(store.check("a").unwrap(), Check::New);
+        }
+        for empty in [Key::from(""), Key::from("").scope("s"), Key::composite([""; 0])] {
+            assert!(matches!(store.claim(&empty), Err(Error::KeyEmpty)));
+            assert!(matches!(store.record_batch([Key::from("a"), empty]), Err(Error::KeyEmpty)));
+        }
+        let Claim::Acquired(lease) = store.claim(&most).unwrap() else { panic!("it is new") };
+        lease.complete("r").unwrap();
+        store.seal().unwrap();
+        assert_eq!(store.record(&most).unwrap(), Recorded::Duplicate { in_flight: false });
+        assert!(matches!(store.get(&most).unwrap(), Some(Stored::Completed(_))));
+        assert!(store.forget(&most).unwrap());
+    }
+}
+
+#[test]
+fn a_payload_that_differs_is_told_nothing_of_the_first_one() {
+    let mut bench = Bench::new();
+    let guarded = |key: &'static str, payload: &'static [u8]| Key::from(key).fingerprint(payload);
+    let lease = match bench.store().claim(guarded("k", b"amount=12")).unwrap() {
+        Claim::Acquired(lease) => lease,
+        other => panic!("{other:?}"),
+    };
+    // The empty one is a payload, and so is one that differs in its end or its length alone.
+    let others: [&[u8]; 5] = [b"", b"amount=13", b"amount=1", b"amount=12\0", b"\xffamount=12"];
+    let refused = |bench: &Bench| {
+        for payload in others {
+            let batch = bench.store().claim_batch([guarded("k", payload), guarded("other", payload)]).unwrap();
+            let [Err(error @ Error::PayloadMismatch { .. }), Ok(Claim::Acquired(_))] = batch.as_slice() else {
+                panic!("{batch:?}")
+            };
+            let shown = format!("{error} {error:?}");
+            assert!(!shown.contains("secret") && !shown.contains("amount"), "{shown}");
+            drop(batch);
+            bench.store().forget("other").unwrap();
+            assert!(matches!(bench.store().check(guarded("k", payload)), Err(Error::PayloadMismatch { .. })));
+            assert!(matches!(bench.store().record(guarded("k", payload)), Err(Error::PayloadMismatch { .. })));
+        }
+    };
+    refused(&bench);
+    lease.complete("a secret result").unwrap();
+    refused(&bench);
+    bench.store().seal().unwrap();
+    refused(&bench);
+    bench.reopen();
+    refused(&bench);
+    let Claim::Completed(first) = bench.store().claim(guarded("k", b"amount=12")).unwrap() else { panic!() };
+    assert_eq!(first.result(), Some(&b"a secret result"[..]));
+    assert_eq!(bench.completed("k").unwrap(), b"a secret result", "a call without a payload is not checked");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Files
+// ---------------------------------------------------------------------------------------------------------------
+
+/// Makes a store with all kinds of files in it, in a directory that anybody may enter.
+fn fill(path: &Path) {
+    let clock = onlyonce::ManualClock::at(common::START_MS);
+    let open = || {
+        let builder = Store::builder().window(Duration::from_secs(10)).bucket(Duration::from_secs(1));
+        builder.clock(clock.clone()).open(path).unwrap()
+    };
+    for life in 0..2 {
+        let store = open();
+        for i in 0..3 {
+            store.record(format!("key-{life}-{i}")).unwrap();
+            store.seal().unwrap();
+            clock.advance(Duration::from_secs(1));
+        }
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while fs::read_dir(path.join("filters")).unwrap().count() < 2 {
+            assert!(std::time::Instant::now() < deadline, "no filters are kept");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        store.close().unwrap();
+    }
+}
+
+#[test]
+fn a_store_lets_only_its_owner_in_whatever_the_mask_for_new_files() {
+    let test = "a_store_lets_only_its_owner_in_whatever_the_mask_for_new_files";
+    if child::is_child(test) {
+        fill(Path::new(&std::env::var("ONLYONCE_TEST_STORE").unwrap()));
+        return;
+    }
+    let as_root = fs::metadata("/proc/self").is_ok_and(|of| std::os::unix::fs::MetadataExt::uid(&of) == 0);
+    for (mask, made_before) in [("000", false), ("000", true), ("022", false), ("077", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        // Nothing above the store keeps anybody out.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let store = dir.path().join("store");
+        if made_before {
+            fs::create_dir(&store).unwrap();
+            fs::set_permissions(&store, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let alone = child::command(test);
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!("umask {mask} && exec \"$0\" \"$@\"")).arg(alone.get_program());
+        shell.args(alone.get_args()).envs(alone.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        shell.env("ONLYONCE_TEST_STORE", &store).stdout(Stdio::null());
+        assert!(shell.status().unwrap().success());
+
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        if !made_before {
+            assert_eq!(mode(&store), 0o700, "with the mask {mask}");
+        }
+        let found = files(&store);
+        let endings = ["sst", "filter", "lock", "files"];
+        assert!(endings.iter().all(|ending| found.iter().any(|file| file.extension().is_some_and(|it| it == *ending))));
+        for file in &found {
+            let guard = file.parent().unwrap();
+            if guard == store {
+                assert_eq!(mode(file), 0o600, "{} with the mask {mask}", file.display());
+            } else {
+                // RocksDB makes its files readable as the mask lets it: the directory keeps others from them.
+                assert_eq!(mode(guard), 0o700, "{} with the mask {mask}", guard.display());
+            }
+            if as_root {
+                let mut stranger = Command::new("cat");
+                stranger.arg(file).uid(65_534).gid(65_534).stdout(Stdio::null()).stderr(Stdio::null());
+                assert!(!stranger.status().unwrap().success(), "a stranger read {}", file.display());
+            }
+        }
+        if as_root {
+            let probe = dir.path().join("probe");
+            fs::write(&probe, "anybody may read this").unwrap();
+            fs::set_permissions(&probe, fs::Permissions::from_mode(0o644)).unwrap();
+            let mut stranger = Command::new("cat");
+            stranger.arg(probe).uid(65_534).gid(65_534).stdout(Stdio::null());
+            assert!(stranger.status().unwrap().success(), "a stranger can read nothing here at all");
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The command line
+// ---------------------------------------------------------------------------------------------------------------
+
+#[cfg(feature = "cli")]
+mod command_line {
+    use std::ffi::OsStr;
+    use std::io::Write as _;
+    use std::os::unix::ffi::OsStrExt;
+    use std::process::Output;
+
+    use super::*;
+
+    fn onlyonce(verb: &str, store: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_onlyonce"));
+        command.arg(verb).arg("--store").arg(store);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn run(mut command: Command, input: &[u8]) -> Output {
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        child.wait_with_output().unwrap()
+    }
+
+    /// One line of text, with nothing in it that a terminal would act on.
+    fn harmless(bytes: &[u8]) -> &str {
+        let line = str::from_utf8(bytes).unwrap().strip_suffix('\n').unwrap();
+        assert!(!line.contains(char::is_control), "{line:?}");
+        line
+    }
+
+    #[test]
+    fn lines_of_any_bytes_pass_once_and_unchanged() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = dir.path().join("store");
+        let lines: Vec<u8> =
+            ODD.iter().filter(|line| **line != b"\n").flat_map(|line| [*line, b"\n"].concat()).collect();
+        let first = run(onlyonce("filter", &store), &lines);
+        assert_eq!((first.status.code(), first.stdout), (Some(0), lines.clone()));
+        let second = run(onlyonce("filter", &store), &lines);
+        assert_eq!((second.status.code(), second.stdout), (Some(0), Vec::new()));
+    }
+
+    #[test]
+    fn what_get_prints_does_nothing_to_a_terminal() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        // No argument of a program has a NUL.
+        for bytes in ODD.iter().filter(|bytes| !bytes.contains(&0)) {
+            let store = Store::open(&path).unwrap();
+            let key = || Key::from(*bytes).scope(*bytes);
+            let Claim::Acquired(lease) = store.claim(key()).unwrap() else { panic!("it is new") };
+            // DEL and the second set of control characters are text to JSON, and NUL may stand in a result.
+            let result = ["\0\u{7f}\u{80}\u{9b}31m\u{1b}[2J".as_bytes(), bytes].concat();
+            lease.complete(result.clone()).unwrap();
+            store.close().unwrap();
+
+            let mut get = onlyonce("get", &path);
+            get.arg("--scope").arg(OsStr::from_bytes(bytes)).arg("--").arg(OsStr::from_bytes(bytes));
+            let output = run(get, b"");
+            assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+            let said: serde_json::Value = serde_json::from_str(harmless(&output.stdout)).unwrap();
+            assert_eq!(said["key"], key().to_string());
+            match str::from_utf8(&result) {
+                Ok(text) => assert_eq!((&said["result_form"], &said["result"]), (&"text".into(), &text.into())),
+                Err(_) => assert_eq!(said["result_form"], "hex"),
+            }
+
+            let mut get = onlyonce("get", &path);
+            get.arg("--").arg(OsStr::from_bytes(&[*bytes, b"!"].concat()));
+            let output = run(get, b"");
+            assert_eq!(output.status.code(), Some(1));
+            harmless(&output.stderr);
+        }
+    }
+
+    #[test]
+    fn a_key_out_of_json_is_the_characters_it_stands_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let mut filter = onlyonce("filter", &path);
+        filter.args(["--key", ".k", "--scope", "s"]);
+        let lines = b"{\"k\":\"a\\u0000b\"}\n{\"k\":\"a\\u0000b\",\"more\":1}\n{\"k\":\"a\"}\n{\"k\":\"\\u009b31m\"}\n";
+        let output = run(filter, lines);
+        assert_eq!(output.status.code(), Some(0));
+        assert_eq!(output.stdout.iter().filter(|byte| **byte == b'\n').count(), 3);
+        let store = Store::open(&path).unwrap();
+        for key in ["a\0b", "a", "\u{9b}31m"] {
+            assert!(matches!(store.check(Key::from(key).scope("s")).unwrap(), Check::Completed(_)), "{key:?}");
+            assert_eq!(store.check(key).unwrap(), Check::New, "{key:?} without its scope");
+        }
+    }
+}
