@@ -28,7 +28,7 @@ fn what_was_acknowledged_survives_sigkill_and_what_was_not_is_no_duplicate() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let mut oracle = Oracle::new();
-    let life = Life { durability: Durability::Process, seal_ms: 20 };
+    let life = Life { durability: Durability::Process, ..Life::default() };
     for round in 0..rounds {
         let (mut child, listener) = spawn(&path, life, &oracle, rng.random(), round);
         // Some die while they open, most while they work.

@@ -3,21 +3,34 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use tempfile::TempDir;
 
 /// EXT4_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH: from here on nothing reaches the device.
-const SHUTDOWN: &str = "import fcntl, os, struct, sys; \
-    fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
+/// It waits for a word, so that the cut comes when it is wanted and not when an interpreter has started.
+const SHUTDOWN: &str = "import fcntl, os, struct, sys; root = os.open(sys.argv[1], os.O_RDONLY); \
+    print('armed', flush=True); \
+    sys.stdin.readline() and fcntl.ioctl(root, 0x8004587d, struct.pack('I', 2))";
 
 /// A file system in a file, unmounted at the end.
 pub struct Disk {
     dir: TempDir,
-    /// Whether the file lies in a file system of its own, which may be smaller than it.
-    thin: bool,
+    pool: Pool,
+}
+
+/// Where the file lies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pool {
+    /// Beside the temporary files.
+    Shared,
+    /// In memory.
+    Memory,
+    /// In memory, with less room than it may need.
+    Short,
 }
 
 /// Runs a program, silently; whether it went well.
@@ -28,19 +41,27 @@ pub fn runs(program: &str, args: &[&str]) -> bool {
 impl Disk {
     /// `None` where this machine cannot do it.
     pub fn new(mib: u64) -> Option<Self> {
-        let disk = Self { dir: tempfile::tempdir().unwrap(), thin: false };
-        std::fs::create_dir(disk.pool()).unwrap();
-        disk.make(mib)
+        Self::on(Pool::Shared, mib)?.make(mib)
+    }
+
+    /// One whose syncs take no time: what they order is the same, and the machine's own disk may be busy.
+    pub fn in_memory(mib: u64) -> Option<Self> {
+        Self::on(Pool::Memory, mib)?.make(mib)
     }
 
     /// A disk that says it has `mib`, on a pool of `pool_mib`: where the pool is full, what is written to the disk fails
     /// when it is synced.
     pub fn thin(mib: u64, pool_mib: u64) -> Option<Self> {
-        let disk = Self { dir: tempfile::tempdir().unwrap(), thin: true };
+        Self::on(Pool::Short, pool_mib)?.make(mib)
+    }
+
+    fn on(pool: Pool, pool_mib: u64) -> Option<Self> {
+        let disk = Self { dir: tempfile::tempdir().unwrap(), pool };
         std::fs::create_dir(disk.pool()).unwrap();
         let size = format!("size={pool_mib}m");
-        runs("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", disk.pool().to_str()?]).then_some(())?;
-        disk.make(mib)
+        let mounted =
+            pool == Pool::Shared || runs("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", disk.pool().to_str()?]);
+        mounted.then_some(disk)
     }
 
     fn make(self, mib: u64) -> Option<Self> {
@@ -71,7 +92,7 @@ impl Disk {
         let (image, root) = (self.image(), self.root());
         let options = format!("loop,commit={commit_s}");
         runs("mount", &["-o", &options, image.to_str().unwrap(), root.to_str().unwrap()])
-            && (!self.thin || self.write_page_by_page())
+            && (self.pool != Pool::Short || self.write_page_by_page())
     }
 
     /// The loop device takes a write for done of which its file took a part (Linux 6.18). Of a page it takes all or
@@ -108,16 +129,51 @@ impl Disk {
         assert!(matches!(code, Some(0 | 1)), "the file system cannot be mended: {code:?}");
     }
 
+    /// Gets ready to cut the power. It cannot be unmounted until that has been done.
+    pub fn arm(&self) -> Cutter {
+        let mut process = Command::new("python3")
+            .args(["-I", "-S", "-c", SHUTDOWN, self.root().to_str().unwrap()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut armed = String::new();
+        BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut armed).unwrap();
+        assert_eq!(armed, "armed\n", "the power cannot be cut");
+        Cutter { process }
+    }
+
     /// From here on nothing reaches the device.
     pub fn cut(&self) {
-        assert!(runs("python3", &["-c", SHUTDOWN, self.root().to_str().unwrap()]), "the power cannot be cut");
+        self.arm().cut();
+    }
+}
+
+/// A hand on the switch.
+pub struct Cutter {
+    process: Child,
+}
+
+impl Cutter {
+    /// From here on nothing reaches the device.
+    pub fn cut(mut self) {
+        self.process.stdin.take().unwrap().write_all(b"now\n").unwrap();
+        assert!(self.process.wait().unwrap().success(), "the power cannot be cut");
+    }
+}
+
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        // Without a word it ends by itself.
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
         runs("umount", &[self.root().to_str().unwrap()]);
-        if self.thin {
+        if self.pool != Pool::Shared {
             runs("umount", &[self.pool().to_str().unwrap()]);
         }
     }

@@ -1,7 +1,7 @@
 //! A process that is made to die, and the oracle that knows what it had said.
 //!
-//! The child works on a store with several threads, while others seal it and move its clock a hundred times as fast as
-//! real time, so that buckets come and go all the while. It says what it does, before and after, in lines on a pipe. Whoever
+//! The child works on a store with several threads, while others seal it and move its clock many times as fast as real
+//! time, so that buckets come and go all the while. It says what it does, before and after, in lines on a pipe. Whoever
 //! made it die opens the store and checks G1 to G4 for every key it has ever heard of.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
@@ -14,11 +14,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use onlyonce::{Check, Claim, Durability, ManualClock, Prior, Recorded, Store};
+use onlyonce::{Builder, Check, Claim, Durability, ManualClock, Prior, Recorded, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-const WINDOW_MS: u64 = 60_000;
+pub const WINDOW_MS: u64 = 60_000;
 const BUCKET_MS: u64 = 2_500;
 const THREADS: u64 = 4;
 const POOL: u64 = 400;
@@ -28,6 +28,13 @@ const CLOCK: &str = "ONLYONCE_KILL_CLOCK";
 const ROUND: &str = "ONLYONCE_KILL_ROUND";
 const DURABILITY: &str = "ONLYONCE_KILL_DURABILITY";
 const SEAL_MS: &str = "ONLYONCE_KILL_SEAL_MS";
+const SYNC_MS: &str = "ONLYONCE_KILL_SYNC_MS";
+const PACE: &str = "ONLYONCE_KILL_PACE";
+const BUDGET: &str = "ONLYONCE_KILL_BUDGET";
+const REST_US: &str = "ONLYONCE_KILL_REST_US";
+
+/// Longer than any life: what is not synced by its own call is not synced.
+const NEVER_MS: u64 = 3_600_000;
 
 fn durability(name: &str) -> Durability {
     if name == "Disk" { Durability::Disk } else { Durability::Process }
@@ -39,16 +46,53 @@ pub struct Life {
     pub durability: Durability,
     /// It seals after so long at most.
     pub seal_ms: u64,
+    /// Under [`Durability::Process`] it syncs so often.
+    pub sync_ms: u64,
+    /// How many times as fast as real time its clock goes.
+    pub pace: u64,
+    /// The store's memory. The less, the more it seals by itself.
+    pub budget_mib: usize,
+    /// How long its threads rest between two calls.
+    pub rest_us: u64,
+}
+
+impl Default for Life {
+    fn default() -> Self {
+        Self { durability: Durability::Disk, seal_ms: 20, sync_ms: NEVER_MS, pace: 100, budget_mib: 32, rest_us: 0 }
+    }
+}
+
+/// What a child said, and what the listener's clock showed when it arrived.
+#[derive(Debug, Clone)]
+pub struct Line {
+    pub text: String,
+    pub at: u64,
 }
 
 /// Starts the test executable's own `child`.
 pub fn spawn(path: &Path, life: Life, oracle: &Oracle, seed: u32, round: u64) -> (Child, Listener) {
+    spawn_at(path, life, oracle.clock_ms, seed, round, || 0)
+}
+
+/// The same, with the store's time to begin with and a clock for the lines as they arrive.
+pub fn spawn_at(
+    path: &Path,
+    life: Life,
+    clock_ms: u64,
+    seed: u32,
+    round: u64,
+    listeners_clock: impl Fn() -> u64 + Send + 'static,
+) -> (Child, Listener) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
         .env(STORE, path)
         .env(DURABILITY, format!("{:?}", life.durability))
         .env(SEAL_MS, life.seal_ms.to_string())
-        .env(CLOCK, oracle.clock_ms.to_string())
+        .env(SYNC_MS, life.sync_ms.to_string())
+        .env(PACE, life.pace.to_string())
+        .env(BUDGET, life.budget_mib.to_string())
+        .env(REST_US, life.rest_us.to_string())
+        .env(CLOCK, clock_ms.to_string())
         .env(CHILD_SEED, seed.to_string())
         .env(ROUND, round.to_string())
         .stdout(Stdio::piped())
@@ -63,8 +107,9 @@ pub fn spawn(path: &Path, life: Life, oracle: &Oracle, seed: u32, round: u64) ->
         let mut line = String::new();
         while out.read_line(&mut line).unwrap() > 0 {
             // A line without its end was being written when the child died.
-            if let Some(line) = line.strip_suffix('\n').and_then(|line| line.strip_prefix('@')) {
-                lines.lock().unwrap().push(line.to_owned());
+            if let Some(text) = line.strip_suffix('\n').and_then(|line| line.strip_prefix('@')) {
+                let line = Line { text: text.to_owned(), at: listeners_clock() };
+                lines.lock().unwrap().push(line);
             }
             line.clear();
         }
@@ -74,7 +119,7 @@ pub fn spawn(path: &Path, life: Life, oracle: &Oracle, seed: u32, round: u64) ->
 
 /// Hears what a child says.
 pub struct Listener {
-    heard: Arc<Mutex<Vec<String>>>,
+    heard: Arc<Mutex<Vec<Line>>>,
     thread: JoinHandle<()>,
 }
 
@@ -84,29 +129,46 @@ impl Listener {
         self.heard.lock().unwrap().len()
     }
 
+    /// Waits until so many have arrived; or the child has said its last.
+    pub fn wait_for(&self, lines: usize) {
+        while self.so_far() < lines && !self.thread.is_finished() {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
     /// Everything, when the child has said its last.
-    pub fn all(self) -> Vec<String> {
+    pub fn all(self) -> Vec<Line> {
         self.thread.join().unwrap();
         std::mem::take(&mut self.heard.lock().unwrap())
     }
 }
 
 pub fn open(path: &Path, clock: &ManualClock, durability: Durability) -> onlyonce::Result<Store> {
+    builder(clock, durability).open(path)
+}
+
+fn builder(clock: &ManualClock, durability: Durability) -> Builder {
     Store::builder()
         .window(Duration::from_millis(WINDOW_MS))
         .bucket(Duration::from_millis(BUCKET_MS))
         .lease(Duration::from_secs(24 * 60 * 60))
         .durability(durability)
-        // Never, within a life: what is not synced by its own call is not synced.
-        .sync_interval(Duration::from_secs(3_600))
+        .sync_interval(Duration::from_millis(NEVER_MS))
         .memory_budget(32 << 20)
         .lock_wait(Duration::from_secs(10))
         .clock(clock.clone())
-        .open(path)
 }
 
 fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by the parent"))
+}
+
+/// Lets others run.
+fn rest() {
+    match variable(REST_US).parse().unwrap() {
+        0 => std::thread::yield_now(),
+        rest_us => std::thread::sleep(Duration::from_micros(rest_us)),
+    }
 }
 
 /// Says something to the parent: whole lines, one write, so that threads do not mix theirs.
@@ -120,13 +182,18 @@ fn say(lines: &str) {
 pub fn child() {
     let clock = ManualClock::at(variable(CLOCK).parse().unwrap());
     let (seed, round): (u64, u64) = (variable(CHILD_SEED).parse().unwrap(), variable(ROUND).parse().unwrap());
-    let store = open(Path::new(&variable(STORE)), &clock, durability(&variable(DURABILITY))).unwrap();
-    say("\n@open\n");
+    let pace = Duration::from_millis(variable(PACE).parse().unwrap());
+    let builder = builder(&clock, durability(&variable(DURABILITY)))
+        .sync_interval(Duration::from_millis(variable(SYNC_MS).parse().unwrap()))
+        .memory_budget(variable(BUDGET).parse::<usize>().unwrap() << 20);
+    say("\n@opening\n");
+    let store = builder.open(variable(STORE)).unwrap();
+    say("@open\n");
     std::thread::scope(|scope| {
         scope.spawn(|| {
             loop {
                 std::thread::sleep(Duration::from_millis(1));
-                clock.advance(Duration::from_millis(100));
+                clock.advance(pace);
             }
         });
         scope.spawn(|| {
@@ -149,6 +216,11 @@ fn now_ms(clock: &ManualClock) -> u64 {
     onlyonce::Clock::wall_ms(clock)
 }
 
+/// What a child calls a result: without its padding, and `-` where there is none.
+pub fn name(result: Option<&[u8]>) -> String {
+    result.map_or("-".to_owned(), |bytes| String::from_utf8_lossy(bytes).trim_end_matches('.').to_owned())
+}
+
 /// Says of keys that have just been completed that they are: whoever is told so relies on it as much as the one who
 /// completed them.
 fn watch(store: &Store, clock: &ManualClock, mut rng: StdRng) {
@@ -159,17 +231,18 @@ fn watch(store: &Store, clock: &ManualClock, mut rng: StdRng) {
             if let Check::Completed(first) = check.unwrap()
                 && first.completed_at_ms() + 1_000 > now_ms(clock)
             {
-                let result = String::from_utf8_lossy(first.result().unwrap()).into_owned();
+                let result = name(first.result());
                 said.push_str(&format!("@dup {key} {result} {}\n", first.completed_at_ms()));
             }
         }
         say(&said);
-        std::thread::yield_now();
+        rest();
     }
 }
 
 fn work(store: &Store, clock: &ManualClock, mut rng: StdRng, worker: u64) {
     for step in 0_u64.. {
+        rest();
         if rng.random_bool(0.05) {
             let keys: Vec<String> = (0..rng.random_range(1..30)).map(|i| format!("r{worker}-{step}-{i}")).collect();
             let started = now_ms(clock);
@@ -208,7 +281,10 @@ fn work(store: &Store, clock: &ManualClock, mut rng: StdRng, worker: u64) {
                 let results: Vec<String> =
                     leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
                 let (keys, leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
-                let completed = store.complete_batch(leases.into_iter().zip(results.clone()));
+                // Now and then over several pages and blocks of the log.
+                let padding = if rng.random_bool(0.01) { rng.random_range(0..100_000) } else { 0 };
+                let padded = results.iter().map(|result| format!("{result}{:.<padding$}", ""));
+                let completed = store.complete_batch(leases.into_iter().zip(padded));
                 assert!(completed.iter().all(Result::is_ok), "{completed:?}");
                 let ended = now_ms(clock);
                 let done: String = keys
@@ -251,9 +327,16 @@ impl Oracle {
 
     /// Takes in all that one child said, in the order it said it. Behind the first `certain` lines, what it says of
     /// completions may be void.
-    pub fn hear_all(&mut self, lines: &[String], certain: usize) {
+    pub fn hear_all(&mut self, lines: &[Line], certain: usize) {
         let tokens_before = self.last_token;
-        for (place, line) in lines.iter().enumerate() {
+        // Whoever held a key has died, and nobody needs to have looked since.
+        for said in self.said.values_mut().filter(|said| **said == Said::Got) {
+            *said = Said::Left;
+        }
+        for (place, Line { text: line, .. }) in lines.iter().enumerate() {
+            if line == "opening" {
+                continue;
+            }
             if line == "open" {
                 self.opened += 1;
                 continue;
@@ -348,8 +431,7 @@ impl Oracle {
                 (Said::Done { result, started_ms, ended_ms }, Check::Completed(completed)) => {
                     assert!(now_ms < ended_ms + WINDOW_MS, "G4: {key} is remembered too long");
                     assert!((*started_ms..=*ended_ms).contains(&completed.completed_at_ms()), "G1: {key}");
-                    let stored = completed.result().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-                    assert_eq!(stored.as_deref().unwrap_or("-"), result, "G1: {key} has another result");
+                    assert_eq!(&name(completed.result()), result, "G1: {key} has another result");
                 }
                 (Said::Done { started_ms, .. }, check) => {
                     assert!(now_ms >= started_ms + WINDOW_MS, "G1: {key} was acknowledged: {said:?}, but is {check:?}");
@@ -357,8 +439,7 @@ impl Oracle {
                 }
                 (Said::Tried { result }, Check::Completed(completed)) => {
                     // It was written, and only the acknowledgement was lost.
-                    let stored = completed.result().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-                    assert_eq!(stored.as_deref().unwrap_or("-"), result, "{key}");
+                    assert_eq!(&name(completed.result()), result, "{key}");
                     let at_ms = completed.completed_at_ms();
                     *said = Said::Done { result: result.clone(), started_ms: at_ms, ended_ms: at_ms };
                 }
