@@ -17,7 +17,7 @@ mod torture;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use chronicle::{Chronicle, Verdict};
+use chronicle::{Chronicle, Found, Verdict};
 use disk::Disk;
 use onlyonce::{Durability, ManualClock};
 use rand::rngs::StdRng;
@@ -152,11 +152,11 @@ struct Loss {
     in_recovery: u64,
     cuts: u64,
     /// What the store has now.
-    found: chronicle::Found,
+    found: Found,
 }
 
 /// Cuts the power of a store under `Process`, and looks what is left.
-fn lose(torment: &mut Torment<'_>, before: chronicle::Found, life: Life, may_lose_ms: u64, recoveries: bool) -> Loss {
+fn lose(torment: &mut Torment<'_>, before: Found, life: Life, may_lose_ms: u64, recoveries: bool) -> Loss {
     let mut chronicle = Chronicle::after(before);
     let mut cuts_us = Vec::new();
     let mut in_recovery = 0;
@@ -194,7 +194,7 @@ fn under_process_a_power_cut_takes_no_more_than_the_last_interval() {
     let Some(disk) = disk() else { return };
     let path = disk.root().join("store");
     let mut torment = Torment::new(&disk, &path);
-    let mut found = chronicle::Found::default();
+    let mut found = Found::nothing();
     let (mut cuts, mut in_recovery, mut there, mut missing, mut at_stake, mut oldest) = (0, 0, 0, 0, 0, (0, 0));
     for round in 0..rounds() {
         let rng = &mut torment.rng;
@@ -266,7 +266,7 @@ fn without_syncs_a_power_cut_takes_more_than_the_last_interval() {
     let Some(disk) = disk() else { return };
     let path = disk.root().join("store");
     let may_lose_ms = 50 + MARGIN_MS;
-    let loss = lose(&mut Torment::new(&disk, &path), chronicle::Found::default(), without_syncs(), may_lose_ms, false);
+    let loss = lose(&mut Torment::new(&disk, &path), Found::nothing(), without_syncs(), may_lose_ms, false);
     eprintln!("without syncs, a completion was lost {} ms after it was acknowledged", loss.oldest_ms);
     assert!(loss.oldest_ms > may_lose_ms, "the test cannot see a loss");
 }

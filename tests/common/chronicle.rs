@@ -26,7 +26,7 @@ struct Done {
 }
 
 /// All completed keys of a store, with their results and times.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Clone)]
 pub struct Found {
     now_ms: u64,
     completed: BTreeMap<String, (String, u64)>,
@@ -35,8 +35,14 @@ pub struct Found {
     in_progress: Vec<String>,
 }
 
+impl Found {
+    /// What a store has that is not there yet.
+    pub fn nothing() -> Self {
+        Self { now_ms: 1_700_000_000_000, completed: BTreeMap::new(), token: 0, in_progress: Vec::new() }
+    }
+}
+
 /// The lines of one process after the other.
-#[derive(Default)]
 pub struct Chronicle {
     pub lines: Vec<Line>,
     lives: Vec<usize>,
@@ -61,7 +67,7 @@ pub struct Verdict {
 impl Chronicle {
     /// Goes on from a store whose keys are these, and known to be on the disk.
     pub fn after(before: Found) -> Self {
-        Self { before, ..Self::default() }
+        Self { lines: Vec::new(), lives: Vec::new(), attempts: BTreeMap::new(), before }
     }
 
     /// Adds all that one process said.
@@ -123,9 +129,14 @@ impl Chronicle {
         (time_ms, token)
     }
 
+    /// How many completions the lines that `count` acknowledge, each once.
+    pub fn acknowledged(&self, count: impl Fn(&Line) -> bool) -> usize {
+        self.attempts().filter(|(_, attempt)| attempt.done.is_some_and(|done| count(&self.lines[done.line]))).count()
+    }
+
     /// Asks a store for every key that was ever spoken of.
     pub fn find(&self, store: &Store) -> Found {
-        let mut found = Found { now_ms: store.stats().now_ms, ..Found::default() };
+        let mut found = Found { now_ms: store.stats().now_ms, ..Found::nothing() };
         let keys: Vec<&String> = self.attempts.keys().chain(self.before.completed.keys()).collect();
         // The first of them are asked while the filter is being rebuilt, the last by the filter.
         let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).unwrap());
@@ -203,7 +214,7 @@ mod tests {
     use super::*;
 
     fn chronicle(lives: &[&[&str]]) -> Chronicle {
-        let mut chronicle = Chronicle::default();
+        let mut chronicle = Chronicle::after(Found::nothing());
         for lines in lives {
             chronicle.add(lines.iter().map(|text| Line { text: (*text).to_owned(), at: 0 }).collect());
         }

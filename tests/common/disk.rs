@@ -3,7 +3,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -15,6 +16,8 @@ use tempfile::TempDir;
 const SHUTDOWN: &str = "import fcntl, os, struct, sys; root = os.open(sys.argv[1], os.O_RDONLY); \
     print('armed', flush=True); \
     sys.stdin.readline() and fcntl.ioctl(root, 0x8004587d, struct.pack('I', 2))";
+
+const BLOCK: usize = 4096;
 
 /// A file system in a file, unmounted at the end.
 pub struct Disk {
@@ -55,6 +58,21 @@ impl Disk {
         Self::on(Pool::Short, pool_mib)?.make(mib)
     }
 
+    /// One in memory with this on it.
+    pub fn holding(image: &[u8]) -> Option<Self> {
+        let disk = Self::on(Pool::Memory, (image.len() >> 20) as u64 + 1)?;
+        std::fs::create_dir(disk.root()).unwrap();
+        let mut file = File::create(disk.image()).unwrap();
+        file.set_len(image.len() as u64).unwrap();
+        for (number, block) in image.chunks(BLOCK).enumerate().filter(|(_, block)| block.iter().any(|byte| *byte != 0))
+        {
+            file.seek(SeekFrom::Start((number * BLOCK) as u64)).unwrap();
+            file.write_all(block).unwrap();
+        }
+        drop(file);
+        disk.mount(5).then_some(disk)
+    }
+
     fn on(pool: Pool, pool_mib: u64) -> Option<Self> {
         let disk = Self { dir: tempfile::tempdir().unwrap(), pool };
         std::fs::create_dir(disk.pool()).unwrap();
@@ -65,7 +83,7 @@ impl Disk {
     }
 
     fn make(self, mib: u64) -> Option<Self> {
-        let image = std::fs::File::create(self.image()).unwrap();
+        let image = File::create(self.image()).unwrap();
         image.set_len(mib << 20).unwrap();
         std::fs::create_dir(self.root()).unwrap();
         let image = self.image();
