@@ -25,10 +25,12 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use torture::{Life, Line, Oracle, number, open, spawn_at};
 
-/// How much older than the sync interval a completion may be that is lost. It was written while a sync was under way, and
-/// waited for the next one: an interval, two syncs, and the time until a busy machine lets the thread run that makes
-/// them. Each is a few milliseconds, and now and then a hundred.
-const MARGIN_MS: u64 = 500;
+/// How much older than the sync interval a completion may be that is lost, on a machine that has nothing else to do.
+const MARGIN_MS: u64 = 100;
+/// How often at most the disk turns between a completion and the end of the sync that covers it: one sync may be under way
+/// and miss it, the next has to end, and each writes the log, the file system's journal and its end. How long a turn
+/// takes, on a machine that may be busy, the child says with its pulse.
+const TURNS: u64 = 8;
 
 /// The process whose power is cut. Run by the tests below, never by itself.
 #[test]
@@ -145,9 +147,10 @@ fn what_was_acknowledged_on_disk_survives_a_power_cut() {
 /// How a store that may lose the last of what it acknowledged came out of one or more cuts.
 struct Loss {
     verdict: Verdict,
-    /// Of what is missing, the most time that was between its acknowledgement and the cut.
+    /// Of what is missing, the most time that was between its acknowledgement and the cut; and what it may be.
     oldest_ms: u64,
-    /// Acknowledged completions that were older than they may be to be lost.
+    may_lose_ms: u64,
+    /// Acknowledgements that were older.
     at_stake: usize,
     in_recovery: u64,
     cuts: u64,
@@ -155,22 +158,24 @@ struct Loss {
     found: Found,
 }
 
-/// Cuts the power of a store under `Process`, and looks what is left.
-fn lose(torment: &mut Torment<'_>, before: Found, life: Life, may_lose_ms: u64, recoveries: bool) -> Loss {
+/// Cuts the power of a store under `Process`, and looks what is left, as if it synced so often.
+fn lose(torment: &mut Torment<'_>, before: Found, life: Life, interval_ms: u64, recoveries: bool) -> Loss {
+    let life = Life { pulse: true, ..life };
     let mut chronicle = Chronicle::after(before);
-    let mut cuts_us = Vec::new();
-    let mut in_recovery = 0;
+    let (mut cuts_us, mut in_recovery, mut turn_us) = (Vec::new(), 0, 0);
     let (mut clock_ms, mut token) = chronicle.latest(|_| true);
     let mut add = |chronicle: &mut Chronicle, said: Said| {
-        cuts_us.push(said.cut_us);
         let cut_us = said.cut_us;
         in_recovery += u64::from(!has_opened(&said.lines));
+        turn_us = turn_us.max(slowest_turn_us(&said));
         chronicle.add(said.lines);
         // Tokens are reserved on the disk before they are given.
         token = chronicle.latest(|line| line.at <= cut_us).1;
+        cuts_us.push(cut_us);
         chronicle.latest(|_| true).0
     };
-    let said = torment.cut_at_work(life, clock_ms, may_lose_ms + 100..may_lose_ms + 500);
+    let work_ms = interval_ms + 5 * MARGIN_MS;
+    let said = torment.cut_at_work(life, clock_ms, work_ms..work_ms + 500);
     clock_ms = add(&mut chronicle, said);
     while recoveries && torment.rng.random_bool(0.5) {
         let said = torment.cut_in_recovery(life, clock_ms);
@@ -181,12 +186,20 @@ fn lose(torment: &mut Torment<'_>, before: Found, life: Life, may_lose_ms: u64, 
     let found = chronicle.find(&store);
     let verdict = chronicle.judge(&found, token);
     drop(store);
+    let may_lose_ms = interval_ms + MARGIN_MS + TURNS * turn_us / 1_000;
     let age_ms = |line: usize| cuts_us[chronicle.life(line)].saturating_sub(chronicle.lines[line].at) / 1_000;
     let oldest_ms = verdict.missing.iter().map(|line| age_ms(*line)).max().unwrap_or(0);
     let done = |line: &usize| ["done ", "dup "].iter().any(|word| chronicle.lines[*line].text.starts_with(word));
     let at_stake = (0..chronicle.lines.len()).filter(done).filter(|line| age_ms(*line) > may_lose_ms).count();
     let cuts = cuts_us.len() as u64;
-    Loss { verdict, oldest_ms, at_stake, in_recovery, cuts, found }
+    Loss { verdict, oldest_ms, may_lose_ms, at_stake, in_recovery, cuts, found }
+}
+
+/// The longest time between two beats of the pulse before the cut, the last of which it may have prevented.
+fn slowest_turn_us(said: &Said) -> u64 {
+    let beats = said.lines.iter().filter(|line| line.text == "pulse").map(|line| line.at);
+    let beats: Vec<u64> = beats.filter(|at| *at < said.cut_us).chain([said.cut_us]).collect();
+    beats.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
 }
 
 #[test]
@@ -195,7 +208,7 @@ fn under_process_a_power_cut_takes_no_more_than_the_last_interval() {
     let path = disk.root().join("store");
     let mut torment = Torment::new(&disk, &path);
     let mut found = Found::nothing();
-    let (mut cuts, mut in_recovery, mut there, mut missing, mut at_stake, mut oldest) = (0, 0, 0, 0, 0, (0, 0));
+    let (mut cuts, mut in_recovery, mut there, mut missing, mut at_stake, mut oldest_ms) = (0, 0, 0, 0, 0, 0);
     for round in 0..rounds() {
         let rng = &mut torment.rng;
         let life = Life {
@@ -205,27 +218,26 @@ fn under_process_a_power_cut_takes_no_more_than_the_last_interval() {
             sync_ms: *[50, 100, 200].choose(rng).unwrap(),
             pace: *[1, 20].choose(rng).unwrap(),
             budget_mib: *[32, 256].choose(rng).unwrap(),
-            rest_us: *[0, 300, 300].choose(rng).unwrap(),
+            // Without a rest, its threads leave the disk's no time.
+            rest_us: *[200, 1_000].choose(rng).unwrap(),
+            ..Life::default()
         };
-        let may_lose_ms = life.sync_ms + MARGIN_MS;
-        let loss = lose(&mut torment, found, life, may_lose_ms, true);
-        let verdict = &loss.verdict;
-        let what = format!("round {round}, a sync every {} ms, a seal every {} ms", life.sync_ms, life.seal_ms);
-        assert!(verdict.wrong.is_empty(), "{what}: {:?}", verdict.wrong);
-        assert!(verdict.overtaken.is_empty(), "{what}: missing, and later ones are there: {:?}", verdict.overtaken);
-        assert!(loss.oldest_ms <= may_lose_ms, "{what}: lost {} ms after it was acknowledged", loss.oldest_ms);
+        let loss = lose(&mut torment, found, life, life.sync_ms, true);
+        let Loss { verdict, oldest_ms: lost_ms, may_lose_ms, .. } = &loss;
+        assert!(verdict.wrong.is_empty(), "round {round}, {life:?}: {:?}", verdict.wrong);
+        let overtaken = &verdict.overtaken;
+        assert!(overtaken.is_empty(), "round {round}, {life:?}: missing, and later ones are there: {overtaken:?}");
+        assert!(lost_ms <= may_lose_ms, "round {round}, {life:?}: lost after {lost_ms} ms, more than {may_lose_ms}");
         (cuts, in_recovery) = (cuts + loss.cuts, in_recovery + loss.in_recovery);
         (there, missing) = (there + verdict.there, missing + verdict.missing.len());
         at_stake += loss.at_stake;
-        oldest = oldest.max((loss.oldest_ms.saturating_sub(life.sync_ms), loss.oldest_ms));
+        oldest_ms = oldest_ms.max(lost_ms.saturating_sub(life.sync_ms));
         found = loss.found;
     }
+    let acknowledged = there + missing;
     eprintln!(
-        "Process: {cuts} power cuts, {in_recovery} of them in a recovery; of {} completions {missing} were lost, the \
-         oldest {} ms after its acknowledgement, {} ms more than the interval",
-        there + missing,
-        oldest.1,
-        oldest.0
+        "Process: {cuts} power cuts, {in_recovery} of them in a recovery, {acknowledged} completions acknowledged; \
+         {missing} were lost, all of them the last, the oldest {oldest_ms} ms more than the interval before the cut"
     );
     assert!(at_stake as u64 > 10 * rounds(), "too little was at stake: {at_stake}");
 }
@@ -264,9 +276,13 @@ fn without_syncs_the_same_test_finds_losses() {
 #[test]
 fn without_syncs_a_power_cut_takes_more_than_the_last_interval() {
     let Some(disk) = disk() else { return };
-    let path = disk.root().join("store");
-    let may_lose_ms = 50 + MARGIN_MS;
-    let loss = lose(&mut Torment::new(&disk, &path), Found::nothing(), without_syncs(), may_lose_ms, false);
-    eprintln!("without syncs, a completion was lost {} ms after it was acknowledged", loss.oldest_ms);
-    assert!(loss.oldest_ms > may_lose_ms, "the test cannot see a loss");
+    for number in 0..20 {
+        let path = disk.root().join(format!("store-{number}"));
+        let loss = lose(&mut Torment::new(&disk, &path), Found::nothing(), without_syncs(), 50, false);
+        eprintln!("without syncs, lost after {} ms, where {} are allowed", loss.oldest_ms, loss.may_lose_ms);
+        if loss.oldest_ms > loss.may_lose_ms {
+            return;
+        }
+    }
+    panic!("the test cannot see a loss, or the disk is too slow to tell");
 }

@@ -83,7 +83,7 @@ impl Chronicle {
     fn hear(&mut self, line: usize, text: &str) {
         let words: Vec<&str> = text.split(' ').collect();
         let (key, result, done) = match words.as_slice() {
-            ["opening" | "open"] | ["got" | "left", ..] => return,
+            ["opening" | "open" | "pulse"] | ["got" | "left", ..] => return,
             ["try", key, result] => {
                 let attempt = Attempt { result: (*result).to_owned(), begun: line, done: None };
                 return self.attempts.entry((*key).to_owned()).or_default().push(attempt);

@@ -7,7 +7,9 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -32,6 +34,7 @@ const SYNC_MS: &str = "ONLYONCE_KILL_SYNC_MS";
 const PACE: &str = "ONLYONCE_KILL_PACE";
 const BUDGET: &str = "ONLYONCE_KILL_BUDGET";
 const REST_US: &str = "ONLYONCE_KILL_REST_US";
+const PULSE: &str = "ONLYONCE_KILL_PULSE";
 
 /// Longer than any life: what is not synced by its own call is not synced.
 const NEVER_MS: u64 = 3_600_000;
@@ -41,7 +44,7 @@ fn durability(name: &str) -> Durability {
 }
 
 /// What a child does.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Life {
     pub durability: Durability,
     /// It seals after so long at most.
@@ -54,11 +57,21 @@ pub struct Life {
     pub budget_mib: usize,
     /// How long its threads rest between two calls.
     pub rest_us: u64,
+    /// Whether it says how quick its disk is.
+    pub pulse: bool,
 }
 
 impl Default for Life {
     fn default() -> Self {
-        Self { durability: Durability::Disk, seal_ms: 20, sync_ms: NEVER_MS, pace: 100, budget_mib: 32, rest_us: 0 }
+        Self {
+            durability: Durability::Disk,
+            seal_ms: 20,
+            sync_ms: NEVER_MS,
+            pace: 100,
+            budget_mib: 32,
+            rest_us: 0,
+            pulse: false,
+        }
     }
 }
 
@@ -92,6 +105,7 @@ pub fn spawn_at(
         .env(PACE, life.pace.to_string())
         .env(BUDGET, life.budget_mib.to_string())
         .env(REST_US, life.rest_us.to_string())
+        .env(PULSE, life.pulse.to_string())
         .env(CLOCK, clock_ms.to_string())
         .env(CHILD_SEED, seed.to_string())
         .env(ROUND, round.to_string())
@@ -196,6 +210,9 @@ pub fn child() {
                 clock.advance(pace);
             }
         });
+        if variable(PULSE) == "true" {
+            scope.spawn(|| pulse(&Path::new(&variable(STORE)).with_extension("pulse")));
+        }
         scope.spawn(|| {
             let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
             let seal_ms: u64 = variable(SEAL_MS).parse().unwrap();
@@ -210,6 +227,19 @@ pub fn child() {
             scope.spawn(move || work(store, clock, StdRng::seed_from_u64(seed + thread), round * THREADS + thread));
         }
     });
+}
+
+/// Says after every turn of the disk that it has turned: one block of a file of its own, written where it lies, so that
+/// nothing of the store's goes to the disk with it.
+fn pulse(path: &Path) {
+    let block = [1; 4_096];
+    let file = File::create(path).unwrap();
+    file.write_all_at(&block, 0).unwrap();
+    file.sync_all().unwrap();
+    while file.write_all_at(&block, 0).and_then(|()| file.sync_data()).is_ok() {
+        say("@pulse\n");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn now_ms(clock: &ManualClock) -> u64 {
@@ -334,7 +364,7 @@ impl Oracle {
             *said = Said::Left;
         }
         for (place, Line { text: line, .. }) in lines.iter().enumerate() {
-            if line == "opening" {
+            if line == "opening" || line == "pulse" {
                 continue;
             }
             if line == "open" {
