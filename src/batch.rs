@@ -1,6 +1,8 @@
 //! Many keys in one call: the way to be fast, for consumers that poll in batches anyway.
 
-use crate::claim::{self, Claim, CompleteError, Lease, complete_all, is_of};
+use std::time::Duration;
+
+use crate::claim::{self, Claim, CompleteError, Lease, complete_all, is_of, release_all};
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::store::{Check, Recorded, Store, checked, recorded};
@@ -82,6 +84,49 @@ impl Store {
         }
         let mut completed = complete_all(ours).into_iter().map(|completed| completed.map(drop));
         answers.into_iter().map(|answer| answer.or_else(|| completed.next()).unwrap_or(Ok(()))).collect()
+    }
+
+    /// Releases each lease after its backoff, as [`Lease::release_after`]: at once where it is zero. A lease of another
+    /// store is released there, in a write of its own.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// let mut leases = Vec::new();
+    /// for claim in store.claim_batch(["a", "b"])? {
+    ///     if let Claim::Acquired(lease) = claim? {
+    ///         leases.push((lease, Duration::ZERO));
+    ///     }
+    /// }
+    /// for released in store.release_batch(leases) {
+    ///     released?;
+    /// }
+    /// assert!(matches!(store.claim("a")?, Claim::Acquired(lease) if lease.attempt() == 2));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// For each lease as [`Lease::release`].
+    #[must_use = "each lease has an answer of its own"]
+    pub fn release_batch(&self, leases: impl IntoIterator<Item = (Lease, Duration)>) -> Vec<Result<()>> {
+        let mut ours = Vec::new();
+        let mut answers: Vec<Option<Result<()>>> = Vec::new();
+        for (lease, backoff) in leases {
+            if is_of(&lease, &self.running) {
+                ours.push((lease, backoff));
+                answers.push(None);
+            } else {
+                answers.push(Some(lease.release_after(backoff)));
+            }
+        }
+        let mut released = release_all(ours).into_iter();
+        answers.into_iter().map(|answer| answer.or_else(|| released.next()).unwrap_or(Ok(()))).collect()
     }
 
     /// Records each key. One that stands twice is a duplicate the second time.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::codec;
-use crate::codec::RowKind;
+use crate::clock::millis;
+use crate::codec::{self, RowKind};
 use crate::entry::{Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
 use crate::key::Key;
@@ -12,11 +12,13 @@ use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
 
 /// The answer to [`Store::claim`](crate::Store::claim).
+///
+/// `L` is the kind of lease: [`Lease`], or that of `onlyonce::future`.
 #[derive(Debug)]
 #[must_use = "an acquired lease that is dropped counts as interrupted work"]
-pub enum Claim {
+pub enum Claim<L = Lease> {
     /// The work is yours: do it, then complete or release the lease.
-    Acquired(Lease),
+    Acquired(L),
     /// The work was done, inside the window: answer with this.
     Completed(Completed),
     /// Somebody is at it, or must decide about it: come back later.
@@ -146,7 +148,7 @@ impl Lease {
                 self.grant.until_monotonic_ms = until_monotonic_ms;
                 Ok(())
             }
-            None => Err(self.superseded()),
+            None => Err(self.grant.superseded()),
         }
     }
 
@@ -198,22 +200,26 @@ impl Lease {
     /// # Errors
     ///
     /// [`Error::Superseded`] if somebody has taken over.
-    pub fn release_after(mut self, backoff: Duration) -> Result<()> {
-        let engine = &self.running.engine;
-        let not_before_ms = match crate::clock::millis(backoff) {
-            0 => 0,
-            backoff_ms => engine.now().wall_ms.saturating_add(backoff_ms),
-        };
-        // This attempt did nothing. Whether an earlier one did is as open as before.
-        let prior = self.grant.prior.unwrap_or(Prior::Released);
-        let open = Settlement::Open { prior, not_before_ms };
-        let accepted = engine.settle(RowKind::Settled, Settler::Holder, vec![(&self.grant, open)])?;
-        self.settled = true;
-        if accepted == [true] { Ok(()) } else { Err(self.superseded()) }
+    pub fn release_after(self, backoff: Duration) -> Result<()> {
+        release_all(vec![(self, backoff)]).pop().unwrap_or(Ok(()))
     }
 
-    fn superseded(&self) -> Error {
-        Error::Superseded { key: display(self.grant.key()), token: self.grant.token }
+    #[cfg(feature = "tokio")]
+    pub(crate) fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Notes a renewal that was made with its grant.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn renewed(&mut self, until_monotonic_ms: u64) {
+        self.grant.until_monotonic_ms = until_monotonic_ms;
+    }
+
+    /// Undoes a claim whose answer reached nobody. Costs no write.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn take_back(mut self) {
+        self.running.engine.take_back(&self.grant);
+        self.settled = true;
     }
 }
 
@@ -249,7 +255,7 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<Vec<
             .zip(accepted)
             .map(|((mut lease, result), accepted)| {
                 lease.settled = true;
-                if accepted { Ok(result) } else { Err(CompleteError::new(lease.superseded(), result, None)) }
+                if accepted { Ok(result) } else { Err(CompleteError::new(lease.grant.superseded(), result, None)) }
             })
             .collect(),
         Err(error) => leases
@@ -265,6 +271,33 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<Vec<
                 Err(CompleteError::new(error.clone(), result, lease))
             })
             .collect(),
+    }
+}
+
+/// Releases leases in one write; an answer for each.
+pub(crate) fn release_all(mut leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
+    let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };
+    let engine = &running.engine;
+    let now_ms = engine.now().wall_ms;
+    let open = |lease: &Lease, backoff| {
+        let not_before_ms = match millis(backoff) {
+            0 => 0,
+            backoff_ms => now_ms.saturating_add(backoff_ms),
+        };
+        // This attempt did nothing. Whether an earlier one did is as open as before.
+        Settlement::Open { prior: lease.grant.prior.unwrap_or(Prior::Released), not_before_ms }
+    };
+    let settlements = leases.iter().map(|(lease, backoff)| (&lease.grant, open(lease, *backoff))).collect();
+    match engine.settle(RowKind::Settled, Settler::Holder, settlements) {
+        Ok(accepted) => leases
+            .drain(..)
+            .zip(accepted)
+            .map(|((mut lease, _), accepted)| {
+                lease.settled = true;
+                if accepted { Ok(()) } else { Err(lease.grant.superseded()) }
+            })
+            .collect(),
+        Err(error) => leases.iter().map(|_| Err(error.clone())).collect(),
     }
 }
 
@@ -287,19 +320,21 @@ pub(crate) fn in_progress(retry_after_ms: Option<u64>, attempt: u32) -> InProgre
 }
 
 /// Why a completion failed, with the result and, where it is still good, the lease.
+///
+/// `L` is the kind of lease: [`Lease`], or that of `onlyonce::future`.
 #[derive(Debug, thiserror::Error)]
 #[error("the completion failed: {}", .0.error)]
-pub struct CompleteError(Box<Failure>);
+pub struct CompleteError<L = Lease>(Box<Failure<L>>);
 
 #[derive(Debug)]
-struct Failure {
+struct Failure<L> {
     error: Error,
     result: Vec<u8>,
-    lease: Option<Lease>,
+    lease: Option<L>,
 }
 
-impl CompleteError {
-    pub(crate) fn new(error: Error, result: Vec<u8>, lease: Option<Lease>) -> Self {
+impl<L> CompleteError<L> {
+    pub(crate) fn new(error: Error, result: Vec<u8>, lease: Option<L>) -> Self {
         Self(Box::new(Failure { error, result, lease }))
     }
 
@@ -323,7 +358,7 @@ impl CompleteError {
 
     /// The error, the result, and the lease if it is still good: drop it, or try again with it.
     #[must_use]
-    pub fn into_parts(self) -> (Error, Vec<u8>, Option<Lease>) {
+    pub fn into_parts(self) -> (Error, Vec<u8>, Option<L>) {
         let Failure { error, result, lease } = *self.0;
         (error, result, lease)
     }

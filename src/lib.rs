@@ -14,6 +14,8 @@ mod config;
 mod entry;
 mod error;
 mod filter;
+#[cfg(feature = "tokio")]
+pub mod future;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::claim::{self, Claim, CompleteError, Completed, InProgress, Lease, in_progress};
 use crate::clock::Clock;
@@ -16,6 +16,7 @@ use crate::state::engine::Engine;
 use crate::state::keeper::Running;
 use crate::state::request::Request;
 use crate::state::transition::Standing;
+use crate::state::waiting::Waiter;
 use crate::stats::Stats;
 use crate::storage::directory::Directory;
 
@@ -178,8 +179,10 @@ pub enum Ran {
 }
 
 /// Why [`Store::run`] failed.
+///
+/// `L` is the kind of lease: [`Lease`], or that of `onlyonce::future`.
 #[derive(Debug, thiserror::Error)]
-pub enum RunError<E> {
+pub enum RunError<E, L = Lease> {
     /// The key could not be claimed: the work was not begun.
     #[error("the key could not be claimed: {0}")]
     Claim(Error),
@@ -188,7 +191,7 @@ pub enum RunError<E> {
     Work(E),
     /// The work is done and its result could not be stored.
     #[error(transparent)]
-    Complete(CompleteError),
+    Complete(CompleteError<L>),
 }
 
 /// What is stored of a key.
@@ -292,6 +295,54 @@ impl Store {
         Ok(claim::claim(claimed, &self.running))
     }
 
+    /// As [`Store::claim`], but waits up to `limit` for a holder in this process to be done with the key: then it answers
+    /// with the result, or gets the key where it was released or dropped or its lease ran out. [`Claim::InProgress`] after
+    /// the limit.
+    ///
+    /// It is woken, and asks again only then and when the holder's lease or backoff ends. Who completes a key that nobody
+    /// waits for pays a look at a counter. A key held under [`OnInterrupt::Hold`] is waited for until it is resolved. The
+    /// limit runs on the system's monotonic clock.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim`]; [`Error::Closed`] and [`Error::Poisoned`] where the store ends meanwhile.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// let Claim::Acquired(lease) = store.claim("order-4711")? else { unreachable!() };
+    /// std::thread::scope(|scope| {
+    ///     scope.spawn(|| lease.complete("charged"));
+    ///     let answer = store.claim_wait("order-4711", Duration::from_secs(10));
+    ///     assert!(matches!(answer, Ok(Claim::Completed(first)) if first.result() == Some(b"charged")));
+    /// });
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn claim_wait<'k>(&self, key: impl Into<Key<'k>>, limit: Duration) -> Result<Claim> {
+        let request = self.one(key)?;
+        let engine = &self.running.engine;
+        let end = Instant::now().checked_add(limit);
+        let mut place: Option<Waiter> = None;
+        loop {
+            let answer = claim::claim(only(engine.claim(&request)?)??, &self.running);
+            let Claim::InProgress(other) = &answer else { return Ok(answer) };
+            let now = Instant::now();
+            if end.is_some_and(|end| end <= now) {
+                return Ok(answer);
+            }
+            if let Some(place) = place.take() {
+                place.block_until(earlier(end, other.retry_after, now));
+            }
+            // Before the next question: what ends from here on wakes us.
+            place = request.digests().next().map(|digest| engine.wait_for(digest));
+        }
+    }
+
     /// What a claim would find. Changes nothing.
     ///
     /// # Errors
@@ -369,26 +420,7 @@ impl Store {
     pub fn get<'k>(&self, key: impl Into<Key<'k>>) -> Result<Option<Stored>> {
         let request = self.one(key)?;
         let entry = only(self.running.engine.get(&request)?)?;
-        Ok(entry.map(|entry| match entry {
-            Entry::Completed(done) => Stored::Completed(Completed::new(done)),
-            Entry::Processing(processing) => Stored::Processing {
-                token: processing.token,
-                attempt: processing.attempt,
-                phase: self.phase(&processing),
-            },
-        }))
-    }
-
-    fn phase(&self, processing: &Processing) -> Phase {
-        match self.running.engine.standing(processing) {
-            Standing::Alive { remaining_ms } => Phase::Leased(Duration::from_millis(remaining_ms)),
-            Standing::Settling => Phase::Leased(Duration::ZERO),
-            Standing::Backoff { remaining_ms } => Phase::Backoff(Duration::from_millis(remaining_ms), Prior::Released),
-            Standing::Free(prior) => Phase::Free(prior),
-            Standing::Held(prior) => Phase::Held(prior),
-            // It ran out between two readings of the clock.
-            Standing::Forgotten => Phase::Free(Prior::LeaseExpired),
-        }
+        Ok(entry.map(|entry| stored(entry, &self.running.engine)))
     }
 
     /// Removes all that is stored of a key, so that the next claim is its first. True if there was something.
@@ -484,8 +516,37 @@ impl std::fmt::Debug for Store {
 }
 
 /// The answer to a request of one key.
-fn only<T>(mut answers: Vec<T>) -> Result<T> {
+pub(crate) fn only<T>(mut answers: Vec<T>) -> Result<T> {
     answers.pop().ok_or(Error::KeyEmpty)
+}
+
+/// When to ask again for a key in progress, at the latest.
+pub(crate) fn earlier(end: Option<Instant>, retry_after: Option<Duration>, now: Instant) -> Option<Instant> {
+    let retry = retry_after.and_then(|after| now.checked_add(after));
+    end.into_iter().chain(retry).min()
+}
+
+pub(crate) fn stored(entry: Entry, engine: &Engine) -> Stored {
+    match entry {
+        Entry::Completed(done) => Stored::Completed(Completed::new(done)),
+        Entry::Processing(processing) => Stored::Processing {
+            token: processing.token,
+            attempt: processing.attempt,
+            phase: phase(engine.standing(&processing)),
+        },
+    }
+}
+
+fn phase(standing: Standing) -> Phase {
+    match standing {
+        Standing::Alive { remaining_ms } => Phase::Leased(Duration::from_millis(remaining_ms)),
+        Standing::Settling => Phase::Leased(Duration::ZERO),
+        Standing::Backoff { remaining_ms } => Phase::Backoff(Duration::from_millis(remaining_ms), Prior::Released),
+        Standing::Free(prior) => Phase::Free(prior),
+        Standing::Held(prior) => Phase::Held(prior),
+        // It ran out between two readings of the clock.
+        Standing::Forgotten => Phase::Free(Prior::LeaseExpired),
+    }
 }
 
 pub(crate) fn checked(answer: Answer) -> Check {

@@ -443,3 +443,69 @@ fn scopes_and_forms_are_different_keys() {
         assert_eq!(bench.store().record(key).unwrap(), Recorded::Duplicate { in_flight: false });
     }
 }
+
+#[test]
+fn a_batch_of_releases_answers_for_each_lease_after_its_own_backoff() {
+    let (bench, elsewhere) = (Bench::new(), Bench::new());
+    let (at_once, later, foreign) = (bench.acquire("at once"), bench.acquire("later"), elsewhere.acquire("foreign"));
+    let late = bench.acquire("late");
+    bench.advance_ms(1_000);
+    let _taken = bench.acquire("late");
+    let backoff = Duration::from_millis(300);
+    let released = bench.store().release_batch([
+        (at_once, Duration::ZERO),
+        (late, Duration::ZERO),
+        (foreign, Duration::ZERO),
+        (later, backoff),
+    ]);
+    assert!(matches!(released[..], [Ok(()), Err(Error::Superseded { .. }), Ok(()), Ok(())]), "{released:?}");
+    assert_eq!(bench.acquire("at once").prior(), Some(Prior::Released));
+    assert_eq!(elsewhere.acquire("foreign").prior(), Some(Prior::Released));
+    assert_eq!(bench.in_progress("later").retry_after, Some(backoff));
+    assert_eq!(bench.store().stats().released, 2);
+}
+
+#[test]
+fn a_call_that_waits_for_a_key_is_woken_when_its_holder_is_done() {
+    let bench = Bench::new();
+    let wait = |key: &str| bench.store().claim_wait(key, Duration::from_secs(60)).unwrap();
+    // The clock stands still: a lease that nobody settles never runs out.
+    type End = fn(onlyonce::Lease, &Store);
+    let ends: [(&str, End, Option<Prior>); 4] = [
+        ("completed", |lease, _| lease.complete("first").unwrap(), None),
+        ("released", |lease, _| lease.release().unwrap(), Some(Prior::Released)),
+        ("dropped", |lease, _| drop(lease), Some(Prior::Dropped)),
+        ("closed", |_lease, store| store.close().unwrap(), None),
+    ];
+    for (key, end, prior) in ends {
+        let lease = bench.acquire(key);
+        let (asked, store) = (bench.store().stats().in_progress, bench.store());
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // It has asked twice: its place is taken.
+                while store.stats().in_progress < asked + 2 {
+                    std::thread::yield_now();
+                }
+                end(lease, store);
+            });
+            match key {
+                "completed" => assert!(matches!(wait(key), Claim::Completed(it) if it.result() == Some(b"first"))),
+                "closed" => {
+                    let closed = store.claim_wait(key, Duration::from_secs(60));
+                    assert!(matches!(closed, Err(Error::Closed)), "{closed:?}");
+                }
+                _ => assert!(matches!(wait(key), Claim::Acquired(lease) if lease.prior() == prior), "{key}"),
+            }
+        });
+    }
+}
+
+#[test]
+fn a_wait_ends_at_its_limit() {
+    let bench = Bench::new();
+    let _lease = bench.acquire("k");
+    let begun = std::time::Instant::now();
+    let answer = bench.store().claim_wait("k", Duration::from_millis(50)).unwrap();
+    assert!(matches!(answer, Claim::InProgress(_)));
+    assert!((Duration::from_millis(50)..Duration::from_secs(20)).contains(&begun.elapsed()));
+}

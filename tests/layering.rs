@@ -13,6 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["bucket"],
     &["state"],
     &["claim", "store", "batch", "internals", "lib"],
+    &["future"],
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
@@ -23,6 +24,7 @@ const ORDER: &[(&str, &[&str])] = &[
         "state",
         &[
             "transition",
+            "waiting",
             "sequence",
             "request",
             "page",
@@ -37,6 +39,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "keeper",
         ],
     ),
+    ("future", &["committer", "lease", "keep_alive", "store", "once"]),
 ];
 
 fn floor(module: &str) -> usize {

@@ -36,6 +36,11 @@ impl Grant {
     pub(crate) fn digest(&self) -> u64 {
         self.request.get(self.place).map_or(0, |asked| asked.digest)
     }
+
+    /// What its holder is told when somebody has taken over.
+    pub(crate) fn superseded(&self) -> Error {
+        Error::Superseded { key: display(self.key()), token: self.token }
+    }
 }
 
 /// What a claim was answered.
@@ -63,6 +68,7 @@ pub(crate) enum Settler {
 }
 
 /// What becomes of a lease.
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Settlement<'a> {
     /// The work is done.
     Completed(Kept<&'a [u8]>),

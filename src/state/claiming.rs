@@ -92,6 +92,7 @@ impl Engine {
             answers.push(decided.flatten());
         }
         self.append(open, row, self.config.sync_results())?;
+        self.waiting.wake(request.digests());
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
         for (asked, answer) in request.iter().zip(&mut answers) {
             if let Ok(Answer::InProgress { .. }) = answer

@@ -15,6 +15,7 @@ use super::hot_table::{HotTable, Stripe};
 use super::request::{Request, admit_bytes};
 use super::sequence::Sequence;
 use super::transition::{self, Policy};
+use super::waiting::{Waiter, Waiting};
 use crate::bucket::filters::Filters;
 use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
@@ -63,6 +64,7 @@ pub(crate) struct Engine {
     /// bucket.
     pub(super) seals: AtomicU64,
     pub(super) backlog: Backlog,
+    pub(super) waiting: Arc<Waiting>,
     /// Bytes of rows that were written since the last seal, or found at open.
     pub(super) journal_bytes: AtomicU64,
     /// Bytes of rows that were written since the journal was flushed last.
@@ -147,6 +149,7 @@ impl Engine {
             sealing: Mutex::new(replayed.last_number),
             seals: AtomicU64::new(0),
             backlog: Backlog::default(),
+            waiting: Arc::default(),
             journal_bytes: AtomicU64::new(replayed.bytes),
             log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
@@ -197,12 +200,22 @@ impl Engine {
         Ok(())
     }
 
+    #[cfg(feature = "tokio")]
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.db.directory().root()
+    }
+
     pub(crate) fn config(&self) -> &Config {
         &self.config
     }
 
     pub(crate) fn now(&self) -> Now {
         self.timeline.now()
+    }
+
+    /// A place to wait until work on a key of this digest ends. See [`Waiting::enter`].
+    pub(crate) fn wait_for(&self, digest: u64) -> Waiter {
+        self.waiting.enter(digest)
     }
 
     /// Encodes and digests the keys of a call.
@@ -227,11 +240,12 @@ impl Engine {
     }
 
     /// Refuses everything from now on: nobody knows any more what is on the disk.
-    pub(super) fn poison(&self, reason: &str) {
+    pub(crate) fn poison(&self, reason: &str) {
         if self.poison.set(reason.to_owned()).is_ok() {
             tracing::error!(reason, "store poisoned: it refuses until it is reopened");
         }
         self.backlog.eased.notify_all();
+        self.waiting.wake_all();
     }
 
     /// Writes to the database; poisons the store where the outcome is unknown.
@@ -259,6 +273,7 @@ impl Engine {
             return Ok(());
         }
         self.backlog.eased.notify_all();
+        self.waiting.wake_all();
         let high_water = self.timeline.high_water_ms().to_le_bytes();
         let written = match self.poison.get() {
             None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),

@@ -108,10 +108,10 @@ impl Drop for Running {
     }
 }
 
-/// A store whose keeper died half way through something must not go on.
-struct PoisonOnPanic<'a> {
-    engine: &'a Engine,
-    name: &'static str,
+/// A store one of whose threads died half way through something must not go on.
+pub(crate) struct PoisonOnPanic<'a> {
+    pub(crate) engine: &'a Engine,
+    pub(crate) name: &'static str,
 }
 
 impl Drop for PoisonOnPanic<'_> {

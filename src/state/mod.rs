@@ -13,3 +13,4 @@ pub(crate) mod sequence;
 mod settling;
 pub(crate) mod transition;
 pub(crate) mod upkeep;
+pub(crate) mod waiting;

@@ -57,6 +57,18 @@ impl Request {
         Ok(request)
     }
 
+    /// The keys of several calls, one call after the other.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn concat<'r>(requests: impl Iterator<Item = &'r Self>) -> Self {
+        let mut all = Self { bytes: Vec::new(), items: Vec::new() };
+        for Self { bytes, items } in requests {
+            let start = all.bytes.len();
+            all.bytes.extend_from_slice(bytes);
+            all.items.extend(items.iter().map(|item| Item { end: start + item.end, ..*item }));
+        }
+        all
+    }
+
     /// The digests of its keys.
     pub(crate) fn digests(&self) -> impl Iterator<Item = u64> {
         self.items.iter().map(|item| item.digest)

@@ -35,7 +35,7 @@ impl Engine {
         let open = self.begin_row();
         let mut row = RowWriter::new(kind, now.wall_ms, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
-        for (grant, settlement) in leases {
+        for (grant, settlement) in &leases {
             let (digest, key) = (grant.digest(), grant.key());
             let mut stripe = self.hot.stripe(digest);
             let stored = stripe.get(digest, key);
@@ -50,8 +50,8 @@ impl Engine {
             if !is_ours {
                 continue;
             }
-            let Grant { token, attempt, fingerprint, .. } = *grant;
-            let entry = match settlement {
+            let Grant { token, attempt, fingerprint, .. } = **grant;
+            let entry = match *settlement {
                 Settlement::Completed(result) => {
                     row.completed(key, token, fingerprint.as_ref(), result);
                     Entry::Completed(Done { token, completed_ms: now.wall_ms, fingerprint, result })
@@ -68,6 +68,7 @@ impl Engine {
         let sync = if kind == RowKind::Completed { self.config.sync_results() } else { self.config.sync_claims() };
         let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         self.append(open, row, sync)?;
+        self.waiting.wake(leases.iter().map(|(grant, _)| grant.digest()));
         match kind {
             RowKind::Completed => self.counters.completed.add(count),
             _ => self.counters.released.add(count),
@@ -95,11 +96,20 @@ impl Engine {
 
     /// Notes that a lease was dropped without a word. Costs no write.
     pub(crate) fn abandon(&self, grant: &Grant) {
+        self.leave(grant, Holder::Interrupted(Prior::Dropped));
+    }
+
+    /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that after a crash it counts
+    /// as one that did.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn take_back(&self, grant: &Grant) {
+        self.leave(grant, Holder::Open { prior: grant.prior.unwrap_or(Prior::Released), not_before_ms: 0 });
+    }
+
+    fn leave(&self, grant: &Grant, left: Holder) {
         let now = self.timeline.now();
-        self.change_holder(grant, now, |holder| match holder {
-            Holder::Leased { .. } => Some(Holder::Interrupted(Prior::Dropped)),
-            _ => None,
-        });
+        self.change_holder(grant, now, |holder| matches!(holder, Holder::Leased { .. }).then_some(left));
+        self.waiting.wake([grant.digest()]);
     }
 
     fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
@@ -198,6 +208,7 @@ impl Engine {
         }
         drop(stripe);
         open.finish();
+        self.waiting.wake([asked.digest]);
         Ok(counted)
     }
 }

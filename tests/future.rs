@@ -1,0 +1,484 @@
+//! The store as futures: the same answers, syncs that are shared, and nothing that a dropped future leaves behind.
+
+mod common;
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use common::Bench;
+use onlyonce::future::{Claim, Lease, RunError, Store, Unclaimed, Why};
+use onlyonce::{Check, Durability, Error, Key, Phase, Prior, Ran, Recorded, Stored};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio_stream::StreamExt;
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn open(dir: &tempfile::TempDir, durability: Durability, lease: Duration) -> Store {
+    let builder = onlyonce::Store::builder().durability(durability).lease(lease).memory_budget(32 << 20);
+    Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap()
+}
+
+async fn acquire(store: &Store, key: &str) -> Lease {
+    acquired(store.claim(key).await.unwrap())
+}
+
+fn acquired(claim: Claim) -> Lease {
+    match claim {
+        Claim::Acquired(lease) => lease,
+        other => panic!("the key should be free, but is {other:?}"),
+    }
+}
+
+/// Polls a future so many times, and drops it.
+struct Cut<F> {
+    future: Pin<Box<F>>,
+    polls: u32,
+}
+
+impl<F: Future> Future for Cut<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if self.polls == 0 {
+            return Poll::Ready(None);
+        }
+        self.polls -= 1;
+        match self.future.as_mut().poll(context) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending if self.polls == 0 => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+#[test]
+fn the_verbs_answer_as_those_that_block() {
+    let bench = Bench::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let store = Store::new(bench.store().clone()).unwrap();
+        assert_eq!(store.check("k").await.unwrap(), Check::New);
+        let mut lease = acquire(&store, "k").await;
+        assert_eq!((lease.key(), lease.attempt(), lease.prior()), (Key::from("k"), 1, None));
+        bench.advance_ms(400);
+        assert_eq!(lease.remaining(), Duration::from_millis(600));
+        lease.renew().unwrap();
+        assert_eq!(lease.remaining(), Duration::from_secs(1));
+        assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(other) if other.attempt == 1));
+        let stored = store.get("k").await.unwrap();
+        assert!(matches!(stored, Some(Stored::Processing { phase: Phase::Leased(_), .. })), "{stored:?}");
+        lease.release_after(Duration::from_millis(500)).await.unwrap();
+        assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)));
+        bench.advance_ms(500);
+        let lease = acquire(&store, "k").await;
+        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
+        lease.complete_as(&("charged", 12)).await.unwrap();
+        let Claim::Completed(first) = store.claim("k").await.unwrap() else { panic!("k is completed") };
+        assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
+        assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));
+
+        assert_eq!(store.record("r").await.unwrap(), Recorded::First);
+        assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
+        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty)));
+        drop(store.claim(Key::from("g").fingerprint("hers")).await.unwrap());
+        let his = store.claim(Key::from("g").fingerprint("his")).await;
+        assert!(matches!(his, Err(Error::PayloadMismatch { .. })));
+        let late = acquire(&store, "late").await;
+        bench.advance_ms(1_000);
+        let taken = acquire(&store, "late").await;
+        let failed = late.complete("late").await.unwrap_err();
+        assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.result() == b"late");
+        drop(taken);
+    });
+    assert_eq!(bench.acquire("late").prior(), Some(Prior::Dropped), "and both faces are of one store");
+}
+
+#[test]
+fn batches_answer_for_each_key_and_give_foreign_leases_back() {
+    let (bench, other) = (Bench::new(), Bench::new());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (store, other) = (Store::new(bench.store().clone()).unwrap(), Store::new(other.store().clone()).unwrap());
+        let mut claims = store.claim_batch(["a", "b", "a"]).await.unwrap().into_iter().map(Result::unwrap);
+        let (a, b) = (acquired(claims.next().unwrap()), acquired(claims.next().unwrap()));
+        assert!(matches!(claims.next(), Some(Claim::InProgress(_))));
+        let foreign = acquire(&other, "f").await;
+        let mut answers = store.complete_batch([(a, "1"), (foreign, "2"), (b, "3")]).await.into_iter();
+        assert!(answers.next().unwrap().is_ok());
+        let (error, result, foreign) = answers.next().unwrap().unwrap_err().into_parts();
+        assert!(matches!(error, Error::ForeignLease { .. }) && result == b"2");
+        assert!(answers.next().unwrap().is_ok());
+        assert!(matches!(store.claim("b").await.unwrap(), Claim::Completed(b) if b.result() == Some(b"3")));
+
+        let mine = acquire(&store, "c").await;
+        let released = store.release_batch([(mine, Duration::ZERO), (foreign.unwrap(), Duration::ZERO)]).await;
+        assert!(released.iter().all(Result::is_ok), "{released:?}");
+        for (store, key) in [(&store, "c"), (&other, "f")] {
+            assert_eq!(acquire(store, key).await.prior(), Some(Prior::Released), "{key}");
+        }
+        let recorded = store.record_batch(["a", "n", "n"]).await.unwrap();
+        let recorded: Vec<_> = recorded.into_iter().map(Result::unwrap).collect();
+        let duplicate = Recorded::Duplicate { in_flight: false };
+        assert_eq!(recorded, [duplicate, Recorded::First, duplicate]);
+        let checked = store.check_batch(["a", "never"]).await.unwrap();
+        assert!(matches!(checked[..], [Ok(Check::Completed(_)), Ok(Check::New)]));
+        assert!(store.complete_batch(Vec::<(Lease, Vec<u8>)>::new()).await.is_empty());
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_tasks_share_their_syncs() {
+    const TASKS: usize = 1_000;
+    const LIVES: usize = 20;
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Disk, LONG);
+    let before = store.blocking().stats();
+    let begun = Instant::now();
+    let tasks: Vec<_> = (0..TASKS)
+        .map(|task| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                for life in 0..LIVES {
+                    acquire(&store, &format!("task-{task}-life-{life}")).await.complete("done").await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let elapsed = begun.elapsed();
+    let after = store.blocking().stats();
+    let (lives, syncs) = (after.completed - before.completed, after.log_syncs - before.log_syncs);
+    assert_eq!(lives, (TASKS * LIVES) as u64);
+    let per_sync = lives / syncs;
+    eprintln!(
+        "{lives} lives, {syncs} syncs: {per_sync} lives a sync, {:.0} lives/s",
+        lives as f64 / elapsed.as_secs_f64()
+    );
+    assert!(per_sync >= 64, "{per_sync} lives a sync");
+    store.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
+    const TASKS: usize = 64;
+    const STEPS: usize = 150;
+    const KEYS: usize = 200;
+    let seed: u64 = match std::env::var("ONLYONCE_FUTURE_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => rand::random(),
+    };
+    eprintln!("ONLYONCE_FUTURE_SEED={seed}");
+    let dir = tempfile::tempdir().unwrap();
+    // Longer than the test: what is stuck stays stuck.
+    let store = open(&dir, Durability::Process, Duration::from_secs(3_600));
+    let holders: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
+    let completed: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
+    let cut = Arc::new(AtomicUsize::new(0));
+    let tasks: Vec<_> = (0..TASKS)
+        .map(|task| {
+            let (store, holders, completed, cut) =
+                (store.clone(), Arc::clone(&holders), Arc::clone(&completed), Arc::clone(&cut));
+            let mut rng = StdRng::seed_from_u64(seed.wrapping_add(task as u64));
+            tokio::spawn(async move {
+                for _ in 0..STEPS {
+                    let i = rng.random_range(0..KEYS);
+                    let mut polls = || if rng.random_bool(0.5) { rng.random_range(0..3) } else { u32::MAX };
+                    let (first, second, wait, end) = (polls(), polls(), polls() == 0, polls() % 3);
+                    let key = format!("key-{i}");
+                    let claim = Box::pin(async {
+                        if wait {
+                            store.claim_wait(&key, Duration::from_millis(2)).await
+                        } else {
+                            store.claim(&key).await
+                        }
+                    });
+                    let Some(claim) = (Cut { future: claim, polls: first }).await else {
+                        cut.fetch_add(1, Ordering::Relaxed);
+                        continue;
+                    };
+                    let Claim::Acquired(lease) = claim.unwrap() else { continue };
+                    assert_eq!(holders[i].fetch_add(1, Ordering::SeqCst), 0, "two holders of {key}");
+                    tokio::task::yield_now().await;
+                    holders[i].fetch_sub(1, Ordering::SeqCst);
+                    match end {
+                        0 => {
+                            let done = Cut { future: Box::pin(lease.complete(key.clone())), polls: second }.await;
+                            match done {
+                                Some(done) => completed[i].fetch_add(usize::from(done.is_ok()), Ordering::SeqCst),
+                                None => cut.fetch_add(1, Ordering::Relaxed),
+                            };
+                        }
+                        1 => drop(Cut { future: Box::pin(lease.release()), polls: second }.await),
+                        _ => drop(lease),
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    for (i, completed) in completed.iter().enumerate() {
+        let key = format!("key-{i}");
+        let acknowledged = completed.load(Ordering::SeqCst);
+        assert!(acknowledged <= 1, "{key} was completed {acknowledged} times");
+        match store.claim_wait(&key, Duration::from_secs(20)).await.unwrap() {
+            Claim::Completed(first) => assert_eq!(first.result(), Some(key.as_bytes())),
+            Claim::Acquired(_) => assert_eq!(acknowledged, 0, "{key} was completed and is forgotten"),
+            Claim::InProgress(_) => panic!("{key} is stuck"),
+        }
+    }
+    let cut = cut.load(Ordering::Relaxed);
+    assert!(cut > 1_000, "only {cut} futures were cut");
+    store.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let lease = acquire(&store, "k").await;
+    let waiters: Vec<_> = (0..50)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move { store.claim_wait("k", LONG).await.unwrap() })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let asked = store.blocking().stats().in_progress;
+    assert_eq!(asked, 100, "each asks once, takes its place and asks again: nobody polls");
+    lease.complete("first").await.unwrap();
+    for waiter in waiters {
+        assert!(matches!(waiter.await.unwrap(), Claim::Completed(first) if first.result() == Some(b"first")));
+    }
+}
+
+#[tokio::test]
+async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, Duration::from_millis(500));
+    let begun = Instant::now();
+    for (end, prior) in [("release", Prior::Released), ("drop", Prior::Dropped), ("nothing", Prior::LeaseExpired)] {
+        let lease = acquire(&store, end).await;
+        let waiter = {
+            let store = store.clone();
+            tokio::spawn(async move { store.claim_wait(end, LONG).await.unwrap() })
+        };
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!waiter.is_finished());
+        let held = match end {
+            "release" => {
+                lease.release().await.unwrap();
+                None
+            }
+            "drop" => {
+                drop(lease);
+                None
+            }
+            _ => Some(lease),
+        };
+        let got = acquired(waiter.await.unwrap());
+        assert_eq!((got.attempt(), got.prior()), (2, Some(prior)), "{end}");
+        drop((held, got));
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "woken, not by the limit");
+}
+
+#[tokio::test]
+async fn a_wait_beyond_its_limit_finds_the_key_in_progress() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let _lease = acquire(&store, "k").await;
+    let begun = Instant::now();
+    let answer = store.claim_wait("k", Duration::from_millis(100)).await.unwrap();
+    assert!(matches!(answer, Claim::InProgress(_)), "{answer:?}");
+    assert!((Duration::from_millis(100)..Duration::from_secs(20)).contains(&begun.elapsed()));
+    let at_once = store.claim_wait("k", Duration::ZERO).await.unwrap();
+    assert!(matches!(at_once, Claim::InProgress(_)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_is_kept_alive_outlasts_its_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, Duration::from_millis(600));
+    let mut lease = acquire(&store, "k").await;
+    let work = async {
+        let end = Instant::now() + Duration::from_millis(1_500);
+        while Instant::now() < end {
+            assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)), "somebody took over");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        "done"
+    };
+    let result = lease.keep_alive().during(work).await.unwrap();
+    assert!(!lease.remaining().is_zero(), "and it knows of its renewals");
+    lease.complete(result).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(250)).await;
+    assert_eq!(store.blocking().stats().superseded, 0, "nothing is renewed after the end");
+}
+
+#[test]
+fn a_lease_that_is_lost_stops_the_work() {
+    let bench = Bench::new();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let store = Store::new(bench.store().clone()).unwrap();
+        let mut lease = acquire(&store, "k").await;
+        let stopped = Arc::new(AtomicUsize::new(0));
+        struct Count(Arc<AtomicUsize>);
+        impl Drop for Count {
+            fn drop(&mut self) {
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let guard = Count(Arc::clone(&stopped));
+        let work = async move {
+            let _guard = guard;
+            std::future::pending::<()>().await;
+        };
+        let mut kept = pin!(lease.keep_alive().during(work));
+        let thief = async {
+            loop {
+                // A renewal may come between the two, every third of a second.
+                bench.advance_ms(1_000);
+                if let Claim::Acquired(lease) = store.claim("k").await.unwrap() {
+                    break lease;
+                }
+            }
+        };
+        let thief = tokio::select! {
+            lost = &mut kept => panic!("lost before it was stolen: {lost:?}"),
+            thief = thief => thief,
+        };
+        assert!(matches!(kept.await, Err(Error::Superseded { .. })));
+        assert_eq!(stopped.load(Ordering::SeqCst), 1);
+        thief.complete("done").await.unwrap();
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn run_does_the_work_once_and_releases_it_where_it_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let failed = store.run("k", async |_| Err::<Vec<u8>, _>("declined")).await;
+    assert!(matches!(failed, Err(RunError::Work("declined"))), "{failed:?}");
+    // On another task: its future can be sent there.
+    let (again, token) = {
+        let store = store.clone();
+        let work = async move {
+            let mut token = 0;
+            let ran = store.run("k", async |lease: &mut Lease| {
+                assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
+                tokio::task::yield_now().await;
+                lease.renew().unwrap();
+                token = lease.token();
+                Ok::<_, Error>(b"receipt".to_vec())
+            });
+            (ran.await.unwrap(), token)
+        };
+        tokio::spawn(work).await.unwrap()
+    };
+    assert!(matches!(again, Ran::First(result) if result == b"receipt"));
+    let replayed = store.run("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
+    assert!(matches!(replayed, Ran::Replayed(first) if first.token() == token));
+    let _lease = acquire(&store, "held").await;
+    let other = store.run("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
+    assert!(matches!(other, Ran::InProgress(_)));
+}
+
+#[tokio::test]
+async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let hangs = store.run("cancelled", async |_| std::future::pending::<Result<Vec<u8>, Error>>().await);
+    assert!(tokio::time::timeout(Duration::from_millis(100), hangs).await.is_err());
+    let panicking = {
+        let store = store.clone();
+        tokio::spawn(async move {
+            let _ = store.run("panicked", async |_| -> Result<Vec<u8>, Error> { panic!("as it should") }).await;
+        })
+    };
+    assert!(panicking.await.is_err());
+    for key in ["cancelled", "panicked"] {
+        let lease = acquire(&store, key).await;
+        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Dropped)), "{key}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let duplicates = Arc::new(AtomicUsize::new(0));
+    let deliveries = tokio_stream::iter(["a", "b", "a", "fails", "b", "c", "fails", "c"]);
+    let mut once = store.once(deliveries, LONG, |item| Key::from(*item)).on_duplicate({
+        let duplicates = Arc::clone(&duplicates);
+        move |_, first| {
+            assert_eq!(first.result(), Some(&b"done"[..]));
+            duplicates.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let mut passed = Vec::new();
+    while let Some(next) = once.next().await {
+        let (item, lease) = next.unwrap();
+        passed.push((item, lease.attempt()));
+        match item {
+            "fails" if lease.attempt() == 1 => drop(lease),
+            _ => lease.complete("done").await.unwrap(),
+        }
+    }
+    assert_eq!(passed, [("a", 1), ("b", 1), ("fails", 1), ("c", 1), ("fails", 2)]);
+    assert_eq!(duplicates.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let (soon, never) = (acquire(&store, "soon").await, acquire(&store, "never").await);
+    let mut once = store
+        .once(tokio_stream::iter(["soon", "never", "", "new"]), Duration::from_millis(300), |item| Key::from(*item));
+    let holder = tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        soon.release().await.unwrap();
+    });
+    let (item, lease) = once.next().await.unwrap().unwrap();
+    assert_eq!((item, lease.prior()), ("soon", Some(Prior::Released)));
+    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: Why::InProgress(_) }))));
+    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty) }))));
+    assert_eq!(once.next().await.unwrap().unwrap().0, "new");
+    assert!(once.next().await.is_none());
+    holder.await.unwrap();
+    never.complete("done").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, LONG);
+    let lease = acquire(&store, "k").await;
+    acquire(&store, "done").await.complete("first").await.unwrap();
+    drop(store);
+    // The lease is the last one.
+    drop(lease);
+    let builder = onlyonce::Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
+    let again = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    assert!(matches!(again.claim("done").await.unwrap(), Claim::Completed(_)));
+    again.close().await.unwrap();
+}
+
+#[test]
+fn a_queue_has_bounds() {
+    let bench = Bench::new();
+    for calls in [0, 1_000_001] {
+        let refused = Store::with_queue(bench.store().clone(), calls).unwrap_err();
+        assert!(matches!(&refused, Error::Config { value, .. } if *value == calls.to_string()), "{refused}");
+    }
+}
