@@ -3,7 +3,7 @@
 mod common;
 
 use std::future::Future;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -343,7 +343,6 @@ fn a_lease_that_is_lost_stops_the_work() {
             let _guard = guard;
             std::future::pending::<()>().await;
         };
-        let mut kept = pin!(lease.keep_alive().during(work));
         let thief = async {
             loop {
                 // A renewal may come between the two, every third of a second.
@@ -353,11 +352,8 @@ fn a_lease_that_is_lost_stops_the_work() {
                 }
             }
         };
-        let thief = tokio::select! {
-            lost = &mut kept => panic!("lost before it was stolen: {lost:?}"),
-            thief = thief => thief,
-        };
-        assert!(matches!(kept.await, Err(Error::Superseded { .. })));
+        let (lost, thief) = tokio::join!(lease.keep_alive().during(work), thief);
+        assert!(matches!(lost, Err(Error::Superseded { .. })), "{lost:?}");
         assert_eq!(stopped.load(Ordering::SeqCst), 1);
         thief.complete("done").await.unwrap();
     });

@@ -1,0 +1,166 @@
+//! An asynchronous consumer of a queue that delivers at least once: each order is charged once.
+//!
+//! ```text
+//! cargo run --release --features tokio --example consumer_async [new-directory]
+//! ```
+//!
+//! [`handle`] is the consumer one would really write; the rest is a queue with the habits of real ones: it delivers some
+//! messages twice at the same time, loses acknowledgements, and delivers again whatever is not acknowledged.
+
+#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use onlyonce::Claim;
+use onlyonce::future::Store;
+use tokio::sync::{mpsc, oneshot};
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const ORDERS: usize = 500;
+/// As long as the queue leaves a delivery alone before it comes again, or shorter.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Works on a delivery. True: acknowledge it. Otherwise the queue delivers it again, later.
+async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<bool> {
+    let mut lease = match store.claim_wait(order, PATIENCE).await? {
+        Claim::Acquired(lease) => lease,
+        // A duplicate, maybe of a delivery that another task finished while this one waited.
+        Claim::Completed(_receipt) => return Ok(true),
+        Claim::InProgress(_) => return Ok(false),
+    };
+    // An error of `during` says that somebody has taken over: then the charge is theirs to make. The token is for the other
+    // side, which refuses one that is lower than what it has seen.
+    let charge = shop.charge(order, lease.token());
+    match lease.keep_alive().during(charge).await? {
+        Ok(receipt) => match lease.complete(receipt).await {
+            Ok(()) => Ok(true),
+            Err(failed) => Err(failed.error().clone()),
+        },
+        // The charge was refused and nothing has happened. After a timeout it would be the lease that is dropped, for
+        // then something may have, and `lease.prior()` has to tell the next.
+        Err(Refused) => {
+            lease.release_after(Duration::from_millis(20)).await?;
+            Ok(false)
+        }
+    }
+}
+
+/// The other side: charges whoever asks, as often as it is asked.
+#[derive(Default)]
+struct Shop {
+    /// How often each order was refused and charged.
+    ledger: Mutex<BTreeMap<String, (u32, u32)>>,
+}
+
+struct Refused;
+
+impl Shop {
+    async fn charge(&self, order: &str, token: u64) -> Result<String, Refused> {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        let mut ledger = self.ledger.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (refused, charged) = ledger.entry(order.to_owned()).or_default();
+        if *refused == 0 && order.ends_with('7') {
+            *refused += 1;
+            return Err(Refused);
+        }
+        *charged += 1;
+        Ok(format!("receipt of {order}, token {token}"))
+    }
+}
+
+struct Delivery {
+    order: String,
+    acknowledge: oneshot::Sender<()>,
+}
+
+/// Delivers a message until its acknowledgement arrives.
+async fn deliver(order: String, lost_acknowledgements: u32, queue: mpsc::Sender<Delivery>) {
+    let mut lost = 0;
+    loop {
+        let (acknowledge, acknowledged) = oneshot::channel();
+        if queue.send(Delivery { order: order.clone(), acknowledge }).await.is_err() {
+            return;
+        }
+        if acknowledged.await.is_ok() {
+            if lost == lost_acknowledgements {
+                return;
+            }
+            lost += 1;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
+    // Reading the journal back blocks, and nothing else runs yet.
+    let store = Store::new(onlyonce::Store::open(directory)?)?;
+    let shop = Arc::new(Shop::default());
+    let (queue, mut deliveries) = mpsc::channel(100);
+    for i in 0..ORDERS {
+        for _ in 0..1 + i % 2 {
+            tokio::spawn(deliver(format!("order-{i}"), u32::from(i % 5 == 0), queue.clone()));
+        }
+    }
+    drop(queue);
+    let mut delivered = 0;
+    while let Some(delivery) = deliveries.recv().await {
+        delivered += 1;
+        let (store, shop) = (store.clone(), Arc::clone(&shop));
+        tokio::spawn(async move {
+            match handle(&store, &shop, &delivery.order).await {
+                // Whoever is gone by now delivers again, and is told that it is done.
+                Ok(true) => drop(delivery.acknowledge.send(())),
+                Ok(false) => {}
+                // Fail closed: work that cannot be remembered is not begun.
+                Err(error) => println!("{}: {error}", delivery.order),
+            }
+        });
+    }
+    let stats = tokio::task::spawn_blocking({
+        let store = store.blocking();
+        move || store.stats()
+    })
+    .await?;
+    println!(
+        "{delivered} deliveries of {ORDERS} orders: {} completed, {} duplicates, {} syncs",
+        stats.completed, stats.duplicates, stats.log_syncs
+    );
+    store.close().await?;
+    Ok(shop)
+}
+
+/// Whether each order was charged once.
+fn check(shop: &Shop) -> Result<(), Failure> {
+    let ledger = shop.ledger.lock().map_err(|_| "a charge panicked")?;
+    match ledger.iter().find(|(_, (_, charged))| *charged != 1) {
+        Some((order, (_, charged))) => Err(format!("{order} was charged {charged} times").into()),
+        None if ledger.len() != ORDERS => Err(format!("{} of {ORDERS} orders were charged", ledger.len()).into()),
+        None => Ok(()),
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    let temporary = tempfile::tempdir()?;
+    let directory = std::env::args_os().nth(1).map_or_else(|| temporary.path().join("store"), Into::into);
+    check(&*consume(&directory).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn every_order_is_charged_once_however_often_it_is_delivered() {
+        let dir = tempfile::tempdir().unwrap();
+        let shop = consume(&dir.path().join("store")).await.unwrap();
+        check(&shop).unwrap();
+        // All of them again, after a restart.
+        let again = consume(&dir.path().join("store")).await.unwrap();
+        assert!(again.ledger.lock().unwrap().is_empty());
+    }
+}
