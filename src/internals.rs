@@ -1,4 +1,4 @@
-//! Doors to the parts, for their benches (`benches/parts.rs`). No part of the public interface: they may change or go at
+//! Doors to the parts, for their benches (`benches/parts.rs`) and models (`tests/shuttle.rs`). No part of the public interface: they may change or go at
 //! any time.
 
 use std::hint::black_box;
@@ -8,6 +8,7 @@ use crate::entry::{Done, Entry, Kept};
 use crate::filter::layer::{Columns, Layer};
 use crate::key::{self, Key};
 use crate::state::hot_table;
+use crate::storage::{journal, sync};
 
 /// Digests keys as a store does.
 pub struct Digester(key::Digester);
@@ -112,4 +113,46 @@ pub fn read_keys(row: &[u8]) -> usize {
         keys += 1;
     });
     if read.is_some() { keys } else { 0 }
+}
+
+/// The numbers of rows that are being written.
+#[derive(Default)]
+pub struct RowNumbers(journal::RowNumbers);
+
+impl RowNumbers {
+    /// Takes a number from `next`.
+    pub fn begin(&self, next: impl FnOnce() -> u64) -> u64 {
+        self.0.begin(next)
+    }
+
+    /// The row is written.
+    pub fn finish(&self, number: u64) {
+        self.0.finish(number);
+    }
+
+    /// Whether the row is written.
+    #[must_use]
+    pub fn is_settled(&self, number: u64) -> bool {
+        self.0.is_settled(number)
+    }
+
+    /// The number below which every row is written.
+    pub fn settled_below(&self, next: impl FnOnce() -> u64) -> u64 {
+        self.0.settled_below(next)
+    }
+}
+
+/// Callers that share a sync.
+#[derive(Default)]
+pub struct SyncGroup(sync::SyncGroup);
+
+impl SyncGroup {
+    /// Returns when what was written before is on the disk.
+    ///
+    /// # Errors
+    ///
+    /// Where a sync has failed.
+    pub fn wait(&self, sync: impl Fn() -> crate::Result<()>) -> crate::Result<()> {
+        self.0.wait(sync)
+    }
 }

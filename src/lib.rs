@@ -10,6 +10,7 @@ mod bucket;
 mod claim;
 mod clock;
 mod codec;
+mod concurrency;
 mod config;
 mod entry;
 mod error;

@@ -1,13 +1,11 @@
 //! The live buckets and their filter, as one picture that readers take without a lock.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use arc_swap::ArcSwap;
-use parking_lot::Mutex;
+use std::sync::atomic::Ordering;
 
 use super::window::Slice;
 use crate::codec::{read_value, row_key};
+use crate::concurrency::{ArcSwap, AtomicU64, Guard, Mutex};
 use crate::config::Span;
 use crate::entry::Done;
 use crate::error::{Error, Result};
@@ -145,7 +143,7 @@ impl BucketSet {
         Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()), expected_keys, passed })
     }
 
-    pub(crate) fn view(&self) -> arc_swap::Guard<Arc<View>> {
+    pub(crate) fn view(&self) -> Guard<Arc<View>> {
         self.view.load()
     }
 

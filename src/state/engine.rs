@@ -6,10 +6,8 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-use parking_lot::{Condvar, Mutex};
 
 use super::hot_table::{HotTable, Stripe};
 use super::request::{Request, admit_bytes};
@@ -21,6 +19,7 @@ use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
 use crate::clock::{Now, Timeline};
 use crate::codec::{self, Event, RowWriter};
+use crate::concurrency::{AtomicBool, AtomicU64, Condvar, Mutex};
 use crate::config::{Config, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
@@ -93,7 +92,10 @@ impl Engine {
             // Before anything is created; what an existing store adds is checked below.
             let config = options.check(None)?;
             let mut secret = codec::Secret::default();
-            getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", &path, &error))?;
+            // A model that is repeated must find its keys in the same stripes.
+            if !cfg!(feature = "shuttle") {
+                getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", &path, &error))?;
+            }
             Ok(vec![
                 (FORMAT, codec::FORMAT.to_le_bytes().to_vec()),
                 (SECRET, secret.to_vec()),

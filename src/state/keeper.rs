@@ -5,10 +5,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
-use parking_lot::Mutex;
 
 use super::engine::Engine;
 use super::upkeep::Rounds;
+use crate::concurrency::Mutex;
 use crate::config::Durability;
 use crate::error::{Error, Result};
 
@@ -34,6 +34,10 @@ impl Keeper {
         // Set once: an engine has one keeper.
         let _ = engine.backlog.wake.set(wake);
         let keeper = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
+        if cfg!(feature = "shuttle") {
+            // Threads that a model does not know would go when they like.
+            return Ok(keeper);
+        }
         // From now on, however late the thread begins.
         let rounds = engine.rounds();
         keeper.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| {

@@ -1,9 +1,8 @@
 //! The numbers of tokens and journal rows: they only grow, also across restarts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
-
+use crate::concurrency::{AtomicU64, Mutex};
 use crate::error::{Error, Result};
 
 /// Numbers that are reserved on disk at a time: one synced write for so many.

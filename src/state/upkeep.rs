@@ -14,6 +14,7 @@ use crate::bucket::seal::seal;
 use crate::bucket::set::Bucket;
 use crate::bucket::window::Slice;
 use crate::codec::{RowKind, RowWriter};
+use crate::concurrency::sleep;
 use crate::config::Span;
 use crate::entry::{Entry, Processing};
 use crate::error::{Error, Result};
@@ -220,7 +221,7 @@ impl Engine {
             // A row that was given up stays open for good, in a store that is poisoned or closed.
             self.ready()?;
             // Some caller began its row before that image, and is still writing it.
-            std::thread::sleep(ROW_POLL);
+            sleep(ROW_POLL);
         }
     }
 

@@ -2,10 +2,9 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use rocksdb::{
     ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, FlushOptions,
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
@@ -16,6 +15,7 @@ use super::options::Tuning;
 use super::run::Sink;
 use super::sync::SyncGroup;
 use super::{failed, inventory, journal, run, unreadable};
+use crate::concurrency::{AtomicBool, AtomicU64, Mutex, RwLock, RwLockReadGuard};
 use crate::error::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;

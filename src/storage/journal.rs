@@ -1,9 +1,10 @@
 //! The journal's rows: one a batch, in the order of their numbers, in the default column family.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
 use rocksdb::WriteBatch;
+
+use crate::concurrency::{AtomicU64, Mutex};
 
 /// The key of a row: its number, so that rows lie in the order they were written.
 fn key(number: u64) -> [u8; 8] {

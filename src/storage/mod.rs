@@ -7,7 +7,7 @@ pub(crate) mod journal;
 mod log;
 mod options;
 pub(crate) mod run;
-mod sync;
+pub(crate) mod sync;
 
 use std::path::Path;
 

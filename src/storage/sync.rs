@@ -1,7 +1,6 @@
 //! Group commit: callers that wait for the disk at the same time share one sync.
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
+use crate::concurrency::{Condvar, Mutex, MutexGuard, yield_now};
 use crate::error::{Error, Result};
 
 /// How often whoever is going to sync lets others go first, as long as more of them come.
@@ -10,7 +9,7 @@ const MAX_YIELDS: usize = 16;
 /// Whose writes are on the disk. RocksDB has a group commit of its own, but does not mix writes that sync with writes that
 /// do not: where claims (which need no sync) and completions come by turns, its groups stay small.
 #[derive(Debug, Default)]
-pub(super) struct SyncGroup {
+pub(crate) struct SyncGroup {
     state: Mutex<State>,
     synced: Condvar,
 }
@@ -31,7 +30,7 @@ struct State {
 impl SyncGroup {
     /// Returns when all that was written before this call is on the disk. `sync` syncs everything written so far; one
     /// caller at a time calls it, for all that wait.
-    pub(super) fn wait(&self, sync: impl Fn() -> Result<()>) -> Result<()> {
+    pub(crate) fn wait(&self, sync: impl Fn() -> Result<()>) -> Result<()> {
         let mut state = self.state.lock();
         state.written += 1;
         let mine = state.written;
@@ -50,7 +49,7 @@ impl SyncGroup {
             // Where others are about to come, one sync for all of them is cheaper than one for each.
             for _ in 0..MAX_YIELDS {
                 let before = state.written;
-                MutexGuard::unlocked(&mut state, || (0..2).for_each(|_| std::thread::yield_now()));
+                MutexGuard::unlocked(&mut state, || (0..2).for_each(|_| yield_now()));
                 if state.written == before {
                     break;
                 }
@@ -72,7 +71,7 @@ impl SyncGroup {
     }
 
     /// Syncs that callers waited for.
-    pub(super) fn syncs(&self) -> u64 {
+    pub(crate) fn syncs(&self) -> u64 {
         self.state.lock().syncs
     }
 }
