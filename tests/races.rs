@@ -1,13 +1,18 @@
 //! Many threads on few keys: one holder at a time, tokens that increase, no work done twice.
+//!
+//! `ONLYONCE_RACES_SECONDS` makes the long one longer, `ONLYONCE_RACES_SEED` repeats its choices, though not its turns.
 
 mod common;
+#[path = "common/oracle.rs"]
+mod oracle;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
-use onlyonce::{Claim, Durability, OnInterrupt, Recorded, Store};
+use onlyonce::{Claim, Durability, ManualClock, OnInterrupt, Recorded, Store};
+use oracle::{Oracle, Seen};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -143,7 +148,7 @@ fn batches_that_overlap_record_each_key_once() {
 
 #[test]
 fn a_takeover_and_a_late_completion_never_both_win() {
-    let clock = onlyonce::ManualClock::at(common::START_MS);
+    let clock = ManualClock::at(common::START_MS);
     let dir = tempfile::tempdir().unwrap();
     let store = Store::builder()
         .clock(clock.clone())
@@ -181,4 +186,88 @@ fn a_takeover_and_a_late_completion_never_both_win() {
         assert_eq!(completed.result(), Some(if late { &b"first"[..] } else { b"second" }));
     }
     eprintln!("late completions {late_won}, takeovers {taken_over}");
+}
+
+/// Everything at once for so long: claims, completions, releases, drops, renewals, records and forgetting, one by one and in
+/// batches, while leases run out, keys are sealed and buckets come and go. The oracle judges every answer.
+fn everything_at_once(durability: Durability, time: Duration, seed: u64) -> Seen {
+    const THREADS: u64 = 64;
+    const KEYS: usize = 192;
+    const WINDOW_MS: u64 = 400;
+    const LEASE_MS: u64 = 5;
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::at(common::START_MS);
+    let store = Store::builder()
+        .window(Duration::from_millis(WINDOW_MS))
+        .bucket(Duration::from_millis(WINDOW_MS / 10))
+        .lease(Duration::from_millis(LEASE_MS))
+        .durability(durability)
+        // Large results and the least memory: what is completed has to leave it all the time.
+        .memory_budget(32 << 20)
+        .clock(clock.clone())
+        .open(dir.path().join("store"))
+        .unwrap();
+    let oracle = Oracle::new(store, clock, KEYS, WINDOW_MS, LEASE_MS, 3_000);
+    let end = Instant::now() + time;
+    let seals = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let oracle = &oracle;
+            scope.spawn(move || {
+                let mut rng = StdRng::seed_from_u64(seed ^ (thread << 32));
+                let mut held = Vec::new();
+                while Instant::now() < end {
+                    oracle.step(&mut |below| rng.random_range(0..below), &mut held);
+                }
+                oracle.complete_batch(held);
+            });
+        }
+        scope.spawn(|| {
+            while Instant::now() < end {
+                oracle.clock.advance(Duration::from_millis(1));
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        });
+        scope.spawn(|| {
+            while Instant::now() < end {
+                oracle.store.seal().unwrap();
+                seals.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    });
+    oracle.store.seal().unwrap();
+    let stats = oracle.store.stats();
+    assert_eq!(stats.poisoned, None);
+    assert_eq!(stats.acquired, oracle.seen.acquired.load(Ordering::SeqCst));
+    assert_eq!(stats.completed, oracle.seen.completed.load(Ordering::SeqCst));
+    assert_eq!(stats.recorded, oracle.seen.recorded.load(Ordering::SeqCst));
+    assert!(stats.buckets.len() <= 16, "{} buckets are left", stats.buckets.len());
+    let windows = (stats.now_ms - common::START_MS) / WINDOW_MS;
+    eprintln!("{durability:?}: {} seals, {windows} windows, {:?}", seals.into_inner(), oracle.seen);
+    oracle.seen
+}
+
+#[test]
+fn sixty_four_threads_do_everything_at_once_and_every_answer_is_right() {
+    let number = |variable, default| std::env::var(variable).map_or(default, |value| value.parse().unwrap());
+    let seconds = number("ONLYONCE_RACES_SECONDS", 5);
+    let seed = number("ONLYONCE_RACES_SEED", 20_261_121);
+    eprintln!("{seconds} seconds, seed {seed}");
+    for (durability, seed) in [(Durability::Process, seed), (Durability::Disk, seed + 1)] {
+        let seen = everything_at_once(durability, Duration::from_secs(seconds).div_f64(2.0), seed);
+        // What was not seen was not tested.
+        let seen = [
+            ("taken over", seen.taken_over),
+            ("superseded", seen.superseded),
+            ("dropped", seen.dropped),
+            ("released", seen.released),
+            ("completed", seen.completed),
+            ("recorded", seen.recorded),
+            ("forgotten", seen.forgotten),
+            ("duplicates", seen.duplicates),
+        ];
+        for (what, often) in seen {
+            assert!(often.into_inner() > 0, "nothing was {what}");
+        }
+    }
 }
