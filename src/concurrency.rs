@@ -10,7 +10,7 @@ pub(crate) use real::*;
 
 #[cfg(not(feature = "shuttle"))]
 mod real {
-    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
     pub(crate) use std::thread::{sleep, yield_now};
 
     pub(crate) use arc_swap::{ArcSwap, Guard};
@@ -22,7 +22,7 @@ mod modelled {
     use std::sync::Arc;
     use std::time::Duration;
 
-    pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+    pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
     pub(crate) use shuttle::thread::yield_now;
     pub(crate) use shuttle_parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 

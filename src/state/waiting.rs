@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use crate::concurrency::{AtomicUsize, Mutex, fence};
 
 /// The places of a store. Costs whoever ends work one look at a counter where nobody waits.
 #[derive(Debug, Default)]
