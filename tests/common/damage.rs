@@ -66,7 +66,11 @@ fn read_below(root: &Path, inside: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>
         if entry.path().is_dir() {
             read_below(root, &path, files);
         } else {
-            files.insert(path, fs::read(entry.path()).unwrap());
+            match fs::read(entry.path()) {
+                Ok(bytes) => drop(files.insert(path, bytes)),
+                // A store at work removes what it needs no more.
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}"),
+            }
         }
     }
 }
@@ -92,10 +96,44 @@ pub struct Damage {
 /// What a disk loses at a time.
 const SECTOR: usize = 512;
 
+/// The kinds of files, by their endings or the beginnings of their names, and how many of a hundred damages each gets:
+/// most go where the answers come from, and every kind gets its share, however few files or bytes it has.
+pub const KINDS: [(&str, u32); 11] = [
+    ("sst", 25),
+    ("log", 20),
+    ("MANIFEST", 15),
+    ("filter", 12),
+    ("files", 8),
+    ("CURRENT", 5),
+    ("lock", 4),
+    ("OPTIONS", 4),
+    ("LOG", 3),
+    ("IDENTITY", 2),
+    ("LOCK", 2),
+];
+
+/// Which of the kinds a file is of.
+pub fn kind(path: &Path) -> &'static str {
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let is_it = |kind: &str| match kind.chars().all(char::is_uppercase) {
+        true => name.split(['-', '.']).next() == Some(kind),
+        false => path.extension().is_some_and(|extension| extension == kind),
+    };
+    KINDS.iter().map(|(kind, _)| *kind).find(|kind| is_it(kind)).unwrap_or_else(|| panic!("{name} is of no kind"))
+}
+
 impl Damage {
-    /// A random one to a random file: each file as likely as another, for the small ones hold up the large ones.
+    /// A random one to a random file of a random kind.
     pub fn draw(image: &Image, rng: &mut StdRng) -> Self {
-        let (file, bytes) = image.files.iter().nth(rng.random_range(0..image.files.len())).unwrap();
+        let mut place = rng.random_range(0..KINDS.iter().map(|(_, share)| share).sum());
+        let wanted = KINDS.iter().find(|(_, share)| {
+            let found = place < *share;
+            place = place.saturating_sub(*share);
+            found
+        });
+        let (wanted, _) = wanted.unwrap();
+        let files: Vec<_> = image.files.iter().filter(|(path, _)| kind(path) == *wanted).collect();
+        let (file, bytes) = files[rng.random_range(0..files.len())];
         let at = if bytes.is_empty() { 0 } else { rng.random_range(0..bytes.len()) };
         let left = bytes.len() - at;
         let harm = match rng.random_range(0..16) {
