@@ -269,7 +269,7 @@ pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Optio
     if reader.byte()? != ROW_FORMAT {
         return None;
     }
-    let kind = reader.byte()?;
+    let kind = reader.byte().filter(|kind| (1..=4).contains(kind))?;
     let time_ms = u64::from_le_bytes(reader.array()?);
     while !reader.is_empty() {
         match kind {

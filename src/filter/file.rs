@@ -27,6 +27,8 @@ const MAX_RUNS: u32 = 1 << 16;
 
 type Hash = [u8; HASH_BYTES];
 
+const HEADER: &str = "its header does not match its checksum";
+
 /// The key that the files of a store are hashed with.
 #[derive(Clone, Copy)]
 pub(crate) struct FileKey([u8; blake3::KEY_LEN]);
@@ -36,7 +38,7 @@ impl FileKey {
         Self(blake3::derive_key("onlyonce 2026 filter files", secret))
     }
 
-    fn hash(&self, parts: &[&[u8]]) -> Hash {
+    pub(crate) fn hash(&self, parts: &[&[u8]]) -> Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         for part in parts {
             hasher.update(&(part.len() as u64).to_le_bytes());
@@ -54,6 +56,13 @@ pub(crate) struct Covered {
     pub(crate) keys: u64,
     /// The numbers of the bucket's files. It answers for no key that lies in another.
     pub(crate) runs: Vec<u64>,
+}
+
+impl Geometry {
+    /// The length of a file whose header ends at `columns_start`.
+    fn file_bytes(self, columns_start: u64) -> Option<u64> {
+        self.column_bytes().checked_add(HASH_BYTES as u64)?.checked_mul(SHARDS as u64)?.checked_add(columns_start)
+    }
 }
 
 impl Covered {
@@ -114,33 +123,34 @@ impl FilterFile {
         let mut file = File::open(path)?;
         let mut header = vec![0; MAGIC.len() + 24];
         file.read_exact(&mut header)?;
-        let (geometry, keys, runs) = read_header(&header).ok_or_else(|| damaged("its header"))?;
+        let (geometry, keys, runs) = read_header(&header).ok_or_else(|| damaged(HEADER))?;
         let fixed = header.len();
         header.resize(fixed + runs as usize * 8, 0);
         file.read_exact(header.get_mut(fixed..).unwrap_or_default())?;
         let mut header_hash = Hash::default();
         file.read_exact(&mut header_hash)?;
         if header_hash != key.hash(&[bucket.as_bytes(), &header]) || !geometry.is_valid() {
-            return Err(damaged("its header"));
+            return Err(damaged(HEADER));
+        }
+        let columns_start = (header.len() + HASH_BYTES) as u64;
+        if geometry.file_bytes(columns_start) != Some(file.metadata()?.len()) {
+            return Err(damaged("its length does not fit its header"));
         }
         let runs = header.get(fixed..).unwrap_or_default().as_chunks().0.iter().copied().map(u64::from_le_bytes);
         let covered = Covered { keys, runs: runs.collect() };
-        let columns_start = (header.len() + HASH_BYTES) as u64;
         Ok(Self { file, key: *key, header_hash, columns_start, geometry, covered })
     }
 
     /// The column of a shard.
     pub(crate) fn column(&self, shard: usize) -> io::Result<Vec<u8>> {
         let len = self.geometry.column_bytes();
-        let start =
-            (len + HASH_BYTES as u64).checked_mul(shard as u64).and_then(|at| at.checked_add(self.columns_start));
-        let start = start.ok_or_else(|| damaged("its header"))?;
+        let start = self.columns_start + (len + HASH_BYTES as u64) * shard as u64;
         let mut column = vec![0; usize::try_from(len).map_err(io::Error::other)?];
         self.file.read_exact_at(&mut column, start)?;
         let mut hash = Hash::default();
         self.file.read_exact_at(&mut hash, start + len)?;
         if hash != self.key.hash(&[&self.header_hash, &shard.to_le_bytes(), &column]) {
-            return Err(damaged("a column"));
+            return Err(damaged("a column does not match its checksum"));
         }
         Ok(column)
     }
@@ -158,8 +168,8 @@ fn read_header(header: &[u8]) -> Option<(Geometry, u64, u32)> {
     (runs <= MAX_RUNS).then_some((Geometry { width, lines_per_shard }, keys, runs))
 }
 
-fn damaged(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("{what} does not match its checksum"))
+fn damaged(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
 #[cfg(test)]
