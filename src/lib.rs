@@ -21,6 +21,9 @@ pub mod future;
 #[doc(hidden)]
 pub mod internals;
 mod key;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod laws;
 mod state;
 mod stats;
 mod storage;

@@ -12,12 +12,12 @@ const FLOORS: &[&[&str]] = &[
     &["filter"],
     &["bucket"],
     &["state"],
-    &["claim", "store", "batch", "internals", "lib"],
+    &["claim", "store", "batch", "internals", "laws", "lib"],
     &["future"],
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
-    ("storage", &["options", "journal", "log", "directory", "inventory", "run", "sync", "db"]),
+    ("storage", &["options", "journal", "log", "directory", "inventory", "laws", "run", "sync", "db"]),
     ("filter", &["sizing", "layer", "file", "stack"]),
     ("bucket", &["window", "set", "seal", "rotation", "recovery", "filters"]),
     (

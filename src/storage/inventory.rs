@@ -128,6 +128,12 @@ fn read(note: &Path) -> Result<Option<Inventory>> {
     }
 }
 
+/// The note that these bytes are, written again.
+#[cfg(any(test, fuzzing))]
+pub(super) fn rewritten(bytes: &[u8]) -> Option<String> {
+    Inventory::decode(bytes).map(|inventory| inventory.encode())
+}
+
 impl Inventory {
     fn encode(&self) -> String {
         let (number, bytes) = self.manifest;

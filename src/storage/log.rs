@@ -151,17 +151,51 @@ fn masked(crc: u32) -> u32 {
     crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
+/// Appends a record, in as many pieces as there are blocks that it begins in or reaches.
+#[cfg(any(test, fuzzing))]
+pub(super) fn put_record(log: &mut Vec<u8>, mut payload: &[u8]) {
+    const FULL: u8 = 1;
+    const FIRST: u8 = 2;
+    const MIDDLE: u8 = 3;
+    const LAST: u8 = 4;
+    let mut begun = false;
+    loop {
+        let left = BLOCK - log.len() % BLOCK;
+        if left < HEADER {
+            log.resize(log.len() + left, 0);
+            continue;
+        }
+        let (piece, rest) = payload.split_at(payload.len().min(left - HEADER));
+        let kind = match (begun, rest.is_empty()) {
+            (false, true) => FULL,
+            (false, false) => FIRST,
+            (true, false) => MIDDLE,
+            (true, true) => LAST,
+        };
+        let checked = [&[kind], piece].concat();
+        log.extend_from_slice(&masked(crc32c::crc32c(&checked)).to_le_bytes());
+        log.extend_from_slice(&(piece.len() as u16).to_le_bytes());
+        log.extend_from_slice(&checked);
+        if rest.is_empty() {
+            return;
+        }
+        (begun, payload) = (true, rest);
+    }
+}
+
+/// Where the bytes begin that are no record, if there are any.
+#[cfg(any(test, fuzzing))]
+pub(super) fn bad_place(mut log: &[u8]) -> Option<u64> {
+    match end(&mut log) {
+        Ok(End::Torn { at } | End::Hole { at }) => Some(at),
+        Ok(End::Clean) | Err(_) => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::put_record as put;
     use super::*;
-
-    fn put(log: &mut Vec<u8>, payload: &[u8]) {
-        let mut checked = vec![1];
-        checked.extend_from_slice(payload);
-        log.extend_from_slice(&masked(crc32c::crc32c(&checked)).to_le_bytes());
-        log.extend_from_slice(&u16::try_from(payload.len()).unwrap().to_le_bytes());
-        log.extend_from_slice(&checked);
-    }
 
     fn end_in(log: &[u8]) -> End {
         end(&mut &log[..]).unwrap()

@@ -4,6 +4,8 @@ pub(crate) mod db;
 pub(crate) mod directory;
 mod inventory;
 pub(crate) mod journal;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod laws;
 mod log;
 mod options;
 pub(crate) mod run;

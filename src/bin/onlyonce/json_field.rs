@@ -225,12 +225,54 @@ impl fmt::Display for NotJson {
     }
 }
 
+/// What must hold of any bytes: a path leads where serde_json says, or is refused, as is a line that is no JSON. The
+/// bytes are a path, a line's end, and a line.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn law(bytes: &[u8]) {
+    use serde_json::Value;
+
+    let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else { return };
+    let (path, line) = (String::from_utf8_lossy(&bytes[..end]), &bytes[end + 1..]);
+    let Ok(path) = path.parse::<FieldPath>().inspect(|parsed| assert_eq!(parsed.to_string(), path)) else { return };
+    let value = serde_json::from_slice::<Value>(line);
+    let Ok(found) = find(line, std::slice::from_ref(&path)) else {
+        assert!(value.is_err(), "it is JSON");
+        return;
+    };
+    let part = found[0].map(key_part);
+    // It may be JSON and still hold what serde_json makes no value of, such as half a character.
+    let Ok(value) = value else { return };
+    let expected = path.steps.iter().try_fold(&value, |value, step| match value {
+        Value::Object(members) => members.get(&step.name),
+        Value::Array(elements) => elements.get(step.index?),
+        _ => None,
+    });
+    assert_eq!(found[0].map(|text| serde_json::from_str::<Value>(text).expect("it is JSON")).as_ref(), expected);
+    match (part, expected) {
+        (None, None) | (Some(Err(_)), Some(Value::Null | Value::Array(_) | Value::Object(_))) => {}
+        (Some(Ok(part)), Some(Value::String(text))) => assert_eq!(part, *text),
+        (Some(Ok(part)), Some(Value::Number(_) | Value::Bool(_))) => assert_eq!(Some(part.as_ref()), found[0]),
+        (part, _) => panic!("{part:?} of {expected:?}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use serde_json::Value;
 
     use super::*;
+
+    #[test]
+    fn paths_hold_their_law() {
+        let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/json_path");
+        let tried = std::fs::read_dir(corpus).unwrap().map(|entry| {
+            let path = entry.unwrap().path();
+            eprintln!("{}", path.display());
+            law(&std::fs::read(path).unwrap());
+        });
+        assert!(tried.count() > 2);
+    }
 
     fn json() -> impl Strategy<Value = Value> {
         let text = "[a-c\"\\\\{}\\[\\],: \n\u{e9}]{0,4}";
