@@ -287,6 +287,31 @@ fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
 }
 
 #[test]
+fn the_longest_key_and_the_largest_result_fit_into_a_call() {
+    let mut bench = Bench::with(|builder| builder.result_limit(64 << 20));
+    // With its scope and its form it comes to the limit of 1,024 bytes, or nearly.
+    let key = "k".repeat(1_000);
+    let result = vec![7; 64 << 20];
+    bench.acquire(&key).complete(result.clone()).unwrap();
+    bench.reopen();
+    assert!(bench.completed(&key) == Some(result));
+}
+
+#[test]
+fn what_was_sealed_is_not_read_back_from_the_journal() {
+    let mut bench = Bench::new();
+    bench.acquire("sealed").complete("r").unwrap();
+    let open = bench.acquire("open");
+    bench.store().seal().unwrap();
+    bench.acquire("later").complete("r").unwrap();
+    bench.reopen();
+    drop(open);
+    let stats = bench.store().stats();
+    assert_eq!((stats.unsealed, stats.in_flight), (1, 1), "what came later, and what is open");
+    assert_eq!(bench.completed("sealed").as_deref(), Some(&b"r"[..]));
+}
+
+#[test]
 fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
     let bench = Bench::new();
     bench.store().record("k").unwrap();

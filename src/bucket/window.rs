@@ -78,6 +78,7 @@ mod tests {
             "bucket-",
             "bucket-1",
             "bucket-1200-0",
+            "bucket-0-0",
             "bucket-01200-100",
             "bucket-1201-100",
             "bucket--100-100",

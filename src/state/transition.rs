@@ -277,7 +277,9 @@ mod tests {
             assert_eq!(replay_completed(Some(&claimed), token), complete, "completed {token}");
             assert_eq!(replay_forgotten(Some(&claimed), token), forget, "forgotten {token}");
         }
-        assert!(!replay_settled(Some(&completed()), 7), "a completion stands");
+        for (token, settle) in [(6, false), (7, false), (8, true)] {
+            assert_eq!(replay_settled(Some(&completed()), token), settle, "only a later holder settles again: {token}");
+        }
         assert!(replay_claimed(None, 1) && replay_settled(None, 1) && replay_completed(None, 1));
         assert!(!replay_forgotten(None, 1));
     }

@@ -79,6 +79,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_row_is_found_by_its_number_and_what_has_none_is_no_row() {
+        for row in [0, 1, 5, u64::MAX] {
+            assert_eq!(number(&key(row)), Some(row));
+        }
+        assert!(key(255) < key(256), "in the order of their numbers");
+        assert_eq!(number(b"seven b"), None);
+    }
+
+    #[test]
     fn rows_are_settled_up_to_the_first_that_is_open() {
         let numbers = RowNumbers::default();
         let settled = |next| numbers.settled_below(|| next);
