@@ -186,6 +186,11 @@ fn lose(torment: &mut Torment<'_>, before: Found, life: Life, interval_ms: u64, 
     let found = chronicle.find(&store);
     let verdict = chronicle.judge(&found, token);
     drop(store);
+    if let Some(line) = verdict.overtaken.first() {
+        let missing = &verdict.missing;
+        let story = chronicle.story(*line, &found);
+        panic!("{life:?}: {missing:?} of {} lines are missing, cuts at {cuts_us:?}: {story}", chronicle.lines.len());
+    }
     let may_lose_ms = interval_ms + MARGIN_MS + TURNS * turn_us / 1_000;
     let age_ms = |line: usize| cuts_us[chronicle.life(line)].saturating_sub(chronicle.lines[line].at) / 1_000;
     let oldest_ms = verdict.missing.iter().map(|line| age_ms(*line)).max().unwrap_or(0);
@@ -214,9 +219,9 @@ fn under_process_a_power_cut_takes_no_more_than_the_last_interval() {
         let life = Life {
             durability: Durability::Process,
             // A seal puts what was completed before it on the disk: where there are few, the interval alone does.
-            seal_ms: *[20, 200, 60_000].choose(rng).unwrap(),
+            seal_ms: *[5, 20, 200, 60_000].choose(rng).unwrap(),
             sync_ms: *[50, 100, 200].choose(rng).unwrap(),
-            pace: *[1, 20].choose(rng).unwrap(),
+            pace: *[1, 20, 50].choose(rng).unwrap(),
             budget_mib: *[32, 256].choose(rng).unwrap(),
             // Without a rest, its threads leave the disk's no time.
             rest_us: *[200, 1_000].choose(rng).unwrap(),

@@ -96,10 +96,10 @@ impl Engine {
 
     /// Moves every completed key to its bucket and cuts the journal.
     ///
-    /// The order: rows up to `start` are written and in the hot table; what they completed is set apart; it goes to the
-    /// buckets, synced; what is in flight is written again at the journal's head and the rows below `start` are
-    /// deleted, in one write; then the keys leave the table. A crash anywhere between replays rows that are in
-    /// buckets already, and sealing them again changes nothing.
+    /// The order: rows up to `start` are written and in the hot table; what they completed is set apart; the log is
+    /// synced; what was set apart goes to the buckets, synced; what is in flight is written again at the journal's head
+    /// and the rows below `start` are deleted, in one write; then the keys leave the table. A crash anywhere between
+    /// replays rows that are in buckets already, and sealing them again changes nothing.
     pub(crate) fn seal(&self) -> Result<()> {
         let mut last_image = self.sealing.lock();
         self.ready()?;
@@ -135,6 +135,9 @@ impl Engine {
             stays
         });
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
+        // What the journal says of a key overrules its bucket at the next open. Should a power cut take rows that the
+        // buckets are ahead of, an older state of the key would be left in it.
+        self.sync_log()?;
         seal(&self.db, &self.buckets, &chunk)?;
         // Before the rows go: a manifest that has lost these runs must not pass for whole.
         self.db.take_inventory()?;
@@ -238,9 +241,10 @@ impl Engine {
 
     /// Puts on the disk what was written without waiting for it.
     pub(super) fn sync(&self) -> Result<()> {
-        if !self.unsynced.swap(false, Ordering::AcqRel) {
-            return Ok(());
-        }
+        if self.unsynced.swap(false, Ordering::AcqRel) { self.sync_log() } else { Ok(()) }
+    }
+
+    fn sync_log(&self) -> Result<()> {
         self.ready()?;
         self.db.sync_log().inspect_err(|error| {
             if let Error::WriteFailed { detail } = error {

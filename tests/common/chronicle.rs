@@ -111,6 +111,18 @@ impl Chronicle {
         self.lives.partition_point(|first| *first <= line) - 1
     }
 
+    /// All that was said of the key of a line, and what the store has of it.
+    pub fn story(&self, line: usize, found: &Found) -> String {
+        let key = self.lines[line].text.split(' ').nth(1).unwrap();
+        let mut story = format!("{key}: before: {:?}\n", self.before.completed.get(key));
+        for (place, line) in self.lines.iter().enumerate() {
+            if line.text == "open" || line.text.split(' ').nth(1) == Some(key) {
+                story += &format!("line {place} of life {}, at {}: {}\n", self.life(place), line.at, line.text);
+            }
+        }
+        story + &format!("at {}: {:?}", found.now_ms, found.completed.get(key))
+    }
+
     /// The latest time and the highest token in the lines that `count`.
     pub fn latest(&self, count: impl Fn(&Line) -> bool) -> (u64, u64) {
         let (mut time_ms, mut token) = (self.before.now_ms, self.before.token);
