@@ -41,6 +41,18 @@ pub fn runs(program: &str, args: &[&str]) -> bool {
     Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
 }
 
+/// Unmounts what is mounted there. The files of a killed child, and of a process that is about to begin, may be open for a
+/// moment more, and then the loop device.
+pub fn unmount(root: &Path) -> bool {
+    let root = root.to_str().unwrap();
+    (0..500).any(|_| {
+        runs("umount", &[root]) || !runs("mountpoint", &["-q", root]) || {
+            std::thread::sleep(Duration::from_millis(10));
+            false
+        }
+    })
+}
+
 impl Disk {
     /// `None` where this machine cannot do it.
     pub fn new(mib: u64) -> Option<Self> {
@@ -129,13 +141,7 @@ impl Disk {
     }
 
     pub fn unmount(&self) -> bool {
-        // The killed child's files may be open for a moment more.
-        (0..500).any(|_| {
-            runs("umount", &[self.root().to_str().unwrap()]) || {
-                std::thread::sleep(Duration::from_millis(10));
-                false
-            }
-        })
+        unmount(&self.root())
     }
 
     /// Looks the unmounted file system over, as after an error it must be.
@@ -190,9 +196,9 @@ impl Drop for Cutter {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        runs("umount", &[self.root().to_str().unwrap()]);
+        unmount(&self.root());
         if self.pool != Pool::Shared {
-            runs("umount", &[self.pool().to_str().unwrap()]);
+            unmount(&self.pool());
         }
     }
 }

@@ -16,7 +16,7 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use tempfile::TempDir;
 
-use crate::disk::runs;
+use crate::disk::{runs, unmount};
 
 /// What a disk writes whole, whatever happens.
 const SECTOR: usize = 512;
@@ -177,23 +177,10 @@ impl TapedDisk {
 
 impl Drop for TapedDisk {
     fn drop(&mut self) {
-        let root = self.root();
-        let image = self.fuse().join(IMAGE);
-        let gone = |what: &dyn Fn() -> bool| {
-            (0..500).any(|_| {
-                what() || {
-                    std::thread::sleep(Duration::from_millis(10));
-                    false
-                }
-            })
-        };
-        // The killed child's files, and then the loop device, may be there for a moment more.
-        gone(&|| runs("umount", &[root.to_str().unwrap()]) || !runs("mountpoint", &["-q", root.to_str().unwrap()]));
-        gone(&|| {
-            let out = std::process::Command::new("losetup").arg("-j").arg(&image).output();
-            out.is_ok_and(|out| out.stdout.is_empty())
-        });
-        if let Some(session) = self.session.take() {
+        unmount(&self.root());
+        // Once the loop device has let go of it.
+        let gone = unmount(&self.fuse());
+        if let Some(session) = self.session.take().filter(|_| gone) {
             let _ = session.umount_and_join();
         }
     }
