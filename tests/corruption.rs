@@ -13,7 +13,7 @@ mod common;
 #[path = "common/damage.rs"]
 mod damage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -541,6 +541,78 @@ fn a_bad_place_in_a_log_is_corrupt_where_good_records_follow_and_its_end_where_n
             // What reaches into the last record from the one before it leaves no good one behind.
             Ok(Said::Answered { missing: 1 }) => assert!(at >= last_but_one, "{what}"),
             _ => assert!(end > last_but_one && at < last_but_one, "{what}"),
+        }
+    });
+}
+
+/// Rows over several blocks of the log, and a small one between them and at the end, each with the log's length behind it.
+fn long_rows() -> (Image, PathBuf, Vec<(String, usize)>, u64) {
+    let dir = scratch();
+    let path = dir.path().join("store");
+    let clock = ManualClock::at(START_MS);
+    let store = builder(&clock).open(&path).unwrap();
+    let log = Image::read(&path).newest(".log");
+    let mut rows = Vec::new();
+    for (number, bytes) in [100, 100_000, 100, 70_000, 33_000, 100, 120_000].into_iter().enumerate() {
+        let key = format!("long-{number}");
+        let Claim::Acquired(lease) = store.claim(&key).unwrap() else { panic!("{key} is new") };
+        lease.complete(vec![b'r'; bytes]).unwrap();
+        rows.push((key, log_bytes(&path.join(&log))));
+    }
+    (Image::read(&path), log, rows, clock_ms(&clock))
+}
+
+#[test]
+fn a_row_over_several_blocks_of_the_log_is_there_whole_or_not_at_all() {
+    let (image, log, rows, now_ms) = long_rows();
+    let whole = image.files[&log].len();
+    // Around the ends of blocks and of rows, where headers lie and are cut in two.
+    let edges = (0..=whole).step_by(32 * 1024).chain(rows.iter().map(|(_, end)| *end));
+    let cuts: BTreeSet<usize> = edges.flat_map(|edge| edge.saturating_sub(8)..(edge + 9).min(whole + 1)).collect();
+    let cuts: Vec<usize> = cuts.into_iter().collect();
+    in_parallel(0, cuts.len() as u64, |number, path| {
+        let cut = cuts[number as usize];
+        let mut image = image.clone();
+        image.files.get_mut(&log).unwrap().truncate(cut);
+        image.write(path);
+        let store = builder(&ManualClock::at(now_ms)).open(path);
+        let store = store.unwrap_or_else(|error| panic!("cut at {cut} of {whole}: {error}"));
+        for (key, end) in &rows {
+            let there = matches!(store.check(key).unwrap(), Check::Completed(_));
+            assert_eq!(there, *end <= cut, "{key}, which ends at {end}, cut at {cut} of {whole}");
+        }
+    });
+}
+
+#[test]
+fn a_block_that_was_never_written_is_corrupt_in_the_middle_of_a_log_and_its_end_at_the_end() {
+    let (image, log, rows, now_ms) = long_rows();
+    let whole = image.files[&log].len();
+    let sectors = whole.div_ceil(512);
+    // Where nothing good is left behind the zeros, they may be what a crash leaves.
+    let last_piece = (whole / (32 * 1024) * 32 * 1024).max(rows[rows.len() - 2].1);
+    in_parallel(0, sectors as u64 / 4, |number, path| {
+        let mut rng = StdRng::seed_from_u64(number);
+        // A few sectors, and in every second round all behind them.
+        let from = number as usize * 4 * 512;
+        let torn = rng.random_bool(0.5);
+        let to = if torn { whole } else { (from + 512 * rng.random_range(1..16)).min(whole) };
+        let mut image = image.clone();
+        image.files.get_mut(&log).unwrap()[from..to].fill(0);
+        image.write(path);
+        let what = format!("zeros from {from} to {to} of {whole}");
+        match builder(&ManualClock::at(now_ms)).open(path) {
+            Ok(store) => {
+                assert!(to > last_piece, "{what}: what follows is forgotten in silence");
+                for (key, end) in &rows {
+                    let there = matches!(store.check(key).unwrap(), Check::Completed(_));
+                    assert_eq!(there, *end <= from, "{what}: {key}, which ends at {end}");
+                }
+            }
+            Err(Error::Corrupt { place, .. }) => {
+                assert!(to <= last_piece && place.ends_with(log.to_str().unwrap()), "{what}: {place}");
+            }
+            Err(error) => panic!("{what}: {error}"),
         }
     });
 }
