@@ -111,9 +111,11 @@ fn what_a_crash_left_half_done_is_cleared_away() {
     fs::create_dir(&new).unwrap();
     fs::write(new.join("CURRENT"), "half a store").unwrap();
     fs::write(runs.join("notes.txt"), "somebody's").unwrap();
+    let options = bench.path().join("db/OPTIONS-000123.dbtmp");
+    fs::write(&options, "half of them").unwrap();
     bench.reopen();
     assert!(!new.exists());
-    assert!(!runs.join("7.sst").exists());
+    assert!(!runs.join("7.sst").exists() && !options.exists());
     assert!(runs.join("notes.txt").exists(), "what is not ours stays");
     assert_eq!(bench.store().record("k").unwrap(), Recorded::Duplicate { in_flight: false });
 }

@@ -66,7 +66,10 @@ impl Directory {
         remove_dir(&directory.new_database())?;
         make_private(&directory.runs())?;
         make_private(&directory.filters())?;
-        remove_runs(&directory.runs())?;
+        remove_files(&directory.runs(), is_run)?;
+        if directory.holds_a_store()? {
+            remove_files(&directory.database(), is_half_written_options)?;
+        }
         directory.note_creation()?;
         Ok(directory)
     }
@@ -187,14 +190,25 @@ fn make_private(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| Error::io("cannot create", path, &error))
 }
 
-/// Removes runs that a crash left, and nothing else that somebody may have put beside them.
-fn remove_runs(runs: &Path) -> Result<()> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", runs, &error);
-    for entry in fs::read_dir(runs).map_err(unreadable)? {
+/// A run that a crash left before the database had it, and nothing else that somebody may have put beside it.
+fn is_run(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "sst")
+        && path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| stem.parse::<u64>().is_ok())
+}
+
+/// What a crash left of RocksDB's note of its own options. RocksDB removes all its temporary files but these.
+fn is_half_written_options(path: &Path) -> bool {
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .is_some_and(|name| name.starts_with("OPTIONS-") && name.ends_with(".dbtmp"))
+}
+
+/// Removes files that a crash left.
+fn remove_files(dir: &Path, left: impl Fn(&Path) -> bool) -> Result<()> {
+    let unreadable = |error: std::io::Error| Error::io("cannot read", dir, &error);
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        let ours = path.extension().is_some_and(|extension| extension == "sst")
-            && path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| stem.parse::<u64>().is_ok());
-        if ours {
+        if left(&path) {
             fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, &error))?;
         }
     }
