@@ -1,4 +1,5 @@
-//! Doors to the parts, for their benches (`benches/parts.rs`) and models (`tests/shuttle.rs`). No part of the public interface: they may change or go at
+//! Doors to the parts, for their benches (`benches/parts.rs`), for models (`tests/shuttle.rs`) and for tests that kill
+//! (`tests/kill_points.rs`). No part of the public interface: they may change or go at
 //! any time.
 
 use std::hint::black_box;
@@ -7,6 +8,7 @@ use crate::codec::{Event, RowKind, RowWriter, read_row};
 use crate::entry::{Done, Entry, Kept};
 use crate::filter::layer::{Columns, Layer};
 use crate::key::{self, Key};
+pub use crate::kill_point::KillPoint;
 use crate::state::hot_table;
 use crate::storage::{journal, sync};
 

@@ -21,6 +21,7 @@ pub mod future;
 #[doc(hidden)]
 pub mod internals;
 mod key;
+mod kill_point;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod laws;

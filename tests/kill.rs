@@ -5,12 +5,13 @@
 #[path = "common/torture.rs"]
 mod torture;
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use onlyonce::{Durability, ManualClock};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use torture::{Life, Oracle, number, open, spawn};
+use torture::{Life, Oracle, WHOLE_LIFE, command, number, open, start};
 
 /// The process that is killed. Run by the test below, never by itself.
 #[test]
@@ -30,9 +31,17 @@ fn what_was_acknowledged_survives_sigkill_and_what_was_not_is_no_duplicate() {
     let mut oracle = Oracle::new();
     let life = Life { durability: Durability::Process, ..Life::default() };
     for round in 0..rounds {
-        let (mut child, listener) = spawn(&path, life, &oracle, rng.random(), round);
-        // Some die while they open, most while they work.
-        std::thread::sleep(Duration::from_millis(rng.random_range(3..300)));
+        let mut command = command(&path, life, oracle.clock_ms, rng.random(), round);
+        command.stderr(Stdio::inherit());
+        if rng.random_bool(0.5) {
+            command.env(WHOLE_LIFE, "1");
+        }
+        let (mut child, listener) = start(&mut command, || 0);
+        // Some die while they open, most while they work, some while they close.
+        if rng.random_bool(0.75) {
+            listener.wait_for(2);
+        }
+        std::thread::sleep(Duration::from_millis(rng.random_range(3..250)));
         assert!(child.try_wait().unwrap().is_none(), "the child ended by itself, in round {round} of seed {seed}");
         child.kill().unwrap();
         child.wait().unwrap();

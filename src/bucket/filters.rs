@@ -16,6 +16,7 @@ use crate::codec::Secret;
 use crate::error::{Error, Result};
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::layer::{Geometry, SHARDS};
+use crate::kill_point::KillPoint;
 use crate::storage::db::Db;
 
 /// Threads that read files, or the keys of buckets, at a time.
@@ -98,6 +99,7 @@ impl Filters {
         if !go_on() {
             return;
         }
+        KillPoint::FilterLoaded.pass();
         for ((bucket, file), damaged) in files.into_iter().zip(damaged) {
             match damaged.into_inner() {
                 // What was read of it stays in the filter, where it lets a few keys more through to the disk.
@@ -194,6 +196,7 @@ impl Filters {
             // Nothing else that somebody may have put beside them.
             let ours = path.extension().is_some_and(|extension| extension == EXTENSION || extension == file::NEW);
             if ours && !is_live(&path) {
+                KillPoint::FilterOutlivesBucket.pass();
                 fs::remove_file(&path).map_err(|error| Error::io("cannot remove", path, &error))?;
             }
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::set::{Bucket, BucketSet};
 use crate::codec::{Event, digest_of_row, read_row};
 use crate::error::{Error, Result};
+use crate::kill_point::KillPoint;
 use crate::storage::db::Db;
 
 /// Digests that go into the filter at a time.
@@ -51,6 +52,7 @@ pub(crate) fn rebuild_filter(
     let mut expected = bucket.keys.load(Ordering::Relaxed);
     let finished = for_each_digest(db, set, bucket, go_on, |digests| {
         set.mark_counted(bucket, digests, expected.max(digests.len() as u64));
+        KillPoint::FilterHalfRebuilt.pass();
         expected = expected.saturating_sub(digests.len() as u64);
     })?;
     if finished {

@@ -11,6 +11,7 @@ use crate::entry::Done;
 use crate::error::{Error, Result};
 use crate::filter::layer::{Geometry, Layer, SLOTS, Slot};
 use crate::filter::stack::Stack;
+use crate::kill_point::KillPoint;
 use crate::storage::db::Db;
 
 /// A live bucket.
@@ -162,11 +163,14 @@ impl BucketSet {
                 bounds: format!("wide enough that at most {SLOTS} buckets are live"),
             });
         };
+        KillPoint::BucketBegun.pass();
         db.create_bucket(&bucket.family)?;
+        KillPoint::BucketCreated.pass();
         // Most buckets come to what the fullest before them came to.
         let fullest = view.buckets.iter().flatten().map(|bucket| bucket.keys.load(Ordering::Relaxed)).max();
         view.expect(fullest.unwrap_or(0).max(self.expected_keys));
         self.view.store(Arc::new(view));
+        KillPoint::BucketKnown.pass();
         tracing::debug!(bucket = %bucket.slice, "bucket created");
         Ok(bucket)
     }
@@ -294,6 +298,7 @@ impl BucketSet {
 /// Drops a bucket that nobody asks any more. RocksDB forgets the handle even where it fails, so that it cannot be tried
 /// again: the next open finds the bucket, and that it has passed.
 fn drop_or_leave(db: &Db, family: &str) {
+    KillPoint::BucketLeft.pass();
     if let Err(error) = db.drop_bucket(family) {
         tracing::warn!(%error, family, "a passed bucket could not be dropped: the next open will");
     }

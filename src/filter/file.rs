@@ -17,6 +17,7 @@ use std::path::Path;
 
 use super::layer::{Geometry, Layer, SHARDS, Slot};
 use crate::codec::{Reader, Secret};
+use crate::kill_point::KillPoint;
 
 const MAGIC: &[u8; 8] = b"ONLYFLT1";
 const HASH_BYTES: usize = 16;
@@ -81,6 +82,7 @@ pub(crate) fn write(
     slot: Slot,
     covered: &Covered,
 ) -> io::Result<()> {
+    KillPoint::FilterBegun.pass();
     let Some(geometry) = layer.geometry() else { return Err(io::Error::other("only a base has columns to keep")) };
     let new = path.with_extension(NEW);
     let file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
@@ -98,12 +100,18 @@ pub(crate) fn write(
     out.write_all(&header)?;
     out.write_all(&header_hash)?;
     for shard in 0..SHARDS {
+        if shard == SHARDS / 2 {
+            KillPoint::FilterHalfWritten.pass();
+        }
         let column = layer.column(shard, slot);
         out.write_all(&column)?;
         out.write_all(&key.hash(&[&header_hash, &shard.to_le_bytes(), &column]))?;
     }
     out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
-    fs::rename(&new, path)
+    KillPoint::FilterWritten.pass();
+    fs::rename(&new, path)?;
+    KillPoint::FilterNamed.pass();
+    Ok(())
 }
 
 /// A filter file whose header was read and found right.

@@ -24,6 +24,7 @@ use crate::config::{Config, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::{Digester, Key};
+use crate::kill_point::KillPoint;
 use crate::stats::Counters;
 use crate::storage::db::{Db, Tx};
 use crate::storage::directory::Directory;
@@ -159,6 +160,7 @@ impl Engine {
             poison: OnceLock::new(),
             closed: AtomicBool::new(false),
         };
+        KillPoint::OpenReplayed.pass();
         engine.notice_crashes();
         engine.begin(replayed)?;
         Ok(engine)
@@ -188,7 +190,9 @@ impl Engine {
             tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
             tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))
         })?;
+        KillPoint::OpenOptionsWritten.pass();
         self.reserve(0)?;
+        KillPoint::OpenTokensReserved.pass();
         // Tokens must not begin again where a log is lost.
         self.db.flush_meta()?;
         tracing::info!(
@@ -276,11 +280,13 @@ impl Engine {
         }
         self.backlog.eased.notify_all();
         self.waiting.wake_all();
+        KillPoint::CloseBegun.pass();
         let high_water = self.timeline.high_water_ms().to_le_bytes();
         let written = match self.poison.get() {
             None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),
             Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
         };
+        KillPoint::CloseTimeWritten.pass();
         let closed = self.db.close();
         tracing::info!(path = %self.db.directory().root().display(), "store closed");
         written.and(closed)

@@ -12,6 +12,7 @@ use crate::clock::Now;
 use crate::codec::{self, RowKind, RowWriter};
 use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::kill_point::KillPoint;
 
 impl Engine {
     /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
@@ -193,6 +194,7 @@ impl Engine {
         let row = row.finish();
         let mut row_key = Vec::new();
         codec::row_key(asked.digest, asked.key, &mut row_key);
+        KillPoint::ForgetBegun.pass();
         self.write(self.config.sync_results(), |tx| {
             tx.put_row(open.number(), &row);
             for bucket in &sealed {
@@ -200,6 +202,7 @@ impl Engine {
             }
             Ok(())
         })?;
+        KillPoint::ForgetWritten.pass();
         self.count_row(row.len());
         let mut stripe = self.hot.stripe(asked.digest);
         self.hot.forget_recent(asked.digest);
@@ -207,6 +210,7 @@ impl Engine {
             stripe.remove(asked.digest, asked.key);
         }
         drop(stripe);
+        KillPoint::ForgetTaken.pass();
         open.finish();
         self.waiting.wake([asked.digest]);
         Ok(counted)

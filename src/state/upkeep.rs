@@ -18,6 +18,7 @@ use crate::concurrency::sleep;
 use crate::config::Span;
 use crate::entry::{Entry, Processing};
 use crate::error::{Error, Result};
+use crate::kill_point::KillPoint;
 use crate::stats::{BucketStats, Stats};
 
 /// Completed keys that make a run. Fewer make more runs to look through; more take longer to read back after a crash.
@@ -134,13 +135,16 @@ impl Engine {
             }
             stays
         });
+        KillPoint::SealSplit.pass();
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
         // What the journal says of a key overrules its bucket at the next open. Should a power cut take rows that the
         // buckets are ahead of, an older state of the key would be left in it.
         self.sync_log()?;
         seal(&self.db, &self.buckets, &chunk)?;
+        KillPoint::SealRunsIngested.pass();
         // Before the rows go: a manifest that has lost these runs must not pass for whole.
         self.db.take_inventory()?;
+        KillPoint::SealNoted.pass();
 
         self.reserve(image.len())?;
         let mut written = Vec::with_capacity(image.len());
@@ -154,6 +158,7 @@ impl Engine {
             }
             tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
         })?;
+        KillPoint::SealJournalCut.pass();
         for (open, bytes) in written {
             self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
             *last_image = open.number();
@@ -162,9 +167,11 @@ impl Engine {
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
         self.hot.publish();
+        KillPoint::SealPublished.pass();
         // Before the first key leaves: see `Engine::decide`.
         self.seals.fetch_add(1, Ordering::AcqRel);
         self.hot.retire();
+        KillPoint::SealRetired.pass();
         let in_flight = self.hot.in_flight();
         tracing::debug!(keys = chunk.len(), in_flight, journal_bytes, elapsed = ?begun.elapsed(), "sealed");
         Ok(())
@@ -206,6 +213,7 @@ impl Engine {
         let _sealing = self.sealing.lock();
         let (span, now_ms) = (self.config().span, self.now().wall_ms);
         if has_passed(&self.buckets, span, now_ms) {
+            KillPoint::BucketPassed.pass();
             // A clock that was ahead by mistake must not bring back the time in which these keys counted.
             self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))?;
             drop_passed(&self.db, &self.buckets, span, now_ms);

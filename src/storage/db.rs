@@ -17,6 +17,7 @@ use super::sync::SyncGroup;
 use super::{failed, inventory, journal, run, unreadable};
 use crate::concurrency::{AtomicBool, AtomicU64, Mutex, RwLock, RwLockReadGuard};
 use crate::error::{Error, Result};
+use crate::kill_point::KillPoint;
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
 
@@ -77,6 +78,7 @@ impl Db {
             });
         }
         inventory::reopen(&directory.inventory())?;
+        KillPoint::OpenChecked.pass();
         let start = Instant::now();
         let rocks = loop {
             let descriptors = families.iter().map(|name| {
@@ -95,6 +97,7 @@ impl Db {
                 Err(error) => return Err(unreadable("cannot open", &path, &error)),
             }
         };
+        KillPoint::OpenDatabase.pass();
         let db = Self {
             rocks: RwLock::new(Some(rocks)),
             directory,
@@ -125,8 +128,10 @@ impl Db {
         let mut tx = Tx { rocks, batch: WriteBatch::default() };
         fill(&mut tx)?;
         let bytes = tx.batch.size_in_bytes() as u64;
+        KillPoint::WriteBegun.pass();
         rocks.write(tx.batch).map_err(|error| self.write_failed(&error))?;
         self.untaken.fetch_add(bytes, Ordering::Relaxed);
+        KillPoint::WriteDone.pass();
         if sync {
             self.group.wait(|| self.sync(rocks))?;
         }
@@ -145,7 +150,10 @@ impl Db {
     }
 
     fn sync(&self, rocks: &Rocks) -> Result<()> {
-        rocks.flush_wal(true).map_err(|error| self.write_failed(&error))
+        KillPoint::SyncBegun.pass();
+        rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
+        KillPoint::SyncDone.pass();
+        Ok(())
     }
 
     fn write_failed(&self, error: &rocksdb::Error) -> Error {
@@ -248,7 +256,10 @@ impl Db {
         if let Some(family) = rocks.cf_handle(bucket) {
             rocks.delete_file_in_range_cf(&family, FIRST_KEY, LAST_KEY).map_err(cannot_drop)?;
         }
-        rocks.drop_cf(bucket).map_err(cannot_drop)
+        KillPoint::BucketEmptied.pass();
+        rocks.drop_cf(bucket).map_err(cannot_drop)?;
+        KillPoint::BucketDropped.pass();
+        Ok(())
     }
 
     /// The numbers of the files of each bucket. A number is given once.
@@ -296,9 +307,12 @@ impl Db {
         let Some(family) = rocks.cf_handle(bucket) else { return Err(missing_family(bucket)) };
         let mut options = IngestExternalFileOptions::default();
         options.set_move_files(true);
+        KillPoint::RunWritten.pass();
         rocks
             .ingest_external_file_cf_opts(&family, &options, vec![path])
-            .map_err(|error| failed("cannot ingest", path, &error))
+            .map_err(|error| failed("cannot ingest", path, &error))?;
+        KillPoint::RunIngested.pass();
+        Ok(())
     }
 
     /// Writes what the store knows of itself to a table, so that it does not hang on the log alone.
@@ -349,7 +363,9 @@ impl Db {
             }
         }
         let families: Vec<_> = families.iter().collect();
+        KillPoint::LogFlushBegun.pass();
         rocks.flush_cfs_opt(&families, &FlushOptions::default()).map_err(cannot_flush)?;
+        KillPoint::LogFlushed.pass();
         self.take_inventory()
     }
 
@@ -357,13 +373,16 @@ impl Db {
     pub(crate) fn close(&self) -> Result<()> {
         let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
         let synced = rocks.flush_wal(true).map_err(|error| self.write_failed(&error));
+        KillPoint::CloseSynced.pass();
         rocks.cancel_all_background_work(true);
         drop(rocks);
+        KillPoint::CloseDatabase.pass();
         if !self.in_doubt.load(Ordering::Acquire)
             && let Err(error) = self.note_files(true)
         {
             tracing::warn!(%error, "the next open cannot see whether a file was cut short since");
         }
+        KillPoint::CloseNoted.pass();
         self.directory.release();
         synced
     }

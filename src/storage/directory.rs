@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
+use crate::kill_point::KillPoint;
 
 const LOCK: &str = "onlyonce.lock";
 const FILES: &str = "onlyonce.files";
@@ -131,7 +132,9 @@ impl Directory {
         let (new, database) = (self.new_database(), self.database());
         make_private(&new)?;
         create(&new)?;
+        KillPoint::StoreCreated.pass();
         fs::rename(&new, &database).map_err(|error| Error::io("cannot rename", &new, &error))?;
+        KillPoint::StorePlaced.pass();
         sync_dir(&self.root)?;
         // The directory's own name must survive a power cut, too.
         match self.root.parent() {

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use super::directory::sync_dir;
 use super::log;
 use crate::error::{Error, Result};
+use crate::kill_point::KillPoint;
 
 /// What was in use when it was noted.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -113,7 +114,9 @@ fn write(note: &Path, inventory: &Inventory) -> Result<()> {
     let mut file =
         File::options().create(true).write(true).truncate(true).mode(0o600).open(&new).map_err(cannot_write)?;
     file.write_all(inventory.encode().as_bytes()).and_then(|()| file.sync_all()).map_err(cannot_write)?;
+    KillPoint::NoteWritten.pass();
     fs::rename(&new, note).map_err(|error| Error::io("cannot rename", &new, &error))?;
+    KillPoint::NoteNamed.pass();
     note.parent().map_or(Ok(()), sync_dir)
 }
 

@@ -6,17 +6,18 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use onlyonce::{Builder, Check, Claim, Durability, ManualClock, Prior, Recorded, Store};
+use onlyonce::{Builder, Check, Claim, Durability, Lease, ManualClock, Prior, Recorded, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -24,6 +25,8 @@ pub const WINDOW_MS: u64 = 60_000;
 const BUCKET_MS: u64 = 2_500;
 const THREADS: u64 = 4;
 const POOL: u64 = 400;
+/// So many of its own keys a thread knows that the oldest of them are about to run out.
+const OWN: usize = 60;
 const STORE: &str = "ONLYONCE_KILL_STORE";
 const CHILD_SEED: &str = "ONLYONCE_KILL_CHILD_SEED";
 const CLOCK: &str = "ONLYONCE_KILL_CLOCK";
@@ -35,9 +38,14 @@ const PACE: &str = "ONLYONCE_KILL_PACE";
 const BUDGET: &str = "ONLYONCE_KILL_BUDGET";
 const REST_US: &str = "ONLYONCE_KILL_REST_US";
 const PULSE: &str = "ONLYONCE_KILL_PULSE";
+/// Where it is set, a child also forgets keys, and closes its store and opens it again.
+pub const WHOLE_LIFE: &str = "ONLYONCE_KILL_WHOLE_LIFE";
 
 /// Longer than any life: what is not synced by its own call is not synced.
 const NEVER_MS: u64 = 3_600_000;
+
+/// So many keys an oracle asks for until it lets go of those that were left for good.
+const KNOWN: usize = 20_000;
 
 fn durability(name: &str) -> Durability {
     if name == "Disk" { Durability::Disk } else { Durability::Process }
@@ -96,7 +104,13 @@ pub fn spawn_at(
     round: u64,
     listeners_clock: impl Fn() -> u64 + Send + 'static,
 ) -> (Child, Listener) {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    start(&mut command(path, life, clock_ms, seed, round), listeners_clock)
+}
+
+/// What is started there.
+pub fn command(path: &Path, life: Life, clock_ms: u64, seed: u32, round: u64) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
         .env(STORE, path)
         .env(DURABILITY, format!("{:?}", life.durability))
@@ -110,9 +124,16 @@ pub fn spawn_at(
         .env(CHILD_SEED, seed.to_string())
         .env(ROUND, round.to_string())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+        .stderr(Stdio::null());
+    command
+}
+
+/// Starts a child, with a clock for the lines as they arrive.
+pub fn start(
+    command: &mut Command,
+    listeners_clock: impl Fn() -> u64 + Send + 'static,
+) -> (Child, Listener) {
+    let mut child = command.spawn().unwrap();
     let out = child.stdout.take().unwrap();
     let heard = Arc::new(Mutex::new(Vec::new()));
     let lines = Arc::clone(&heard);
@@ -192,41 +213,69 @@ fn say(lines: &str) {
     out.flush().unwrap();
 }
 
+/// From now on a panic in any thread ends the process: else the others would go on, and nobody would hear of it.
+pub fn end_at_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
+}
+
 /// What the process does that is to die.
 pub fn child() {
+    end_at_panic();
     let clock = ManualClock::at(variable(CLOCK).parse().unwrap());
     let (seed, round): (u64, u64) = (variable(CHILD_SEED).parse().unwrap(), variable(ROUND).parse().unwrap());
+    let seal_ms: u64 = variable(SEAL_MS).parse().unwrap();
     let pace = Duration::from_millis(variable(PACE).parse().unwrap());
-    let builder = builder(&clock, durability(&variable(DURABILITY)))
-        .sync_interval(Duration::from_millis(variable(SYNC_MS).parse().unwrap()))
-        .memory_budget(variable(BUDGET).parse::<usize>().unwrap() << 20);
-    say("\n@opening\n");
-    let store = builder.open(variable(STORE)).unwrap();
-    say("@open\n");
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            loop {
-                std::thread::sleep(Duration::from_millis(1));
-                clock.advance(pace);
+    let whole = std::env::var_os(WHOLE_LIFE).is_some();
+    for opening in 0.. {
+        let builder = builder(&clock, durability(&variable(DURABILITY)))
+            .sync_interval(Duration::from_millis(variable(SYNC_MS).parse().unwrap()))
+            .memory_budget(variable(BUDGET).parse::<usize>().unwrap() << 20);
+        say("\n@opening\n");
+        let store = builder.open(variable(STORE)).unwrap();
+        say("@open\n");
+        let seed = seed + opening;
+        let stage = &Stage {
+            store: &store,
+            clock: &clock,
+            whole,
+            standing_still: Mutex::new(()),
+            over: AtomicBool::new(false),
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stage.is_over() {
+                    std::thread::sleep(Duration::from_millis(1));
+                    let _standing_still = stage.standing_still.lock().unwrap();
+                    clock.advance(pace);
+                }
+            });
+            if variable(PULSE) == "true" {
+                scope.spawn(|| pulse(&Path::new(&variable(STORE)).with_extension("pulse")));
+            }
+            scope.spawn(|| {
+                let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
+                while !stage.is_over() {
+                    std::thread::sleep(Duration::from_millis(rng.random_range(0..seal_ms)));
+                    store.seal().unwrap();
+                }
+            });
+            scope.spawn(|| watch(stage, StdRng::seed_from_u64(seed ^ 0x3a7c4)));
+            for thread in 0..THREADS {
+                let worker = format!("{}-{opening}", round * THREADS + thread);
+                scope.spawn(move || work(stage, StdRng::seed_from_u64(seed + thread), &worker));
+            }
+            if whole {
+                let lasts = StdRng::seed_from_u64(seed ^ 0xc105e).random_range(100..1_500);
+                std::thread::sleep(Duration::from_millis(lasts));
+                stage.over.store(true, Ordering::Relaxed);
             }
         });
-        if variable(PULSE) == "true" {
-            scope.spawn(|| pulse(&Path::new(&variable(STORE)).with_extension("pulse")));
-        }
-        scope.spawn(|| {
-            let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
-            let seal_ms: u64 = variable(SEAL_MS).parse().unwrap();
-            loop {
-                std::thread::sleep(Duration::from_millis(rng.random_range(0..seal_ms)));
-                store.seal().unwrap();
-            }
-        });
-        scope.spawn(|| watch(&store, &clock, StdRng::seed_from_u64(seed ^ 0x3a7c4)));
-        for thread in 0..THREADS {
-            let (store, clock) = (&store, &clock);
-            scope.spawn(move || work(store, clock, StdRng::seed_from_u64(seed + thread), round * THREADS + thread));
-        }
-    });
+        store.close().unwrap();
+    }
 }
 
 /// Says after every turn of the disk that it has turned: one block of a file of its own, written where it lies, so that
@@ -242,8 +291,59 @@ fn pulse(path: &Path) {
     }
 }
 
-fn now_ms(clock: &ManualClock) -> u64 {
-    onlyonce::Clock::wall_ms(clock)
+/// Where the threads of a child work, between an opening and a closing.
+struct Stage<'a> {
+    store: &'a Store,
+    clock: &'a ManualClock,
+    whole: bool,
+    /// While it is locked, time stands still.
+    standing_still: Mutex<()>,
+    over: AtomicBool,
+}
+
+impl Stage<'_> {
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    fn now_ms(&self) -> u64 {
+        onlyonce::Clock::wall_ms(self.clock)
+    }
+
+    /// A claim of one key, said where it was given.
+    fn acquire(&self, key: &str) -> Option<Lease> {
+        let Claim::Acquired(lease) = self.store.claim(key).unwrap() else { return None };
+        self.say_got(key, &lease);
+        Some(lease)
+    }
+
+    fn say_got(&self, key: &str, lease: &Lease) {
+        let prior = lease.prior().map_or("none".to_owned(), |prior| format!("{prior:?}"));
+        say(&format!("@got {key} {} {prior} {}\n", lease.token(), self.now_ms()));
+    }
+
+    /// Completes leases of these keys with padded results, and says so before and after.
+    fn complete(&self, leases: Vec<(String, Lease)>, padding: usize) {
+        let started = self.now_ms();
+        let tried: String =
+            leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token())).collect();
+        say(&tried);
+        let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
+        let (keys, leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
+        let padded = results.iter().map(|result| format!("{result}{:.<padding$}", ""));
+        let completed = self.store.complete_batch(leases.into_iter().zip(padded));
+        assert!(completed.iter().all(Result::is_ok), "{completed:?}");
+        let ended = self.now_ms();
+        let done = keys.iter().zip(&results);
+        say(&done.map(|(key, result)| format!("@done {key} {result} {started} {ended}\n")).collect::<String>());
+    }
+
+    /// Forgets a key that is completed, if it is anything, and that nobody completes meanwhile.
+    fn forget(&self, key: &str) {
+        say(&format!("@forget {key}\n"));
+        self.store.forget(key).unwrap();
+        say(&format!("@forgot {key}\n"));
+    }
 }
 
 /// What a child calls a result: without its padding, and `-` where there is none.
@@ -253,13 +353,13 @@ pub fn name(result: Option<&[u8]>) -> String {
 
 /// Says of keys that have just been completed that they are: whoever is told so relies on it as much as the one who
 /// completed them.
-fn watch(store: &Store, clock: &ManualClock, mut rng: StdRng) {
-    loop {
+fn watch(stage: &Stage<'_>, mut rng: StdRng) {
+    while !stage.is_over() {
         let keys: Vec<String> = (0..100).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
         let mut said = String::new();
-        for (key, check) in keys.iter().zip(store.check_batch(&keys).unwrap()) {
+        for (key, check) in keys.iter().zip(stage.store.check_batch(&keys).unwrap()) {
             if let Check::Completed(first) = check.unwrap()
-                && first.completed_at_ms() + 1_000 > now_ms(clock)
+                && first.completed_at_ms() + 1_000 > stage.now_ms()
             {
                 let result = name(first.result());
                 said.push_str(&format!("@dup {key} {result} {}\n", first.completed_at_ms()));
@@ -270,26 +370,41 @@ fn watch(store: &Store, clock: &ManualClock, mut rng: StdRng) {
     }
 }
 
-fn work(store: &Store, clock: &ManualClock, mut rng: StdRng, worker: u64) {
-    for step in 0_u64.. {
+fn work(stage: &Stage<'_>, mut rng: StdRng, worker: &str) {
+    // Keys that this thread has recorded, and nobody else works on.
+    let mut own = VecDeque::new();
+    let mut step = 0_u64;
+    while !stage.is_over() {
+        step += 1;
         rest();
+        if stage.whole && rng.random_bool(0.05) {
+            if rng.random_bool(0.5) {
+                forget_own(stage, &mut rng, &mut own);
+            } else {
+                forget_fought_over(stage, &mut rng);
+            }
+            continue;
+        }
         if rng.random_bool(0.05) {
             let keys: Vec<String> = (0..rng.random_range(1..30)).map(|i| format!("r{worker}-{step}-{i}")).collect();
-            let started = now_ms(clock);
+            let started = stage.now_ms();
             say(&keys.iter().map(|key| format!("@try {key} -\n")).collect::<String>());
-            let recorded = store.record_batch(&keys).unwrap();
+            let recorded = stage.store.record_batch(&keys).unwrap();
             assert!(recorded.into_iter().all(|recorded| matches!(recorded, Ok(Recorded::First))));
-            let ended = now_ms(clock);
+            let ended = stage.now_ms();
             say(&keys.iter().map(|key| format!("@done {key} - {started} {ended}\n")).collect::<String>());
+            own.extend(keys.into_iter().take(2));
+            if own.len() > OWN {
+                own.pop_front();
+            }
             continue;
         }
         let keys: Vec<String> =
             (0..rng.random_range(1..4)).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
         let mut leases = Vec::new();
-        for (key, claimed) in keys.iter().zip(store.claim_batch(&keys).unwrap()) {
+        for (key, claimed) in keys.iter().zip(stage.store.claim_batch(&keys).unwrap()) {
             if let Claim::Acquired(lease) = claimed.unwrap() {
-                let prior = lease.prior().map_or("none".to_owned(), |prior| format!("{prior:?}"));
-                say(&format!("@got {key} {} {prior} {}\n", lease.token(), now_ms(clock)));
+                stage.say_got(key, &lease);
                 leases.push((key.clone(), lease));
             }
         }
@@ -304,27 +419,36 @@ fn work(store: &Store, clock: &ManualClock, mut rng: StdRng, worker: u64) {
             }),
             2 => leases.into_iter().for_each(|(_, lease)| std::mem::forget(lease)),
             _ => {
-                let started = now_ms(clock);
-                let tried: String =
-                    leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token())).collect();
-                say(&tried);
-                let results: Vec<String> =
-                    leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
-                let (keys, leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
                 // Now and then over several pages and blocks of the log.
                 let padding = if rng.random_bool(0.01) { rng.random_range(0..100_000) } else { 0 };
-                let padded = results.iter().map(|result| format!("{result}{:.<padding$}", ""));
-                let completed = store.complete_batch(leases.into_iter().zip(padded));
-                assert!(completed.iter().all(Result::is_ok), "{completed:?}");
-                let ended = now_ms(clock);
-                let done: String = keys
-                    .iter()
-                    .zip(&results)
-                    .map(|(key, result)| format!("@done {key} {result} {started} {ended}\n"))
-                    .collect();
-                say(&done);
+                stage.complete(leases, padding);
             }
         }
+    }
+}
+
+/// Forgets a key that was just recorded, or one whose bucket is about to go, and may complete it anew.
+fn forget_own(stage: &Stage<'_>, rng: &mut StdRng, own: &mut VecDeque<String>) {
+    let key = if rng.random_bool(0.5) { own.pop_front() } else { own.pop_back() };
+    let Some(key) = key else { return };
+    stage.forget(&key);
+    if rng.random_bool(0.5) {
+        let lease = stage.acquire(&key).expect("a forgotten key is free");
+        assert_eq!(lease.prior(), None, "and its next claim is its first");
+        stage.complete(vec![(key.clone(), lease)], 0);
+        own.push_back(key);
+    }
+}
+
+/// Completes and forgets a key that other threads are waiting for. Time stands still meanwhile, so that they do not get it
+/// for the end of its window.
+fn forget_fought_over(stage: &Stage<'_>, rng: &mut StdRng) {
+    let key = format!("h{}", rng.random_range(0..4));
+    let Some(lease) = stage.acquire(&key) else { return };
+    let _standing_still = stage.standing_still.lock().unwrap();
+    stage.complete(vec![(key.clone(), lease)], 0);
+    if rng.random_bool(0.9) {
+        stage.forget(&key);
     }
 }
 
@@ -339,6 +463,8 @@ enum Said {
     Tried { result: String },
     /// Completed between these two times.
     Done { result: String, started_ms: u64, ended_ms: u64 },
+    /// It was completed, and is being forgotten; whether it is is open.
+    Forgetting { result: String },
 }
 
 pub struct Oracle {
@@ -359,23 +485,23 @@ impl Oracle {
     /// completions may be void.
     pub fn hear_all(&mut self, lines: &[Line], certain: usize) {
         let tokens_before = self.last_token;
-        // Whoever held a key has died, and nobody needs to have looked since.
-        for said in self.said.values_mut().filter(|said| **said == Said::Got) {
-            *said = Said::Left;
-        }
+        self.opened += u64::from(lines.iter().any(|line| line.text == "open"));
         for (place, Line { text: line, .. }) in lines.iter().enumerate() {
-            if line == "opening" || line == "pulse" {
+            if line == "opening" {
+                // Whoever held a key is gone, and nobody needs to have looked since.
+                for said in self.said.values_mut().filter(|said| **said == Said::Got) {
+                    *said = Said::Left;
+                }
                 continue;
             }
-            if line == "open" {
-                self.opened += 1;
+            if line == "open" || line == "pulse" {
                 continue;
             }
             if let Some(token) = line.strip_prefix("got ").and_then(|rest| rest.split(' ').nth(1)) {
                 let token: u64 = token.parse().unwrap();
                 assert!(token > tokens_before, "G3: {token} after {tokens_before}");
             }
-            if line.starts_with("done ") || line.starts_with("dup ") {
+            if ["done ", "dup ", "forgot "].iter().any(|word| line.starts_with(word)) {
                 if place >= certain {
                     continue;
                 }
@@ -409,7 +535,7 @@ impl Oracle {
                         "G1: {key}, completed at {started_ms} with {result}, was given out again by {at_ms}"
                     ),
                     Some(Said::Got) => panic!("G3: {key} has two holders"),
-                    Some(Said::Tried { .. } | Said::Left) | None => {}
+                    Some(Said::Tried { .. } | Said::Left | Said::Forgetting { .. }) | None => {}
                 }
                 assert_ne!(*prior, "LeaseExpired", "leases last a day");
                 self.tokens_seen(token);
@@ -434,6 +560,18 @@ impl Oracle {
                 if matches!(self.said.get(*key), Some(Said::Tried { result: tried }) if tried == result) {
                     let done = Said::Done { result: (*result).to_owned(), started_ms: at_ms, ended_ms: at_ms };
                     self.said.insert((*key).to_owned(), done);
+                }
+            }
+            ["forget", key] => {
+                if let Some(Said::Done { result, .. }) = self.said.get(*key) {
+                    let forgetting = Said::Forgetting { result: result.clone() };
+                    self.said.insert((*key).to_owned(), forgetting);
+                }
+            }
+            ["forgot", key] => {
+                // It may have been said late, when the key was somebody else's again.
+                if let Some(said @ Said::Forgetting { .. }) = self.said.get_mut(*key) {
+                    *said = Said::Left;
                 }
             }
             _ => panic!("the child said {line:?}"),
@@ -467,19 +605,22 @@ impl Oracle {
                     assert!(now_ms >= started_ms + WINDOW_MS, "G1: {key} was acknowledged: {said:?}, but is {check:?}");
                     passed.push(key);
                 }
-                (Said::Tried { result }, Check::Completed(completed)) => {
-                    // It was written, and only the acknowledgement was lost.
+                (Said::Tried { result } | Said::Forgetting { result }, Check::Completed(completed)) => {
+                    // The completion was written, and only the acknowledgement was lost; or the end of it was not.
                     assert_eq!(&name(completed.result()), result, "{key}");
                     let at_ms = completed.completed_at_ms();
                     *said = Said::Done { result: result.clone(), started_ms: at_ms, ended_ms: at_ms };
                 }
                 (Said::Got | Said::Left, Check::Completed(_)) => panic!("G2: {key} was never completed: {said:?}"),
-                (Said::Got | Said::Left | Said::Tried { .. }, Check::New) => *said = Said::Left,
+                (_, Check::New) => *said = Said::Left,
                 (_, Check::InProgress(other)) => panic!("G2: {key} is blocked by the dead: {other:?}"),
             }
         }
         for key in passed {
             self.said.remove(&key);
+        }
+        if self.said.len() > KNOWN {
+            self.said.retain(|key, said| *said != Said::Left || !key.starts_with('r'));
         }
         // A key that was left by the dead is told so, and its token is higher than all before.
         let left = self.said.iter().find(|(_, said)| **said == Said::Left).map(|(key, _)| key.clone());
