@@ -1,0 +1,512 @@
+//! At full speed for long, with buckets coming and going all the while, killed and reopened every few seconds: every answer
+//! is checked, and memory, open files and disk space stay where they are.
+//!
+//! The child works through numbered deliveries in batches and notes each batch in a ledger, before and after: a plain file,
+//! which a kill leaves as it is. It asks again for batches of the last two windows, most of all for those whose window ends
+//! just now. The one that follows reads the ledger, and goes on from there.
+//!
+//! `ONLYONCE_SOAK_SECONDS` (default 10) sets how long, `ONLYONCE_SOAK_SEED` (default: drawn, and printed) how.
+
+#[path = "common/torture.rs"]
+mod torture;
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use onlyonce::{Check, Claim, Clock, Completed, Durability, ManualClock, Store};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use torture::number;
+
+const STORE: &str = "ONLYONCE_SOAK_STORE";
+const LEDGERS: &str = "ONLYONCE_SOAK_LEDGERS";
+const WINDOW: &str = "ONLYONCE_SOAK_WINDOW_MS";
+const CHILD_SEED: &str = "ONLYONCE_SOAK_CHILD_SEED";
+
+const WORKERS: u64 = 2;
+const BATCH: u64 = 512;
+/// Buckets that cover a window.
+const BUCKETS: u64 = 16;
+const BUDGET_BYTES: usize = 64 << 20;
+
+/// What a process takes beside the budget: its code, RocksDB's own structures, batches on their way.
+const RSS_MARGIN_BYTES: u64 = 128 << 20;
+/// RocksDB keeps 512 files open at most.
+const FILES_MAX: u64 = 600;
+/// What a remembered key takes on disk, with its share of a filter: and while runs are merged, it is there twice.
+const DISK_BYTES_PER_KEY: u64 = 3 * 90;
+/// Logs and the journal.
+const DISK_MARGIN_BYTES: u64 = 256 << 20;
+
+fn open(path: &Path, clock: &ManualClock, window_ms: u64) -> Store {
+    let store = Store::builder()
+        .window(Duration::from_millis(window_ms))
+        .bucket(Duration::from_millis(window_ms / BUCKETS))
+        .lease(Duration::from_secs(24 * 60 * 60))
+        .durability(Durability::Process)
+        .memory_budget(BUDGET_BYTES)
+        .lock_wait(Duration::from_secs(20))
+        .clock(clock.clone())
+        .open(path)
+        .unwrap();
+    // The store's time never goes back: if the clock is behind it, it catches up, for answers are checked by it.
+    let behind = store.stats().now_ms.saturating_sub(clock.wall_ms());
+    clock.advance(Duration::from_millis(behind));
+    store
+}
+
+fn clock() -> ManualClock {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    ManualClock::at(u64::try_from(now.as_millis()).unwrap())
+}
+
+/// Deliveries `first..first + BATCH` of a worker, completed between these two times.
+#[derive(Debug, Clone, Copy)]
+struct Batch {
+    first: u64,
+    started_ms: u64,
+    ended_ms: u64,
+}
+
+fn key(worker: u64, delivery: u64) -> String {
+    format!("worker-{worker}/delivery-{delivery:016}")
+}
+
+fn result(worker: u64, delivery: u64) -> [u8; 16] {
+    let mixed = (delivery ^ worker << 60).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (u128::from(mixed) << 64 | u128::from(delivery)).to_le_bytes()
+}
+
+/// A worker's notes, as they are in its file.
+struct Ledger {
+    known: VecDeque<Batch>,
+    /// Begun, and not known to be completed.
+    doubtful: Option<u64>,
+    next: u64,
+    last_token: u64,
+}
+
+impl Ledger {
+    fn read(path: &Path) -> Self {
+        let mut ledger = Self { known: VecDeque::new(), doubtful: None, next: 0, last_token: 0 };
+        let text = fs::read_to_string(path).unwrap_or_default();
+        // A line without its end was being written.
+        for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+            let mut words = line.split(' ');
+            let word = words.next().unwrap();
+            let numbers: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();
+            match (word, numbers.as_slice()) {
+                ("try", &[first]) => {
+                    ledger.doubtful = Some(first);
+                    ledger.next = first + BATCH;
+                }
+                ("done", &[first, started_ms, ended_ms, token]) => {
+                    ledger.doubtful = None;
+                    ledger.next = ledger.next.max(first + BATCH);
+                    ledger.last_token = ledger.last_token.max(token);
+                    ledger.known.push_back(Batch { first, started_ms, ended_ms });
+                }
+                _ => panic!("the ledger says {line:?}"),
+            }
+        }
+        ledger
+    }
+
+    /// Drops what is older than two windows.
+    fn trim(&mut self, now_ms: u64, window_ms: u64) {
+        // One stays: it says where to go on.
+        while self.known.len() > 1 && self.known.front().is_some_and(|old| old.ended_ms + 2 * window_ms < now_ms) {
+            self.known.pop_front();
+        }
+    }
+
+    /// Writes a new file without what was dropped, and gives it for further lines.
+    fn rewrite(&self, path: &Path) -> File {
+        let new = path.with_extension("new");
+        let mut text: String = self.known.iter().map(|batch| done_line(batch, self.last_token)).collect();
+        if let Some(first) = self.doubtful {
+            text.push_str(&format!("try {first}\n"));
+        }
+        fs::write(&new, text).unwrap();
+        fs::rename(&new, path).unwrap();
+        File::options().append(true).open(path).unwrap()
+    }
+}
+
+fn done_line(batch: &Batch, token: u64) -> String {
+    format!("done {} {} {} {token}\n", batch.first, batch.started_ms, batch.ended_ms)
+}
+
+/// One of the child's threads.
+struct Worker<'a> {
+    number: u64,
+    store: &'a Store,
+    clock: &'a ManualClock,
+    window_ms: u64,
+    ledger: Ledger,
+}
+
+impl Worker<'_> {
+    fn keys(&self, batch: Batch) -> Vec<String> {
+        (batch.first..batch.first + BATCH).map(|delivery| key(self.number, delivery)).collect()
+    }
+
+    /// What is said of a delivery that was completed must be what was stored, and inside the window.
+    fn check_completed(&self, batch: Batch, delivery: u64, before_ms: u64, completed: &Completed) {
+        let name = key(self.number, delivery);
+        assert!(before_ms < batch.ended_ms + self.window_ms, "G4: {name} is remembered too long: {batch:?}");
+        assert_eq!(completed.result(), Some(&result(self.number, delivery)[..]), "G1: {name} has another result");
+        let at_ms = completed.completed_at_ms();
+        assert!((batch.started_ms..=batch.ended_ms).contains(&at_ms), "G1: {name}: {at_ms} is not in {batch:?}");
+    }
+
+    /// What counts as new must be past its window.
+    fn check_passed(&self, batch: Batch, delivery: u64) {
+        let now_ms = self.clock.wall_ms();
+        let name = key(self.number, delivery);
+        assert!(now_ms >= batch.started_ms + self.window_ms, "G1: {name} is forgotten at {now_ms}: {batch:?}");
+    }
+
+    /// Looks at every key of a batch.
+    fn check(&self, batch: Batch) {
+        let before_ms = self.clock.wall_ms();
+        for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).unwrap()) {
+            match check.unwrap() {
+                Check::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
+                Check::New => self.check_passed(batch, delivery),
+                Check::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
+            }
+        }
+    }
+
+    /// Claims keys of a batch again, as a duplicate would.
+    fn claim_again(&self, batch: Batch, keys: usize) {
+        let before_ms = self.clock.wall_ms();
+        let keys = self.keys(batch).into_iter().take(keys);
+        for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).unwrap()) {
+            match claim.unwrap() {
+                Claim::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
+                // Dropped: nobody completes it again.
+                Claim::Acquired(_) => self.check_passed(batch, delivery),
+                Claim::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
+            }
+        }
+    }
+
+    /// A batch that was under way when the process died is completed whole or not at all.
+    fn settle_doubt(&mut self) {
+        let Some(first) = self.ledger.doubtful.take() else { return };
+        let batch = Batch { first, started_ms: 0, ended_ms: u64::MAX / 2 };
+        let checks: Vec<Check> =
+            self.store.check_batch(self.keys(batch)).unwrap().into_iter().map(Result::unwrap).collect();
+        let completed: Vec<&Completed> = checks
+            .iter()
+            .filter_map(|check| if let Check::Completed(completed) = check { Some(completed) } else { None })
+            .collect();
+        match completed.first() {
+            None => assert!(checks.iter().all(|check| matches!(check, Check::New)), "G2: {checks:?}"),
+            Some(one) => {
+                assert_eq!(completed.len() as u64, BATCH, "half of {batch:?} is completed");
+                let at_ms = one.completed_at_ms();
+                let batch = Batch { first, started_ms: at_ms, ended_ms: at_ms };
+                for (delivery, completed) in (first..).zip(completed) {
+                    self.check_completed(batch, delivery, 0, completed);
+                }
+                self.ledger.known.push_back(batch);
+            }
+        }
+    }
+
+    /// The next deliveries, which are new.
+    fn deliver(&mut self, file: &mut File, tokens_before: u64) {
+        let first = self.ledger.next;
+        self.ledger.next += BATCH;
+        let mut batch = Batch { first, started_ms: 0, ended_ms: 0 };
+        file.write_all(format!("try {first}\n").as_bytes()).unwrap();
+        let mut leases = Vec::with_capacity(BATCH as usize);
+        let mut last_token = tokens_before;
+        for (delivery, claim) in (first..).zip(self.store.claim_batch(self.keys(batch)).unwrap()) {
+            let Claim::Acquired(lease) = claim.unwrap() else { panic!("G2: {delivery} of {batch:?} is new") };
+            assert!(lease.token() > last_token, "G3: {} after {last_token}", lease.token());
+            last_token = lease.token();
+            leases.push((lease, result(self.number, delivery)));
+        }
+        batch.started_ms = self.clock.wall_ms();
+        let completed = self.store.complete_batch(leases);
+        assert!(completed.iter().all(Result::is_ok), "{completed:?}");
+        batch.ended_ms = self.clock.wall_ms();
+        file.write_all(done_line(&batch, last_token).as_bytes()).unwrap();
+        self.ledger.last_token = last_token;
+        self.ledger.known.push_back(batch);
+    }
+
+    /// The batch whose window ends about now, if there is one.
+    fn ending(&self) -> Option<Batch> {
+        let began_ms = self.clock.wall_ms().checked_sub(self.window_ms)?;
+        let place = self.ledger.known.partition_point(|batch| batch.ended_ms < began_ms);
+        self.ledger.known.get(place).copied()
+    }
+
+    /// How many answers it got of keys that were known, or never delivered.
+    fn ask(&self, rng: &mut StdRng) -> u64 {
+        let known = &self.ledger.known;
+        let drawn = known[rng.random_range(0..known.len())];
+        let batch = if rng.random_bool(0.3) { self.ending().unwrap_or(drawn) } else { drawn };
+        // What it acquires is dropped, and stays in memory for a window: few of those.
+        let passed = self.clock.wall_ms() >= batch.started_ms + self.window_ms;
+        if rng.random_bool(0.5) && !passed {
+            self.claim_again(batch, BATCH as usize);
+        } else if rng.random_bool(0.05) {
+            self.claim_again(batch, 8);
+        } else {
+            self.check(batch);
+        }
+        let never = (0..32).map(|_| key(self.number, rng.random_range(1 << 50..1 << 51)));
+        for check in self.store.check_batch(never).unwrap() {
+            assert!(matches!(check, Ok(Check::New)), "G5: {check:?} of a key that was never delivered");
+        }
+        BATCH
+    }
+}
+
+/// The process that is killed. Run by the test below, never by itself.
+#[test]
+#[ignore = "run by the test that kills it"]
+fn child() {
+    torture::end_at_panic();
+    let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is set by the parent"));
+    let (path, ledgers) = (variable(STORE), variable(LEDGERS));
+    let (window_ms, seed): (u64, u64) = (variable(WINDOW).parse().unwrap(), variable(CHILD_SEED).parse().unwrap());
+    let clock = &clock();
+    let store = &open(Path::new(&path), clock, window_ms);
+    let ledger_of = |number: u64| Path::new(&ledgers).join(format!("worker-{number}"));
+    // Tokens of all threads before.
+    let tokens_before = (0..WORKERS).map(|number| Ledger::read(&ledger_of(number)).last_token).max().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut last = Instant::now();
+            loop {
+                std::thread::sleep(Duration::from_millis(1));
+                let passed = Duration::from_millis(u64::try_from(last.elapsed().as_millis()).unwrap());
+                last += passed;
+                clock.advance(passed);
+            }
+        });
+        for number in 0..WORKERS {
+            let path = ledger_of(number);
+            scope.spawn(move || {
+                let mut rng = StdRng::seed_from_u64(seed + number);
+                let mut worker = Worker { number, store, clock, window_ms, ledger: Ledger::read(&path) };
+                worker.settle_doubt();
+                // What was acknowledged last is what a crash is most likely to lose.
+                worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch));
+                worker.ledger.trim(clock.wall_ms(), window_ms);
+                let mut file = worker.ledger.rewrite(&path);
+                let mut tokens = tokens_before;
+                loop {
+                    worker.deliver(&mut file, tokens);
+                    tokens = worker.ledger.last_token;
+                    worker.ledger.trim(clock.wall_ms(), window_ms);
+                    let asked = if rng.random_bool(0.3) { worker.ask(&mut rng) } else { 0 };
+                    let said = format!("@{BATCH} {asked}\n");
+                    std::io::stdout().lock().write_all(said.as_bytes()).unwrap();
+                }
+            });
+        }
+    });
+}
+
+/// What was looked at from outside.
+#[derive(Debug, Default, Clone, Copy)]
+struct Sample {
+    at: Duration,
+    rss_bytes: u64,
+    files: u64,
+    disk_bytes: u64,
+    /// Keys that were completed by then, in all.
+    keys: u64,
+}
+
+/// The largest of each, between these shares of the whole time.
+fn largest(samples: &[Sample], total: Duration, from: f64, to: f64) -> Sample {
+    let within = samples.iter().filter(|sample| sample.at >= total.mul_f64(from) && sample.at <= total.mul_f64(to));
+    within.fold(Sample::default(), |largest, sample| Sample {
+        rss_bytes: largest.rss_bytes.max(sample.rss_bytes),
+        files: largest.files.max(sample.files),
+        disk_bytes: largest.disk_bytes.max(sample.disk_bytes),
+        ..*sample
+    })
+}
+
+fn resident_bytes(process: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+}
+
+fn bytes_below(path: &Path) -> u64 {
+    // Files go while one looks.
+    let Ok(entries) = fs::read_dir(path) else { return 0 };
+    let bytes = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    };
+    entries.flatten().map(bytes).sum()
+}
+
+struct Soak {
+    dir: tempfile::TempDir,
+    window_ms: u64,
+    begun: Instant,
+    samples: Vec<Sample>,
+    keys: AtomicU64,
+    asked: AtomicU64,
+}
+
+impl Soak {
+    fn store(&self) -> std::path::PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn spawn(&self, seed: u32) -> Child {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
+            .env(STORE, self.store())
+            .env(LEDGERS, self.dir.path())
+            .env(WINDOW, self.window_ms.to_string())
+            .env(CHILD_SEED, seed.to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Lets a child work for so long, looks at it meanwhile, and kills it.
+    fn live(&mut self, lasts: Duration, seed: u32) {
+        let mut child = self.spawn(seed);
+        let out = child.stdout.take().unwrap();
+        let (keys, asked) = (&self.keys, &self.asked);
+        let (begun, store) = (self.begun, self.store());
+        let samples = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for line in BufReader::new(out).lines().map_while(Result::ok) {
+                    let Some((more, again)) = line.strip_prefix('@').and_then(|said| said.split_once(' ')) else {
+                        continue;
+                    };
+                    keys.fetch_add(more.parse().unwrap(), Ordering::Relaxed);
+                    asked.fetch_add(again.parse().unwrap(), Ordering::Relaxed);
+                }
+            });
+            let mut samples = Vec::new();
+            let born = Instant::now();
+            while born.elapsed() < lasts {
+                std::thread::sleep(Duration::from_millis(100));
+                let ended = child.try_wait().unwrap();
+                assert!(ended.is_none(), "the child ended by itself: {ended:?}");
+                let Some(rss_bytes) = resident_bytes(child.id()) else { continue };
+                samples.push(Sample {
+                    at: begun.elapsed(),
+                    rss_bytes,
+                    files: fs::read_dir(format!("/proc/{}/fd", child.id())).map_or(0, Iterator::count) as u64,
+                    disk_bytes: bytes_below(&store),
+                    keys: keys.load(Ordering::Relaxed),
+                });
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            samples
+        });
+        self.samples.extend(samples);
+    }
+
+    /// Opens the store and asks for every key that the ledgers know.
+    fn check_all(&self) -> u64 {
+        let clock = clock();
+        let store = open(&self.store(), &clock, self.window_ms);
+        let mut checked = 0;
+        for number in 0..WORKERS {
+            let ledger = Ledger::read(&self.dir.path().join(format!("worker-{number}")));
+            let mut worker = Worker { number, store: &store, clock: &clock, window_ms: self.window_ms, ledger };
+            worker.settle_doubt();
+            for batch in &worker.ledger.known {
+                worker.check(*batch);
+                checked += BATCH;
+            }
+        }
+        store.close().unwrap();
+        checked
+    }
+
+    /// No sample may show more on disk than what is remembered at that time takes.
+    fn check_disk(&self) {
+        let kept = Duration::from_millis(self.window_ms + 3 * self.window_ms / BUCKETS);
+        let mut from = 0;
+        for sample in &self.samples {
+            while self.samples[from].at + kept < sample.at {
+                from += 1;
+            }
+            // Nothing is said while nobody lives, and what was said last may be missing: the sample before counts.
+            let remembered = sample.keys - self.samples[from.saturating_sub(1)].keys;
+            let bound = remembered * DISK_BYTES_PER_KEY + DISK_MARGIN_BYTES;
+            assert!(sample.disk_bytes <= bound, "{sample:?}: {remembered} keys are remembered");
+        }
+    }
+}
+
+#[test]
+fn a_store_at_full_speed_stays_right_and_as_large_as_it_is_through_kills_and_rotation() {
+    let seconds = number("ONLYONCE_SOAK_SECONDS").unwrap_or(10);
+    let seed = number("ONLYONCE_SOAK_SEED").unwrap_or_else(|| rand::rng().random());
+    eprintln!("ONLYONCE_SOAK_SEED={seed} ONLYONCE_SOAK_SECONDS={seconds}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let total = Duration::from_secs(seconds);
+    let mut soak = Soak {
+        dir: tempfile::tempdir().unwrap(),
+        window_ms: (seconds * 200).clamp(1_600, 8_000),
+        begun: Instant::now(),
+        samples: Vec::new(),
+        keys: AtomicU64::new(0),
+        asked: AtomicU64::new(0),
+    };
+    let mut kills = 0;
+    while let left = total.saturating_sub(soak.begun.elapsed())
+        && !left.is_zero()
+    {
+        // Some live long, where time allows: what grows slowly is seen in them.
+        let long = seconds >= 600 && rng.random_bool(0.01);
+        let lasts =
+            if long { total / 12 } else { (total / 4).min(Duration::from_millis(rng.random_range(1_500..6_000))) };
+        soak.live(lasts.min(left), rng.random());
+        kills += 1;
+    }
+    let checked = soak.check_all();
+    let keys = soak.keys.load(Ordering::Relaxed);
+    let asked = soak.asked.load(Ordering::Relaxed);
+    let (early, late) = (largest(&soak.samples, total, 0.05, 0.15), largest(&soak.samples, total, 0.9, 1.0));
+    let most = largest(&soak.samples, total, 0.0, 1.0);
+    let mib = |bytes: u64| bytes >> 20;
+    eprintln!(
+        "{keys} keys in {seconds} s ({} a second), {asked} asked again and {checked} at the end, {kills} kills\n\
+         at 10 %, at the end, at most: memory {}, {}, {} MiB of a budget of {}; open files {}, {}, {}; disk {}, {}, {} MiB",
+        keys / seconds,
+        mib(early.rss_bytes),
+        mib(late.rss_bytes),
+        mib(most.rss_bytes),
+        BUDGET_BYTES >> 20,
+        early.files,
+        late.files,
+        most.files,
+        mib(early.disk_bytes),
+        mib(late.disk_bytes),
+        mib(most.disk_bytes),
+    );
+    assert!(most.rss_bytes <= BUDGET_BYTES as u64 + RSS_MARGIN_BYTES, "it takes too much memory");
+    assert!(most.files <= FILES_MAX, "it has too many files open");
+    soak.check_disk();
+    assert!(keys > 1_000 * seconds && asked > 100 * seconds, "too little was at stake");
+}
