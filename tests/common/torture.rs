@@ -129,10 +129,7 @@ pub fn command(path: &Path, life: Life, clock_ms: u64, seed: u32, round: u64) ->
 }
 
 /// Starts a child, with a clock for the lines as they arrive.
-pub fn start(
-    command: &mut Command,
-    listeners_clock: impl Fn() -> u64 + Send + 'static,
-) -> (Child, Listener) {
+pub fn start(command: &mut Command, listeners_clock: impl Fn() -> u64 + Send + 'static) -> (Child, Listener) {
     let mut child = command.spawn().unwrap();
     let out = child.stdout.take().unwrap();
     let heard = Arc::new(Mutex::new(Vec::new()));
@@ -330,7 +327,7 @@ impl Stage<'_> {
         say(&tried);
         let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
         let (keys, leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
-        let padded = results.iter().map(|result| format!("{result}{:.<padding$}", ""));
+        let padded = results.iter().map(|result| format!("{result}{}", ".".repeat(padding)));
         let completed = self.store.complete_batch(leases.into_iter().zip(padded));
         assert!(completed.iter().all(Result::is_ok), "{completed:?}");
         let ended = self.now_ms();
