@@ -133,12 +133,15 @@ fn left_over(store: &Store, path: &Path) -> Vec<String> {
         .map(|bucket| format!("bucket-{}-{}", bucket.start_ms, bucket.end_ms - bucket.start_ms))
         .collect();
     let database = path.join("db");
-    // A reader beside the store sees what is in the manifest.
+    // A reader beside the store sees what is in the manifest; while runs are merged, it may be too late for one of them.
     let scratch = tempfile::tempdir().unwrap();
     let mut options = rocksdb::Options::default();
     options.set_db_log_dir(scratch.path());
     let families = rocksdb::DB::list_cf(&options, &database).unwrap();
-    let reader = rocksdb::DB::open_cf_for_read_only(&options, &database, &families, false).unwrap();
+    let reader = match rocksdb::DB::open_cf_for_read_only(&options, &database, &families, false) {
+        Ok(reader) => reader,
+        Err(error) => return vec![error.to_string()],
+    };
     let tables: Vec<String> =
         reader.live_files().unwrap().into_iter().map(|file| file.name.trim_start_matches('/').to_owned()).collect();
 
