@@ -506,7 +506,7 @@ mod tests {
             token: 9,
             attempt: 2,
             since_ms: 40,
-            fingerprint: None,
+            fingerprint: Some([7; 16]),
             holder: Holder::Leased { until_monotonic_ms: 77 },
         };
         let mut row = RowWriter::new(RowKind::Claimed, 50, 0);
@@ -516,6 +516,26 @@ mod tests {
             assert_eq!(event, Event::Claimed(expected));
         })
         .unwrap();
+    }
+
+    #[test]
+    fn a_number_of_more_than_64_bits_is_refused() {
+        let of = |last| Reader::new(&[&[0xff; 9][..], &[last]].concat()).varint();
+        assert_eq!(of(0x01), Some(u64::MAX));
+        for over in [0x02, 0x7f, 0x81, 0xff] {
+            assert_eq!(of(over), None, "{over:#x}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_says_it_has_no_result_and_has_one_is_refused() {
+        for result in [Kept::Absent, Kept::Omitted] {
+            let mut value = Vec::new();
+            put_value(&Done { token: 1, completed_ms: 5, fingerprint: None, result }, 0, &mut value);
+            assert!(read_value(&value, 0).is_some());
+            value.push(b'r');
+            assert_eq!(read_value(&value, 0), None, "{result:?}");
+        }
     }
 
     #[test]

@@ -272,6 +272,19 @@ fn a_renewed_lease_starts_again() {
 }
 
 #[test]
+fn a_holder_cannot_renew_what_was_resolved_to_run_again() {
+    let bench = held_bench();
+    let mut late = bench.acquire("k");
+    late.renew().unwrap();
+    assert_eq!(bench.store().stats().superseded, 0);
+    bench.advance_ms(1_000);
+    bench.store().resolve("k", Resolution::Rerun).unwrap();
+    assert!(matches!(late.renew(), Err(Error::Superseded { .. })));
+    assert_eq!(bench.store().stats().superseded, 1);
+    assert_eq!(bench.acquire("k").attempt(), 2, "the next one gets it, as was resolved");
+}
+
+#[test]
 fn tokens_increase_over_keys_and_restarts() {
     let mut bench = Bench::new();
     let mut last = 0;
