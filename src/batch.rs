@@ -74,7 +74,7 @@ impl Store {
         let mut answers: Vec<Option<Result<(), CompleteError>>> = Vec::new();
         for (lease, result) in leases {
             if is_of(&lease, &self.running) {
-                ours.push((lease, result.into()));
+                ours.push((lease, result.into().into()));
                 answers.push(None);
             } else {
                 let key = lease.key().to_string();

@@ -10,6 +10,7 @@ use crate::error::{Error, Outcome, Result};
 use crate::key::Key;
 use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
+use crate::tx::Tx;
 
 /// The answer to [`Store::claim`](crate::Store::claim).
 ///
@@ -167,7 +168,7 @@ impl Lease {
 
     /// As [`Lease::complete`], and gives the result back where that worked, too.
     pub(crate) fn complete_and_keep(self, result: Vec<u8>) -> Result<Vec<u8>, CompleteError> {
-        let mut outcomes = complete_all(vec![(self, result)]);
+        let mut outcomes = complete_all(vec![(self, result.into())]);
         outcomes.pop().unwrap_or(Ok(Vec::new()))
     }
 
@@ -182,6 +183,41 @@ impl Lease {
             Ok(bytes) => self.complete(bytes),
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }
+    }
+
+    /// As [`Lease::complete`], with what `fill` adds to the same write: consumer offsets, and messages for the outbox. All of
+    /// it is stored, or nothing.
+    ///
+    /// A consumer that keeps its offset here and publishes from the outbox takes each message once, up to the broker's
+    /// door: what it publishes may come twice, with the same [`Message::id`](crate::Message).
+    ///
+    /// ```
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// let next = store.offset("orders", 0)?.unwrap_or(0);
+    /// if let Claim::Acquired(lease) = store.claim("order-4711")? {
+    ///     lease.complete_with("charged", |tx| {
+    ///         tx.set_offset("orders", 0, next + 1);
+    ///         tx.enqueue("charges", "order-4711", "12 EUR");
+    ///     })?;
+    /// }
+    /// assert_eq!(store.offset("orders", 0)?, Some(1));
+    /// for message in store.outbox(100)? {
+    ///     // Publish it here.
+    ///     store.delivered([message.id])?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::complete`]; nothing of `fill` is stored then, unless the outcome is unknown.
+    pub fn complete_with(self, result: impl Into<Vec<u8>>, fill: impl FnOnce(&mut Tx)) -> Result<(), CompleteError> {
+        let mut outcomes = complete_all(vec![(self, Work::with(result.into(), fill))]);
+        outcomes.pop().map_or(Ok(()), |outcome| outcome.map(drop))
     }
 
     /// Says that this attempt failed and did nothing: the next claim gets the key at once, and is told
@@ -242,25 +278,50 @@ impl std::fmt::Debug for Lease {
     }
 }
 
+/// What completes a lease.
+pub(crate) struct Work {
+    pub(crate) result: Vec<u8>,
+    /// Seldom there, and then on the heap: batches move many of these.
+    pub(crate) tx: Option<Box<Tx>>,
+}
+
+impl From<Vec<u8>> for Work {
+    fn from(result: Vec<u8>) -> Self {
+        Self { result, tx: None }
+    }
+}
+
+impl Work {
+    /// A result with what `fill` adds to its write.
+    pub(crate) fn with(result: Vec<u8>, fill: impl FnOnce(&mut Tx)) -> Self {
+        let mut tx = Box::<Tx>::default();
+        fill(&mut tx);
+        Self { result, tx: Some(tx) }
+    }
+
+    fn settlement(&self, limit: usize) -> Settlement<'_> {
+        Settlement::Completed(Kept::of(&self.result, limit), self.tx.as_deref())
+    }
+}
+
 /// Completes leases in one write; an answer for each, with its result.
-pub(crate) fn complete_all(mut leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<Vec<u8>, CompleteError>> {
+pub(crate) fn complete_all(mut leases: Vec<(Lease, Work)>) -> Vec<Result<Vec<u8>, CompleteError>> {
     let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };
     let engine = &running.engine;
     let limit = engine.config().result_limit;
-    let settlements =
-        leases.iter().map(|(lease, result)| (&lease.grant, Settlement::Completed(Kept::of(result, limit)))).collect();
+    let settlements = leases.iter().map(|(lease, work)| (&lease.grant, work.settlement(limit))).collect();
     match engine.settle(RowKind::Completed, Settler::Holder, settlements) {
         Ok(accepted) => leases
             .drain(..)
             .zip(accepted)
-            .map(|((mut lease, result), accepted)| {
+            .map(|((mut lease, Work { result, .. }), accepted)| {
                 lease.settled = true;
                 if accepted { Ok(result) } else { Err(CompleteError::new(lease.grant.superseded(), result, None)) }
             })
             .collect(),
         Err(error) => leases
             .drain(..)
-            .map(|(mut lease, result)| {
+            .map(|(mut lease, Work { result, .. })| {
                 let lease = match error.outcome() {
                     Outcome::NotWritten => Some(lease),
                     Outcome::Unknown => {

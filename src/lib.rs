@@ -29,6 +29,7 @@ mod state;
 mod stats;
 mod storage;
 mod store;
+mod tx;
 
 pub use claim::{Claim, CompleteError, Completed, InProgress, Lease};
 pub use clock::{Clock, ManualClock};
@@ -38,3 +39,4 @@ pub use error::{Error, Outcome, Result};
 pub use key::Key;
 pub use stats::{BucketStats, Stats};
 pub use store::{Builder, Check, Held, Phase, Ran, Recorded, Resolution, RunError, Store, Stored};
+pub use tx::{Message, MessageId, Tx};

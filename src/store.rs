@@ -19,6 +19,7 @@ use crate::state::transition::Standing;
 use crate::state::waiting::Waiter;
 use crate::stats::Stats;
 use crate::storage::directory::Directory;
+use crate::tx::{Message, MessageId};
 
 /// A deduplication and idempotency store in a directory. Clones are handles to the same store.
 ///
@@ -423,6 +424,40 @@ impl Store {
         Ok(entry.map(|entry| stored(entry, &self.running.engine)))
     }
 
+    /// How far a partition of a stream was read, by the last [`Tx::set_offset`](crate::Tx::set_offset). `None` if none was
+    /// ever set. A read of one row, usually from memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Closed`], [`Error::Poisoned`], and [`Error::Io`] or [`Error::Corrupt`] where it cannot be read.
+    pub fn offset(&self, stream: impl AsRef<[u8]>, partition: u32) -> Result<Option<u64>> {
+        self.running.engine.offset(stream.as_ref(), partition)
+    }
+
+    /// The first messages, at most `limit`, that completions have enqueued with [`Tx::enqueue`](crate::Tx::enqueue) and
+    /// that were not [`delivered`](Store::delivered). In the order in which those completions began; one that takes
+    /// longer may come up later, before others. Meant for one publisher at a time.
+    ///
+    /// Publish them and remove them, in this order: killed in between, you publish them again. [`Message::id`] tells such a
+    /// duplicate from another message.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::offset`].
+    pub fn outbox(&self, limit: usize) -> Result<Vec<Message>> {
+        self.running.engine.outbox(limit)
+    }
+
+    /// Removes messages from the outbox. One write, not synced: a power cut may bring them back, and they are published
+    /// again. One that is not there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Closed`], [`Error::Poisoned`], and [`Error::WriteFailed`], after which they may be removed.
+    pub fn delivered(&self, messages: impl IntoIterator<Item = MessageId>) -> Result<()> {
+        self.running.engine.delivered(messages)
+    }
+
     /// Removes all that is stored of a key, so that the next claim is its first. True if there was something.
     ///
     /// For operators: it waits for a seal under way, and its write is as durable as a completion.
@@ -470,7 +505,7 @@ impl Store {
             Resolution::Rerun => (RowKind::Settled, Settlement::Open { prior, not_before_ms: 0 }),
             Resolution::Completed(result) => {
                 let kept = Kept::of(result, engine.config().result_limit);
-                (RowKind::Completed, Settlement::Completed(kept))
+                (RowKind::Completed, Settlement::Completed(kept, None))
             }
         };
         let accepted = engine.settle(kind, Settler::Operator, vec![(&grant, settlement)])?;

@@ -82,6 +82,9 @@ fn the_verbs_answer_as_those_that_block() {
         assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
         assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));
 
+        acquire(&store, "o").await.complete_with("", |tx| tx.set_offset("orders", 3, 9)).await.unwrap();
+        assert_eq!(store.blocking().offset("orders", 3).unwrap(), Some(9));
+
         assert_eq!(store.record("r").await.unwrap(), Recorded::First);
         assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
         assert!(matches!(store.claim("").await, Err(Error::KeyEmpty)));

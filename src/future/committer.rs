@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::claim::{self, Claim, CompleteError, Lease, complete_all, release_all};
+use crate::claim::{self, Claim, CompleteError, Lease, Work, complete_all, release_all};
 use crate::error::{Error, Result};
 use crate::state::answer::{Answer, Claimed};
 use crate::state::keeper::{PoisonOnPanic, Running};
@@ -67,7 +67,7 @@ type Call = Box<dyn FnOnce(&Running) + Send>;
 enum Job {
     Claim(Ask<Undelivered>),
     Record(Ask<Vec<Result<Answer>>>),
-    Complete(Settle<Vec<u8>, Result<Vec<u8>, CompleteError>>),
+    Complete(Settle<Work, Result<Vec<u8>, CompleteError>>),
     Release(Settle<Duration, Result<()>>),
     Call(Call),
 }
@@ -89,7 +89,7 @@ impl Committer {
     }
 
     /// An answer for each, with its result.
-    pub(super) async fn complete(&self, leases: Vec<(Lease, Vec<u8>)>) -> Vec<Result<Vec<u8>, CompleteError>> {
+    pub(super) async fn complete(&self, leases: Vec<(Lease, Work)>) -> Vec<Result<Vec<u8>, CompleteError>> {
         let count = leases.len();
         let answers = submit(&self.settling, |reply| Job::Complete(Settle { leases, reply })).await;
         // The results went with the thread that had them.
@@ -158,7 +158,7 @@ struct Round {
     bytes: usize,
     claims: Vec<Ask<Undelivered>>,
     records: Vec<Ask<Vec<Result<Answer>>>>,
-    completions: Vec<Settle<Vec<u8>, Result<Vec<u8>, CompleteError>>>,
+    completions: Vec<Settle<Work, Result<Vec<u8>, CompleteError>>>,
     releases: Vec<Settle<Duration, Result<()>>>,
     calls: Vec<Call>,
 }
@@ -205,7 +205,11 @@ impl Round {
             }
             Job::Complete(settle) => {
                 self.keys += settle.leases.len();
-                self.bytes += settle.leases.iter().map(|(_, result)| result.len()).sum::<usize>();
+                self.bytes += settle
+                    .leases
+                    .iter()
+                    .map(|(_, work)| work.result.len() + work.tx.as_ref().map_or(0, |tx| tx.len()))
+                    .sum::<usize>();
                 self.completions.push(settle);
             }
             Job::Release(settle) => {

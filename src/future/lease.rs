@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use super::committer::Committer;
 use super::{Claim, CompleteError};
-use crate::claim::{self, Claim as Claimed};
+use crate::claim::{self, Claim as Claimed, Work};
 use crate::codec;
 use crate::entry::Prior;
 use crate::error::{Error, Result};
 use crate::key::Key;
+use crate::tx::Tx;
 
 /// The right to do a piece of work: a [`Lease`](crate::Lease) that is settled by futures.
 ///
@@ -72,13 +73,13 @@ impl Lease {
     ///
     /// A [`CompleteError`], which gives the result back. [`Error::Superseded`] if somebody has taken over.
     pub async fn complete(self, result: impl Into<Vec<u8>>) -> Result<(), CompleteError> {
-        self.complete_and_keep(result.into()).await.map(drop)
+        self.finish(result.into().into()).await.map(drop)
     }
 
     /// As [`Lease::complete`], and gives the result back where that worked, too.
-    pub(super) async fn complete_and_keep(self, result: Vec<u8>) -> Result<Vec<u8>, CompleteError> {
+    pub(super) async fn finish(self, work: Work) -> Result<Vec<u8>, CompleteError> {
         let Self { lease, committer } = self;
-        let mut answers = committer.complete(vec![(lease, result)]).await;
+        let mut answers = committer.complete(vec![(lease, work)]).await;
         answers.pop().unwrap_or(Ok(Vec::new())).map_err(|error| failed(error, &committer))
     }
 
@@ -93,6 +94,20 @@ impl Lease {
             Ok(bytes) => self.complete(bytes).await,
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }
+    }
+
+    /// As [`Lease::complete`], with what `fill` adds to the same write: see
+    /// [`Lease::complete_with`](crate::Lease::complete_with).
+    ///
+    /// # Errors
+    ///
+    /// As [`Lease::complete`]; nothing of `fill` is stored then, unless the outcome is unknown.
+    pub async fn complete_with(
+        self,
+        result: impl Into<Vec<u8>>,
+        fill: impl FnOnce(&mut Tx),
+    ) -> Result<(), CompleteError> {
+        self.finish(Work::with(result.into(), fill)).await.map(drop)
     }
 
     /// Says that this attempt failed and did nothing, as [`Lease::release`](crate::Lease::release).

@@ -212,7 +212,7 @@ impl Store {
             Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
         };
         match work(&mut lease).await {
-            Ok(result) => lease.complete_and_keep(result).await.map(Ran::First).map_err(RunError::Complete),
+            Ok(result) => lease.finish(result.into()).await.map(Ran::First).map_err(RunError::Complete),
             Err(error) => {
                 if let Err(error) = lease.release().await {
                     tracing::warn!(%error, "the key of failed work could not be released");
@@ -288,7 +288,7 @@ impl Store {
         let mut answers: Vec<Option<Result<(), CompleteError>>> = Vec::new();
         for (lease, result) in leases {
             if is_of(&lease.lease, &self.committer.running) {
-                ours.push((lease.lease, result.into()));
+                ours.push((lease.lease, result.into().into()));
                 answers.push(None);
             } else {
                 let error = Error::ForeignLease { key: lease.key().to_string() };

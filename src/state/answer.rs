@@ -6,6 +6,7 @@ use super::request::{Asked, Request};
 use crate::entry::{Done, Kept, Prior, Processing};
 use crate::error::{Error, printable};
 use crate::key::{Fingerprint, Key};
+use crate::tx::Tx;
 
 /// What a claim, a check or a record was answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,8 +71,8 @@ pub(crate) enum Settler {
 /// What becomes of a lease.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Settlement<'a> {
-    /// The work is done.
-    Completed(Kept<&'a [u8]>),
+    /// The work is done, and this is written with it.
+    Completed(Kept<&'a [u8]>, Option<&'a Tx>),
     /// The work is not done, and free for the next from then on.
     Open { prior: Prior, not_before_ms: u64 },
 }

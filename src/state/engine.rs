@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::along;
 use super::hot_table::{HotTable, Stripe};
 use super::request::{Request, admit_bytes};
 use super::sequence::Sequence;
@@ -26,8 +27,9 @@ use crate::error::{Error, Result};
 use crate::key::{Digester, Key};
 use crate::kill_point::KillPoint;
 use crate::stats::Counters;
-use crate::storage::db::{Db, Tx};
+use crate::storage::db::{self, Db};
 use crate::storage::directory::Directory;
+use crate::tx::Tx;
 
 /// Names in `meta`.
 pub(super) const FORMAT: &str = "format";
@@ -65,6 +67,8 @@ pub(crate) struct Engine {
     pub(super) seals: AtomicU64,
     pub(super) backlog: Backlog,
     pub(super) waiting: Arc<Waiting>,
+    /// Messages of rows below this one are removed from the outbox.
+    pub(super) delivered_below: AtomicU64,
     /// Bytes of rows that were written since the last seal, or found at open.
     pub(super) journal_bytes: AtomicU64,
     /// Bytes of rows that were written since the journal was flushed last.
@@ -153,6 +157,7 @@ impl Engine {
             seals: AtomicU64::new(0),
             backlog: Backlog::default(),
             waiting: Arc::default(),
+            delivered_below: AtomicU64::new(0),
             journal_bytes: AtomicU64::new(replayed.bytes),
             log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
@@ -255,7 +260,7 @@ impl Engine {
     }
 
     /// Writes to the database; poisons the store where the outcome is unknown.
-    pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
+    pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut db::Tx<'_>) -> Result<()>) -> Result<()> {
         self.ready()?;
         self.db.write(sync, fill).inspect_err(|error| {
             if let Error::WriteFailed { detail } = error {
@@ -340,13 +345,18 @@ impl Engine {
 
     /// Writes a row. From then on what it says counts.
     pub(super) fn append(&self, open: OpenRow<'_>, row: RowWriter, sync: bool) -> Result<()> {
+        self.append_with(open, row, &[], sync)
+    }
+
+    /// As [`Engine::append`], with what its completions take along.
+    pub(super) fn append_with(&self, open: OpenRow<'_>, row: RowWriter, taken: &[&Tx], sync: bool) -> Result<()> {
         if !row.is_empty() {
             let row = row.finish();
             self.write(sync, |tx| {
                 tx.put_row(open.number, &row);
-                Ok(())
+                along::put(tx, open.number, taken)
             })?;
-            self.count_row(row.len());
+            self.count_row(row.len() + taken.iter().map(|tx| tx.len()).sum::<usize>());
         }
         open.finish();
         Ok(())

@@ -1,5 +1,6 @@
 //! The machine: what a key's state means, where it is kept, and in which order things happen.
 
+mod along;
 pub(crate) mod answer;
 mod chunk;
 mod claiming;
@@ -7,6 +8,7 @@ pub(crate) mod engine;
 pub(crate) mod hot_table;
 pub(crate) mod keeper;
 mod lookup;
+mod outbox;
 mod page;
 pub(crate) mod request;
 pub(crate) mod sequence;

@@ -13,6 +13,7 @@ use crate::codec::{self, RowKind, RowWriter};
 use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::kill_point::KillPoint;
+use crate::tx::Tx;
 
 impl Engine {
     /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
@@ -27,8 +28,11 @@ impl Engine {
         let bytes: usize = leases
             .iter()
             .map(|(grant, settlement)| {
-                let result = if let Settlement::Completed(result) = settlement { result.len() } else { 0 };
-                grant.key().len() + result + 16
+                let brought = match settlement {
+                    Settlement::Completed(result, taken) => result.len() + taken.map_or(0, Tx::len),
+                    Settlement::Open { .. } => 0,
+                };
+                grant.key().len() + brought + 16
             })
             .sum();
         self.admit(0, bytes)?;
@@ -36,6 +40,7 @@ impl Engine {
         let open = self.begin_row();
         let mut row = RowWriter::new(kind, now.wall_ms, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
+        let mut taken = Vec::new();
         for (grant, settlement) in &leases {
             let (digest, key) = (grant.digest(), grant.key());
             let mut stripe = self.hot.stripe(digest);
@@ -53,7 +58,8 @@ impl Engine {
             }
             let Grant { token, attempt, fingerprint, .. } = **grant;
             let entry = match *settlement {
-                Settlement::Completed(result) => {
+                Settlement::Completed(result, tx) => {
+                    taken.extend(tx);
                     row.completed(key, token, fingerprint.as_ref(), result);
                     Entry::Completed(Done { token, completed_ms: now.wall_ms, fingerprint, result })
                 }
@@ -68,7 +74,7 @@ impl Engine {
         }
         let sync = if kind == RowKind::Completed { self.config.sync_results() } else { self.config.sync_claims() };
         let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
-        self.append(open, row, sync)?;
+        self.append_with(open, row, &taken, sync)?;
         self.waiting.wake(leases.iter().map(|(grant, _)| grant.digest()));
         match kind {
             RowKind::Completed => self.counters.completed.add(count),

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rocksdb::{
-    ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, FlushOptions,
+    ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Direction, FlushOptions,
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
 };
 
@@ -167,6 +167,28 @@ impl Db {
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         rocks.get_cf(&family, name).map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
+    }
+
+    /// Reads a value that callers put beside the store's own.
+    pub(crate) fn meta_row(&self, name: &[u8]) -> Result<Option<Vec<u8>>> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
+        rocks.get_cf(&family, name).map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
+    }
+
+    /// Hands such values, from the name `from` on and in the order of their names, to `visit`, until it answers false.
+    pub(crate) fn for_each_meta(&self, from: &[u8], mut visit: impl FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
+        for item in rocks.iterator_cf(&family, IteratorMode::From(from, Direction::Forward)) {
+            let (name, value) = item.map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            if !visit(&name, &value)? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Reads the value under `row_key` in a bucket and hands it to `read`. A bucket that is gone has no keys.
@@ -415,6 +437,19 @@ impl Tx<'_> {
     pub(crate) fn put_meta(&mut self, name: &'static str, value: &[u8]) -> Result<()> {
         let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
         self.batch.put_cf(&family, name, value);
+        Ok(())
+    }
+
+    /// As [`Tx::put_meta`], for what callers put there.
+    pub(crate) fn put_meta_row(&mut self, name: &[u8], value: &[u8]) -> Result<()> {
+        let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
+        self.batch.put_cf(&family, name, value);
+        Ok(())
+    }
+
+    pub(crate) fn delete_meta_row(&mut self, name: &[u8]) -> Result<()> {
+        let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
+        self.batch.delete_cf(&family, name);
         Ok(())
     }
 

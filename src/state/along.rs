@@ -1,0 +1,20 @@
+//! What completions take along, into the write of their row.
+
+use crate::error::Result;
+use crate::storage::db;
+use crate::tx::{MessageId, Tx, message_name};
+
+/// Adds what the completions of row `number` take along.
+pub(super) fn put(tx: &mut db::Tx<'_>, number: u64, along: &[&Tx]) -> Result<()> {
+    let mut place = 0;
+    for along in along {
+        for (name, offset) in &along.offsets {
+            tx.put_meta_row(name, &offset.to_le_bytes())?;
+        }
+        for message in &along.messages {
+            tx.put_meta_row(&message_name(MessageId { row: number, place }), message)?;
+            place += 1;
+        }
+    }
+    Ok(())
+}

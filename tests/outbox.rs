@@ -1,0 +1,203 @@
+//! Offsets and messages that are written with a completion: all of it or nothing, also where the process is killed.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::Bench;
+use onlyonce::{Claim, Durability, Error, Store};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const DIR: &str = "ONLYONCE_OUTBOX_CHILD";
+const OPEN: &str = "the store is open";
+
+#[test]
+fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.store().offset("orders", 0).unwrap(), None);
+    bench
+        .acquire("a")
+        .complete_with("done", |tx| {
+            tx.set_offset("orders", 0, 17);
+            tx.set_offset("orders", 300, 4);
+            tx.enqueue("charges", "a", "12 EUR");
+            tx.enqueue("mails", "", "");
+        })
+        .unwrap();
+    bench.acquire("b").complete_with("", |tx| tx.set_offset("orders", 0, 18)).unwrap();
+    bench.acquire("c").complete_with("", |tx| tx.enqueue("charges", "c", "7 EUR")).unwrap();
+    for restarted in [false, true] {
+        let store = bench.store();
+        assert_eq!(store.offset("orders", 0).unwrap(), Some(18));
+        assert_eq!(store.offset("orders", 300).unwrap(), Some(4));
+        assert_eq!(store.offset("order", 0).unwrap(), None);
+        let outbox = store.outbox(10).unwrap();
+        let shown: Vec<_> = outbox.iter().map(|it| (&it.topic[..], &it.key[..], &it.bytes[..])).collect();
+        let expected: [(&[u8], &[u8], &[u8]); 3] =
+            [(b"charges", b"a", b"12 EUR"), (b"mails", b"", b""), (b"charges", b"c", b"7 EUR")];
+        assert_eq!(shown, expected, "restarted: {restarted}");
+        assert_eq!(store.outbox(1).unwrap(), outbox[..1]);
+        store.seal().unwrap();
+        if restarted {
+            store.delivered([outbox[1].id, outbox[0].id]).unwrap();
+            assert_eq!(store.outbox(10).unwrap(), outbox[2..]);
+            store.delivered([outbox[2].id]).unwrap();
+            assert!(store.outbox(10).unwrap().is_empty());
+        }
+        bench.reopen();
+    }
+    assert!(bench.store().outbox(10).unwrap().is_empty());
+    bench.acquire("d").complete_with("", |tx| tx.enqueue("charges", "d", "")).unwrap();
+    assert_eq!(bench.store().outbox(10).unwrap().len(), 1);
+}
+
+#[test]
+fn nothing_comes_with_a_completion_that_was_overtaken() {
+    let bench = Bench::new();
+    let late = bench.acquire("k");
+    bench.advance_ms(1_000);
+    let _taken = bench.acquire("k");
+    let failed = late.complete_with("late", |tx| {
+        tx.set_offset("orders", 0, 1);
+        tx.enqueue("charges", "k", "");
+    });
+    assert!(matches!(failed.unwrap_err().error(), Error::Superseded { .. }));
+    assert_eq!(bench.store().offset("orders", 0).unwrap(), None);
+    assert!(bench.store().outbox(10).unwrap().is_empty());
+}
+
+#[test]
+fn a_message_whose_completion_took_longer_is_not_stepped_over() {
+    const THREADS: u64 = 8;
+    const EACH: u64 = 200;
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir.path().join("store"));
+    let mut got = BTreeSet::new();
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let store = &store;
+            scope.spawn(move || {
+                for i in thread * EACH..(thread + 1) * EACH {
+                    let Claim::Acquired(lease) = store.claim(i.to_string()).unwrap() else { panic!("{i} is new") };
+                    lease.complete_with("", |tx| tx.enqueue("t", i.to_string(), "")).unwrap();
+                }
+            });
+        }
+        // Reads and removes all the while: what it has not seen yet must come up later.
+        while got.len() < (THREADS * EACH) as usize {
+            for message in store.outbox(7).unwrap() {
+                assert!(got.insert(message.key.clone()), "{message:?} came twice");
+                store.delivered([message.id]).unwrap();
+            }
+        }
+    });
+    assert!(store.outbox(1).unwrap().is_empty());
+}
+
+fn open(path: &Path) -> Store {
+    let builder = Store::builder().durability(Durability::Process).memory_budget(32 << 20);
+    builder.lock_wait(Duration::from_secs(20)).open(path).unwrap()
+}
+
+/// A consumer that keeps its place in the store, and publishes what it did to a file. Killed by the test below.
+#[test]
+#[ignore = "run by the test that kills it"]
+fn child() {
+    let Some(dir) = std::env::var_os(DIR) else { return };
+    let dir = Path::new(&dir);
+    let store = open(&dir.join("store"));
+    println!("{OPEN}");
+    let mut published = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("published")).unwrap();
+    for next in store.offset("orders", 0).unwrap().unwrap_or(0).. {
+        // What was completed took its offset along: no order is met twice.
+        let Claim::Acquired(lease) = store.claim(format!("order-{next}")).unwrap() else {
+            panic!("{next} was met twice")
+        };
+        lease
+            .complete_with("charged", |tx| {
+                tx.set_offset("orders", 0, next + 1);
+                tx.enqueue("charges", next.to_string(), format!("charge of {next}"));
+            })
+            .unwrap();
+        if next % 16 == 0 {
+            let messages = store.outbox(100).unwrap();
+            let mut lines = String::new();
+            for message in &messages {
+                lines += &format!("{} {}\n", message.id, String::from_utf8_lossy(&message.key));
+            }
+            published.write_all(lines.as_bytes()).unwrap();
+            store.delivered(messages.iter().map(|message| message.id)).unwrap();
+        }
+        if next % 400 == 0 {
+            store.seal().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
+    let seed: u64 = match std::env::var("ONLYONCE_OUTBOX_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => rand::random(),
+    };
+    eprintln!("ONLYONCE_OUTBOX_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let mut last = 0;
+    let mut moved = 0;
+    for round in 0..20 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["child", "--exact", "--ignored", "--nocapture"])
+            .env(DIR, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Some die while they open, most while they work.
+        if rng.random_bool(0.8) {
+            let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+            assert!(lines.map_while(Result::ok).any(|line| line.ends_with(OPEN)), "round {round} did not open");
+        }
+        std::thread::sleep(Duration::from_millis(rng.random_range(1..80)));
+        assert!(child.try_wait().unwrap().is_none(), "the child ended by itself, in round {round}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let store = open(&dir.path().join("store"));
+        let offset = store.offset("orders", 0).unwrap().unwrap_or(0);
+        assert!(offset >= last, "the offset went back from {last} to {offset}");
+        moved += usize::from(offset > last);
+        last = offset;
+        let published = std::fs::read_to_string(dir.path().join("published")).unwrap_or_default();
+        // A line that the kill cut short was not removed from the outbox.
+        let whole = published.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let mut messages: BTreeSet<(String, u64)> = whole
+            .lines()
+            .map(|line| line.split_once(' ').unwrap())
+            .map(|(id, key)| (id.to_owned(), key.parse().unwrap()))
+            .collect();
+        for message in store.outbox(usize::MAX).unwrap() {
+            messages.insert((message.id.to_string(), String::from_utf8(message.key).unwrap().parse().unwrap()));
+        }
+        let orders: Vec<u64> = messages.iter().map(|(_, order)| *order).collect();
+        let distinct: BTreeSet<u64> = orders.iter().copied().collect();
+        assert_eq!(
+            (orders.len() as u64, distinct.len() as u64),
+            (offset, offset),
+            "a message for each order, round {round}"
+        );
+        assert!(distinct.last().is_none_or(|last| *last == offset - 1));
+        let step = (offset / 50).max(1) as usize;
+        for order in (0..offset).step_by(step) {
+            assert!(matches!(store.claim(format!("order-{order}")).unwrap(), Claim::Completed(_)), "order {order}");
+        }
+        // As a torn line would be: by whoever reads the file.
+        std::fs::write(dir.path().join("published"), whole.to_owned() + if whole.is_empty() { "" } else { "\n" })
+            .unwrap();
+    }
+    eprintln!("20 kills, {last} orders, {moved} rounds got on");
+    assert!(moved > 10, "too few children lived long enough to be worth killing");
+}
