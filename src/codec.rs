@@ -519,6 +519,39 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_was_being_recorded_is_free_and_crashed_when_it_is_read_back() {
+        let recording =
+            Processing { token: 9, attempt: 1, since_ms: 40, fingerprint: Some([7; 16]), holder: Holder::Recording };
+        let mut row = RowWriter::new(RowKind::Claimed, 50, 0);
+        row.processing(b"k", &recording);
+        let mut read = Vec::new();
+        read_row(&row.finish(), |_, event| read.push(event)).unwrap();
+        let holder = Holder::Open { prior: Prior::Crashed, not_before_ms: 0 };
+        assert_eq!(read, [Event::Claimed(Processing { holder, ..recording })]);
+    }
+
+    #[test]
+    fn a_row_is_empty_until_something_is_in_it() {
+        let leased = Holder::Leased { until_monotonic_ms: 0 };
+        let processing = Processing { token: 1, attempt: 1, since_ms: 0, fingerprint: None, holder: leased };
+        let fills: [fn(&mut RowWriter, &Processing); 3] = [
+            |row, processing| row.processing(b"k", processing),
+            |row, _| row.completed(b"k", 1, None, Kept::Absent),
+            |row, _| row.forgotten(b"k", 1),
+        ];
+        for (fill, kind) in fills.iter().zip([RowKind::Claimed, RowKind::Completed, RowKind::Forgotten]) {
+            let mut row = RowWriter::new(kind, 50, 0);
+            let empty = row.len();
+            assert!(row.is_empty());
+            fill(&mut row, &processing);
+            assert!(!row.is_empty() && row.len() > empty);
+            let mut keys = 0;
+            read_row(&row.finish(), |key, _| keys += usize::from(key == b"k")).unwrap();
+            assert_eq!(keys, 1);
+        }
+    }
+
+    #[test]
     fn a_number_of_more_than_64_bits_is_refused() {
         let of = |last| Reader::new(&[&[0xff; 9][..], &[last]].concat()).varint();
         assert_eq!(of(0x01), Some(u64::MAX));
