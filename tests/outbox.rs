@@ -199,5 +199,5 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
             .unwrap();
     }
     eprintln!("20 kills, {last} orders, {moved} rounds got on");
-    assert!(moved > 10, "too few children lived long enough to be worth killing");
+    assert!(moved > 5, "too few children lived long enough to be worth killing");
 }
