@@ -214,7 +214,9 @@ impl Lease {
     ///
     /// # Errors
     ///
-    /// As [`Lease::complete`]; nothing of `fill` is stored then, unless the outcome is unknown.
+    /// As [`Lease::complete`]; nothing of `fill` is stored then, unless the outcome is unknown. Where the error gives the lease
+    /// back, call this again with the same `fill`: a plain [`Lease::complete`] would leave out what it adds.
+    /// [`Error::BatchTooLarge`] also where messages and results are more than 1 GiB together; they have no other limit.
     pub fn complete_with(self, result: impl Into<Vec<u8>>, fill: impl FnOnce(&mut Tx)) -> Result<(), CompleteError> {
         let mut outcomes = complete_all(vec![(self, Work::with(result.into(), fill))]);
         outcomes.pop().map_or(Ok(()), |outcome| outcome.map(drop))

@@ -302,7 +302,8 @@ impl Store {
     ///
     /// It is woken, and asks again only then and when the holder's lease or backoff ends. Who completes a key that nobody
     /// waits for pays a look at a counter. A key held under [`OnInterrupt::Hold`] is waited for until it is resolved. The
-    /// limit runs on the system's monotonic clock.
+    /// limit runs on the system's monotonic clock, and so does the wait for a lease's end: a
+    /// [`ManualClock`](crate::ManualClock) that is moved wakes nobody.
     ///
     /// # Errors
     ///
@@ -424,8 +425,10 @@ impl Store {
         Ok(entry.map(|entry| stored(entry, &self.running.engine)))
     }
 
-    /// How far a partition of a stream was read, by the last [`Tx::set_offset`](crate::Tx::set_offset). `None` if none was
-    /// ever set. A read of one row, usually from memory.
+    /// How far a partition of a stream was read, by the last [`Tx::set_offset`](crate::Tx::set_offset) or
+    /// [`Store::set_offset`]. `None` if none was ever set. A read of one row, usually from memory; under
+    /// [`Durability::Disk`](crate::Durability::Disk) a sync as well, so that what it says can be committed to a broker. Under
+    /// `Process` a power cut can take it back by the last `sync_interval`.
     ///
     /// # Errors
     ///
@@ -434,9 +437,22 @@ impl Store {
         self.running.engine.offset(stream.as_ref(), partition)
     }
 
+    /// Notes how far a partition of a stream was read, where no completion can take it along: behind duplicates. One write, as
+    /// durable as a completion.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Closed`], [`Error::Poisoned`], and [`Error::WriteFailed`], after which it may be noted.
+    pub fn set_offset(&self, stream: impl AsRef<[u8]>, partition: u32, offset: u64) -> Result<()> {
+        self.running.engine.set_offset(stream.as_ref(), partition, offset)
+    }
+
     /// The first messages, at most `limit`, that completions have enqueued with [`Tx::enqueue`](crate::Tx::enqueue) and
     /// that were not [`delivered`](Store::delivered). In the order in which those completions began; one that takes
-    /// longer may come up later, before others. Meant for one publisher at a time.
+    /// longer may come up later, before others. A message comes up when its completion counts: under
+    /// [`Durability::Disk`](crate::Durability::Disk) it is on the disk then; under `Process` a power cut can take the last
+    /// `sync_interval` of completions and their messages, and what was published is done, and published, again under
+    /// another id. Meant for one publisher at a time. There is no limit but the disk to how many there are.
     ///
     /// Publish them and remove them, in this order: killed in between, you publish them again. [`Message::id`] tells such a
     /// duplicate from another message.

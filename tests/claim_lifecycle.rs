@@ -481,36 +481,40 @@ fn a_batch_of_releases_answers_for_each_lease_after_its_own_backoff() {
 #[test]
 fn a_call_that_waits_for_a_key_is_woken_when_its_holder_is_done() {
     let bench = Bench::new();
-    let wait = |key: &str| bench.store().claim_wait(key, Duration::from_secs(60)).unwrap();
+    let begun = std::time::Instant::now();
+    let wait = |key: &str| bench.store().claim_wait(key, Duration::from_secs(600)).unwrap();
     // The clock stands still: a lease that nobody settles never runs out.
-    type End = fn(onlyonce::Lease, &Store);
+    type End = fn(onlyonce::Lease, &Store) -> Option<onlyonce::Lease>;
     let ends: [(&str, End, Option<Prior>); 4] = [
-        ("completed", |lease, _| lease.complete("first").unwrap(), None),
-        ("released", |lease, _| lease.release().unwrap(), Some(Prior::Released)),
-        ("dropped", |lease, _| drop(lease), Some(Prior::Dropped)),
-        ("closed", |_lease, store| store.close().unwrap(), None),
+        ("completed", |lease, _| lease.complete("first").map(|()| None).unwrap(), None),
+        ("released", |lease, _| lease.release().map(|()| None).unwrap(), Some(Prior::Released)),
+        ("dropped", |_, _| None, Some(Prior::Dropped)),
+        ("closed", |lease, store| store.close().map(|()| Some(lease)).unwrap(), None),
     ];
     for (key, end, prior) in ends {
         let lease = bench.acquire(key);
         let (asked, store) = (bench.store().stats().in_progress, bench.store());
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            let ended = scope.spawn(move || {
                 // It has asked twice: its place is taken.
                 while store.stats().in_progress < asked + 2 {
                     std::thread::yield_now();
                 }
-                end(lease, store);
+                end(lease, store)
             });
             match key {
                 "completed" => assert!(matches!(wait(key), Claim::Completed(it) if it.result() == Some(b"first"))),
                 "closed" => {
-                    let closed = store.claim_wait(key, Duration::from_secs(60));
+                    let closed = store.claim_wait(key, Duration::from_secs(600));
                     assert!(matches!(closed, Err(Error::Closed)), "{closed:?}");
                 }
                 _ => assert!(matches!(wait(key), Claim::Acquired(lease) if lease.prior() == prior), "{key}"),
             }
+            // Until here there is a lease, whose end would wake, too.
+            drop(ended.join().unwrap());
         });
     }
+    assert!(begun.elapsed() < Duration::from_secs(60), "nobody waits for a limit");
 }
 
 #[test]

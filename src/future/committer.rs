@@ -205,15 +205,13 @@ impl Round {
             }
             Job::Complete(settle) => {
                 self.keys += settle.leases.len();
-                self.bytes += settle
-                    .leases
-                    .iter()
-                    .map(|(_, work)| work.result.len() + work.tx.as_ref().map_or(0, |tx| tx.len()))
-                    .sum::<usize>();
+                let brought = |work: &Work| work.result.len() + work.tx.as_ref().map_or(0, |tx| tx.len());
+                self.bytes += settle.leases.iter().map(|(lease, work)| key_bytes(lease) + brought(work)).sum::<usize>();
                 self.completions.push(settle);
             }
             Job::Release(settle) => {
                 self.keys += settle.leases.len();
+                self.bytes += settle.leases.iter().map(|(lease, _)| key_bytes(lease)).sum::<usize>();
                 self.releases.push(settle);
             }
             Job::Call(call) => self.calls.push(call),
@@ -234,13 +232,14 @@ impl Round {
             // Where nobody takes them, they are taken back by being dropped.
             let _ = ask.reply.send(claims);
         }
-        settle(self.releases, false, release_all);
+        let one_by_one = self.bytes > ROUND_BYTES;
+        settle(self.releases, one_by_one, release_all);
         self.records.retain(|ask| !ask.reply.is_closed());
         let recorded = together(&self.records, |request| engine.record(request));
         for (ask, (_, answer)) in self.records.into_iter().zip(recorded) {
             let _ = ask.reply.send(answer);
         }
-        settle(self.completions, self.bytes > ROUND_BYTES, complete_all);
+        settle(self.completions, one_by_one, complete_all);
         for call in self.calls {
             call(running);
         }
@@ -278,6 +277,10 @@ fn together<R, T>(
 /// Whether another call, made alone, may fare better than the one that failed so. Nothing was done by it.
 fn is_of_one_call(error: &Error) -> bool {
     matches!(error, Error::Io { .. } | Error::Corrupt { .. } | Error::BatchTooLarge { .. })
+}
+
+fn key_bytes(lease: &Lease) -> usize {
+    lease.grant().key().len()
 }
 
 /// Gives a grant the keys of its own call, so that a lease that lives long does not keep those of others in memory.
@@ -529,7 +532,9 @@ mod tests {
         for claim in claims {
             assert!(matches!(claim.await, Err(Error::Poisoned { .. })));
         }
-        assert!(matches!(waiter.await.unwrap(), Err(Error::Poisoned { .. })));
+        // At once, and not when the lease runs out, which is still held.
+        let waited = tokio::time::timeout(Duration::from_secs(10), waiter).await;
+        assert!(matches!(waited.unwrap().unwrap(), Err(Error::Poisoned { .. })));
         let failed = lease.complete("done").await.unwrap_err();
         assert!(matches!(failed.error(), Error::Poisoned { .. }), "{failed}");
         let (_, result, lease) = failed.into_parts();

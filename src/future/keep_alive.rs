@@ -96,9 +96,10 @@ impl<'a> KeepAlive<'a> {
         Self { lease, shared, task: task.abort_handle(), told, lost: None }
     }
 
-    /// The lease that is renewed.
-    pub fn lease(&self) -> &Lease {
-        self.lease
+    /// The fencing token of the lease that is renewed.
+    #[must_use]
+    pub fn token(&self) -> u64 {
+        self.lease.token()
     }
 
     /// Does the work as long as the lease is ours. The work is dropped, at its await, when the lease is lost.

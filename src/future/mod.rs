@@ -38,6 +38,8 @@
 //!   queue full), it drops its lease, and the next claim is told [`Dropped`](crate::Prior::Dropped). Claim again to learn
 //!   which.
 //! - A **release** that is dropped happens, or drops its lease, likewise.
+//! - Under [`OnInterrupt::Hold`](crate::OnInterrupt::Hold) a lease that is dropped so holds its key until it is resolved, as any
+//!   interrupted work does there. So does a crash after a claim was taken back.
 //! - A **record** that is dropped is made or not.
 //!
 //! # Limits

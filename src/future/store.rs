@@ -25,8 +25,9 @@ const MAX_QUEUE: usize = 1_000_000;
 /// closes it if nobody else has it: in the background, so that nobody waits. [`Store::close`] is the way to know.
 ///
 /// What is not here ([`held`](crate::Store::held), [`resolve`](crate::Store::resolve), [`forget`](crate::Store::forget),
-/// [`seal`](crate::Store::seal), [`stats`](crate::Store::stats)) is for operators and may take long: call it on
-/// [`Store::blocking`] in Tokio's `spawn_blocking`.
+/// [`seal`](crate::Store::seal), [`stats`](crate::Store::stats)) is for operators and may take long, and
+/// [`offset`](crate::Store::offset), [`set_offset`](crate::Store::set_offset), [`outbox`](crate::Store::outbox) and
+/// [`delivered`](crate::Store::delivered) wait for the disk: call them on [`Store::blocking`] in Tokio's `spawn_blocking`.
 #[derive(Clone)]
 pub struct Store {
     committer: Arc<Committer>,

@@ -9,10 +9,10 @@ pub(super) fn put(tx: &mut db::Tx<'_>, number: u64, along: &[&Tx]) -> Result<()>
     let mut place = 0;
     for along in along {
         for (name, offset) in &along.offsets {
-            tx.put_meta_row(name, &offset.to_le_bytes())?;
+            tx.put_meta(name, &offset.to_le_bytes())?;
         }
         for message in &along.messages {
-            tx.put_meta_row(&message_name(MessageId { row: number, place }), message)?;
+            tx.put_meta(&message_name(MessageId { row: number, place }), message)?;
             place += 1;
         }
     }

@@ -299,6 +299,8 @@ impl Engine {
 
     /// Room for what a call brings: in memory, in one write, and among the tokens.
     pub(super) fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
+        // Also where nothing comes to be written: whoever waits for a key learns here that the store has ended.
+        self.ready()?;
         admit_bytes(bytes)?;
         self.wait_for_room()?;
         self.reserve(keys)
@@ -340,6 +342,11 @@ impl Engine {
 
     pub(super) fn count_row(&self, bytes: usize) {
         self.journal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.count_log(bytes);
+    }
+
+    /// What goes to the log and waits for no seal.
+    pub(super) fn count_log(&self, bytes: usize) {
         self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
@@ -356,7 +363,8 @@ impl Engine {
                 tx.put_row(open.number, &row);
                 along::put(tx, open.number, taken)
             })?;
-            self.count_row(row.len() + taken.iter().map(|tx| tx.len()).sum::<usize>());
+            self.count_row(row.len());
+            self.count_log(taken.iter().map(|tx| tx.len()).sum());
         }
         open.finish();
         Ok(())

@@ -3,33 +3,51 @@
 use std::sync::atomic::Ordering;
 
 use super::engine::Engine;
+use super::request::admit_bytes;
 use crate::codec::Reader;
 use crate::error::{Error, Result};
 use crate::tx::{Message, MessageId, message_id, message_name, offset_name};
 
 impl Engine {
-    /// How far a partition was read.
+    /// How far a partition was read. As durable as a completion, once it is answered: somebody may commit it elsewhere.
     pub(crate) fn offset(&self, stream: &[u8], partition: u32) -> Result<Option<u64>> {
         self.ready()?;
-        let Some(value) = self.db.meta_row(&offset_name(stream, partition))? else { return Ok(None) };
+        let Some(value) = self.db.meta(&offset_name(stream, partition))? else { return Ok(None) };
+        if self.config.sync_results() {
+            self.sync_log()?;
+        }
         match value.try_into() {
             Ok(offset) => Ok(Some(u64::from_le_bytes(offset))),
             Err(_) => Err(corrupt("an offset has another length than 8")),
         }
     }
 
-    /// The first messages that are not removed.
+    /// Notes how far a partition was read, with no completion.
+    pub(crate) fn set_offset(&self, stream: &[u8], partition: u32, offset: u64) -> Result<()> {
+        let name = offset_name(stream, partition);
+        admit_bytes(name.len())?;
+        self.write(self.config.sync_results(), |tx| tx.put_meta(&name, &offset.to_le_bytes()))?;
+        self.count_log(name.len());
+        Ok(())
+    }
+
+    /// The first messages that are not removed and whose completion counts.
     pub(crate) fn outbox(&self, limit: usize) -> Result<Vec<Message>> {
         self.ready()?;
+        self.reserve(0)?;
         // Rows below this one are written, and so are their messages: what is not found there never will be.
         let settled = self.hot.rows().settled_below(|| self.sequence.take());
         let from = message_name(MessageId { row: self.delivered_below.load(Ordering::Acquire), place: 0 });
         let mut messages = Vec::new();
         self.db.for_each_meta(&from, |name, value| {
             let Some(id) = message_id(name).filter(|_| messages.len() < limit) else { return Ok(false) };
+            // It is written, and may not be synced: a power cut could take it, and the work would be done again.
+            if !self.hot.rows().is_settled(id.row) {
+                return Ok(true);
+            }
             let mut reader = Reader::new(value);
             let (Some(topic), Some(key)) = (reader.prefixed(), reader.prefixed()) else {
-                return Err(corrupt("a message of the outbox ends too soon"));
+                return Err(corrupt(&format!("the message {id} of the outbox ends too soon")));
             };
             messages.push(Message { id, topic: topic.to_vec(), key: key.to_vec(), bytes: reader.rest().to_vec() });
             Ok(true)
@@ -44,10 +62,50 @@ impl Engine {
 
     /// Removes messages. Not synced: what a power cut brings back is delivered again.
     pub(crate) fn delivered(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
-        self.write(false, |tx| ids.into_iter().try_for_each(|id| tx.delete_meta_row(&message_name(id))))
+        let mut bytes = 0;
+        self.write(false, |tx| {
+            ids.into_iter().try_for_each(|id| {
+                let name = message_name(id);
+                bytes += name.len();
+                tx.delete_meta(&name)
+            })
+        })?;
+        self.count_log(bytes);
+        Ok(())
     }
 }
 
 fn corrupt(detail: &str) -> Error {
     Error::Corrupt { place: "`meta`".to_owned(), detail: detail.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::along;
+    use super::*;
+    use crate::config::Options;
+    use crate::storage::directory::Directory;
+    use crate::tx::Tx;
+
+    #[test]
+    fn a_message_comes_up_when_its_completion_counts_and_not_when_it_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let engine = Engine::open(directory, &Options::default()).unwrap();
+        let mut taken = Tx::default();
+        taken.enqueue("topic", "key", "bytes");
+        let early = engine.begin_row();
+        let open = engine.begin_row();
+        for row in [&open, &early] {
+            engine.write(false, |tx| along::put(tx, row.number(), &[&taken])).unwrap();
+        }
+        assert!(engine.outbox(10).unwrap().is_empty(), "they may not be synced");
+        let (first, second) = (early.number(), open.number());
+        open.finish();
+        assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.row).collect::<Vec<_>>(), [second]);
+        early.finish();
+        assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.row).collect::<Vec<_>>(), [first, second]);
+    }
 }

@@ -24,7 +24,6 @@ impl Engine {
         settler: Settler,
         leases: Vec<(&Grant, Settlement<'_>)>,
     ) -> Result<Vec<bool>> {
-        self.ready()?;
         let bytes: usize = leases
             .iter()
             .map(|(grant, settlement)| {
@@ -152,7 +151,7 @@ impl Engine {
     /// Removes all that is stored of a key: true if there was something that counted.
     pub(crate) fn forget(&self, request: &Request) -> Result<bool> {
         // A seal under way would bring the key back into its bucket.
-        let _sealing = self.sealing.lock();
+        let sealing = self.sealing.lock();
         self.reserve(1)?;
         let Some(asked) = request.iter().next() else { return Ok(false) };
         let now = self.now();
@@ -218,6 +217,8 @@ impl Engine {
         drop(stripe);
         KillPoint::ForgetTaken.pass();
         open.finish();
+        // A waker may run code of its own.
+        drop(sealing);
         self.waiting.wake([asked.digest]);
         Ok(counted)
     }

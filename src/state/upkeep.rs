@@ -252,7 +252,7 @@ impl Engine {
         if self.unsynced.swap(false, Ordering::AcqRel) { self.sync_log() } else { Ok(()) }
     }
 
-    fn sync_log(&self) -> Result<()> {
+    pub(super) fn sync_log(&self) -> Result<()> {
         self.ready()?;
         self.db.sync_log().inspect_err(|error| {
             if let Error::WriteFailed { detail } = error {

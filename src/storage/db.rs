@@ -161,16 +161,8 @@ impl Db {
         Error::WriteFailed { detail: error.to_string() }
     }
 
-    /// Reads a value of the store's own.
-    pub(crate) fn meta(&self, name: &'static str) -> Result<Option<Vec<u8>>> {
-        let open = self.rocks()?;
-        let rocks = open.get()?;
-        let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        rocks.get_cf(&family, name).map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
-    }
-
-    /// Reads a value that callers put beside the store's own.
-    pub(crate) fn meta_row(&self, name: &[u8]) -> Result<Option<Vec<u8>>> {
+    /// Reads a value of the store's own, or one that callers put beside them.
+    pub(crate) fn meta(&self, name: &(impl AsRef<[u8]> + ?Sized)) -> Result<Option<Vec<u8>>> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
@@ -434,20 +426,13 @@ impl Tx<'_> {
         journal::delete_before(&mut self.batch, end);
     }
 
-    pub(crate) fn put_meta(&mut self, name: &'static str, value: &[u8]) -> Result<()> {
+    pub(crate) fn put_meta(&mut self, name: &(impl AsRef<[u8]> + ?Sized), value: &[u8]) -> Result<()> {
         let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
         self.batch.put_cf(&family, name, value);
         Ok(())
     }
 
-    /// As [`Tx::put_meta`], for what callers put there.
-    pub(crate) fn put_meta_row(&mut self, name: &[u8], value: &[u8]) -> Result<()> {
-        let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
-        self.batch.put_cf(&family, name, value);
-        Ok(())
-    }
-
-    pub(crate) fn delete_meta_row(&mut self, name: &[u8]) -> Result<()> {
+    pub(crate) fn delete_meta(&mut self, name: &[u8]) -> Result<()> {
         let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
         self.batch.delete_cf(&family, name);
         Ok(())

@@ -70,10 +70,12 @@ impl Tuning {
         options
     }
 
-    /// A handful of short rows.
+    /// A handful of short rows, and what callers store with their completions. As many bytes wait here at most as in the
+    /// journal's memtable, in four parts: one that is full must not stop writers while it is flushed.
     pub(super) fn meta(&self) -> Options {
         let mut options = Options::default();
-        options.set_write_buffer_size(MIB);
+        options.set_write_buffer_size(self.memtable_bytes / 4);
+        options.set_max_write_buffer_number(4);
         options.set_block_based_table_factory(&self.table());
         never_stall(&mut options);
         options

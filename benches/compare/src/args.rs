@@ -27,9 +27,9 @@ pub struct Args {
     /// Write a page with tables and plots to this directory.
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
-    /// Measure nothing: take the figures from a file that --json wrote.
-    #[arg(long, value_name = "FILE")]
-    pub from: Option<PathBuf>,
+    /// Measure nothing: take the figures from files that --json wrote, of one commit: FILE,FILE
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    pub from: Vec<PathBuf>,
     /// How often each measurement with the smaller number of keys is made: the table has medians. 3 by default, 1 with
     /// --quick.
     #[arg(long)]

@@ -28,10 +28,10 @@ use workloads::{Run, checks, day, durable, expiry, growth, inserts, opening};
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let done = match (&args.child, &args.from) {
-        (Some(child), _) => child.run(),
-        (None, Some(from)) => row::read(from).and_then(|(circumstances, rows)| show(&args, &circumstances, &rows)),
-        (None, None) => measure(&args),
+    let done = match &args.child {
+        Some(child) => child.run(),
+        None if args.from.is_empty() => measure(&args),
+        None => row::read_all(&args.from).and_then(|(circumstances, rows)| show(&args, &circumstances, &rows)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

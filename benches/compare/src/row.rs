@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::args::Workload;
@@ -177,8 +177,31 @@ pub fn write(path: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result
     Ok(file.flush()?)
 }
 
+/// Reads files that [`write`] wrote one after the other, as if they were of one run. How it was on the machine is said as of
+/// the first.
+pub fn read_all(paths: &[impl AsRef<Path>]) -> Result<(Circumstances, Vec<Row>)> {
+    let mut all: Option<(Circumstances, Vec<Row>)> = None;
+    for path in paths {
+        let (circumstances, rows) = read(path.as_ref())?;
+        let Some((first, all)) = &mut all else {
+            all = Some((circumstances, rows));
+            continue;
+        };
+        let (was, is) = (&first.commit, &circumstances.commit);
+        ensure!(
+            was == is,
+            "{} was measured on commit {is}, and what comes before it on {was}",
+            path.as_ref().display()
+        );
+        first.command = format!("{}`, then `{}", first.command, circumstances.command);
+        first.rounds = first.rounds.max(circumstances.rounds);
+        all.extend(rows);
+    }
+    all.context("no file of figures")
+}
+
 /// Reads what [`write`] wrote.
-pub fn read(path: &Path) -> Result<(Circumstances, Vec<Row>)> {
+fn read(path: &Path) -> Result<(Circumstances, Vec<Row>)> {
     let text = fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
     let (mut circumstances, mut rows) = (None, Vec::new());
     for (number, line) in text.lines().enumerate() {
@@ -210,5 +233,30 @@ mod tests {
         assert_eq!(rows[0].figures.worst_us, Some(3.0));
         assert_eq!(rows[0].lowest_ops_per_s, Some(1.0));
         assert_eq!(rows[0].rounds, 3);
+    }
+
+    #[test]
+    fn files_of_one_commit_are_read_as_one_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, commit: &str, workload| {
+            let circumstances = Circumstances {
+                machine: "two cores".to_owned(),
+                commit: commit.to_owned(),
+                command: name.to_owned(),
+                fsyncs_per_s: 1.0,
+                load: 0.0,
+                rounds: 1,
+            };
+            let path = dir.path().join(name);
+            write(&path, &circumstances, &[Row::new(workload, "", "redb")]).unwrap();
+            path
+        };
+        let (one, two) = (file("one", "c1", Workload::W1), file("two", "c1", Workload::W6));
+        let (circumstances, rows) = read_all(&[&one, &two]).unwrap();
+        assert_eq!(circumstances.command, "one`, then `two");
+        assert_eq!(rows.len(), 2);
+        let other = file("three", "c2", Workload::W6);
+        let error = read_all(&[&one, &other]).unwrap_err().to_string();
+        assert!(error.contains("three") && error.contains("c1"), "{error}");
     }
 }
