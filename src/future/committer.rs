@@ -5,7 +5,7 @@
 //! under `Rerun` a claim needs no sync, and must not queue behind one.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -19,8 +19,10 @@ use crate::state::request::Request;
 const ROUND_KEYS: usize = 4_096;
 /// Bytes of results after which a round is full.
 const ROUND_BYTES: usize = 64 << 20;
-/// How often a round lets callers go first, as long as more of them come.
-const MAX_YIELDS: usize = 16;
+/// A round that has company, or had it the last time, begins when nobody has come for so long: less than a sync takes.
+const QUIET: Duration = Duration::from_micros(20);
+/// It waits no longer in all.
+const PATIENCE: Duration = Duration::from_micros(500);
 
 /// The queues of a store's two threads. They end when it is dropped, with all that is in the queues done.
 pub(super) struct Committer {
@@ -142,8 +144,11 @@ fn spawn(running: &Arc<Running>, name: &'static str, calls: usize) -> Result<mps
         .name(name.to_owned())
         .spawn(move || {
             let _guard = PoisonOnPanic { engine: &running.engine, name };
+            let mut before = 1;
             while let Some(first) = jobs.blocking_recv() {
-                Round::gather(first, &mut jobs).run(&running);
+                let round = Round::gather(first, &mut jobs, before);
+                before = round.calls_taken;
+                round.run(&running);
             }
         })
         .map_err(|error| Error::io("cannot start a thread for", path, &error))?;
@@ -164,16 +169,24 @@ struct Round {
 }
 
 impl Round {
-    fn gather(first: Job, jobs: &mut mpsc::Receiver<Job>) -> Self {
+    fn gather(first: Job, jobs: &mut mpsc::Receiver<Job>, last_time: usize) -> Self {
         let mut round = Self::default();
         round.add(first);
         round.fill(jobs);
         // Where others are about to come, one row and one sync for all of them are cheaper than one for each.
-        for _ in 0..MAX_YIELDS {
+        let begun = Instant::now();
+        let mut came = begun;
+        while !round.is_full() {
             let before = round.calls_taken;
             std::thread::yield_now();
             round.fill(jobs);
-            if round.calls_taken == before {
+            let now = Instant::now();
+            if round.calls_taken > before {
+                came = now;
+            }
+            let is_alone = round.calls_taken.max(last_time) == 1;
+            let is_quiet = now - came >= QUIET && round.calls_taken >= last_time;
+            if is_alone || is_quiet || now - begun >= PATIENCE {
                 break;
             }
         }

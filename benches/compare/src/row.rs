@@ -195,7 +195,9 @@ pub fn read_all(paths: &[impl AsRef<Path>]) -> Result<(Circumstances, Vec<Row>)>
         );
         first.command = format!("{}`, then `{}", first.command, circumstances.command);
         first.rounds = first.rounds.max(circumstances.rounds);
-        all.extend(rows);
+        // What was measured twice counts once.
+        let new: Vec<Row> = rows.into_iter().filter(|row| !all.iter().any(|other| other.is_same(row))).collect();
+        all.extend(new);
     }
     all.context("no file of figures")
 }
@@ -252,8 +254,8 @@ mod tests {
             path
         };
         let (one, two) = (file("one", "c1", Workload::W1), file("two", "c1", Workload::W6));
-        let (circumstances, rows) = read_all(&[&one, &two]).unwrap();
-        assert_eq!(circumstances.command, "one`, then `two");
+        let (circumstances, rows) = read_all(&[&one, &two, &one]).unwrap();
+        assert_eq!(circumstances.command, "one`, then `two`, then `one");
         assert_eq!(rows.len(), 2);
         let other = file("three", "c2", Workload::W6);
         let error = read_all(&[&one, &other]).unwrap_err().to_string();
