@@ -90,12 +90,14 @@ impl Stack {
         Self { layers, ..*self }
     }
 
-    /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows. False
-    /// if that is none.
+    /// Puts a base layer on top, for `keys` keys a bucket or as many as half of what is left of the budget allows: a larger
+    /// one may have to come. The first, which is made for what is there or was announced, may take more. False if it is
+    /// for none.
     fn add_base(&mut self, keys: u64) -> bool {
         let columns = Columns::All(self.width);
-        let left = self.budget_bytes.saturating_sub(self.bytes()) / 2;
-        let affordable = left / Layer::bytes_for(columns, 1).max(1);
+        let left = self.budget_bytes.saturating_sub(self.bytes());
+        let share = if self.layers.is_empty() { left / 8 * 7 } else { left / 2 };
+        let affordable = share / Layer::bytes_for(columns, 1).max(1);
         let keys = keys.min(affordable);
         // A store must have some base, even where the budget is spent.
         let more = keys > 0 || self.layers.is_empty();
@@ -269,6 +271,14 @@ mod tests {
         }
         assert_eq!(stack.layers.len(), 1);
         assert!(digests(0..200_000).into_iter().all(|digest| stack.slots(digest) & 1 != 0));
+    }
+
+    #[test]
+    fn a_first_base_takes_what_it_needs_where_the_budget_has_it() {
+        let needed = Layer::bytes_for(Columns::All(32), with_margin(100_000));
+        let stack = Stack::new(28, needed * 8 / 7 + 1_024, &[100_000], None);
+        assert!(stack.with_room(1, 110_000).is_none(), "{} of {needed} bytes", stack.bytes());
+        assert_eq!(stack.layers.len(), 1);
     }
 
     #[test]
