@@ -37,7 +37,7 @@ pub struct Args {
     /// How many keys the workloads have at most.
     #[arg(long)]
     pub keys: Option<u64>,
-    /// How long the consumer's day (W6) is, in seconds. 600 by default, 40 with --quick.
+    /// How long the consumer's day (W6) is, in seconds. 600 by default, 30 with --quick.
     #[arg(long, value_name = "SECONDS")]
     pub day: Option<u64>,
     /// Where the data goes while it is needed: the system's directory for temporary files by default.
@@ -194,9 +194,9 @@ impl Scale {
                 rounds: 1,
                 sizes: vec![Size::small()],
                 synced: Duration::from_secs(2),
-                day: Duration::from_secs(40),
+                day: Duration::from_secs(30),
                 leaving: 1_000_000,
-                opened: 5_000_000,
+                opened: 3_000_000,
                 grown: 3_000_000,
                 grown_parts: [10, 3, 1],
             }
