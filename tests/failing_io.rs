@@ -342,9 +342,17 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
     // What is in memory and in open files is there, and nothing is invented.
     ledger.check(&store, true);
     let later = ledger.record(&store, 10);
-    assert!(later.as_ref().is_none_or(|error| matches!(error, Error::WriteFailed { .. })), "{later:?}");
+    let is_allowed = |error: &Error| matches!(error, Error::WriteFailed { .. } | Error::Poisoned { .. });
+    assert!(later.as_ref().is_none_or(is_allowed), "{later:?}");
     let refused = store.seal();
-    assert!(matches!(&refused, Err(Error::Io { path: place, .. }) if place.starts_with(&path)), "{refused:?}");
+    // RocksDB may have met it first, in the background: then the store is poisoned, and says what it met.
+    let place = path.display().to_string();
+    let is_named = match &refused {
+        Err(Error::Io { path: at, .. }) => at.starts_with(&path),
+        Err(Error::WriteFailed { detail: said } | Error::Poisoned { reason: said }) => said.contains(&place),
+        _ => false,
+    };
+    assert!(is_named, "{refused:?}");
     ledger.check(&store, true);
     drop(store.close());
     assert!(!path.exists(), "nothing comes back of a store that was deleted");
