@@ -65,8 +65,8 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
         match circumstances.rounds {
             1 => "There was one round.".to_owned(),
             rounds => format!(
-                "Figures of W1 to W5 and W7 are medians of {rounds} rounds, in which the subjects took turns; the worst \
-                 is the worst of all rounds."
+                "Figures of W5, and of the smaller sizes of W1 to W4, are medians of {rounds} rounds, in which the subjects took \
+                 turns; the worst is the worst of all rounds. The others were measured once."
             ),
         },
         goals_table(rows),
