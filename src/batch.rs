@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::claim::{self, Claim, CompleteError, Lease, complete_all, is_of, release_all};
+use crate::claim::{self, Claim, CompleteError, Lease, complete_all, in_order, is_of, release_all};
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::store::{Check, Recorded, Store, checked, recorded};
@@ -77,13 +77,11 @@ impl Store {
                 ours.push((lease, result.into().into()));
                 answers.push(None);
             } else {
-                let key = lease.key().to_string();
-                let error = Error::ForeignLease { key };
+                let error = Error::ForeignLease { key: lease.key().to_string() };
                 answers.push(Some(Err(CompleteError::new(error, result.into(), Some(lease)))));
             }
         }
-        let mut completed = complete_all(ours).into_iter().map(|completed| completed.map(drop));
-        answers.into_iter().map(|answer| answer.or_else(|| completed.next()).unwrap_or(Ok(()))).collect()
+        in_order(answers, complete_all(ours).into_iter().map(|completed| completed.map(drop)))
     }
 
     /// Releases each lease after its backoff, as [`Lease::release_after`]: at once where it is zero. A lease of another
@@ -125,8 +123,7 @@ impl Store {
                 answers.push(Some(lease.release_after(backoff)));
             }
         }
-        let mut released = release_all(ours).into_iter();
-        answers.into_iter().map(|answer| answer.or_else(|| released.next()).unwrap_or(Ok(()))).collect()
+        in_order(answers, release_all(ours))
     }
 
     /// Records each key. One that stands twice is a duplicate the second time.

@@ -306,6 +306,15 @@ impl Work {
     }
 }
 
+/// The answers of a batch in the callers' order: those that are there already, and in the gaps those that `ours` gives.
+pub(crate) fn in_order<E>(
+    answers: Vec<Option<Result<(), E>>>,
+    ours: impl IntoIterator<Item = Result<(), E>>,
+) -> Vec<Result<(), E>> {
+    let mut ours = ours.into_iter();
+    answers.into_iter().map(|answer| answer.or_else(|| ours.next()).unwrap_or(Ok(()))).collect()
+}
+
 /// Completes leases in one write; an answer for each, with its result.
 pub(crate) fn complete_all(mut leases: Vec<(Lease, Work)>) -> Vec<Result<Vec<u8>, CompleteError>> {
     let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };

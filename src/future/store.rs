@@ -8,7 +8,7 @@ use tokio::time::timeout_at;
 use super::committer::Committer;
 use super::lease::{claim, failed};
 use super::{Claim, CompleteError, Lease, RunError};
-use crate::claim::is_of;
+use crate::claim::{in_order, is_of};
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::state::request::Request;
@@ -297,9 +297,8 @@ impl Store {
             }
         }
         let completed = if ours.is_empty() { Vec::new() } else { self.committer.complete(ours).await };
-        let mut completed =
-            completed.into_iter().map(|answer| answer.map(drop).map_err(|error| failed(error, &self.committer)));
-        answers.into_iter().map(|answer| answer.or_else(|| completed.next()).unwrap_or(Ok(()))).collect()
+        let own = |answer: Result<_, _>| answer.map(drop).map_err(|error| failed(error, &self.committer));
+        in_order(answers, completed.into_iter().map(own))
     }
 
     /// Releases each lease after its backoff, as [`Store::release_batch`](crate::Store::release_batch).
@@ -320,8 +319,7 @@ impl Store {
             }
         }
         let released = if ours.is_empty() { Vec::new() } else { self.committer.release(ours).await };
-        let mut released = released.into_iter();
-        answers.into_iter().map(|answer| answer.or_else(|| released.next()).unwrap_or(Ok(()))).collect()
+        in_order(answers, released)
     }
 
     /// Records each key, as [`Store::record_batch`](crate::Store::record_batch).
