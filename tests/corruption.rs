@@ -2,7 +2,8 @@
 //! the damage, the store refuses with an error that says where it is, or answers as if nothing had happened: never a
 //! wrong answer, a panic, a hang, or a store that is silently empty.
 //!
-//! One thing is left out, for nobody could tell: whole records that are taken out of the log of a store that had crashed.
+//! Of the log of a store that had crashed two things are left out, for nobody could tell: whole records that are taken out
+//! of its very beginning, and whole records that are taken out of what no later write knows to be synced.
 //!
 //! `ONLYONCE_CORRUPTION_ROUNDS` (600 if not set), `ONLYONCE_CORRUPTION_SEED` (default: drawn, and printed) and
 //! `ONLYONCE_CORRUPTION_FIRST` (the round to begin with) set how often and how. Each round draws from the seed and its
@@ -68,6 +69,10 @@ struct Base {
     before: BTreeMap<String, State>,
     /// What the newest log says.
     events: Vec<Event>,
+    /// Whether this life began with it, so that nothing can have stood before it.
+    is_first: bool,
+    /// So many bytes of it were synced before its last write was made, which says so.
+    vouched: usize,
     now_ms: u64,
     last_token: u64,
 }
@@ -84,8 +89,7 @@ fn builder(clock: &ManualClock) -> Builder {
         .bucket(Duration::from_secs(10))
         .lease(Duration::from_secs(3_600))
         .memory_budget(32 << 20)
-        .durability(Durability::Process)
-        .sync_interval(Duration::from_secs(3_600))
+        .durability(Durability::Disk)
         .lock_wait(Duration::ZERO)
         .clock(clock.clone())
 }
@@ -184,6 +188,7 @@ impl Base {
         }
         store.forget("sealed-1-0-0").unwrap();
         note("sealed-1-0-0");
+        let vouched = log_bytes(&log);
         let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").unwrap() else { panic!("its process is gone") };
         note("in-flight-1-0-0");
         let last_token = lease.token();
@@ -198,6 +203,8 @@ impl Base {
             log: newest,
             before,
             events,
+            is_first: !seal,
+            vouched,
             now_ms: clock_ms(&clock),
             last_token,
         }
@@ -291,28 +298,52 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
 
 /// How many events of the newest log a damage leaves certain.
 fn certain(base: &Base, damage: &Damage) -> usize {
-    // The end of the newest log, as a crash leaves it, may be what was being written. All else was acknowledged.
-    if base.closed || damage.file != base.log || matches!(damage.harm, Harm::Deleted) {
-        return base.events.len();
+    let all = base.events.len();
+    if base.closed || damage.file != base.log {
+        return all;
+    }
+    let damaged_to = match damage.harm {
+        Harm::Flipped { .. } => damage.at + 1,
+        Harm::CutOut { len } | Harm::Zeroed { len } => damage.at + len,
+        Harm::CutTail => usize::MAX,
+        Harm::Deleted => return all,
+    };
+    // The last write says what was synced before it. What lies behind that may be what a crash leaves.
+    let is_told = damage.at < base.vouched && damaged_to <= base.events[all - 2].log_bytes;
+    if is_told && (base.is_first || damage.at >= third_write(base)) {
+        return all;
     }
     base.events.iter().filter(|event| event.log_bytes <= damage.at).count()
 }
 
-/// Whether a damage takes whole records out of the newest log as a crash leaves it. That makes the log of a life in which
-/// they were not written, and nobody can tell: what is missing at the end of such a log cannot be told either.
-fn takes_whole_records(base: &Base, damage: &Damage) -> bool {
+/// Where the newest log's records end, and the first begins.
+fn record_edges(base: &Base) -> Vec<usize> {
+    let log = &base.image.files[&base.log];
+    let mut edges = vec![0];
+    // A header is a checksum (4), the length of what follows it (2) and a type (1).
+    while let Some(header) = log.get(edges[edges.len() - 1]..).and_then(|rest| rest.first_chunk::<7>()) {
+        edges.push(edges[edges.len() - 1] + header.len() + usize::from(u16::from_le_bytes([header[4], header[5]])));
+    }
+    assert_eq!(edges.last(), Some(&log.len()), "the records of the undamaged log are not understood");
+    edges
+}
+
+/// Where the newest log's third write begins: of those before it nobody knows whether they stood in an older log. Its first
+/// record is RocksDB's own, about the log before it.
+fn third_write(base: &Base) -> usize {
+    record_edges(base)[3]
+}
+
+/// Whether a damage takes whole records out of the newest log as a crash leaves it, and that makes the log of another life:
+/// of one in which they were not written, or had gone with an older log.
+fn makes_another_life(base: &Base, damage: &Damage) -> bool {
     let Harm::CutOut { len } = damage.harm else { return false };
     if base.closed || damage.file != base.log {
         return false;
     }
-    let log = &base.image.files[&base.log];
-    let mut ends = vec![0];
-    // A header is a checksum (4), the length of what follows it (2) and a type (1).
-    while let Some(header) = log.get(ends[ends.len() - 1]..).and_then(|rest| rest.first_chunk::<7>()) {
-        ends.push(ends[ends.len() - 1] + header.len() + usize::from(u16::from_le_bytes([header[4], header[5]])));
-    }
-    assert_eq!(ends.last(), Some(&log.len()), "the records of the undamaged log are not understood");
-    ends.contains(&damage.at) && ends.contains(&(damage.at + len))
+    let edges = record_edges(base);
+    let is_whole = edges.contains(&damage.at) && edges.contains(&(damage.at + len));
+    is_whole && (damage.at >= base.vouched || !base.is_first && damage.at < third_write(base))
 }
 
 fn rounds() -> u64 {
@@ -425,7 +456,7 @@ fn round(bases: &[Base], path: &Path, seed: u64, round: u64, tally: &Mutex<Tally
     let base = &bases[rng.random_range(0..bases.len())];
     let mut image = base.image.clone();
     let damage = Damage::draw(&image, &mut rng);
-    if takes_whole_records(base, &damage) || !damage.inflict(&mut image) {
+    if makes_another_life(base, &damage) || !damage.inflict(&mut image) {
         return;
     }
     let begun = Instant::now();
@@ -514,7 +545,7 @@ fn a_log_cut_at_any_byte_loses_only_what_lies_behind_the_cut() {
 }
 
 #[test]
-fn a_bad_place_in_a_log_is_corrupt_where_good_records_follow_and_its_end_where_none_do() {
+fn a_bad_place_in_a_log_is_corrupt_where_it_was_synced_and_its_end_where_it_was_not() {
     let base = Base::new(false, false);
     let seed = seed();
     eprintln!("ONLYONCE_CORRUPTION_SEED={seed}");
@@ -524,23 +555,26 @@ fn a_bad_place_in_a_log_is_corrupt_where_good_records_follow_and_its_end_where_n
         let mut rng = StdRng::seed_from_u64(seed << 32 ^ number);
         let mut image = base.image.clone();
         let log = image.files.get_mut(&base.log).unwrap();
-        // Half of them in the last record.
-        let begin = if rng.random_bool(0.5) { last_but_one } else { 0 };
+        // Half of them behind what the last write knows to be synced.
+        let begin = if rng.random_bool(0.5) { base.vouched } else { 0 };
         let at = rng.random_range(begin..whole);
         let end = rng.random_range(at..whole.min(at + 40)) + 1;
         for byte in &mut log[at..end] {
             *byte ^= rng.random_range(1..=255_u8);
         }
         image.write(path);
-        let said = interrogate(&base, path, base.events.len() - 1, &mut rng);
+        let there = base.events.iter().filter(|event| event.log_bytes <= at).count();
+        let said = interrogate(&base, path, there, &mut rng);
         let what = format!("round {number} of seed {seed}: {at}..{end} of {whole}: {said:?}");
         match said {
             Ok(Said::RefusedToOpen(Error::Corrupt { place, .. })) => {
-                assert!(at < last_but_one && place.ends_with(base.log.to_str().unwrap()), "{what}");
+                assert!(at < base.vouched && place.ends_with(base.log.to_str().unwrap()), "{what}");
             }
-            // What reaches into the last record from the one before it leaves no good one behind.
-            Ok(Said::Answered { missing: 1 }) => assert!(at >= last_but_one, "{what}"),
-            _ => assert!(end > last_but_one && at < last_but_one, "{what}"),
+            Ok(Said::Answered { missing }) => {
+                assert_eq!(missing, base.events.len() - there, "{what}");
+                assert!(at >= base.vouched || end > last_but_one, "{what}");
+            }
+            _ => panic!("{what}"),
         }
     });
 }
@@ -585,12 +619,13 @@ fn a_row_over_several_blocks_of_the_log_is_there_whole_or_not_at_all() {
 }
 
 #[test]
-fn a_block_that_was_never_written_is_corrupt_in_the_middle_of_a_log_and_its_end_at_the_end() {
+fn a_block_of_zeros_is_corrupt_where_the_log_was_synced_and_its_end_where_it_was_not() {
     let (image, log, rows, now_ms) = long_rows();
     let whole = image.files[&log].len();
     let sectors = whole.div_ceil(512);
-    // Where nothing good is left behind the zeros, they may be what a crash leaves.
-    let last_piece = (whole / (32 * 1024) * 32 * 1024).max(rows[rows.len() - 2].1);
+    // The last claim and the last completion say that everything up to the completion before them was synced.
+    let vouched = rows[rows.len() - 2].1;
+    let last_claim = vouched..vouched + 200;
     in_parallel(0, sectors as u64 / 4, |number, path| {
         let mut rng = StdRng::seed_from_u64(number);
         // A few sectors, and in every second round all behind them.
@@ -603,14 +638,15 @@ fn a_block_that_was_never_written_is_corrupt_in_the_middle_of_a_log_and_its_end_
         let what = format!("zeros from {from} to {to} of {whole}");
         match builder(&ManualClock::at(now_ms)).open(path) {
             Ok(store) => {
-                assert!(to > last_piece, "{what}: what follows is forgotten in silence");
+                assert!(from >= vouched || to > last_claim.start, "{what}: what follows is forgotten in silence");
                 for (key, end) in &rows {
                     let there = matches!(store.check(key).unwrap(), Check::Completed(_));
                     assert_eq!(there, *end <= from, "{what}: {key}, which ends at {end}");
                 }
             }
             Err(Error::Corrupt { place, .. }) => {
-                assert!(to <= last_piece && place.ends_with(log.to_str().unwrap()), "{what}: {place}");
+                assert!(from < vouched && to <= last_claim.end, "{what}: nobody was told of what was there");
+                assert!(place.ends_with(log.to_str().unwrap()), "{what}: {place}");
             }
             Err(error) => panic!("{what}: {error}"),
         }

@@ -17,7 +17,7 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
-    ("storage", &["options", "journal", "log", "directory", "inventory", "laws", "run", "sync", "db"]),
+    ("storage", &["options", "journal", "chain", "log", "directory", "inventory", "laws", "run", "sync", "db"]),
     ("filter", &["sizing", "layer", "file", "stack"]),
     ("bucket", &["window", "set", "seal", "rotation", "recovery", "filters"]),
     (

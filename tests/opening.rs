@@ -145,7 +145,7 @@ fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
 
 #[test]
 fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
-    let bench = Bench::new();
+    let bench = Bench::with(|builder| builder.durability(onlyonce::Durability::Disk));
     // Each in a row, and so in a record, of its own.
     for i in 0..100 {
         bench.store().record(format!("key-{i}")).unwrap();

@@ -199,7 +199,7 @@ impl Engine {
         self.reserve(0)?;
         KillPoint::OpenTokensReserved.pass();
         // Tokens must not begin again where a log is lost.
-        self.db.flush_meta()?;
+        self.db.begin_log()?;
         tracing::info!(
             path = %self.db.directory().root().display(),
             journal_rows = replayed.rows,

@@ -10,6 +10,7 @@ use rocksdb::{
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
 };
 
+use super::chain::Chain;
 use super::directory::Directory;
 use super::options::Tuning;
 use super::run::Sink;
@@ -40,6 +41,7 @@ pub(crate) struct Db {
     directory: Directory,
     tuning: Tuning,
     group: SyncGroup,
+    chain: Chain,
     runs_written: AtomicU64,
     /// A write or a sync has failed: nobody knows what the files hold.
     in_doubt: AtomicBool,
@@ -103,11 +105,13 @@ impl Db {
             directory,
             tuning,
             group: SyncGroup::default(),
+            chain: Chain::default(),
             runs_written: AtomicU64::new(0),
             in_doubt: AtomicBool::new(false),
             taking: Mutex::new(()),
             untaken: AtomicU64::new(0),
         };
+        db.chain.begin_life(inventory::newest_log(&path)?.unwrap_or_default());
         Ok((db, buckets))
     }
 
@@ -127,14 +131,24 @@ impl Db {
         let rocks = open.get()?;
         let mut tx = Tx { rocks, batch: WriteBatch::default() };
         fill(&mut tx)?;
-        let bytes = tx.batch.size_in_bytes() as u64;
-        KillPoint::WriteBegun.pass();
-        rocks.write(tx.batch).map_err(|error| self.write_failed(&error))?;
-        self.untaken.fetch_add(bytes, Ordering::Relaxed);
-        KillPoint::WriteDone.pass();
+        if !tx.batch.is_empty() {
+            self.write_batch(rocks, tx.batch)?;
+        }
         if sync {
             self.group.wait(|| self.sync(rocks))?;
         }
+        Ok(())
+    }
+
+    fn write_batch(&self, rocks: &Rocks, mut batch: WriteBatch) -> Result<()> {
+        let bytes = batch.size_in_bytes() as u64;
+        let mark = self.chain.begin();
+        mark.put(&mut batch);
+        KillPoint::WriteBegun.pass();
+        rocks.write(batch).map_err(|error| self.write_failed(&error))?;
+        self.chain.written(&mark);
+        self.untaken.fetch_add(bytes, Ordering::Relaxed);
+        KillPoint::WriteDone.pass();
         Ok(())
     }
 
@@ -150,8 +164,10 @@ impl Db {
     }
 
     fn sync(&self, rocks: &Rocks) -> Result<()> {
+        let written_below = self.chain.written_below();
         KillPoint::SyncBegun.pass();
         rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
+        self.chain.synced(written_below);
         KillPoint::SyncDone.pass();
         Ok(())
     }
@@ -329,12 +345,15 @@ impl Db {
         Ok(())
     }
 
-    /// Writes what the store knows of itself to a table, so that it does not hang on the log alone.
-    pub(crate) fn flush_meta(&self) -> Result<()> {
+    /// Writes what the store knows of itself to a table, so that it does not hang on the log alone, and begins a new log.
+    /// Nobody writes meanwhile.
+    pub(crate) fn begin_log(&self) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &self.directory.database(), &error))?;
+        let database = self.directory.database();
+        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &database, &error))?;
+        self.chain.begin_life(inventory::newest_log(&database)?.unwrap_or_default());
         self.take_inventory()
     }
 

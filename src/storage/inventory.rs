@@ -183,7 +183,7 @@ fn current_manifest(current: &Path) -> Result<Option<u64>> {
 }
 
 /// The highest number of a log.
-fn newest_log(database: &Path) -> Result<Option<u64>> {
+pub(super) fn newest_log(database: &Path) -> Result<Option<u64>> {
     let unreadable = |error: std::io::Error| Error::io("cannot read", database, &error);
     let mut newest = None;
     for entry in fs::read_dir(database).map_err(unreadable)? {

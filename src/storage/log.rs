@@ -1,34 +1,46 @@
-//! RocksDB's log, read before RocksDB reads it: a torn end is what a crash leaves, a hole is corruption (G6).
+//! RocksDB's log, read before RocksDB reads it: what was never synced may be torn, all else must be there (G6).
 //!
 //! RocksDB takes a record with a bad length for the end of the log, and passes over a zeroed header to the end of its
 //! block: what follows would be forgotten without a word. And it refuses a last record that is all there with some of its
-//! bytes wrong, although nobody was told that it was written. Here a bad record that a good one follows is a hole, and
-//! one that none follows is cut off. The manifest has the same form, and the same holes.
+//! bytes wrong, although nobody was told that it was written. Here a bad place is corruption where the marks of the writes
+//! (`chain.rs`) say that it was on the disk, and so is a write that is not there; else the log is cut off at the bad place,
+//! whatever of the later writes a power cut has left. The manifest has the same form, and no marks: there a bad record
+//! that a good one follows is corruption.
 //!
 //! ```text
 //! log    := block (32 KiB)*, the last one shorter
-//! block  := record* | zeros, fewer than a header
-//! record := masked CRC-32C of type and payload (4) | payload length (2) | type (1) | payload
+//! block  := piece* | zeros, fewer than a header
+//! piece  := masked CRC-32C of kind and payload (4) | payload length (2) | kind (1) | payload
+//! record := full piece | first piece, middle piece*, last piece
 //! ```
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
 
+use super::chain::{Mark, first_missing, read_marks, vouched};
 use crate::error::{Error, Result};
 
 const BLOCK: usize = 32 * 1024;
 const HEADER: usize = 7;
 
-/// What a log is like behind its last good record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// Nothing, or less than a record's header.
-    Clean,
-    /// Bytes that are no record, from here on.
-    Torn { at: u64 },
-    /// Bytes that are no record, and good records behind them.
-    Hole { at: u64 },
+/// The kinds of pieces: a whole record, or one of several.
+const FULL: u8 = 1;
+const FIRST: u8 = 2;
+const MIDDLE: u8 = 3;
+const LAST: u8 = 4;
+
+/// What a log holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Contents {
+    /// Marks of whole records before the first bad place; of all where there is none.
+    before: Vec<Mark>,
+    /// Where bytes begin that are no record, or a record of which a piece is missing.
+    bad: Option<u64>,
+    /// Whether anything good stands behind the bad place.
+    goes_on: bool,
+    /// Marks of whole records behind it.
+    behind: Vec<Mark>,
 }
 
 /// The number of a log, if it is one.
@@ -37,8 +49,8 @@ pub(super) fn number(path: &Path) -> Option<u64> {
     path.file_stem().filter(|_| is_log).and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok())
 }
 
-/// Reads every log in the database's directory: refuses a hole, cuts off the torn end of the newest. A log that was
-/// `closed` has none.
+/// Reads every log in the database's directory: refuses one that lacks what was synced, and cuts off from a bad place on
+/// what was not. A log that was `closed` has no such place. What is left is on the disk when this returns.
 pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read", database, &error);
     let mut logs = Vec::new();
@@ -49,101 +61,173 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
         }
     }
     logs.sort_unstable();
-    // Behind a newer log that says something, an end is in the middle.
-    let mut newer = false;
-    for (_, path) in logs.into_iter().rev() {
-        match end_of(&path)? {
-            End::Clean => {}
-            End::Torn { at } if !newer && !closed => {
-                tracing::warn!(path = %path.display(), at, "the log ends in half a record, as a crash leaves it: cut off");
-                let cut = |file: File| file.set_len(at).and_then(|()| file.sync_all());
-                let file = OpenOptions::new().write(true).open(&path);
-                file.and_then(cut).map_err(|error| Error::io("cannot cut", &path, &error))?;
-            }
-            End::Torn { at } if closed => return Err(bad_record(&path, at, "was closed without one")),
-            End::Torn { at } => return Err(bad_record(&path, at, "a newer log behind it")),
-            End::Hole { at } => return Err(bad_record(&path, at, "good ones behind it")),
+    let numbers: Vec<u64> = logs.iter().map(|(number, _)| *number).collect();
+    let (mut before, mut behind) = (Vec::new(), Vec::new());
+    let mut bad: Option<(usize, u64)> = None;
+    let mut places = Vec::with_capacity(logs.len());
+    for (log, (_, path)) in logs.iter().enumerate() {
+        let contents = read_file(path)?;
+        let so_far = if bad.is_some() { &mut behind } else { &mut before };
+        so_far.extend(contents.before);
+        behind.extend(contents.behind);
+        bad = bad.or(contents.bad.map(|at| (log, at)));
+        places.push((before.len(), path));
+    }
+    if let Some((log, at)) = bad {
+        let Some((good, newer)) = logs.get(log..).and_then(<[_]>::split_first) else { return Ok(()) };
+        let path = &good.1;
+        if closed {
+            return Err(bad_record(path, at, "it was closed without one"));
         }
-        newer |= std::fs::metadata(&path).map_err(unreadable)?.len() > 0;
+        if first_missing(&numbers, &before, &behind, false).is_some() || vouched(&before, &behind) {
+            return Err(bad_record(path, at, "what was on the disk by then stands behind it"));
+        }
+        tracing::warn!(path = %path.display(), at, "the log ends in half a record, as a crash leaves it: cut off");
+        // The newest first: a crash in between leaves nothing behind the bad place.
+        for (_, path) in newer.iter().rev() {
+            cut(path, 0)?;
+        }
+        cut(path, at)?;
+    } else if let Some(missing) = first_missing(&numbers, &before, &[], closed) {
+        let next = before.iter().position(|mark| missing.is_before(mark)).unwrap_or_default();
+        let place = places.iter().find(|(marks, _)| *marks > next).map_or(database, |(_, path)| path);
+        let detail = format!("write {} to it, which was on the disk, is missing", missing.number);
+        return Err(Error::Corrupt { place: place.display().to_string(), detail });
+    }
+    if !closed {
+        // A process that was killed has left some of it in memory. A bad place before what is going to be written must be
+        // damage, and not what a power cut took from this.
+        for (_, path) in &logs {
+            File::open(path).and_then(|log| log.sync_all()).map_err(|error| Error::io("cannot sync", path, &error))?;
+        }
     }
     Ok(())
+}
+
+fn cut(path: &Path, len: u64) -> Result<()> {
+    let log = OpenOptions::new().write(true).open(path);
+    log.and_then(|log| log.set_len(len).and_then(|()| log.sync_all()))
+        .map_err(|error| Error::io("cannot cut", path, &error))
 }
 
 /// Reads a manifest, which has a log's form: refuses one with a hole, or with a bad record before `least`, which was read
 /// or written before. What a crash leaves at the end, RocksDB passes over.
 pub(super) fn check_manifest(path: &Path, least: u64) -> Result<()> {
-    match end_of(path)? {
-        End::Torn { at } if at < least => Err(bad_record(path, at, "was longer before")),
-        End::Hole { at } => Err(bad_record(path, at, "good ones behind it")),
-        End::Clean | End::Torn { .. } => Ok(()),
+    match read_file(path)? {
+        Contents { bad: Some(at), .. } if at < least => Err(bad_record(path, at, "it was longer before")),
+        Contents { bad: Some(at), goes_on: true, .. } => Err(bad_record(path, at, "good ones stand behind it")),
+        _ => Ok(()),
     }
 }
 
-fn end_of(path: &Path) -> Result<End> {
+fn read_file(path: &Path) -> Result<Contents> {
     let mut file = File::open(path).map_err(|error| Error::io("cannot open", path, &error))?;
-    end(&mut file).map_err(|error| Error::io("cannot read", path, &error))
+    read(&mut file).map_err(|error| Error::io("cannot read", path, &error))
 }
 
 fn bad_record(path: &Path, at: u64, and: &str) -> Error {
     Error::Corrupt { place: path.display().to_string(), detail: format!("it has a bad record at byte {at}, and {and}") }
 }
 
-fn end(log: &mut impl Read) -> std::io::Result<End> {
+fn read(log: &mut impl Read) -> std::io::Result<Contents> {
+    let mut reading = Reading::default();
     let mut block = Vec::with_capacity(BLOCK);
     let mut start = 0_u64;
-    let mut bad = None;
     loop {
         block.clear();
         log.by_ref().take(BLOCK as u64).read_to_end(&mut block)?;
-        if let Some(at) = bad {
-            if holds_a_record(&block) {
-                return Ok(End::Hole { at });
-            }
-        } else if let Some(offset) = first_bad(&block) {
-            let at = start + offset as u64;
-            // The bad record's own bytes may hold no record of their own: looking begins behind its first.
-            if block.get(offset + 1..).is_some_and(holds_a_record) {
-                return Ok(End::Hole { at });
-            }
-            bad = Some(at);
-        }
+        reading.block(start, &block);
         if block.len() < BLOCK {
-            return Ok(bad.map_or(End::Clean, |at| End::Torn { at }));
+            return Ok(reading.finish());
         }
         start += BLOCK as u64;
     }
 }
 
-/// Where the first bytes of a block lie that are no record.
-fn first_bad(block: &[u8]) -> Option<usize> {
-    let mut offset = 0;
-    while let Some(rest) = block.get(offset..).filter(|rest| !rest.is_empty()) {
-        match record(rest) {
-            Some(len) => offset += len,
+/// A log that is being read.
+#[derive(Default)]
+struct Reading {
+    contents: Contents,
+    /// A record that goes on: where it begins, and its bytes so far.
+    begun: Option<u64>,
+    record: Vec<u8>,
+}
+
+impl Reading {
+    fn block(&mut self, start: u64, block: &[u8]) {
+        let mut offset = 0;
+        while let Some(rest) = block.get(offset..).filter(|rest| !rest.is_empty()) {
+            if let Some((kind, payload)) = piece(rest) {
+                self.piece(start + offset as u64, kind, payload);
+                offset += HEADER + payload.len();
+                continue;
+            }
             // Too short for a header: padding before the next block, or the log's very end.
-            None if rest.len() < HEADER && rest.iter().all(|byte| *byte == 0) => return None,
-            None => return Some(offset),
+            if rest.len() < HEADER && rest.iter().all(|byte| *byte == 0) {
+                return;
+            }
+            self.bad(start + offset as u64);
+            // Nobody knows how long it was meant to be: the next may begin at any byte.
+            offset = (offset + 1..block.len())
+                .find(|offset| block.get(*offset..).is_some_and(|rest| piece(rest).is_some()))
+                .unwrap_or(block.len());
         }
     }
-    None
+
+    fn piece(&mut self, at: u64, kind: u8, payload: &[u8]) {
+        // Others tell of the log, and stand between records.
+        if !matches!(kind, FULL | FIRST | MIDDLE | LAST) {
+            self.contents.goes_on |= self.contents.bad.is_some();
+            return;
+        }
+        let begins = matches!(kind, FULL | FIRST);
+        if begins == self.begun.is_some() {
+            // A piece is missing before this one.
+            self.bad(at);
+        }
+        self.contents.goes_on |= self.contents.bad.is_some_and(|bad| bad < at);
+        if begins {
+            self.begun = Some(at);
+            self.record.clear();
+        }
+        if self.begun.is_some() {
+            self.record.extend_from_slice(payload);
+            if matches!(kind, FULL | LAST) {
+                self.begun = None;
+                let Contents { before, behind, bad, .. } = &mut self.contents;
+                let marks = if bad.is_some() { behind } else { before };
+                // What is not a write of ours, RocksDB knows.
+                let _ = read_marks(&self.record, |mark| marks.push(mark));
+            }
+        }
+    }
+
+    /// No record is whole that reaches over this place.
+    fn bad(&mut self, at: u64) {
+        let at = self.begun.take().unwrap_or(at);
+        self.contents.bad.get_or_insert(at);
+    }
+
+    fn finish(mut self) -> Contents {
+        if let Some(at) = self.begun {
+            self.bad(at);
+        }
+        self.contents
+    }
 }
 
-/// Whether a record begins anywhere in these bytes.
-fn holds_a_record(bytes: &[u8]) -> bool {
-    (0..bytes.len()).any(|offset| bytes.get(offset..).is_some_and(|rest| record(rest).is_some()))
-}
-
-/// The length of the record that these bytes begin with, if they do.
-fn record(bytes: &[u8]) -> Option<usize> {
+/// The piece of a record that these bytes begin with, if they do: its kind and its payload.
+fn piece(bytes: &[u8]) -> Option<(u8, &[u8])> {
     let (crc, rest) = bytes.split_first_chunk::<4>()?;
     let (len, rest) = rest.split_first_chunk::<2>()?;
     let len = usize::from(u16::from_le_bytes(*len));
     let checked = rest.get(..len + 1)?;
-    // Full, first, middle, last; compression; timestamps; predecessor. Recycled logs, which are not written, have others.
-    if !matches!(checked.first()?, 1..=4 | 9 | 10 | 130) {
+    let (kind, payload) = checked.split_first()?;
+    // The others: compression, timestamps, predecessor. Recycled logs, which are not written, have more.
+    if !matches!(*kind, FULL | FIRST | MIDDLE | LAST | 9 | 10 | 130) {
         return None;
     }
-    (masked(crc32c::crc32c(checked)) == u32::from_le_bytes(*crc)).then_some(HEADER + len)
+    (masked(crc32c::crc32c(checked)) == u32::from_le_bytes(*crc)).then_some((*kind, payload))
 }
 
 /// RocksDB's form of a checksum, so that one of data with checksums in it is as good.
@@ -154,10 +238,6 @@ fn masked(crc: u32) -> u32 {
 /// Appends a record, in as many pieces as there are blocks that it begins in or reaches.
 #[cfg(any(test, fuzzing))]
 pub(super) fn put_record(log: &mut Vec<u8>, mut payload: &[u8]) {
-    const FULL: u8 = 1;
-    const FIRST: u8 = 2;
-    const MIDDLE: u8 = 3;
-    const LAST: u8 = 4;
     let mut begun = false;
     loop {
         let left = BLOCK - log.len() % BLOCK;
@@ -186,19 +266,29 @@ pub(super) fn put_record(log: &mut Vec<u8>, mut payload: &[u8]) {
 /// Where the bytes begin that are no record, if there are any.
 #[cfg(any(test, fuzzing))]
 pub(super) fn bad_place(mut log: &[u8]) -> Option<u64> {
-    match end(&mut log) {
-        Ok(End::Torn { at } | End::Hole { at }) => Some(at),
-        Ok(End::Clean) | Err(_) => None,
-    }
+    read(&mut log).ok()?.bad
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::chain::Chain;
     use super::put_record as put;
     use super::*;
 
-    fn end_in(log: &[u8]) -> End {
-        end(&mut &log[..]).unwrap()
+    const CLEAN: (Option<u64>, bool) = (None, false);
+
+    fn torn(at: usize) -> (Option<u64>, bool) {
+        (Some(at as u64), false)
+    }
+
+    fn hole(at: usize) -> (Option<u64>, bool) {
+        (Some(at as u64), true)
+    }
+
+    /// Where it is bad, and whether something good stands behind that.
+    fn end_in(log: &[u8]) -> (Option<u64>, bool) {
+        let contents = read(&mut &log[..]).unwrap();
+        (contents.bad, contents.goes_on)
     }
 
     #[test]
@@ -210,13 +300,10 @@ mod tests {
                 break;
             }
         }
-        assert_eq!(end_in(&log), End::Clean);
+        assert_eq!(end_in(&log), CLEAN);
         for len in 0..log.len() {
             let whole = len / 997 * 997;
-            let expected = match len - whole {
-                0 => End::Clean,
-                _ => End::Torn { at: whole as u64 },
-            };
+            let expected = if len == whole { CLEAN } else { torn(whole) };
             assert_eq!(end_in(&log[..len]), expected, "cut at {len}");
         }
     }
@@ -231,8 +318,8 @@ mod tests {
             for mask in [1, 0x80] {
                 let mut garbled = log.clone();
                 garbled[at] ^= mask;
-                let bad = (at / 997 * 997) as u64;
-                let expected = if at < log.len() - 997 { End::Hole { at: bad } } else { End::Torn { at: bad } };
+                let bad = at / 997 * 997;
+                let expected = if at < log.len() - 997 { hole(bad) } else { torn(bad) };
                 assert_eq!(end_in(&garbled), expected, "bit {mask} of byte {at}");
             }
         }
@@ -245,11 +332,104 @@ mod tests {
         put(&mut block, &[2; 100]);
         assert_eq!(block.len(), BLOCK);
         let mut log = [block.clone(), block.clone(), block.clone()].concat();
-        assert_eq!(end_in(&log), End::Clean);
+        assert_eq!(end_in(&log), CLEAN);
         // All of the second block.
         log[BLOCK..2 * BLOCK].fill(0);
-        assert_eq!(end_in(&log), End::Hole { at: BLOCK as u64 });
+        assert_eq!(end_in(&log), hole(BLOCK));
         log[2 * BLOCK..].fill(0);
-        assert_eq!(end_in(&log), End::Torn { at: BLOCK as u64 });
+        assert_eq!(end_in(&log), torn(BLOCK));
+    }
+
+    #[test]
+    fn a_record_without_one_of_its_pieces_is_bad_from_its_first_on() {
+        let mut log = Vec::new();
+        put(&mut log, &[1; 93]);
+        // Pieces of it begin at 100 and at the two blocks' beginnings behind it.
+        put(&mut log, &vec![2; 2 * BLOCK]);
+        let long = 100..log.len();
+        put(&mut log, &[3; 93]);
+        assert_eq!(end_in(&log), CLEAN);
+        assert_eq!(end_in(&log[..2 * BLOCK]), torn(long.start), "without its last");
+        let mut without_first = log.clone();
+        without_first[long.start] ^= 1;
+        assert_eq!(end_in(&without_first), hole(long.start));
+        let mut without_middle = log.clone();
+        without_middle.drain(BLOCK..2 * BLOCK);
+        assert_eq!(end_in(&without_middle), CLEAN, "RocksDB finds that its entries are cut short");
+        let without_last = [&log[..2 * BLOCK], &log[long.end..]].concat();
+        assert_eq!(end_in(&without_last), hole(long.start));
+        let first_gone = [&log[..long.start], &vec![0; BLOCK - long.start], &log[BLOCK..]].concat();
+        assert_eq!(end_in(&first_gone), hole(long.start));
+    }
+
+    /// Logs of a database that was not closed, each of writes with their marks.
+    fn check_logs(logs: &[Vec<u8>], closed: bool) -> (Result<()>, Vec<usize>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |log: usize| dir.path().join(format!("{:06}.log", log + 7));
+        logs.iter().enumerate().for_each(|(number, log)| std::fs::write(path(number), log).unwrap());
+        let checked = check(dir.path(), closed);
+        (checked, (0..logs.len()).map(|log| std::fs::metadata(path(log)).unwrap().len() as usize).collect())
+    }
+
+    fn chain(life: u64) -> Chain {
+        let chain = Chain::default();
+        chain.begin_life(life);
+        chain
+    }
+
+    fn write(log: &mut Vec<u8>, chain: &Chain) {
+        let mark = chain.begin();
+        let mut batch = rocksdb::WriteBatch::default();
+        batch.put(b"key", [7; 100]);
+        mark.put(&mut batch);
+        put(log, batch.data());
+        chain.written(&mark);
+    }
+
+    #[test]
+    fn a_bad_place_that_was_not_synced_ends_the_log_and_all_that_came_later() {
+        let chain = chain(7);
+        let (mut older, mut newer) = (Vec::new(), Vec::new());
+        (0..5).for_each(|_| write(&mut older, &chain));
+        chain.synced(chain.written_below());
+        write(&mut older, &chain);
+        let synced = older.len() / 6 * 5;
+        let at = older.len();
+        (0..3).for_each(|_| write(&mut older, &chain));
+        (0..3).for_each(|_| write(&mut newer, &chain));
+        let whole = vec![older.clone(), newer.clone()];
+        assert!(matches!(check_logs(&whole, false), (Ok(()), lens) if lens == [older.len(), newer.len()]));
+
+        let bad = |place: usize| {
+            let mut older = older.clone();
+            older[place + 20] ^= 1;
+            check_logs(&[older, newer.clone()], false)
+        };
+        assert!(matches!(bad(at), (Ok(()), lens) if lens == [at, 0]), "cut off, and the newer log with it");
+        let (refused, lens) = bad(synced / 5 * 4);
+        assert!(matches!(refused, Err(Error::Corrupt { place, .. }) if place.ends_with("000007.log")));
+        assert_eq!(lens, [older.len(), newer.len()], "and nothing is touched");
+    }
+
+    #[test]
+    fn a_write_that_was_synced_and_is_gone_without_a_trace_is_corruption() {
+        // Its first log is gone.
+        let chain = chain(6);
+        let mut ends = vec![0];
+        let mut log = Vec::new();
+        for number in 0..10 {
+            write(&mut log, &chain);
+            ends.push(log.len());
+            if number == 6 {
+                chain.synced(chain.written_below());
+            }
+        }
+        for gone in 2..10 {
+            let without = [&log[..ends[gone]], &log[ends[gone + 1]..]].concat();
+            let (checked, _) = check_logs(&[without.clone()], false);
+            assert_eq!(checked.is_err(), gone <= 6, "without write {gone}: {checked:?}");
+            let (checked, _) = check_logs(&[without], true);
+            assert_eq!(checked.is_err(), gone < 9, "closed, without write {gone}: {checked:?}");
+        }
     }
 }

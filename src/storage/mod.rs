@@ -1,5 +1,6 @@
 //! The disk: RocksDB, and nothing that knows what a claim is. The only folder that names `rocksdb::`.
 
+mod chain;
 pub(crate) mod db;
 pub(crate) mod directory;
 mod inventory;
