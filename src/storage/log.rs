@@ -426,7 +426,7 @@ mod tests {
         }
         for gone in 2..10 {
             let without = [&log[..ends[gone]], &log[ends[gone + 1]..]].concat();
-            let (checked, _) = check_logs(&[without.clone()], false);
+            let (checked, _) = check_logs(std::slice::from_ref(&without), false);
             assert_eq!(checked.is_err(), gone <= 6, "without write {gone}: {checked:?}");
             let (checked, _) = check_logs(&[without], true);
             assert_eq!(checked.is_err(), gone < 9, "closed, without write {gone}: {checked:?}");
