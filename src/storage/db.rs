@@ -30,6 +30,9 @@ const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How long to wait between two tries to open a database whose files a dying process still has.
 const OPEN_POLL: Duration = Duration::from_millis(20);
 
+/// A row of one key and its mark need no more: room for them is made once.
+const SMALL_BATCH_BYTES: usize = 256;
+
 /// Before and behind every key of a bucket.
 const FIRST_KEY: &[u8] = &[];
 const LAST_KEY: &[u8] = &[0xff; 16];
@@ -129,7 +132,7 @@ impl Db {
     pub(crate) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
-        let mut tx = Tx { rocks, batch: WriteBatch::default() };
+        let mut tx = Tx { rocks, batch: WriteBatch::with_capacity_bytes(SMALL_BATCH_BYTES) };
         fill(&mut tx)?;
         if !tx.batch.is_empty() {
             self.write_batch(rocks, tx.batch)?;
