@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use onlyonce::{Check, Claim, Store};
 
-use crate::torture::{Line, WINDOW_MS, name};
+use crate::torture::{Line, Messages, WINDOW_MS, has_come_along, messages, name};
 
 /// A completion that was begun.
 #[derive(Debug)]
@@ -33,12 +33,22 @@ pub struct Found {
     /// What the store handed out last.
     token: u64,
     in_progress: Vec<String>,
+    messages: Messages,
+    /// What is not there that came with what is there.
+    torn_apart: Vec<String>,
 }
 
 impl Found {
     /// What a store has that is not there yet.
     pub fn nothing() -> Self {
-        Self { now_ms: 1_700_000_000_000, completed: BTreeMap::new(), token: 0, in_progress: Vec::new() }
+        Self {
+            now_ms: 1_700_000_000_000,
+            completed: BTreeMap::new(),
+            token: 0,
+            in_progress: Vec::new(),
+            messages: Messages::new(),
+            torn_apart: Vec::new(),
+        }
     }
 }
 
@@ -148,13 +158,14 @@ impl Chronicle {
 
     /// Asks a store for every key that was ever spoken of.
     pub fn find(&self, store: &Store) -> Found {
-        let mut found = Found { now_ms: store.stats().now_ms, ..Found::nothing() };
+        let mut found = Found { now_ms: store.stats().now_ms, messages: messages(store), ..Found::nothing() };
         let keys: Vec<&String> = self.attempts.keys().chain(self.before.completed.keys()).collect();
         // The first of them are asked while the filter is being rebuilt, the last by the filter.
         let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).unwrap());
         for (key, check) in keys.iter().zip(checks) {
             match check.unwrap() {
                 Check::Completed(first) => {
+                    found.torn_apart.extend(has_come_along(store, &found.messages, key, &first).err());
                     let first = (name(first.result()), first.completed_at_ms());
                     found.completed.insert((*key).clone(), first);
                 }
@@ -172,7 +183,7 @@ impl Chronicle {
 
     /// Compares what a store has with what was said. `token`: the highest that must not be given again.
     pub fn judge(&self, found: &Found, token: u64) -> Verdict {
-        let mut verdict = Verdict::default();
+        let mut verdict = Verdict { wrong: found.torn_apart.clone(), ..Verdict::default() };
         let is_live = |completed_ms: u64| found.now_ms < completed_ms + WINDOW_MS;
         for key in &found.in_progress {
             verdict.wrong.push(format!("G2: {key} is blocked by the dead"));
@@ -206,7 +217,12 @@ impl Chronicle {
                         verdict.wrong.push(format!("G1: {key} has another time: {attempt:?}, {at_ms}"));
                     }
                 }
-                (_, Some(done)) if is_live(done.started_ms) => verdict.missing.push(done.line),
+                (_, Some(done)) if is_live(done.started_ms) => {
+                    if found.messages.contains(&(key.clone(), attempt.result.clone())) {
+                        verdict.wrong.push(format!("G1: {key} has left a message, and is not completed: {attempt:?}"));
+                    }
+                    verdict.missing.push(done.line);
+                }
                 _ => {}
             }
         }
@@ -235,7 +251,7 @@ mod tests {
 
     fn found(now_ms: u64, completed: &[(&str, &str, u64)]) -> Found {
         let completed = completed.iter().map(|(key, result, at)| ((*key).to_owned(), ((*result).to_owned(), *at)));
-        Found { now_ms, completed: completed.collect(), token: 100, in_progress: Vec::new() }
+        Found { now_ms, completed: completed.collect(), token: 100, ..Found::nothing() }
     }
 
     const TWO: &[&str] = &["try a r1", "done a r1 10 12", "try b r2", "try c r3", "done b r2 11 13", "done c r3 12 13"];
@@ -270,6 +286,11 @@ mod tests {
             ("another time", found(20, &[("a", "r1", 13)])),
             ("too long", found(11 + WINDOW_MS, &[("a", "r1", 11)])),
             ("a token again", Found { token: 99, ..found(20, &[]) }),
+            ("torn apart", Found { torn_apart: vec!["a".to_owned()], ..found(20, &[]) }),
+            ("a message alone", {
+                let messages = [("a".to_owned(), "r1".to_owned())].into();
+                Found { messages, ..found(20, &[]) }
+            }),
             ("blocked", Found { in_progress: vec!["a".to_owned()], ..found(20, &[]) }),
         ] {
             assert_eq!(chronicle.judge(&found, 99).wrong.len(), 1, "{what}");

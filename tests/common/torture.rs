@@ -6,7 +6,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use onlyonce::{Builder, Check, Claim, Durability, Lease, ManualClock, Prior, Recorded, Store};
+use onlyonce::{Builder, Check, Claim, Completed, Durability, Lease, ManualClock, Prior, Recorded, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -322,16 +322,28 @@ impl Stage<'_> {
         say(&format!("@got {key} {} {prior} {}\n", lease.token(), self.now_ms()));
     }
 
-    /// Completes leases of these keys with padded results, and says so before and after.
+    /// Completes leases of these keys with padded results, and says so before and after. One alone takes a message and an
+    /// offset along.
     fn complete(&self, leases: Vec<(String, Lease)>, padding: usize) {
         let started = self.now_ms();
         let tried: String =
             leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token())).collect();
         say(&tried);
         let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
-        let (keys, leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
-        let padded = results.iter().map(|result| format!("{result}{}", ".".repeat(padding)));
-        let completed = self.store.complete_batch(leases.into_iter().zip(padded));
+        let (keys, mut leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
+        let completed = if let (1, [key], [result]) = (leases.len(), &keys[..], &results[..]) {
+            let lease = leases.remove(0);
+            let token = lease.token();
+            let padded = format!("{result}{}{WITH_MORE}", ".".repeat(padding));
+            let completed = lease.complete_with(padded, |tx| {
+                tx.set_offset(key, 0, token);
+                tx.enqueue("torture", key, result);
+            });
+            vec![completed]
+        } else {
+            let padded = results.iter().map(|result| format!("{result}{}", ".".repeat(padding)));
+            self.store.complete_batch(leases.into_iter().zip(padded))
+        };
         assert!(completed.iter().all(Result::is_ok), "{completed:?}");
         let ended = self.now_ms();
         let done = keys.iter().zip(&results);
@@ -346,9 +358,39 @@ impl Stage<'_> {
     }
 }
 
+/// Ends a result that came with an offset and a message.
+const WITH_MORE: char = '+';
+
 /// What a child calls a result: without its padding, and `-` where there is none.
 pub fn name(result: Option<&[u8]>) -> String {
-    result.map_or("-".to_owned(), |bytes| String::from_utf8_lossy(bytes).trim_end_matches('.').to_owned())
+    result.map_or("-".to_owned(), |bytes| String::from_utf8_lossy(bytes).trim_end_matches(['.', WITH_MORE]).to_owned())
+}
+
+/// The messages of a store's outbox: a key, and what it was completed with.
+pub type Messages = BTreeSet<(String, String)>;
+
+pub fn messages(store: &Store) -> Messages {
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    store.outbox(usize::MAX).unwrap().into_iter().map(|message| (text(message.key), text(message.bytes))).collect()
+}
+
+/// What a completion took along must be there with it.
+pub fn has_come_along(store: &Store, messages: &Messages, key: &str, first: &Completed) -> Result<(), String> {
+    if first.result().is_none_or(|result| !result.ends_with(&[WITH_MORE as u8])) {
+        return Ok(());
+    }
+    let result = name(first.result());
+    if !messages.contains(&(key.to_owned(), result.clone())) {
+        return Err(format!("G1: {key} is completed with {result}, and its message is not there"));
+    }
+    // Under `Disk` each question syncs.
+    if first.token() % 16 == 0 {
+        let offset = store.offset(key, 0).unwrap();
+        if offset != Some(first.token()) {
+            return Err(format!("G1: {key} is completed with {result}, and its offset is {offset:?}"));
+        }
+    }
+    Ok(())
 }
 
 /// Says of keys that have just been completed that they are: whoever is told so relies on it as much as the one who
@@ -469,6 +511,8 @@ enum Said {
 
 pub struct Oracle {
     said: BTreeMap<String, Said>,
+    /// Messages that came with what is completed, and were removed from the outbox.
+    messages: Messages,
     last_token: u64,
     pub clock_ms: u64,
     /// Lives in which the store was opened, and completions that were acknowledged in them.
@@ -478,7 +522,8 @@ pub struct Oracle {
 
 impl Oracle {
     pub fn new() -> Self {
-        Self { said: BTreeMap::new(), last_token: 0, clock_ms: 1_700_000_000_000, opened: 0, acknowledged: 0 }
+        let (said, messages) = (BTreeMap::new(), Messages::new());
+        Self { said, messages, last_token: 0, clock_ms: 1_700_000_000_000, opened: 0, acknowledged: 0 }
     }
 
     /// Takes in all that one child said, in the order it said it. Behind the first `certain` lines, what it says of
@@ -592,8 +637,12 @@ impl Oracle {
         // The first of them are asked while the filter is being rebuilt, the last by the filter.
         let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys).unwrap());
         let mut passed = Vec::new();
+        self.messages.extend(messages(store));
         for (key, check) in keys.iter().cloned().zip(checks) {
             let check = check.unwrap();
+            if let Check::Completed(first) = &check {
+                has_come_along(store, &self.messages, &key, first).unwrap();
+            }
             let said = self.said.get_mut(&key).unwrap();
             match (&*said, check) {
                 (Said::Done { result, started_ms, ended_ms }, Check::Completed(completed)) => {
@@ -619,6 +668,16 @@ impl Oracle {
         for key in passed {
             self.said.remove(&key);
         }
+        for (key, with) in messages(store) {
+            // A completion that is not there cannot have left a message.
+            let is_void = matches!(self.said.get(&key), Some(Said::Done { result, .. }) if *result != with);
+            let token = |result: &str| result.rsplit('-').next().and_then(|token| token.parse::<u64>().ok());
+            let Some(Said::Done { result, .. }) = self.said.get(&key) else { continue };
+            assert!(!is_void || token(result) > token(&with), "{key} has a message of {with}, and {result} before it");
+        }
+        self.messages
+            .retain(|(key, with)| matches!(self.said.get(key), Some(Said::Done { result, .. }) if result == with));
+        store.delivered(store.outbox(usize::MAX).unwrap().into_iter().map(|message| message.id)).unwrap();
         if self.said.len() > KNOWN {
             self.said.retain(|key, said| *said != Said::Left || !key.starts_with('r'));
         }
