@@ -384,7 +384,7 @@ pub fn has_come_along(store: &Store, messages: &Messages, key: &str, first: &Com
         return Err(format!("G1: {key} is completed with {result}, and its message is not there"));
     }
     // Under `Disk` each question syncs.
-    if first.token() % 16 == 0 {
+    if first.token().is_multiple_of(16) {
         let offset = store.offset(key, 0).unwrap();
         if offset != Some(first.token()) {
             return Err(format!("G1: {key} is completed with {result}, and its offset is {offset:?}"));
