@@ -11,7 +11,7 @@ pub(crate) use real::*;
 #[cfg(not(feature = "shuttle"))]
 mod real {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
-    pub(crate) use std::thread::{sleep, yield_now};
+    pub(crate) use std::thread::{Thread, current, park, park_timeout, sleep, yield_now};
 
     pub(crate) use arc_swap::{ArcSwap, Guard};
     pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
@@ -23,7 +23,8 @@ mod modelled {
     use std::time::Duration;
 
     pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
-    pub(crate) use shuttle::thread::yield_now;
+    // No time passes here: whoever parks is woken, or the model has found a wake-up that is lost.
+    pub(crate) use shuttle::thread::{Thread, current, park, park_timeout, yield_now};
     pub(crate) use shuttle_parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
     /// Whoever sleeps lets the others go first.

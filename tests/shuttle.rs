@@ -304,6 +304,48 @@ fn a_row_is_settled_when_it_is_finished_and_not_before() {
     });
 }
 
+#[test]
+fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
+    model(600, || {
+        let bench = Bench::new(1, if pick(2) == 0 { Durability::Disk } else { Durability::Process });
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                spawn(&bench, |bench| {
+                    loop {
+                        // A wake-up that is lost leaves it waiting, for no time passes here: the model takes it for a deadlock.
+                        match bench.oracle.store.claim_wait("k", Duration::MAX).unwrap() {
+                            Claim::Acquired(lease) => match pick(4) {
+                                0 => drop(lease),
+                                1 => lease.release().unwrap(),
+                                _ => lease.complete("done").unwrap(),
+                            },
+                            Claim::Completed(first) => break assert_eq!(first.result(), Some(&b"done"[..])),
+                            Claim::InProgress(other) => panic!("it gave up waiting: {other:?}"),
+                        }
+                    }
+                })
+            })
+            .collect();
+        let sealer = spawn(&bench, |bench| bench.oracle.store.seal().unwrap());
+        join(threads.into_iter().chain([sealer]));
+    });
+}
+
+#[test]
+fn whoever_waits_for_a_key_is_told_that_the_store_was_closed() {
+    model(600, || {
+        let bench = Bench::new(1, Durability::Process);
+        let Claim::Acquired(lease) = bench.oracle.store.claim("k").unwrap() else { panic!("it is new") };
+        let waits = spawn(&bench, |bench| {
+            let told = bench.oracle.store.claim_wait("k", Duration::MAX);
+            assert!(matches!(told, Err(Error::Closed)), "{told:?}");
+        });
+        let closes = spawn(&bench, |bench| bench.oracle.store.close().unwrap());
+        join([waits, closes]);
+        drop(lease);
+    });
+}
+
 /// A disk that has what was written when its last sync began.
 #[derive(Default)]
 struct Disk {

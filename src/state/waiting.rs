@@ -9,10 +9,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
 use std::time::Instant;
 
-use crate::concurrency::{AtomicUsize, Mutex, fence};
+use crate::concurrency::{AtomicUsize, Mutex, Thread, current, fence, park, park_timeout};
 
 /// The places of a store. Costs whoever ends work one look at a counter where nobody waits.
 #[derive(Debug, Default)]
@@ -97,13 +96,13 @@ pub(crate) struct Waiter {
 impl Waiter {
     /// Blocks the thread until it is woken, or until `end`. `None`: however long it takes.
     pub(crate) fn block_until(mut self, end: Option<Instant>) {
-        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        let waker = Waker::from(Arc::new(Unpark(current())));
         let mut context = Context::from_waker(&waker);
         while Pin::new(&mut self).poll(&mut context).is_pending() {
             match end.map(|end| end.saturating_duration_since(Instant::now())) {
-                None => std::thread::park(),
+                None => park(),
                 Some(left) if left.is_zero() => return,
-                Some(left) => std::thread::park_timeout(left),
+                Some(left) => park_timeout(left),
             }
         }
     }
