@@ -23,7 +23,9 @@ use std::time::{Duration, Instant};
 
 use common::START_MS;
 use damage::{Damage, Harm, Image, KINDS, kind};
-use onlyonce::{Builder, Check, Claim, Completed, Durability, Error, ManualClock, Phase, Prior, Store, Stored};
+use onlyonce::{
+    Builder, Check, Claim, Completed, Durability, Error, Lease, ManualClock, Phase, Prior, Store, Stored, Tx,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
@@ -69,6 +71,8 @@ struct Base {
     before: BTreeMap<String, State>,
     /// What the newest log says.
     events: Vec<Event>,
+    /// What completions took along, the offset and the message each: behind how many events of the newest log.
+    along: Vec<(usize, u64)>,
     /// Whether this life began with it, so that nothing can have stood before it.
     is_first: bool,
     /// So many bytes of it were synced before its last write was made, which says so.
@@ -97,6 +101,15 @@ fn builder(clock: &ManualClock) -> Builder {
 fn complete(store: &Store, key: &str) {
     let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
     lease.complete(format!("the result of {key}")).unwrap();
+}
+
+/// Completes with an offset and a message that says the same.
+fn complete_with(lease: Lease, result: &str, offset: u64) {
+    let with = |tx: &mut Tx| {
+        tx.set_offset("orders", 3, offset);
+        tx.enqueue("topic", "key", format!("message {offset}"));
+    };
+    lease.complete_with(result, with).unwrap();
 }
 
 /// Claims, and lets nobody know that the work was dropped: its process is going to die.
@@ -154,6 +167,10 @@ impl Base {
         (0..10).for_each(|i| complete(&store, &add(format!("journal-{i}"))));
         (0..3).for_each(|i| leave_in_flight(&store, &add(format!("journal-in-flight-{i}"))));
         store.forget("sealed-0-0-0").unwrap();
+        let Claim::Acquired(lease) = store.claim(add("journal-with-more".to_owned())).unwrap() else {
+            panic!("it is new")
+        };
+        complete_with(lease, "the result of journal-with-more", 1);
         store.close().unwrap();
         drop(store);
         let store = builder(&clock).open(&path).unwrap();
@@ -169,6 +186,7 @@ impl Base {
         let newest = Image::read_at_rest(&path).newest(".log");
         let log = path.join(&newest);
         let mut events = Vec::new();
+        let mut along = vec![(0, 1)];
         let mut note = |key: &str| {
             let state = State::of(&store, key).unwrap();
             events.push(Event { key: key.to_owned(), state, log_bytes: log_bytes(&log) });
@@ -177,7 +195,7 @@ impl Base {
             let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
             note(key);
             match i % 3 {
-                0 => lease.complete(format!("the result of {key}")).unwrap(),
+                0 => complete_with(lease, &format!("the result of {key}"), 2 + i as u64),
                 1 => lease.release().unwrap(),
                 _ => {
                     std::mem::forget(lease);
@@ -185,6 +203,10 @@ impl Base {
                 }
             }
             note(key);
+            if i % 3 == 0 {
+                // Two events of each of the keys before, or one.
+                along.push((i / 3 * 5 + 2, 2 + i as u64));
+            }
         }
         store.forget("sealed-1-0-0").unwrap();
         note("sealed-1-0-0");
@@ -203,6 +225,7 @@ impl Base {
             log: newest,
             before,
             events,
+            along,
             is_first: !seal,
             vouched,
             now_ms: clock_ms(&clock),
@@ -282,6 +305,22 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
         let (key, state, truth) = fits(all).unwrap();
         return Err(format!("{key} is {state:?}, and was {truth:?}"));
     };
+    let along: Vec<u64> = base.along.iter().filter(|(after, _)| *after <= events).map(|(_, offset)| *offset).collect();
+    match store.outbox(usize::MAX) {
+        Ok(messages) => {
+            let said: Vec<&[u8]> = messages.iter().map(|message| &*message.bytes).collect();
+            let sent: Vec<String> = along.iter().map(|offset| format!("message {offset}")).collect();
+            if !said.iter().copied().eq(sent.iter().map(String::as_bytes)) {
+                return Err(format!("the outbox has {messages:?}, and had {sent:?}"));
+            }
+        }
+        Err(error) => refused.push(error),
+    }
+    match store.offset("orders", 3) {
+        Ok(offset) if offset == along.last().copied() => {}
+        Ok(offset) => return Err(format!("the offset is {offset:?}, and was {:?}", along.last())),
+        Err(error) => refused.push(error),
+    }
     // Tokens go on, whatever was lost.
     match store.claim("a new one") {
         Ok(Claim::Acquired(lease)) if lease.token() > base.last_token => drop(lease.release()),
