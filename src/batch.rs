@@ -1,10 +1,12 @@
 //! Many keys in one call: the way to be fast, for consumers that poll in batches anyway.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::claim::{self, Claim, CompleteError, Lease, complete_all, in_order, is_of, release_all};
 use crate::error::{Error, Result};
 use crate::key::Key;
+use crate::state::request::Request;
 use crate::store::{Check, Recorded, Store, checked, recorded};
 
 /// Each takes keys in the caller's order and answers in that order, with one write at most. The outer error says
@@ -16,8 +18,23 @@ impl Store {
     ///
     /// As [`Store::check`]. A key that is empty or too long refuses the whole batch.
     pub fn check_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Check>>> {
-        let request = self.running.engine.request(keys)?;
-        let answers = self.running.engine.check(&request)?;
+        self.check_request(&self.running.engine.request(keys)?)
+    }
+
+    /// As [`Store::check_batch`], for messages with their timestamps, each as [`Store::check_at`], and each by itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::check_at`]. A key that is empty or too long refuses the whole batch.
+    pub fn check_batch_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Vec<Result<Check>>> {
+        self.check_request(&self.running.engine.request_at(messages)?)
+    }
+
+    fn check_request(&self, request: &Arc<Request>) -> Result<Vec<Result<Check>>> {
+        let answers = self.running.engine.check(request)?;
         Ok(answers.into_iter().map(|answer| answer.map(checked)).collect())
     }
 
@@ -54,8 +71,25 @@ impl Store {
     /// As [`Store::claim`]. A key that is empty or too long refuses the whole batch; one with another payload only
     /// itself.
     pub fn claim_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Claim>>> {
-        let request = self.running.engine.request(keys)?;
-        let claimed = self.running.engine.claim(&request)?;
+        self.claim_request(&self.running.engine.request(keys)?)
+    }
+
+    /// As [`Store::claim_batch`], for messages with their timestamps, each as [`Store::claim_at`]. Stream time follows one after
+    /// the other. What is too far ahead is asked again behind the rest of the batch, which may have confirmed it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_at`]. A key that is empty or too long refuses the whole batch; one with another payload, one that is
+    /// too old and one that is too far ahead only itself.
+    pub fn claim_batch_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Vec<Result<Claim>>> {
+        self.claim_request(&self.running.engine.request_at(messages)?)
+    }
+
+    fn claim_request(&self, request: &Arc<Request>) -> Result<Vec<Result<Claim>>> {
+        let claimed = self.running.engine.claim(request)?;
         Ok(claimed.into_iter().map(|claimed| Ok(claim::claim(claimed?, &self.running))).collect())
     }
 
@@ -151,8 +185,23 @@ impl Store {
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Vec<Result<Recorded>>> {
-        let request = self.running.engine.request(keys)?;
-        let answers = self.running.engine.record(&request)?;
+        self.record_request(&self.running.engine.request(keys)?)
+    }
+
+    /// As [`Store::record_batch`], for messages with their timestamps, as [`Store::claim_batch_at`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_batch_at`].
+    pub fn record_batch_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Vec<Result<Recorded>>> {
+        self.record_request(&self.running.engine.request_at(messages)?)
+    }
+
+    fn record_request(&self, request: &Arc<Request>) -> Result<Vec<Result<Recorded>>> {
+        let answers = self.running.engine.record(request)?;
         Ok(answers.into_iter().map(|answer| answer.map(|answer| recorded(&answer))).collect())
     }
 }

@@ -62,7 +62,8 @@ impl Completed {
         self.done.result == Kept::Omitted
     }
 
-    /// When it was completed, in milliseconds since the Unix epoch, on the store's clock.
+    /// When it was completed, in milliseconds since the Unix epoch, on the store's clock. On stream time, the timestamp of
+    /// its message.
     #[must_use]
     pub fn completed_at_ms(&self) -> u64 {
         self.done.completed_ms
@@ -233,7 +234,8 @@ impl Lease {
         self.release_after(Duration::ZERO)
     }
 
-    /// As [`Lease::release`], but nobody gets the key before `backoff` is over.
+    /// As [`Lease::release`], but nobody gets the key before `backoff` is over. On stream time a backoff ends with the
+    /// process.
     ///
     /// # Errors
     ///
@@ -350,7 +352,7 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Work)>) -> Vec<Result<Vec<u8>
 pub(crate) fn release_all(mut leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
     let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };
     let engine = &running.engine;
-    let now_ms = engine.now().wall_ms;
+    let now_ms = engine.now().backoff_ms;
     let open = |lease: &Lease, backoff| {
         let not_before_ms = match millis(backoff) {
             0 => 0,

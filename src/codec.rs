@@ -11,6 +11,9 @@ use crate::key::Fingerprint;
 /// The version of everything in this file. A store says which one it was created with.
 pub(crate) const FORMAT: u32 = 1;
 
+/// The same with stream time, which a version that knows format 1 alone would take for wall time.
+pub(crate) const STREAM_FORMAT: u32 = 2;
+
 // ---------------------------------------------------------------------------------------------------------------
 // Primitives
 // ---------------------------------------------------------------------------------------------------------------
@@ -22,6 +25,11 @@ pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
         value >>= 7;
     }
     out.push(value as u8);
+}
+
+/// Appends a number that may be negative: zigzag, so that small ones stay short.
+fn put_signed(out: &mut Vec<u8>, value: i64) {
+    put_varint(out, ((value << 1) ^ (value >> 63)) as u64);
 }
 
 pub(crate) fn put_prefixed(out: &mut Vec<u8>, bytes: &[u8]) {
@@ -71,6 +79,13 @@ impl<'a> Reader<'a> {
             }
         }
         None
+    }
+
+    /// A time that is given by its signed distance before another.
+    fn time(&mut self, from_ms: u64) -> Option<u64> {
+        let bits = self.varint()?;
+        let before = (bits >> 1) as i64 ^ -((bits & 1) as i64);
+        if before < 0 { from_ms.checked_add(before.unsigned_abs()) } else { from_ms.checked_sub(before.unsigned_abs()) }
     }
 
     pub(crate) fn prefixed(&mut self) -> Option<&'a [u8]> {
@@ -129,13 +144,15 @@ fn kept(flags: u8, bytes: &[u8]) -> Option<Kept> {
 // ---------------------------------------------------------------------------------------------------------------
 
 /// ```text
-/// row        := format (1) | kind (1) | wall time in ms (8, little endian) | item*
+/// row        := format (1) | kind (1) | time in ms (8, little endian) | item*
 /// processing := flags (1) | token (varint) | attempt (varint) | age in ms (varint) | [not before, in ms (varint)]
 ///               | [fingerprint (16)] | key length (varint) | key
 /// completed  := flags (1) | token (varint) | [fingerprint (16)] | key length (varint) | key
 ///               | [result length (varint) | result]
 /// forgotten  := token (varint) | key length (varint) | key
 /// ```
+///
+/// In a row of format 2, which a stream store writes, the age is signed (zigzag), and follows the token of `completed`, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RowKind {
     /// Keys that were claimed, or the image of keys in flight that a seal writes at the journal's head.
@@ -157,7 +174,20 @@ pub(crate) enum Event {
     Forgotten { token: u64 },
 }
 
+impl Event {
+    /// The time that it gives its key.
+    pub(crate) fn time_ms(&self) -> u64 {
+        match self {
+            Self::Claimed(processing) | Self::Settled(processing) => processing.since_ms,
+            Self::Completed(done) => done.completed_ms,
+            Self::Forgotten { .. } => 0,
+        }
+    }
+}
+
 const ROW_FORMAT: u8 = 1;
+/// Each item has a time of its own.
+const STREAM_ROW_FORMAT: u8 = 2;
 
 const HOLDER_SHIFT: u32 = 1;
 const HOLDER_MASK: u8 = 0b0000_0110;
@@ -190,16 +220,34 @@ fn prior(flags: u8) -> Prior {
 pub(crate) struct RowWriter {
     bytes: Vec<u8>,
     time_ms: u64,
+    is_stream: bool,
     items: usize,
 }
 
 impl RowWriter {
     pub(crate) fn new(kind: RowKind, time_ms: u64, capacity: usize) -> Self {
+        Self::of_format(ROW_FORMAT, kind, time_ms, capacity)
+    }
+
+    /// A row whose items have times of their own.
+    pub(crate) fn of_messages(kind: RowKind, time_ms: u64, capacity: usize) -> Self {
+        Self::of_format(STREAM_ROW_FORMAT, kind, time_ms, capacity)
+    }
+
+    fn of_format(format: u8, kind: RowKind, time_ms: u64, capacity: usize) -> Self {
         let mut bytes = Vec::with_capacity(capacity.saturating_add(10));
-        bytes.push(ROW_FORMAT);
+        bytes.push(format);
         bytes.push(kind as u8);
         bytes.extend_from_slice(&time_ms.to_le_bytes());
-        Self { bytes, time_ms, items: 0 }
+        Self { bytes, time_ms, is_stream: format == STREAM_ROW_FORMAT, items: 0 }
+    }
+
+    fn age(&mut self, since_ms: u64) {
+        if self.is_stream {
+            put_signed(&mut self.bytes, self.time_ms.wrapping_sub(since_ms) as i64);
+        } else {
+            put_varint(&mut self.bytes, self.time_ms.saturating_sub(since_ms));
+        }
     }
 
     /// An item of a `Claimed` or `Settled` row. When a lease runs out is not written: it ends with this process.
@@ -216,13 +264,14 @@ impl RowWriter {
             }
             Holder::Open { prior, not_before_ms } => {
                 flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(prior);
-                not_before = Some(not_before_ms);
+                // On stream time a backoff ends with the process.
+                not_before = Some(if self.is_stream { 0 } else { not_before_ms });
             }
         }
         self.bytes.push(flags);
         put_varint(&mut self.bytes, processing.token);
         put_varint(&mut self.bytes, u64::from(processing.attempt));
-        put_varint(&mut self.bytes, self.time_ms.saturating_sub(processing.since_ms));
+        self.age(processing.since_ms);
         if let Some(not_before_ms) = not_before {
             put_varint(&mut self.bytes, not_before_ms);
         }
@@ -231,13 +280,17 @@ impl RowWriter {
         self.items += 1;
     }
 
-    /// An item of a `Completed` row; the row's time is the time of completion.
-    pub(crate) fn completed(&mut self, key: &[u8], token: u64, fingerprint: Option<&Fingerprint>, result: Kept<&[u8]>) {
-        self.bytes.push(fingerprint_flag(fingerprint) | kept_flag(&result));
-        put_varint(&mut self.bytes, token);
+    /// An item of a `Completed` row. Where its items have no times of their own, the row's time is that of completion.
+    pub(crate) fn completed(&mut self, key: &[u8], done: &Done<&[u8]>) {
+        let fingerprint = done.fingerprint.as_ref();
+        self.bytes.push(fingerprint_flag(fingerprint) | kept_flag(&done.result));
+        put_varint(&mut self.bytes, done.token);
+        if self.is_stream {
+            self.age(done.completed_ms);
+        }
         put_fingerprint(&mut self.bytes, fingerprint);
         put_prefixed(&mut self.bytes, key);
-        if let Kept::Stored(result) = result {
+        if let Kept::Stored(result) = done.result {
             put_prefixed(&mut self.bytes, result);
         }
         self.items += 1;
@@ -266,29 +319,32 @@ impl RowWriter {
 /// Reads a journal row: its time, after handing each item's key and event to `visit`. `None` if it is no row.
 pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Option<u64> {
     let mut reader = Reader::new(row);
-    if reader.byte()? != ROW_FORMAT {
-        return None;
-    }
+    let is_stream = match reader.byte()? {
+        ROW_FORMAT => false,
+        STREAM_ROW_FORMAT => true,
+        _ => return None,
+    };
     let kind = reader.byte().filter(|kind| (1..=4).contains(kind))?;
     let time_ms = u64::from_le_bytes(reader.array()?);
     while !reader.is_empty() {
         match kind {
             1 => {
-                let (key, processing) = read_processing(&mut reader, time_ms)?;
+                let (key, processing) = read_processing(&mut reader, time_ms, is_stream)?;
                 visit(key, Event::Claimed(processing));
             }
             2 => {
-                let (key, processing) = read_processing(&mut reader, time_ms)?;
+                let (key, processing) = read_processing(&mut reader, time_ms, is_stream)?;
                 visit(key, Event::Settled(processing));
             }
             3 => {
                 let flags = reader.byte()?;
                 let token = reader.varint()?;
+                let completed_ms = if is_stream { reader.time(time_ms)? } else { time_ms };
                 let fingerprint = reader.fingerprint(flags)?;
                 let key = reader.prefixed()?;
                 let stored = (flags & KEPT_MASK) >> KEPT_SHIFT == KEPT_STORED;
                 let result = kept(flags, if stored { reader.prefixed()? } else { &[] })?;
-                visit(key, Event::Completed(Done { token, completed_ms: time_ms, fingerprint, result }));
+                visit(key, Event::Completed(Done { token, completed_ms, fingerprint, result }));
             }
             4 => {
                 let token = reader.varint()?;
@@ -300,15 +356,21 @@ pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Optio
     Some(time_ms)
 }
 
-fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64) -> Option<(&'a [u8], Processing)> {
+fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64, is_stream: bool) -> Option<(&'a [u8], Processing)> {
     let flags = reader.byte()?;
     let token = reader.varint()?;
     let attempt = u32::try_from(reader.varint()?).ok()?;
-    let since_ms = time_ms.checked_sub(reader.varint()?)?;
+    let since_ms = if is_stream { reader.time(time_ms)? } else { time_ms.checked_sub(reader.varint()?)? };
     let holder = match (flags & HOLDER_MASK) >> HOLDER_SHIFT {
         HOLDER_LEASED => Holder::Leased { until_monotonic_ms: 0 },
         HOLDER_INTERRUPTED => Holder::Interrupted(prior(flags)),
-        HOLDER_OPEN => Holder::Open { prior: prior(flags), not_before_ms: reader.varint()? },
+        HOLDER_OPEN => {
+            let not_before_ms = reader.varint()?;
+            if is_stream && not_before_ms != 0 {
+                return None;
+            }
+            Holder::Open { prior: prior(flags), not_before_ms }
+        }
         _ => return None,
     };
     let fingerprint = reader.fingerprint(flags)?;
@@ -429,6 +491,10 @@ mod tests {
         ]
     }
 
+    fn done(token: u64, result: Kept<&[u8]>) -> Done<&[u8]> {
+        Done { token, completed_ms: 50, fingerprint: None, result }
+    }
+
     fn any_prior() -> impl Strategy<Value = Prior> {
         prop_oneof![Just(Prior::Released), Just(Prior::LeaseExpired), Just(Prior::Dropped), Just(Prior::Crashed)]
     }
@@ -452,21 +518,26 @@ mod tests {
 
         #[test]
         fn a_processing_row_comes_back(
-            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms: u64, fingerprint: Option<Fingerprint>,
+            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms in 0_u64..1 << 63, fingerprint: Option<Fingerprint>,
             holder in any_holder(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
             let since_ms = time_ms.saturating_sub(age_ms);
             let processing = Processing { token, attempt, since_ms, fingerprint, holder };
-            let mut row = RowWriter::new(RowKind::Settled, time_ms, 0);
-            row.processing(&key, &processing);
-            row.processing(&key, &processing);
-            let mut seen = 0;
-            let read = read_row(&row.finish(), |read_key, event| {
-                assert_eq!((read_key, event), (key.as_slice(), Event::Settled(processing.clone())));
-                seen += 1;
-            });
-            prop_assert_eq!(read, Some(time_ms));
-            prop_assert_eq!(seen, 2);
+            for mut row in [RowWriter::new(RowKind::Settled, time_ms, 0), RowWriter::of_messages(RowKind::Settled, time_ms, 0)] {
+                row.processing(&key, &processing);
+                let mut processing = processing.clone();
+                if row.is_stream && let Holder::Open { not_before_ms, .. } = &mut processing.holder {
+                    *not_before_ms = 0;
+                }
+                row.processing(&key, &processing);
+                let mut seen = 0;
+                let read = read_row(&row.finish(), |read_key, event| {
+                    assert_eq!((read_key, event), (key.as_slice(), Event::Settled(processing.clone())));
+                    seen += 1;
+                });
+                prop_assert_eq!(read, Some(time_ms));
+                prop_assert_eq!(seen, 2);
+            }
         }
 
         #[test]
@@ -475,15 +546,22 @@ mod tests {
             result in any_kept(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
             let done = Done { token, completed_ms, fingerprint, result };
-            let mut row = RowWriter::new(RowKind::Completed, completed_ms, 0);
-            row.completed(&key, token, fingerprint.as_ref(), done.borrowed().result);
-            row.completed(&key, token, fingerprint.as_ref(), done.borrowed().result);
-            let mut seen = 0;
-            read_row(&row.finish(), |read_key, event| {
-                assert_eq!((read_key, event), (key.as_slice(), Event::Completed(done.clone())));
-                seen += 1;
-            }).unwrap();
-            prop_assert_eq!(seen, 2);
+            // On stream time a key may be older than its row, and younger.
+            let rows = [
+                RowWriter::new(RowKind::Completed, completed_ms, 0),
+                RowWriter::of_messages(RowKind::Completed, completed_ms.saturating_sub(bucket_age_ms), 0),
+                RowWriter::of_messages(RowKind::Completed, completed_ms.saturating_add(bucket_age_ms), 0),
+            ];
+            for mut row in rows {
+                row.completed(&key, &done.borrowed());
+                row.completed(&key, &done.borrowed());
+                let mut seen = 0;
+                read_row(&row.finish(), |read_key, event| {
+                    assert_eq!((read_key, event), (key.as_slice(), Event::Completed(done.clone())));
+                    seen += 1;
+                }).unwrap();
+                prop_assert_eq!(seen, 2);
+            }
 
             let start_ms = completed_ms.saturating_sub(bucket_age_ms);
             let mut value = Vec::new();
@@ -536,7 +614,7 @@ mod tests {
         let processing = Processing { token: 1, attempt: 1, since_ms: 0, fingerprint: None, holder: leased };
         let fills: [fn(&mut RowWriter, &Processing); 3] = [
             |row, processing| row.processing(b"k", processing),
-            |row, _| row.completed(b"k", 1, None, Kept::Absent),
+            |row, _| row.completed(b"k", &done(1, Kept::Absent)),
             |row, _| row.forgotten(b"k", 1),
         ];
         for (fill, kind) in fills.iter().zip([RowKind::Claimed, RowKind::Completed, RowKind::Forgotten]) {
@@ -574,11 +652,15 @@ mod tests {
     #[test]
     fn a_cut_row_is_refused() {
         let mut row = RowWriter::new(RowKind::Completed, 50, 0);
-        row.completed(b"\x00key", 300, Some(&[5; 16]), Kept::Stored(b"result"));
-        let row = row.finish();
-        for len in 0..row.len() {
-            // A row of a head alone is a row without items.
-            assert_eq!(read_row(&row[..len], |_, _| {}).is_some(), len == 10, "cut at {len}");
+        let done = Done { fingerprint: Some([5; 16]), ..done(300, Kept::Stored(&b"result"[..])) };
+        let mut stream_row = RowWriter::of_messages(RowKind::Completed, 50, 0);
+        row.completed(b"\x00key", &done);
+        stream_row.completed(b"\x00key", &done);
+        for row in [row.finish(), stream_row.finish()] {
+            for len in 0..row.len() {
+                // A row of a head alone is a row without items.
+                assert_eq!(read_row(&row[..len], |_, _| {}).is_some(), len == 10, "cut at {len}");
+            }
         }
     }
 

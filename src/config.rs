@@ -44,6 +44,8 @@ pub(crate) struct Options {
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: Option<OnInterrupt>,
+    /// How far one message may push stream time; whoever says so wants a store that runs on it.
+    pub(crate) stream_time: Option<Duration>,
     pub(crate) memory_budget: usize,
     pub(crate) expected_rate: u64,
     pub(crate) result_limit: usize,
@@ -62,6 +64,7 @@ impl Default for Options {
             durability: Durability::Disk,
             sync_interval: Duration::from_secs(1),
             on_interrupt: None,
+            stream_time: None,
             memory_budget: 256 * MIB,
             expected_rate: 0,
             result_limit: MIB,
@@ -78,6 +81,8 @@ impl Default for Options {
 pub(crate) struct Stored {
     pub(crate) span: Span,
     pub(crate) on_interrupt: OnInterrupt,
+    /// How far one message may push stream time, if the store runs on it.
+    pub(crate) max_ahead_ms: Option<u64>,
 }
 
 /// Window and bucket width, in milliseconds.
@@ -95,6 +100,8 @@ pub(crate) struct Config {
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: OnInterrupt,
+    /// How far one message may push stream time, if the store runs on it.
+    pub(crate) max_ahead_ms: Option<u64>,
     pub(crate) memory_budget: usize,
     /// What a bucket is expected to come to.
     pub(crate) bucket_keys: u64,
@@ -106,6 +113,7 @@ pub(crate) struct Config {
 impl Options {
     /// Checks every option against its bounds; `stored` is what an existing store was last opened with.
     pub(crate) fn check(&self, stored: Option<Stored>) -> Result<Config> {
+        let max_ahead = self.max_ahead(stored)?;
         let on_interrupt = self.on_interrupt.or(stored.map(|stored| stored.on_interrupt)).unwrap_or(OnInterrupt::Rerun);
         let stored = stored.map(|stored| stored.span);
         let window = match (self.window, stored) {
@@ -131,6 +139,12 @@ impl Options {
                 bounds: format!("at least {least:?} for a window of {window:?} (at most {MAX_BUCKETS} buckets)"),
             });
         }
+        // What was kept may be more than a window that has become narrower.
+        let max_ahead =
+            max_ahead.map(|max_ahead| if self.stream_time.is_some() { max_ahead } else { max_ahead.min(window) });
+        if let Some(max_ahead) = max_ahead {
+            within("stream_time", max_ahead, Duration::from_millis(1), window)?;
+        }
         within("lease", self.lease, Duration::from_millis(1), YEAR)?;
         within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;
         within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
@@ -144,12 +158,28 @@ impl Options {
             durability: self.durability,
             sync_interval: self.sync_interval,
             on_interrupt,
+            max_ahead_ms: max_ahead.map(millis),
             memory_budget: self.memory_budget,
             bucket_keys: self.expected_rate.saturating_mul(span.bucket_ms) / 1_000,
             result_limit: self.result_limit,
             key_limit: self.key_limit,
             in_flight_limit: self.in_flight_limit,
         })
+    }
+}
+
+impl Options {
+    /// How far one message may push stream time. A store runs on what it was created with.
+    fn max_ahead(&self, stored: Option<Stored>) -> Result<Option<Duration>> {
+        match (self.stream_time, stored) {
+            (Some(max_ahead), Some(Stored { max_ahead_ms: None, .. })) => Err(Error::Config {
+                option: "stream_time",
+                value: format!("{max_ahead:?}"),
+                bounds: "left out: this store was created to run on its clock".to_owned(),
+            }),
+            (None, Some(stored)) => Ok(stored.max_ahead_ms.map(Duration::from_millis)),
+            (asked, _) => Ok(asked),
+        }
     }
 }
 
@@ -196,10 +226,28 @@ mod tests {
     #[test]
     fn a_store_keeps_the_window_it_was_made_with_unless_told_otherwise() {
         let span = Span { window_ms: 7_000, bucket_ms: 500 };
-        let stored = Stored { span, on_interrupt: OnInterrupt::Hold };
+        let stored = Stored { span, on_interrupt: OnInterrupt::Hold, max_ahead_ms: None };
         assert_eq!(Options::default().check(Some(stored)).unwrap().span, span);
         assert_eq!(Options::default().check(Some(stored)).unwrap().on_interrupt, OnInterrupt::Hold);
         let wider = Options { window: Some(Duration::from_secs(24)), ..Options::default() };
         assert_eq!(wider.check(Some(stored)).unwrap().span, Span { window_ms: 24_000, bucket_ms: 1_000 });
+    }
+
+    #[test]
+    fn a_store_runs_on_what_it_was_created_with() {
+        let second = Duration::from_secs(1);
+        let asked = Options { stream_time: Some(second), ..Options::default() };
+        assert_eq!(asked.check(None).unwrap().max_ahead_ms, Some(1_000));
+        let span = Span { window_ms: 7_000, bucket_ms: 500 };
+        let on_clock = Stored { span, on_interrupt: OnInterrupt::Rerun, max_ahead_ms: None };
+        let on_stream = Stored { max_ahead_ms: Some(7_000), ..on_clock };
+        let message = asked.check(Some(on_clock)).map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains("`stream_time` is 1s") && message.contains("run on its clock"), "{message}");
+        assert_eq!(asked.check(Some(on_stream)).unwrap().max_ahead_ms, Some(1_000));
+        assert_eq!(Options::default().check(Some(on_stream)).unwrap().max_ahead_ms, Some(7_000));
+        let narrower = Options { window: Some(second), bucket: Some(second), ..Options::default() };
+        assert_eq!(narrower.check(Some(on_stream)).unwrap().max_ahead_ms, Some(1_000));
+        let message = refused(Options { stream_time: Some(second * 2), ..narrower });
+        assert!(message.contains("`stream_time` is 2s") && message.contains("to 1s"), "{message}");
     }
 }

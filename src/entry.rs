@@ -39,7 +39,8 @@ impl<B> Entry<B> {
 pub(crate) struct Processing {
     pub(crate) token: u64,
     pub(crate) attempt: u32,
-    /// When the holder became what it is (claimed, gone, found crashed), in wall time.
+    /// When the holder became what it is (claimed, gone, found crashed), on the store's time; on stream time, when the
+    /// message is of, whatever became of the holder.
     pub(crate) since_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
     pub(crate) holder: Holder,
@@ -56,7 +57,7 @@ pub(crate) enum Holder {
     Recording,
     /// Gone without a word.
     Interrupted(Prior),
-    /// Gone, and the key is free from `not_before_ms` (wall time) on.
+    /// Gone, and the key is free from `not_before_ms` on, which is a time that backoffs run on.
     Open { prior: Prior, not_before_ms: u64 },
 }
 
@@ -64,6 +65,7 @@ pub(crate) enum Holder {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Done<B = Arc<[u8]>> {
     pub(crate) token: u64,
+    /// On stream time, when the message is of.
     pub(crate) completed_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
     pub(crate) result: Kept<B>,
@@ -78,7 +80,7 @@ impl<B> Done<B> {
 
 /// G4, for what was completed at this time.
 pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
-    now.wall_ms < completed_ms.saturating_add(window_ms)
+    now.time_ms < completed_ms.saturating_add(window_ms)
 }
 
 /// What is kept of a result.

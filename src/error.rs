@@ -131,6 +131,50 @@ pub enum Error {
         key: String,
     },
 
+    /// On a store that runs on stream time: nothing is known of the key, and a key completed at the message's timestamp
+    /// would have run out. Whether the work was ever done nobody can say: set the message aside for a decision.
+    #[error(
+        "the message of {key} is of {at_ms}, and the store remembers since {remembers_since_ms}: whether its work was \
+         done is not known, set it aside"
+    )]
+    TooOld {
+        /// The key, escaped.
+        key: String,
+        /// The message's timestamp, in milliseconds since the Unix epoch.
+        at_ms: u64,
+        /// The first timestamp that would not be too old.
+        remembers_since_ms: u64,
+    },
+
+    /// On a store that runs on stream time: the message is further ahead than one message may be. It is let in when another
+    /// one confirms it, or this one is asked for again and none within reach came between; and not before the wall clock
+    /// comes within the bound, if it is in the future.
+    #[error(
+        "the message of {key} is of {at_ms}, more than {max_ahead:?} ahead of stream time, which is {stream_ms}{}: \
+         try it again later",
+        if *in_future { ", and of the wall clock: its producer's clock may be wrong" } else { "" }
+    )]
+    TooFarAhead {
+        /// The key, escaped.
+        key: String,
+        /// The message's timestamp, in milliseconds since the Unix epoch.
+        at_ms: u64,
+        /// Stream time, or 0 where no message has set it yet.
+        stream_ms: u64,
+        /// How far ahead a message may be.
+        max_ahead: Duration,
+        /// Whether it is as far ahead of the wall clock.
+        in_future: bool,
+    },
+
+    /// The store runs on stream time, and was asked without a message's timestamp.
+    #[error("the store runs on stream time: give the message's timestamp, as to `claim_at`")]
+    TimestampMissing,
+
+    /// The store runs on its clock, and was asked with a message's timestamp.
+    #[error("the store runs on its clock: leave the timestamp out, or create a store with `Builder::stream_time`")]
+    TimestampUnexpected,
+
     /// The lease is no longer the key's: it ran out and another holder took over, or the key was settled by hand.
     /// Stop working on it.
     #[error("the lease with token {token} on {key} is superseded: another holder owns the work, stop")]
@@ -236,6 +280,7 @@ impl Error {
                 | Self::InUse { .. }
                 | Self::TooManyInFlight { .. }
                 | Self::SealingFailed { .. }
+                | Self::TooFarAhead { .. }
         )
     }
 

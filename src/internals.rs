@@ -101,7 +101,7 @@ impl Default for HotTable {
 pub fn write_row<'k>(keys: impl IntoIterator<Item = &'k [u8]>, result: &[u8]) -> Vec<u8> {
     let mut row = RowWriter::new(RowKind::Completed, 1, 1 << 16);
     for (key, token) in keys.into_iter().zip(1_000_000..) {
-        row.completed(key, token, None, Kept::Stored(result));
+        row.completed(key, &Done { token, completed_ms: 1, fingerprint: None, result: Kept::Stored(result) });
     }
     row.finish()
 }

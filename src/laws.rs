@@ -25,13 +25,14 @@ pub fn journal_row(bytes: &[u8]) {
         Some(4) => RowKind::Forgotten,
         other => unreachable!("a row of kind {other:?} was read"),
     };
-    let mut row = RowWriter::new(kind, time_ms, 0);
+    let mut row = match bytes.first() {
+        Some(2) => RowWriter::of_messages(kind, time_ms, 0),
+        _ => RowWriter::new(kind, time_ms, 0),
+    };
     for (key, event) in &events {
         match event {
             Event::Claimed(processing) | Event::Settled(processing) => row.processing(key, processing),
-            Event::Completed(done) => {
-                row.completed(key, done.token, done.fingerprint.as_ref(), done.borrowed().result);
-            }
+            Event::Completed(done) => row.completed(key, &done.borrowed()),
             Event::Forgotten { token } => row.forgotten(key, *token),
         }
     }

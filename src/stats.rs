@@ -18,6 +18,10 @@ pub struct Stats {
     pub in_progress: u64,
     /// Claims and records that were refused because the key was used with another payload.
     pub payload_mismatches: u64,
+    /// Claims and records that were refused because their messages are older than the window.
+    pub too_old: u64,
+    /// Claims and records that were refused because their messages are too far ahead of stream time.
+    pub too_far_ahead: u64,
     /// Leases that were completed.
     pub completed: u64,
     /// Keys recorded for the first time.
@@ -46,7 +50,8 @@ pub struct Stats {
     pub filter_bytes: u64,
     /// Bytes of all files in the store's directory.
     pub disk_bytes: u64,
-    /// The store's time, in milliseconds since the Unix epoch.
+    /// The store's time, in milliseconds since the Unix epoch: its clock's, or stream time. 0 on a stream store that has
+    /// seen no message.
     pub now_ms: u64,
     /// How long a completed key is remembered.
     pub window: Duration,
@@ -79,6 +84,8 @@ pub(crate) struct Counters {
     pub(crate) duplicates: Counter,
     pub(crate) in_progress: Counter,
     pub(crate) payload_mismatches: Counter,
+    pub(crate) too_old: Counter,
+    pub(crate) too_far_ahead: Counter,
     pub(crate) completed: Counter,
     pub(crate) recorded: Counter,
     pub(crate) released: Counter,

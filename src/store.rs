@@ -80,6 +80,18 @@ impl Builder {
         self
     }
 
+    /// Creates a store that runs on stream time: windows are driven by the timestamps of its messages, which are given with
+    /// [`Store::claim_at`], [`Store::check_at`] and [`Store::record_at`], and no clock ages a key. So a backlog after an outage, or
+    /// a replay of last year, finds the duplicates that it would have found then.
+    ///
+    /// One message may be `max_ahead` ahead of stream time; one that is further ahead needs another one that confirms it:
+    /// [`Error::TooFarAhead`]. From 1 ms to the window, which is a good choice. A store that was created so stays so, and
+    /// keeps `max_ahead` when this is left out; one that was not is refused.
+    pub fn stream_time(mut self, max_ahead: Duration) -> Self {
+        self.options.stream_time = Some(max_ahead);
+        self
+    }
+
     /// Bytes of memory for filters (half at most), unsealed keys (half at most, usually a quarter), cached blocks (a
     /// quarter) and the journal's memtable (an eighth each). At least 32 MiB, 256 MiB by default. Keys in flight come
     /// on top: see [`Builder::in_flight_limit`].
@@ -238,7 +250,8 @@ pub struct Held {
     pub attempt: u32,
     /// What interrupted it.
     pub prior: Prior,
-    /// When it was claimed, dropped or found crashed, in milliseconds since the Unix epoch.
+    /// When it was claimed, dropped or found crashed, in milliseconds since the Unix epoch. On stream time, the timestamp of
+    /// its message.
     pub since_ms: u64,
 }
 
@@ -275,7 +288,7 @@ impl Store {
     ///
     /// [`Error::PayloadMismatch`] if the key was used with another payload; [`Error::KeyEmpty`],
     /// [`Error::KeyTooLong`], [`Error::ScopeTooLong`], [`Error::TooManyInFlight`], [`Error::SealingFailed`] for
-    /// limits. A claim that fails leaves the key unclaimed.
+    /// limits; [`Error::TimestampMissing`] on a store that runs on stream time. A claim that fails leaves the key unclaimed.
     ///
     /// ```
     /// use onlyonce::{Claim, Store};
@@ -345,6 +358,43 @@ impl Store {
         }
     }
 
+    /// As [`Store::claim`], on a store that runs on stream time: for a message with this timestamp, in milliseconds since the
+    /// Unix epoch. Stream time follows it; the key is remembered until stream time is a window past it, whenever the work
+    /// is done. Give a message the same timestamp each time it comes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim`]; [`Error::TooOld`] where nothing is known of the key and the message is a window behind stream
+    /// time, [`Error::TooFarAhead`] where it is too far ahead, [`Error::TimestampUnexpected`] on a store that runs on its
+    /// clock.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use onlyonce::{Claim, Error, Store};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let day = Duration::from_secs(24 * 60 * 60);
+    /// let store = Store::builder().window(day).stream_time(day).open(path)?;
+    /// // A replay of 2023.
+    /// for (key, timestamp_ms) in [("a", 1_680_000_000_000), ("b", 1_680_050_000_000), ("a", 1_680_000_000_000)] {
+    ///     match store.claim_at(key, timestamp_ms) {
+    ///         Ok(Claim::Acquired(lease)) => lease.complete("done")?,
+    ///         Ok(Claim::Completed(_first)) => {} // acknowledge it
+    ///         Ok(Claim::InProgress(_other)) => {} // come back later
+    ///         Err(Error::TooOld { .. }) => {} // set it aside: nobody knows whether it was done
+    ///         Err(error) => return Err(error.into()),
+    ///     }
+    /// }
+    /// # assert_eq!(store.stats().duplicates, 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn claim_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Claim> {
+        let request = self.one_at(key, timestamp_ms)?;
+        Ok(claim::claim(only(self.running.engine.claim(&request)?)??, &self.running))
+    }
+
     /// What a claim would find. Changes nothing.
     ///
     /// # Errors
@@ -352,6 +402,16 @@ impl Store {
     /// As [`Store::claim`].
     pub fn check<'k>(&self, key: impl Into<Key<'k>>) -> Result<Check> {
         let request = self.one(key)?;
+        Ok(checked(only(self.running.engine.check(&request)?)??))
+    }
+
+    /// What [`Store::claim_at`] would find. Changes nothing: stream time stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_at`].
+    pub fn check_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Check> {
+        let request = self.one_at(key, timestamp_ms)?;
         Ok(checked(only(self.running.engine.check(&request)?)??))
     }
 
@@ -366,6 +426,28 @@ impl Store {
     pub fn record<'k>(&self, key: impl Into<Key<'k>>) -> Result<Recorded> {
         let request = self.one(key)?;
         Ok(recorded(&only(self.running.engine.record(&request)?)??))
+    }
+
+    /// As [`Store::record`], for a message with this timestamp, as [`Store::claim_at`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_at`]; after [`Error::WriteFailed`] it may be recorded.
+    pub fn record_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Recorded> {
+        let request = self.one_at(key, timestamp_ms)?;
+        Ok(recorded(&only(self.running.engine.record(&request)?)??))
+    }
+
+    /// Moves stream time on to a timestamp, in milliseconds since the Unix epoch, if it is not further already: for operators who
+    /// know that what came too far ahead is right, and for streams where nothing comes. What has run out by then is
+    /// forgotten. It cannot be taken back. One synced write.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TimestampUnexpected`] on a store that runs on its clock; [`Error::WriteFailed`], after which it counts as
+    /// long as the store is open, and nobody can say whether for longer.
+    pub fn advance_stream_time(&self, timestamp_ms: u64) -> Result<()> {
+        self.running.engine.advance_stream_time(timestamp_ms)
     }
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
@@ -420,7 +502,7 @@ impl Store {
     ///
     /// As [`Store::claim`], without the limits.
     pub fn get<'k>(&self, key: impl Into<Key<'k>>) -> Result<Option<Stored>> {
-        let request = self.one(key)?;
+        let request = self.about(key)?;
         let entry = only(self.running.engine.get(&request)?)?;
         Ok(entry.map(|entry| stored(entry, &self.running.engine)))
     }
@@ -482,7 +564,7 @@ impl Store {
     ///
     /// [`Error::InUse`] if somebody works on it.
     pub fn forget<'k>(&self, key: impl Into<Key<'k>>) -> Result<bool> {
-        let request = self.one(key)?;
+        let request = self.about(key)?;
         self.running.engine.forget(&request)
     }
 
@@ -513,7 +595,7 @@ impl Store {
     /// [`Error::NotHeld`] if it is not held, or not any more.
     pub fn resolve<'k>(&self, key: impl Into<Key<'k>>, resolution: Resolution) -> Result<()> {
         let engine = &self.running.engine;
-        let request = self.one(key)?;
+        let request = self.about(key)?;
         let not_held =
             || Error::NotHeld { key: request.iter().next().map(|asked| display(asked.key)).unwrap_or_default() };
         let (grant, prior) = engine.held_grant(&request)?.ok_or_else(not_held)?;
@@ -557,6 +639,14 @@ impl Store {
 
     fn one<'k>(&self, key: impl Into<Key<'k>>) -> Result<Arc<Request>> {
         self.running.engine.request(std::iter::once(key))
+    }
+
+    fn one_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Arc<Request>> {
+        self.running.engine.request_at(std::iter::once((key, timestamp_ms)))
+    }
+
+    fn about<'k>(&self, key: impl Into<Key<'k>>) -> Result<Arc<Request>> {
+        self.running.engine.request_about(std::iter::once(key))
     }
 }
 

@@ -27,13 +27,19 @@ pub(crate) struct Replayed {
 pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Replayed> {
     let mut replayed = Replayed::default();
     db.for_each_row(|number, row| {
-        let time_ms = read_row(row, &mut apply).ok_or_else(|| Error::Corrupt {
+        // On stream time a key may be newer than the row that it came with.
+        let mut newest_ms = 0;
+        let read = read_row(row, |key, event| {
+            newest_ms = newest_ms.max(event.time_ms());
+            apply(key, event);
+        });
+        let time_ms = read.ok_or_else(|| Error::Corrupt {
             place: format!("the journal's row {number}"),
             detail: "it is not in a format that this version writes".to_owned(),
         })?;
         replayed.rows += 1;
         replayed.bytes += row.len() as u64;
-        replayed.time_ms = replayed.time_ms.max(time_ms);
+        replayed.time_ms = replayed.time_ms.max(time_ms).max(newest_ms);
         replayed.last_number = replayed.last_number.max(number);
         Ok(())
     })?;

@@ -75,6 +75,17 @@ impl Store {
         self.claim_one(&request).await
     }
 
+    /// As [`Store::claim`], for a message with this timestamp on a store that runs on stream time, as
+    /// [`Store::claim_at`](crate::Store::claim_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_at`](crate::Store::claim_at).
+    pub async fn claim_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Claim> {
+        let request = self.one_at(key, timestamp_ms)?;
+        self.claim_one(&request).await
+    }
+
     /// As [`Store::claim`], but waits up to `limit` for a holder in this process to be done with the key: then it answers
     /// with the result, or gets the key where it was released or dropped or its lease ran out. `InProgress` after the
     /// limit.
@@ -143,7 +154,19 @@ impl Store {
     ///
     /// As [`Store::claim`].
     pub async fn check<'k>(&self, key: impl Into<Key<'k>>) -> Result<Check> {
-        let request = self.one(key)?;
+        self.check_one(self.one(key)?).await
+    }
+
+    /// As [`Store::check`], for a message with this timestamp, as [`Store::check_at`](crate::Store::check_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_at`].
+    pub async fn check_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Check> {
+        self.check_one(self.one_at(key, timestamp_ms)?).await
+    }
+
+    async fn check_one(&self, request: Arc<Request>) -> Result<Check> {
         let answers = self.committer.ask(move |running| running.engine.check(&request)).await??;
         Ok(checked(only(answers)??))
     }
@@ -154,7 +177,7 @@ impl Store {
     ///
     /// As [`Store::claim`], without the limits.
     pub async fn get<'k>(&self, key: impl Into<Key<'k>>) -> Result<Option<Stored>> {
-        let request = self.one(key)?;
+        let request = self.committer.running.engine.request_about(std::iter::once(key))?;
         let entries = self.committer.ask(move |running| running.engine.get(&request)).await??;
         Ok(only(entries)?.map(|entry| store::stored(entry, &self.committer.running.engine)))
     }
@@ -167,6 +190,16 @@ impl Store {
     /// As [`Store::record`](crate::Store::record).
     pub async fn record<'k>(&self, key: impl Into<Key<'k>>) -> Result<Recorded> {
         let request = self.one(key)?;
+        Ok(recorded(&only(self.committer.record(request).await?)??))
+    }
+
+    /// As [`Store::record`], for a message with this timestamp, as [`Store::record_at`](crate::Store::record_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::record_at`](crate::Store::record_at).
+    pub async fn record_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Recorded> {
+        let request = self.one_at(key, timestamp_ms)?;
         Ok(recorded(&only(self.committer.record(request).await?)??))
     }
 
@@ -232,7 +265,23 @@ impl Store {
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Vec<Result<Check>>> {
-        let request = self.committer.running.engine.request(keys)?;
+        self.check_request(self.committer.running.engine.request(keys)?).await
+    }
+
+    /// As [`Store::check_batch`], for messages with their timestamps, as
+    /// [`Store::check_batch_at`](crate::Store::check_batch_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::check_batch_at`](crate::Store::check_batch_at).
+    pub async fn check_batch_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Vec<Result<Check>>> {
+        self.check_request(self.committer.running.engine.request_at(messages)?).await
+    }
+
+    async fn check_request(&self, request: Arc<Request>) -> Result<Vec<Result<Check>>> {
         let answers = self.committer.ask(move |running| running.engine.check(&request)).await??;
         Ok(answers.into_iter().map(|answer| answer.map(checked)).collect())
     }
@@ -268,7 +317,23 @@ impl Store {
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Vec<Result<Claim>>> {
-        let request = self.committer.running.engine.request(keys)?;
+        self.claim_request(self.committer.running.engine.request(keys)?).await
+    }
+
+    /// As [`Store::claim_batch`], for messages with their timestamps, as
+    /// [`Store::claim_batch_at`](crate::Store::claim_batch_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::claim_batch_at`](crate::Store::claim_batch_at).
+    pub async fn claim_batch_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Vec<Result<Claim>>> {
+        self.claim_request(self.committer.running.engine.request_at(messages)?).await
+    }
+
+    async fn claim_request(&self, request: Arc<Request>) -> Result<Vec<Result<Claim>>> {
         let claims = self.committer.claim(request).await?.open();
         Ok(claims.into_iter().map(|claimed| Ok(claim(claimed?, &self.committer))).collect())
     }
@@ -331,7 +396,23 @@ impl Store {
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Vec<Result<Recorded>>> {
-        let request = self.committer.running.engine.request(keys)?;
+        self.record_request(self.committer.running.engine.request(keys)?).await
+    }
+
+    /// As [`Store::record_batch`], for messages with their timestamps, as
+    /// [`Store::record_batch_at`](crate::Store::record_batch_at).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::record_batch_at`](crate::Store::record_batch_at).
+    pub async fn record_batch_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Vec<Result<Recorded>>> {
+        self.record_request(self.committer.running.engine.request_at(messages)?).await
+    }
+
+    async fn record_request(&self, request: Arc<Request>) -> Result<Vec<Result<Recorded>>> {
         let answers = self.committer.record(request).await?;
         Ok(answers.into_iter().map(|answer| answer.map(|answer| recorded(&answer))).collect())
     }
@@ -353,6 +434,10 @@ impl Store {
 
     pub(super) fn one<'k>(&self, key: impl Into<Key<'k>>) -> Result<Arc<Request>> {
         self.committer.running.engine.request(std::iter::once(key))
+    }
+
+    fn one_at<'k>(&self, key: impl Into<Key<'k>>, timestamp_ms: u64) -> Result<Arc<Request>> {
+        self.committer.running.engine.request_at(std::iter::once((key, timestamp_ms)))
     }
 
     async fn claim_one(&self, request: &Arc<Request>) -> Result<Claim> {

@@ -1,8 +1,10 @@
 //! What the engine is asked for, and what it answers: the words between the machine and the face.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::request::{Asked, Request};
+use crate::clock::{Leap, Now};
 use crate::entry::{Done, Kept, Prior, Processing};
 use crate::error::{Error, printable};
 use crate::key::{Fingerprint, Key};
@@ -26,6 +28,8 @@ pub(crate) struct Grant {
     pub(crate) attempt: u32,
     pub(crate) prior: Option<Prior>,
     pub(crate) fingerprint: Option<Fingerprint>,
+    /// What the key's time is to be, on stream time.
+    pub(crate) at_ms: u64,
     pub(crate) until_monotonic_ms: u64,
 }
 
@@ -79,6 +83,17 @@ pub(crate) enum Settlement<'a> {
 
 pub(super) fn payload_mismatch(asked: Asked<'_>) -> Error {
     Error::PayloadMismatch { key: display(asked.key) }
+}
+
+pub(super) fn too_old(asked: Asked<'_>, now: Now, window_ms: u64) -> Error {
+    let remembers_since_ms = now.time_ms.saturating_sub(window_ms).saturating_add(1);
+    Error::TooOld { key: display(asked.key), at_ms: asked.at_ms.unwrap_or(0), remembers_since_ms }
+}
+
+pub(super) fn too_far_ahead(asked: Asked<'_>, leap: Leap) -> Error {
+    let Leap { stream_ms, max_ahead_ms, in_future } = leap;
+    let max_ahead = Duration::from_millis(max_ahead_ms);
+    Error::TooFarAhead { key: display(asked.key), at_ms: asked.at_ms.unwrap_or(0), stream_ms, max_ahead, in_future }
 }
 
 /// A key as people read it.

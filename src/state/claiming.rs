@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use super::answer::{Answer, Claimed, Grant, payload_mismatch};
+use super::answer::{Answer, Claimed, Grant, payload_mismatch, too_old};
 use super::engine::Engine;
 use super::page::Pending;
-use super::request::Request;
+use super::request::{Asked, Request};
 use super::transition::{self, Found};
-use crate::codec::{RowKind, RowWriter};
+use crate::clock::Now;
+use crate::codec::RowKind;
 use crate::entry::{Done, Entry, Holder, Kept, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::Fingerprint;
@@ -20,21 +21,23 @@ impl Engine {
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
         let open = self.begin_row();
-        let mut row = RowWriter::new(RowKind::Claimed, now.wall_ms, request.key_bytes() + request.len() * 12);
+        let mut row = self.row(RowKind::Claimed, now, request.key_bytes() + request.len() * 12);
         let mut claimed = Vec::with_capacity(request.len());
-        for asked in request.iter() {
-            // What fails here fails for this key alone: those before it have their places already.
+        // What fails here fails for this key alone: those before it have their places already.
+        let mut claim = |asked: Asked<'_>| {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
-                match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+                let now = self.moment(asked, now)?;
+                match transition::find(stored.as_ref(), asked.payload, asked.at_ms, now, self.policy) {
                     Found::Available { attempt, prior } => {
                         self.admit_in_flight(stored.as_ref())?;
+                        let since_ms = time_of(asked, now, prior, stored.as_ref());
                         // Under the lock, so that later holders have higher tokens.
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
                         let processing = Processing {
                             token,
                             attempt,
-                            since_ms: now.wall_ms,
+                            since_ms,
                             fingerprint,
                             holder: Holder::Leased { until_monotonic_ms },
                         };
@@ -47,6 +50,7 @@ impl Engine {
                             attempt,
                             prior,
                             fingerprint,
+                            at_ms: since_ms,
                             until_monotonic_ms,
                         }))
                     }
@@ -55,10 +59,13 @@ impl Engine {
                     }
                     Found::Completed(done) => Ok(Claimed::Completed(done.clone())),
                     Found::PayloadMismatch => Err(payload_mismatch(asked)),
+                    Found::TooOld => Err(too_old(asked, now, self.policy.window_ms)),
                 }
             });
-            claimed.push(decided.flatten());
-        }
+            decided.flatten()
+        };
+        claimed.extend(request.iter().map(&mut claim));
+        self.ask_again(request, &mut claimed, claim);
         self.append(open, row, self.config.sync_claims())?;
         self.count_claims(&claimed);
         Ok(claimed)
@@ -70,16 +77,18 @@ impl Engine {
         let on_disk = self.on_disk(request)?;
         let now = self.now();
         let open = self.begin_row();
-        let mut row = RowWriter::new(RowKind::Completed, now.wall_ms, request.key_bytes() + request.len() * 8);
+        let mut row = self.row(RowKind::Completed, now, request.key_bytes() + request.len() * 8);
         let mut answers = Vec::with_capacity(request.len());
-        for asked in request.iter() {
+        let mut record = |asked: Asked<'_>| {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
-                match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+                let now = self.moment(asked, now)?;
+                match transition::find(stored.as_ref(), asked.payload, asked.at_ms, now, self.policy) {
                     Found::Available { attempt, prior } => {
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
-                        row.completed(asked.key, token, fingerprint.as_ref(), Kept::Absent);
-                        let done = Done { token, completed_ms: now.wall_ms, fingerprint, result: Kept::Absent };
+                        let completed_ms = time_of(asked, now, prior, stored.as_ref());
+                        let done = Done { token, completed_ms, fingerprint, result: Kept::Absent };
+                        row.completed(asked.key, &done);
                         let pending = Pending { row: open.number(), attempt, holder: Holder::Recording };
                         stripe.settle(asked.digest, asked.key, Entry::Completed(done), pending);
                         Ok(Answer::New)
@@ -87,10 +96,13 @@ impl Engine {
                     Found::InProgress { retry_after_ms, attempt } => Ok(Answer::InProgress { retry_after_ms, attempt }),
                     Found::Completed(done) => Ok(Answer::Completed(done.clone())),
                     Found::PayloadMismatch => Err(payload_mismatch(asked)),
+                    Found::TooOld => Err(too_old(asked, now, self.policy.window_ms)),
                 }
             });
-            answers.push(decided.flatten());
-        }
+            decided.flatten()
+        };
+        answers.extend(request.iter().map(&mut record));
+        self.ask_again(request, &mut answers, record);
         self.append(open, row, self.config.sync_results())?;
         self.waiting.wake(request.digests());
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
@@ -104,6 +116,19 @@ impl Engine {
         self.count_records(&answers);
         self.wake_if_due();
         Ok(answers)
+    }
+
+    /// Asks again for what was too far ahead, where others of the call have taken stream time along meanwhile.
+    fn ask_again<T>(&self, request: &Request, answers: &mut [Result<T>], mut ask: impl FnMut(Asked<'_>) -> Result<T>) {
+        if !self.timeline.is_stream() {
+            return;
+        }
+        for (asked, answer) in request.iter().zip(answers) {
+            let is_within_reach = || asked.at_ms.is_some_and(|at_ms| self.timeline.reaches(at_ms));
+            if matches!(answer, Err(Error::TooFarAhead { .. })) && is_within_reach() {
+                *answer = ask(asked);
+            }
+        }
     }
 
     /// Room for one more key in flight, if it is none yet. Asked under a stripe's lock: callers in other stripes may
@@ -146,18 +171,22 @@ impl Engine {
     }
 
     fn count_refusals(&self, refusals: impl Iterator<Item = Refusal>) {
-        let (mut duplicates, mut in_progress, mut mismatches) = (0, 0, 0);
+        let (mut duplicates, mut in_progress, mut mismatches, mut too_old, mut too_far_ahead) = (0, 0, 0, 0, 0);
         for refusal in refusals {
             match refusal {
                 Refusal::Duplicate => duplicates += 1,
                 Refusal::InProgress => in_progress += 1,
                 Refusal::PayloadMismatch => mismatches += 1,
+                Refusal::TooOld => too_old += 1,
+                Refusal::TooFarAhead => too_far_ahead += 1,
                 Refusal::None => {}
             }
         }
         self.counters.duplicates.add(duplicates);
         self.counters.in_progress.add(in_progress);
         self.counters.payload_mismatches.add(mismatches);
+        self.counters.too_old.add(too_old);
+        self.counters.too_far_ahead.add(too_far_ahead);
     }
 }
 
@@ -169,16 +198,32 @@ fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerp
     }
 }
 
+/// The time that a key gets: now, or its message's. Who goes on with somebody's work keeps the later of the two.
+fn time_of(asked: Asked<'_>, now: Now, prior: Option<Prior>, stored: Option<&Entry>) -> u64 {
+    match (asked.at_ms, prior, stored) {
+        (None, _, _) => now.time_ms,
+        (Some(at_ms), Some(_), Some(Entry::Processing(processing))) => at_ms.max(processing.since_ms),
+        (Some(at_ms), _, _) => at_ms,
+    }
+}
+
 /// Why a key was not given out, for the counters.
 enum Refusal {
     None,
     Duplicate,
     InProgress,
     PayloadMismatch,
+    TooOld,
+    TooFarAhead,
 }
 
 impl Refusal {
     fn of(error: &Error) -> Self {
-        if matches!(error, Error::PayloadMismatch { .. }) { Self::PayloadMismatch } else { Self::None }
+        match error {
+            Error::PayloadMismatch { .. } => Self::PayloadMismatch,
+            Error::TooOld { .. } => Self::TooOld,
+            Error::TooFarAhead { .. } => Self::TooFarAhead,
+            _ => Self::None,
+        }
     }
 }

@@ -10,8 +10,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::along;
+use super::answer::too_far_ahead;
 use super::hot_table::{HotTable, Stripe};
-use super::request::{Request, admit_bytes};
+use super::request::{Asked, Request, admit_bytes};
 use super::sequence::Sequence;
 use super::transition::{self, Policy};
 use super::waiting::{Waiter, Waiting};
@@ -19,7 +20,7 @@ use crate::bucket::filters::Filters;
 use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
 use crate::clock::{Now, Timeline};
-use crate::codec::{self, Event, RowWriter};
+use crate::codec::{self, Event, RowKind, RowWriter};
 use crate::concurrency::{AtomicBool, AtomicU64, Condvar, Mutex};
 use crate::config::{Config, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
@@ -38,6 +39,8 @@ pub(super) const SPAN: &str = "span";
 pub(super) const ON_INTERRUPT: &str = "on-interrupt";
 pub(super) const TOKENS: &str = "tokens";
 pub(super) const HIGH_WATER: &str = "high-water";
+/// Only in a store that runs on stream time.
+pub(super) const STREAM_TIME: &str = "stream-time";
 
 /// What the filters may take of sixteen parts of the memory budget. The rest: four parts for keys that are not sealed, two
 /// for cached blocks, two for the journal's memtable, one for what was sealed lately.
@@ -101,21 +104,26 @@ impl Engine {
             if !cfg!(feature = "shuttle") {
                 getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", &path, &error))?;
             }
-            Ok(vec![
-                (FORMAT, codec::FORMAT.to_le_bytes().to_vec()),
+            let format = if config.max_ahead_ms.is_some() { codec::STREAM_FORMAT } else { codec::FORMAT };
+            let mut notes = vec![
+                (FORMAT, format.to_le_bytes().to_vec()),
                 (SECRET, secret.to_vec()),
                 (SPAN, codec::put_span(config.span)),
                 (ON_INTERRUPT, codec::put_on_interrupt(config.on_interrupt)),
                 (TOKENS, 1_u64.to_le_bytes().to_vec()),
                 (HIGH_WATER, 0_u64.to_le_bytes().to_vec()),
-            ])
+            ];
+            notes.extend(config.max_ahead_ms.map(|ahead_ms| (STREAM_TIME, ahead_ms.to_le_bytes().to_vec())));
+            Ok(notes)
         };
         let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
 
         let format = u32::from_le_bytes(meta(&db, FORMAT)?);
-        if format != codec::FORMAT {
-            return Err(Error::UnsupportedFormat { path, found: format, supported: codec::FORMAT });
-        }
+        let max_ahead_ms = match format {
+            codec::FORMAT => None,
+            codec::STREAM_FORMAT => Some(u64::from_le_bytes(meta(&db, STREAM_TIME)?)),
+            found => return Err(Error::UnsupportedFormat { path, found, supported: codec::STREAM_FORMAT }),
+        };
         let secret: codec::Secret = meta(&db, SECRET)?;
         let span = meta::<16>(&db, SPAN)?;
         let span = codec::read_span(&span).ok_or_else(|| corrupt_meta(SPAN))?;
@@ -123,7 +131,7 @@ impl Engine {
         let high_water_ms = u64::from_le_bytes(meta(&db, HIGH_WATER)?);
         let on_interrupt =
             codec::read_on_interrupt(&meta::<1>(&db, ON_INTERRUPT)?).ok_or_else(|| corrupt_meta(ON_INTERRUPT))?;
-        let config = options.check(Some(Stored { span, on_interrupt }))?;
+        let config = options.check(Some(Stored { span, on_interrupt, max_ahead_ms }))?;
 
         let digester = Digester::new(&secret);
         let hot = HotTable::new(config.memory_budget / RECENT_SHARE);
@@ -137,14 +145,22 @@ impl Engine {
                 detail: format!("the journal has row {} where only {tokens} were reserved", replayed.last_number),
             });
         }
-        let timeline = Timeline::new(Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
+        let (clock, high_water_ms) = (Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
+        let timeline = match config.max_ahead_ms {
+            None => Timeline::new(clock, high_water_ms),
+            Some(ahead_ms) => Timeline::of_messages(clock, high_water_ms, ahead_ms, config.span.window_ms),
+        };
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
-        let now_ms = timeline.now().wall_ms;
+        let now_ms = timeline.now().time_ms;
         let (span, expected) = (config.span, config.bucket_keys);
         let buckets = BucketSet::open(&db, &families, span, now_ms, expected, filter_budget, filters.geometry())?;
         let engine = Self {
-            policy: Policy { window_ms: config.span.window_ms, on_interrupt: config.on_interrupt },
+            policy: Policy {
+                window_ms: config.span.window_ms,
+                on_interrupt: config.on_interrupt,
+                is_stream: timeline.is_stream(),
+            },
             config,
             db,
             hot,
@@ -173,13 +189,14 @@ impl Engine {
 
     /// Whoever held a key when the journal was written died with that process.
     fn notice_crashes(&self) {
-        let since_ms = self.timeline.now().wall_ms;
+        let now = self.timeline.now();
         for mut stripe in self.hot.stripes() {
             let crashed: Vec<_> = stripe
                 .in_flight()
                 .filter(|(_, _, processing)| matches!(processing.holder, Holder::Leased { .. }))
                 .map(|(digest, key, processing)| {
                     let holder = Holder::Interrupted(Prior::Crashed);
+                    let since_ms = self.left_at(&processing, now);
                     (digest, key.to_vec(), Processing { since_ms, holder, ..processing })
                 })
                 .collect();
@@ -193,7 +210,8 @@ impl Engine {
     fn begin(&self, replayed: Replayed) -> Result<()> {
         self.write(true, |tx| {
             tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
-            tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))
+            tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))?;
+            self.config.max_ahead_ms.map_or(Ok(()), |ahead_ms| tx.put_meta(STREAM_TIME, &ahead_ms.to_le_bytes()))
         })?;
         KillPoint::OpenOptionsWritten.pass();
         self.reserve(0)?;
@@ -229,10 +247,63 @@ impl Engine {
         self.waiting.enter(digest)
     }
 
-    /// Encodes and digests the keys of a call.
-    pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
+    /// Encodes and digests the keys of a call that is about them and not about work on them.
+    pub(crate) fn request_about<'k, K: Into<Key<'k>>>(
+        &self,
+        keys: impl IntoIterator<Item = K>,
+    ) -> Result<Arc<Request>> {
         self.ready()?;
         Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
+    }
+
+    /// Encodes and digests the keys of a call.
+    pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
+        if self.timeline.is_stream() { Err(Error::TimestampMissing) } else { self.request_about(keys) }
+    }
+
+    /// As [`Engine::request`], with the times of their messages.
+    pub(crate) fn request_at<'k, K: Into<Key<'k>>>(
+        &self,
+        messages: impl IntoIterator<Item = (K, u64)>,
+    ) -> Result<Arc<Request>> {
+        self.ready()?;
+        if !self.timeline.is_stream() {
+            return Err(Error::TimestampUnexpected);
+        }
+        Ok(Arc::new(Request::at(messages, self.config.key_limit, &self.digester)?))
+    }
+
+    /// Moves stream time on, whatever the messages say, and puts that on the disk.
+    pub(crate) fn advance_stream_time(&self, to_ms: u64) -> Result<()> {
+        self.ready()?;
+        if !self.timeline.is_stream() {
+            return Err(Error::TimestampUnexpected);
+        }
+        self.timeline.advance(to_ms);
+        self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))
+    }
+
+    /// The moment at which a key is decided about: taken while its stripe is locked, so that it is not before the moment
+    /// at which a bucket went in which the key was looked for.
+    pub(super) fn moment(&self, asked: Asked<'_>, now: Now) -> Result<Now> {
+        match asked.at_ms {
+            None => Ok(now),
+            Some(at_ms) => match self.timeline.follow(at_ms) {
+                Ok(time_ms) => Ok(Now { time_ms, ..now }),
+                Err(leap) => Err(too_far_ahead(asked, leap)),
+            },
+        }
+    }
+
+    /// Since when a key is what it becomes now. On stream time a key's time is its message's, whatever becomes of it.
+    pub(super) fn left_at(&self, processing: &Processing, now: Now) -> u64 {
+        if self.timeline.is_stream() { processing.since_ms } else { now.time_ms }
+    }
+
+    /// A row whose items get the time of the store, or of their messages.
+    pub(super) fn row(&self, kind: RowKind, now: Now, capacity: usize) -> RowWriter {
+        let new = if self.timeline.is_stream() { RowWriter::of_messages } else { RowWriter::new };
+        new(kind, now.time_ms, capacity)
     }
 
     /// Refuses where the store is closed or poisoned.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::answer::{Answer, HeldKey, payload_mismatch};
+use super::answer::{Answer, HeldKey, payload_mismatch, too_far_ahead, too_old};
 use super::engine::Engine;
 use super::hot_table::Stripe;
 use super::request::{Asked, Request};
@@ -107,11 +107,17 @@ impl Engine {
     pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
         let now = self.now();
         self.look_at(request, |asked, stored| {
-            match transition::find(stored.as_ref(), asked.payload, now, self.policy) {
+            let now = match asked.at_ms.map(|at_ms| self.timeline.foresee(at_ms)) {
+                None => now,
+                Some(Ok(time_ms)) => Now { time_ms, ..now },
+                Some(Err(leap)) => return Err(too_far_ahead(asked, leap)),
+            };
+            match transition::find(stored.as_ref(), asked.payload, asked.at_ms, now, self.policy) {
                 Found::Available { .. } => Ok(Answer::New),
                 Found::InProgress { retry_after_ms, attempt } => Ok(Answer::InProgress { retry_after_ms, attempt }),
                 Found::Completed(done) => Ok(Answer::Completed(done.clone())),
                 Found::PayloadMismatch => Err(payload_mismatch(asked)),
+                Found::TooOld => Err(too_old(asked, now, self.policy.window_ms)),
             }
         })
     }

@@ -11,6 +11,8 @@ const CALL_BYTES: usize = 1 << 30;
 pub(crate) struct Request {
     bytes: Vec<u8>,
     items: Vec<Item>,
+    /// The times of their messages: none, or one for each.
+    times_ms: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -27,6 +29,8 @@ pub(crate) struct Asked<'a> {
     pub(crate) digest: u64,
     pub(crate) key: &'a [u8],
     pub(crate) payload: Option<&'a Fingerprint>,
+    /// When its message is of, on stream time.
+    pub(crate) at_ms: Option<u64>,
 }
 
 /// Refuses a call that brings too much.
@@ -43,25 +47,49 @@ impl Request {
         digester: &Digester,
     ) -> Result<Self> {
         let keys = keys.into_iter();
-        let expected = keys.size_hint().0.min(1 << 16);
-        let mut request = Self { bytes: Vec::with_capacity(expected * 48), items: Vec::with_capacity(expected) };
+        let mut request = Self::for_about(keys.size_hint().0);
         for key in keys {
-            let key = key.into();
-            let start = request.bytes.len();
-            key.encode(key_limit, &mut request.bytes)?;
-            admit_bytes(request.bytes.len())?;
-            let encoded = request.bytes.get(start..).unwrap_or_default();
-            let digest = digester.digest(encoded);
-            request.items.push(Item { end: request.bytes.len(), digest, payload: key.guard() });
+            request.push(&key.into(), key_limit, digester)?;
         }
         Ok(request)
     }
 
-    /// The keys of several calls, one call after the other.
+    /// As [`Request::new`], for keys with the times of their messages.
+    pub(crate) fn at<'k, K: Into<Key<'k>>>(
+        messages: impl IntoIterator<Item = (K, u64)>,
+        key_limit: usize,
+        digester: &Digester,
+    ) -> Result<Self> {
+        let messages = messages.into_iter();
+        let mut request = Self::for_about(messages.size_hint().0);
+        for (key, at_ms) in messages {
+            request.push(&key.into(), key_limit, digester)?;
+            request.times_ms.push(at_ms);
+        }
+        Ok(request)
+    }
+
+    fn for_about(keys: usize) -> Self {
+        let keys = keys.min(1 << 16);
+        Self { bytes: Vec::with_capacity(keys * 48), items: Vec::with_capacity(keys), times_ms: Vec::new() }
+    }
+
+    fn push(&mut self, key: &Key<'_>, key_limit: usize, digester: &Digester) -> Result<()> {
+        let start = self.bytes.len();
+        key.encode(key_limit, &mut self.bytes)?;
+        admit_bytes(self.bytes.len())?;
+        let encoded = self.bytes.get(start..).unwrap_or_default();
+        let digest = digester.digest(encoded);
+        self.items.push(Item { end: self.bytes.len(), digest, payload: key.guard() });
+        Ok(())
+    }
+
+    /// The keys of several calls, one call after the other. All of them with times, or none.
     #[cfg(feature = "tokio")]
     pub(crate) fn concat<'r>(requests: impl Iterator<Item = &'r Self>) -> Self {
-        let mut all = Self { bytes: Vec::new(), items: Vec::new() };
-        for Self { bytes, items } in requests {
+        let mut all = Self { bytes: Vec::new(), items: Vec::new(), times_ms: Vec::new() };
+        for Self { bytes, items, times_ms } in requests {
+            all.times_ms.extend(times_ms);
             let start = all.bytes.len();
             all.bytes.extend_from_slice(bytes);
             all.items.extend(items.iter().map(|item| Item { end: start + item.end, ..*item }));
@@ -88,7 +116,8 @@ impl Request {
         let item = self.items.get(place)?;
         let before = place.checked_sub(1).and_then(|before| self.items.get(before));
         let key = self.bytes.get(before.map_or(0, |before| before.end)..item.end).unwrap_or_default();
-        Some(Asked { place, digest: item.digest, key, payload: item.payload.as_ref() })
+        let at_ms = self.times_ms.get(place).copied();
+        Some(Asked { place, digest: item.digest, key, payload: item.payload.as_ref(), at_ms })
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = Asked<'_>> {
@@ -96,7 +125,8 @@ impl Request {
         self.items.iter().enumerate().map(move |(place, item)| {
             let key = self.bytes.get(start..item.end).unwrap_or_default();
             start = item.end;
-            Asked { place, digest: item.digest, key, payload: item.payload.as_ref() }
+            let at_ms = self.times_ms.get(place).copied();
+            Asked { place, digest: item.digest, key, payload: item.payload.as_ref(), at_ms }
         })
     }
 }

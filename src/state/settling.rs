@@ -9,7 +9,7 @@ use super::request::Request;
 use super::transition::{self, Standing};
 use crate::bucket::set::{Probe, look_up};
 use crate::clock::Now;
-use crate::codec::{self, RowKind, RowWriter};
+use crate::codec::{self, RowKind};
 use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::kill_point::KillPoint;
@@ -37,7 +37,7 @@ impl Engine {
         self.admit(0, bytes)?;
         let now = self.now();
         let open = self.begin_row();
-        let mut row = RowWriter::new(kind, now.wall_ms, bytes);
+        let mut row = self.row(kind, now, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
         let mut taken = Vec::new();
         for (grant, settlement) in &leases {
@@ -55,16 +55,18 @@ impl Engine {
             if !is_ours {
                 continue;
             }
-            let Grant { token, attempt, fingerprint, .. } = **grant;
+            let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
+            let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms };
             let entry = match *settlement {
                 Settlement::Completed(result, tx) => {
                     taken.extend(tx);
-                    row.completed(key, token, fingerprint.as_ref(), result);
-                    Entry::Completed(Done { token, completed_ms: now.wall_ms, fingerprint, result })
+                    let done = Done { token, completed_ms: time_ms, fingerprint, result };
+                    row.completed(key, &done);
+                    Entry::Completed(done)
                 }
                 Settlement::Open { prior, not_before_ms } => {
                     let holder = Holder::Open { prior, not_before_ms };
-                    let open = Processing { token, attempt, since_ms: now.wall_ms, fingerprint, holder };
+                    let open = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
                     row.processing(key, &open);
                     Entry::Processing(open)
                 }
@@ -124,7 +126,8 @@ impl Engine {
         let stored = stripe.get(digest, key).filter(|stored| transition::may_settle(Some(stored), grant.token));
         let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
-        stripe.set(digest, key, Entry::Processing(Processing { since_ms: now.wall_ms, holder, ..processing }));
+        let since_ms = self.left_at(&processing, now);
+        stripe.set(digest, key, Entry::Processing(Processing { since_ms, holder, ..processing }));
         true
     }
 
@@ -143,6 +146,7 @@ impl Engine {
             attempt: processing.attempt,
             prior: Some(prior),
             fingerprint: processing.fingerprint,
+            at_ms: processing.since_ms,
             until_monotonic_ms: 0,
         };
         Ok(Some((grant, prior)))
@@ -180,7 +184,7 @@ impl Engine {
             let settling = Processing {
                 token: entry.token(),
                 attempt: 1,
-                since_ms: now.wall_ms,
+                since_ms: now.time_ms,
                 fingerprint: None,
                 holder: Holder::Settling,
             };
@@ -194,7 +198,7 @@ impl Engine {
             open.finish();
             return Ok(false);
         }
-        let mut row = RowWriter::new(RowKind::Forgotten, now.wall_ms, asked.key.len() + 16);
+        let mut row = self.row(RowKind::Forgotten, now, asked.key.len() + 16);
         row.forgotten(asked.key, token);
         let row = row.finish();
         let mut row_key = Vec::new();

@@ -4,7 +4,7 @@
 
 use crate::clock::Now;
 use crate::config::OnInterrupt;
-use crate::entry::{Done, Entry, Holder, Prior, Processing};
+use crate::entry::{Done, Entry, Holder, Prior, Processing, is_live};
 use crate::key::Fingerprint;
 
 /// The options that decide.
@@ -12,6 +12,8 @@ use crate::key::Fingerprint;
 pub(crate) struct Policy {
     pub(crate) window_ms: u64,
     pub(crate) on_interrupt: OnInterrupt,
+    /// Whether the store's time is that of its messages.
+    pub(crate) is_stream: bool,
 }
 
 /// How a claimed, uncompleted key stands.
@@ -32,24 +34,29 @@ pub(crate) enum Standing {
 }
 
 pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Standing {
-    let interrupted = |prior, alone_ms| match policy.on_interrupt {
+    let is_over = |since_ms: u64| now.time_ms >= since_ms.saturating_add(policy.window_ms);
+    let interrupted = |prior, is_over| match policy.on_interrupt {
         OnInterrupt::Hold => Standing::Held(prior),
-        OnInterrupt::Rerun if alone_ms >= policy.window_ms => Standing::Forgotten,
+        OnInterrupt::Rerun if is_over => Standing::Forgotten,
         OnInterrupt::Rerun => Standing::Free(prior),
     };
     match processing.holder {
         Holder::Settling | Holder::Recording => Standing::Settling,
         Holder::Leased { until_monotonic_ms } => match until_monotonic_ms.checked_sub(now.monotonic_ms) {
             Some(remaining_ms) if remaining_ms > 0 => Standing::Alive { remaining_ms },
-            _ => interrupted(Prior::LeaseExpired, now.monotonic_ms.saturating_sub(until_monotonic_ms)),
-        },
-        Holder::Interrupted(prior) => interrupted(prior, now.wall_ms.saturating_sub(processing.since_ms)),
-        Holder::Open { prior, not_before_ms } => match not_before_ms.checked_sub(now.wall_ms) {
-            Some(remaining_ms) if remaining_ms > 0 => Standing::Backoff { remaining_ms },
-            // A backoff longer than the window must not swallow the attempt that follows it.
-            _ if now.wall_ms >= processing.since_ms.max(not_before_ms).saturating_add(policy.window_ms) => {
-                Standing::Forgotten
+            // How long it has been alone is a matter of the store's time where that has nothing to do with leases.
+            _ if policy.is_stream => interrupted(Prior::LeaseExpired, is_over(processing.since_ms)),
+            _ => {
+                let alone_ms = now.monotonic_ms.saturating_sub(until_monotonic_ms);
+                interrupted(Prior::LeaseExpired, alone_ms >= policy.window_ms)
             }
+        },
+        Holder::Interrupted(prior) => interrupted(prior, is_over(processing.since_ms)),
+        Holder::Open { prior, not_before_ms } => match not_before_ms.checked_sub(now.backoff_ms) {
+            Some(remaining_ms) if remaining_ms > 0 => Standing::Backoff { remaining_ms },
+            _ if policy.is_stream && is_over(processing.since_ms) => Standing::Forgotten,
+            // A backoff longer than the window must not swallow the attempt that follows it.
+            _ if !policy.is_stream && is_over(processing.since_ms.max(not_before_ms)) => Standing::Forgotten,
             _ => Standing::Free(prior),
         },
     }
@@ -66,18 +73,25 @@ pub(crate) enum Found<'a> {
     Completed(&'a Done),
     /// The key was used with another payload.
     PayloadMismatch,
+    /// Nothing that counts, and whether there ever was something nobody knows: the message is older than the window.
+    TooOld,
 }
 
 /// A completion takes about this long to reach the disk: when to ask again for a key that is settling.
 const SETTLING_RETRY_MS: u64 = 10;
 
+/// `at_ms` is the message's time, on stream time.
 pub(crate) fn find<'a>(
     stored: Option<&'a Entry>,
     payload: Option<&Fingerprint>,
+    at_ms: Option<u64>,
     now: Now,
     policy: Policy,
 ) -> Found<'a> {
-    let new = Found::Available { attempt: 1, prior: None };
+    let new = match at_ms {
+        Some(at_ms) if !is_live(at_ms, now, policy.window_ms) => Found::TooOld,
+        _ => Found::Available { attempt: 1, prior: None },
+    };
     let (first_payload, found) = match stored {
         None => return new,
         Some(Entry::Completed(done)) if !done.is_live(now, policy.window_ms) => return new,
@@ -143,13 +157,14 @@ mod tests {
     use crate::entry::Kept;
 
     const WINDOW_MS: u64 = 1_000;
-    const RERUN: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Rerun };
-    const HOLD: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Hold };
+    const RERUN: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Rerun, is_stream: false };
+    const HOLD: Policy = Policy { on_interrupt: OnInterrupt::Hold, ..RERUN };
+    const STREAM: Policy = Policy { is_stream: true, ..RERUN };
     const HERS: Option<&Fingerprint> = Some(&[1; 16]);
     const HIS: Option<&Fingerprint> = Some(&[2; 16]);
 
     fn at(wall_ms: u64) -> Now {
-        Now { wall_ms, monotonic_ms: wall_ms - 5_000 }
+        Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, backoff_ms: wall_ms }
     }
 
     fn processing(holder: Holder) -> Entry {
@@ -161,7 +176,7 @@ mod tests {
     }
 
     fn found(stored: &Entry, wall_ms: u64, policy: Policy) -> Found<'_> {
-        find(Some(stored), HERS, at(wall_ms), policy)
+        find(Some(stored), HERS, None, at(wall_ms), policy)
     }
 
     const NEW: Found<'_> = Found::Available { attempt: 1, prior: None };
@@ -176,7 +191,7 @@ mod tests {
 
     #[test]
     fn an_absent_key_is_available() {
-        assert_eq!(find(None, HIS, at(5_000), RERUN), NEW);
+        assert_eq!(find(None, HIS, None, at(5_000), RERUN), NEW);
     }
 
     #[test]
@@ -251,10 +266,10 @@ mod tests {
             processing(Holder::Settling),
         ];
         for stored in &states {
-            assert_eq!(find(Some(stored), HIS, at(5_100), RERUN), Found::PayloadMismatch, "{stored:?}");
-            assert_ne!(find(Some(stored), None, at(5_100), RERUN), Found::PayloadMismatch, "{stored:?}");
+            assert_eq!(find(Some(stored), HIS, None, at(5_100), RERUN), Found::PayloadMismatch, "{stored:?}");
+            assert_ne!(find(Some(stored), None, None, at(5_100), RERUN), Found::PayloadMismatch, "{stored:?}");
         }
-        assert_eq!(find(Some(&completed()), HIS, at(6_000), RERUN), NEW, "an expired payload binds nobody");
+        assert_eq!(find(Some(&completed()), HIS, None, at(6_000), RERUN), NEW, "an expired payload binds nobody");
     }
 
     #[test]
@@ -264,6 +279,38 @@ mod tests {
         assert!(!may_settle(Some(&late), 6));
         assert!(!may_settle(Some(&completed()), 7));
         assert!(!may_settle(None, 7));
+    }
+
+    #[test]
+    fn on_stream_time_what_is_known_answers_before_the_messages_age() {
+        let ask = |stored: Option<&Entry>, at_ms, stream_ms| {
+            let now = Now { time_ms: stream_ms, monotonic_ms: 100, backoff_ms: 100 };
+            match find(stored, HERS, Some(at_ms), now, STREAM) {
+                Found::Completed(_) => "completed",
+                Found::InProgress { .. } => "in progress",
+                Found::Available { prior: None, .. } => "new",
+                Found::Available { .. } => "again",
+                Found::PayloadMismatch => "mismatch",
+                Found::TooOld => "too old",
+            }
+        };
+        assert_eq!((ask(None, 4_001, 5_000), ask(None, 4_000, 5_000)), ("new", "too old"));
+        let done = completed();
+        assert_eq!((ask(Some(&done), 5_000, 5_999), ask(Some(&done), 4_000, 5_999)), ("completed", "completed"));
+        assert_eq!((ask(Some(&done), 5_000, 6_000), ask(Some(&done), 5_001, 6_000)), ("too old", "new"));
+        let leased = processing(Holder::Leased { until_monotonic_ms: 101 });
+        assert_eq!(ask(Some(&leased), 5_000, 900_000), "in progress", "however far the stream has come");
+        for holder in [
+            Holder::Leased { until_monotonic_ms: 100 },
+            Holder::Interrupted(Prior::Crashed),
+            Holder::Open { prior: Prior::Released, not_before_ms: 100 },
+        ] {
+            let left = processing(holder);
+            assert_eq!((ask(Some(&left), 5_000, 5_999), ask(Some(&left), 3_000, 5_999)), ("again", "again"));
+            assert_eq!((ask(Some(&left), 5_000, 6_000), ask(Some(&left), 5_001, 6_000)), ("too old", "new"));
+        }
+        let backoff = processing(Holder::Open { prior: Prior::Released, not_before_ms: 101 });
+        assert_eq!(ask(Some(&backoff), 5_000, 900_000), "in progress", "a backoff is no matter of the stream");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::bucket::rotation::{drop_passed, has_passed, prepare_next};
 use crate::bucket::seal::seal;
 use crate::bucket::set::Bucket;
 use crate::bucket::window::Slice;
+use crate::clock::Now;
 use crate::codec::{RowKind, RowWriter};
 use crate::concurrency::sleep;
 use crate::config::Span;
@@ -83,7 +84,7 @@ impl Engine {
             self.cut_log(IDLE_CUT_BYTES)?;
         }
         last.sealed = present;
-        prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
+        prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
     }
 
     /// Where the rounds of upkeep begin.
@@ -92,7 +93,7 @@ impl Engine {
     }
 
     fn present_slice(&self) -> Slice {
-        Slice::containing(self.now().wall_ms, self.config().span.bucket_ms)
+        Slice::containing(self.now().time_ms, self.config().span.bucket_ms)
     }
 
     /// Moves every completed key to its bucket and cuts the journal.
@@ -122,12 +123,12 @@ impl Engine {
         let start = self.first_open_row(*last_image)?;
         let now = self.now();
         let Span { window_ms, bucket_ms } = self.config().span;
-        let mut image = vec![RowWriter::new(RowKind::Claimed, now.wall_ms, 0)];
+        let mut image = vec![self.row(RowKind::Claimed, now, 0)];
         let pages = self.hot.split(start, |key, processing| {
             let stays = self.standing_at(processing, now) != Standing::Forgotten;
             if stays {
                 if image.last().is_none_or(|row| row.len() > IMAGE_ROW_BYTES) {
-                    image.push(RowWriter::new(RowKind::Claimed, now.wall_ms, IMAGE_ROW_BYTES));
+                    image.push(self.row(RowKind::Claimed, now, IMAGE_ROW_BYTES));
                 }
                 if let Some(row) = image.last_mut() {
                     row.processing(key, processing);
@@ -137,6 +138,10 @@ impl Engine {
         });
         KillPoint::SealSplit.pass();
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
+        if self.policy.is_stream {
+            // It may have come far since the last round: there must be room for what counts as of now.
+            self.drop_passed_by(now)?;
+        }
         // What the journal says of a key overrules its bucket at the next open. Should a power cut take rows that the
         // buckets are ahead of, an older state of the key would be left in it.
         self.sync_log()?;
@@ -211,7 +216,11 @@ impl Engine {
     /// Drops the buckets that have passed. Not while keys are sealed or forgotten: a bucket must not go under them.
     fn drop_passed(&self) -> Result<()> {
         let _sealing = self.sealing.lock();
-        let (span, now_ms) = (self.config().span, self.now().wall_ms);
+        self.drop_passed_by(self.now())
+    }
+
+    fn drop_passed_by(&self, now: Now) -> Result<()> {
+        let (span, now_ms) = (self.config().span, now.time_ms);
         if has_passed(&self.buckets, span, now_ms) {
             KillPoint::BucketPassed.pass();
             // A clock that was ahead by mistake must not bring back the time in which these keys counted.
@@ -244,7 +253,7 @@ impl Engine {
             let _sealing = self.sealing.lock();
             self.cut_log(1)?;
         }
-        prepare_next(&self.db, &self.buckets, self.config().span, self.now().wall_ms)
+        prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
     }
 
     /// Puts on the disk what was written without waiting for it.
@@ -272,13 +281,13 @@ impl Engine {
 
     /// Tidies the filters of buckets that have ended, and keeps them on disk.
     pub(super) fn keep_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
-        Filters::tidy(&self.db, &self.buckets, self.now().wall_ms, &go_on)?;
+        Filters::tidy(&self.db, &self.buckets, self.now().time_ms, &go_on)?;
         let runs = || {
             // While a seal is between a run and its marks, the run must not pass for one that is marked.
             let _sealing = self.sealing.lock();
             self.db.runs()
         };
-        self.filters.keep(&self.buckets, self.now().wall_ms, runs, go_on)
+        self.filters.keep(&self.buckets, self.now().time_ms, runs, go_on)
     }
 
     /// The store's figures. Visits the hot table and the directory: not for every request.
@@ -309,6 +318,8 @@ impl Engine {
             duplicates: counters.duplicates.get(),
             in_progress: counters.in_progress.get(),
             payload_mismatches: counters.payload_mismatches.get(),
+            too_old: counters.too_old.get(),
+            too_far_ahead: counters.too_far_ahead.get(),
             completed: counters.completed.get(),
             recorded: counters.recorded.get(),
             released: counters.released.get(),
@@ -323,9 +334,9 @@ impl Engine {
             buckets,
             filter_bytes: view.filter_bytes(),
             disk_bytes: self.db.directory().bytes(),
-            now_ms: now.wall_ms,
+            now_ms: now.time_ms,
             window: Duration::from_millis(window_ms),
-            remembers_since_ms: now.wall_ms.saturating_sub(window_ms).saturating_add(1),
+            remembers_since_ms: now.time_ms.saturating_sub(window_ms).saturating_add(1),
             poisoned: self.poisoned().map(str::to_owned),
         }
     }
@@ -393,7 +404,7 @@ mod tests {
         let asked = request.get(0).unwrap();
         engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
         let open = engine.begin_row();
-        let now_ms = engine.now().wall_ms;
+        let now_ms = engine.now().time_ms;
         let done = Done { token: open.number(), completed_ms: now_ms, fingerprint: None, result: Kept::Absent };
         let pending = Pending { row: open.number(), attempt: 1, holder: Holder::Recording };
         engine.hot.stripe(asked.digest).settle(asked.digest, asked.key, Entry::Completed(done), pending);

@@ -1,0 +1,811 @@
+//! Windows that the messages' own timestamps drive: a backlog and a replay are deduplicated as they were lived, one
+//! message cannot run away with the time, and what is too old is said to be. No clock has a part in it.
+//!
+//! `ONLYONCE_STREAM_ROUNDS` (25 if not set) and `ONLYONCE_STREAM_SEED` (default: drawn, and printed) set how often the
+//! random streams run, and how.
+
+#[path = "common/child.rs"]
+mod child;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use onlyonce::{
+    Builder, Check, Claim, Completed, Durability, Error, Key, Lease, ManualClock, OnInterrupt, Prior, Recorded,
+    Resolution, Store,
+};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use tempfile::TempDir;
+
+const WINDOW_MS: u64 = 10_000;
+const AHEAD_MS: u64 = 5_000;
+const DAY_MS: u64 = 86_400_000;
+/// Last year, as seen from [`TODAY_MS`].
+const START_MS: u64 = 1_700_000_000_000;
+const TODAY_MS: u64 = START_MS + 400 * DAY_MS;
+
+/// A stream store, and the wall clock that should not matter to it.
+struct Stream {
+    // Dropped before its directory is.
+    store: Option<Store>,
+    clock: ManualClock,
+    dir: TempDir,
+    on_interrupt: OnInterrupt,
+}
+
+fn builder(clock: &ManualClock) -> Builder {
+    Store::builder()
+        .window(Duration::from_millis(WINDOW_MS))
+        .bucket(Duration::from_secs(1))
+        .lease(Duration::from_secs(1))
+        .memory_budget(32 << 20)
+        .durability(Durability::Process)
+        .clock(clock.clone())
+}
+
+impl Stream {
+    fn new() -> Self {
+        Self::with(OnInterrupt::Rerun)
+    }
+
+    fn with(on_interrupt: OnInterrupt) -> Self {
+        let (clock, dir) = (ManualClock::at(TODAY_MS), tempfile::tempdir().unwrap());
+        let mut stream = Self { store: None, clock, dir, on_interrupt };
+        stream.store = Some(stream.open());
+        stream
+    }
+
+    fn open(&self) -> Store {
+        let builder = builder(&self.clock).on_interrupt(self.on_interrupt);
+        builder.stream_time(Duration::from_millis(AHEAD_MS)).open(self.path()).unwrap()
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn store(&self) -> &Store {
+        self.store.as_ref().unwrap()
+    }
+
+    fn reopen(&mut self) {
+        self.store().close().unwrap();
+        self.store = Some(self.open());
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.store().stats().now_ms
+    }
+
+    fn acquire(&self, key: &str, at_ms: u64) -> Lease {
+        match self.store().claim_at(key, at_ms).unwrap() {
+            Claim::Acquired(lease) => lease,
+            other => panic!("{key} of {at_ms} should be free, but is {other:?}"),
+        }
+    }
+
+    fn complete(&self, key: &str, at_ms: u64) {
+        self.acquire(key, at_ms).complete(at_ms.to_string()).unwrap();
+    }
+
+    /// Takes stream time along.
+    fn tick(&self, at_ms: u64) {
+        assert_eq!(self.store().record_at(format!("tick {at_ms}"), at_ms).unwrap(), Recorded::First);
+    }
+
+    fn answer(&self, key: &str, at_ms: u64) -> &'static str {
+        match self.store().check_at(key, at_ms) {
+            Ok(Check::New) => "new",
+            Ok(Check::InProgress(_)) => "in progress",
+            Ok(Check::Completed(_)) => "completed",
+            Err(Error::TooOld { .. }) => "too old",
+            Err(Error::TooFarAhead { .. }) => "too far ahead",
+            Err(error) => panic!("{key} of {at_ms}: {error}"),
+        }
+    }
+
+    fn is_too_far_ahead(&self, key: &str, at_ms: u64) -> bool {
+        match self.store().record_at(key, at_ms) {
+            Ok(_) => false,
+            Err(error @ Error::TooFarAhead { .. }) => {
+                assert!(error.retryable());
+                true
+            }
+            Err(error) => panic!("{key} of {at_ms}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
+    for sealed in [false, true] {
+        for reopened in [false, true] {
+            let mut stream = Stream::new();
+            stream.tick(START_MS);
+            let at_ms = START_MS - 123;
+            stream.complete("k", at_ms);
+            if sealed {
+                stream.store().seal().unwrap();
+            }
+            if reopened {
+                stream.reopen();
+            }
+            stream.tick(at_ms + WINDOW_MS / 2);
+            stream.tick(at_ms + WINDOW_MS - 1);
+            stream.store().seal().unwrap();
+            let Check::Completed(first) = stream.store().check_at("k", at_ms).unwrap() else { panic!("{sealed}") };
+            assert_eq!(first.completed_at_ms(), at_ms);
+            assert_eq!(first.result(), Some(at_ms.to_string().as_bytes()));
+            stream.tick(at_ms + WINDOW_MS);
+            assert_eq!(stream.answer("k", at_ms), "too old", "sealed {sealed}, reopened {reopened}");
+            assert_eq!(stream.answer("k", at_ms + 1), "new", "another message with the same key");
+        }
+    }
+}
+
+#[test]
+fn the_work_may_take_longer_than_the_window_and_the_key_still_gets_its_messages_time() {
+    let stream = Stream::new();
+    let lease = stream.acquire("k", START_MS);
+    for step in 1..=4 {
+        stream.tick(START_MS + step * AHEAD_MS);
+    }
+    assert_eq!(stream.answer("k", START_MS), "in progress", "however far the stream has come");
+    lease.complete("r").unwrap();
+    assert_eq!(stream.answer("k", START_MS), "too old");
+    assert_eq!(stream.store().get("k").unwrap(), None);
+}
+
+#[test]
+fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
+    let mut stream = Stream::new();
+    stream.tick(START_MS);
+    stream.tick(START_MS + AHEAD_MS);
+    stream.store().seal().unwrap();
+    // Its bucket has ended, and was never there.
+    let late_ms = START_MS - 2_500;
+    assert_eq!(stream.store().record_at("late", late_ms).unwrap(), Recorded::First);
+    stream.store().seal().unwrap();
+    let bucket = late_ms - late_ms % 1_000;
+    let buckets = stream.store().stats().buckets;
+    assert!(buckets.iter().any(|stats| stats.start_ms == bucket && stats.keys == 1), "{buckets:?}");
+    stream.reopen();
+    assert_eq!(stream.store().record_at("late", late_ms).unwrap(), Recorded::Duplicate { in_flight: false });
+    stream.tick(late_ms + WINDOW_MS - 1);
+    stream.store().seal().unwrap();
+    assert_eq!(stream.answer("late", late_ms), "completed");
+    stream.tick(late_ms + WINDOW_MS);
+    stream.store().seal().unwrap();
+    assert_eq!(stream.answer("late", late_ms), "too old");
+    stream.tick(bucket + 1_000 + WINDOW_MS);
+    stream.store().seal().unwrap();
+    assert!(stream.store().stats().buckets.iter().all(|stats| stats.start_ms > bucket));
+}
+
+#[test]
+fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate() {
+    let stream = Stream::new();
+    stream.tick(START_MS);
+    let old_ms = START_MS - WINDOW_MS;
+    for answer in [
+        stream.store().claim_at("old", old_ms).map(drop),
+        stream.store().record_at("old", old_ms).map(drop),
+        stream.store().check_at("old", old_ms).map(drop),
+        stream.store().claim_batch_at([("old", old_ms)]).unwrap().pop().unwrap().map(drop),
+    ] {
+        let Err(Error::TooOld { key, at_ms, remembers_since_ms }) = answer else { panic!("{answer:?}") };
+        assert_eq!((key.as_str(), at_ms, remembers_since_ms), ("\"old\"", old_ms, old_ms + 1));
+    }
+    assert_eq!(stream.answer("old", old_ms + 1), "new");
+    assert_eq!((stream.store().stats().too_old, stream.now_ms()), (3, START_MS), "a check counts nothing");
+}
+
+#[test]
+fn what_is_known_answers_before_the_age_of_the_message() {
+    let stream = Stream::with(OnInterrupt::Hold);
+    stream.complete("done", START_MS);
+    drop(stream.acquire("held", START_MS));
+    let alive = stream.acquire("alive", START_MS);
+    stream.tick(START_MS + AHEAD_MS);
+    let old_ms = START_MS + AHEAD_MS - WINDOW_MS;
+    assert_eq!(stream.answer("done", old_ms), "completed");
+    assert_eq!(stream.answer("held", old_ms), "in progress");
+    assert_eq!(stream.answer("alive", old_ms), "in progress");
+    alive.release().unwrap();
+    assert_eq!(stream.acquire("alive", old_ms).attempt(), 2, "work that is known not to be done");
+    stream.tick(START_MS + 2 * AHEAD_MS);
+    assert_eq!(stream.answer("done", START_MS), "too old");
+    assert_eq!(stream.answer("held", START_MS), "in progress", "a decision does not run out");
+    stream.store().resolve("held", Resolution::Rerun).unwrap();
+    assert_eq!(stream.answer("held", START_MS), "too old");
+}
+
+#[test]
+fn last_year_is_replayed_as_it_was_lived() {
+    let mut stream = Stream::new();
+    // A message every second for an hour, a pause at night, and an hour more. Each comes up to three times:
+    // at once, half a window later, and far too late.
+    let mut times: Vec<u64> = (0..3_600).map(|second| START_MS + second * 1_000).collect();
+    times.extend((0..3_600).map(|second| START_MS + DAY_MS / 2 + second * 1_000));
+    let (mut first, mut duplicates, mut too_old) = (0, 0, 0);
+    let mut count = |answer: onlyonce::Result<Recorded>| match answer {
+        Ok(Recorded::First) => first += 1,
+        Ok(Recorded::Duplicate { in_flight: false }) => duplicates += 1,
+        Err(Error::TooOld { .. }) => too_old += 1,
+        other => panic!("{other:?}"),
+    };
+    let pauses = |at: usize| at == 0 || times[at] - times[at - 1] > AHEAD_MS;
+    for at in 0..times.len() {
+        let message = |at: usize| (format!("message {}", times[at]), times[at]);
+        let mut batch = vec![message(at), message(at)];
+        if at % 3 == 0 && at >= 5 {
+            batch.push(message(at - 5));
+        }
+        if at % 7 == 0 && at >= 20 {
+            batch.push(message(at - 20));
+        }
+        if pauses(at) && at > 0 {
+            // One that was there alone would be asked for again.
+            assert!(stream.is_too_far_ahead("the first after the pause", times[at]));
+        }
+        stream.store().record_batch_at(batch).unwrap().into_iter().for_each(&mut count);
+        if at % 1_500 == 1_499 {
+            stream.reopen();
+        }
+    }
+    let expected_late = (0..times.len()).filter(|at| at % 3 == 0 && *at >= 5);
+    let (across, within): (Vec<_>, Vec<_>) = expected_late.partition(|at| times[*at] - times[at - 5] >= WINDOW_MS);
+    let ancient = (0..times.len()).filter(|at| at % 7 == 0 && *at >= 20).count();
+    assert_eq!(first, times.len());
+    assert_eq!(duplicates, times.len() + within.len());
+    assert_eq!(too_old, across.len() + ancient);
+    assert_eq!(stream.now_ms(), *times.last().unwrap());
+    stream.store().seal().unwrap();
+    assert!(stream.store().stats().buckets.len() <= 13, "{:?}", stream.store().stats().buckets);
+}
+
+#[test]
+fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
+    let mut stream = Stream::new();
+    for second in 0..60 {
+        stream.complete(&format!("k{second}"), START_MS + second * 1_000);
+    }
+    stream.store().close().unwrap();
+    stream.clock.advance(Duration::from_millis(DAY_MS));
+    stream.store = Some(stream.open());
+    assert_eq!(stream.now_ms(), START_MS + 59_000, "nobody was there to live it");
+    for second in 51..60 {
+        assert_eq!(stream.answer(&format!("k{second}"), START_MS + second * 1_000), "completed");
+    }
+    stream.complete("k60", START_MS + 60_000);
+}
+
+#[test]
+fn one_stray_message_takes_nothing_along() {
+    let stream = Stream::new();
+    stream.complete("k", START_MS);
+    for round in 1..50 {
+        let stray = ["a", "b", "c"][round % 3];
+        let stray_ms = START_MS + [DAY_MS, 30 * DAY_MS, AHEAD_MS + 1_000][round % 3];
+        assert!(stream.is_too_far_ahead(stray, stray_ms));
+        assert_eq!(stream.answer(stray, stray_ms), "new", "a second try would be let in");
+        stream.tick(START_MS + round as u64);
+        assert_eq!(stream.answer(stray, stray_ms), "too far ahead", "the stream goes on where it was");
+    }
+    assert_eq!(stream.now_ms(), START_MS + 49);
+    assert_eq!(stream.answer("k", START_MS), "completed");
+    assert_eq!(stream.store().stats().too_far_ahead, 49);
+    let Err(Error::TooFarAhead { key, at_ms, stream_ms, max_ahead, in_future }) =
+        stream.store().claim_at("a", START_MS + DAY_MS)
+    else {
+        panic!("it is still a stray")
+    };
+    assert_eq!((key.as_str(), at_ms, stream_ms), ("\"a\"", START_MS + DAY_MS, START_MS + 49));
+    assert_eq!((max_ahead, in_future), (Duration::from_millis(AHEAD_MS), false));
+}
+
+#[test]
+fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::at(TODAY_MS);
+    let window = Duration::from_millis(WINDOW_MS);
+    let store = builder(&clock).stream_time(window).open(dir.path().join("store")).unwrap();
+    store.record_at("k", START_MS).unwrap();
+    assert_eq!(store.record_at("as far as one can go", START_MS + WINDOW_MS).unwrap(), Recorded::First);
+    assert_eq!(store.record_at("next in order", START_MS + 1).unwrap(), Recorded::First);
+    assert!(matches!(store.record_at("k", START_MS), Err(Error::TooOld { .. })), "and no duplicate passes");
+}
+
+#[test]
+fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() {
+    let stream = Stream::new();
+    stream.complete("k", START_MS);
+    let monday_ms = START_MS + 3 * DAY_MS;
+    assert!(stream.is_too_far_ahead("first", monday_ms));
+    assert!(!stream.is_too_far_ahead("second", monday_ms + 700));
+    assert!(!stream.is_too_far_ahead("first", monday_ms));
+    assert_eq!(stream.now_ms(), monday_ms + 700);
+    // A consumer that blocks on its message.
+    let friday_ms = monday_ms + 4 * DAY_MS;
+    assert!(stream.is_too_far_ahead("blocks", friday_ms));
+    assert!(!stream.is_too_far_ahead("blocks", friday_ms));
+    // A batch that has them all.
+    let week_ms = friday_ms + 7 * DAY_MS;
+    let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i)).collect();
+    let claims = stream.store().claim_batch_at(batch).unwrap();
+    assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
+    assert_eq!(stream.now_ms(), week_ms + 9);
+}
+
+#[test]
+fn a_stray_in_a_batch_is_refused_alone_whatever_comes_in_the_next() {
+    let stream = Stream::new();
+    stream.tick(START_MS);
+    for round in 1..5 {
+        let stray_ms = START_MS + 100 * DAY_MS;
+        let at_ms = START_MS + round * 10;
+        let batch =
+            [("a", at_ms), ("stray", stray_ms), ("b", at_ms + 1)].map(|(key, at)| (format!("{key}{round}"), at));
+        let answers = stream.store().record_batch_at(batch).unwrap();
+        assert!(matches!(
+            answers.as_slice(),
+            [Ok(Recorded::First), Err(Error::TooFarAhead { .. }), Ok(Recorded::First)]
+        ));
+        // Two in a row, were the first one still counted.
+        assert!(stream.is_too_far_ahead("stray", stray_ms));
+        stream.tick(at_ms + 2);
+    }
+}
+
+#[test]
+fn of_two_partitions_the_one_that_is_too_far_ahead_waits_for_the_other() {
+    let stream = Stream::new();
+    stream.tick(START_MS);
+    let fast = |second: u64| START_MS + DAY_MS + second * 1_000;
+    for second in 0..20 {
+        assert!(stream.is_too_far_ahead(&format!("fast {second}"), fast(second)));
+        stream.tick(START_MS + 1 + second);
+    }
+    // The slow one has no more to say.
+    assert!(stream.is_too_far_ahead("fast 20", fast(20)));
+    assert!(!stream.is_too_far_ahead("fast 21", fast(21)));
+}
+
+#[test]
+fn messages_of_the_future_stay_out_however_many_they_are() {
+    for first_of_all in [true, false] {
+        let stream = Stream::new();
+        if !first_of_all {
+            stream.tick(START_MS);
+        }
+        let future_ms = TODAY_MS + AHEAD_MS + 1;
+        for i in 0..20 {
+            assert!(stream.is_too_far_ahead(&format!("future {i}"), future_ms + i));
+        }
+        assert!(stream.is_too_far_ahead("broken", u64::MAX));
+        let batch = stream.store().record_batch_at([("x", future_ms), ("y", future_ms)]).unwrap();
+        assert!(batch.iter().all(|answer| matches!(answer, Err(Error::TooFarAhead { in_future: true, .. }))));
+        // When it has become the present, it is a message like others.
+        stream.clock.advance(Duration::from_secs(3_600));
+        stream.is_too_far_ahead("future 0", future_ms);
+        assert!(!stream.is_too_far_ahead("future 0", future_ms));
+    }
+}
+
+#[test]
+fn an_operator_can_take_stream_time_along() {
+    let mut stream = Stream::new();
+    stream.complete("k", START_MS);
+    let future_ms = TODAY_MS + DAY_MS;
+    assert!(stream.is_too_far_ahead("future", future_ms));
+    stream.store().advance_stream_time(future_ms - 1_000).unwrap();
+    assert!(!stream.is_too_far_ahead("future", future_ms));
+    assert_eq!(stream.answer("k", START_MS), "too old");
+    stream.store().advance_stream_time(START_MS).unwrap();
+    assert_eq!(stream.now_ms(), future_ms, "it never goes back");
+    stream.store().advance_stream_time(future_ms + 5).unwrap();
+    stream.reopen();
+    assert_eq!(stream.now_ms(), future_ms + 5);
+}
+
+#[test]
+fn the_wall_clock_ages_nothing_and_brings_nothing_back() {
+    let mut stream = Stream::new();
+    stream.complete("k", START_MS);
+    for wall_ms in [0, TODAY_MS, START_MS - 1, TODAY_MS + 10_000 * DAY_MS, u64::MAX, 5] {
+        stream.clock.set_wall_ms(wall_ms);
+        assert_eq!((stream.answer("k", START_MS), stream.now_ms()), ("completed", START_MS), "at {wall_ms}");
+        stream.reopen();
+        stream.store().seal().unwrap();
+        assert_eq!((stream.answer("k", START_MS), stream.now_ms()), ("completed", START_MS), "at {wall_ms}");
+    }
+    // At the fifth millisecond of 1970 a stream still runs.
+    for second in 1..40 {
+        stream.tick(START_MS + second * 1_000);
+    }
+    assert_eq!(stream.answer("k", START_MS), "too old");
+}
+
+#[test]
+fn leases_and_backoffs_run_on_monotonic_time() {
+    let mut stream = Stream::new();
+    let _lease = stream.acquire("leased", START_MS);
+    stream.acquire("released", START_MS).release_after(Duration::from_secs(5)).unwrap();
+    stream.clock.set_wall_ms(0);
+    stream.tick(START_MS + AHEAD_MS);
+    let retry_after = |key: &str| match stream.store().claim_at(key, START_MS).unwrap() {
+        Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
+        other => panic!("{key}: {other:?}"),
+    };
+    assert_eq!((retry_after("leased"), retry_after("released")), (1_000, 5_000));
+    stream.clock.advance(Duration::from_millis(999));
+    assert_eq!((retry_after("leased"), retry_after("released")), (1, 4_001));
+    stream.clock.advance(Duration::from_millis(1));
+    let second = stream.acquire("leased", START_MS);
+    assert_eq!((second.attempt(), second.prior()), (2, Some(Prior::LeaseExpired)));
+    drop(second);
+    stream.reopen();
+    let released = stream.acquire("released", START_MS);
+    assert_eq!((released.attempt(), released.prior()), (2, Some(Prior::Released)), "a backoff ends with its process");
+}
+
+#[test]
+fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
+    let mut stream = Stream::with(OnInterrupt::Hold);
+    stream.tick(START_MS);
+    let crashed = stream.acquire("crashed", START_MS + 100);
+    drop(stream.acquire("dropped", START_MS + 200));
+    stream.tick(START_MS + 3_000);
+    stream.reopen();
+    drop(crashed);
+    let since: Vec<u64> = stream.store().held().unwrap().iter().map(|held| held.since_ms).collect();
+    assert_eq!(since, [START_MS + 100, START_MS + 200]);
+    for key in ["crashed", "dropped"] {
+        stream.store().resolve(key, Resolution::Completed(b"by hand".to_vec())).unwrap();
+    }
+    stream.store().seal().unwrap();
+    let completed_at = |key, at_ms| match stream.store().check_at(key, at_ms).unwrap() {
+        Check::Completed(completed) => Completed::completed_at_ms(&completed),
+        other => panic!("{key}: {other:?}"),
+    };
+    assert_eq!(completed_at("crashed", START_MS + 100), START_MS + 100);
+    assert_eq!(completed_at("dropped", START_MS + 200), START_MS + 200);
+
+    // Another message about work that was not done: both are to be known as long as their windows last.
+    drop(stream.acquire("twice", START_MS + 1_000));
+    stream.store().resolve("twice", Resolution::Rerun).unwrap();
+    stream.acquire("twice", START_MS + 2_000).release().unwrap();
+    stream.acquire("twice", START_MS + 1_000).complete("r").unwrap();
+    assert_eq!(completed_at("twice", START_MS + 1_000), START_MS + 2_000);
+}
+
+#[test]
+fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
+    let stream = Stream::new();
+    let store = stream.store();
+    assert!(matches!(store.claim("k"), Err(Error::TimestampMissing)));
+    assert!(matches!(store.check("k"), Err(Error::TimestampMissing)));
+    assert!(matches!(store.record("k"), Err(Error::TimestampMissing)));
+    assert!(matches!(store.claim_wait("k", Duration::ZERO), Err(Error::TimestampMissing)));
+    assert!(matches!(store.claim_batch(["k"]), Err(Error::TimestampMissing)));
+    assert!(matches!(store.record_batch(["k"]), Err(Error::TimestampMissing)));
+    assert!(matches!(store.check_batch(["k"]), Err(Error::TimestampMissing)));
+    stream.complete("k", START_MS);
+    assert!(store.get("k").unwrap().is_some() && store.forget("k").unwrap(), "which are not about messages");
+    store.close().unwrap();
+    // It stays what it is, and keeps its bound.
+    let store = builder(&stream.clock).open(stream.path()).unwrap();
+    assert!(matches!(store.claim("k"), Err(Error::TimestampMissing)));
+    assert_eq!(store.record_at("a", START_MS + AHEAD_MS).unwrap(), Recorded::First);
+    assert!(matches!(store.record_at("b", START_MS + 2 * AHEAD_MS + 1), Err(Error::TooFarAhead { .. })));
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let store = builder(&stream.clock).open(&path).unwrap();
+    assert!(matches!(store.claim_at("k", START_MS), Err(Error::TimestampUnexpected)));
+    assert!(matches!(store.check_at("k", START_MS), Err(Error::TimestampUnexpected)));
+    assert!(matches!(store.record_batch_at([("k", START_MS)]), Err(Error::TimestampUnexpected)));
+    assert!(matches!(store.advance_stream_time(START_MS), Err(Error::TimestampUnexpected)));
+    store.close().unwrap();
+    let refused = builder(&stream.clock).stream_time(Duration::from_secs(1)).open(&path);
+    assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
+    for out_of_bounds in [Duration::ZERO, Duration::from_millis(WINDOW_MS + 1)] {
+        let refused = builder(&stream.clock).stream_time(out_of_bounds).open(dir.path().join("none"));
+        assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
+    }
+}
+
+#[test]
+fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_early() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::at(TODAY_MS);
+    // As many buckets as there may be.
+    let builder = Store::builder().window(Duration::from_secs(48)).bucket(Duration::from_secs(1)).clock(clock);
+    let builder = builder.durability(Durability::Process).memory_budget(32 << 20);
+    let store = builder.stream_time(Duration::from_secs(48)).open(dir.path().join("store")).unwrap();
+    // 100 ms a message: 200,000 of them are five hours, hundreds of windows.
+    let messages: Vec<(String, u64)> = (0..200_000).map(|i| (format!("m{i}"), START_MS + i * 100)).collect();
+    let mut sent = 0;
+    for batch in messages.chunks(400) {
+        let answers = store.record_batch_at(batch.iter().map(|(key, at_ms)| (key, *at_ms))).unwrap();
+        assert!(answers.iter().all(|answer| matches!(answer, Ok(Recorded::First))));
+        sent += batch.len();
+        // 480 of them are within the window.
+        let again = messages[sent.saturating_sub(480)..sent].iter().step_by(37);
+        for answer in store.record_batch_at(again.map(|(key, at_ms)| (key, *at_ms))).unwrap() {
+            assert_eq!(answer.unwrap(), Recorded::Duplicate { in_flight: false });
+        }
+        if let Some((key, at_ms)) = sent.checked_sub(481).map(|old| &messages[old]) {
+            assert!(matches!(store.record_at(key, *at_ms), Err(Error::TooOld { .. })));
+        }
+    }
+    store.seal().unwrap();
+    assert!(store.stats().buckets.len() <= 51, "{}", store.stats().buckets.len());
+}
+
+#[test]
+fn nobody_who_looks_a_key_up_while_the_stream_leaps_is_told_that_it_is_new() {
+    let stream = Stream::new();
+    let mut at_ms = START_MS;
+    for round in 0..60 {
+        let key = format!("k{round}");
+        assert_eq!(stream.store().record_at(&key, at_ms).unwrap(), Recorded::First);
+        stream.store().seal().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                stream.tick(at_ms + AHEAD_MS);
+                stream.tick(at_ms + 2 * AHEAD_MS);
+                stream.store().seal().unwrap();
+            });
+            loop {
+                match stream.store().record_at(&key, at_ms) {
+                    Ok(Recorded::Duplicate { in_flight: false }) => {}
+                    Err(Error::TooOld { .. }) => break,
+                    other => panic!("{key}: {other:?}"),
+                }
+            }
+        });
+        at_ms += 2 * AHEAD_MS + 1;
+    }
+}
+
+/// What should be known of a key.
+#[derive(Debug, Clone)]
+enum Known {
+    Completed { at_ms: u64, result: Vec<u8> },
+    Leased { token: u64, attempt: u32, at_ms: u64 },
+    Left { attempt: u32, at_ms: u64 },
+}
+
+/// A stream store and a plain map. The stream moves only by what the map says.
+struct Model {
+    stream: Stream,
+    now_ms: u64,
+    leap_ms: Option<u64>,
+    known: BTreeMap<String, Known>,
+    leases: Vec<(String, Lease)>,
+}
+
+impl Model {
+    fn new() -> Self {
+        Self { stream: Stream::new(), now_ms: 0, leap_ms: None, known: BTreeMap::new(), leases: Vec::new() }
+    }
+
+    /// A time as a stream might bring it: in order, late, far too late, or astray.
+    fn time(&self, rng: &mut StdRng) -> u64 {
+        let now_ms = self.now_ms.max(START_MS);
+        match rng.random_range(0..100) {
+            0..60 => now_ms + rng.random_range(0..300),
+            60..85 => now_ms - rng.random_range(0..WINDOW_MS),
+            85..90 => now_ms - WINDOW_MS,
+            90..94 => now_ms - rng.random_range(0..3 * WINDOW_MS),
+            94..97 => now_ms + AHEAD_MS,
+            97..99 => now_ms + AHEAD_MS + 1,
+            _ => now_ms + rng.random_range(AHEAD_MS..DAY_MS),
+        }
+    }
+
+    /// Whether a message is let in, and takes the time along.
+    fn lets_in(&mut self, at_ms: u64) -> bool {
+        if at_ms > self.now_ms + AHEAD_MS {
+            let is_confirmed = self.leap_ms.is_some_and(|leap_ms| leap_ms.abs_diff(at_ms) <= AHEAD_MS);
+            if self.now_ms > 0 && !is_confirmed {
+                self.leap_ms = Some(at_ms);
+                return false;
+            }
+            self.leap_ms = None;
+        } else if at_ms + WINDOW_MS > self.now_ms {
+            self.leap_ms = None;
+        }
+        self.now_ms = self.now_ms.max(at_ms);
+        true
+    }
+
+    fn claim(&mut self, rng: &mut StdRng, key: &str) {
+        // A message comes with the time it came with before, as a rule.
+        let at_ms = match self.known.get(key) {
+            Some(Known::Completed { at_ms, .. } | Known::Leased { at_ms, .. } | Known::Left { at_ms, .. })
+                if rng.random_bool(0.7) =>
+            {
+                *at_ms
+            }
+            _ => self.time(rng),
+        };
+        let (is_let_in, claim) = (self.lets_in(at_ms), self.stream.store().claim_at(key, at_ms));
+        assert_eq!(self.stream.now_ms(), self.now_ms);
+        let now_ms = self.now_ms;
+        let counts = |at_ms: u64| now_ms < at_ms + WINDOW_MS;
+        let known = self.known.get(key).filter(|known| match known {
+            Known::Completed { at_ms, .. } | Known::Left { at_ms, .. } => counts(*at_ms),
+            Known::Leased { .. } => true,
+        });
+        let context = format!("{key} of {at_ms} at {now_ms}, which is {known:?}");
+        let taken_at_ms = match (is_let_in, known, claim) {
+            (false, _, Err(Error::TooFarAhead { stream_ms, in_future: false, .. })) => {
+                assert_eq!(stream_ms, now_ms, "{context}");
+                return;
+            }
+            (true, Some(Known::Completed { at_ms, result }), Ok(Claim::Completed(first))) => {
+                assert_eq!((first.completed_at_ms(), first.result()), (*at_ms, Some(&result[..])), "{context}");
+                return;
+            }
+            (true, Some(Known::Leased { attempt, .. }), Ok(Claim::InProgress(other))) => {
+                assert_eq!(other.attempt, *attempt, "{context}");
+                return;
+            }
+            (true, Some(Known::Left { attempt, at_ms: left_ms }), Ok(Claim::Acquired(lease))) => {
+                assert_eq!(lease.attempt(), attempt + 1, "{context}");
+                (lease, at_ms.max(*left_ms))
+            }
+            (true, None, Err(Error::TooOld { at_ms: said_ms, remembers_since_ms, .. })) => {
+                assert!(!counts(at_ms), "{context}");
+                assert_eq!((said_ms, remembers_since_ms), (at_ms, now_ms - WINDOW_MS + 1), "{context}");
+                return;
+            }
+            (true, None, Ok(Claim::Acquired(lease))) => {
+                assert!(counts(at_ms), "{context}: it should be too old");
+                assert_eq!((lease.attempt(), lease.prior()), (1, None), "{context}");
+                (lease, at_ms)
+            }
+            (_, _, other) => panic!("{context}, was answered {other:?}"),
+        };
+        let (lease, at_ms) = taken_at_ms;
+        let (token, attempt) = (lease.token(), lease.attempt());
+        self.known.insert(key.to_owned(), Known::Leased { token, attempt, at_ms });
+        self.leases.push((key.to_owned(), lease));
+    }
+
+    fn end_a_lease(&mut self, rng: &mut StdRng) {
+        if self.leases.is_empty() {
+            return;
+        }
+        let (key, lease) = self.leases.swap_remove(rng.random_range(0..self.leases.len()));
+        let Some(Known::Leased { token, attempt, at_ms }) = self.known.get(&key).cloned() else { panic!("{key}") };
+        assert_eq!(token, lease.token());
+        let after = match rng.random_range(0..5) {
+            0 => {
+                drop(lease);
+                Known::Left { attempt, at_ms }
+            }
+            1 => {
+                lease.release().unwrap();
+                Known::Left { attempt, at_ms }
+            }
+            _ => {
+                let result = token.to_string().into_bytes();
+                lease.complete(result.clone()).unwrap();
+                Known::Completed { at_ms, result }
+            }
+        };
+        self.known.insert(key, after);
+    }
+
+    fn reopen(&mut self) {
+        self.stream.reopen();
+        self.leases.clear();
+        self.leap_ms = None;
+        for known in self.known.values_mut() {
+            if let Known::Leased { attempt, at_ms, .. } = *known {
+                *known = Known::Left { attempt, at_ms };
+            }
+        }
+        assert_eq!(self.stream.now_ms(), self.now_ms);
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().expect(name))
+}
+
+#[test]
+fn random_streams_are_answered_as_a_plain_map_would() {
+    let seed = number("ONLYONCE_STREAM_SEED").unwrap_or_else(|| rand::rng().random());
+    let rounds = number("ONLYONCE_STREAM_ROUNDS").unwrap_or(25);
+    eprintln!("ONLYONCE_STREAM_SEED={seed} ONLYONCE_STREAM_ROUNDS={rounds}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let keys: Vec<String> = (0..20).map(|i| format!("key-{i}")).collect();
+    for _ in 0..rounds {
+        let mut model = Model::new();
+        for _ in 0..600 {
+            match rng.random_range(0..100) {
+                0..=63 => {
+                    let key = keys.choose(&mut rng).unwrap();
+                    model.claim(&mut rng, key);
+                }
+                64..=89 => model.end_a_lease(&mut rng),
+                90..=94 => model.stream.store().seal().unwrap(),
+                95..=97 => model.stream.clock.set_wall_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS)),
+                _ => model.reopen(),
+            }
+        }
+    }
+}
+
+/// Records a stream and says each answer, until it is killed.
+fn record_until_killed(path: &Path, from: u64) -> ! {
+    let store = builder(&ManualClock::at(TODAY_MS)).stream_time(Duration::from_millis(AHEAD_MS)).open(path).unwrap();
+    let mut out = std::io::stdout();
+    writeln!(out, "\nopened {}", store.stats().now_ms).unwrap();
+    for i in from.. {
+        // Every seventh is late.
+        let at_ms = START_MS + i * 40 - if i % 7 == 0 { 3_000 } else { 0 };
+        store.record_at(format!("m{i}"), at_ms).unwrap();
+        writeln!(out, "recorded {i} {at_ms}").unwrap();
+    }
+    unreachable!("there are many")
+}
+
+#[test]
+fn a_killed_store_goes_on_where_its_stream_was() {
+    const TEST: &str = "a_killed_store_goes_on_where_its_stream_was";
+    const STORE: &str = "ONLYONCE_STREAM_STORE";
+    const FROM: &str = "ONLYONCE_STREAM_FROM";
+    if child::is_child(TEST) {
+        record_until_killed(Path::new(&std::env::var(STORE).unwrap()), number(FROM).unwrap());
+    }
+    let seed = number("ONLYONCE_STREAM_SEED").unwrap_or_else(|| rand::rng().random());
+    eprintln!("ONLYONCE_STREAM_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let (mut next, mut newest_ms, mut recorded) = (0, 0, BTreeMap::new());
+    for round in 0..12 {
+        let mut process = child::command(TEST).env(STORE, &path).env(FROM, next.to_string()).spawn().unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let opened = lines.by_ref().find_map(|line| line.strip_prefix("opened ").map(|ms| ms.parse::<u64>().unwrap()));
+        assert!(opened.unwrap() >= newest_ms, "round {round}: stream time went back");
+        let mut left = rng.random_range(50..3_000);
+        for line in lines {
+            let Some((i, at_ms)) = line.strip_prefix("recorded ").and_then(|line| line.split_once(' ')) else {
+                continue;
+            };
+            let (i, at_ms): (u64, u64) = (i.parse().unwrap(), at_ms.parse().unwrap());
+            recorded.insert(i, at_ms);
+            newest_ms = newest_ms.max(at_ms);
+            left -= 1;
+            if left == 0 {
+                // What is in the pipe by now is read to its end.
+                process.kill().unwrap();
+            }
+        }
+        process.wait().unwrap();
+        next = recorded.keys().last().map_or(0, |last| last + 1);
+        let store = builder(&ManualClock::at(0)).lock_wait(Duration::from_secs(10)).open(&path).unwrap();
+        let now_ms = store.stats().now_ms;
+        assert!(now_ms >= newest_ms, "round {round}: stream time went back");
+        for (i, at_ms) in &recorded {
+            let answer = store.check_at(Key::from(format!("m{i}")), *at_ms);
+            match answer {
+                Ok(Check::Completed(first)) => assert_eq!(first.completed_at_ms(), *at_ms),
+                Err(Error::TooOld { .. }) => assert!(at_ms + WINDOW_MS <= now_ms, "m{i} of {at_ms} at {now_ms}"),
+                other => panic!("round {round} of seed {seed}: m{i} of {at_ms} at {now_ms}: {other:?}"),
+            }
+        }
+        store.close().unwrap();
+    }
+    eprintln!("12 kills, {} records", recorded.len());
+}
