@@ -17,6 +17,8 @@ mod error;
 mod filter;
 #[cfg(feature = "tokio")]
 pub mod future;
+#[cfg(feature = "http")]
+pub mod http;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;

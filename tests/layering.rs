@@ -14,6 +14,7 @@ const FLOORS: &[&[&str]] = &[
     &["state"],
     &["claim", "store", "batch", "internals", "laws", "lib"],
     &["future"],
+    &["http"],
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
@@ -42,6 +43,10 @@ const ORDER: &[(&str, &[&str])] = &[
         ],
     ),
     ("future", &["committer", "lease", "keep_alive", "store", "once"]),
+    (
+        "http",
+        &["attempt", "figures", "body", "problem", "key", "fingerprint", "stored", "guard", "work", "service", "layer"],
+    ),
 ];
 
 fn floor(module: &str) -> usize {

@@ -427,6 +427,12 @@ impl Store {
         self.committer.close().await
     }
 
+    /// The largest result that is kept, in bytes.
+    #[cfg(feature = "http")]
+    pub(crate) fn result_limit(&self) -> usize {
+        self.committer.running.engine.config().result_limit
+    }
+
     #[cfg(test)]
     pub(super) fn committer(&self) -> &Arc<Committer> {
         &self.committer

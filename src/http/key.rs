@@ -1,0 +1,96 @@
+//! The key of a request, out of its header.
+
+use std::borrow::Cow;
+
+use http::{HeaderMap, HeaderName};
+use sfv::{Parser, StringRef};
+
+use super::problem::Problem;
+
+/// The key that a request carries: the characters that the client means, quoted or not.
+pub(super) fn key_of(headers: &HeaderMap, name: &HeaderName, limit: usize) -> Result<Option<String>, Problem> {
+    let mut values = headers.get_all(name).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Problem::KeyMalformed("There is more than one."));
+    }
+    let value = value.as_bytes().trim_ascii();
+    let key = if value.starts_with(b"\"") { quoted(value)? } else { bare(value)? };
+    match key.len() {
+        0 => Err(Problem::KeyMalformed("It is empty.")),
+        len if len > limit => Err(Problem::KeyTooLong { limit }),
+        _ => Ok(Some(key)),
+    }
+}
+
+/// A string of RFC 9651, as the draft wants it. It gives parameters no meaning.
+fn quoted(value: &[u8]) -> Result<String, Problem> {
+    match Parser::new(value).parse_item::<Cow<'_, StringRef>>() {
+        Ok(text) => Ok(text.as_str().to_owned()),
+        Err(_) => Err(Problem::KeyMalformed("It begins with a quote and is no string of RFC 9651.")),
+    }
+}
+
+/// As Stripe's clients send it. A comma may be a proxy's work, which has made one line of two.
+fn bare(value: &[u8]) -> Result<String, Problem> {
+    let fits = |byte: &u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b',');
+    match std::str::from_utf8(value) {
+        Ok(text) if value.iter().all(fits) => Ok(text.to_owned()),
+        _ => Err(Problem::KeyMalformed("It has characters that it must not have.")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    static NAME: HeaderName = HeaderName::from_static("idempotency-key");
+
+    fn key(value: &[u8]) -> Result<Option<String>, Problem> {
+        let mut headers = HeaderMap::new();
+        headers.insert(&NAME, HeaderValue::from_bytes(value).unwrap());
+        key_of(&headers, &NAME, 8)
+    }
+
+    #[test]
+    fn a_quoted_key_is_the_bare_one() {
+        for same in [&b"k-1"[..], b"\"k-1\"", b"  \"k-1\" ", b"\"k-1\";draft=7", b"\tk-1 "] {
+            assert_eq!(key(same), Ok(Some("k-1".to_owned())), "{}", same.escape_ascii());
+        }
+        assert_eq!(key(br#""a\"b\\c""#), Ok(Some(r#"a"b\c"#.to_owned())));
+        assert_eq!(key(b"\"a, b\""), Ok(Some("a, b".to_owned())));
+        assert_eq!(key(b"a;b=c"), Ok(Some("a;b=c".to_owned())), "a bare key has no parameters");
+        assert_eq!(key_of(&HeaderMap::new(), &NAME, 8), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_key_is_refused() {
+        for no in [
+            &b""[..],
+            b"  ",
+            b"\"\"",
+            b"\"a",
+            b"\"a\" b",
+            b"\"a\", \"b\"",
+            b"a, b",
+            b"a b",
+            b"a\"b",
+            br#""a\b""#,
+            b"\"a\tb\"",
+            b"caf\xc3\xa9",
+            b"\"caf\xc3\xa9\"",
+            b"\xff",
+        ] {
+            assert!(matches!(key(no), Err(Problem::KeyMalformed(_))), "{}", no.escape_ascii());
+        }
+        assert!(key(b"12345678").is_ok() && key(b"\"12345678\"").is_ok());
+        for long in [&b"123456789"[..], b"\"123456789\""] {
+            assert_eq!(key(long), Err(Problem::KeyTooLong { limit: 8 }));
+        }
+        let mut two = HeaderMap::new();
+        two.append(&NAME, HeaderValue::from_static("a"));
+        two.append(&NAME, HeaderValue::from_static("a"));
+        assert!(matches!(key_of(&two, &NAME, 8), Err(Problem::KeyMalformed(_))));
+    }
+}

@@ -1,0 +1,80 @@
+//! A layer for axum and other servers of tower's: each request under an `Idempotency-Key` is done once.
+//!
+//! It does what the IETF's draft `draft-ietf-httpapi-idempotency-key-header` says, with Stripe's habits where the draft
+//! leaves a choice. `docs/http.md` has the table of every answer, and advice on windows and scopes.
+//!
+//! ```
+//! use axum::{Extension, Router, routing::post};
+//! use onlyonce::http::{Attempt, IdempotencyLayer};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("store");
+//! let store = onlyonce::future::Store::new(onlyonce::Store::open(path)?)?;
+//! let layer = IdempotencyLayer::builder(store)
+//!     // Whose key it is. Take it from what has authenticated the request.
+//!     .scope(|request| request.headers.get("x-tenant").map(|tenant| tenant.as_bytes().to_vec()));
+//!
+//! async fn charge(Extension(attempt): Extension<Attempt>) -> &'static str {
+//!     if attempt.is_in_doubt() {
+//!         // An earlier attempt was interrupted: ask the payment provider before charging again.
+//!     }
+//!     "charged"
+//! }
+//!
+//! let app: Router = Router::new().route("/charges", post(charge)).layer(layer);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What happens to a request
+//!
+//! 1. Its method is not guarded (by default all but POST and PATCH), or it has no key and needs none: it passes untouched.
+//! 2. Its key is read. `"k"`, a string of structured fields as the draft wants it, and `k`, as Stripe's clients send it, are
+//!    the same key; keys are compared byte by byte, upper and lower case apart.
+//! 3. Its body is read, up to a limit, and its method, path, query and body become the key's fingerprint.
+//! 4. The key is claimed. Done before: the stored answer, with `Idempotent-Replayed: true`. Being done: 409, with
+//!    `Retry-After`. Used with another fingerprint: 422.
+//! 5. Otherwise the handler runs in a task of its own, under a lease that is kept alive. A client that hangs up changes
+//!    nothing: the work ends, its answer is stored, the retry gets it.
+//! 6. The answer is stored, with the headers of a list, before the client gets it. What is not stored ([`Fate`]) frees the
+//!    key.
+//!
+//! Answers of the layer's own are `application/problem+json` (RFC 9457), with a `code` for programs.
+//!
+//! # What is left open
+//!
+//! A handler that panics, whose process dies, or that answers with 5xx may have done its work. The next attempt runs, and
+//! [`Attempt::prior`] tells the handler, which asks the other side before it repeats the effect. Where it must not run before
+//! somebody has decided, open the store with [`OnInterrupt::Hold`](crate::OnInterrupt::Hold): such a key is answered with 409
+//! without `Retry-After` until [`Store::resolve`](crate::Store::resolve) is called, with a [`StoredResponse`] where the work
+//! was done.
+//!
+//! # Panics
+//!
+//! Outside of a Tokio runtime with time, a guarded request panics: it spawns a task.
+
+mod attempt;
+mod body;
+mod figures;
+mod fingerprint;
+mod guard;
+mod key;
+mod layer;
+mod problem;
+mod service;
+mod stored;
+mod work;
+
+pub use attempt::{Attempt, Fate};
+pub use body::{Body, BoxError};
+pub use figures::Figures;
+pub use guard::OnStoreFailure;
+pub use layer::{IdempotencyLayer, NeedsScope};
+pub use service::Idempotent;
+pub use stored::StoredResponse;
+
+/// The page's code runs as its tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/http.md")]
+struct Page;
