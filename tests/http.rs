@@ -10,7 +10,7 @@ mod common;
 mod http_payments;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
+use std::future::Future;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -21,6 +21,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{self, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -71,8 +72,13 @@ impl Semaphore0 {
     }
 
     async fn take(&self) {
-        self.0.acquire().await.unwrap().forget();
+        in_time(self.0.acquire()).await.unwrap().forget();
     }
+}
+
+/// What takes longer has been lost.
+async fn in_time<F: Future>(work: F) -> F::Output {
+    tokio::time::timeout(Duration::from_secs(30), work).await.expect("it hangs")
 }
 
 impl Stage {
@@ -136,6 +142,14 @@ async fn panic_first(State(stage): State<Arc<Stage>>, attempt: Attempted) -> Str
     let run = stage.run(of(&attempt));
     assert!(!run.starts_with("run 1,"), "a panic that the test wants");
     run
+}
+
+/// An answer that breaks off the first time.
+async fn broken(State(stage): State<Arc<Stage>>, attempt: Attempted) -> Response {
+    let run = stage.run(of(&attempt));
+    let end =
+        if run.starts_with("run 1,") { Err(std::io::Error::other("a failure that the test wants")) } else { Ok(run) };
+    Body::from_stream(tokio_stream::iter([Ok("so far, ".to_owned()), end])).into_response()
 }
 
 async fn large(State(stage): State<Arc<Stage>>, extract::Path(bytes): extract::Path<usize>) -> Response {
@@ -209,6 +223,7 @@ impl Bench {
             .route("/slow", post(slow))
             .route("/status/{status}", post(status))
             .route("/panic", post(panic_first))
+            .route("/broken", post(broken))
             .route("/large/{bytes}", post(large))
             .route("/", get(async || "untouched"))
             .layer(layer.clone())
@@ -242,8 +257,8 @@ async fn sent(
     client: &Client<HttpConnector, Full<Bytes>>,
     request: Request<Full<Bytes>>,
 ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
-    let (parts, body) = client.request(request).await?.into_parts();
-    let body = String::from_utf8(body.collect().await?.to_bytes().to_vec())?;
+    let (parts, body) = in_time(client.request(request)).await?.into_parts();
+    let body = String::from_utf8(in_time(body.collect()).await?.to_bytes().to_vec())?;
     Ok(Answer { status: parts.status, headers: parts.headers, body })
 }
 
@@ -425,7 +440,7 @@ async fn work_whose_client_hangs_up_is_finished_and_the_retry_gets_the_answer() 
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(tokio::time::timeout(Duration::from_millis(50), bench.layer.idle()).await.is_err(), "it is at work");
         bench.stage.gate.add();
-        bench.layer.idle().await;
+        in_time(bench.layer.idle()).await;
         let retry = bench.post("/slow", key).await;
         assert!(retry.is_replayed());
         assert_eq!(retry.body, format!("run {}, attempt 1, prior None", before + 1));
@@ -515,20 +530,27 @@ fn whole(text: &'static str) -> Full<Bytes> {
 #[derive(Clone, Default)]
 struct Plain {
     runs: Arc<AtomicUsize>,
+    /// How many runs fail, of the first ones.
+    fails: usize,
 }
 
 impl<B> Service<Request<onlyonce::http::Body<B>>> for Plain {
     type Response = http::Response<Full<Bytes>>;
-    type Error = Infallible;
-    type Future = std::future::Ready<Result<Self::Response, Infallible>>;
+    type Error = std::io::Error;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, _: Request<onlyonce::http::Body<B>>) -> Self::Future {
+    fn call(&mut self, request: Request<onlyonce::http::Body<B>>) -> Self::Future {
         let run = self.runs.fetch_add(1, Ordering::SeqCst);
-        std::future::ready(Ok(http::Response::new(Full::new(Bytes::from(format!("run {run}"))))))
+        if run < self.fails {
+            return std::future::ready(Err(std::io::Error::other("a failure that the test wants")));
+        }
+        let attempt = request.extensions().get::<Attempt>().unwrap();
+        let body = format!("run {run}, prior {:?}", attempt.prior());
+        std::future::ready(Ok(http::Response::new(Full::new(Bytes::from(body)))))
     }
 }
 
@@ -602,7 +624,31 @@ async fn a_panic_is_500_and_the_next_attempt_is_told() {
     let retry = bench.post("/panic", "k").await;
     assert_eq!(retry.text(), (200, "run 2, attempt 2, prior Some(Dropped)"));
     assert!(bench.post("/panic", "k").await.is_replayed());
-    bench.layer.idle().await;
+    in_time(bench.layer.idle()).await;
+}
+
+#[tokio::test]
+async fn an_answer_that_breaks_off_is_not_stored_and_the_next_attempt_is_told() {
+    let bench = Bench::new().await;
+    assert_eq!(bench.post("/broken", "k").await.problem(), (500, "handler-failed".to_owned()));
+    for replayed in [false, true] {
+        let retry = bench.post("/broken", "k").await;
+        assert_eq!(retry.text(), (200, "so far, run 2, attempt 2, prior Some(Dropped)"));
+        assert_eq!(retry.is_replayed(), replayed);
+    }
+}
+
+#[tokio::test]
+async fn an_error_of_the_service_is_passed_on_and_the_next_attempt_is_told() {
+    let bench = Bench::new().await;
+    let layer = IdempotencyLayer::builder(bench.store.clone()).one_scope_for_all_callers();
+    let mut service = layer.layer(Plain { fails: 1, ..Plain::default() });
+    let request = || Request::post("/charges").header(&KEY, "k").body(whole("same")).unwrap();
+    assert_eq!(service.call(request()).await.unwrap_err().to_string(), "a failure that the test wants");
+    assert_eq!(layer.figures().interrupted, 1);
+    let retry = service.call(request()).await.unwrap().into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(retry, "run 1, prior Some(Dropped)");
+    assert!(service.call(request()).await.unwrap().headers().contains_key(&REPLAYED));
 }
 
 #[tokio::test]
@@ -735,6 +781,32 @@ async fn who_was_overtaken_is_not_believed_and_its_retry_gets_the_answer_of_the_
     let retry = bench.post("/slow", "k").await;
     assert_eq!(retry.body, "run 2, attempt 2, prior Some(LeaseExpired)");
     assert_eq!((bench.layer.figures().interrupted, bench.layer.figures().stored), (1, 1));
+}
+
+#[tokio::test]
+async fn who_is_overtaken_at_work_is_stopped() {
+    let clock = ManualClock::at(common::START_MS);
+    let by_hand = clock.clone();
+    let bench = Bench::with(|builder| builder.clock(by_hand).lease(Duration::from_millis(300)), |layer| layer).await;
+    let post = || {
+        let (client, request) = (bench.client.clone(), bench.request("/slow", Some("k")));
+        tokio::spawn(async move { sent(&client, request.body(Full::default()).unwrap()).await.unwrap() })
+    };
+    let first = post();
+    bench.stage.started.take().await;
+    let second = loop {
+        clock.advance(Duration::from_millis(301));
+        let mut second = post();
+        tokio::select! {
+            // A renewal was faster.
+            other = &mut second => assert_eq!(other.unwrap().problem(), (409, "outstanding".to_owned())),
+            () = bench.stage.started.take() => break second,
+        }
+    };
+    // Nobody has opened its gate.
+    assert_eq!(first.await.unwrap().problem(), (409, "overtaken".to_owned()));
+    bench.stage.gate.add();
+    assert_eq!(second.await.unwrap().body, "run 2, attempt 2, prior Some(LeaseExpired)");
 }
 
 const KILLED: &str = "a_server_killed_in_the_middle_charges_every_order_once_and_loses_none";
