@@ -406,6 +406,7 @@ async fn of_a_hundred_clients_with_one_key_one_is_served_and_the_others_get_its_
             }
         }
         bench.stage.gate.add();
+        in_time(bench.layer.idle()).await;
         let (mut first, mut replayed, mut outstanding) = (0, 0, 0);
         for client in clients {
             let answer = client.await.unwrap();
