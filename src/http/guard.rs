@@ -33,6 +33,7 @@ pub(super) type Scope = Arc<dyn Fn(&request::Parts) -> Option<Vec<u8>> + Send + 
 pub(super) struct Options {
     pub(super) key_header: HeaderName,
     pub(super) key_limit: usize,
+    pub(super) key_form: Arc<dyn Fn(&str) -> bool + Send + Sync>,
     pub(super) key_required: bool,
     pub(super) methods: Vec<Method>,
     pub(super) body_limit: usize,
@@ -49,6 +50,7 @@ impl Default for Options {
         Self {
             key_header: HeaderName::from_static("idempotency-key"),
             key_limit: 255,
+            key_form: Arc::new(|_| true),
             key_required: true,
             methods: vec![Method::POST, Method::PATCH],
             body_limit: 1 << 20,

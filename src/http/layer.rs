@@ -105,6 +105,19 @@ impl IdempotencyLayer {
         self
     }
 
+    /// Which keys are taken: by default all of visible ASCII. The draft recommends one form that is hard to guess, such as
+    /// UUIDs, and to refuse all else, 400. Gets the key without quotes and escapes.
+    ///
+    /// ```
+    /// # fn layer(layer: onlyonce::http::IdempotencyLayer) -> onlyonce::http::IdempotencyLayer {
+    /// layer.key_form(|key| key.len() == 36 && key.chars().all(|c| c.is_ascii_hexdigit() || c == '-'))
+    /// # }
+    /// ```
+    pub fn key_form(mut self, is_one: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        self.guard.options.key_form = Arc::new(is_one);
+        self
+    }
+
     /// The largest body of a request, in bytes: it is read into memory before the handler runs. One over it gets 413. 1 MiB
     /// by default.
     pub fn body_limit(mut self, bytes: usize) -> Self {

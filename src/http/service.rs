@@ -83,6 +83,9 @@ where
     let key = if options.methods.contains(request.method()) {
         match key_of(request.headers(), &options.key_header, options.key_limit) {
             Ok(None) if options.key_required => return Ok(guard.refuse(Problem::KeyMissing)),
+            Ok(Some(key)) if !(options.key_form)(&key) => {
+                return Ok(guard.refuse(Problem::KeyMalformed("It has not the form that this service asks for.")));
+            }
             Ok(key) => key,
             Err(problem) => return Ok(guard.refuse(problem)),
         }
