@@ -255,6 +255,18 @@ impl Lease {
         self.grant.until_monotonic_ms = until_monotonic_ms;
     }
 
+    /// Notes that this attempt may have had its effect, for whoever is told when it is released.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn doubt(&mut self) {
+        self.grant.prior = self.grant.prior.filter(|prior| *prior != Prior::Released).or(Some(Prior::Dropped));
+    }
+
+    /// Has the attempts counted from 1 again when it is released.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn begin_anew(&mut self) {
+        self.grant.attempt = 0;
+    }
+
     /// Undoes a claim whose answer reached nobody. Costs no write.
     #[cfg(feature = "tokio")]
     pub(crate) fn take_back(mut self) {

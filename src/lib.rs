@@ -12,6 +12,8 @@ mod clock;
 mod codec;
 mod concurrency;
 mod config;
+#[cfg(feature = "tokio")]
+pub mod delivery;
 mod entry;
 mod error;
 mod filter;

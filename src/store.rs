@@ -216,7 +216,7 @@ pub enum Stored {
     Processing {
         /// The token of its last claim.
         token: u64,
-        /// The number of that attempt, from 1.
+        /// The number of that attempt, from 1. 0 when the work was given up, and its attempts begin anew.
         attempt: u32,
         /// How it stands.
         phase: Phase,

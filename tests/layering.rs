@@ -15,6 +15,7 @@ const FLOORS: &[&[&str]] = &[
     &["claim", "store", "batch", "internals", "laws", "lib"],
     &["future"],
     &["http"],
+    &["delivery"],
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
@@ -47,6 +48,7 @@ const ORDER: &[(&str, &[&str])] = &[
         "http",
         &["attempt", "figures", "body", "problem", "key", "fingerprint", "stored", "guard", "work", "service", "layer"],
     ),
+    ("delivery", &["message", "work", "settled", "processor"]),
 ];
 
 fn floor(module: &str) -> usize {

@@ -7,10 +7,19 @@ use super::committer::Committer;
 use super::{Claim, CompleteError};
 use crate::claim::{self, Claim as Claimed, Work};
 use crate::codec;
+use crate::config::OnInterrupt;
 use crate::entry::Prior;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::tx::Tx;
+
+/// How the attempts after a failed one are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Again {
+    Counted,
+    /// From 1, as if the key had not been seen. Only the doubt about its effect is kept.
+    Anew,
+}
 
 /// The right to do a piece of work: a [`Lease`](crate::Lease) that is settled by futures.
 ///
@@ -127,6 +136,21 @@ impl Lease {
     pub async fn release_after(self, backoff: Duration) -> Result<()> {
         let Self { lease, committer } = self;
         committer.release(vec![(lease, backoff)]).await.pop().unwrap_or(Ok(()))
+    }
+
+    /// Ends an attempt that failed, and may have had its effect where that is in doubt. Under `Hold` such a doubt holds the
+    /// key, and nothing else is noted.
+    pub(crate) async fn fail(mut self, in_doubt: bool, again: Again, backoff: Duration) -> Result<()> {
+        if in_doubt && self.committer.running.engine.config().on_interrupt == OnInterrupt::Hold {
+            return Ok(());
+        }
+        if in_doubt {
+            self.lease.doubt();
+        }
+        if again == Again::Anew {
+            self.lease.begin_anew();
+        }
+        self.release_after(backoff).await
     }
 }
 

@@ -55,6 +55,7 @@ mod once;
 mod store;
 
 pub use keep_alive::KeepAlive;
+pub(crate) use lease::Again;
 pub use lease::Lease;
 pub use once::{Once, Unclaimed, Why};
 pub use store::Store;

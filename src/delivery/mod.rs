@@ -1,0 +1,102 @@
+//! Deliveries of a queue that delivers at least once, settled: each is worked on once, and its queue is told.
+//!
+//! A [`Processor`] is made of a [`future::Store`](crate::future::Store). Its one call,
+//! [`process`](Processor::process), takes a [`Delivery`] and the work, and settles every case:
+//!
+//! | the key of the delivery | what is done |
+//! |---|---|
+//! | is new, or free again | the work runs, its lease is kept alive |
+//! | ... and the work gives a result | it is stored, and only then the delivery is acknowledged |
+//! | ... and the work fails, or panics | the key is let go after a backoff, and the delivery comes back then |
+//! | ... and it was the last attempt, or fails [for good](Failure::permanent) | rejected: to the dead letters |
+//! | ... and somebody else takes over | not acknowledged: it comes back, and is settled by what the other one did |
+//! | ... and the last attempt before it crashed | rejected, without running the work once more |
+//! | is completed | acknowledged: a duplicate |
+//! | is in progress | it comes back when the lease or backoff is over |
+//! | is held for a decision | it comes back after the longest wait |
+//! | cannot be one (empty, too long, or used before with another payload) | rejected |
+//! | cannot be claimed: the store fails | [`OnStoreFailure`]: it comes back, or the work runs unguarded |
+//!
+//! Whatever the queue does not take, an acknowledgement for example, is an error of `process`. Nothing is lost by it:
+//! the queue delivers again, and that delivery is settled by what is stored.
+//!
+//! ```
+//! use onlyonce::delivery::{Delivery, Processor, Settled};
+//! use onlyonce::{Key, future};
+//!
+//! // A broker's adapter, or yours:
+//! struct Order(&'static str);
+//!
+//! impl Delivery for Order {
+//!     type Error = std::io::Error;
+//!
+//!     fn key(&self) -> Key<'_> {
+//!         Key::from(self.0)
+//!     }
+//!
+//!     fn payload(&self) -> &[u8] {
+//!         self.0.as_bytes()
+//!     }
+//!
+//!     async fn ack(self) -> Result<(), Self::Error> {
+//!         Ok(())
+//!     }
+//!
+//!     async fn retry_after(self, _wait: std::time::Duration) -> Result<(), Self::Error> {
+//!         Ok(())
+//!     }
+//!
+//!     async fn reject(self, _why: &str) -> Result<(), Self::Error> {
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # async fn charge(_order: &[u8], _token: u64) -> Result<String, std::io::Error> { Ok("receipt 1".to_owned()) }
+//! # async fn charge_already_made(_order: &[u8]) -> Result<Option<String>, std::io::Error> { Ok(None) }
+//! # async fn consume(store: future::Store) -> Result<(), Box<dyn std::error::Error>> {
+//! let processor = Processor::new(store).attempts(3);
+//! for order in [Order("order-4711"), Order("order-4711")] {
+//!     let settled = processor
+//!         .process(order, async |order, job| {
+//!             // An earlier attempt was cut off: the charge may have been made.
+//!             if job.may_have_happened()
+//!                 && let Some(receipt) = charge_already_made(order.payload()).await?
+//!             {
+//!                 return Ok(receipt);
+//!             }
+//!             Ok(charge(order.payload(), job.token()).await?)
+//!         })
+//!         .await?;
+//!     assert!(matches!(settled, Settled::Done | Settled::Duplicate(_)));
+//! }
+//! # Ok(())
+//! # }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
+//! # tokio::runtime::Runtime::new()?.block_on(consume(store))
+//! # }
+//! ```
+//!
+//! # Rejected deliveries, and their return
+//!
+//! Attempts are counted by the store, so that those count which took the process with them. When a delivery was
+//! rejected, its key is free and its attempts begin anew; what is kept is the doubt: where an attempt may have had its
+//! effect, [`Job::may_have_happened`] says so when the delivery comes back from the dead letters, for a window. If the
+//! process dies between the rejection and that note, the delivery is rejected once more when it comes back, and runs
+//! when it comes back again.
+//!
+//! # Dropped futures
+//!
+//! A `process` that is dropped drops its lease and its delivery: the next delivery runs, and its work is told. When
+//! that comes is the queue's affair, for it was told nothing.
+
+mod message;
+mod processor;
+mod settled;
+mod work;
+
+pub use message::{Delivery, Keyed};
+pub use processor::{OnStoreFailure, Processor};
+pub use settled::{Settled, Unsettled};
+pub use work::{Failure, Job};

@@ -1,0 +1,318 @@
+//! One call that settles every case.
+
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use super::message::Delivery;
+use super::settled::{Settled, Unsettled};
+use super::work::{Failure, Job};
+use crate::claim::Claim;
+use crate::error::Error;
+use crate::future::{Again, Lease, Store};
+use crate::tx::Tx;
+
+const ATTEMPTS: u32 = 5;
+const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+const BACKOFF_MOST: Duration = Duration::from_secs(300);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// What becomes of a delivery when the store cannot answer for its key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnStoreFailure {
+    /// It comes back after the longest wait. Nothing is done twice; nothing is done at all before the store is mended.
+    #[default]
+    FailClosed,
+    /// Its work runs without a lease, and it is acknowledged. Nothing stops; **what is delivered twice is done twice**,
+    /// at the same time even. Each such pass is logged as a warning and counted by [`Processor::unguarded`], and
+    /// [`Job::is_guarded`] tells the work.
+    ///
+    /// Not where the store is only at its `in_flight_limit`, which passes by itself; and not where it fails while the
+    /// work runs, which is cut off then. Both come back.
+    FailOpen,
+}
+
+/// Settles deliveries by what a store knows of their keys: see [the module](super). Clones share everything.
+///
+/// As many calls of [`process`](Self::process) as there are tasks share the store's syncs: run many.
+#[derive(Debug, Clone)]
+pub struct Processor {
+    store: Store,
+    attempts: u32,
+    backoff_first: Duration,
+    backoff_most: Duration,
+    longest_wait: Duration,
+    patience: Duration,
+    on_store_failure: OnStoreFailure,
+    unguarded: Arc<AtomicU64>,
+}
+
+impl Processor {
+    /// Five attempts, a backoff of one second to five minutes, one minute as the longest wait, no patience, and
+    /// [`OnStoreFailure::FailClosed`].
+    #[must_use]
+    pub fn new(store: Store) -> Self {
+        Self {
+            store,
+            attempts: ATTEMPTS,
+            backoff_first: BACKOFF_FIRST,
+            backoff_most: BACKOFF_MOST,
+            longest_wait: LONGEST_WAIT,
+            patience: Duration::ZERO,
+            on_store_failure: OnStoreFailure::FailClosed,
+            unguarded: Arc::default(),
+        }
+    }
+
+    /// After how many attempts a delivery is rejected, from 1. Every run of the work counts, also one that has died
+    /// with its process or whose lease was lost.
+    #[must_use]
+    pub fn attempts(mut self, attempts: u32) -> Self {
+        self.attempts = attempts.max(1);
+        self
+    }
+
+    /// How long a delivery stays away after its first failed attempt, which is doubled with each further one, and the
+    /// most that it comes to.
+    #[must_use]
+    pub fn backoff(mut self, first: Duration, most: Duration) -> Self {
+        (self.backoff_first, self.backoff_most) = (first, most);
+        self
+    }
+
+    /// The longest time for which a delivery is sent away when its key is in progress. So long, too, when nobody can
+    /// say: the key is held, or the store fails. Not longer than the queue can keep a delivery back.
+    #[must_use]
+    pub fn longest_wait(mut self, wait: Duration) -> Self {
+        self.longest_wait = wait;
+        self
+    }
+
+    /// How long a delivery waits for a holder of its key in this process to be done, before it is sent away. Then a
+    /// duplicate that comes at the same time is acknowledged as soon as the first one is done. It occupies its task
+    /// meanwhile.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// What to do when the store fails.
+    #[must_use]
+    pub fn on_store_failure(mut self, policy: OnStoreFailure) -> Self {
+        self.on_store_failure = policy;
+        self
+    }
+
+    /// How many times the store has failed and its answer was done without, by all clones: what to watch under
+    /// [`OnStoreFailure::FailOpen`].
+    #[must_use]
+    pub fn unguarded(&self) -> u64 {
+        self.unguarded.load(Ordering::Relaxed)
+    }
+
+    /// The store it asks.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Does the work of a delivery unless it was done, and tells the queue what became of it: see [the table](super).
+    ///
+    /// The work gets the delivery, and a [`Job`] with the facts of its attempt. It has as long as it needs: its lease
+    /// is renewed. Give it a time limit of its own, and make a timeout a [`Failure::unknown`]. Where the lease is lost,
+    /// the work is dropped at its await.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsettled`] if the queue did not take the answer. A failure of the work or of the store is no error here, but
+    /// a kind of [`Settled`].
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime, or in one without time. A panic of the work is caught, and counts as a
+    /// [`Failure::unknown`].
+    pub async fn process<D: Delivery, R: Into<Vec<u8>>>(
+        &self,
+        delivery: D,
+        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        let lease = match self.store.claim_wait(delivery.key(), self.patience).await {
+            Ok(Claim::Acquired(lease)) => lease,
+            Ok(Claim::Completed(first)) => return told(delivery.ack().await, Settled::Duplicate(first)),
+            Ok(Claim::InProgress(other)) => {
+                let retry_after = other.retry_after.map_or(self.longest_wait, |rest| rest.min(self.longest_wait));
+                return told(delivery.retry_after(retry_after).await, Settled::InProgress { retry_after });
+            }
+            Err(error) => return self.unclaimed(delivery, work, error).await,
+        };
+        if lease.attempt() > self.attempts {
+            let attempts = lease.attempt().saturating_sub(1);
+            return self.reject(delivery, lease, attempts, None).await;
+        }
+        self.work(delivery, lease, work).await
+    }
+
+    async fn work<D: Delivery, R: Into<Vec<u8>>>(
+        &self,
+        delivery: D,
+        mut lease: Lease,
+        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        let mut job = Job::of(&lease);
+        let outcome = match lease.keep_alive().during(caught(async { work(&delivery, &mut job).await })).await {
+            Ok(outcome) => outcome,
+            Err(error) => return self.lost(delivery, error).await,
+        };
+        let failure = match outcome {
+            Ok(result) => return self.complete(delivery, lease, result.into(), job.into_tx()).await,
+            Err(failure) => failure,
+        };
+        let attempt = lease.attempt();
+        if failure.is_permanent() || attempt >= self.attempts {
+            return self.reject(delivery, lease, attempt, Some(failure)).await;
+        }
+        let retry_after = self.backoff_after(attempt);
+        report(lease.fail(failure.is_unknown(), Again::Counted, retry_after).await);
+        told(delivery.retry_after(retry_after).await, Settled::Failed { failure, attempt, retry_after })
+    }
+
+    async fn complete<D: Delivery>(
+        &self,
+        delivery: D,
+        lease: Lease,
+        result: Vec<u8>,
+        tx: Tx,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        let takes_along = tx.len() > 0;
+        let completed = if takes_along {
+            lease.complete_with(result, |with| *with = tx).await
+        } else {
+            lease.complete(result).await
+        };
+        // A lease that is given back is dropped: the next attempt is told.
+        let error = match completed {
+            Ok(()) => return told(delivery.ack().await, Settled::Done),
+            Err(failed) => failed.error().clone(),
+        };
+        let overtaken = matches!(error, Error::Superseded { .. });
+        if self.on_store_failure == OnStoreFailure::FailOpen && !overtaken && !takes_along {
+            self.count_unguarded(&error);
+            return told(delivery.ack().await, Settled::Unguarded { error });
+        }
+        self.lost(delivery, error).await
+    }
+
+    /// The queue first: as long as it has not taken the rejection, the key remembers its attempts.
+    async fn reject<D: Delivery>(
+        &self,
+        delivery: D,
+        lease: Lease,
+        attempts: u32,
+        failure: Option<Failure>,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        let why = match &failure {
+            Some(failure) => format!("attempt {attempts}: {failure}"),
+            None => format!("attempt {attempts} did not come to an end"),
+        };
+        let in_doubt = failure.as_ref().is_some_and(Failure::is_unknown);
+        let rejected = delivery.reject(&why).await;
+        let again = if rejected.is_ok() { Again::Anew } else { Again::Counted };
+        report(lease.fail(in_doubt, again, Duration::ZERO).await);
+        tracing::warn!(attempts, "a delivery was given up");
+        told(rejected, Settled::Rejected { failure, attempts })
+    }
+
+    /// The lease is lost, or the result could not be stored under it.
+    async fn lost<D: Delivery>(&self, delivery: D, error: Error) -> Result<Settled, Unsettled<D::Error>> {
+        let retry_after = self.longest_wait;
+        let settled = match error {
+            Error::Superseded { .. } => Settled::Superseded { retry_after },
+            error => Settled::StoreFailed { error, retry_after },
+        };
+        told(delivery.retry_after(retry_after).await, settled)
+    }
+
+    /// The key could not be claimed.
+    async fn unclaimed<D: Delivery, R: Into<Vec<u8>>>(
+        &self,
+        delivery: D,
+        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+        error: Error,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        match (&error, self.on_store_failure) {
+            // It is the delivery that is at fault, and stays so.
+            (
+                Error::KeyEmpty | Error::KeyTooLong { .. } | Error::ScopeTooLong { .. } | Error::PayloadMismatch { .. },
+                _,
+            ) => {
+                let rejected = delivery.reject(&error.to_string()).await;
+                told(rejected, Settled::Rejected { failure: Some(Failure::permanent(error)), attempts: 0 })
+            }
+            (Error::TooManyInFlight { .. }, _) | (_, OnStoreFailure::FailClosed) => self.lost(delivery, error).await,
+            (_, OnStoreFailure::FailOpen) => self.work_unguarded(delivery, work, error).await,
+        }
+    }
+
+    async fn work_unguarded<D: Delivery, R: Into<Vec<u8>>>(
+        &self,
+        delivery: D,
+        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+        error: Error,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        self.count_unguarded(&error);
+        let mut job = Job::unguarded();
+        match caught(async { work(&delivery, &mut job).await }).await {
+            Ok(_) if job.into_tx().len() > 0 => self.lost(delivery, error).await,
+            Ok(_) => told(delivery.ack().await, Settled::Unguarded { error }),
+            Err(failure) if failure.is_permanent() => {
+                let rejected = delivery.reject(&failure.to_string()).await;
+                told(rejected, Settled::Rejected { failure: Some(failure), attempts: 1 })
+            }
+            Err(failure) => {
+                let retry_after = self.backoff_first;
+                let failed = Settled::Failed { failure, attempt: 1, retry_after };
+                told(delivery.retry_after(retry_after).await, failed)
+            }
+        }
+    }
+
+    fn count_unguarded(&self, error: &Error) {
+        self.unguarded.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(%error, "the store failed, and work goes on without it: what is delivered twice is done twice");
+    }
+
+    fn backoff_after(&self, attempt: u32) -> Duration {
+        let factor = 1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX);
+        self.backoff_first.saturating_mul(factor).min(self.backoff_most)
+    }
+}
+
+fn told<E>(answer: Result<(), E>, settled: Settled) -> Result<Settled, Unsettled<E>> {
+    match answer {
+        Ok(()) => Ok(settled),
+        Err(error) => Err(Unsettled { settled, error }),
+    }
+}
+
+/// Nothing is lost when a key is not let go: its lease is dropped, or was taken over.
+fn report(let_go: crate::error::Result<()>) {
+    if let Err(error) = let_go {
+        tracing::warn!(%error, "the key of a failed delivery could not be let go");
+    }
+}
+
+/// The work, with its panics as failures. What it shares with others it may leave half done, as with any panic of a
+/// task.
+async fn caught<R>(work: impl Future<Output = Result<R, Failure>>) -> Result<R, Failure> {
+    let mut work = pin!(work);
+    poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
+        Ok(poll) => poll,
+        Err(payload) => Poll::Ready(Err(Failure::panicked(&*payload))),
+    })
+    .await
+}

@@ -1,0 +1,819 @@
+//! Deliveries are settled: each row of the table in `src/delivery/mod.rs`, with a queue in memory that sees what it is
+//! told.
+
+mod common;
+
+use std::collections::{HashMap, VecDeque};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use common::{Bench, START_MS};
+use onlyonce::delivery::{Delivery, Failure, Job, OnStoreFailure, Processor, Settled, Unsettled};
+use onlyonce::future::Store;
+use onlyonce::{Check, Claim, Key, OnInterrupt, Prior, Resolution};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+const SECOND: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_secs(40);
+
+/// A queue that delivers until it is told that the work is done.
+#[derive(Clone, Default)]
+struct Queue(Arc<Mutex<Inside>>);
+
+#[derive(Default)]
+struct Inside {
+    ready: VecDeque<Message>,
+    /// Sent away, for so long.
+    away: Vec<(Message, Duration)>,
+    acknowledged: Vec<Message>,
+    dead: Vec<(Message, String)>,
+    /// How many answers it will not take.
+    deaf: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Message {
+    id: String,
+    body: String,
+}
+
+struct Delivered {
+    queue: Queue,
+    /// Gone when it was answered.
+    message: Option<Message>,
+    key: Key<'static>,
+    body: String,
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the connection is gone")]
+struct Deaf;
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.0.lock().unwrap()
+    }
+
+    fn send(&self, id: &str) {
+        self.lock().ready.push_back(Message { id: id.to_owned(), body: format!("body of {id}") });
+    }
+
+    fn take(&self) -> Option<Delivered> {
+        let message = self.lock().ready.pop_front()?;
+        let (key, body) = (Key::from(message.id.as_str()).into_owned(), message.body.clone());
+        Some(Delivered { queue: self.clone(), key, body, message: Some(message) })
+    }
+
+    fn next(&self) -> Delivered {
+        self.take().expect("the queue should have something")
+    }
+
+    /// Delivers again what was sent away.
+    fn come_back(&self) -> Vec<Duration> {
+        let mut inside = self.lock();
+        let away = std::mem::take(&mut inside.away);
+        away.into_iter()
+            .map(|(message, wait)| {
+                inside.ready.push_back(message);
+                wait
+            })
+            .collect()
+    }
+
+    /// Delivers the dead letters again.
+    fn redrive(&self) -> Vec<String> {
+        let mut inside = self.lock();
+        let dead = std::mem::take(&mut inside.dead);
+        dead.into_iter()
+            .map(|(message, why)| {
+                inside.ready.push_back(message);
+                why
+            })
+            .collect()
+    }
+
+    fn acknowledged(&self) -> usize {
+        self.lock().acknowledged.len()
+    }
+
+    fn is_deaf_for(&self, answers: u32) {
+        self.lock().deaf = answers;
+    }
+}
+
+impl Delivered {
+    fn answer(mut self, heard: impl FnOnce(&mut Inside, Message)) -> Result<(), Deaf> {
+        let queue = self.queue.clone();
+        let mut inside = queue.lock();
+        if inside.deaf > 0 {
+            inside.deaf -= 1;
+            drop(inside);
+            return Err(Deaf);
+        }
+        heard(&mut inside, self.message.take().unwrap());
+        Ok(())
+    }
+}
+
+impl Drop for Delivered {
+    fn drop(&mut self) {
+        if let Some(message) = self.message.take() {
+            self.queue.lock().ready.push_back(message);
+        }
+    }
+}
+
+impl Delivery for Delivered {
+    type Error = Deaf;
+
+    fn key(&self) -> Key<'_> {
+        self.key.clone()
+    }
+
+    fn payload(&self) -> &[u8] {
+        self.body.as_bytes()
+    }
+
+    async fn ack(self) -> Result<(), Deaf> {
+        self.answer(|inside, message| inside.acknowledged.push(message))
+    }
+
+    async fn retry_after(self, wait: Duration) -> Result<(), Deaf> {
+        self.answer(|inside, message| inside.away.push((message, wait)))
+    }
+
+    async fn reject(self, why: &str) -> Result<(), Deaf> {
+        self.answer(|inside, message| inside.dead.push((message, why.to_owned())))
+    }
+}
+
+/// A queue, a store whose clock stands still, and what settles by it: three attempts, backoffs of one second to three.
+struct Desk {
+    queue: Queue,
+    bench: Bench,
+    processor: Processor,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Self::with(|builder| builder)
+    }
+
+    fn with(configure: fn(onlyonce::Builder) -> onlyonce::Builder) -> Self {
+        let bench = Bench::with(configure);
+        let queue = Queue::default();
+        let processor = processor(&bench);
+        Self { queue, bench, processor }
+    }
+
+    fn fail_open(mut self) -> Self {
+        self.processor = self.processor.on_store_failure(OnStoreFailure::FailOpen);
+        self
+    }
+
+    /// The process ends and begins again.
+    fn restart(&mut self) {
+        self.bench.reopen();
+        self.processor = processor(&self.bench);
+    }
+
+    async fn process(
+        &self,
+        work: impl AsyncFnOnce(&Delivered, &mut Job) -> Result<&'static str, Failure>,
+    ) -> Result<Settled, Unsettled<Deaf>> {
+        self.processor.process(self.queue.next(), work).await
+    }
+
+    async fn settle(&self, work: impl AsyncFnOnce(&mut Job) -> Result<&'static str, Failure>) -> Settled {
+        self.process(async |_, job| work(job).await).await.unwrap()
+    }
+
+    async fn is_done_before(&self) {
+        let settled = self.settle(async |_| panic!("its work was done before")).await;
+        assert!(matches!(settled, Settled::Duplicate(_)), "{settled:?}");
+    }
+}
+
+fn processor(bench: &Bench) -> Processor {
+    let store = Store::new(bench.store().clone()).unwrap();
+    Processor::new(store).attempts(3).backoff(SECOND, 3 * SECOND).longest_wait(LONGEST)
+}
+
+async fn refused(_: &mut Job) -> Result<&'static str, Failure> {
+    Err("the card was refused".into())
+}
+
+async fn charged(_: &mut Job) -> Result<&'static str, Failure> {
+    Ok("receipt")
+}
+
+#[tokio::test]
+async fn a_delivery_is_acknowledged_when_its_result_is_stored_and_its_duplicate_with_that_result() {
+    /// Asks the store at the moment of its acknowledgement.
+    struct Watched(Store, Arc<Mutex<Option<Check>>>);
+
+    impl Delivery for Watched {
+        type Error = Infallible;
+
+        fn key(&self) -> Key<'_> {
+            Key::from("a")
+        }
+
+        fn payload(&self) -> &[u8] {
+            b"12 EUR"
+        }
+
+        async fn ack(self) -> Result<(), Infallible> {
+            let found = self.0.check("a").await.unwrap();
+            *self.1.lock().unwrap() = Some(found);
+            Ok(())
+        }
+
+        async fn retry_after(self, _: Duration) -> Result<(), Infallible> {
+            panic!("its work was done")
+        }
+
+        async fn reject(self, _: &str) -> Result<(), Infallible> {
+            panic!("its work was done")
+        }
+    }
+
+    let desk = Desk::new();
+    let seen = Arc::new(Mutex::new(None));
+    let watched = Watched(desk.processor.store().clone(), Arc::clone(&seen));
+    let done = desk
+        .processor
+        .process(watched, async |delivery, job| {
+            assert_eq!((delivery.payload(), delivery.timestamp_ms()), (&b"12 EUR"[..], None));
+            assert!(job.is_guarded() && !job.may_have_happened() && job.token() > 0);
+            assert_eq!((job.attempt(), job.prior()), (1, None));
+            Ok("receipt")
+        })
+        .await;
+    assert!(matches!(done, Ok(Settled::Done)), "{done:?}");
+    let found = seen.lock().unwrap().take();
+    assert!(matches!(&found, Some(Check::Completed(done)) if done.result() == Some(b"receipt")), "{found:?}");
+
+    desk.queue.send("a");
+    let settled = desk.settle(async |_| panic!("its work was done before")).await;
+    assert!(settled.is_acknowledged());
+    assert!(matches!(settled, Settled::Duplicate(first) if first.result() == Some(b"receipt")));
+    assert_eq!(desk.queue.acknowledged(), 1);
+    assert_eq!(desk.bench.store().stats().duplicates, 1);
+}
+
+#[tokio::test]
+async fn what_somebody_is_at_comes_back_when_the_lease_is_over_and_not_later_than_the_longest_wait() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    let lease = desk.bench.acquire("a");
+    desk.bench.advance_ms(400);
+    let settled = desk.settle(async |_| panic!("somebody is at it")).await;
+    let rest = Duration::from_millis(600);
+    assert!(matches!(settled, Settled::InProgress { retry_after } if retry_after == rest), "{settled:?}");
+    assert_eq!(desk.queue.come_back(), [rest]);
+    lease.release_after(2 * LONGEST).unwrap();
+    desk.settle(async |_| panic!("its backoff is not over")).await;
+    assert_eq!(desk.queue.come_back(), [LONGEST]);
+    desk.bench.advance_ms(80_000);
+    assert!(desk.settle(charged).await.is_acknowledged());
+}
+
+#[tokio::test]
+async fn what_is_held_comes_back_after_the_longest_wait_until_it_is_resolved() {
+    let desk = Desk::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
+    desk.queue.send("a");
+    drop(desk.bench.acquire("a"));
+    desk.settle(async |_| panic!("it is held")).await;
+    assert_eq!(desk.queue.come_back(), [LONGEST]);
+    desk.bench.store().resolve("a", Resolution::Completed(b"by hand".to_vec())).unwrap();
+    desk.is_done_before().await;
+}
+
+#[tokio::test]
+async fn a_duplicate_that_has_patience_is_acknowledged_when_the_first_one_is_done() {
+    let desk = Desk::new();
+    let patient = desk.processor.clone().patience(Duration::from_secs(60));
+    desk.queue.send("a");
+    desk.queue.send("a");
+    let (first, second) = (desk.queue.next(), desk.queue.next());
+    let (begin, begun) = tokio::sync::oneshot::channel();
+    let one = {
+        let patient = patient.clone();
+        tokio::spawn(async move {
+            patient
+                .process(first, async |_, _| {
+                    begin.send(()).unwrap();
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                    Ok("receipt")
+                })
+                .await
+        })
+    };
+    begun.await.unwrap();
+    let two = patient.process(second, async |_, _| -> Result<&str, Failure> { panic!("the first one works") }).await;
+    assert!(matches!(two, Ok(Settled::Duplicate(_))), "{two:?}");
+    assert!(matches!(one.await.unwrap(), Ok(Settled::Done)));
+}
+
+#[tokio::test]
+async fn a_failure_comes_back_after_a_backoff_that_doubles_up_to_its_most() {
+    let mut desk = Desk::new();
+    desk.processor = desk.processor.attempts(u32::MAX);
+    desk.queue.send("a");
+    for (attempt, wait_s) in [(1, 1), (2, 2), (3, 3), (4, 3)] {
+        let settled = desk
+            .settle(async |job| {
+                assert_eq!(job.attempt(), attempt);
+                assert!(!job.may_have_happened(), "what failed did nothing");
+                refused(job).await
+            })
+            .await;
+        let Settled::Failed { failure, attempt: counted, retry_after } = settled else { panic!("{settled:?}") };
+        assert_eq!((counted, retry_after), (attempt, wait_s * SECOND));
+        assert_eq!(failure.error().to_string(), "the card was refused");
+        assert_eq!(desk.queue.come_back(), [wait_s * SECOND]);
+        desk.queue.send("a");
+        let twin = desk.queue.next();
+        let early = desk.process(async |_, _| panic!("its backoff is not over")).await.unwrap();
+        assert!(matches!(early, Settled::InProgress { retry_after } if retry_after == wait_s * SECOND), "{early:?}");
+        desk.bench.advance_ms(u64::from(wait_s) * 1_000);
+        desk.queue.come_back();
+        drop(desk.queue.next());
+        twin.ack().await.unwrap();
+    }
+    assert!(desk.settle(charged).await.is_acknowledged());
+}
+
+#[tokio::test]
+async fn the_last_failed_attempt_is_rejected_and_a_redrive_begins_anew() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    for round in 0..2 {
+        for attempt in 1..=3 {
+            let settled = desk
+                .settle(async |job| {
+                    assert_eq!(job.attempt(), attempt);
+                    assert!(!job.may_have_happened());
+                    assert_eq!(job.prior().is_some(), round > 0 || attempt > 1);
+                    refused(job).await
+                })
+                .await;
+            assert_eq!(matches!(settled, Settled::Rejected { attempts: 3, failure: Some(_) }), attempt == 3);
+            desk.bench.advance_ms(3_000);
+            desk.queue.come_back();
+        }
+        assert_eq!(desk.queue.redrive(), ["attempt 3: the card was refused"]);
+    }
+    assert!(matches!(desk.settle(charged).await, Settled::Done));
+    assert_eq!(desk.queue.acknowledged(), 1);
+}
+
+#[tokio::test]
+async fn attempts_that_died_with_their_process_count_and_their_doubt_outlasts_the_dead_letters() {
+    let mut desk = Desk::new();
+    desk.queue.send("a");
+    for attempt in 1..=3 {
+        let cut = tokio::time::timeout(
+            Duration::from_millis(20),
+            desk.process(async |_, job| {
+                assert_eq!((job.attempt(), job.may_have_happened()), (attempt, attempt > 1));
+                std::future::pending().await
+            }),
+        );
+        assert!(cut.await.is_err(), "it hangs until it dies");
+        desk.restart();
+    }
+    let settled = desk.settle(async |_| panic!("it has killed three processes")).await;
+    assert!(matches!(settled, Settled::Rejected { attempts: 3, failure: None }), "{settled:?}");
+    desk.restart();
+    assert_eq!(desk.queue.redrive(), ["attempt 3 did not come to an end"]);
+    let settled = desk
+        .settle(async |job| {
+            assert_eq!(job.attempt(), 1);
+            assert!(matches!(job.prior(), Some(Prior::Crashed | Prior::Dropped)), "{:?}", job.prior());
+            assert!(job.may_have_happened());
+            Ok("receipt")
+        })
+        .await;
+    assert!(matches!(settled, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_panic_comes_back_is_told_and_is_rejected_in_the_end() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    for attempt in 1..=3 {
+        let settled = desk
+            .settle(async |job| {
+                assert_eq!((job.attempt(), job.may_have_happened()), (attempt, attempt > 1));
+                panic!("no {attempt}")
+            })
+            .await;
+        let (Settled::Failed { failure, .. } | Settled::Rejected { failure: Some(failure), .. }) = settled else {
+            panic!("{settled:?}")
+        };
+        assert_eq!(failure.to_string(), format!("the work panicked: no {attempt}"));
+        assert!(failure.is_unknown());
+        desk.bench.advance_ms(3_000);
+        desk.queue.come_back();
+    }
+    assert_eq!(desk.queue.redrive(), ["attempt 3: the work panicked: no 3"]);
+    let settled = desk
+        .settle(async |job| {
+            assert_eq!((job.attempt(), job.prior()), (1, Some(Prior::Dropped)));
+            Ok("receipt")
+        })
+        .await;
+    assert!(matches!(settled, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_failure_of_unknown_outcome_is_told_after_its_backoff() {
+    let mut desk = Desk::new();
+    desk.queue.send("a");
+    desk.settle(async |_| Err(Failure::unknown("no answer"))).await;
+    assert_eq!(desk.queue.come_back(), [SECOND]);
+    desk.settle(async |_| panic!("its backoff is not over")).await;
+    desk.restart();
+    desk.bench.advance_ms(1_000);
+    desk.queue.come_back();
+    desk.settle(async |job| {
+        assert_eq!(job.prior(), Some(Prior::Dropped));
+        refused(job).await
+    })
+    .await;
+    desk.bench.advance_ms(2_000);
+    desk.queue.come_back();
+    let settled = desk
+        .settle(async |job| {
+            assert!(job.may_have_happened(), "a failure that did nothing does not clear up the one before");
+            Ok("receipt")
+        })
+        .await;
+    assert!(matches!(settled, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_failure_of_unknown_outcome_is_held_where_interrupted_work_is() {
+    let desk = Desk::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
+    desk.queue.send("a");
+    desk.settle(async |_| Err(Failure::unknown("no answer"))).await;
+    assert_eq!(desk.bench.store().held().unwrap().len(), 1);
+    desk.bench.store().resolve("a", Resolution::Rerun).unwrap();
+    desk.queue.come_back();
+    assert!(matches!(desk.settle(charged).await, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_permanent_failure_is_rejected_at_once() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    let settled = desk.settle(async |_| Err(Failure::permanent("no such account"))).await;
+    assert!(
+        matches!(&settled, Settled::Rejected { attempts: 1, failure: Some(failure) } if failure.is_permanent()),
+        "{settled:?}"
+    );
+    assert_eq!(desk.queue.redrive(), ["attempt 1: no such account"]);
+    assert!(matches!(desk.settle(charged).await, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_delivery_that_was_overtaken_is_not_acknowledged() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    let settled = desk
+        .settle(async |_| {
+            desk.bench.advance_ms(1_000);
+            desk.bench.acquire("a").complete("theirs").unwrap();
+            Ok("mine, too late")
+        })
+        .await;
+    assert!(matches!(settled, Settled::Superseded { retry_after: LONGEST }), "{settled:?}");
+    assert_eq!((desk.queue.acknowledged(), desk.queue.come_back()), (0, vec![LONGEST]));
+    assert_eq!(desk.bench.completed("a").unwrap(), b"theirs");
+    desk.is_done_before().await;
+}
+
+#[tokio::test]
+async fn work_whose_lease_is_lost_is_dropped_at_its_await() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    let mut theirs = None;
+    let settled = desk
+        .settle(async |_| {
+            // The renewal comes too late.
+            desk.bench.advance_ms(1_000);
+            theirs = Some(desk.bench.acquire("a"));
+            std::future::pending().await
+        })
+        .await;
+    assert!(matches!(settled, Settled::Superseded { .. }), "{settled:?}");
+    assert_eq!(desk.queue.acknowledged(), 0);
+    theirs.unwrap().complete("theirs").unwrap();
+    desk.queue.come_back();
+    desk.is_done_before().await;
+}
+
+#[tokio::test]
+async fn work_that_is_longer_than_its_lease_keeps_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().lease(Duration::from_millis(300)).memory_budget(32 << 20);
+    let processor = Processor::new(Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap());
+    let queue = Queue::default();
+    queue.send("a");
+    let settled = processor
+        .process(queue.next(), async |_, _| {
+            for _ in 0..9 {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                let other = processor.store().claim("a").await?;
+                assert!(matches!(other, Claim::InProgress(_)), "{other:?}");
+            }
+            Ok("receipt")
+        })
+        .await;
+    assert!(matches!(settled, Ok(Settled::Done)), "{settled:?}");
+}
+
+#[tokio::test]
+async fn an_acknowledgement_that_is_not_taken_is_reported_and_the_next_delivery_is_a_duplicate() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    desk.queue.is_deaf_for(1);
+    let unsettled = desk.process(async |_, _| Ok("receipt")).await.unwrap_err();
+    assert!(matches!(unsettled.settled, Settled::Done));
+    assert_eq!((unsettled.error, desk.queue.acknowledged()), (Deaf, 0));
+    desk.is_done_before().await;
+    assert_eq!(desk.queue.acknowledged(), 1);
+}
+
+#[tokio::test]
+async fn a_rejection_that_is_not_taken_is_made_again_without_the_work() {
+    let mut desk = Desk::new();
+    desk.processor = desk.processor.attempts(1);
+    desk.queue.send("a");
+    desk.queue.is_deaf_for(2);
+    let first = desk.process(async |_, job| refused(job).await).await.unwrap_err();
+    assert!(matches!(first.settled, Settled::Rejected { attempts: 1, failure: Some(_) }), "{first:?}");
+    let second = desk.process(async |_, _| panic!("it was the last attempt")).await.unwrap_err();
+    assert!(matches!(second.settled, Settled::Rejected { failure: None, .. }), "{second:?}");
+    let third = desk.settle(async |_| panic!("it was the last attempt")).await;
+    assert!(matches!(third, Settled::Rejected { failure: None, .. }), "{third:?}");
+    desk.queue.redrive();
+    assert!(matches!(desk.settle(charged).await, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_closed_store_fails_closed() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    desk.bench.store().close().unwrap();
+    let settled = desk.settle(async |_| panic!("nothing would remember it")).await;
+    assert!(
+        matches!(settled, Settled::StoreFailed { error: onlyonce::Error::Closed, retry_after: LONGEST }),
+        "{settled:?}"
+    );
+    assert_eq!(desk.queue.come_back(), [LONGEST]);
+    assert_eq!(desk.processor.unguarded(), 0);
+}
+
+#[tokio::test]
+async fn a_closed_store_fails_open_where_it_was_chosen_and_each_pass_is_counted() {
+    let desk = Desk::new().fail_open();
+    desk.bench.store().close().unwrap();
+    for passes in 1..=2 {
+        desk.queue.send("a");
+        let settled = desk
+            .settle(async |job| {
+                assert!(!job.is_guarded() && job.may_have_happened());
+                assert_eq!((job.token(), job.attempt(), job.prior()), (0, 1, None));
+                Ok("receipt")
+            })
+            .await;
+        assert!(matches!(settled, Settled::Unguarded { error: onlyonce::Error::Closed }), "{settled:?}");
+        assert_eq!((desk.queue.acknowledged() as u64, desk.processor.clone().unguarded()), (passes, passes));
+    }
+    desk.queue.send("b");
+    let settled = desk.settle(refused).await;
+    assert!(matches!(settled, Settled::Failed { retry_after: SECOND, .. }), "{settled:?}");
+    desk.queue.come_back();
+    let settled = desk.settle(async |_| panic!("no")).await;
+    assert!(matches!(settled, Settled::Failed { .. }), "{settled:?}");
+    desk.queue.come_back();
+    let settled = desk
+        .settle(async |job| {
+            job.tx().enqueue("charges", "b", "12 EUR");
+            Ok("receipt")
+        })
+        .await;
+    assert!(matches!(settled, Settled::StoreFailed { .. }), "a message would be lost: {settled:?}");
+    desk.queue.come_back();
+    let settled = desk.settle(async |_| Err(Failure::permanent("no such account"))).await;
+    assert!(matches!(settled, Settled::Rejected { .. }), "{settled:?}");
+    assert_eq!(desk.queue.redrive(), ["no such account"]);
+}
+
+#[tokio::test]
+async fn a_store_that_fails_after_the_work_is_handled_by_the_same_policy() {
+    for open in [false, true] {
+        let mut desk = Desk::new();
+        if open {
+            desk = desk.fail_open();
+        }
+        desk.queue.send("a");
+        let settled = desk
+            .settle(async |_| {
+                desk.bench.store().close().unwrap();
+                Ok("receipt")
+            })
+            .await;
+        assert_eq!(settled.is_acknowledged(), open, "{settled:?}");
+        assert_eq!(desk.processor.unguarded(), u64::from(open));
+        if !open {
+            assert!(matches!(settled, Settled::StoreFailed { retry_after: LONGEST, .. }), "{settled:?}");
+            desk.restart();
+            desk.queue.come_back();
+            let settled = desk
+                .settle(async |job| {
+                    assert_eq!((job.attempt(), job.prior()), (2, Some(Prior::Crashed)));
+                    Ok("receipt")
+                })
+                .await;
+            assert!(matches!(settled, Settled::Done), "{settled:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_store_at_its_limit_is_waited_for_under_either_policy() {
+    let desk = Desk::with(|builder| builder.in_flight_limit(1)).fail_open();
+    let other = desk.bench.acquire("other");
+    desk.queue.send("a");
+    let settled = desk.settle(async |_| panic!("the store is full")).await;
+    assert!(matches!(settled, Settled::StoreFailed { .. }), "{settled:?}");
+    other.complete("").unwrap();
+    desk.queue.come_back();
+    assert!(matches!(desk.settle(charged).await, Settled::Done));
+}
+
+#[tokio::test]
+async fn a_delivery_whose_key_is_refused_is_rejected() {
+    let desk = Desk::new().fail_open();
+    let guarded = |payload: &str| Key::from("a").fingerprint(payload);
+    drop(desk.bench.store().claim(guarded("12 EUR")).unwrap());
+    let long = "k".repeat(2_000);
+    let mut said = Vec::new();
+    for key in [Key::from(""), Key::from(long.as_str()).into_owned(), guarded("13 EUR")] {
+        desk.queue.send("a");
+        let delivery = desk.queue.next().with_key(key);
+        let settled = desk.processor.process(delivery, async |_, _| -> Result<&str, Failure> { panic!("no") }).await;
+        assert!(matches!(settled, Ok(Settled::Rejected { attempts: 0, .. })), "{settled:?}");
+        said.extend(desk.queue.redrive());
+        assert!(desk.queue.next().ack().await.is_ok());
+    }
+    assert!(said[0].contains("empty") && said[1].contains("2000 bytes") && said[2].contains("another payload"));
+    assert_eq!(desk.processor.unguarded(), 0);
+}
+
+#[tokio::test]
+async fn a_key_of_the_callers_choice_takes_the_place_of_the_queues() {
+    let desk = Desk::new();
+    for (id, first) in [("delivery-1", true), ("delivery-2", false)] {
+        desk.queue.send(id);
+        let delivery = desk.queue.next().with_key(Key::from("order-4711").scope("orders"));
+        assert_eq!(delivery.inner().key(), Key::from(id));
+        let settled = desk.processor.process(delivery, async |_, _| Ok("receipt")).await.unwrap();
+        assert_eq!(matches!(settled, Settled::Done), first, "{settled:?}");
+    }
+    assert_eq!(desk.queue.acknowledged(), 2);
+}
+
+#[tokio::test]
+async fn offsets_and_messages_of_the_work_are_stored_with_its_result_or_not_at_all() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    for works in [false, true] {
+        let settled = desk
+            .settle(async |job| {
+                job.tx().set_offset("orders", 0, 4711);
+                job.tx().enqueue("charges", "a", "12 EUR");
+                if works { Ok("receipt") } else { Err("the card was refused".into()) }
+            })
+            .await;
+        assert_eq!(settled.is_acknowledged(), works);
+        desk.bench.advance_ms(3_000);
+        desk.queue.come_back();
+        let store = desk.bench.store();
+        assert_eq!(store.offset("orders", 0).unwrap(), works.then_some(4711));
+        assert_eq!(store.outbox(10).unwrap().len(), usize::from(works));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_of_duplicates_is_worked_on_once_and_all_of_it_is_acknowledged() {
+    const KEYS: usize = 20;
+    const TWINS: usize = 25;
+    for patience in [Duration::ZERO, Duration::from_secs(60)] {
+        let dir = tempfile::tempdir().unwrap();
+        let builder = onlyonce::Store::builder().memory_budget(32 << 20);
+        let processor =
+            Processor::new(Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap()).patience(patience);
+        let queue = Queue::default();
+        for _ in 0..TWINS {
+            (0..KEYS).for_each(|key| queue.send(&format!("order-{key}")));
+        }
+        let effects = Arc::new(Mutex::new(HashMap::<Vec<u8>, u32>::new()));
+        while queue.acknowledged() < KEYS * TWINS {
+            let mut tasks = tokio::task::JoinSet::new();
+            while let Some(delivery) = queue.take() {
+                let (processor, effects) = (processor.clone(), Arc::clone(&effects));
+                tasks.spawn(async move {
+                    processor
+                        .process(delivery, async |delivery, _| {
+                            tokio::time::sleep(Duration::from_millis(5)).await;
+                            *effects.lock().unwrap().entry(delivery.payload().to_vec()).or_default() += 1;
+                            Ok("receipt")
+                        })
+                        .await
+                });
+            }
+            while let Some(settled) = tasks.join_next().await {
+                let settled = settled.unwrap().unwrap();
+                assert!(settled.is_acknowledged() || patience.is_zero(), "{settled:?}");
+            }
+            queue.come_back();
+        }
+        let effects = effects.lock().unwrap();
+        assert!(effects.len() == KEYS && effects.values().all(|count| *count == 1), "{effects:?}");
+        assert_eq!(processor.store().blocking().stats().duplicates, (KEYS * (TWINS - 1)) as u64);
+    }
+}
+
+/// Whatever goes wrong, in whatever order: each effect happens once, and no message is lost.
+#[tokio::test]
+async fn every_effect_happens_once_whatever_goes_wrong() {
+    const MESSAGES: usize = 60;
+    let seed = std::env::var("ONLYONCE_SEED").ok().map_or_else(rand::random, |seed| seed.parse().unwrap());
+    println!("ONLYONCE_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut desk = Desk::with(|builder| builder.window(100_000 * SECOND).bucket(10_000 * SECOND));
+    for message in 0..MESSAGES {
+        (0..random.random_range(1..4)).for_each(|_| desk.queue.send(&format!("order-{message}")));
+    }
+    let sent = desk.queue.lock().ready.len();
+    let ledger = Mutex::new(HashMap::<Vec<u8>, u32>::new());
+    let (mut steps, mut redriven) = (0, 0);
+    while desk.queue.acknowledged() < sent {
+        steps += 1;
+        assert!(steps < 20_000, "it does not come to an end");
+        let what = random.random_range(0..100);
+        if what < 3 {
+            desk.restart();
+        }
+        if desk.queue.lock().ready.is_empty() {
+            desk.bench.advance_ms(40_000);
+            desk.queue.come_back();
+            redriven += desk.queue.redrive().len();
+            continue;
+        }
+        desk.queue.is_deaf_for(u32::from(what % 5 == 0));
+        let how = random.random_range(0..8);
+        let cut = random.random_bool(0.1);
+        let charge =
+            |delivery: &Delivered| *ledger.lock().unwrap().entry(delivery.payload().to_vec()).or_default() += 1;
+        let process = desk.process(async |delivery, job| {
+            let charged = job.may_have_happened() && ledger.lock().unwrap().contains_key(delivery.payload());
+            match how {
+                _ if charged => {}
+                0 | 1 => return Err("refused".into()),
+                2 => return Err(Failure::unknown("nothing sent, or so")),
+                3 => {
+                    charge(delivery);
+                    return Err(Failure::unknown("sent, and no answer"));
+                }
+                4 => {
+                    charge(delivery);
+                    panic!("after the charge");
+                }
+                5 => return Err(Failure::permanent("no such account")),
+                _ => charge(delivery),
+            }
+            if cut {
+                std::future::pending::<()>().await;
+            }
+            Ok("receipt")
+        });
+        // A cut future leaves its delivery to the queue, its lease to the next.
+        let _ = tokio::time::timeout(Duration::from_millis(if cut { 5 } else { 10_000 }), process).await;
+    }
+    desk.queue.is_deaf_for(0);
+    let ledger = ledger.into_inner().unwrap();
+    assert_eq!(ledger.len(), MESSAGES);
+    assert!(ledger.values().all(|charges| *charges == 1), "{ledger:?}");
+    let inside = desk.queue.lock();
+    assert!(inside.ready.is_empty() && inside.away.is_empty() && inside.dead.is_empty());
+    assert!(redriven > 0 && desk.bench.store().stats().now_ms > START_MS);
+    println!("{steps} deliveries of {sent} messages, {redriven} redriven");
+}
