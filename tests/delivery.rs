@@ -376,14 +376,15 @@ async fn attempts_that_died_with_their_process_count_and_their_doubt_outlasts_th
     let mut desk = Desk::new();
     desk.queue.send("a");
     for attempt in 1..=3 {
-        let cut = tokio::time::timeout(
-            Duration::from_millis(20),
-            desk.process(async |_, job| {
+        let begun = tokio::sync::Notify::new();
+        tokio::select! {
+            settled = desk.process(async |_, job| {
                 assert_eq!((job.attempt(), job.may_have_happened()), (attempt, attempt > 1));
+                begun.notify_one();
                 std::future::pending().await
-            }),
-        );
-        assert!(cut.await.is_err(), "it hangs until it dies");
+            }) => panic!("it hangs until it dies: {settled:?}"),
+            () = begun.notified() => {}
+        }
         desk.restart();
     }
     let settled = desk.settle(async |_| panic!("it has killed three processes")).await;
