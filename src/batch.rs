@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::claim::{self, Claim, CompleteError, Lease, complete_all, in_order, is_of, release_all};
-use crate::error::{Error, Result};
+use crate::claim::{self, Claim, CompleteError, Lease, Work, complete_all, in_order, is_of, release_all, sort_out};
+use crate::error::Result;
 use crate::key::Key;
 use crate::state::request::Request;
 use crate::store::{Check, Recorded, Store, checked, recorded};
+use crate::tx::Tx;
 
 /// Each takes keys in the caller's order and answers in that order, with one write at most. The outer error says
 /// that nothing was done; an inner one is about its key alone.
@@ -104,17 +105,46 @@ impl Store {
         &self,
         leases: impl IntoIterator<Item = (Lease, R)>,
     ) -> Vec<Result<(), CompleteError>> {
-        let mut ours = Vec::new();
-        let mut answers: Vec<Option<Result<(), CompleteError>>> = Vec::new();
-        for (lease, result) in leases {
-            if is_of(&lease, &self.running) {
-                ours.push((lease, result.into().into()));
-                answers.push(None);
-            } else {
-                let error = Error::ForeignLease { key: lease.key().to_string() };
-                answers.push(Some(Err(CompleteError::new(error, result.into(), Some(lease)))));
-            }
-        }
+        self.complete_works(leases.into_iter().map(|(lease, result)| (lease, result.into().into())))
+    }
+
+    /// As [`Store::complete_batch`], with what each `fill` adds to the same write, as
+    /// [`Lease::complete_with`]. Give the leases in the order of their messages: an offset says that all before it is
+    /// done, so that behind a lease that is refused no offset of the batch is stored. Messages for the outbox
+    /// depend on their own lease alone.
+    ///
+    /// ```
+    /// use onlyonce::{Claim, Store, Tx};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// let mut leases = Vec::new();
+    /// for (offset, claim) in (0..).zip(store.claim_batch(["a", "b", "c"])?) {
+    ///     if let Claim::Acquired(lease) = claim? {
+    ///         leases.push((lease, "done", move |tx: &mut Tx| tx.set_offset("orders", 0, offset + 1)));
+    ///     }
+    /// }
+    /// for completed in store.complete_batch_with(leases) {
+    ///     completed?;
+    /// }
+    /// assert_eq!(store.offset("orders", 0)?, Some(3));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::complete_batch`]. After one, go on reading from [`Store::offset`].
+    #[must_use = "each lease has an answer of its own"]
+    pub fn complete_batch_with<R: Into<Vec<u8>>, F: FnOnce(&mut Tx)>(
+        &self,
+        leases: impl IntoIterator<Item = (Lease, R, F)>,
+    ) -> Vec<Result<(), CompleteError>> {
+        self.complete_works(Work::batch(leases))
+    }
+
+    fn complete_works(&self, leases: impl IntoIterator<Item = (Lease, Work)>) -> Vec<Result<(), CompleteError>> {
+        let (ours, answers) = sort_out(leases, &self.running, |lease| lease);
         in_order(answers, complete_all(ours).into_iter().map(|completed| completed.map(drop)))
     }
 

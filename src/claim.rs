@@ -315,9 +315,48 @@ impl Work {
         Self { result, tx: Some(tx) }
     }
 
+    /// The work of each lease of a batch, in its order.
+    pub(crate) fn batch<L, R: Into<Vec<u8>>, F: FnOnce(&mut Tx)>(
+        leases: impl IntoIterator<Item = (L, R, F)>,
+    ) -> impl Iterator<Item = (L, Self)> {
+        leases.into_iter().enumerate().map(|(place, (lease, result, fill))| {
+            let mut work = Self::with(result.into(), fill);
+            if let Some(tx) = &mut work.tx {
+                tx.follows = place > 0;
+            }
+            (lease, work)
+        })
+    }
+
     fn settlement(&self, limit: usize) -> Settlement<'_> {
         Settlement::Completed(Kept::of(&self.result, limit), self.tx.as_deref())
     }
+}
+
+/// Leases of this store, each with its work, and in the gaps the answers of those of other stores: they are refused and given
+/// back, and what stands behind one of them in its batch takes no offset along.
+#[expect(clippy::type_complexity, reason = "leases of two kinds")]
+pub(crate) fn sort_out<L>(
+    leases: impl IntoIterator<Item = (L, Work)>,
+    running: &Arc<Running>,
+    lease_of: impl Fn(&L) -> &Lease,
+) -> (Vec<(L, Work)>, Vec<Option<Result<(), CompleteError<L>>>>) {
+    let (mut ours, mut answers) = (Vec::new(), Vec::new());
+    let mut unbroken = true;
+    for (lease, mut work) in leases {
+        if is_of(lease_of(&lease), running) {
+            if let Some(tx) = work.tx.as_mut().filter(|tx| tx.follows && !unbroken) {
+                tx.offsets.clear();
+            }
+            ours.push((lease, work));
+            answers.push(None);
+        } else {
+            unbroken = false;
+            let error = Error::ForeignLease { key: lease_of(&lease).key().to_string() };
+            answers.push(Some(Err(CompleteError::new(error, work.result, Some(lease)))));
+        }
+    }
+    (ours, answers)
 }
 
 /// The answers of a batch in the callers' order: those that are there already, and in the gaps those that `ours` gives.

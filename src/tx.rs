@@ -4,9 +4,12 @@ use crate::codec::{put_prefixed, put_varint};
 
 /// What a completion takes along: it is stored in the same write, or, where the completion is refused, not at all.
 ///
-/// Filled by [`Lease::complete_with`](crate::Lease::complete_with).
+/// Filled by [`Lease::complete_with`](crate::Lease::complete_with) and
+/// [`Store::complete_batch_with`](crate::Store::complete_batch_with).
 #[derive(Debug, Default)]
 pub struct Tx {
+    /// Whether its offsets count only where the lease before it in its batch is completed.
+    pub(crate) follows: bool,
     /// Offsets, under the bytes that name them.
     pub(crate) offsets: Vec<(Vec<u8>, u64)>,
     /// Messages, as stored.

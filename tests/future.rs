@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::Bench;
 use onlyonce::future::{Claim, Lease, RunError, Store, Unclaimed, Why};
-use onlyonce::{Check, Durability, Error, Key, Phase, Prior, Ran, Recorded, Stored};
+use onlyonce::{Check, Durability, Error, Key, Phase, Prior, Ran, Recorded, Stored, Tx};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_stream::StreamExt;
@@ -83,7 +83,14 @@ fn the_verbs_answer_as_those_that_block() {
         assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));
 
         acquire(&store, "o").await.complete_with("", |tx| tx.set_offset("orders", 3, 9)).await.unwrap();
-        assert_eq!(store.blocking().offset("orders", 3).unwrap(), Some(9));
+        assert_eq!(store.offset("orders", 3).await.unwrap(), Some(9));
+        store.set_offset("orders", 3, 10).await.unwrap();
+        assert_eq!(store.offset("orders", 3).await.unwrap(), Some(10));
+        acquire(&store, "m").await.complete_with("", |tx| tx.enqueue("mails", "m", "hello")).await.unwrap();
+        let outbox = store.outbox(10).await.unwrap();
+        assert_eq!((outbox.len(), &outbox[0].bytes[..]), (1, &b"hello"[..]));
+        store.delivered([outbox[0].id]).await.unwrap();
+        assert!(store.outbox(10).await.unwrap().is_empty());
 
         assert_eq!(store.record("r").await.unwrap(), Recorded::First);
         assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
@@ -456,6 +463,48 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
     assert!(once.next().await.is_none());
     holder.await.unwrap();
     never.complete("done").await.unwrap();
+}
+
+#[test]
+fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
+    const BATCHES: u32 = 16;
+    let bench = Bench::new();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+    runtime.block_on(async {
+        let store = Store::new(bench.store().clone()).unwrap();
+        let mut batches = Vec::new();
+        for batch in 0..BATCHES {
+            let late = acquire(&store, &format!("{batch}-late")).await;
+            batches.push((batch, vec![(late, 1)]));
+        }
+        bench.advance_ms(1_000);
+        let mut taken = Vec::new();
+        for (batch, leases) in &mut batches {
+            // Every other one is overtaken.
+            if *batch % 2 == 0 {
+                taken.push(acquire(&store, &format!("{batch}-late")).await);
+            }
+            leases.push((acquire(&store, &format!("{batch}-last")).await, 2));
+        }
+        // All at once, so that they come into one write.
+        let tasks: Vec<_> = batches
+            .into_iter()
+            .map(|(batch, leases)| {
+                let store = store.clone();
+                tokio::spawn(async move {
+                    let leases = leases.into_iter().map(|(lease, offset)| {
+                        (lease, "done", move |tx: &mut Tx| tx.set_offset("orders", batch, offset))
+                    });
+                    store.complete_batch_with(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        for (batch, task) in (0..).zip(tasks) {
+            let is_whole = batch % 2 != 0;
+            assert_eq!(task.await.unwrap(), [is_whole, true]);
+            assert_eq!(store.offset("orders", batch).await.unwrap(), is_whole.then_some(2), "batch {batch}");
+        }
+    });
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::Bench;
-use onlyonce::{Claim, Durability, Error, Store};
+use onlyonce::{Claim, Durability, Error, Lease, Store, Tx};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -71,6 +71,38 @@ fn nothing_comes_with_a_completion_that_was_overtaken() {
     assert!(matches!(failed.unwrap_err().error(), Error::Superseded { .. }));
     assert_eq!(bench.store().offset("orders", 0).unwrap(), None);
     assert!(bench.store().outbox(10).unwrap().is_empty());
+}
+
+#[test]
+fn behind_an_overtaken_lease_of_its_batch_no_offset_is_stored_and_messages_are() {
+    let (bench, other) = (Bench::new(), Bench::new());
+    let late = bench.acquire("b");
+    bench.advance_ms(1_000);
+    let _taken = bench.acquire("b");
+    let with = |number: u64| {
+        move |tx: &mut Tx| {
+            tx.set_offset("orders", 0, number);
+            tx.enqueue("charges", number.to_string(), "");
+        }
+    };
+    let complete = |batch: Vec<(Lease, u64)>| -> Vec<bool> {
+        let batch = batch.into_iter().map(|(lease, number)| (lease, "done", with(number)));
+        bench.store().complete_batch_with(batch).iter().map(Result::is_ok).collect()
+    };
+    let batch = vec![(bench.acquire("a"), 1), (late, 2), (bench.acquire("c"), 3), (bench.acquire("d"), 4)];
+    assert_eq!(complete(batch), [true, false, true, true]);
+    assert_eq!(bench.store().offset("orders", 0).unwrap(), Some(1), "the second is not done");
+    let keys = || bench.store().outbox(10).unwrap().into_iter().map(|message| message.key).collect::<Vec<_>>();
+    assert_eq!(keys(), [b"1", b"3", b"4"]);
+
+    let batch = vec![(bench.acquire("e"), 5), (other.acquire("f"), 6), (bench.acquire("g"), 7)];
+    assert_eq!(complete(batch), [true, false, true], "of another store");
+    assert_eq!(bench.store().offset("orders", 0).unwrap(), Some(5));
+    // The next batch begins anew.
+    assert_eq!(complete(vec![(bench.acquire("h"), 8), (bench.acquire("i"), 9)]), [true, true]);
+    assert_eq!(bench.store().offset("orders", 0).unwrap(), Some(9));
+    assert_eq!(keys(), [b"1", b"3", b"4", b"5", b"7", b"8", b"9"]);
+    assert_eq!(bench.completed("d").unwrap(), b"done");
 }
 
 #[test]

@@ -111,10 +111,15 @@ impl Committer {
         submit(&self.asking, |reply| Job::Call(boxed(call, reply))).await
     }
 
+    /// Has `call` done by the thread that waits for the disk, behind the completions that came with it.
+    pub(super) async fn call<T: Send + 'static>(&self, call: impl FnOnce(&Running) -> T + Send + 'static) -> Result<T> {
+        submit(&self.settling, |reply| Job::Call(boxed(call, reply))).await
+    }
+
     /// Closes the store, when all that was in the queues before is done.
     pub(super) async fn close(&self) -> Result<()> {
         self.ask(|_| ()).await?;
-        submit(&self.settling, |reply| Job::Call(boxed(Running::close, reply))).await.flatten()
+        self.call(Running::close).await.flatten()
     }
 }
 

@@ -8,11 +8,12 @@ use tokio::time::timeout_at;
 use super::committer::Committer;
 use super::lease::{claim, failed};
 use super::{Claim, CompleteError, Lease, RunError};
-use crate::claim::{in_order, is_of};
+use crate::claim::{Work, in_order, is_of, sort_out};
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::state::request::Request;
 use crate::store::{self, Check, Ran, Recorded, Stored, checked, earlier, only, recorded};
+use crate::tx::{Message, MessageId, Tx};
 
 /// Calls that a queue holds where nothing else is said.
 const QUEUE: usize = 1_024;
@@ -25,9 +26,8 @@ const MAX_QUEUE: usize = 1_000_000;
 /// closes it if nobody else has it: in the background, so that nobody waits. [`Store::close`] is the way to know.
 ///
 /// What is not here ([`held`](crate::Store::held), [`resolve`](crate::Store::resolve), [`forget`](crate::Store::forget),
-/// [`seal`](crate::Store::seal), [`stats`](crate::Store::stats)) is for operators and may take long, and
-/// [`offset`](crate::Store::offset), [`set_offset`](crate::Store::set_offset), [`outbox`](crate::Store::outbox) and
-/// [`delivered`](crate::Store::delivered) wait for the disk: call them on [`Store::blocking`] in Tokio's `spawn_blocking`.
+/// [`seal`](crate::Store::seal), [`stats`](crate::Store::stats)) is for operators and may take long: call it on
+/// [`Store::blocking`] in Tokio's `spawn_blocking`.
 #[derive(Clone)]
 pub struct Store {
     committer: Arc<Committer>,
@@ -350,20 +350,70 @@ impl Store {
         &self,
         leases: impl IntoIterator<Item = (Lease, R)>,
     ) -> Vec<Result<(), CompleteError>> {
-        let mut ours = Vec::new();
-        let mut answers: Vec<Option<Result<(), CompleteError>>> = Vec::new();
-        for (lease, result) in leases {
-            if is_of(&lease.lease, &self.committer.running) {
-                ours.push((lease.lease, result.into().into()));
-                answers.push(None);
-            } else {
-                let error = Error::ForeignLease { key: lease.key().to_string() };
-                answers.push(Some(Err(CompleteError::new(error, result.into(), Some(lease)))));
-            }
-        }
+        self.complete_works(leases.into_iter().map(|(lease, result)| (lease, result.into().into()))).await
+    }
+
+    /// As [`Store::complete_batch`], with what each `fill` adds to the same write, as
+    /// [`Store::complete_batch_with`](crate::Store::complete_batch_with): behind a lease that is refused no offset of the
+    /// batch is stored.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::complete_batch`]. After one, go on reading from [`Store::offset`].
+    #[must_use = "each lease has an answer of its own"]
+    pub async fn complete_batch_with<R: Into<Vec<u8>>, F: FnOnce(&mut Tx)>(
+        &self,
+        leases: impl IntoIterator<Item = (Lease, R, F)>,
+    ) -> Vec<Result<(), CompleteError>> {
+        self.complete_works(Work::batch(leases)).await
+    }
+
+    async fn complete_works(&self, leases: impl IntoIterator<Item = (Lease, Work)>) -> Vec<Result<(), CompleteError>> {
+        let (ours, answers) = sort_out(leases, &self.committer.running, |lease| &lease.lease);
+        let ours: Vec<_> = ours.into_iter().map(|(lease, work)| (lease.lease, work)).collect();
         let completed = if ours.is_empty() { Vec::new() } else { self.committer.complete(ours).await };
         let own = |answer: Result<_, _>| answer.map(drop).map_err(|error| failed(error, &self.committer));
         in_order(answers, completed.into_iter().map(own))
+    }
+
+    /// How far a partition of a stream was read, as [`Store::offset`](crate::Store::offset).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::offset`](crate::Store::offset).
+    pub async fn offset(&self, stream: impl AsRef<[u8]>, partition: u32) -> Result<Option<u64>> {
+        let stream = stream.as_ref().to_owned();
+        self.committer.call(move |running| running.engine.offset(&stream, partition)).await?
+    }
+
+    /// Notes how far a partition was read, as [`Store::set_offset`](crate::Store::set_offset): with a sync of its own under
+    /// [`Durability::Disk`](crate::Durability::Disk). Dropped, it is made or not.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::set_offset`](crate::Store::set_offset).
+    pub async fn set_offset(&self, stream: impl AsRef<[u8]>, partition: u32, offset: u64) -> Result<()> {
+        let stream = stream.as_ref().to_owned();
+        self.committer.call(move |running| running.engine.set_offset(&stream, partition, offset)).await?
+    }
+
+    /// The first messages of the outbox, as [`Store::outbox`](crate::Store::outbox).
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::outbox`](crate::Store::outbox).
+    pub async fn outbox(&self, limit: usize) -> Result<Vec<Message>> {
+        self.committer.ask(move |running| running.engine.outbox(limit)).await?
+    }
+
+    /// Removes messages from the outbox, as [`Store::delivered`](crate::Store::delivered). Dropped, it is made or not.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::delivered`](crate::Store::delivered).
+    pub async fn delivered(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
+        let ids: Vec<MessageId> = ids.into_iter().collect();
+        self.committer.call(move |running| running.engine.delivered(ids)).await?
     }
 
     /// Releases each lease after its backoff, as [`Store::release_batch`](crate::Store::release_batch).

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::along;
+use super::along::{self, Along};
 use super::answer::too_far_ahead;
 use super::hot_table::{HotTable, Stripe};
 use super::request::{Asked, Request, admit_bytes};
@@ -30,7 +30,6 @@ use crate::kill_point::KillPoint;
 use crate::stats::Counters;
 use crate::storage::db::{self, Db};
 use crate::storage::directory::Directory;
-use crate::tx::Tx;
 
 /// Names in `meta`.
 pub(super) const FORMAT: &str = "format";
@@ -427,7 +426,7 @@ impl Engine {
     }
 
     /// As [`Engine::append`], with what its completions take along.
-    pub(super) fn append_with(&self, open: OpenRow<'_>, row: RowWriter, taken: &[&Tx], sync: bool) -> Result<()> {
+    pub(super) fn append_with(&self, open: OpenRow<'_>, row: RowWriter, taken: &[Along<'_>], sync: bool) -> Result<()> {
         if !row.is_empty() {
             let row = row.finish();
             self.write(sync, |tx| {
@@ -435,7 +434,7 @@ impl Engine {
                 along::put(tx, open.number, taken)
             })?;
             self.count_row(row.len());
-            self.count_log(taken.iter().map(|tx| tx.len()).sum());
+            self.count_log(taken.iter().map(|(tx, _)| tx.len()).sum());
         }
         open.finish();
         Ok(())

@@ -99,7 +99,7 @@ mod tests {
         let early = engine.begin_row();
         let open = engine.begin_row();
         for row in [&open, &early] {
-            engine.write(false, |tx| along::put(tx, row.number(), &[&taken])).unwrap();
+            engine.write(false, |tx| along::put(tx, row.number(), &[(&taken, true)])).unwrap();
         }
         assert!(engine.outbox(10).unwrap().is_empty(), "they may not be synced");
         let (first, second) = (early.number(), open.number());

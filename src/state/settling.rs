@@ -40,7 +40,11 @@ impl Engine {
         let mut row = self.row(kind, now, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
         let mut taken = Vec::new();
+        // An offset says that all before it is done: behind a lease of its batch that was overtaken it would say too much.
+        let mut unbroken = true;
         for (grant, settlement) in &leases {
+            let follows = matches!(settlement, Settlement::Completed(_, Some(tx)) if tx.follows);
+            unbroken |= !follows;
             let (digest, key) = (grant.digest(), grant.key());
             let mut stripe = self.hot.stripe(digest);
             let stored = stripe.get(digest, key);
@@ -53,13 +57,14 @@ impl Engine {
             let is_ours = may && transition::may_settle(stored.as_ref(), grant.token);
             accepted.push(is_ours);
             if !is_ours {
+                unbroken = false;
                 continue;
             }
             let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
             let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms };
             let entry = match *settlement {
                 Settlement::Completed(result, tx) => {
-                    taken.extend(tx);
+                    taken.extend(tx.map(|tx| (tx, unbroken)));
                     let done = Done { token, completed_ms: time_ms, fingerprint, result };
                     row.completed(key, &done);
                     Entry::Completed(done)
