@@ -48,7 +48,7 @@ const ORDER: &[(&str, &[&str])] = &[
         "http",
         &["attempt", "figures", "body", "problem", "key", "fingerprint", "stored", "guard", "work", "service", "layer"],
     ),
-    ("delivery", &["message", "work", "settled", "processor"]),
+    ("delivery", &["message", "work", "settled", "processor", "redis_streams", "rabbitmq", "nats"]),
 ];
 
 fn floor(module: &str) -> usize {

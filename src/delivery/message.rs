@@ -84,3 +84,10 @@ impl<D: Delivery> Delivery for Keyed<D> {
         self.delivery.reject(why)
     }
 }
+
+/// The key of a message: the id that its producer gave it, or its payload's digest where that is missing or empty. In
+/// the scope of its queue, of at most 255 bytes. For whoever writes an adapter.
+#[must_use]
+pub fn key_of<'a>(id: Option<&'a [u8]>, payload: &[u8], queue: &'a str) -> Key<'a> {
+    id.filter(|id| !id.is_empty()).map_or_else(|| Key::content(payload), Key::from).scope(queue)
+}

@@ -78,6 +78,12 @@
 //! # }
 //! ```
 //!
+//! # One process for a queue
+//!
+//! A store belongs to one process, which works on as many deliveries at a time as it likes. A duplicate that another
+//! process gets, with a store of its own, is not known there. Where one process is not enough, split the work by key,
+//! so that the duplicates of a key come to the same process: a partition, stream or queue for each.
+//!
 //! # Rejected deliveries, and their return
 //!
 //! Attempts are counted by the store, so that those count which took the process with them. When a delivery was
@@ -92,11 +98,17 @@
 //! that comes is the queue's affair, for it was told nothing.
 
 mod message;
+#[cfg(feature = "nats")]
+pub mod nats;
 mod processor;
+#[cfg(feature = "rabbitmq")]
+pub mod rabbitmq;
+#[cfg(feature = "redis-streams")]
+pub mod redis_streams;
 mod settled;
 mod work;
 
-pub use message::{Delivery, Keyed};
+pub use message::{Delivery, Keyed, key_of};
 pub use processor::{OnStoreFailure, Processor};
 pub use settled::{Settled, Unsettled};
 pub use work::{Failure, Job};
