@@ -29,6 +29,7 @@ mod kill_point;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod laws;
+mod meter;
 mod state;
 mod stats;
 mod storage;

@@ -30,6 +30,9 @@ pub struct Stats {
     pub released: u64,
     /// Completions, releases and renewals that came too late: another holder had taken over.
     pub superseded: u64,
+    /// Messages that were let through without an answer of the store: see
+    /// [`Store::count_fail_open`](crate::Store::count_fail_open).
+    pub fail_open: u64,
     /// Keys that were looked up in the filters.
     pub filter_checks: u64,
     /// Of those, keys that a filter (or a bucket without one) sent to the disk.
@@ -90,6 +93,7 @@ pub(crate) struct Counters {
     pub(crate) recorded: Counter,
     pub(crate) released: Counter,
     pub(crate) superseded: Counter,
+    pub(crate) fail_open: Counter,
     pub(crate) filter_checks: Counter,
     pub(crate) filter_hits: Counter,
     pub(crate) filter_false_positives: Counter,

@@ -610,6 +610,12 @@ impl Store {
         if accepted == [true] { Ok(()) } else { Err(not_held()) }
     }
 
+    /// Counts a message that was let through without an answer, because the store failed and its consumer would rather
+    /// repeat work than stop. In [`Stats::fail_open`], and among the metrics.
+    pub fn count_fail_open(&self) {
+        self.running.engine.count_fail_open();
+    }
+
     /// The store's figures. Visits all keys in memory and all files: not for every request.
     #[must_use]
     pub fn stats(&self) -> Stats {

@@ -12,10 +12,12 @@ use crate::codec::RowKind;
 use crate::entry::{Done, Entry, Holder, Kept, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::Fingerprint;
+use crate::meter::Call;
 
 impl Engine {
     /// Claims every key that is free. One row, whatever their number.
     pub(crate) fn claim(&self, request: &Arc<Request>) -> Result<Vec<Result<Claimed>>> {
+        let _timer = self.meter.call(Call::Claim, request.len());
         self.admit(request.len(), request.key_bytes())?;
         let on_disk = self.on_disk(request)?;
         let now = self.now();
@@ -51,6 +53,7 @@ impl Engine {
                             prior,
                             fingerprint,
                             at_ms: since_ms,
+                            claimed_monotonic_ms: now.monotonic_ms,
                             until_monotonic_ms,
                         }))
                     }
@@ -73,6 +76,7 @@ impl Engine {
 
     /// Records every key that is free as completed, without a result. One row, whatever their number.
     pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
+        let _timer = self.meter.call(Call::Record, request.len());
         self.admit(request.len(), request.key_bytes())?;
         let on_disk = self.on_disk(request)?;
         let now = self.now();
@@ -146,7 +150,10 @@ impl Engine {
         for claimed in claimed {
             if let Ok(Claimed::Acquired(grant)) = claimed {
                 acquired += 1;
-                reclaimed += u64::from(grant.prior.is_some());
+                if let Some(prior) = grant.prior {
+                    reclaimed += 1;
+                    self.meter.repeated(prior, grant.attempt);
+                }
             }
         }
         self.counters.acquired.add(acquired);

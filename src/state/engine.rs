@@ -27,6 +27,7 @@ use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::{Digester, Key};
 use crate::kill_point::KillPoint;
+use crate::meter::Meter;
 use crate::stats::Counters;
 use crate::storage::db::{self, Db};
 use crate::storage::directory::Directory;
@@ -61,6 +62,7 @@ pub(crate) struct Engine {
     pub(super) sequence: Sequence,
     pub(super) timeline: Timeline,
     pub(super) counters: Counters,
+    pub(super) meter: Meter,
     /// Held while sealed keys change their place, and by whoever must not see them do so. The number of the last
     /// image that a seal wrote at the journal's head.
     pub(super) sealing: Mutex<u64>,
@@ -168,6 +170,7 @@ impl Engine {
             sequence: Sequence::after(tokens),
             timeline,
             counters: Counters::default(),
+            meter: Meter::new(&path),
             sealing: Mutex::new(replayed.last_number),
             seals: AtomicU64::new(0),
             backlog: Backlog::default(),
@@ -332,7 +335,11 @@ impl Engine {
     /// Writes to the database; poisons the store where the outcome is unknown.
     pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut db::Tx<'_>) -> Result<()>) -> Result<()> {
         self.ready()?;
-        self.db.write(sync, fill).inspect_err(|error| {
+        let written = {
+            let _timer = self.meter.commit(sync);
+            self.db.write(sync, fill)
+        };
+        written.inspect_err(|error| {
             if let Error::WriteFailed { detail } = error {
                 self.poison(detail);
             }
@@ -356,6 +363,7 @@ impl Engine {
         self.backlog.eased.notify_all();
         self.waiting.wake_all();
         KillPoint::CloseBegun.pass();
+        self.meter.end(&self.counters, || self.levels());
         let high_water = self.timeline.high_water_ms().to_le_bytes();
         let written = match self.poison.get() {
             None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),

@@ -141,14 +141,20 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
             recv(woken) -> _ => {}
             default(pause) => {}
         }
+        engine.tell();
         match engine.upkeep(&mut last) {
             Ok(()) => pause = TICK,
-            Err(Error::Closed | Error::Poisoned { .. }) => return,
+            Err(Error::Closed) => return,
+            Err(Error::Poisoned { .. }) => break,
             Err(error) => {
                 tracing::warn!(%error, "upkeep failed, and will be tried again");
                 pause = PAUSE;
             }
         }
+    }
+    // There is nothing to keep any more. Whoever watches is to learn it.
+    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(PAUSE) {
+        engine.tell();
     }
 }
 

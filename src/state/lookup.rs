@@ -12,6 +12,7 @@ use crate::bucket::set::{Probe, View, look_up};
 use crate::clock::Now;
 use crate::entry::{Done, Entry, Processing};
 use crate::error::Result;
+use crate::meter::Call;
 
 /// What the buckets know of a request's keys, and as of which seal.
 pub(super) struct OnDisk {
@@ -105,6 +106,7 @@ impl Engine {
 
     /// What a claim of each key would find. Changes nothing.
     pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<Answer>>> {
+        let _timer = self.meter.call(Call::Check, request.len());
         let now = self.now();
         self.look_at(request, |asked, stored| {
             let now = match asked.at_ms.map(|at_ms| self.timeline.foresee(at_ms)) {

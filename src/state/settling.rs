@@ -13,6 +13,7 @@ use crate::codec::{self, RowKind};
 use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::kill_point::KillPoint;
+use crate::meter::Call;
 use crate::tx::Tx;
 
 impl Engine {
@@ -24,6 +25,8 @@ impl Engine {
         settler: Settler,
         leases: Vec<(&Grant, Settlement<'_>)>,
     ) -> Result<Vec<bool>> {
+        let call = if kind == RowKind::Completed { Call::Complete } else { Call::Release };
+        let _timer = self.meter.call(call, leases.len());
         let bytes: usize = leases
             .iter()
             .map(|(grant, settlement)| {
@@ -83,7 +86,14 @@ impl Engine {
         self.append_with(open, row, &taken, sync)?;
         self.waiting.wake(leases.iter().map(|(grant, _)| grant.digest()));
         match kind {
-            RowKind::Completed => self.counters.completed.add(count),
+            RowKind::Completed => {
+                self.counters.completed.add(count);
+                // One of a call: for all of them it would cost too much.
+                let sample = leases.iter().zip(&accepted).find(|(_, accepted)| **accepted);
+                if let (Settler::Holder, Some(((grant, _), _))) = (settler, sample) {
+                    self.meter.processed(|| now.monotonic_ms.saturating_sub(grant.claimed_monotonic_ms));
+                }
+            }
             _ => self.counters.released.add(count),
         }
         self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
@@ -152,6 +162,7 @@ impl Engine {
             prior: Some(prior),
             fingerprint: processing.fingerprint,
             at_ms: processing.since_ms,
+            claimed_monotonic_ms: 0,
             until_monotonic_ms: 0,
         };
         Ok(Some((grant, prior)))

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::chunk::Chunk;
 use super::engine::{Engine, HIGH_WATER};
+use super::hot_table::Stripe;
 use super::transition::Standing;
 use crate::bucket::filters::Filters;
 use crate::bucket::rotation::{drop_passed, has_passed, prepare_next};
@@ -16,10 +17,11 @@ use crate::bucket::window::Slice;
 use crate::clock::Now;
 use crate::codec::{RowKind, RowWriter};
 use crate::concurrency::sleep;
-use crate::config::Span;
+use crate::config::{OnInterrupt, Span};
 use crate::entry::{Entry, Processing};
 use crate::error::{Error, Result};
 use crate::kill_point::KillPoint;
+use crate::meter::{DearLevels, Levels};
 use crate::stats::{BucketStats, Stats};
 
 /// Completed keys that make a run. Fewer make more runs to look through; more take longer to read back after a crash.
@@ -118,6 +120,7 @@ impl Engine {
         if journal_bytes == 0 && self.hot.completed() == 0 {
             return Ok(());
         }
+        let _timer = self.meter.seal();
         let begun = std::time::Instant::now();
         self.reserve(0)?;
         let start = self.first_open_row(*last_image)?;
@@ -290,6 +293,46 @@ impl Engine {
         self.filters.keep(&self.buckets, self.now().time_ms, runs, go_on)
     }
 
+    /// Counts a message that was let through without an answer.
+    pub(crate) fn count_fail_open(&self) {
+        self.counters.fail_open.add(1);
+    }
+
+    /// Tells the facade what was counted, and what there is.
+    pub(super) fn tell(&self) {
+        self.meter.tell(
+            &self.counters,
+            || self.levels(),
+            || DearLevels { held: self.count_held(), disk_bytes: self.db.directory().bytes() },
+        );
+    }
+
+    /// What is found out quickly.
+    pub(super) fn levels(&self) -> Levels {
+        let view = self.buckets.view();
+        Levels {
+            in_flight: self.hot.in_flight() as u64,
+            unsealed: self.hot.completed() as u64,
+            buckets: view.newest_first().len() as u64,
+            filter_bytes: view.filter_bytes(),
+            journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
+            log_syncs: self.db.syncs(),
+            now_ms: self.now().time_ms,
+            is_poisoned: self.poisoned().is_some(),
+        }
+    }
+
+    /// Visits the hot table, where a key can be held at all.
+    fn count_held(&self) -> u64 {
+        if self.policy.on_interrupt == OnInterrupt::Rerun {
+            return 0;
+        }
+        let now = self.now();
+        let held = |processing: &Processing| matches!(self.standing_at(processing, now), Standing::Held(_));
+        let held_in = |stripe: Stripe<'_>| stripe.in_flight().filter(|(_, _, processing)| held(processing)).count();
+        self.hot.stripes().map(held_in).sum::<usize>() as u64
+    }
+
     /// The store's figures. Visits the hot table and the directory: not for every request.
     pub(crate) fn stats(&self) -> Stats {
         let now = self.now();
@@ -302,14 +345,6 @@ impl Engine {
         };
         let mut buckets: Vec<BucketStats> = view.newest_first().iter().map(bucket_stats).collect();
         buckets.reverse();
-        let held = self
-            .hot
-            .stripes()
-            .map(|stripe| {
-                let held = |processing: &Processing| matches!(self.standing_at(processing, now), Standing::Held(_));
-                stripe.in_flight().filter(|(_, _, processing)| held(processing)).count() as u64
-            })
-            .sum();
         let counters = &self.counters;
         let window_ms = self.config().span.window_ms;
         Stats {
@@ -324,12 +359,13 @@ impl Engine {
             recorded: counters.recorded.get(),
             released: counters.released.get(),
             superseded: counters.superseded.get(),
+            fail_open: counters.fail_open.get(),
             filter_checks: counters.filter_checks.get(),
             filter_hits: counters.filter_hits.get(),
             filter_false_positives: counters.filter_false_positives.get(),
             log_syncs: self.db.syncs(),
             in_flight: self.hot.in_flight() as u64,
-            held,
+            held: self.count_held(),
             unsealed: self.hot.completed() as u64,
             buckets,
             filter_bytes: view.filter_bytes(),
@@ -346,7 +382,7 @@ impl Engine {
 mod tests {
     use super::*;
     use crate::clock::ManualClock;
-    use crate::config::{OnInterrupt, Options};
+    use crate::config::Options;
     use crate::entry::{Done, Holder, Kept};
     use crate::state::answer::{Answer, Claimed, Settlement, Settler};
     use crate::state::page::Pending;

@@ -1,0 +1,235 @@
+//! The figures that a store tells are those that `docs/metrics.md` lists: no more, no fewer, each of its kind and unit and
+//! with its labels, and each of them happens. One test, for a process has one recorder.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use metrics_util::MetricKind;
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
+use onlyonce::{Builder, Claim, Error, Key, Lease, ManualClock, OnInterrupt, Recorded, Store};
+
+const START_MS: u64 = 1_700_000_000_000;
+
+/// Kind, unit, and the labels beside the store's.
+type Shape = (String, String, BTreeSet<String>);
+
+/// The table of `docs/metrics.md`, and the values that it names of each label.
+fn documented() -> (BTreeMap<String, Shape>, BTreeSet<(String, String)>) {
+    let page = include_str!("../docs/metrics.md");
+    let ticked = |cell: &str| -> Vec<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let (mut shapes, mut values) = (BTreeMap::new(), BTreeSet::new());
+    for line in page.lines().filter(|line| line.starts_with("| `onlyonce.")) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [name, kind, unit, labels, text] = cells[..] else { panic!("{line}") };
+        let (name, labels) = (ticked(name).remove(0), ticked(labels));
+        if labels.is_empty() || labels[0] == "synced" {
+            // What is ticked in the text is not a value of a label.
+        } else {
+            let said = text.split_once(':').unwrap().1.split(". ").next().unwrap();
+            values.extend(ticked(said).into_iter().map(|value| (name.clone(), value)));
+        }
+        shapes.insert(name, (kind.to_owned(), unit.to_owned(), labels.into_iter().collect()));
+    }
+    (shapes, values)
+}
+
+/// What was told, summed up over snapshots, each of which begins anew.
+#[derive(Default)]
+struct Told {
+    shapes: BTreeMap<String, Shape>,
+    /// By name and value of the label beside the store's.
+    counts: BTreeMap<(String, String), u64>,
+    gauges: BTreeMap<(String, String), f64>,
+    figures: BTreeMap<(String, String), Vec<f64>>,
+    labels: BTreeSet<String>,
+}
+
+impl Told {
+    fn hear(&mut self, snapshotter: &Snapshotter) {
+        for (key, unit, description, value) in snapshotter.snapshot().into_vec() {
+            let name = key.key().name().to_owned();
+            assert!(description.is_some(), "{name} is not described");
+            let labels: BTreeMap<_, _> = key.key().labels().map(|label| (label.key(), label.value())).collect();
+            assert!(labels.contains_key("store"), "{name} does not say of which store");
+            self.labels.extend(labels.values().map(|value| (*value).to_owned()));
+            let own = labels.iter().filter(|(label, _)| **label != "store");
+            let (own, value_of): (BTreeSet<String>, Vec<&str>) =
+                own.map(|(label, value)| ((*label).to_owned(), *value)).unzip();
+            let place = (name.clone(), value_of.join(","));
+            let kind = match (key.kind(), value) {
+                (MetricKind::Counter, DebugValue::Counter(count)) => {
+                    *self.counts.entry(place).or_default() += count;
+                    "counter"
+                }
+                (MetricKind::Gauge, DebugValue::Gauge(level)) => {
+                    let highest = self.gauges.entry(place).or_default();
+                    *highest = highest.max(level.into_inner());
+                    "gauge"
+                }
+                (MetricKind::Histogram, DebugValue::Histogram(figures)) => {
+                    let all = self.figures.entry(place).or_default();
+                    all.extend(figures.into_iter().map(|figure| figure.into_inner()));
+                    "histogram"
+                }
+                other => panic!("{name}: {other:?}"),
+            };
+            let unit = match unit.unwrap().as_str() {
+                "count" => "",
+                unit => unit,
+            };
+            let shape = (kind.to_owned(), unit.to_owned(), own);
+            assert_eq!(*self.shapes.entry(name.clone()).or_insert_with(|| shape.clone()), shape, "{name}");
+        }
+    }
+
+    fn count(&self, name: &str, label: &str) -> u64 {
+        self.counts.get(&(name.to_owned(), label.to_owned())).copied().unwrap_or_default()
+    }
+}
+
+fn builder(clock: &ManualClock) -> Builder {
+    Store::builder().lease(Duration::from_secs(1)).memory_budget(32 << 20).clock(clock.clone())
+}
+
+fn acquire(store: &Store, key: &str) -> Lease {
+    match store.claim(key).unwrap() {
+        Claim::Acquired(lease) => lease,
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+/// Everything that a store counts happens here.
+fn live(dir: &Path) {
+    let clock = ManualClock::at(START_MS);
+    let path = dir.join("store");
+    let store = builder(&clock).open(&path).unwrap();
+    store.check("secret-key").unwrap();
+    acquire(&store, "secret-key").complete("r").unwrap();
+    assert!(matches!(store.claim("secret-key").unwrap(), Claim::Completed(_)));
+    drop(store.claim(Key::from("guarded").fingerprint("a")).unwrap());
+    assert!(matches!(store.claim(Key::from("guarded").fingerprint("b")), Err(Error::PayloadMismatch { .. })));
+    acquire(&store, "released").release().unwrap();
+    acquire(&store, "released").complete("r").unwrap();
+    drop(acquire(&store, "dropped"));
+    let late = acquire(&store, "dropped");
+    assert!(matches!(store.claim("dropped").unwrap(), Claim::InProgress(_)));
+    clock.advance(Duration::from_millis(1_500));
+    let next = acquire(&store, "dropped");
+    late.complete("late").unwrap_err();
+    clock.advance(Duration::from_millis(250));
+    next.complete("r").unwrap();
+    let _crashes = acquire(&store, "crashed");
+    store.count_fail_open();
+    // Enough for the filter to be wrong at times.
+    for batch in 0..60_u64 {
+        let keys: Vec<String> = (0..1_000).map(|i| format!("{batch}/{i}")).collect();
+        assert!(store.record_batch(&keys).unwrap().into_iter().all(|answer| answer.unwrap() == Recorded::First));
+    }
+    store.seal().unwrap();
+    for batch in 0..300_u64 {
+        store.check_batch((0..1_000).map(|i| format!("new {batch}/{i}"))).unwrap();
+        if store.stats().filter_false_positives > 0 {
+            break;
+        }
+    }
+    assert!(store.stats().filter_false_positives > 0, "300,000 new keys, and not one of them may be there");
+    // The counters go on where the store is closed and opened again.
+    store.close().unwrap();
+    let store = builder(&clock).open(&path).unwrap();
+    acquire(&store, "crashed").complete("r").unwrap();
+    store.close().unwrap();
+
+    let stream = builder(&clock).stream_time(Duration::from_secs(60)).open(dir.join("stream")).unwrap();
+    stream.record_at("a", START_MS).unwrap();
+    assert!(matches!(stream.record_at("b", 5), Err(Error::TooOld { .. })));
+    assert!(matches!(stream.record_at("c", u64::MAX), Err(Error::TooFarAhead { .. })));
+    stream.close().unwrap();
+}
+
+#[test]
+fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
+    let recorder = DebuggingRecorder::new();
+    let (snapshotter, mut told) = (recorder.snapshotter(), Told::default());
+    recorder.install().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    live(dir.path());
+    // One that stays open, until its keeper has told what there is.
+    let clock = ManualClock::at(START_MS);
+    let held = builder(&clock).on_interrupt(OnInterrupt::Hold).open(dir.path().join("held")).unwrap();
+    drop(acquire(&held, "held"));
+    held.record("sealed").unwrap();
+    held.seal().unwrap();
+    held.record("unsealed").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (shapes, values) = documented();
+    let gauges: Vec<&String> = shapes.iter().filter(|(_, shape)| shape.0 == "gauge").map(|(name, _)| name).collect();
+    let is_told = |told: &Told, name: &str| told.gauges.iter().any(|(place, level)| place.0 == name && *level > 0.0);
+    // No store is poisoned here.
+    while gauges.iter().any(|name| *name != "onlyonce.poisoned" && !is_told(&told, name)) {
+        assert!(Instant::now() < deadline, "{:?}", told.gauges);
+        std::thread::sleep(Duration::from_millis(50));
+        told.hear(&snapshotter);
+    }
+    held.close().unwrap();
+    told.hear(&snapshotter);
+
+    let (documented, emitted): (BTreeSet<_>, BTreeSet<_>) = (shapes.keys().collect(), told.shapes.keys().collect());
+    assert_eq!(documented, emitted, "the names of docs/metrics.md, and what was told");
+    for (name, shape) in &shapes {
+        assert_eq!(told.shapes[name], *shape, "{name}");
+        match shape.0.as_str() {
+            "counter" => assert!(told.counts.iter().any(|(place, count)| place.0 == *name && *count > 0), "{name}"),
+            "histogram" => {
+                let figures = told.figures.iter().filter(|(place, _)| place.0 == *name);
+                assert!(figures.clone().all(|(_, figures)| figures.iter().all(|figure| (0.0..1e6).contains(figure))));
+                assert!(figures.clone().any(|(_, figures)| !figures.is_empty()), "{name} never happened");
+            }
+            _ => {}
+        }
+    }
+    let named: BTreeSet<(String, String)> = told
+        .counts
+        .keys()
+        .chain(told.figures.keys())
+        .filter(|(name, label)| !label.is_empty() && name != "onlyonce.commit.duration")
+        .cloned()
+        .collect();
+    assert_eq!(values, named, "the values of labels on the page, and what was told");
+    for (name, value) in &values {
+        let happened = told.count(name, value) > 0
+            || told.figures.get(&(name.clone(), value.clone())).is_some_and(|figures| !figures.is_empty());
+        assert!(happened, "{name} with {value} never happened");
+    }
+
+    let expected = [
+        ("onlyonce.claims", "acquired", 10),
+        ("onlyonce.claims", "recorded", 60_003),
+        ("onlyonce.claims", "duplicate", 1),
+        ("onlyonce.claims", "in_progress", 1),
+        ("onlyonce.claims", "payload_mismatch", 1),
+        ("onlyonce.claims", "too_old", 1),
+        ("onlyonce.claims", "too_far_ahead", 1),
+        ("onlyonce.claims.repeated", "released", 1),
+        ("onlyonce.claims.repeated", "dropped", 1),
+        ("onlyonce.claims.repeated", "lease_expired", 1),
+        ("onlyonce.claims.repeated", "crashed", 1),
+        ("onlyonce.completions", "", 4),
+        ("onlyonce.releases", "", 1),
+        ("onlyonce.leases.lost", "", 1),
+        ("onlyonce.fail_open", "", 1),
+    ];
+    for (name, label, count) in expected {
+        assert_eq!(told.count(name, label), count, "{name} {label}");
+    }
+    let mut attempts = told.figures[&("onlyonce.claim.attempt".to_owned(), String::new())].clone();
+    attempts.sort_by(f64::total_cmp);
+    assert_eq!(attempts, [2.0, 2.0, 2.0, 3.0]);
+    let processing = &told.figures[&("onlyonce.processing.duration".to_owned(), String::new())];
+    assert!(processing.contains(&0.25) && processing.len() == 4, "{processing:?}");
+    let keys = &told.figures[&("onlyonce.call.keys".to_owned(), "record".to_owned())];
+    assert_eq!(keys.iter().filter(|keys| **keys == 1_000.0).count(), 60);
+    for label in &told.labels {
+        assert!(!label.contains("secret") && !label.contains("order"), "a key is a label: {label}");
+    }
+}
