@@ -679,6 +679,58 @@ async fn a_delivery_whose_key_is_refused_is_rejected() {
 }
 
 #[tokio::test]
+async fn on_stream_time_deliveries_go_by_their_timestamps() {
+    struct Stamped(Delivered, Option<u64>);
+
+    impl Delivery for Stamped {
+        type Error = Deaf;
+
+        fn key(&self) -> Key<'_> {
+            self.0.key()
+        }
+
+        fn timestamp_ms(&self) -> Option<u64> {
+            self.1
+        }
+
+        fn payload(&self) -> &[u8] {
+            self.0.payload()
+        }
+
+        async fn ack(self) -> Result<(), Deaf> {
+            self.0.ack().await
+        }
+
+        async fn retry_after(self, wait: Duration) -> Result<(), Deaf> {
+            self.0.retry_after(wait).await
+        }
+
+        async fn reject(self, why: &str) -> Result<(), Deaf> {
+            self.0.reject(why).await
+        }
+    }
+
+    let desk = Desk::with(|builder| builder.stream_time(10 * SECOND)).fail_open();
+    let settle = async |id: &str, at_ms: Option<u64>| {
+        desk.queue.send(id);
+        let delivery = Stamped(desk.queue.next(), at_ms);
+        desk.processor.process(delivery, async |_, _| Ok("receipt")).await.unwrap()
+    };
+    // A replay of what was long ago.
+    let then_ms = START_MS - 1_000_000;
+    assert!(matches!(settle("a", Some(then_ms)).await, Settled::Done));
+    assert!(matches!(settle("b", Some(then_ms + 9_000)).await, Settled::Done));
+    assert!(matches!(settle("a", Some(then_ms)).await, Settled::Duplicate(_)));
+    let ahead = settle("c", Some(then_ms + 900_000)).await;
+    assert!(matches!(ahead, Settled::StoreFailed { retry_after: LONGEST, .. }), "{ahead:?}");
+    let old = settle("d", Some(then_ms - 9_000)).await;
+    assert!(matches!(old, Settled::Rejected { attempts: 0, .. }), "{old:?}");
+    let timeless = settle("e", None).await;
+    assert!(matches!(timeless, Settled::Rejected { attempts: 0, .. }), "{timeless:?}");
+    assert_eq!((desk.queue.acknowledged(), desk.processor.unguarded()), (3, 0));
+}
+
+#[tokio::test]
 async fn a_key_of_the_callers_choice_takes_the_place_of_the_queues() {
     let desk = Desk::new();
     for (id, first) in [("delivery-1", true), ("delivery-2", false)] {

@@ -17,7 +17,8 @@ pub trait Delivery: Sized + Send + Sync {
     /// twice. Put it into the queue's scope, or two queues with one store take their keys for each other's.
     fn key(&self) -> Key<'_>;
 
-    /// When the message was made, in milliseconds since the Unix epoch, where the queue says so.
+    /// When the message was made, in milliseconds since the Unix epoch, where the queue says so. A store that runs on
+    /// [stream time](crate::Builder::stream_time) goes by it: there it must be the same for each delivery.
     fn timestamp_ms(&self) -> Option<u64> {
         None
     }
@@ -90,4 +91,19 @@ impl<D: Delivery> Delivery for Keyed<D> {
 #[must_use]
 pub fn key_of<'a>(id: Option<&'a [u8]>, payload: &[u8], queue: &'a str) -> Key<'a> {
     id.filter(|id| !id.is_empty()).map_or_else(|| Key::content(payload), Key::from).scope(queue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_goes_by_its_id_or_by_its_payload_in_the_scope_of_its_queue() {
+        let by_id = key_of(Some(b"1"), b"payload", "orders");
+        assert_eq!(by_id, Key::from("1").scope("orders"));
+        assert_ne!(by_id, key_of(Some(b"1"), b"payload", "refunds"));
+        for id in [None, Some(&b""[..])] {
+            assert_eq!(key_of(id, b"payload", "orders"), Key::content(b"payload").scope("orders"));
+        }
+    }
 }

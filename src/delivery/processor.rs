@@ -31,8 +31,8 @@ pub enum OnStoreFailure {
     /// at the same time even. Each such pass is logged as a warning and counted by [`Processor::unguarded`], and
     /// [`Job::is_guarded`] tells the work.
     ///
-    /// Not where the store is only at its `in_flight_limit`, which passes by itself; and not where it fails while the
-    /// work runs, which is cut off then. Both come back.
+    /// Not where the store is only at its `in_flight_limit`, or the message too far ahead of stream time, which pass by
+    /// themselves; and not where it fails while the work runs, which is cut off then. They come back.
     FailOpen,
 }
 
@@ -141,7 +141,8 @@ impl Processor {
         delivery: D,
         work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
     ) -> Result<Settled, Unsettled<D::Error>> {
-        let lease = match self.store.claim_wait(delivery.key(), self.patience).await {
+        let claim = self.store.claim_delivered(delivery.key(), delivery.timestamp_ms(), self.patience).await;
+        let lease = match claim {
             Ok(Claim::Acquired(lease)) => lease,
             Ok(Claim::Completed(first)) => return told(delivery.ack().await, Settled::Duplicate(first)),
             Ok(Claim::InProgress(other)) => {
@@ -247,13 +248,20 @@ impl Processor {
         match (&error, self.on_store_failure) {
             // It is the delivery that is at fault, and stays so.
             (
-                Error::KeyEmpty | Error::KeyTooLong { .. } | Error::ScopeTooLong { .. } | Error::PayloadMismatch { .. },
+                Error::KeyEmpty
+                | Error::KeyTooLong { .. }
+                | Error::ScopeTooLong { .. }
+                | Error::PayloadMismatch { .. }
+                | Error::TimestampMissing
+                | Error::TooOld { .. },
                 _,
             ) => {
                 let rejected = delivery.reject(&error.to_string()).await;
                 told(rejected, Settled::Rejected { failure: Some(Failure::permanent(error)), attempts: 0 })
             }
-            (Error::TooManyInFlight { .. }, _) | (_, OnStoreFailure::FailClosed) => self.lost(delivery, error).await,
+            (Error::TooManyInFlight { .. } | Error::TooFarAhead { .. }, _) | (_, OnStoreFailure::FailClosed) => {
+                self.lost(delivery, error).await
+            }
             (_, OnStoreFailure::FailOpen) => self.work_unguarded(delivery, work, error).await,
         }
     }
@@ -315,4 +323,20 @@ async fn caught<R>(work: impl Future<Output = Result<R, Failure>>) -> Result<R, 
         Err(payload) => Poll::Ready(Err(Failure::panicked(&*payload))),
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backoff_doubles_up_to_its_most_however_many_attempts_there_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = crate::Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+        let processor = Processor::new(Store::new(store).unwrap());
+        let seconds = [1, 2, 3, 9, 10, 32, 33, u32::MAX].map(|attempt| processor.backoff_after(attempt).as_secs());
+        assert_eq!(seconds, [1, 2, 4, 256, 300, 300, 300, 300]);
+        let short = processor.backoff(Duration::from_nanos(1), Duration::MAX);
+        assert!(short.backoff_after(40) > short.backoff_after(31));
+    }
 }

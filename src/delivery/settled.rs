@@ -41,7 +41,7 @@ pub enum Settled {
         /// When the delivery is to come back.
         retry_after: Duration,
     },
-    /// The store failed, and the delivery was not acknowledged: before the work ran, or, where the work was cut off or
+    /// The store failed, or let no more in for now, and the delivery was not acknowledged: before the work ran, or, where the work was cut off or
     /// its result could not be stored, after it has begun. The next attempt is told then.
     StoreFailed {
         /// What went wrong.

@@ -127,6 +127,20 @@ impl Store {
         self.wait_for_one(&request, limit).await
     }
 
+    /// As [`Store::claim_wait`], for a delivery: its timestamp counts where the store runs on stream time.
+    pub(crate) async fn claim_delivered(
+        &self,
+        key: Key<'_>,
+        timestamp_ms: Option<u64>,
+        limit: Duration,
+    ) -> Result<Claim> {
+        let request = match (self.one(key.clone()), timestamp_ms) {
+            (Err(Error::TimestampMissing), Some(timestamp_ms)) => self.one_at(key, timestamp_ms)?,
+            (request, _) => request?,
+        };
+        self.wait_for_one(&request, limit).await
+    }
+
     pub(super) async fn wait_for_one(&self, request: &Arc<Request>, limit: Duration) -> Result<Claim> {
         let engine = &self.committer.running.engine;
         let end = now().checked_add(limit);
