@@ -22,7 +22,7 @@
 //!     "charged"
 //! }
 //!
-//! let app: Router = Router::new().route("/charges", post(charge)).layer(layer);
+//! let app: Router = Router::new().route("/charges", post(charge)).route_layer(layer);
 //! # Ok(())
 //! # }
 //! ```
