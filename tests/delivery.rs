@@ -632,6 +632,7 @@ async fn a_store_that_fails_after_the_work_is_handled_by_the_same_policy() {
             .await;
         assert_eq!(settled.is_acknowledged(), open, "{settled:?}");
         assert_eq!(desk.processor.unguarded(), u64::from(open));
+        assert_eq!(desk.processor.store().blocking().stats().fail_open, u64::from(open));
         if !open {
             assert!(matches!(settled, Settled::StoreFailed { retry_after: LONGEST, .. }), "{settled:?}");
             desk.restart();

@@ -314,6 +314,12 @@ async fn a_request_whose_key_is_missing_malformed_or_too_long_is_refused() {
     assert_eq!(bench.stage.runs(), 1);
     assert_eq!(bench.layer.figures().refused, 12);
 
+    let form = |layer: IdempotencyLayer| layer.key_form(|key| key.starts_with("order-"));
+    let formal = Bench::with(|builder| builder, form).await;
+    for (key, status) in [("order-1", 201), ("\"order-2\"", 201), ("1", 400), ("\"orde\"", 400)] {
+        assert_eq!(formal.post("/charges", key).await.status, status, "{key}");
+    }
+
     // The store's own limit is for the key with its scope.
     let small = Bench::with(|builder| builder.key_limit(20), |layer| layer).await;
     assert_eq!(small.post("/charges", &"k".repeat(19)).await.status, 201);

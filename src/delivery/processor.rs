@@ -291,6 +291,7 @@ impl Processor {
 
     fn count_unguarded(&self, error: &Error) {
         self.unguarded.fetch_add(1, Ordering::Relaxed);
+        self.store.count_fail_open();
         tracing::warn!(%error, "the store failed, and work goes on without it: what is delivered twice is done twice");
     }
 

@@ -481,6 +481,11 @@ impl Store {
         Ok(answers.into_iter().map(|answer| answer.map(|answer| recorded(&answer))).collect())
     }
 
+    /// Counts a message that was let through without an answer, as [`Store::count_fail_open`](crate::Store::count_fail_open).
+    pub fn count_fail_open(&self) {
+        self.committer.running.engine.count_fail_open();
+    }
+
     /// Does what is in the queues, puts everything on the disk and lets go of the directory. Clones and leases that are
     /// left, those of [`Store::blocking`] too, get [`Error::Closed`].
     ///

@@ -7,7 +7,8 @@ use crate::entry::Prior;
 /// The attempt at a request that a handler makes. It is among the request's extensions.
 ///
 /// It is not there where nothing is guarded: other methods, requests without a key where none is required, and requests
-/// that pass while the store fails ([`OnStoreFailure::FailOpen`](super::OnStoreFailure)).
+/// that pass while the store fails ([`OnStoreFailure::FailOpen`](super::OnStoreFailure)). A handler that may get such requests
+/// takes it as an `Option`.
 #[derive(Debug, Clone)]
 pub struct Attempt {
     pub(super) key: Arc<str>,

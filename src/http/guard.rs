@@ -123,6 +123,12 @@ impl Guard {
         self.problem(problem).map(Body::whole)
     }
 
+    /// A request is answered without protection.
+    pub(super) fn count_fail_open(&self) {
+        self.counters.failed_open.add(1);
+        self.store.count_fail_open();
+    }
+
     pub(super) fn problem(&self, problem: Problem) -> Response<Bytes> {
         problem.response(self.options.documentation.as_ref())
     }

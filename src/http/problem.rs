@@ -99,8 +99,7 @@ impl Problem {
         match self {
             Self::KeyMissing => "This operation needs a key, so that it can be retried.".into(),
             Self::KeyMalformed(why) => {
-                format!("{why} Send one key, in double quotes, or bare in visible ASCII without quotes and commas.")
-                    .into()
+                format!("{why} Send one, in double quotes, or bare in visible ASCII without quotes and commas.").into()
             }
             Self::KeyTooLong { limit } => format!("A key has at most {limit} characters.").into(),
             Self::ScopeMissing => "It is not clear whose key it is.".into(),

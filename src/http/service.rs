@@ -132,7 +132,7 @@ where
             }
             OnStoreFailure::FailOpen => {
                 tracing::error!(%error, "a request is served without protection: its key could not be claimed");
-                guard.counters.failed_open.add(1);
+                guard.count_fail_open();
                 let response = service.call(request).await?;
                 Ok(response.map(Body::untouched))
             }

@@ -114,7 +114,7 @@ async fn store<R>(
     match guard.options.on_store_failure {
         OnStoreFailure::FailClosed => guard.refuse(Problem::AnswerNotStored),
         OnStoreFailure::FailOpen => {
-            counters.failed_open.add(1);
+            guard.count_fail_open();
             response
         }
     }
