@@ -677,6 +677,7 @@ async fn while_the_store_fails_nothing_runs_unless_that_was_said_aloud() {
         assert_eq!(answer.text(), (201, format!("run {run}, not guarded, body of 1").as_str()));
     }
     assert_eq!((open.layer.figures().failed_open, open.layer.figures().failed_closed), (3, 0));
+    assert_eq!(open.store.blocking().stats().fail_open, 3, "and where the metrics see it");
 }
 
 #[tokio::test]

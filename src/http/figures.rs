@@ -33,7 +33,8 @@ pub struct Figures {
     pub failed_closed: u64,
     /// Requests that were served without protection while the store failed, or whose answer could not be stored and was
     /// given all the same. Each may be worked on again. Watch it: with
-    /// [`OnStoreFailure::FailClosed`](super::OnStoreFailure::FailClosed) it stays zero.
+    /// [`OnStoreFailure::FailClosed`](super::OnStoreFailure::FailClosed) it stays zero. Also in
+    /// [`Stats::fail_open`](crate::Stats::fail_open), with what else uses the store.
     pub failed_open: u64,
 }
 
