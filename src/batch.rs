@@ -76,7 +76,7 @@ impl Store {
     }
 
     /// As [`Store::claim_batch`], for messages with their timestamps, each as [`Store::claim_at`]. Stream time follows one after
-    /// the other. What is too far ahead is asked again behind the rest of the batch, which may have confirmed it.
+    /// the other; the next of the batch can confirm one that is too far ahead.
     ///
     /// # Errors
     ///
@@ -98,8 +98,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// For each lease as [`Lease::complete`]. A lease of another store is refused with [`Error::ForeignLease`] and
-    /// given back.
+    /// For each lease as [`Lease::complete`]. A lease of another store is refused with
+    /// [`Error::ForeignLease`](crate::Error::ForeignLease) and given back.
     #[must_use = "each lease has an answer of its own"]
     pub fn complete_batch<R: Into<Vec<u8>>>(
         &self,

@@ -162,20 +162,25 @@ impl Timeline {
         Now { time_ms, monotonic_ms: self.clock.monotonic_ms(), backoff_ms: time_ms }
     }
 
-    /// Takes stream time along to a message of `at_ms`; what it is then. A leap is noted, and believed when the next one
-    /// confirms it.
-    pub(crate) fn follow(&self, at_ms: u64) -> Result<u64, Leap> {
+    /// Takes stream time along to a message of `at_ms`; what it is then. `next_ms` are the times of the messages behind it
+    /// that came with it: they, too, can confirm a leap. One that is refused is noted.
+    pub(crate) fn follow(&self, at_ms: u64, next_ms: &[u64]) -> Result<u64, Leap> {
         let Some(stream) = &self.stream else { return Ok(self.high_water_ms()) };
         let stream_ms = self.high_water_ms();
+        let noted_ms = stream.leap_ms.load(Ordering::Relaxed);
         if stream.reaches(stream_ms, at_ms) {
             // What is too old says nothing about where the stream is now.
-            let is_late = at_ms.saturating_add(stream.window_ms) <= stream_ms;
-            if !is_late && stream.leap_ms.load(Ordering::Relaxed) != 0 {
+            if noted_ms != 0 && !stream.is_late(stream_ms, at_ms) {
                 stream.leap_ms.store(0, Ordering::Relaxed);
             }
         } else {
-            self.may_leap(stream, stream_ms, at_ms, |at_ms| stream.leap_ms.swap(at_ms, Ordering::Relaxed))?;
-            stream.leap_ms.store(0, Ordering::Relaxed);
+            let refused = self.may_leap(stream, stream_ms, at_ms, noted_ms, next_ms).err();
+            match refused {
+                None if stream.reaches(at_ms, noted_ms) => stream.leap_ms.store(0, Ordering::Relaxed),
+                Some(Leap { in_future: false, .. }) => stream.leap_ms.store(at_ms, Ordering::Relaxed),
+                _ => {}
+            }
+            refused.map_or(Ok(()), Err)?;
         }
         if at_ms > stream_ms {
             self.advance(at_ms);
@@ -189,26 +194,30 @@ impl Timeline {
         if let Some(stream) = &self.stream
             && !stream.reaches(stream_ms, at_ms)
         {
-            self.may_leap(stream, stream_ms, at_ms, |_| stream.leap_ms.load(Ordering::Relaxed))?;
+            self.may_leap(stream, stream_ms, at_ms, stream.leap_ms.load(Ordering::Relaxed), &[])?;
         }
         Ok(stream_ms.max(at_ms))
     }
 
-    /// Whether a message of `at_ms` is within reach of stream time.
-    pub(crate) fn reaches(&self, at_ms: u64) -> bool {
-        self.stream.as_ref().is_some_and(|stream| stream.reaches(self.high_water_ms(), at_ms))
-    }
-
-    /// Whether a leap is believed; `note` gives the one before it.
-    fn may_leap(&self, stream: &Stream, stream_ms: u64, at_ms: u64, note: impl FnOnce(u64) -> u64) -> Result<(), Leap> {
+    /// Whether a leap is believed: another message that leaps, next to it, is as far, or less than a step behind.
+    fn may_leap(
+        &self,
+        stream: &Stream,
+        stream_ms: u64,
+        at_ms: u64,
+        noted_ms: u64,
+        next_ms: &[u64],
+    ) -> Result<(), Leap> {
         let max_ahead_ms = stream.max_ahead_ms;
-        let in_future = at_ms > self.clock.wall_ms().min(MAX_WALL_MS).saturating_add(max_ahead_ms);
-        let is_confirmed = || match (stream_ms, note(at_ms)) {
+        let latest_ms = self.clock.wall_ms().min(MAX_WALL_MS).saturating_add(max_ahead_ms);
+        let confirms = |other_ms: u64| !stream.reaches(stream_ms, other_ms) && stream.reaches(other_ms, at_ms);
+        // What is too old or of the future says nothing.
+        let says_something = |other_ms: &u64| !stream.is_late(stream_ms, *other_ms) && *other_ms <= latest_ms;
+        let is_confirmed = || {
             // The first message of a store leaps from nowhere.
-            (0, _) => true,
-            (_, 0) => false,
-            (_, before_ms) => before_ms.abs_diff(at_ms) <= max_ahead_ms,
+            stream_ms == 0 || confirms(noted_ms) || next_ms.iter().copied().find(says_something).is_some_and(confirms)
         };
+        let in_future = at_ms > latest_ms;
         if !in_future && is_confirmed() { Ok(()) } else { Err(Leap { stream_ms, max_ahead_ms, in_future }) }
     }
 
@@ -226,6 +235,10 @@ impl Timeline {
 impl Stream {
     fn reaches(&self, stream_ms: u64, at_ms: u64) -> bool {
         at_ms <= stream_ms.saturating_add(self.max_ahead_ms)
+    }
+
+    fn is_late(&self, stream_ms: u64, at_ms: u64) -> bool {
+        at_ms.saturating_add(self.window_ms) <= stream_ms
     }
 }
 
@@ -260,28 +273,39 @@ mod tests {
         let (clock, timeline) = of_messages(0);
         for (at_ms, stream_ms) in [(5_000, 5_000), (5_100, 5_100), (4_000, 5_100), (5_099, 5_100), (5_200, 5_200)] {
             assert_eq!(timeline.foresee(at_ms).map(|_| timeline.high_water_ms() <= stream_ms), Ok(true));
-            assert_eq!(timeline.follow(at_ms), Ok(stream_ms), "{at_ms}");
+            assert_eq!(timeline.follow(at_ms, &[]), Ok(stream_ms), "{at_ms}");
         }
         for wall_ms in [0, u64::MAX, 1_000_000] {
             clock.set_wall_ms(wall_ms);
             assert_eq!(timeline.now().time_ms, 5_200);
-            assert_eq!(timeline.follow(5_150), Ok(5_200));
+            assert_eq!(timeline.follow(5_150, &[]), Ok(5_200));
         }
     }
 
     #[test]
-    fn a_leap_is_refused_until_another_confirms_it_and_nothing_within_reach_comes_between() {
+    fn a_leap_goes_as_far_as_two_messages_in_a_row_say() {
         let (_, timeline) = of_messages(5_000);
         let refused = Err(Leap { stream_ms: 5_000, max_ahead_ms: 100, in_future: false });
         assert_eq!(timeline.foresee(9_000), refused);
-        assert_eq!(timeline.follow(9_000), refused);
-        assert_eq!(timeline.follow(5_000), Ok(5_000), "so the other was a stray");
-        assert_eq!(timeline.follow(9_000), refused);
-        assert_eq!(timeline.follow(20_000), refused, "they do not agree");
-        assert_eq!(timeline.follow(4_500), Ok(5_000), "too old to say where the stream is");
+        assert_eq!(timeline.follow(9_000, &[]), refused);
+        assert_eq!(timeline.follow(5_000, &[]), Ok(5_000), "so the other was a stray");
+        assert_eq!(timeline.follow(9_000, &[]), refused);
+        assert_eq!(timeline.follow(20_000, &[]), refused, "nobody else says so much");
+        assert_eq!(timeline.follow(4_500, &[]), Ok(5_000), "too old to say where the stream is");
         assert_eq!(timeline.foresee(20_000), Ok(20_000), "noted, and not changed by looking");
-        assert_eq!(timeline.follow(19_950), Ok(19_950));
-        assert_eq!(timeline.follow(20_000), Ok(20_000));
+        assert_eq!(timeline.follow(9_000, &[]), Ok(9_000), "so much say both");
+        assert!(timeline.follow(20_101, &[]).is_err(), "more than a step beyond what was noted");
+        assert_eq!(timeline.follow(20_000, &[]), Ok(20_000));
+        assert_eq!(timeline.follow(20_100, &[]), Ok(20_100));
+    }
+
+    #[test]
+    fn a_leap_is_confirmed_by_the_next_that_came_with_it() {
+        let refused = |next: &[u64]| of_messages(5_000).1.follow(9_000, next).is_err();
+        assert!(refused(&[]) && refused(&[5_050, 9_000]) && refused(&[8_899]));
+        assert!(!refused(&[8_900]) && !refused(&[30_000]) && !refused(&[4_500, 9_000]));
+        // What is of the future says nothing: neither for it nor against it.
+        assert!(refused(&[u64::MAX]) && !refused(&[u64::MAX, 9_000]));
     }
 
     #[test]
@@ -289,12 +313,12 @@ mod tests {
         for high_water_ms in [0, 5_000] {
             let (clock, timeline) = of_messages(high_water_ms);
             for _ in 0..5 {
-                assert!(timeline.follow(1_000_101).is_err_and(|leap| leap.in_future));
+                assert!(timeline.follow(1_000_101, &[]).is_err_and(|leap| leap.in_future));
             }
             clock.advance(Duration::from_millis(1));
-            let noted = timeline.follow(1_000_101);
+            let noted = timeline.follow(1_000_101, &[]);
             assert_eq!(noted.is_ok(), high_water_ms == 0, "the first of all needs no second");
-            assert_eq!(timeline.follow(1_000_101), Ok(1_000_101));
+            assert_eq!(timeline.follow(1_000_101, &[]), Ok(1_000_101));
         }
     }
 }

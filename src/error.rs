@@ -147,8 +147,8 @@ pub enum Error {
     },
 
     /// On a store that runs on stream time: the message is further ahead than one message may be. It is let in when another
-    /// one confirms it, or this one is asked for again and none within reach came between; and not before the wall clock
-    /// comes within the bound, if it is in the future.
+    /// one, next to it, is as far, or this one is asked for again and none within reach came between; and not before the
+    /// wall clock comes within the bound, if it is in the future.
     #[error(
         "the message of {key} is of {at_ms}, more than {max_ahead:?} ahead of stream time, which is {stream_ms}{}: \
          try it again later",

@@ -238,7 +238,6 @@ fn last_year_is_replayed_as_it_was_lived() {
         Err(Error::TooOld { .. }) => too_old += 1,
         other => panic!("{other:?}"),
     };
-    let pauses = |at: usize| at == 0 || times[at] - times[at - 1] > AHEAD_MS;
     for at in 0..times.len() {
         let message = |at: usize| (format!("message {}", times[at]), times[at]);
         let mut batch = vec![message(at), message(at)];
@@ -247,10 +246,6 @@ fn last_year_is_replayed_as_it_was_lived() {
         }
         if at % 7 == 0 && at >= 20 {
             batch.push(message(at - 20));
-        }
-        if pauses(at) && at > 0 {
-            // One that was there alone would be asked for again.
-            assert!(stream.is_too_far_ahead("the first after the pause", times[at]));
         }
         stream.store().record_batch_at(batch).unwrap().into_iter().for_each(&mut count);
         if at % 1_500 == 1_499 {
@@ -333,12 +328,19 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() 
     let friday_ms = monday_ms + 4 * DAY_MS;
     assert!(stream.is_too_far_ahead("blocks", friday_ms));
     assert!(!stream.is_too_far_ahead("blocks", friday_ms));
-    // A batch that has them all.
+    // A batch that has them all, and spans more than a window.
     let week_ms = friday_ms + 7 * DAY_MS;
-    let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i)).collect();
+    let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i * 2_000)).collect();
     let claims = stream.store().claim_batch_at(batch).unwrap();
     assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
-    assert_eq!(stream.now_ms(), week_ms + 9);
+    assert_eq!(stream.now_ms(), week_ms + 18_000);
+    // Every step is a leap.
+    let batch: Vec<(String, u64)> = (1..10).map(|i| (format!("y{i}"), week_ms + i * DAY_MS)).collect();
+    let claims = stream.store().claim_batch_at(batch.clone()).unwrap();
+    let (last, others) = claims.split_last().unwrap();
+    assert!(others.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
+    assert!(matches!(last, Err(Error::TooFarAhead { .. })));
+    assert!(!stream.is_too_far_ahead("y9", week_ms + 9 * DAY_MS));
 }
 
 #[test]
@@ -612,12 +614,12 @@ impl Model {
     /// Whether a message is let in, and takes the time along.
     fn lets_in(&mut self, at_ms: u64) -> bool {
         if at_ms > self.now_ms + AHEAD_MS {
-            let is_confirmed = self.leap_ms.is_some_and(|leap_ms| leap_ms.abs_diff(at_ms) <= AHEAD_MS);
+            let is_confirmed = self.leap_ms.is_some_and(|leap_ms| at_ms <= leap_ms + AHEAD_MS);
             if self.now_ms > 0 && !is_confirmed {
                 self.leap_ms = Some(at_ms);
                 return false;
             }
-            self.leap_ms = None;
+            self.leap_ms = self.leap_ms.filter(|leap_ms| *leap_ms > at_ms + AHEAD_MS);
         } else if at_ms + WINDOW_MS > self.now_ms {
             self.leap_ms = None;
         }

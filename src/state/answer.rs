@@ -86,15 +86,17 @@ pub(super) fn payload_mismatch(asked: Asked<'_>) -> Error {
     Error::PayloadMismatch { key: display(asked.key) }
 }
 
-pub(super) fn too_old(asked: Asked<'_>, now: Now, window_ms: u64) -> Error {
+#[cold]
+pub(super) fn too_old(asked: Asked<'_>, at_ms: Option<u64>, now: Now, window_ms: u64) -> Error {
     let remembers_since_ms = now.time_ms.saturating_sub(window_ms).saturating_add(1);
-    Error::TooOld { key: display(asked.key), at_ms: asked.at_ms.unwrap_or(0), remembers_since_ms }
+    Error::TooOld { key: display(asked.key), at_ms: at_ms.unwrap_or(0), remembers_since_ms }
 }
 
-pub(super) fn too_far_ahead(asked: Asked<'_>, leap: Leap) -> Error {
+#[cold]
+pub(super) fn too_far_ahead(asked: Asked<'_>, at_ms: u64, leap: Leap) -> Error {
     let Leap { stream_ms, max_ahead_ms, in_future } = leap;
     let max_ahead = Duration::from_millis(max_ahead_ms);
-    Error::TooFarAhead { key: display(asked.key), at_ms: asked.at_ms.unwrap_or(0), stream_ms, max_ahead, in_future }
+    Error::TooFarAhead { key: display(asked.key), at_ms, stream_ms, max_ahead, in_future }
 }
 
 /// A key as people read it.

@@ -26,13 +26,17 @@ impl Engine {
         let mut row = self.row(RowKind::Claimed, now, request.key_bytes() + request.len() * 12);
         let mut claimed = Vec::with_capacity(request.len());
         // What fails here fails for this key alone: those before it have their places already.
-        let mut claim = |asked: Asked<'_>| {
+        let claim = |asked: Asked<'_>| {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
-                let now = self.moment(asked, now)?;
-                match transition::find(stored.as_ref(), asked.payload, asked.at_ms, now, self.policy) {
+                let at_ms = request.at_ms(asked.place);
+                let now = match at_ms {
+                    None => now,
+                    Some(at_ms) => self.moment(request, asked, at_ms, now)?,
+                };
+                match transition::find(stored.as_ref(), asked.payload, at_ms, now, self.policy) {
                     Found::Available { attempt, prior } => {
                         self.admit_in_flight(stored.as_ref())?;
-                        let since_ms = time_of(asked, now, prior, stored.as_ref());
+                        let since_ms = time_of(at_ms, now, prior, stored.as_ref());
                         // Under the lock, so that later holders have higher tokens.
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
@@ -62,13 +66,12 @@ impl Engine {
                     }
                     Found::Completed(done) => Ok(Claimed::Completed(done.clone())),
                     Found::PayloadMismatch => Err(payload_mismatch(asked)),
-                    Found::TooOld => Err(too_old(asked, now, self.policy.window_ms)),
+                    Found::TooOld => Err(too_old(asked, at_ms, now, self.policy.window_ms)),
                 }
             });
             decided.flatten()
         };
-        claimed.extend(request.iter().map(&mut claim));
-        self.ask_again(request, &mut claimed, claim);
+        claimed.extend(request.iter().map(claim));
         self.append(open, row, self.config.sync_claims())?;
         self.count_claims(&claimed);
         Ok(claimed)
@@ -83,14 +86,18 @@ impl Engine {
         let open = self.begin_row();
         let mut row = self.row(RowKind::Completed, now, request.key_bytes() + request.len() * 8);
         let mut answers = Vec::with_capacity(request.len());
-        let mut record = |asked: Asked<'_>| {
+        let record = |asked: Asked<'_>| {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
-                let now = self.moment(asked, now)?;
-                match transition::find(stored.as_ref(), asked.payload, asked.at_ms, now, self.policy) {
+                let at_ms = request.at_ms(asked.place);
+                let now = match at_ms {
+                    None => now,
+                    Some(at_ms) => self.moment(request, asked, at_ms, now)?,
+                };
+                match transition::find(stored.as_ref(), asked.payload, at_ms, now, self.policy) {
                     Found::Available { attempt, prior } => {
                         let token = self.sequence.take();
                         let fingerprint = asked.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
-                        let completed_ms = time_of(asked, now, prior, stored.as_ref());
+                        let completed_ms = time_of(at_ms, now, prior, stored.as_ref());
                         let done = Done { token, completed_ms, fingerprint, result: Kept::Absent };
                         row.completed(asked.key, &done);
                         let pending = Pending { row: open.number(), attempt, holder: Holder::Recording };
@@ -100,13 +107,12 @@ impl Engine {
                     Found::InProgress { retry_after_ms, attempt } => Ok(Answer::InProgress { retry_after_ms, attempt }),
                     Found::Completed(done) => Ok(Answer::Completed(done.clone())),
                     Found::PayloadMismatch => Err(payload_mismatch(asked)),
-                    Found::TooOld => Err(too_old(asked, now, self.policy.window_ms)),
+                    Found::TooOld => Err(too_old(asked, at_ms, now, self.policy.window_ms)),
                 }
             });
             decided.flatten()
         };
-        answers.extend(request.iter().map(&mut record));
-        self.ask_again(request, &mut answers, record);
+        answers.extend(request.iter().map(record));
         self.append(open, row, self.config.sync_results())?;
         self.waiting.wake(request.digests());
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
@@ -120,19 +126,6 @@ impl Engine {
         self.count_records(&answers);
         self.wake_if_due();
         Ok(answers)
-    }
-
-    /// Asks again for what was too far ahead, where others of the call have taken stream time along meanwhile.
-    fn ask_again<T>(&self, request: &Request, answers: &mut [Result<T>], mut ask: impl FnMut(Asked<'_>) -> Result<T>) {
-        if !self.timeline.is_stream() {
-            return;
-        }
-        for (asked, answer) in request.iter().zip(answers) {
-            let is_within_reach = || asked.at_ms.is_some_and(|at_ms| self.timeline.reaches(at_ms));
-            if matches!(answer, Err(Error::TooFarAhead { .. })) && is_within_reach() {
-                *answer = ask(asked);
-            }
-        }
     }
 
     /// Room for one more key in flight, if it is none yet. Asked under a stripe's lock: callers in other stripes may
@@ -206,8 +199,8 @@ fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerp
 }
 
 /// The time that a key gets: now, or its message's. Who goes on with somebody's work keeps the later of the two.
-fn time_of(asked: Asked<'_>, now: Now, prior: Option<Prior>, stored: Option<&Entry>) -> u64 {
-    match (asked.at_ms, prior, stored) {
+fn time_of(at_ms: Option<u64>, now: Now, prior: Option<Prior>, stored: Option<&Entry>) -> u64 {
+    match (at_ms, prior, stored) {
         (None, _, _) => now.time_ms,
         (Some(at_ms), Some(_), Some(Entry::Processing(processing))) => at_ms.max(processing.since_ms),
         (Some(at_ms), _, _) => at_ms,

@@ -287,13 +287,10 @@ impl Engine {
 
     /// The moment at which a key is decided about: taken while its stripe is locked, so that it is not before the moment
     /// at which a bucket went in which the key was looked for.
-    pub(super) fn moment(&self, asked: Asked<'_>, now: Now) -> Result<Now> {
-        match asked.at_ms {
-            None => Ok(now),
-            Some(at_ms) => match self.timeline.follow(at_ms) {
-                Ok(time_ms) => Ok(Now { time_ms, ..now }),
-                Err(leap) => Err(too_far_ahead(asked, leap)),
-            },
+    pub(super) fn moment(&self, request: &Request, asked: Asked<'_>, at_ms: u64, now: Now) -> Result<Now> {
+        match self.timeline.follow(at_ms, request.times_behind(asked.place)) {
+            Ok(time_ms) => Ok(Now { time_ms, ..now }),
+            Err(leap) => Err(too_far_ahead(asked, at_ms, leap)),
         }
     }
 

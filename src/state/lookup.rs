@@ -109,17 +109,18 @@ impl Engine {
         let _timer = self.meter.call(Call::Check, request.len());
         let now = self.now();
         self.look_at(request, |asked, stored| {
-            let now = match asked.at_ms.map(|at_ms| self.timeline.foresee(at_ms)) {
+            let at_ms = request.at_ms(asked.place);
+            let now = match at_ms.map(|at_ms| (at_ms, self.timeline.foresee(at_ms))) {
                 None => now,
-                Some(Ok(time_ms)) => Now { time_ms, ..now },
-                Some(Err(leap)) => return Err(too_far_ahead(asked, leap)),
+                Some((_, Ok(time_ms))) => Now { time_ms, ..now },
+                Some((at_ms, Err(leap))) => return Err(too_far_ahead(asked, at_ms, leap)),
             };
-            match transition::find(stored.as_ref(), asked.payload, asked.at_ms, now, self.policy) {
+            match transition::find(stored.as_ref(), asked.payload, at_ms, now, self.policy) {
                 Found::Available { .. } => Ok(Answer::New),
                 Found::InProgress { retry_after_ms, attempt } => Ok(Answer::InProgress { retry_after_ms, attempt }),
                 Found::Completed(done) => Ok(Answer::Completed(done.clone())),
                 Found::PayloadMismatch => Err(payload_mismatch(asked)),
-                Found::TooOld => Err(too_old(asked, now, self.policy.window_ms)),
+                Found::TooOld => Err(too_old(asked, at_ms, now, self.policy.window_ms)),
             }
         })
     }

@@ -29,8 +29,6 @@ pub(crate) struct Asked<'a> {
     pub(crate) digest: u64,
     pub(crate) key: &'a [u8],
     pub(crate) payload: Option<&'a Fingerprint>,
-    /// When its message is of, on stream time.
-    pub(crate) at_ms: Option<u64>,
 }
 
 /// Refuses a call that brings too much.
@@ -111,13 +109,22 @@ impl Request {
         self.bytes.len()
     }
 
+    /// When the message in this place is of, on stream time.
+    pub(crate) fn at_ms(&self, place: usize) -> Option<u64> {
+        self.times_ms.get(place).copied()
+    }
+
+    /// The times of the messages behind this place.
+    pub(crate) fn times_behind(&self, place: usize) -> &[u64] {
+        self.times_ms.get(place + 1..).unwrap_or_default()
+    }
+
     /// The key in this place.
     pub(crate) fn get(&self, place: usize) -> Option<Asked<'_>> {
         let item = self.items.get(place)?;
         let before = place.checked_sub(1).and_then(|before| self.items.get(before));
         let key = self.bytes.get(before.map_or(0, |before| before.end)..item.end).unwrap_or_default();
-        let at_ms = self.times_ms.get(place).copied();
-        Some(Asked { place, digest: item.digest, key, payload: item.payload.as_ref(), at_ms })
+        Some(Asked { place, digest: item.digest, key, payload: item.payload.as_ref() })
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = Asked<'_>> {
@@ -125,8 +132,7 @@ impl Request {
         self.items.iter().enumerate().map(move |(place, item)| {
             let key = self.bytes.get(start..item.end).unwrap_or_default();
             start = item.end;
-            let at_ms = self.times_ms.get(place).copied();
-            Asked { place, digest: item.digest, key, payload: item.payload.as_ref(), at_ms }
+            Asked { place, digest: item.digest, key, payload: item.payload.as_ref() }
         })
     }
 }
