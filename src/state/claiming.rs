@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::answer::{Answer, Claimed, Grant, payload_mismatch, too_old};
 use super::engine::Engine;
 use super::page::Pending;
-use super::request::{Asked, Request};
+use super::request::Request;
 use super::transition::{self, Found};
 use crate::clock::Now;
 use crate::codec::RowKind;
@@ -25,8 +25,8 @@ impl Engine {
         let open = self.begin_row();
         let mut row = self.row(RowKind::Claimed, now, request.key_bytes() + request.len() * 12);
         let mut claimed = Vec::with_capacity(request.len());
-        // What fails here fails for this key alone: those before it have their places already.
-        let claim = |asked: Asked<'_>| {
+        for asked in request.iter() {
+            // What fails here fails for this key alone: those before it have their places already.
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
                 let at_ms = request.at_ms(asked.place);
                 let now = match at_ms {
@@ -69,9 +69,8 @@ impl Engine {
                     Found::TooOld => Err(too_old(asked, at_ms, now, self.policy.window_ms)),
                 }
             });
-            decided.flatten()
-        };
-        claimed.extend(request.iter().map(claim));
+            claimed.push(decided.flatten());
+        }
         self.append(open, row, self.config.sync_claims())?;
         self.count_claims(&claimed);
         Ok(claimed)
@@ -86,7 +85,7 @@ impl Engine {
         let open = self.begin_row();
         let mut row = self.row(RowKind::Completed, now, request.key_bytes() + request.len() * 8);
         let mut answers = Vec::with_capacity(request.len());
-        let record = |asked: Asked<'_>| {
+        for asked in request.iter() {
             let decided = self.decide(asked, &on_disk, |stripe, stored| {
                 let at_ms = request.at_ms(asked.place);
                 let now = match at_ms {
@@ -110,9 +109,8 @@ impl Engine {
                     Found::TooOld => Err(too_old(asked, at_ms, now, self.policy.window_ms)),
                 }
             });
-            decided.flatten()
-        };
-        answers.extend(request.iter().map(record));
+            answers.push(decided.flatten());
+        }
         self.append(open, row, self.config.sync_results())?;
         self.waiting.wake(request.digests());
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.

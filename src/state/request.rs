@@ -72,6 +72,8 @@ impl Request {
         Self { bytes: Vec::with_capacity(keys * 48), items: Vec::with_capacity(keys), times_ms: Vec::new() }
     }
 
+    // A part of two loops over keys: as a call of its own it costs every key some sixty instructions.
+    #[inline(always)]
     fn push(&mut self, key: &Key<'_>, key_limit: usize, digester: &Digester) -> Result<()> {
         let start = self.bytes.len();
         key.encode(key_limit, &mut self.bytes)?;

@@ -81,6 +81,7 @@ pub(crate) enum Found<'a> {
 const SETTLING_RETRY_MS: u64 = 10;
 
 /// `at_ms` is the message's time, on stream time.
+#[inline]
 pub(crate) fn find<'a>(
     stored: Option<&'a Entry>,
     payload: Option<&Fingerprint>,
