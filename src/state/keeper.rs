@@ -182,3 +182,40 @@ fn sync(engine: &Engine, stopped: &Receiver<()>) {
         }
     }
 }
+
+#[cfg(all(test, feature = "metrics"))]
+mod tests {
+    use std::time::Instant;
+
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    use super::*;
+    use crate::config::Options;
+    use crate::storage::directory::Directory;
+
+    #[test]
+    fn whoever_watches_learns_that_a_store_is_poisoned_and_keeps_learning_it() {
+        let recorder = DebuggingRecorder::new();
+        let snapshotter = recorder.snapshotter();
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let open = || Running::start(Engine::open(directory, &Options::default()).unwrap()).unwrap();
+        let running = metrics::with_local_recorder(&recorder, open);
+        running.engine.poison("a test");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // Each snapshot begins anew.
+        for time in 1..=2 {
+            let is_told = || {
+                let told = snapshotter.snapshot().into_vec();
+                told.into_iter().any(|(key, _, _, value)| {
+                    key.key().name() == "onlyonce.poisoned"
+                        && matches!(value, DebugValue::Gauge(level) if level.0 == 1.0)
+                })
+            };
+            while !is_told() {
+                assert!(Instant::now() < deadline, "time {time}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+}
