@@ -54,7 +54,7 @@ pub fn address(variable: &str) -> String {
 }
 
 /// Nothing comes for so long: the queue is empty.
-const QUIET: Duration = Duration::from_millis(2_500);
+const QUIET: Duration = Duration::from_millis(4_000);
 const CONSUMERS: usize = 8;
 /// Half of the time that slow work takes: longer than a broker waits for an answer here.
 const SLOW: Duration = Duration::from_secs(1);
@@ -191,6 +191,10 @@ impl Stage {
         command.spawn().unwrap()
     }
 
+    fn effects(&self) -> u32 {
+        self.site.count("ledger").values().sum()
+    }
+
     /// Kills consumers so many times, at random, and lets a last one finish. How long that took.
     fn kill_consumers(&self, kills: u32) -> Duration {
         let seed = rand::random();
@@ -199,8 +203,15 @@ impl Stage {
         let begun = Instant::now();
         for kill in 1..=kills {
             let mut consumer = self.consumer();
-            std::thread::sleep(Duration::from_millis(random.random_range(100..700)));
-            assert!(consumer.try_wait().unwrap().is_none(), "consumer {kill} of {kills} has ended by itself");
+            // A few die before their first effect, the others in the middle of the work: however slow the machine is.
+            let (effects, pause_ms) = if kill % 4 == 0 { (0, 300) } else { (random.random_range(1..60), 20) };
+            let (until, patience) = (self.effects() + effects, Instant::now() + Duration::from_secs(30));
+            while self.effects() < until {
+                assert!(consumer.try_wait().unwrap().is_none(), "consumer {kill} of {kills} has ended by itself");
+                assert!(Instant::now() < patience, "consumer {kill} of {kills} does nothing");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::thread::sleep(Duration::from_millis(random.random_range(0..pause_ms)));
             consumer.kill().unwrap();
             consumer.wait().unwrap();
         }

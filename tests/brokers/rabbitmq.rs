@@ -159,3 +159,28 @@ async fn a_consumer_that_may_not_declare_queues_keeps_a_delivery_back_in_its_pro
     );
     assert_eq!(broker.ready(&format!("{}.retry.1024", broker.queue)).await, 0);
 }
+
+#[tokio::test]
+async fn an_acknowledgement_on_a_closed_channel_is_reported_and_the_redelivery_is_a_duplicate() {
+    let broker = Rabbit::open(&format!("closed-{}", std::process::id())).await;
+    broker.send(Some("order-1"), "charge").await;
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap());
+    let channel = broker.connection.create_channel().await.unwrap();
+    let mut consumer = Consumer::new(channel.clone(), &broker.queue, 1).await.unwrap();
+    let message = consumer.next().await.unwrap().unwrap();
+    let work = async |_: &Message, _: &mut onlyonce::delivery::Job| {
+        channel.close(200, "in the middle of the work".into()).await?;
+        Ok("charged")
+    };
+    let unsettled = processor.process(message, work).await.unwrap_err();
+    assert!(matches!(unsettled.settled, Settled::Done), "{unsettled:?}");
+
+    let mut consumer =
+        Consumer::new(broker.connection.create_channel().await.unwrap(), &broker.queue, 1).await.unwrap();
+    let message = consumer.next().await.unwrap().unwrap();
+    let work = async |_: &Message, _: &mut onlyonce::delivery::Job| -> Result<&str, Failure> { panic!("it was done") };
+    let settled = processor.process(message, work).await.unwrap();
+    assert!(matches!(settled, Settled::Duplicate(_)), "{settled:?}");
+}
