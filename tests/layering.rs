@@ -48,7 +48,10 @@ const ORDER: &[(&str, &[&str])] = &[
         "http",
         &["attempt", "figures", "body", "problem", "key", "fingerprint", "stored", "guard", "work", "service", "layer"],
     ),
-    ("delivery", &["message", "work", "settled", "processor", "redis_streams", "rabbitmq", "nats"]),
+    (
+        "delivery",
+        &["message", "work", "settled", "processor", "redis_streams", "rabbitmq", "nats", "sqs", "partitions", "kafka"],
+    ),
 ];
 
 fn floor(module: &str) -> usize {

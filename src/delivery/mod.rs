@@ -99,15 +99,21 @@
 //! A `process` that is dropped drops its lease and its delivery: the next delivery runs, and its work is told. When
 //! that comes is the queue's affair, for it was told nothing.
 
+#[cfg(feature = "kafka")]
+pub mod kafka;
 mod message;
 #[cfg(feature = "nats")]
 pub mod nats;
+#[cfg(feature = "kafka")]
+mod partitions;
 mod processor;
 #[cfg(feature = "rabbitmq")]
 pub mod rabbitmq;
 #[cfg(feature = "redis-streams")]
 pub mod redis_streams;
 mod settled;
+#[cfg(feature = "sqs")]
+pub mod sqs;
 mod work;
 
 pub use message::{Delivery, Keyed, key_of};

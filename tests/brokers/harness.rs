@@ -29,6 +29,8 @@ pub trait Broker: Sized {
     fn open(queue: &str) -> impl Future<Output = Self>;
     /// What a producer sends: with an id or without one.
     fn send(&self, id: Option<&str>, body: &str) -> impl Future<Output = ()>;
+    /// One of so many messages is sent: for a broker that takes its time.
+    const SHARE: usize = 1;
     /// What the producer waits before it sends the same ids again, for the broker to let them pass.
     const BETWEEN_TWINS: Duration;
     /// A consumer that looks for redeliveries in less than a second.
@@ -196,7 +198,7 @@ impl Stage {
     }
 
     /// Kills consumers so many times, at random, and lets a last one finish. How long that took.
-    fn kill_consumers(&self, kills: u32) -> Duration {
+    fn kill_consumers<B: Broker>(&self, kills: u32) -> Duration {
         let seed = rand::random();
         println!("killed by seed {seed}");
         let mut random = StdRng::seed_from_u64(seed);
@@ -204,7 +206,8 @@ impl Stage {
         for kill in 1..=kills {
             let mut consumer = self.consumer();
             // A few die before their first effect, the others in the middle of the work: however slow the machine is.
-            let (effects, pause_ms) = if kill % 4 == 0 { (0, 300) } else { (random.random_range(1..60), 20) };
+            let (effects, pause_ms) =
+                if kill % 4 == 0 { (0, 300) } else { (random.random_range(1..60 / B::SHARE), 20) };
             let (until, patience) = (self.effects() + effects, Instant::now() + Duration::from_secs(30));
             while self.effects() < until {
                 assert!(consumer.try_wait().unwrap().is_none(), "consumer {kill} of {kills} has ended by itself");
@@ -250,26 +253,25 @@ async fn send<B: Broker>(broker: &B, messages: usize) {
 
 /// Consumers are killed again and again, and every message was sent by a producer that sends some of them twice.
 pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>(test: &'static str) {
-    const MESSAGES: usize = 2_000;
-    const TWINS: usize = 500;
+    let (messages, twins) = (2_000 / B::SHARE, 500 / B::SHARE);
     const KILLS: u32 = 25;
     consume_if_child::<B>(test);
     let stage = Stage::new(test);
     runtime().block_on(async {
         let broker = B::open(&stage.queue).await;
-        send(&broker, MESSAGES).await;
+        send(&broker, messages).await;
         tokio::time::sleep(B::BETWEEN_TWINS).await;
-        send(&broker, TWINS).await;
+        send(&broker, twins).await;
     });
-    let took = stage.kill_consumers(KILLS);
+    let took = stage.kill_consumers::<B>(KILLS);
     let (ledger, events) = (stage.site.count("ledger"), stage.site.count("events"));
-    println!("{MESSAGES} messages and {TWINS} twins, {KILLS} kills, {took:?}: {events:?}");
-    assert_eq!(ledger.len(), MESSAGES, "no message is lost");
+    println!("{messages} messages and {twins} twins, {KILLS} kills, {took:?}: {events:?}");
+    assert_eq!(ledger.len(), messages, "no message is lost");
     let repeated: Vec<_> = ledger.iter().filter(|(_, times)| **times > 1).collect();
     assert!(repeated.is_empty(), "effects that happened more than once: {repeated:?}");
     let seen = |event: &str| events.get(event).copied().unwrap_or_default();
     // A kill takes the notes of what was settled a moment before, of each consumer one at most.
-    assert!(seen("duplicate") as usize + KILLS as usize * CONSUMERS >= TWINS, "each twin was settled");
+    assert!(seen("duplicate") as usize + KILLS as usize * CONSUMERS >= twins, "each twin was settled");
     assert!(seen("asked, and it had happened") > 0, "no kill fell between an effect and its completion");
     assert!(seen("failed") > 0);
 
@@ -279,11 +281,11 @@ pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>
         assert_eq!(broker.dead().await, Vec::<String>::new());
         // The producer sends all of it again, a while later.
         tokio::time::sleep(B::BETWEEN_TWINS).await;
-        send(&broker, MESSAGES).await;
+        send(&broker, messages).await;
         let processor = stage.site.processor();
         stage.site.consume(&mut broker.intake().await, Some(&processor), CONSUMERS).await;
         let stats = processor.store().blocking().stats();
-        assert_eq!((stats.duplicates, stats.acquired, stats.in_flight), (MESSAGES as u64, 0, 0), "{stats:?}");
+        assert_eq!((stats.duplicates, stats.acquired, stats.in_flight), (messages as u64, 0, 0), "{stats:?}");
         assert_eq!(broker.unsettled().await, 0);
     });
     assert_eq!(stage.site.count("ledger"), ledger);
@@ -291,26 +293,25 @@ pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>
 
 /// The same without a store: the test sees the duplicates that the broker makes.
 pub fn without_a_store_effects_happen_twice<B: Broker>(test: &'static str) {
-    const MESSAGES: usize = 1_000;
-    const TWINS: usize = 100;
+    let (messages, twins) = (1_000 / B::SHARE, 100 / B::SHARE);
     consume_if_child::<B>(test);
     let stage = Stage::new(test);
     stage.site.append("without a store", "");
     runtime().block_on(async {
         let broker = B::open(&stage.queue).await;
-        send(&broker, MESSAGES).await;
+        send(&broker, messages).await;
         tokio::time::sleep(B::BETWEEN_TWINS).await;
-        send(&broker, TWINS).await;
+        send(&broker, twins).await;
     });
-    stage.kill_consumers(8);
+    stage.kill_consumers::<B>(8);
     let ledger = stage.site.count("ledger");
-    assert_eq!(ledger.len(), MESSAGES);
+    assert_eq!(ledger.len(), messages);
     let twice = |twin: bool| {
-        let is_twin = |body: &str| body.trim_start_matches("charge ").parse::<usize>().unwrap() < TWINS;
+        let is_twin = |body: &str| body.trim_start_matches("charge ").parse::<usize>().unwrap() < twins;
         ledger.iter().filter(|(body, times)| **times > 1 && is_twin(body) == twin).count()
     };
-    println!("twice: {} of those sent once, {} of {TWINS} sent twice", twice(false), twice(true));
-    assert!(twice(false) > 0 && twice(true) == TWINS);
+    println!("twice: {} of those sent once, {} of {twins} sent twice", twice(false), twice(true));
+    assert!(twice(false) > 0 && twice(true) == twins);
 }
 
 /// What fails for good, and what takes its consumer with it, ends among the dead letters, and can come back from there.
@@ -449,7 +450,9 @@ macro_rules! tests_of {
         $(
             #[test]
             fn $test() {
-                $crate::harness::$test::<$broker>(stringify!($test));
+                // As the test runner names it: without the crate.
+                let name = concat!(module_path!(), "::", stringify!($test));
+                $crate::harness::$test::<$broker>(name.split_once("::").unwrap().1);
             }
         )+
     };

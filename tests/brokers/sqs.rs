@@ -1,0 +1,232 @@
+//! SQS queues, standard and FIFO, against moto.
+
+mod harness;
+
+use std::time::{Duration, Instant};
+
+use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
+use aws_sdk_sqs::types::{Message as Received, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName};
+use aws_sdk_sqs::{Client, Config};
+use aws_smithy_http_client::Builder;
+use harness::{Broker, Intake, address};
+use onlyonce::delivery::sqs::{Consumer, DEAD_WHY, Message};
+use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
+use tokio::time::timeout;
+
+/// A queue with its dead letters.
+struct Sqs<const FIFO: bool> {
+    client: Client,
+    url: String,
+    dead: String,
+}
+
+type Standard = Sqs<false>;
+type Fifo = Sqs<true>;
+
+fn client() -> Client {
+    let config = Config::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .http_client(Builder::new().build_http())
+        .endpoint_url(address("ONLYONCE_SQS"))
+        .region(Region::new("eu-central-1"))
+        .credentials_provider(Credentials::new("key", "secret", None, None, "test"));
+    Client::from_conf(config.build())
+}
+
+impl<const FIFO: bool> Sqs<FIFO> {
+    /// An address of the queue that is there by then.
+    async fn made(client: &Client, name: &str) -> String {
+        let suffix = if FIFO { ".fifo" } else { "" };
+        let mut create = client.create_queue().queue_name(format!("{name}{suffix}"));
+        if FIFO {
+            create = create.attributes(QueueAttributeName::FifoQueue, "true");
+            create = create.attributes(QueueAttributeName::ContentBasedDeduplication, "true");
+        }
+        create.send().await.unwrap().queue_url.unwrap()
+    }
+
+    fn consumer(&self) -> Consumer {
+        Consumer::new(self.client.clone(), &self.url)
+            .dead_letters(&self.dead)
+            .visibility(Duration::from_secs(1))
+            .poll(Duration::from_secs(1))
+    }
+
+    async fn letters(&self, visibility: i32) -> Vec<Received> {
+        let receive = self.client.receive_message().queue_url(&self.dead).max_number_of_messages(10);
+        let receive = receive.message_attribute_names("All").visibility_timeout(visibility);
+        let receive = receive.message_system_attribute_names(MessageSystemAttributeName::MessageGroupId);
+        receive.send().await.unwrap().messages.unwrap_or_default()
+    }
+
+    /// Messages that are waiting, and messages that somebody has received.
+    async fn counts(&self) -> [u64; 2] {
+        use QueueAttributeName::{ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible};
+        let asked = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(QueueAttributeName::All);
+        let attributes = asked.send().await.unwrap().attributes.unwrap();
+        [ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible]
+            .map(|name| attributes[&name].parse().unwrap())
+    }
+}
+
+impl<const FIFO: bool> Broker for Sqs<FIFO> {
+    type Intake = Consumer;
+
+    // Each poll of moto looks at all messages and copies some: a tenth of a second.
+    const SHARE: usize = 4;
+    // A FIFO queue of AWS forgets a deduplication id after five minutes. `run` tells moto to do so after a second.
+    const BETWEEN_TWINS: Duration = Duration::from_millis(if FIFO { 1_200 } else { 0 });
+
+    async fn open(queue: &str) -> Self {
+        let client = client();
+        let url = Self::made(&client, queue).await;
+        let dead = Self::made(&client, &format!("{queue}-dead")).await;
+        Self { client, url, dead }
+    }
+
+    async fn send(&self, id: Option<&str>, body: &str) {
+        let mut send = self.client.send_message().queue_url(&self.url).message_body(body);
+        if FIFO {
+            // A hundred groups, of which those wait that a dead consumer has messages of.
+            send = send.message_group_id(&body[body.len().saturating_sub(2)..].replace(' ', "-"));
+            send = send.set_message_deduplication_id(id.map(str::to_owned));
+        } else if let Some(id) = id {
+            let id = MessageAttributeValue::builder().data_type("String").string_value(id).build().unwrap();
+            send = send.message_attributes("id", id);
+        }
+        send.send().await.unwrap();
+    }
+
+    async fn intake(&self) -> Consumer {
+        self.consumer()
+    }
+
+    async fn unsettled(&self) -> u64 {
+        self.counts().await.iter().sum()
+    }
+
+    async fn dead(&self) -> Vec<String> {
+        self.letters(0).await.into_iter().map(|letter| letter.body.unwrap()).collect()
+    }
+
+    async fn redrive(&self) {
+        for letter in self.letters(30).await {
+            let attributes = letter.message_attributes.unwrap();
+            assert!(attributes[DEAD_WHY].string_value().is_some_and(|why| why.starts_with("attempt ")));
+            let mut send = self.client.send_message().queue_url(&self.url).message_body(letter.body.unwrap());
+            send = send.set_message_attributes(Some(attributes));
+            if FIFO {
+                send = send.set_message_deduplication_id(letter.message_id);
+                send = send.message_group_id(&letter.attributes.unwrap()[&MessageSystemAttributeName::MessageGroupId]);
+            }
+            send.send().await.unwrap();
+            let delete = self.client.delete_message().queue_url(&self.dead);
+            delete.receipt_handle(letter.receipt_handle.unwrap()).send().await.unwrap();
+        }
+    }
+}
+
+impl Intake for Consumer {
+    type Delivery = Message;
+
+    async fn next(&mut self) -> Message {
+        Consumer::next(self).await.unwrap()
+    }
+}
+
+mod standard {
+    crate::tests_of!(
+        super::Standard: every_effect_happens_once_however_often_its_consumer_is_killed,
+        without_a_store_effects_happen_twice,
+        poison_ends_among_the_dead_letters_and_can_come_back,
+        keys_waits_and_figures_are_right,
+        what_is_at_work_is_not_begun_again,
+    );
+}
+
+mod fifo {
+    crate::tests_of!(
+        super::Fifo: every_effect_happens_once_however_often_its_consumer_is_killed,
+        without_a_store_effects_happen_twice,
+        poison_ends_among_the_dead_letters_and_can_come_back,
+        keys_waits_and_figures_are_right,
+    );
+}
+
+fn processor(dir: &std::path::Path) -> Processor {
+    let store = onlyonce::Store::builder().memory_budget(32 << 20).open(dir.join("store")).unwrap();
+    Processor::new(onlyonce::future::Store::new(store).unwrap()).backoff(Duration::from_millis(10), Duration::MAX)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_stays_invisible_while_it_is_held_and_comes_back_when_it_is_dropped() {
+    let broker = Standard::open(&format!("held-{}", std::process::id())).await;
+    broker.send(Some("order-1"), "charge").await;
+    let (mut first, mut second) = (broker.consumer(), broker.consumer());
+    let held = first.next().await.unwrap();
+    // Three times as long as it is invisible by itself.
+    assert!(timeout(Duration::from_secs(3), second.next()).await.is_err(), "it was delivered to another one");
+    drop(held);
+    let begun = Instant::now();
+    let again = timeout(Duration::from_secs(10), second.next()).await.expect("it did not come back").unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(5), "it was kept back for {:?}", begun.elapsed());
+
+    // Sent away for three seconds: nothing shortens or prolongs that.
+    let begun = Instant::now();
+    again.retry_after(Duration::from_millis(2_500)).await.unwrap();
+    let again = timeout(Duration::from_secs(10), second.next()).await.expect("it did not come back").unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(2_900), "it came back after {:?}", begun.elapsed());
+    again.ack().await.unwrap();
+    assert_eq!(broker.counts().await, [0, 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_of_a_fifo_queue_waits_for_a_message_that_is_to_come_back() {
+    let broker = Fifo::open(&format!("order-{}", std::process::id())).await;
+    for body in ["first 77", "second 77", "third 77"] {
+        broker.send(None, body).await;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let processor = processor(dir.path());
+    let mut done = Vec::new();
+    let mut consumer = broker.consumer();
+    while done.len() < 3 {
+        let message = consumer.next().await.unwrap();
+        let body = String::from_utf8(message.payload().to_vec()).unwrap();
+        let work = async |_: &Message, job: &mut Job| {
+            if job.attempt() == 1 { Err(Failure::from("it fails at first")) } else { Ok("") }
+        };
+        if matches!(processor.process(message, work).await.unwrap(), Settled::Done) {
+            done.push(body);
+        }
+    }
+    assert_eq!(done, ["first 77", "second 77", "third 77"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_message_ids_two_messages_that_say_the_same_are_two_pieces_of_work() {
+    let broker = Standard::open(&format!("ids-{}", std::process::id())).await;
+    let dir = tempfile::tempdir().unwrap();
+    let processor = processor(dir.path());
+    let mut by_id = broker.consumer().or_message_id();
+    let mut settled = Vec::new();
+    for _ in 0..2 {
+        broker.send(None, "refund 12").await;
+        let message = by_id.next().await.unwrap();
+        let work = async |_: &Message, _: &mut Job| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
+        settled.push(processor.clone().process(message, work).await.unwrap());
+    }
+    // Back from the dead letters they are the same two, under other message ids.
+    broker.redrive().await;
+    for _ in 0..2 {
+        let message = by_id.next().await.unwrap();
+        settled.push(processor.process(message, async |_, _| Ok("refunded")).await.unwrap());
+    }
+    assert!(
+        matches!(settled[..], [Settled::Rejected { .. }, Settled::Rejected { .. }, Settled::Done, Settled::Done]),
+        "{settled:?}"
+    );
+    let stats = processor.store().blocking().stats();
+    assert_eq!((stats.acquired, stats.completed, stats.duplicates), (4, 2, 0), "{stats:?}");
+    assert_eq!((broker.counts().await, broker.dead().await), ([0, 0], Vec::new()));
+}
