@@ -469,6 +469,32 @@ async fn a_failure_of_unknown_outcome_is_held_where_interrupted_work_is() {
 }
 
 #[tokio::test]
+async fn the_doubt_of_the_only_attempt_goes_to_the_dead_letters_and_back() {
+    for hold in [false, true] {
+        let mut desk = if hold { Desk::with(|builder| builder.on_interrupt(OnInterrupt::Hold)) } else { Desk::new() };
+        desk.processor = desk.processor.attempts(1);
+        desk.queue.send("a");
+        let settled = desk.settle(async |_| Err(Failure::unknown("no answer"))).await;
+        assert!(matches!(settled, Settled::Rejected { attempts: 1, .. }), "{settled:?}");
+        assert_eq!(desk.queue.redrive(), ["attempt 1: no answer"]);
+        if hold {
+            desk.settle(async |_| panic!("it is held")).await;
+            desk.bench.store().resolve("a", Resolution::Completed(b"by hand".to_vec())).unwrap();
+            desk.queue.come_back();
+            desk.is_done_before().await;
+        } else {
+            let settled = desk
+                .settle(async |job| {
+                    assert_eq!((job.attempt(), job.prior()), (1, Some(Prior::Dropped)));
+                    Ok("receipt")
+                })
+                .await;
+            assert!(matches!(settled, Settled::Done), "{settled:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_permanent_failure_is_rejected_at_once() {
     let desk = Desk::new();
     desk.queue.send("a");
