@@ -433,6 +433,28 @@ mod tests {
     }
 
     #[test]
+    fn a_seal_makes_room_for_a_stream_that_has_come_far_since_the_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options {
+            clock: Arc::new(ManualClock::at(1 << 40)),
+            window: Some(Duration::from_secs(48)),
+            bucket: Some(Duration::from_secs(1)),
+            stream_time: Some(Duration::from_secs(48)),
+            ..Options::default()
+        };
+        let engine = engine(&dir, &options);
+        for lap in 0..2_u64 {
+            let second_ms = |second| 1_000_000 + (lap * 48 + second) * 1_000;
+            let messages = (0..48).map(|second| (format!("{lap}/{second}"), second_ms(second)));
+            let request = engine.request_at(messages).unwrap();
+            assert!(engine.record(&request).unwrap().iter().all(|answer| matches!(answer, Ok(Answer::New))));
+            // No round of upkeep has come between.
+            engine.seal().unwrap();
+            assert_eq!(engine.buckets.view().newest_first().len(), 48 + lap as usize, "lap {lap}");
+        }
+    }
+
+    #[test]
     fn a_key_whose_row_is_open_is_neither_sealed_nor_completed() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
