@@ -30,7 +30,7 @@ pub trait Broker: Sized {
     /// What a producer sends: with an id or without one.
     fn send(&self, id: Option<&str>, body: &str) -> impl Future<Output = ()>;
     /// One of so many messages is sent: for a broker that takes its time.
-    const SHARE: usize = 1;
+    const SHARE: u32 = 1;
     /// What the producer waits before it sends the same ids again, for the broker to let them pass.
     const BETWEEN_TWINS: Duration;
     /// A consumer that looks for redeliveries in less than a second.
@@ -189,7 +189,7 @@ impl Stage {
 
     fn consumer(&self) -> Child {
         let mut command = child::command(self.test);
-        command.stdout(Stdio::null()).stderr(Stdio::null()).env(QUEUE, &self.queue).env(SITE, &self.site.dir);
+        command.stdout(Stdio::null()).env(QUEUE, &self.queue).env(SITE, &self.site.dir);
         command.spawn().unwrap()
     }
 
@@ -253,7 +253,7 @@ async fn send<B: Broker>(broker: &B, messages: usize) {
 
 /// Consumers are killed again and again, and every message was sent by a producer that sends some of them twice.
 pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>(test: &'static str) {
-    let (messages, twins) = (2_000 / B::SHARE, 500 / B::SHARE);
+    let (messages, twins) = (2_000 / B::SHARE as usize, 500 / B::SHARE as usize);
     const KILLS: u32 = 25;
     consume_if_child::<B>(test);
     let stage = Stage::new(test);
@@ -293,7 +293,7 @@ pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>
 
 /// The same without a store: the test sees the duplicates that the broker makes.
 pub fn without_a_store_effects_happen_twice<B: Broker>(test: &'static str) {
-    let (messages, twins) = (1_000 / B::SHARE, 100 / B::SHARE);
+    let (messages, twins) = (1_000 / B::SHARE as usize, 100 / B::SHARE as usize);
     consume_if_child::<B>(test);
     let stage = Stage::new(test);
     stage.site.append("without a store", "");

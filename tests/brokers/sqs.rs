@@ -73,7 +73,7 @@ impl<const FIFO: bool> Broker for Sqs<FIFO> {
     type Intake = Consumer;
 
     // Each poll of moto looks at all messages and copies some: a tenth of a second.
-    const SHARE: usize = 4;
+    const SHARE: u32 = 4;
     // A FIFO queue of AWS forgets a deduplication id after five minutes. `run` tells moto to do so after a second.
     const BETWEEN_TWINS: Duration = Duration::from_millis(if FIFO { 1_200 } else { 0 });
 
