@@ -88,7 +88,7 @@ impl<const FIFO: bool> Broker for Sqs<FIFO> {
         let mut send = self.client.send_message().queue_url(&self.url).message_body(body);
         if FIFO {
             // A hundred groups, of which those wait that a dead consumer has messages of.
-            send = send.message_group_id(&body[body.len().saturating_sub(2)..].replace(' ', "-"));
+            send = send.message_group_id(body[body.len().saturating_sub(2)..].replace(' ', "-"));
             send = send.set_message_deduplication_id(id.map(str::to_owned));
         } else if let Some(id) = id {
             let id = MessageAttributeValue::builder().data_type("String").string_value(id).build().unwrap();
