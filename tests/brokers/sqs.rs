@@ -48,7 +48,7 @@ impl<const FIFO: bool> Sqs<FIFO> {
     fn consumer(&self) -> Consumer {
         Consumer::new(self.client.clone(), &self.url)
             .dead_letters(&self.dead)
-            .visibility(Duration::from_secs(1))
+            .visibility(Duration::from_secs(2))
             .poll(Duration::from_secs(1))
     }
 
@@ -164,8 +164,8 @@ async fn a_message_stays_invisible_while_it_is_held_and_comes_back_when_it_is_dr
     broker.send(Some("order-1"), "charge").await;
     let (mut first, mut second) = (broker.consumer(), broker.consumer());
     let held = first.next().await.unwrap();
-    // Three times as long as it is invisible by itself.
-    assert!(timeout(Duration::from_secs(3), second.next()).await.is_err(), "it was delivered to another one");
+    // Longer than twice the time for which it is invisible by itself.
+    assert!(timeout(Duration::from_secs(5), second.next()).await.is_err(), "it was delivered to another one");
     drop(held);
     let begun = Instant::now();
     let again = timeout(Duration::from_secs(10), second.next()).await.expect("it did not come back").unwrap();
