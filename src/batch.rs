@@ -113,6 +113,9 @@ impl Store {
     /// done, so that behind a lease that is refused no offset of the batch is stored. Messages for the outbox
     /// depend on their own lease alone.
     ///
+    /// The store sees these leases and nothing else. Set no offset behind a message that somebody else is at or that could
+    /// not be claimed, and complete one batch of a partition before the next.
+    ///
     /// ```
     /// use onlyonce::{Claim, Store, Tx};
     ///
@@ -120,9 +123,19 @@ impl Store {
     /// # let path = dir.path().join("store");
     /// let store = Store::open(path)?;
     /// let mut leases = Vec::new();
+    /// let mut all_before_are_done = true;
     /// for (offset, claim) in (0..).zip(store.claim_batch(["a", "b", "c"])?) {
-    ///     if let Claim::Acquired(lease) = claim? {
-    ///         leases.push((lease, "done", move |tx: &mut Tx| tx.set_offset("orders", 0, offset + 1)));
+    ///     match claim? {
+    ///         Claim::Acquired(lease) => {
+    ///             let fill = move |tx: &mut Tx| {
+    ///                 if all_before_are_done {
+    ///                     tx.set_offset("orders", 0, offset + 1);
+    ///                 }
+    ///             };
+    ///             leases.push((lease, "done", fill));
+    ///         }
+    ///         Claim::Completed(_first) => {}
+    ///         Claim::InProgress(_other) => all_before_are_done = false, // read it again
     ///     }
     /// }
     /// for completed in store.complete_batch_with(leases) {

@@ -108,7 +108,9 @@ impl Lease {
         Key::decode(self.grant.key()).unwrap_or_else(|| Key::from(self.grant.key().to_vec()))
     }
 
-    /// The fencing token: higher than that of every lease before, over the life of the store.
+    /// The fencing token: higher than that of every lease before, over the life of the store. Another store begins at the
+    /// same number, and so does one that takes its place, empty or restored from a copy: whoever compares tokens has to
+    /// know which store they are of.
     #[must_use]
     pub fn token(&self) -> u64 {
         self.grant.token

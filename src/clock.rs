@@ -87,6 +87,9 @@ impl Clock for ManualClock {
     }
 }
 
+/// So far ahead of the wall clock no operator means to be. Milliseconds.
+const YEAR_MS: u64 = 366 * 24 * 60 * 60 * 1_000;
+
 /// One reading of the times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Now {
@@ -164,7 +167,7 @@ impl Timeline {
 
     /// Takes stream time along to a message of `at_ms`; what it is then. `next_ms` are the times of the messages behind it
     /// that came with it: they, too, can confirm a leap. One that is refused is noted.
-    pub(crate) fn follow(&self, at_ms: u64, next_ms: &[u64]) -> Result<u64, Leap> {
+    pub(crate) fn follow(&self, at_ms: u64, next_ms: impl IntoIterator<Item = u64>) -> Result<u64, Leap> {
         let Some(stream) = &self.stream else { return Ok(self.high_water_ms()) };
         let stream_ms = self.high_water_ms();
         let noted_ms = stream.leap_ms.load(Ordering::Relaxed);
@@ -194,9 +197,19 @@ impl Timeline {
         if let Some(stream) = &self.stream
             && !stream.reaches(stream_ms, at_ms)
         {
-            self.may_leap(stream, stream_ms, at_ms, stream.leap_ms.load(Ordering::Relaxed), &[])?;
+            self.may_leap(stream, stream_ms, at_ms, stream.leap_ms.load(Ordering::Relaxed), [])?;
         }
         Ok(stream_ms.max(at_ms))
+    }
+
+    /// Whether stream time may be there at all: nobody can take it back, and a time in another unit lies in the future.
+    pub(crate) fn admits(&self, at_ms: u64) -> Result<(), Leap> {
+        let Some(stream) = &self.stream else { return Ok(()) };
+        let Stream { max_ahead_ms, .. } = *stream;
+        if at_ms <= self.clock.wall_ms().min(MAX_WALL_MS).saturating_add(YEAR_MS) {
+            return Ok(());
+        }
+        Err(Leap { stream_ms: self.high_water_ms(), max_ahead_ms, in_future: true })
     }
 
     /// Whether a leap is believed: another message that leaps, next to it, is as far, or less than a step behind.
@@ -206,7 +219,7 @@ impl Timeline {
         stream_ms: u64,
         at_ms: u64,
         noted_ms: u64,
-        next_ms: &[u64],
+        next_ms: impl IntoIterator<Item = u64>,
     ) -> Result<(), Leap> {
         let max_ahead_ms = stream.max_ahead_ms;
         let latest_ms = self.clock.wall_ms().min(MAX_WALL_MS).saturating_add(max_ahead_ms);
@@ -215,7 +228,7 @@ impl Timeline {
         let says_something = |other_ms: &u64| !stream.is_late(stream_ms, *other_ms) && *other_ms <= latest_ms;
         let is_confirmed = || {
             // The first message of a store leaps from nowhere.
-            stream_ms == 0 || confirms(noted_ms) || next_ms.iter().copied().find(says_something).is_some_and(confirms)
+            stream_ms == 0 || confirms(noted_ms) || next_ms.into_iter().find(says_something).is_some_and(confirms)
         };
         let in_future = at_ms > latest_ms;
         if !in_future && is_confirmed() { Ok(()) } else { Err(Leap { stream_ms, max_ahead_ms, in_future }) }
@@ -273,12 +286,12 @@ mod tests {
         let (clock, timeline) = of_messages(0);
         for (at_ms, stream_ms) in [(5_000, 5_000), (5_100, 5_100), (4_000, 5_100), (5_099, 5_100), (5_200, 5_200)] {
             assert_eq!(timeline.foresee(at_ms).map(|_| timeline.high_water_ms() <= stream_ms), Ok(true));
-            assert_eq!(timeline.follow(at_ms, &[]), Ok(stream_ms), "{at_ms}");
+            assert_eq!(timeline.follow(at_ms, []), Ok(stream_ms), "{at_ms}");
         }
         for wall_ms in [0, u64::MAX, 1_000_000] {
             clock.set_wall_ms(wall_ms);
             assert_eq!(timeline.now().time_ms, 5_200);
-            assert_eq!(timeline.follow(5_150, &[]), Ok(5_200));
+            assert_eq!(timeline.follow(5_150, []), Ok(5_200));
         }
     }
 
@@ -287,21 +300,21 @@ mod tests {
         let (_, timeline) = of_messages(5_000);
         let refused = Err(Leap { stream_ms: 5_000, max_ahead_ms: 100, in_future: false });
         assert_eq!(timeline.foresee(9_000), refused);
-        assert_eq!(timeline.follow(9_000, &[]), refused);
-        assert_eq!(timeline.follow(5_000, &[]), Ok(5_000), "so the other was a stray");
-        assert_eq!(timeline.follow(9_000, &[]), refused);
-        assert_eq!(timeline.follow(20_000, &[]), refused, "nobody else says so much");
-        assert_eq!(timeline.follow(4_500, &[]), Ok(5_000), "too old to say where the stream is");
+        assert_eq!(timeline.follow(9_000, []), refused);
+        assert_eq!(timeline.follow(5_000, []), Ok(5_000), "so the other was a stray");
+        assert_eq!(timeline.follow(9_000, []), refused);
+        assert_eq!(timeline.follow(20_000, []), refused, "nobody else says so much");
+        assert_eq!(timeline.follow(4_500, []), Ok(5_000), "too old to say where the stream is");
         assert_eq!(timeline.foresee(20_000), Ok(20_000), "noted, and not changed by looking");
-        assert_eq!(timeline.follow(9_000, &[]), Ok(9_000), "so much say both");
-        assert!(timeline.follow(20_101, &[]).is_err(), "more than a step beyond what was noted");
-        assert_eq!(timeline.follow(20_000, &[]), Ok(20_000));
-        assert_eq!(timeline.follow(20_100, &[]), Ok(20_100));
+        assert_eq!(timeline.follow(9_000, []), Ok(9_000), "so much say both");
+        assert!(timeline.follow(20_101, []).is_err(), "more than a step beyond what was noted");
+        assert_eq!(timeline.follow(20_000, []), Ok(20_000));
+        assert_eq!(timeline.follow(20_100, []), Ok(20_100));
     }
 
     #[test]
     fn a_leap_is_confirmed_by_the_next_that_came_with_it() {
-        let refused = |next: &[u64]| of_messages(5_000).1.follow(9_000, next).is_err();
+        let refused = |next: &[u64]| of_messages(5_000).1.follow(9_000, next.iter().copied()).is_err();
         assert!(refused(&[]) && refused(&[5_050, 9_000]) && refused(&[8_899]));
         assert!(!refused(&[8_900]) && !refused(&[30_000]) && !refused(&[4_500, 9_000]));
         // What is of the future says nothing: neither for it nor against it.
@@ -313,12 +326,12 @@ mod tests {
         for high_water_ms in [0, 5_000] {
             let (clock, timeline) = of_messages(high_water_ms);
             for _ in 0..5 {
-                assert!(timeline.follow(1_000_101, &[]).is_err_and(|leap| leap.in_future));
+                assert!(timeline.follow(1_000_101, []).is_err_and(|leap| leap.in_future));
             }
             clock.advance(Duration::from_millis(1));
-            let noted = timeline.follow(1_000_101, &[]);
+            let noted = timeline.follow(1_000_101, []);
             assert_eq!(noted.is_ok(), high_water_ms == 0, "the first of all needs no second");
-            assert_eq!(timeline.follow(1_000_101, &[]), Ok(1_000_101));
+            assert_eq!(timeline.follow(1_000_101, []), Ok(1_000_101));
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 pub(crate) const MAX_BUCKETS: u64 = 48;
 const DEFAULT_BUCKETS: u32 = 24;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+/// Beyond what a machine has, and within what RocksDB's caches can be told.
+const MAX_MEMORY_BUDGET: usize = 1 << 44;
 const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 const MIB: usize = 1024 * 1024;
 
@@ -111,6 +113,18 @@ pub(crate) struct Config {
 }
 
 impl Options {
+    /// Checks the options that no store knows better. Before anything is done with them: RocksDB ends the process where it
+    /// cannot have the memory that it is told to take.
+    pub(crate) fn check_bounds(&self) -> Result<()> {
+        within("lease", self.lease, Duration::from_millis(1), YEAR)?;
+        within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;
+        within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
+        within("memory_budget", self.memory_budget, 32 * MIB, MAX_MEMORY_BUDGET)?;
+        within("result_limit", self.result_limit, 0, 64 * MIB)?;
+        within("key_limit", self.key_limit, 1, 65_535)?;
+        within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)
+    }
+
     /// Checks every option against its bounds; `stored` is what an existing store was last opened with.
     pub(crate) fn check(&self, stored: Option<Stored>) -> Result<Config> {
         let max_ahead = self.max_ahead(stored)?;
@@ -145,13 +159,7 @@ impl Options {
         if let Some(max_ahead) = max_ahead {
             within("stream_time", max_ahead, Duration::from_millis(1), window)?;
         }
-        within("lease", self.lease, Duration::from_millis(1), YEAR)?;
-        within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;
-        within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
-        within("memory_budget", self.memory_budget, 32 * MIB, usize::MAX)?;
-        within("result_limit", self.result_limit, 0, 64 * MIB)?;
-        within("key_limit", self.key_limit, 1, 65_535)?;
-        within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)?;
+        self.check_bounds()?;
         Ok(Config {
             span,
             lease_ms: millis(self.lease),

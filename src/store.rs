@@ -93,7 +93,7 @@ impl Builder {
     }
 
     /// Bytes of memory for filters (half at most), unsealed keys (half at most, usually a quarter), cached blocks (a
-    /// quarter) and the journal's memtable (an eighth each). At least 32 MiB, 256 MiB by default. Keys in flight come
+    /// quarter) and the journal's memtable (an eighth each). From 32 MiB to 16 TiB, 256 MiB by default. Keys in flight come
     /// on top: see [`Builder::in_flight_limit`].
     pub fn memory_budget(mut self, bytes: usize) -> Self {
         self.options.memory_budget = bytes;
@@ -150,6 +150,7 @@ impl Builder {
     /// [`Error::Config`] for an option out of its bounds; [`Error::AlreadyOpen`], [`Error::NotAStore`],
     /// [`Error::UnsupportedFormat`] and [`Error::Corrupt`] for the directory. Nothing is lost by any of them.
     pub fn open(self, path: impl AsRef<Path>) -> Result<Store> {
+        self.options.check_bounds()?;
         let directory = Directory::acquire(path.as_ref(), self.options.lock_wait)?;
         let engine = Engine::open(directory, &self.options)?;
         Ok(Store { running: Arc::new(Running::start(engine)?) })
@@ -444,6 +445,7 @@ impl Store {
     ///
     /// # Errors
     ///
+    /// [`Error::TooFarAhead`] for a time that is more than a year ahead of the wall clock, such as one in another unit;
     /// [`Error::TimestampUnexpected`] on a store that runs on its clock; [`Error::WriteFailed`], after which it counts as
     /// long as the store is open, and nobody can say whether for longer.
     pub fn advance_stream_time(&self, timestamp_ms: u64) -> Result<()> {

@@ -18,7 +18,9 @@ pub struct Tx {
 
 impl Tx {
     /// Notes how far a partition of a stream was read. Read it back with [`Store::offset`](crate::Store::offset). The last one
-    /// that is written counts: where several leases of a partition are completed out of order, it is not the highest.
+    /// that is written counts: where several leases of a partition are completed out of order, it is not the highest. An
+    /// offset says that all before it is done, and nobody but you knows: set none while an earlier message of the
+    /// partition is not completed.
     pub fn set_offset(&mut self, stream: impl AsRef<[u8]>, partition: u32, offset: u64) {
         self.offsets.push((offset_name(stream.as_ref(), partition), offset));
     }
@@ -45,7 +47,9 @@ impl Tx {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Message {
-    /// What to remove it by. Given once in the life of a store: pass it on as the message's idempotency key.
+    /// What to remove it by. Given once in the life of a store: pass it on as the message's idempotency key, beside a name of
+    /// your own for the store. Other stores give the same ids, and so does a store that was restored from a copy or begun
+    /// anew: give it another name then.
     pub id: MessageId,
     /// Where it is to go.
     pub topic: Vec<u8>,

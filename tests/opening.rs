@@ -144,6 +144,21 @@ fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
 }
 
 #[test]
+fn a_budget_that_no_machine_has_is_refused_before_rocksdb_is_told_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    for exists in [false, true] {
+        for bytes in [0, 1, 4, 33_554_431, (1 << 44) + 1, 1 << 50, usize::MAX] {
+            let refused = Store::builder().memory_budget(bytes).open(&path);
+            assert!(matches!(refused, Err(Error::Config { option: "memory_budget", .. })), "{bytes}: {refused:?}");
+        }
+        if !exists {
+            Store::open(&path).unwrap().close().unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     let bench = Bench::with(|builder| builder.durability(onlyonce::Durability::Disk));
     // Each in a row, and so in a record, of its own.

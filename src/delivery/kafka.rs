@@ -202,6 +202,10 @@ impl Consumer {
     /// Where a partition begins that the group assigns to this consumer, by its topic and number: at this offset,
     /// such as one that a [`Job::tx`](super::Job::tx) has stored; at what the group has committed, where it is `None`.
     /// Called while the group waits.
+    ///
+    /// Offsets that the work stores are right with [`ahead(1)`](Self::ahead) alone: with more records out, one that is done
+    /// says with its offset that those before it are, too, and a restart would leave them out. One that is rejected stores
+    /// none, so that a restart may read it again.
     #[must_use]
     pub fn start_from(self, offset: impl Fn(&str, i32) -> Option<u64> + Send + Sync + 'static) -> Self {
         *self.shared.consumer.context().start_from.lock() = Some(Box::new(offset));

@@ -14,11 +14,13 @@ pub trait Delivery: Sized + Send + Sync {
     type Error: std::error::Error + Send + Sync + 'static;
 
     /// The idempotency key: the same for every delivery of the same piece of work, also where its producer has sent it
-    /// twice. Put it into the queue's scope, or two queues with one store take their keys for each other's.
+    /// twice. Put it into the queue's scope, or two queues with one store take their keys for each other's. With a
+    /// [fingerprint](Key::fingerprint) of the payload, another payload under the same key is rejected; without one it is
+    /// taken for a duplicate.
     fn key(&self) -> Key<'_>;
 
     /// When the message was made, in milliseconds since the Unix epoch, where the queue says so. A store that runs on
-    /// [stream time](crate::Builder::stream_time) goes by it: there it must be the same for each delivery.
+    /// [stream time](crate::Builder::stream_time) goes by it: there it must be the same for each delivery, and a delivery without it is rejected.
     fn timestamp_ms(&self) -> Option<u64> {
         None
     }

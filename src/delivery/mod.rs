@@ -14,7 +14,7 @@
 //! | is completed | acknowledged: a duplicate |
 //! | is in progress | it comes back when the lease or backoff is over |
 //! | is held for a decision | it comes back after the longest wait |
-//! | cannot be one (empty, too long, or used before with another payload) | rejected |
+//! | cannot be one (empty, too long, or with a fingerprint of another payload) | rejected |
 //! | is too old for stream time, or has no timestamp there | rejected: nobody knows whether it was done |
 //! | is too far ahead of stream time, or one more than may be in flight | it comes back after the longest wait |
 //! | cannot be claimed: the store fails | [`OnStoreFailure`]: it comes back, or the work runs unguarded |

@@ -212,7 +212,7 @@ impl Processor {
     async fn reject<D: Delivery>(
         &self,
         delivery: D,
-        lease: Lease,
+        mut lease: Lease,
         attempts: u32,
         failure: Option<Failure>,
     ) -> Result<Settled, Unsettled<D::Error>> {
@@ -221,6 +221,8 @@ impl Processor {
             None => format!("attempt {attempts} did not come to an end"),
         };
         let in_doubt = failure.as_ref().is_some_and(Failure::is_unknown);
+        // A queue may take its time over dead letters, and what the work has left of the lease may be little.
+        report(lease.renew());
         let rejected = delivery.reject(&why).await;
         let again = if rejected.is_ok() { Again::Anew } else { Again::Counted };
         report(lease.fail(in_doubt, again, Duration::ZERO).await);

@@ -64,7 +64,8 @@ impl Job {
     }
 
     /// What is stored in the same write as the result: see [`Lease::complete_with`](crate::Lease::complete_with). Work
-    /// that is not guarded has nowhere to put it: its delivery comes back.
+    /// that is not guarded has nowhere to put it: its delivery comes back. An offset is right only where a partition's
+    /// deliveries are worked on one after the other.
     pub fn tx(&mut self) -> &mut Tx {
         &mut self.tx
     }

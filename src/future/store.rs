@@ -369,7 +369,8 @@ impl Store {
 
     /// As [`Store::complete_batch`], with what each `fill` adds to the same write, as
     /// [`Store::complete_batch_with`](crate::Store::complete_batch_with): behind a lease that is refused no offset of the
-    /// batch is stored.
+    /// batch is stored. Set none behind a message that somebody else is at, either, and complete one batch of a partition
+    /// before the next.
     ///
     /// # Errors
     ///

@@ -117,8 +117,8 @@ impl Request {
     }
 
     /// The times of the messages behind this place.
-    pub(crate) fn times_behind(&self, place: usize) -> &[u64] {
-        self.times_ms.get(place + 1..).unwrap_or_default()
+    pub(crate) fn times_behind(&self, place: usize) -> impl Iterator<Item = u64> {
+        self.times_ms.get(place + 1..).unwrap_or_default().iter().copied()
     }
 
     /// The key in this place.

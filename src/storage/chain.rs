@@ -142,34 +142,66 @@ impl Chain {
     }
 }
 
-/// The number of the first write that was on the disk and is not `before` a bad place in the log, or not there at all
-/// where no place is bad. `behind` stands behind it. Of a log that was closed, all was on the disk.
+/// In a log without a bad place: the first write that was on the disk and should stand between two that are there. `all`
+/// are the marks of all logs. Of a log that was `closed`, all was on the disk.
 ///
-/// Logs whose rows are all elsewhere are deleted, the oldest first. Where the log that a life began with is among `logs`, all
-/// of it must be there; else it is not known what stood before its first mark, and of what was begun after that mark was
-/// written, all must be there.
-pub(super) fn first_missing(logs: &[u64], before: &[Mark], behind: &[Mark], closed: bool) -> Option<Missing> {
-    let marks = || before.iter().chain(behind);
-    let mut lives: Vec<u64> = marks().map(|mark| mark.life).collect();
-    lives.dedup();
-    lives.into_iter().find_map(|life| {
-        let of_life = || marks().filter(|mark| mark.life == life);
-        let first = of_life().next()?;
-        let after_first = || of_life().filter(|mark| mark.written_below > first.number).map(|mark| mark.number).min();
-        let from = if logs.contains(&life) { 0 } else { after_first()? };
-        let synced_below = of_life().map(|mark| if closed { mark.number + 1 } else { mark.synced_below }).max()?;
-        let mut numbers: Vec<u64> =
-            before.iter().filter(|mark| mark.life == life).map(|mark| mark.number).filter(|it| *it >= from).collect();
-        numbers.sort_unstable();
-        let mut expected = from;
-        for number in numbers {
-            if number > expected {
-                break;
-            }
-            expected = number + 1;
-        }
-        (expected < synced_below).then_some(Missing { life, number: expected })
+/// Other logs may be gone, for logs whose rows are all elsewhere are deleted; RocksDB keeps account of that. But between two
+/// writes of one log there is nothing but that log: a write that was begun after the first of them was there, and was there
+/// before the second, is missing.
+pub(super) fn missing_within(log: u64, marks: &[Mark], all: &[Mark], closed: bool) -> Option<Missing> {
+    lives(marks).into_iter().find_map(|life| {
+        let there_before = marks.iter().filter(|mark| mark.life == life).map(|mark| mark.written_below).max()?;
+        let from = from_which_all_is_there(life, log, marks, all)?;
+        first_absent(life, from, there_before.min(synced_below(life, all, closed)), all)
     })
+}
+
+/// The first write that was on the disk and is not `before` a bad place. `behind` stands behind it, and `logs` are the
+/// numbers of all logs.
+pub(super) fn missing_before(logs: &[u64], before: &[Mark], behind: &[Mark]) -> Option<Missing> {
+    let all = [before, behind].concat();
+    lives(&all).into_iter().find_map(|life| {
+        let log = if logs.contains(&life) { life } else { 0 };
+        first_absent(life, from_which_all_is_there(life, log, &all, &all)?, synced_below(life, &all, false), before)
+    })
+}
+
+fn lives(marks: &[Mark]) -> Vec<u64> {
+    let mut lives: Vec<u64> = marks.iter().map(|mark| mark.life).collect();
+    lives.dedup();
+    lives
+}
+
+/// The log that a life began with has all of it; of another it is not known what stood before its first mark, but what was
+/// begun after that one was written stands behind it.
+fn from_which_all_is_there(life: u64, log: u64, marks: &[Mark], all: &[Mark]) -> Option<u64> {
+    if log == life {
+        return Some(0);
+    }
+    let first = marks.iter().find(|mark| mark.life == life)?;
+    let begun_later = all.iter().filter(|mark| mark.life == life && mark.written_below > first.number);
+    begun_later.map(|mark| mark.number).min()
+}
+
+/// Below which number every write was on the disk when some write was made.
+fn synced_below(life: u64, marks: &[Mark], closed: bool) -> u64 {
+    let of_life = marks.iter().filter(|mark| mark.life == life);
+    of_life.map(|mark| if closed { u64::MAX } else { mark.synced_below }).max().unwrap_or_default()
+}
+
+/// The first number, of those from `from` on and below `to`, that no mark has.
+fn first_absent(life: u64, from: u64, to: u64, marks: &[Mark]) -> Option<Missing> {
+    let of_life = marks.iter().filter(|mark| mark.life == life && mark.number >= from);
+    let mut numbers: Vec<u64> = of_life.map(|mark| mark.number).collect();
+    numbers.sort_unstable();
+    let mut expected = from;
+    for number in numbers {
+        if number > expected {
+            break;
+        }
+        expected = number.saturating_add(1);
+    }
+    (expected < to).then_some(Missing { life, number: expected })
 }
 
 /// A write that was on the disk and is not in the log.
@@ -177,13 +209,6 @@ pub(super) fn first_missing(logs: &[u64], before: &[Mark], behind: &[Mark], clos
 pub(super) struct Missing {
     life: u64,
     pub(super) number: u64,
-}
-
-impl Missing {
-    /// Whether a write was made after the one that is missing.
-    pub(super) fn is_before(&self, mark: &Mark) -> bool {
-        mark.life == self.life && mark.number > self.number
-    }
 }
 
 /// Whether what stands `behind` a bad place says that the place was good: something behind it was on the disk, or the
@@ -227,7 +252,12 @@ mod tests {
     }
 
     fn missing(before: &[Mark], behind: &[Mark]) -> Option<u64> {
-        first_missing(&[8], before, behind, false).map(|missing| missing.number)
+        let missing = if behind.is_empty() {
+            missing_within(8, before, before, false)
+        } else {
+            missing_before(&[8], before, behind)
+        };
+        missing.map(|missing| missing.number)
     }
 
     proptest! {
@@ -248,8 +278,18 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_without_harm(bytes: Vec<u8>) {
+        fn any_bytes_are_read_without_harm(bytes: Vec<u8>, numbers: Vec<(u64, u64, u64)>) {
             let _ = read_marks(&bytes, drop);
+            let mark = |(number, written, synced): (u64, u64, u64)| {
+                let written_below = number.min(written);
+                Mark { life: synced % 2, number, written_below, synced_below: written_below.min(synced) }
+            };
+            let marks: Vec<Mark> = numbers.into_iter().map(mark).collect();
+            let (before, behind) = marks.split_at(marks.len() / 2);
+            for closed in [false, true] {
+                let _ = missing_within(0, before, &marks, closed);
+            }
+            let _ = (missing_before(&[0], before, behind), vouched(before, behind));
         }
     }
 
@@ -285,8 +325,8 @@ mod tests {
     fn of_a_closed_log_all_must_be_there() {
         let marks = one_by_one(10, &[]);
         let without: Vec<Mark> = marks.iter().copied().filter(|mark| mark.number != 7).collect();
-        assert_eq!(first_missing(&[], &without, &[], true), Some(Missing { life: 7, number: 7 }));
-        assert_eq!(first_missing(&[], &marks, &[], true), None);
+        assert_eq!(missing_within(8, &without, &without, true), Some(Missing { life: 7, number: 7 }));
+        assert_eq!(missing_within(8, &marks, &marks, true), None);
     }
 
     #[test]
@@ -305,16 +345,31 @@ mod tests {
     }
 
     #[test]
+    fn a_log_between_two_others_may_be_gone() {
+        let marks = one_by_one(9, &[7]);
+        let (oldest, newest) = (&marks[..3], &marks[6..]);
+        let all = [oldest, newest].concat();
+        for (log, marks) in [(7, oldest), (9, newest)] {
+            assert_eq!(missing_within(log, marks, &all, false), None);
+        }
+        let gap: Vec<Mark> = newest.iter().copied().filter(|mark| mark.number != 7).collect();
+        let all = [oldest, &gap].concat();
+        assert_eq!(missing_within(9, &gap, &all, false).map(|missing| missing.number), None, "the second of its log");
+        let marks = one_by_one(12, &[10]);
+        let newest: Vec<Mark> = marks[6..].iter().copied().filter(|mark| mark.number != 9).collect();
+        assert_eq!(missing_within(9, &newest, &newest, false), Some(Missing { life: 7, number: 9 }));
+    }
+
+    #[test]
     fn of_the_log_that_a_life_began_with_the_first_writes_must_be_there() {
         let marks = one_by_one(10, &[8]);
         for first in 1..10 {
-            let missing = first_missing(&[6, 7], &marks[first..], &[], false);
+            let missing = missing_within(7, &marks[first..], &marks[first..], false);
             assert_eq!(missing, Some(Missing { life: 7, number: 0 }), "from {first} on");
-            let missing = first_missing(&[7], &marks[..1], &marks[first..], false);
-            let is_synced = marks[9].synced_below > 1 && first > 1;
-            assert_eq!(missing.is_some(), is_synced || first == 1, "bad between the first and {first}");
+            let missing = missing_before(&[6, 7], &marks[..1], &marks[first..]);
+            assert_eq!(missing, Some(Missing { life: 7, number: 1 }), "bad between the first and {first}");
         }
-        assert_eq!(first_missing(&[7], &marks, &[], false), None);
+        assert_eq!(missing_within(7, &marks, &marks, false), None);
     }
 
     #[test]

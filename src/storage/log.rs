@@ -18,7 +18,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
 
-use super::chain::{Mark, first_missing, read_marks, vouched};
+use super::chain::{Mark, missing_before, missing_within, read_marks, vouched};
 use crate::error::{Error, Result};
 
 const BLOCK: usize = 32 * 1024;
@@ -64,14 +64,15 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
     let numbers: Vec<u64> = logs.iter().map(|(number, _)| *number).collect();
     let (mut before, mut behind) = (Vec::new(), Vec::new());
     let mut bad: Option<(usize, u64)> = None;
-    let mut places = Vec::with_capacity(logs.len());
+    // Where the marks of each log begin.
+    let mut starts = Vec::with_capacity(logs.len());
     for (log, (_, path)) in logs.iter().enumerate() {
         let contents = read_file(path)?;
+        starts.push(before.len());
         let so_far = if bad.is_some() { &mut behind } else { &mut before };
         so_far.extend(contents.before);
         behind.extend(contents.behind);
         bad = bad.or(contents.bad.map(|at| (log, at)));
-        places.push((before.len(), path));
     }
     if let Some((log, at)) = bad {
         let Some((good, newer)) = logs.get(log..).and_then(<[_]>::split_first) else { return Ok(()) };
@@ -79,7 +80,7 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
         if closed {
             return Err(bad_record(path, at, "it was closed without one"));
         }
-        if first_missing(&numbers, &before, &behind, false).is_some() || vouched(&before, &behind) {
+        if missing_before(&numbers, &before, &behind).is_some() || vouched(&before, &behind) {
             return Err(bad_record(path, at, "what was on the disk by then stands behind it"));
         }
         tracing::warn!(path = %path.display(), at, "the log ends in half a record, as a crash leaves it: cut off");
@@ -88,11 +89,16 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
             cut(path, 0)?;
         }
         cut(path, at)?;
-    } else if let Some(missing) = first_missing(&numbers, &before, &[], closed) {
-        let next = before.iter().position(|mark| missing.is_before(mark)).unwrap_or_default();
-        let place = places.iter().find(|(marks, _)| *marks > next).map_or(database, |(_, path)| path);
-        let detail = format!("write {} to it, which was on the disk, is missing", missing.number);
-        return Err(Error::Corrupt { place: place.display().to_string(), detail });
+    } else {
+        for (log, (number, path)) in logs.iter().enumerate() {
+            let start = starts.get(log).copied().unwrap_or_default();
+            let end = starts.get(log + 1).copied().unwrap_or(before.len());
+            let marks = before.get(start..end).unwrap_or_default();
+            if let Some(missing) = missing_within(*number, marks, &before, closed) {
+                let detail = format!("write {} to it, which was on the disk, is missing", missing.number);
+                return Err(Error::Corrupt { place: path.display().to_string(), detail });
+            }
+        }
     }
     if !closed {
         // A process that was killed has left some of it in memory. A bad place before what is going to be written must be

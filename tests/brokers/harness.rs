@@ -296,8 +296,14 @@ pub fn every_effect_happens_once_however_often_its_consumer_is_killed<B: Broker>
 
 /// The same without a store: the test sees the duplicates that the broker makes.
 pub fn without_a_store_effects_happen_twice<B: Broker>(test: &'static str) {
-    let (messages, twins) = (1_000 / B::SHARE as usize, 100 / B::SHARE as usize);
     consume_if_child::<B>(test);
+    // Whether a kill hits the moment between an effect and its acknowledgement is chance.
+    let seen = (0..5).any(|_| effects_happen_twice_without_a_store::<B>(test));
+    assert!(seen, "the test cannot see a duplicate");
+}
+
+fn effects_happen_twice_without_a_store<B: Broker>(test: &'static str) -> bool {
+    let (messages, twins) = (1_000 / B::SHARE as usize, 100 / B::SHARE as usize);
     let stage = Stage::new(test);
     stage.site.append("without a store", "");
     runtime().block_on(async {
@@ -314,7 +320,8 @@ pub fn without_a_store_effects_happen_twice<B: Broker>(test: &'static str) {
         ledger.iter().filter(|(body, times)| **times > 1 && is_twin(body) == twin).count()
     };
     println!("twice: {} of those sent once, {} of {twins} sent twice", twice(false), twice(true));
-    assert!(twice(false) > 0 && twice(true) == twins);
+    assert_eq!(twice(true), twins);
+    twice(false) > 0
 }
 
 /// What fails for good, and what takes its consumer with it, ends among the dead letters, and can come back from there.
