@@ -87,7 +87,7 @@ impl Clock for ManualClock {
     }
 }
 
-/// So far ahead of the wall clock no operator means to be. Milliseconds.
+/// So far ahead of the wall clock and of stream time no operator means to be. Milliseconds.
 const YEAR_MS: u64 = 366 * 24 * 60 * 60 * 1_000;
 
 /// One reading of the times.
@@ -206,10 +206,13 @@ impl Timeline {
     pub(crate) fn admits(&self, at_ms: u64) -> Result<(), Leap> {
         let Some(stream) = &self.stream else { return Ok(()) };
         let Stream { max_ahead_ms, .. } = *stream;
-        if at_ms <= self.clock.wall_ms().min(MAX_WALL_MS).saturating_add(YEAR_MS) {
+        let stream_ms = self.high_water_ms();
+        // The clock may be what is wrong.
+        let now_ms = self.clock.wall_ms().min(MAX_WALL_MS).max(stream_ms);
+        if at_ms <= now_ms.saturating_add(YEAR_MS) {
             return Ok(());
         }
-        Err(Leap { stream_ms: self.high_water_ms(), max_ahead_ms, in_future: true })
+        Err(Leap { stream_ms, max_ahead_ms, in_future: true })
     }
 
     /// Whether a leap is believed: another message that leaps, next to it, is as far, or less than a step behind.

@@ -138,6 +138,17 @@ async fn status(
     }
 }
 
+/// Sends a message with its answer.
+async fn order(
+    State(stage): State<Arc<Stage>>,
+    extract::Path(status): extract::Path<u16>,
+    attempt: Attempted,
+) -> Response {
+    let run = stage.run(of(&attempt));
+    of(&attempt).unwrap().with_tx(|tx| tx.enqueue("orders", status.to_string(), &run));
+    (StatusCode::from_u16(status).unwrap(), run).into_response()
+}
+
 async fn panic_first(State(stage): State<Arc<Stage>>, attempt: Attempted) -> String {
     let run = stage.run(of(&attempt));
     assert!(!run.starts_with("run 1,"), "a panic that the test wants");
@@ -222,6 +233,7 @@ impl Bench {
             .route("/charges/{id}", post(charge))
             .route("/slow", post(slow))
             .route("/status/{status}", post(status))
+            .route("/order/{status}", post(order))
             .route("/panic", post(panic_first))
             .route("/broken", post(broken))
             .route("/large/{bytes}", post(large))
@@ -260,6 +272,21 @@ async fn sent(
     let (parts, body) = in_time(client.request(request)).await?.into_parts();
     let body = String::from_utf8(in_time(body.collect()).await?.to_bytes().to_vec())?;
     Ok(Answer { status: parts.status, headers: parts.headers, body })
+}
+
+#[tokio::test]
+async fn what_the_handler_adds_is_stored_with_its_answer_or_not_at_all() {
+    let bench = Bench::new().await;
+    for _ in 0..3 {
+        assert_eq!(bench.post("/order/201", "done").await.status, 201);
+    }
+    assert_eq!(bench.post("/order/500", "failed").await.status, 500);
+    assert_eq!(bench.post("/order/429", "limited").await.status, 429);
+    assert_eq!(bench.post("/order/402", "declined").await.status, 402);
+    let messages = bench.store.outbox(10).await.unwrap();
+    let said: Vec<_> = messages.iter().map(|message| (&message.topic[..], &message.key[..])).collect();
+    assert_eq!(said, [(&b"orders"[..], &b"201"[..]), (b"orders", b"402")], "of answers that are stored, once each");
+    assert!(messages[0].bytes.starts_with(b"run 1,"));
 }
 
 #[tokio::test]

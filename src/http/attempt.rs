@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::concurrency::Mutex;
 use crate::entry::Prior;
+use crate::tx::Tx;
 
 /// The attempt at a request that a handler makes. It is among the request's extensions.
 ///
@@ -15,6 +17,8 @@ pub struct Attempt {
     pub(super) token: u64,
     pub(super) number: u32,
     pub(super) prior: Option<Prior>,
+    /// What the answer takes along into the store.
+    pub(super) tx: Arc<Mutex<Tx>>,
 }
 
 impl Attempt {
@@ -41,6 +45,20 @@ impl Attempt {
     #[must_use]
     pub fn prior(&self) -> Option<Prior> {
         self.prior
+    }
+
+    /// Adds to the write that stores the answer: messages for the outbox, offsets, as
+    /// [`Lease::complete_with`](crate::Lease::complete_with) does. Nothing of it is stored where the answer is not: by its
+    /// [`Fate`], because somebody has taken over, or because the store fails, also where requests pass then.
+    ///
+    /// `fill` is called at once. Do not call this again inside of it.
+    pub fn with_tx(&self, fill: impl FnOnce(&mut Tx)) {
+        fill(&mut self.tx.lock());
+    }
+
+    /// What was added.
+    pub(super) fn take_tx(&self) -> Tx {
+        std::mem::take(&mut *self.tx.lock())
     }
 
     /// Whether an earlier attempt may have done the work: ask the other side before you do it.

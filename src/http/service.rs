@@ -141,7 +141,8 @@ where
 }
 
 fn attempt(key: String, lease: &Lease) -> Attempt {
-    Attempt { key: key.into(), token: lease.token(), number: lease.attempt(), prior: lease.prior() }
+    let (token, number, prior) = (lease.token(), lease.attempt(), lease.prior());
+    Attempt { key: key.into(), token, number, prior, tx: Arc::default() }
 }
 
 /// Works in a task that goes on when the client hangs up.

@@ -8,13 +8,14 @@ use bytes::Bytes;
 use http::{Request, Response};
 use tower_service::Service;
 
-use super::attempt::Fate;
+use super::attempt::{Attempt, Fate};
 use super::body::{Body, BoxError, Read, read};
 use super::guard::{Guard, OnStoreFailure};
 use super::problem::Problem;
 use super::stored::StoredResponse;
 use crate::error::Error;
 use crate::future::{KeepAlive, Lease};
+use crate::tx::Tx;
 
 /// What came of a handler.
 enum Handled<R> {
@@ -37,6 +38,7 @@ where
     R::Error: Into<BoxError>,
 {
     let counters = &guard.counters;
+    let attempt = request.extensions().get::<Attempt>().cloned();
     let handled = unless_overtaken(handle(guard, service, request), lease.keep_alive()).await;
     match handled {
         None => Ok(guard.refuse(Problem::Overtaken)),
@@ -59,7 +61,10 @@ where
             }
             Ok(response)
         }
-        Some(Ok(Handled::Done(response, answer))) => Ok(store(guard, lease, response, answer).await),
+        Some(Ok(Handled::Done(response, answer))) => {
+            let tx = attempt.map(|attempt| attempt.take_tx()).unwrap_or_default();
+            Ok(store(guard, lease, response, answer, tx).await)
+        }
     }
 }
 
@@ -85,12 +90,13 @@ where
     Ok(Handled::Done(Response::from_parts(parts, body), answer))
 }
 
-/// Completes the lease with as much of the answer as the store keeps.
+/// Completes the lease with as much of the answer as the store keeps, and what the handler has added.
 async fn store<R>(
     guard: &Guard,
     lease: Lease,
     response: Response<Body<R>>,
     answer: StoredResponse,
+    tx: Tx,
 ) -> Response<Body<R>> {
     let counters = &guard.counters;
     let limit = guard.store.result_limit();
@@ -102,7 +108,10 @@ async fn store<R>(
         let bytes = head.encode();
         (if bytes.len() <= limit { bytes } else { head.status_alone().encode() }, false)
     };
-    let Err(failed) = lease.complete(bytes).await else {
+    let takes_along = tx.len() > 0;
+    let completed =
+        if takes_along { lease.complete_with(bytes, |with| *with = tx).await } else { lease.complete(bytes).await };
+    let Err(failed) = completed else {
         counters.stored.add(1);
         counters.bodies_not_kept.add(u64::from(!body_kept));
         return response;
@@ -112,6 +121,8 @@ async fn store<R>(
     }
     tracing::error!(error = %failed.error(), "a request was done and its answer could not be stored");
     match guard.options.on_store_failure {
+        // Its messages are not stored either, and only another attempt can bring them back.
+        OnStoreFailure::FailOpen if takes_along => guard.refuse(Problem::AnswerNotStored),
         OnStoreFailure::FailClosed => guard.refuse(Problem::AnswerNotStored),
         OnStoreFailure::FailOpen => {
             guard.count_fail_open();
