@@ -537,6 +537,9 @@ fn in_parallel(first: u64, end: u64, work: impl Fn(u64, &Path) + Sync) {
                     if number >= end {
                         return;
                     }
+                    if number > first && number.is_multiple_of(50_000) {
+                        eprintln!("round {number} of {end}");
+                    }
                     watchdog.begin(number);
                     work(number, &path);
                     let _ = std::fs::remove_dir_all(&path);
