@@ -87,9 +87,6 @@ impl Clock for ManualClock {
     }
 }
 
-/// So far ahead of the wall clock and of stream time no operator means to be. Milliseconds.
-const YEAR_MS: u64 = 366 * 24 * 60 * 60 * 1_000;
-
 /// One reading of the times.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Now {
@@ -102,6 +99,9 @@ pub(crate) struct Now {
 
 /// A clock that says more than this, some 140,000 years from now, is broken; the bound keeps sums of times in range.
 const MAX_WALL_MS: u64 = 1 << 52;
+
+/// A year, and a day where it has one more.
+pub(crate) const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// A clock with a high-water mark; or, where `stream` is there, a high-water mark that messages move.
 pub(crate) struct Timeline {
@@ -202,17 +202,10 @@ impl Timeline {
         Ok(stream_ms.max(at_ms))
     }
 
-    /// Whether stream time may be there at all: nobody can take it back, and a time in another unit lies in the future.
-    pub(crate) fn admits(&self, at_ms: u64) -> Result<(), Leap> {
-        let Some(stream) = &self.stream else { return Ok(()) };
-        let Stream { max_ahead_ms, .. } = *stream;
-        let stream_ms = self.high_water_ms();
-        // The clock may be what is wrong.
-        let now_ms = self.clock.wall_ms().min(MAX_WALL_MS).max(stream_ms);
-        if at_ms <= now_ms.saturating_add(YEAR_MS) {
-            return Ok(());
-        }
-        Err(Leap { stream_ms, max_ahead_ms, in_future: true })
+    /// Whether an operator can mean that: nobody takes stream time back, and a time in another unit lies far ahead. The clock
+    /// may be what is wrong.
+    pub(crate) fn is_within_a_year(&self, at_ms: u64) -> bool {
+        at_ms <= self.clock.wall_ms().min(MAX_WALL_MS).max(self.high_water_ms()).saturating_add(millis(YEAR))
     }
 
     /// Whether a leap is believed: another message that leaps, next to it, is as far, or less than a step behind.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::{Clock, SystemClock, millis};
+use crate::clock::{Clock, SystemClock, YEAR, millis};
 use crate::error::{Error, Result};
 
 /// Live buckets are column families, and RocksDB's cost of those grows faster than their number.
@@ -12,7 +12,6 @@ const DEFAULT_BUCKETS: u32 = 24;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// Beyond what a machine has, and within what RocksDB's caches can be told.
 const MAX_MEMORY_BUDGET: usize = 1 << 44;
-const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 const MIB: usize = 1024 * 1024;
 
 /// When a finished call is safe.

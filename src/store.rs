@@ -445,7 +445,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::TooFarAhead`] for a time that is more than a year ahead of both the wall clock and stream time, such as one
+    /// [`Error::Config`] for a time that is more than a year ahead of both the wall clock and stream time, such as one
     /// in another unit;
     /// [`Error::TimestampUnexpected`] on a store that runs on its clock; [`Error::WriteFailed`], after which it counts as
     /// long as the store is open, and nobody can say whether for longer.

@@ -281,14 +281,9 @@ impl Engine {
         if !self.timeline.is_stream() {
             return Err(Error::TimestampUnexpected);
         }
-        if let Err(leap) = self.timeline.admits(to_ms) {
-            return Err(Error::TooFarAhead {
-                key: "no message".to_owned(),
-                at_ms: to_ms,
-                stream_ms: leap.stream_ms,
-                max_ahead: Duration::from_millis(leap.max_ahead_ms),
-                in_future: true,
-            });
+        if !self.timeline.is_within_a_year(to_ms) {
+            let bounds = "up to a year ahead of the wall clock or of stream time, in milliseconds".to_owned();
+            return Err(Error::Config { option: "advance_stream_time", value: to_ms.to_string(), bounds });
         }
         self.timeline.advance(to_ms);
         self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))

@@ -148,7 +148,7 @@ impl Chain {
 /// Other logs may be gone, for logs whose rows are all elsewhere are deleted; RocksDB keeps account of that. But between two
 /// writes of one log there is nothing but that log: a write that was begun after the first of them was there, and was there
 /// before the second, is missing.
-pub(super) fn missing_within(log: u64, marks: &[Mark], all: &[Mark], closed: bool) -> Option<Missing> {
+pub(super) fn missing_within(log: u64, marks: &[Mark], all: &[Mark], closed: bool) -> Option<u64> {
     lives(marks).into_iter().find_map(|life| {
         let there_before = marks.iter().filter(|mark| mark.life == life).map(|mark| mark.written_below).max()?;
         let from = from_which_all_is_there(life, log, marks, all)?;
@@ -158,7 +158,7 @@ pub(super) fn missing_within(log: u64, marks: &[Mark], all: &[Mark], closed: boo
 
 /// The first write that was on the disk and is not `before` a bad place. `behind` stands behind it, and `logs` are the
 /// numbers of all logs.
-pub(super) fn missing_before(logs: &[u64], before: &[Mark], behind: &[Mark]) -> Option<Missing> {
+pub(super) fn missing_before(logs: &[u64], before: &[Mark], behind: &[Mark]) -> Option<u64> {
     let all = [before, behind].concat();
     lives(&all).into_iter().find_map(|life| {
         let log = if logs.contains(&life) { life } else { 0 };
@@ -190,7 +190,7 @@ fn synced_below(life: u64, marks: &[Mark], closed: bool) -> u64 {
 }
 
 /// The first number, of those from `from` on and below `to`, that no mark has.
-fn first_absent(life: u64, from: u64, to: u64, marks: &[Mark]) -> Option<Missing> {
+fn first_absent(life: u64, from: u64, to: u64, marks: &[Mark]) -> Option<u64> {
     let of_life = marks.iter().filter(|mark| mark.life == life && mark.number >= from);
     let mut numbers: Vec<u64> = of_life.map(|mark| mark.number).collect();
     numbers.sort_unstable();
@@ -201,14 +201,7 @@ fn first_absent(life: u64, from: u64, to: u64, marks: &[Mark]) -> Option<Missing
         }
         expected = number.saturating_add(1);
     }
-    (expected < to).then_some(Missing { life, number: expected })
-}
-
-/// A write that was on the disk and is not in the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Missing {
-    life: u64,
-    pub(super) number: u64,
+    (expected < to).then_some(expected)
 }
 
 /// Whether what stands `behind` a bad place says that the place was good: something behind it was on the disk, or the
@@ -252,12 +245,7 @@ mod tests {
     }
 
     fn missing(before: &[Mark], behind: &[Mark]) -> Option<u64> {
-        let missing = if behind.is_empty() {
-            missing_within(8, before, before, false)
-        } else {
-            missing_before(&[8], before, behind)
-        };
-        missing.map(|missing| missing.number)
+        if behind.is_empty() { missing_within(8, before, before, false) } else { missing_before(&[8], before, behind) }
     }
 
     proptest! {
@@ -325,7 +313,7 @@ mod tests {
     fn of_a_closed_log_all_must_be_there() {
         let marks = one_by_one(10, &[]);
         let without: Vec<Mark> = marks.iter().copied().filter(|mark| mark.number != 7).collect();
-        assert_eq!(missing_within(8, &without, &without, true), Some(Missing { life: 7, number: 7 }));
+        assert_eq!(missing_within(8, &without, &without, true), Some(7));
         assert_eq!(missing_within(8, &marks, &marks, true), None);
     }
 
@@ -354,10 +342,10 @@ mod tests {
         }
         let gap: Vec<Mark> = newest.iter().copied().filter(|mark| mark.number != 7).collect();
         let all = [oldest, &gap].concat();
-        assert_eq!(missing_within(9, &gap, &all, false).map(|missing| missing.number), None, "the second of its log");
+        assert_eq!(missing_within(9, &gap, &all, false), None, "the second of its log");
         let marks = one_by_one(12, &[10]);
         let newest: Vec<Mark> = marks[6..].iter().copied().filter(|mark| mark.number != 9).collect();
-        assert_eq!(missing_within(9, &newest, &newest, false), Some(Missing { life: 7, number: 9 }));
+        assert_eq!(missing_within(9, &newest, &newest, false), Some(9));
     }
 
     #[test]
@@ -365,9 +353,9 @@ mod tests {
         let marks = one_by_one(10, &[8]);
         for first in 1..10 {
             let missing = missing_within(7, &marks[first..], &marks[first..], false);
-            assert_eq!(missing, Some(Missing { life: 7, number: 0 }), "from {first} on");
+            assert_eq!(missing, Some(0), "from {first} on");
             let missing = missing_before(&[6, 7], &marks[..1], &marks[first..]);
-            assert_eq!(missing, Some(Missing { life: 7, number: 1 }), "bad between the first and {first}");
+            assert_eq!(missing, Some(1), "bad between the first and {first}");
         }
         assert_eq!(missing_within(7, &marks, &marks, false), None);
     }

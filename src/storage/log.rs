@@ -95,7 +95,7 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
             let end = starts.get(log + 1).copied().unwrap_or(before.len());
             let marks = before.get(start..end).unwrap_or_default();
             if let Some(missing) = missing_within(*number, marks, &before, closed) {
-                let detail = format!("write {} to it, which was on the disk, is missing", missing.number);
+                let detail = format!("write {missing} to it, which was on the disk, is missing");
                 return Err(Error::Corrupt { place: path.display().to_string(), detail });
             }
         }
