@@ -357,7 +357,10 @@ fn certain(base: &Base, damage: &Damage) -> usize {
 
 /// Where the newest log's records end, and the first begins.
 fn record_edges(base: &Base) -> Vec<usize> {
-    let log = &base.image.files[&base.log];
+    edges(&base.image.files[&base.log])
+}
+
+fn edges(log: &[u8]) -> Vec<usize> {
     let mut edges = vec![0];
     // A header is a checksum (4), the length of what follows it (2) and a type (1).
     while let Some(header) = log.get(edges[edges.len() - 1]..).and_then(|rest| rest.first_chunk::<7>()) {
@@ -744,5 +747,55 @@ fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
         damaged.files.remove(gone);
         let answers = try_with(&damaged);
         assert!(matches!(&answers, Err(Error::Corrupt { .. })), "{gone:?} is gone: {answers:?}");
+    }
+}
+
+/// What RocksDB writes to a log before all else: how long the one before it was.
+fn predecessor(log: u64, len: usize) -> Vec<u8> {
+    let checked = [&[130][..], &log.to_le_bytes(), &(len as u64).to_le_bytes(), &99_u64.to_le_bytes()].concat();
+    let crc = crc32c::crc32c(&checked).rotate_right(15).wrapping_add(0xa282_ead8);
+    let len = u16::try_from(checked.len() - 1).unwrap();
+    [&crc.to_le_bytes()[..], &len.to_le_bytes(), &checked].concat()
+}
+
+#[test]
+fn a_log_that_a_power_cut_ended_between_two_records_ends_there_though_a_newer_one_was_begun() {
+    let dir = scratch();
+    let path = dir.path().join("store");
+    let clock = ManualClock::at(START_MS);
+    let open = |path: &Path| builder(&clock).durability(Durability::Process).open(path);
+    let store = open(&path).unwrap();
+    let log = Image::read(&path).newest(".log");
+    let keys: Vec<String> = (0..8).map(|i| format!("key-{i}")).collect();
+    let mut ends = Vec::new();
+    for key in &keys {
+        complete(&store, key);
+        ends.push(log_bytes(&path.join(&log)));
+    }
+    let image = Image::read_at_rest(&path);
+    drop(store);
+    let number: u64 = log.file_stem().unwrap().to_str().unwrap().parse().unwrap();
+    let newer = log.with_file_name(format!("{:06}.log", number + 1));
+    let whole = &image.files[&log];
+    assert_eq!(whole.len(), ends[keys.len() - 1]);
+    let edges = edges(whole);
+    for edge in edges[..edges.len() - 1].iter().copied() {
+        let mut torn = image.clone();
+        torn.files.get_mut(&log).unwrap().truncate(edge);
+        torn.files.insert(newer.clone(), predecessor(number, whole.len()));
+        let copy = dir.path().join("copy");
+        torn.write(&copy);
+        let store = open(&copy).unwrap_or_else(|error| panic!("cut at {edge} of {}: {error}", whole.len()));
+        for (key, end) in keys.iter().zip(&ends) {
+            let there = matches!(store.check(key).unwrap(), Check::Completed(_));
+            assert_eq!(there, *end <= edge, "{key}, which ends at {end}, cut at {edge}");
+        }
+        // What comes now is not taken for what was lost.
+        complete(&store, "after it");
+        store.close().unwrap();
+        let reopened = open(&copy).unwrap();
+        assert!(matches!(reopened.check("after it").unwrap(), Check::Completed(_)));
+        drop(reopened);
+        std::fs::remove_dir_all(&copy).unwrap();
     }
 }

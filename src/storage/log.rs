@@ -29,6 +29,8 @@ const FULL: u8 = 1;
 const FIRST: u8 = 2;
 const MIDDLE: u8 = 3;
 const LAST: u8 = 4;
+/// Of the log before this one: its number and its length (8 each), and a sequence number.
+const PREDECESSOR: u8 = 130;
 
 /// What a log holds.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -41,6 +43,25 @@ struct Contents {
     goes_on: bool,
     /// Marks of whole records behind it.
     behind: Vec<Mark>,
+    /// How many bytes there are.
+    len: u64,
+    /// What it says of the log before it.
+    predecessor: Option<Predecessor>,
+}
+
+/// The log that was written to before another was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Predecessor {
+    number: u64,
+    len: u64,
+}
+
+impl Predecessor {
+    fn read(payload: &[u8]) -> Option<Self> {
+        let (number, rest) = payload.split_first_chunk::<8>()?;
+        let len = rest.first_chunk::<8>()?;
+        Some(Self { number: u64::from_le_bytes(*number), len: u64::from_le_bytes(*len) })
+    }
 }
 
 /// The number of a log, if it is one.
@@ -66,8 +87,17 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
     let mut bad: Option<(usize, u64)> = None;
     // Where the marks of each log begin.
     let mut starts = Vec::with_capacity(logs.len());
-    for (log, (_, path)) in logs.iter().enumerate() {
+    let mut older: Option<Predecessor> = None;
+    for (log, (number, path)) in logs.iter().enumerate() {
         let contents = read_file(path)?;
+        // A log that ended between two records is a bad place as well, at its end.
+        if let (Some(older), Some(was)) = (older, contents.predecessor)
+            && older.number == was.number
+            && older.len < was.len
+        {
+            bad = bad.or(Some((log - 1, older.len)));
+        }
+        older = Some(Predecessor { number: *number, len: contents.len });
         starts.push(before.len());
         let so_far = if bad.is_some() { &mut behind } else { &mut before };
         so_far.extend(contents.before);
@@ -83,7 +113,7 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
         if missing_before(&numbers, &before, &behind).is_some() || vouched(&before, &behind) {
             return Err(bad_record(path, at, "what was on the disk by then stands behind it"));
         }
-        tracing::warn!(path = %path.display(), at, "the log ends in half a record, as a crash leaves it: cut off");
+        tracing::warn!(path = %path.display(), at, "the end of the log is bad or gone, as a crash leaves it: cut off");
         // The newest first: a crash in between leaves nothing behind the bad place.
         for (_, path) in newer.iter().rev() {
             cut(path, 0)?;
@@ -132,7 +162,10 @@ fn read_file(path: &Path) -> Result<Contents> {
 }
 
 fn bad_record(path: &Path, at: u64, and: &str) -> Error {
-    Error::Corrupt { place: path.display().to_string(), detail: format!("it has a bad record at byte {at}, and {and}") }
+    Error::Corrupt {
+        place: path.display().to_string(),
+        detail: format!("it is bad or gone from byte {at} on, and {and}"),
+    }
 }
 
 fn read(log: &mut impl Read) -> std::io::Result<Contents> {
@@ -143,10 +176,11 @@ fn read(log: &mut impl Read) -> std::io::Result<Contents> {
         block.clear();
         log.by_ref().take(BLOCK as u64).read_to_end(&mut block)?;
         reading.block(start, &block);
+        start += block.len() as u64;
         if block.len() < BLOCK {
+            reading.contents.len = start;
             return Ok(reading.finish());
         }
-        start += BLOCK as u64;
     }
 }
 
@@ -184,6 +218,9 @@ impl Reading {
         // Others tell of the log, and stand between records.
         if !matches!(kind, FULL | FIRST | MIDDLE | LAST) {
             self.contents.goes_on |= self.contents.bad.is_some();
+            if kind == PREDECESSOR {
+                self.contents.predecessor = Predecessor::read(payload);
+            }
             return;
         }
         let begins = matches!(kind, FULL | FIRST);
@@ -229,8 +266,8 @@ fn piece(bytes: &[u8]) -> Option<(u8, &[u8])> {
     let len = usize::from(u16::from_le_bytes(*len));
     let checked = rest.get(..len + 1)?;
     let (kind, payload) = checked.split_first()?;
-    // The others: compression, timestamps, predecessor. Recycled logs, which are not written, have more.
-    if !matches!(*kind, FULL | FIRST | MIDDLE | LAST | 9 | 10 | 130) {
+    // The others: compression and timestamps. Recycled logs, which are not written, have more.
+    if !matches!(*kind, FULL | FIRST | MIDDLE | LAST | 9 | 10 | PREDECESSOR) {
         return None;
     }
     (masked(crc32c::crc32c(checked)) == u32::from_le_bytes(*crc)).then_some((*kind, payload))
@@ -258,15 +295,20 @@ pub(super) fn put_record(log: &mut Vec<u8>, mut payload: &[u8]) {
             (true, false) => MIDDLE,
             (true, true) => LAST,
         };
-        let checked = [&[kind], piece].concat();
-        log.extend_from_slice(&masked(crc32c::crc32c(&checked)).to_le_bytes());
-        log.extend_from_slice(&(piece.len() as u16).to_le_bytes());
-        log.extend_from_slice(&checked);
+        put_piece(log, kind, piece);
         if rest.is_empty() {
             return;
         }
         (begun, payload) = (true, rest);
     }
+}
+
+#[cfg(any(test, fuzzing))]
+fn put_piece(log: &mut Vec<u8>, kind: u8, payload: &[u8]) {
+    let checked = [&[kind], payload].concat();
+    log.extend_from_slice(&masked(crc32c::crc32c(&checked)).to_le_bytes());
+    log.extend_from_slice(&(payload.len() as u16).to_le_bytes());
+    log.extend_from_slice(&checked);
 }
 
 /// Where the bytes begin that are no record, if there are any.
@@ -415,6 +457,41 @@ mod tests {
         let (refused, lens) = bad(synced / 5 * 4);
         assert!(matches!(refused, Err(Error::Corrupt { place, .. }) if place.ends_with("000007.log")));
         assert_eq!(lens, [older.len(), newer.len()], "and nothing is touched");
+    }
+
+    #[test]
+    fn a_log_that_is_shorter_than_the_next_one_says_ends_there_and_was_not_synced_or_is_corrupt() {
+        let chain = chain(7);
+        let mut older = Vec::new();
+        let mut ends = vec![0];
+        for number in 0..6 {
+            write(&mut older, &chain);
+            ends.push(older.len());
+            if number == 2 {
+                chain.synced(chain.written_below());
+            }
+        }
+        let mut newer = Vec::new();
+        let predecessor = [7_u64, older.len() as u64, 99].map(u64::to_le_bytes).concat();
+        put_piece(&mut newer, PREDECESSOR, &predecessor);
+        let said = newer.len();
+        (0..2).for_each(|_| write(&mut newer, &chain));
+        for newer in [&newer[..said], &newer[..]] {
+            for end in &ends {
+                let (checked, lens) = check_logs(&[older[..*end].to_vec(), newer.to_vec()], false);
+                if *end == older.len() {
+                    assert!(checked.is_ok() && lens == [older.len(), newer.len()], "whole: {checked:?}, {lens:?}");
+                } else if *end < ends[3] {
+                    // The fourth write and those behind it say that the third was on the disk, where one of them is there.
+                    let told = newer.len() > said;
+                    assert_eq!(checked.is_err(), told, "cut at {end} of {}: {checked:?}", older.len());
+                } else {
+                    assert!(checked.is_ok() && lens == [*end, 0], "cut at {end}: {checked:?}, {lens:?}");
+                }
+                let (checked, _) = check_logs(&[older[..*end].to_vec(), newer.to_vec()], true);
+                assert_eq!(checked.is_ok(), *end == older.len(), "closed, cut at {end}: {checked:?}");
+            }
+        }
     }
 
     #[test]
