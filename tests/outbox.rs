@@ -235,3 +235,18 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
     eprintln!("20 kills, {last} orders, {moved} rounds got on");
     assert!(moved > 5, "too few children lived long enough to be worth killing");
 }
+
+#[test]
+fn an_offset_that_is_read_is_on_the_disk_before_it_is_told() {
+    for (durability, syncs) in [(Durability::Disk, 1), (Durability::Process, 0)] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::builder().durability(durability).open(dir.path().join("store")).unwrap();
+        store.set_offset("orders", 0, 17).unwrap();
+        let before = store.stats().log_syncs;
+        // Another thread may have written it, and wait for its sync.
+        assert_eq!(store.offset("orders", 0).unwrap(), Some(17));
+        assert_eq!(store.stats().log_syncs - before, syncs, "{durability:?}");
+        assert_eq!(store.offset("others", 0).unwrap(), None);
+        assert_eq!(store.stats().log_syncs - before, syncs, "there is nothing to sync");
+    }
+}

@@ -34,8 +34,13 @@ const BATCH: u64 = 512;
 const BUCKETS: u64 = 16;
 const BUDGET_BYTES: usize = 64 << 20;
 
-/// What a process takes beside the budget: its code, RocksDB's own structures, batches on their way.
-const RSS_MARGIN_BYTES: u64 = 128 << 20;
+/// What a process takes beside the budget: its code, RocksDB's own structures, batches on their way, and what the allocator
+/// keeps between what is in use, which with glibc's is more than half of it again.
+const RSS_MARGIN_BYTES: u64 = 160 << 20;
+/// A life this long is looked at by itself, for what grows slowly: by no more than so much may its last quarter be above its
+/// second one, when everything has been there once.
+const LONG_LIFE: Duration = Duration::from_secs(60);
+const GROWTH_PERCENT: u64 = 15;
 /// RocksDB keeps 512 files open at most.
 const FILES_MAX: u64 = 600;
 /// What a remembered key takes on disk, with its share of a filter: and while runs are merged, it is there twice.
@@ -343,6 +348,19 @@ fn largest(samples: &[Sample], total: Duration, from: f64, to: f64) -> Sample {
     })
 }
 
+/// What a life takes while it has begun, and at its end: memory and open files, the middle ones of the samples.
+fn growth(life: &[Sample]) -> [(u64, u64); 2] {
+    let quarter = life.len() / 4;
+    let middle = |samples: &[Sample], of: fn(&Sample) -> u64| {
+        let mut values: Vec<u64> = samples.iter().map(of).collect();
+        values.sort_unstable();
+        values[values.len() / 2]
+    };
+    let (begun, ending) = (&life[quarter..2 * quarter], &life[3 * quarter..]);
+    [|sample: &Sample| sample.rss_bytes, |sample: &Sample| sample.files]
+        .map(|of| (middle(begun, of), middle(ending, of)))
+}
+
 fn resident_bytes(process: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -421,6 +439,19 @@ impl Soak {
             child.wait().unwrap();
             samples
         });
+        if lasts >= LONG_LIFE {
+            let [memory, files] = growth(&samples);
+            let [begun, ending] = [memory.0, memory.1].map(|bytes| bytes >> 20);
+            eprintln!(
+                "a life of {} s: memory {begun} MiB in its second quarter and {ending} in its last, open files {} and {}",
+                lasts.as_secs(),
+                files.0,
+                files.1,
+            );
+            for (begun, ending) in [memory, files] {
+                assert!(ending <= begun + begun * GROWTH_PERCENT / 100, "it grows: {begun} to {ending}");
+            }
+        }
         self.samples.extend(samples);
     }
 

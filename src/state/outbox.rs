@@ -14,7 +14,8 @@ impl Engine {
         self.ready()?;
         let Some(value) = self.db.meta(&offset_name(stream, partition))? else { return Ok(None) };
         if self.config.sync_results() {
-            self.sync_log()?;
+            // Nothing but the sync, shared with whoever waits for one.
+            self.write(true, |_| Ok(()))?;
         }
         match value.try_into() {
             Ok(offset) => Ok(Some(u64::from_le_bytes(offset))),
