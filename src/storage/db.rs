@@ -170,12 +170,15 @@ impl Db {
         let written_below = self.chain.written_below();
         KillPoint::SyncBegun.pass();
         rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
+        if self.directory.is_deleted() {
+            return Err(self.write_failed(&format!("{} was deleted", self.directory.root().display())));
+        }
         self.chain.synced(written_below);
         KillPoint::SyncDone.pass();
         Ok(())
     }
 
-    fn write_failed(&self, error: &rocksdb::Error) -> Error {
+    fn write_failed(&self, error: &impl ToString) -> Error {
         self.in_doubt.store(true, Ordering::Release);
         Error::WriteFailed { detail: error.to_string() }
     }

@@ -10,7 +10,7 @@
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ const LOCK_POLL: Duration = Duration::from_millis(5);
 pub(crate) struct Directory {
     root: PathBuf,
     lock: Mutex<Option<File>>,
+    /// Whether the file system counts names of the lock file: most do.
+    counts_links: bool,
 }
 
 impl Directory {
@@ -63,7 +65,8 @@ impl Directory {
                 Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, &error)),
             }
         }
-        let directory = Self { root: root.to_owned(), lock: Mutex::new(Some(lock)) };
+        let counts_links = lock.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
+        let directory = Self { root: root.to_owned(), lock: Mutex::new(Some(lock)), counts_links };
         remove_dir(&directory.new_database())?;
         make_private(&directory.runs())?;
         make_private(&directory.filters())?;
@@ -94,6 +97,12 @@ impl Directory {
     /// Lets others use the directory.
     pub(crate) fn release(&self) {
         drop(self.lock.lock().take());
+    }
+
+    /// Whether somebody has deleted it: files that are open go on taking what is written, and nothing of it stays.
+    pub(super) fn is_deleted(&self) -> bool {
+        let is_nameless = |lock: &File| lock.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
+        self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless)
     }
 
     pub(crate) fn root(&self) -> &Path {
