@@ -84,6 +84,8 @@ mod tests {
 
     #[test]
     fn callers_share_syncs_and_none_returns_before_its_write_is_synced() {
+        const THREADS: u64 = if cfg!(miri) { 4 } else { 32 };
+        const WRITES: u64 = if cfg!(miri) { 3 } else { 20 };
         let group = SyncGroup::default();
         let (written, synced, syncs) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let sync = || {
@@ -94,9 +96,9 @@ mod tests {
             Ok(())
         };
         std::thread::scope(|scope| {
-            for _ in 0..32 {
+            for _ in 0..THREADS {
                 scope.spawn(|| {
-                    for _ in 0..20 {
+                    for _ in 0..WRITES {
                         let mine = written.fetch_add(1, Ordering::SeqCst) + 1;
                         group.wait(sync).unwrap();
                         assert!(synced.load(Ordering::SeqCst) >= mine);
@@ -106,7 +108,11 @@ mod tests {
         });
         let syncs = syncs.into_inner();
         assert_eq!(group.syncs(), syncs);
-        assert!(syncs <= 320, "{syncs} syncs for 640 writes of 32 threads");
+        // Miri lets threads go as it likes, and few come at the same time.
+        assert!(
+            cfg!(miri) || syncs <= THREADS * WRITES / 2,
+            "{syncs} syncs for {WRITES} writes of each of {THREADS} threads"
+        );
     }
 
     #[test]
