@@ -526,3 +526,47 @@ fn a_wait_ends_at_its_limit() {
     assert!(matches!(answer, Claim::InProgress(_)));
     assert!((Duration::from_millis(50)..Duration::from_secs(20)).contains(&begun.elapsed()));
 }
+
+#[test]
+fn the_figures_count_what_each_call_was_answered() {
+    let bench = Bench::with(|builder| builder.on_interrupt(onlyonce::OnInterrupt::Rerun));
+    let store = bench.store();
+    store.record_batch(["a", "b", "c"]).unwrap();
+    store.record_batch(["a", "b", "d"]).unwrap();
+    drop(store.claim_batch(["v", "w"]).unwrap());
+    let leases = store.claim_batch(["v", "w", "x", "y", "z", "a"]).unwrap();
+    let mut leases: Vec<_> = leases
+        .into_iter()
+        .filter_map(|claim| match claim.unwrap() {
+            Claim::Acquired(lease) => Some(lease),
+            _ => None,
+        })
+        .collect();
+    drop(store.claim_batch(["v", "w", "x"]).unwrap());
+    store.record_batch(["y", "z"]).unwrap();
+    let _open = leases.pop();
+    let released = leases.pop().unwrap();
+    store.release_batch([(released, Duration::ZERO)]).remove(0).unwrap();
+    for completed in store.complete_batch(leases.into_iter().map(|lease| (lease, "r"))) {
+        completed.unwrap();
+    }
+    let stats = store.stats();
+    assert_eq!((stats.recorded, stats.acquired, stats.reclaimed), (4, 7, 2));
+    assert_eq!((stats.duplicates, stats.in_progress), (3, 5));
+    assert_eq!((stats.completed, stats.released, stats.superseded), (3, 1, 0));
+    assert_eq!((stats.payload_mismatches, stats.too_old, stats.too_far_ahead, stats.fail_open), (0, 0, 0, 0));
+    assert_eq!((stats.in_flight, stats.held, stats.unsealed), (2, 0, 7), "one is open, one was released");
+    assert_eq!((stats.now_ms, stats.window), (common::START_MS, Duration::from_secs(10)));
+    assert_eq!(stats.remembers_since_ms, common::START_MS - 10_000 + 1);
+    assert!(stats.buckets.is_empty());
+
+    store.seal().unwrap();
+    bench.advance_ms(1_000);
+    store.record("later").unwrap();
+    store.seal().unwrap();
+    let stats = store.stats();
+    let second = |second: u64| common::START_MS + second * 1_000;
+    let figures = stats.buckets.iter().map(|it| (it.start_ms, it.end_ms, it.keys)).collect::<Vec<_>>();
+    assert_eq!(figures, [(second(0), second(1), 7), (second(1), second(2), 1)], "the oldest first");
+    assert_eq!((stats.in_flight, stats.unsealed), (2, 0));
+}
