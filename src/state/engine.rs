@@ -504,3 +504,146 @@ fn meta<const N: usize>(db: &Db, name: &'static str) -> Result<[u8; N]> {
 fn corrupt_meta(name: &str) -> Error {
     Error::Corrupt { place: format!("`{name}` in `meta`"), detail: "it is missing or of another form".to_owned() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::entry::{Done, Kept};
+
+    fn engine(dir: &tempfile::TempDir) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let clock = Arc::new(ManualClock::at(1_000_000));
+        Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
+    }
+
+    /// Puts a completed key with a result of so many bytes into the table.
+    fn fill(engine: &Engine, digest: u64, bytes: usize) {
+        let result = vec![0; bytes];
+        let result = Kept::Stored(result.as_slice());
+        let done = Done { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        engine.hot.stripe(digest).set(digest, b"k", Entry::Completed(done));
+    }
+
+    #[test]
+    fn each_store_digests_its_keys_under_a_secret_of_its_own() {
+        let digest = || {
+            let dir = tempfile::tempdir().unwrap();
+            engine(&dir).request(["k"]).unwrap().digests().next().unwrap()
+        };
+        assert_ne!(digest(), digest());
+    }
+
+    #[test]
+    fn a_sixteenth_of_the_budget_is_kept_at_hand_of_what_was_sealed() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        for digest in 0..6 {
+            fill(&engine, digest, 1 << 20);
+            engine.seal().unwrap();
+        }
+        let at_hand = |digest: &u64| engine.hot.recent().get(*digest, b"k").is_some();
+        assert_eq!((0..6).filter(at_hand).collect::<Vec<_>>(), [4, 5], "of two MiB");
+    }
+
+    #[test]
+    fn rows_of_two_holders_come_to_the_same_in_either_order() {
+        let processing = |token| {
+            let holder = Holder::Interrupted(Prior::Crashed);
+            Processing { token, attempt: 1, since_ms: 5, fingerprint: None, holder }
+        };
+        let claimed = |token| Event::Claimed(processing(token));
+        let settled = |token| Event::Settled(processing(token));
+        let completed =
+            |token| Event::Completed(Done { token, completed_ms: 5, fingerprint: None, result: Kept::Absent });
+        let after = |events: &[Event]| {
+            let table = HotTable::new(0);
+            for event in events {
+                apply(&mut table.stripe(5), 5, b"k", event.clone());
+            }
+            table.stripe(5).get(5, b"k")
+        };
+        for late in [claimed(2), settled(2), completed(2)] {
+            let alone = after(std::slice::from_ref(&late));
+            assert_eq!(alone.as_ref().map(Entry::token), Some(2));
+            assert_eq!(matches!(alone, Some(Entry::Completed(_))), matches!(late, Event::Completed(_)));
+            for early in [claimed(1), settled(1), completed(1), Event::Forgotten { token: 1 }] {
+                assert_eq!(after(&[early.clone(), late.clone()]), alone, "{early:?}, {late:?}");
+                assert_eq!(after(&[late.clone(), early.clone()]), alone, "{late:?}, {early:?}");
+            }
+            assert_eq!(after(&[late, Event::Forgotten { token: 3 }]), None);
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_given_up_poisons_the_store_unless_it_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        engine.begin_row().finish();
+        assert_eq!(engine.poisoned(), None);
+        let (first, last) = (engine.begin_row(), engine.begin_row());
+        drop(first);
+        assert!(engine.poisoned().is_some_and(|reason| reason.contains("half way")));
+        drop(last);
+
+        let dir = tempfile::tempdir().unwrap();
+        let engine = super::tests::engine(&dir);
+        let open = engine.begin_row();
+        engine.close().unwrap();
+        drop(open);
+        assert_eq!(engine.poisoned(), None, "whoever asks is told that it is closed");
+    }
+
+    #[test]
+    fn the_keeper_is_told_when_there_is_enough_to_seal() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        let (wake, woken) = crossbeam::channel::bounded(1);
+        engine.backlog.wake.set(wake).unwrap();
+        let record = |key: &str| engine.record(&engine.request([key]).unwrap()).unwrap();
+        record("a");
+        assert!(woken.try_recv().is_err());
+        fill(&engine, 1, 4 << 20);
+        record("b");
+        woken.try_recv().expect("it is due");
+    }
+
+    #[test]
+    fn where_too_much_waits_to_be_sealed_calls_wait_for_the_seal_and_learn_why_it_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        fill(&engine, 1, 8 << 20);
+        let request = engine.request(["k"]).unwrap();
+        *engine.backlog.failure.lock() = Some("no space".to_owned());
+        for refused in [engine.claim(&request).map(|_| ()), engine.record(&request).map(|_| ())] {
+            assert!(matches!(&refused, Err(Error::SealingFailed { detail }) if detail == "no space"), "{refused:?}");
+        }
+        *engine.backlog.failure.lock() = None;
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| engine.claim(&request).unwrap().len());
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            engine.seal().unwrap();
+            assert_eq!(waits.join().unwrap(), 1);
+        });
+    }
+
+    #[test]
+    fn what_goes_to_the_journal_is_counted_until_it_is_sealed() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        let counted = || (engine.journal_bytes.load(Ordering::Relaxed), engine.log_bytes.load(Ordering::Relaxed));
+        assert_eq!(counted(), (0, 0));
+        engine.record(&engine.request(["k"]).unwrap()).unwrap();
+        let mut written = 0;
+        let count = |_, row: &[u8]| {
+            written += row.len() as u64;
+            Ok(())
+        };
+        engine.db.for_each_row(count).unwrap();
+        assert_eq!(counted(), (written, written));
+        engine.seal().unwrap();
+        assert_eq!(counted(), (0, written), "the log goes later");
+        assert!(written > 0);
+    }
+}

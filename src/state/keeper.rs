@@ -183,24 +183,76 @@ fn sync(engine: &Engine, stopped: &Receiver<()>) {
     }
 }
 
-#[cfg(all(test, feature = "metrics"))]
+#[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
     use std::time::Instant;
-
-    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 
     use super::*;
     use crate::config::Options;
     use crate::storage::directory::Directory;
 
+    fn start(dir: &tempfile::TempDir, options: &Options) -> Running {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Running::start(Engine::open(directory, options).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_threads_of_a_store_end_before_it_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = start(&dir, &Options { durability: Durability::Process, ..Options::default() });
+        assert_eq!(Arc::strong_count(&running.engine), 4, "each of them has it");
+        running.close().unwrap();
+        assert_eq!(Arc::strong_count(&running.engine), 1);
+    }
+
+    #[test]
+    fn under_process_what_was_written_is_synced_after_the_interval() {
+        let dir = tempfile::tempdir().unwrap();
+        let sync_interval = Duration::from_millis(5);
+        let running = start(&dir, &Options { durability: Durability::Process, sync_interval, ..Options::default() });
+        let engine = &running.engine;
+        engine.record(&engine.request(["k"]).unwrap()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while engine.unsynced.load(Ordering::Acquire) {
+            assert!(Instant::now() < deadline, "nobody syncs");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_thread_of_the_store_that_panics_poisons_it_and_one_that_ends_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = start(&dir, &Options::default());
+        let (_stop, stopped) = bounded(0);
+        let ends = |panics: bool| {
+            let work = move |_: &Engine, _: &Receiver<()>| assert!(!panics, "the thread panics, as it should");
+            running.keeper.spawn(&running.engine, &stopped, "onlyonce-test", work).unwrap();
+            let thread = running.keeper.threads.lock().pop().unwrap();
+            assert_eq!(thread.join().is_err(), panics);
+            running.engine.poisoned().map(str::to_owned)
+        };
+        assert_eq!(ends(false), None);
+        assert_eq!(ends(true).as_deref(), Some("the thread onlyonce-test panicked"));
+    }
+
+    #[test]
+    fn what_takes_long_is_told_when_the_store_ends() {
+        let (stop, stopped) = bounded(0);
+        assert!(!is_over(&stopped));
+        drop(stop);
+        assert!(is_over(&stopped));
+    }
+
+    #[cfg(feature = "metrics")]
     #[test]
     fn whoever_watches_learns_that_a_store_is_poisoned_and_keeps_learning_it() {
+        use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
         let recorder = DebuggingRecorder::new();
         let snapshotter = recorder.snapshotter();
         let dir = tempfile::tempdir().unwrap();
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let open = || Running::start(Engine::open(directory, &Options::default()).unwrap()).unwrap();
-        let running = metrics::with_local_recorder(&recorder, open);
+        let running = metrics::with_local_recorder(&recorder, || start(&dir, &Options::default()));
         running.engine.poison("a test");
         let deadline = Instant::now() + Duration::from_secs(60);
         // Each snapshot begins anew.

@@ -166,3 +166,27 @@ impl Engine {
         Ok(held)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::Options;
+    use crate::storage::directory::Directory;
+
+    #[test]
+    fn what_was_sealed_since_the_disk_was_asked_is_asked_for_once_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let engine = Engine::open(directory, &Options::default()).unwrap();
+        let request = engine.request(["new", "sealed", "young"]).unwrap();
+        let on_disk = engine.on_disk(&request).unwrap();
+        engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
+        engine.seal().unwrap();
+        engine.record(&engine.request(["young"]).unwrap()).unwrap();
+        let stored = request.iter().map(|asked| engine.decide(asked, &on_disk, |_, stored| stored).unwrap());
+        let stored: Vec<_> = stored.collect();
+        assert!(matches!(stored[..], [None, Some(Entry::Completed(_)), Some(Entry::Completed(_))]), "{stored:?}");
+    }
+}

@@ -382,15 +382,211 @@ impl Engine {
 mod tests {
     use super::*;
     use crate::clock::ManualClock;
+    use crate::config::Durability;
     use crate::config::Options;
     use crate::entry::{Done, Holder, Kept};
+    use crate::state::answer::Grant;
     use crate::state::answer::{Answer, Claimed, Settlement, Settler};
-    use crate::state::page::Pending;
+    use crate::state::page::{OVERHEAD_BYTES, Pending};
     use crate::storage::directory::Directory;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         Engine::open(directory, options).unwrap()
+    }
+
+    /// Short windows on a clock that the test moves.
+    fn options(clock: &ManualClock) -> Options {
+        Options {
+            clock: Arc::new(clock.clone()),
+            window: Some(Duration::from_secs(10)),
+            bucket: Some(Duration::from_secs(1)),
+            memory_budget: 32 << 20,
+            durability: Durability::Process,
+            ..Options::default()
+        }
+    }
+
+    fn record(engine: &Engine, key: &str) {
+        let answer = engine.record(&engine.request([key]).unwrap()).unwrap().pop().unwrap();
+        assert_eq!(answer.unwrap(), Answer::New);
+    }
+
+    fn claim(engine: &Engine, key: &str) -> Grant {
+        match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
+            Ok(Claimed::Acquired(grant)) => grant,
+            other => panic!("{key}: {other:?}"),
+        }
+    }
+
+    /// Puts a completed key into the table, for which so many bytes are counted.
+    fn fill(engine: &Engine, digest: u64, bytes: usize) {
+        let result = vec![0; bytes - OVERHEAD_BYTES - 1];
+        let result = Kept::Stored(result.as_slice());
+        let done = Done { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        engine.hot.stripe(digest).set(digest, b"k", Entry::Completed(done));
+    }
+
+    fn seals(engine: &Engine) -> u64 {
+        engine.seals.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn a_seal_is_due_at_an_eighth_of_the_budget_or_so_many_keys_and_callers_wait_at_a_quarter() {
+        let dir = tempfile::tempdir().unwrap();
+        let small = engine(&dir, &options(&ManualClock::at(1_000_000)));
+        let eighth = 4 << 20;
+        let is_due_or_too_late = || (small.is_seal_due(), small.is_backlogged());
+        for (journal, is_due) in [(0, false), (eighth - 1, false), (eighth, true)] {
+            small.journal_bytes.store(journal as u64, Ordering::Relaxed);
+            assert_eq!(is_due_or_too_late(), (is_due, false), "{journal} bytes of rows");
+        }
+        small.journal_bytes.store(0, Ordering::Relaxed);
+        let least = OVERHEAD_BYTES + 1;
+        for (digest, bytes, is_due, is_too_late) in [
+            (1, eighth - least, false, false),
+            (2, least - 1, false, false),
+            (3, least, true, false),
+            (4, eighth - 2 * least, true, false),
+            (5, least, true, false),
+            (6, least, true, true),
+        ] {
+            if bytes >= least {
+                fill(&small, digest, bytes);
+            }
+            assert_eq!(is_due_or_too_late(), (is_due, is_too_late), "{} bytes", small.hot.completed_bytes());
+        }
+
+        let dir = tempfile::tempdir().unwrap();
+        let large = engine(&dir, &Options::default());
+        (1..SEAL_KEYS as u64).for_each(|i| fill(&large, i.wrapping_mul(0x9e37_79b9_7f4a_7c15), least));
+        assert!(!large.is_seal_due());
+        fill(&large, 0, least);
+        assert!(large.is_seal_due());
+    }
+
+    #[test]
+    fn a_round_seals_what_an_ended_bucket_completed_or_what_is_due_and_nothing_else() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let engine = engine(&dir, &options(&clock));
+        let mut rounds = engine.rounds();
+        let mut round = || {
+            engine.upkeep(&mut rounds).unwrap();
+            (engine.hot.completed(), seals(&engine))
+        };
+        record(&engine, "first");
+        assert_eq!(round(), (1, 0));
+        clock.advance(Duration::from_secs(1));
+        assert_eq!(round(), (0, 1), "its bucket has ended");
+        record(&engine, "second");
+        assert_eq!(round(), (1, 1), "once for each bucket");
+        engine.journal_bytes.fetch_add(4 << 20, Ordering::Relaxed);
+        assert_eq!(round(), (0, 2), "it was due");
+        let _open = claim(&engine, "open");
+        clock.advance(Duration::from_secs(1));
+        assert_eq!(round(), (0, 2), "nothing was completed");
+    }
+
+    #[test]
+    fn what_is_in_flight_and_has_run_out_goes_where_it_stands_in_the_way_and_once_a_second() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let window = Some(Duration::from_millis(100));
+        let engine = engine(&dir, &Options { in_flight_limit: 2, window, bucket: window, ..options(&clock) });
+        let mut rounds = engine.rounds();
+        let mut round_after = |ms| {
+            clock.advance(Duration::from_millis(ms));
+            engine.upkeep(&mut rounds).unwrap();
+            engine.hot.in_flight()
+        };
+        engine.abandon(&claim(&engine, "a"));
+        assert_eq!(round_after(2_000), 1, "there is room for another");
+        engine.abandon(&claim(&engine, "b"));
+        assert_eq!(round_after(200), 0);
+        engine.abandon(&claim(&engine, "c"));
+        let _alive = claim(&engine, "alive");
+        assert_eq!(round_after(999), 2, "not as soon as that");
+        assert_eq!(round_after(1), 1, "and never what is alive");
+    }
+
+    #[test]
+    fn the_log_is_cut_by_a_round_that_has_nothing_to_seal_and_later_by_a_seal() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &options(&ManualClock::at(1_000_000)));
+        let mut rounds = engine.rounds();
+        let mut left_by_a_round = |bytes| {
+            engine.log_bytes.store(bytes, Ordering::Relaxed);
+            engine.upkeep(&mut rounds).unwrap();
+            engine.log_bytes.load(Ordering::Relaxed)
+        };
+        let (idle, sealing) = (1 << 20, 32 << 20);
+        assert_eq!(left_by_a_round(idle - 1), idle - 1);
+        assert_eq!(left_by_a_round(idle), 0);
+        record(&engine, "unsealed");
+        assert_eq!(left_by_a_round(idle), idle);
+        let left_by_a_seal = |key: &str, bytes| {
+            record(&engine, key);
+            engine.log_bytes.store(bytes, Ordering::Relaxed);
+            engine.seal().unwrap();
+            engine.log_bytes.load(Ordering::Relaxed)
+        };
+        assert_eq!(left_by_a_seal("a", sealing - 1), sealing - 1);
+        assert_eq!(left_by_a_seal("b", sealing), 0);
+    }
+
+    #[test]
+    fn an_image_is_a_few_large_rows_however_many_rows_it_stands_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options { key_limit: 65_535, ..options(&ManualClock::at(1_000_000)) });
+        let rows = || {
+            let mut rows = Vec::new();
+            engine.db.for_each_row(|_, row| {
+                rows.push(row.len());
+                Ok(())
+            })?;
+            Ok::<_, Error>(rows)
+        };
+        engine.seal().unwrap();
+        assert_eq!((seals(&engine), rows().unwrap().len()), (0, 0), "there is nothing to seal");
+        let _few = ["a", "b", "c"].map(|key| claim(&engine, key));
+        assert_eq!(rows().unwrap().len(), 3);
+        engine.seal().unwrap();
+        assert_eq!((seals(&engine), rows().unwrap().len()), (1, 1));
+        let long = "k".repeat(65_000);
+        let many = engine.request((0..300).map(|i| format!("{i}{long}"))).unwrap();
+        assert!(engine.claim(&many).unwrap().iter().all(Result::is_ok));
+        engine.seal().unwrap();
+        let rows = rows().unwrap();
+        assert_eq!(rows.len(), 2, "{rows:?}");
+        assert!((IMAGE_ROW_BYTES..IMAGE_ROW_BYTES + 70_000).contains(&rows[0]), "{rows:?}");
+    }
+
+    #[test]
+    fn the_log_is_synced_where_something_was_written_that_nobody_waited_for() {
+        for (durability, waits) in [(Durability::Process, false), (Durability::Disk, true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&dir, &Options { durability, ..options(&ManualClock::at(1_000_000)) });
+            engine.sync().unwrap();
+            record(&engine, "k");
+            // Whether it goes to the log is seen by its error.
+            engine.db.close().unwrap();
+            assert_eq!(engine.sync().is_ok(), waits, "{durability:?}");
+            engine.sync().expect("once");
+        }
+    }
+
+    #[test]
+    fn the_filter_of_a_bucket_that_has_ended_is_kept_on_disk() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let engine = engine(&dir, &options(&clock));
+        let kept = || {
+            engine.keep_filters(|| true).unwrap();
+            std::fs::read_dir(engine.db.directory().filters()).unwrap().count()
+        };
+        record(&engine, "k");
+        engine.seal().unwrap();
+        assert_eq!(kept(), 0);
+        clock.advance(Duration::from_secs(1));
+        assert_eq!(kept(), 1);
     }
 
     #[test]
