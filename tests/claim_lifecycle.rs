@@ -185,6 +185,10 @@ fn a_store_that_holds_goes_on_holding_when_it_is_not_told_otherwise() {
         .open(bench.path())
         .unwrap();
     assert_eq!(told.record("k").unwrap(), Recorded::First);
+    told.close().unwrap();
+    let untold = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
+    drop(untold.claim("l").unwrap());
+    assert!(matches!(untold.claim("l").unwrap(), Claim::Acquired(_)), "and no longer");
 }
 
 #[test]
@@ -550,11 +554,12 @@ fn the_figures_count_what_each_call_was_answered() {
     for completed in store.complete_batch(leases.into_iter().map(|lease| (lease, "r"))) {
         completed.unwrap();
     }
+    store.count_fail_open();
     let stats = store.stats();
     assert_eq!((stats.recorded, stats.acquired, stats.reclaimed), (4, 7, 2));
     assert_eq!((stats.duplicates, stats.in_progress), (3, 5));
     assert_eq!((stats.completed, stats.released, stats.superseded), (3, 1, 0));
-    assert_eq!((stats.payload_mismatches, stats.too_old, stats.too_far_ahead, stats.fail_open), (0, 0, 0, 0));
+    assert_eq!((stats.payload_mismatches, stats.too_old, stats.too_far_ahead, stats.fail_open), (0, 0, 0, 1));
     assert_eq!((stats.in_flight, stats.held, stats.unsealed), (2, 0, 7), "one is open, one was released");
     assert_eq!((stats.now_ms, stats.window), (common::START_MS, Duration::from_secs(10)));
     assert_eq!(stats.remembers_since_ms, common::START_MS - 10_000 + 1);

@@ -169,4 +169,9 @@ fn a_store_keeps_its_window_when_it_is_opened_without_one() {
     assert!(matches!(reopened.check(Key::from("k")).unwrap(), Check::Completed(_)));
     bench.advance_ms(1);
     assert_eq!(reopened.check(Key::from("k")).unwrap(), Check::New);
+    reopened.close().unwrap();
+    let wider = Store::builder().clock(bench.clock.clone()).window(Duration::from_millis(2 * WINDOW_MS));
+    wider.open(bench.path()).unwrap().close().unwrap();
+    let reopened = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
+    assert_eq!(reopened.stats().window, Duration::from_millis(2 * WINDOW_MS), "the last that it was told");
 }
