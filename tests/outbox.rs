@@ -35,6 +35,7 @@ fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
     bench.acquire("c").complete_with("", |tx| tx.enqueue("charges", "c", "7 EUR")).unwrap();
     for restarted in [false, true] {
         let store = bench.store();
+        assert!(store.outbox(0).unwrap().is_empty(), "and none of them is stepped over");
         assert_eq!(store.offset("orders", 0).unwrap(), Some(18));
         assert_eq!(store.offset("orders", 300).unwrap(), Some(4));
         assert_eq!(store.offset("order", 0).unwrap(), None);
@@ -54,8 +55,9 @@ fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
         bench.reopen();
     }
     assert!(bench.store().outbox(10).unwrap().is_empty());
-    bench.acquire("d").complete_with("", |tx| tx.enqueue("charges", "d", "")).unwrap();
-    assert_eq!(bench.store().outbox(10).unwrap().len(), 1);
+    bench.acquire("d").complete_with("", |tx| (0..5).for_each(|i| tx.enqueue("charges", i.to_string(), ""))).unwrap();
+    let keys = bench.store().outbox(10).unwrap().into_iter().map(|message| message.key);
+    assert_eq!(keys.collect::<Vec<_>>(), [b"0", b"1", b"2", b"3", b"4"]);
 }
 
 #[test]

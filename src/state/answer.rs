@@ -106,3 +106,19 @@ pub(crate) fn display(encoded: &[u8]) -> String {
         None => printable(encoded),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_shown_as_people_wrote_them_and_other_bytes_readably() {
+        let mut encoded = Vec::new();
+        Key::from("order 17").scope("shop").encode(1_024, &mut encoded).unwrap();
+        assert_eq!(display(&encoded), Key::from("order 17").scope("shop").to_string());
+        assert!(display(&encoded).contains("order 17"));
+        let foreign = &[0xff; 3];
+        assert!(Key::decode(foreign).is_none());
+        assert_eq!(display(foreign), printable(foreign));
+    }
+}

@@ -91,6 +91,20 @@ mod tests {
     use crate::tx::Tx;
 
     #[test]
+    fn offsets_and_removals_count_for_the_log_that_is_to_be_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let engine = Engine::open(directory, &Options::default()).unwrap();
+        let counted = || engine.log_bytes.load(Ordering::Relaxed) as usize;
+        engine.set_offset(b"stream", 3, 7).unwrap();
+        let offset = offset_name(b"stream", 3).len();
+        assert_eq!(counted(), offset);
+        let ids = [1, 2].map(|place| MessageId { row: 1, place });
+        engine.delivered(ids).unwrap();
+        assert_eq!(counted(), offset + ids.map(|id| message_name(id).len()).iter().sum::<usize>());
+    }
+
+    #[test]
     fn a_message_comes_up_when_its_completion_counts_and_not_when_it_is_written() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();

@@ -138,3 +138,65 @@ impl Request {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEYS: [&str; 3] = ["a", "longer", "a"];
+
+    fn digester() -> Digester {
+        Digester::new(&[5; 16])
+    }
+
+    fn encoded(key: &str) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Key::from(key).encode(1_024, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn assert_is_of(request: &Request, keys: &[&str]) {
+        assert_eq!(request.len(), keys.len());
+        assert_eq!(request.key_bytes(), keys.iter().map(|key| encoded(key).len()).sum::<usize>());
+        let digests: Vec<u64> = keys.iter().map(|key| digester().digest(&encoded(key))).collect();
+        assert_eq!(request.digests().collect::<Vec<_>>(), digests);
+        assert_eq!(request.iter().count(), keys.len());
+        for (place, asked) in request.iter().enumerate() {
+            for asked in [asked, request.get(place).unwrap()] {
+                assert_eq!((asked.place, asked.digest), (place, digests[place]));
+                assert_eq!((asked.key, asked.payload), (encoded(keys[place]).as_slice(), None));
+            }
+        }
+        assert!(request.get(keys.len()).is_none());
+    }
+
+    #[test]
+    fn a_call_has_its_keys_in_their_order_and_their_times() {
+        let request = Request::new(KEYS, 1_024, &digester()).unwrap();
+        assert_is_of(&request, &KEYS);
+        assert_eq!((request.at_ms(0), request.times_behind(0).count()), (None, 0));
+        let request = Request::at(KEYS.into_iter().zip([7, 5, 9]), 1_024, &digester()).unwrap();
+        assert_is_of(&request, &KEYS);
+        assert_eq!([0, 1, 2, 3].map(|place| request.at_ms(place)), [Some(7), Some(5), Some(9), None]);
+        assert_eq!(request.times_behind(0).collect::<Vec<_>>(), [5, 9]);
+        assert_eq!(request.times_behind(1).collect::<Vec<_>>(), [9]);
+        assert_eq!(request.times_behind(2).count(), 0);
+    }
+
+    #[cfg(feature = "tokio")]
+    #[test]
+    fn several_calls_in_one_have_all_their_keys_and_times() {
+        let calls = [&[("a", 7)][..], &[], &[("longer", 5), ("a", 9)]];
+        let calls = calls.map(|call| Request::at(call.iter().copied(), 1_024, &digester()).unwrap());
+        let all = Request::concat(calls.iter());
+        assert_is_of(&all, &KEYS);
+        assert_eq!(all.times_behind(0).collect::<Vec<_>>(), [5, 9]);
+    }
+
+    #[test]
+    fn a_call_may_bring_a_gigabyte_and_no_byte_more() {
+        admit_bytes(1 << 30).unwrap();
+        let refused = admit_bytes((1 << 30) + 1);
+        assert!(matches!(refused, Err(Error::BatchTooLarge { bytes: 1_073_741_825, limit: 1_073_741_824 })));
+    }
+}

@@ -27,16 +27,7 @@ impl Engine {
     ) -> Result<Vec<bool>> {
         let call = if kind == RowKind::Completed { Call::Complete } else { Call::Release };
         let _timer = self.meter.call(call, leases.len());
-        let bytes: usize = leases
-            .iter()
-            .map(|(grant, settlement)| {
-                let brought = match settlement {
-                    Settlement::Completed(result, taken) => result.len() + taken.map_or(0, Tx::len),
-                    Settlement::Open { .. } => 0,
-                };
-                grant.key().len() + brought + 16
-            })
-            .sum();
+        let bytes = leases.iter().map(|(grant, settlement)| brought(grant, settlement)).sum();
         self.admit(0, bytes)?;
         let now = self.now();
         let open = self.begin_row();
@@ -241,5 +232,84 @@ impl Engine {
         drop(sealing);
         self.waiting.wake([asked.digest]);
         Ok(counted)
+    }
+}
+
+/// What a settlement brings to its row, in bytes or a few more.
+fn brought(grant: &Grant, settlement: &Settlement<'_>) -> usize {
+    let brought = match settlement {
+        Settlement::Completed(result, taken) => result.len() + taken.map_or(0, Tx::len),
+        Settlement::Open { .. } => 0,
+    };
+    grant.key().len() + brought + 16
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{Durability, OnInterrupt, Options};
+    use crate::entry::Kept;
+    use crate::state::answer::Claimed;
+    use crate::storage::directory::Directory;
+
+    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Engine::open(directory, options).unwrap()
+    }
+
+    fn claim(engine: &Engine, key: &str) -> Grant {
+        match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
+            Ok(Claimed::Acquired(grant)) => grant,
+            other => panic!("{key}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_finished_waits_for_the_disk_and_what_may_be_repeated_does_not() {
+        for (durability, on_interrupt, started, finished) in [
+            (Durability::Disk, OnInterrupt::Rerun, 0, 1),
+            (Durability::Disk, OnInterrupt::Hold, 1, 1),
+            (Durability::Process, OnInterrupt::Hold, 0, 0),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&dir, &Options { durability, on_interrupt: Some(on_interrupt), ..Options::default() });
+            let syncs_of = |what: &str, expected: u64, call: &dyn Fn()| {
+                let before = engine.db.syncs();
+                call();
+                assert_eq!(engine.db.syncs() - before, expected, "{what} under {durability:?} and {on_interrupt:?}");
+            };
+            syncs_of("a claim", started, &|| drop(claim(&engine, "a")));
+            let open = Settlement::Open { prior: Prior::Released, not_before_ms: 0 };
+            let done = Settlement::Completed(Kept::Absent, None);
+            for (what, expected, kind, settlement) in
+                [("a release", started, RowKind::Settled, open), ("a completion", finished, RowKind::Completed, done)]
+            {
+                let grant = claim(&engine, what);
+                syncs_of(what, expected, &|| {
+                    assert_eq!(engine.settle(kind, Settler::Holder, vec![(&grant, settlement)]).unwrap(), [true]);
+                });
+            }
+            let request = engine.request(["d"]).unwrap();
+            syncs_of("a record", finished, &|| drop(engine.record(&request).unwrap()));
+            syncs_of("forgetting", finished, &|| assert!(engine.forget(&request).unwrap()));
+            syncs_of("an offset", finished, &|| engine.set_offset(b"s", 0, 1).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_settlement_brings_its_key_its_result_and_what_it_takes_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let grant = claim(&engine(&dir, &Options::default()), "a key");
+        let open = Settlement::Open { prior: Prior::Released, not_before_ms: 0 };
+        let least = grant.key().len() + 16;
+        assert_eq!(brought(&grant, &open), least);
+        assert_eq!(brought(&grant, &Settlement::Completed(Kept::Stored(&[0; 100]), None)), least + 100);
+        let mut tx = Tx::default();
+        tx.enqueue("topic", "key", "bytes");
+        assert!(tx.len() > 13);
+        let both = Settlement::Completed(Kept::Stored(&[0; 100]), Some(&tx));
+        assert_eq!(brought(&grant, &both), least + 100 + tx.len());
     }
 }
