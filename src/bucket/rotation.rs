@@ -24,8 +24,8 @@ pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) {
     }
 }
 
-/// Creates the bucket after the present one, once half of the present one's time is over, and sizes the filter by
-/// what the last one came to. A store that has nothing to remember creates none.
+/// Creates the bucket after the present one, once half of the present one's time is over. A store that has nothing to
+/// remember creates none.
 pub(crate) fn prepare_next(db: &Db, set: &BucketSet, span: Span, now_ms: u64) -> Result<()> {
     let present = Slice::containing(now_ms, span.bucket_ms);
     let view = set.view();
@@ -33,11 +33,71 @@ pub(crate) fn prepare_next(db: &Db, set: &BucketSet, span: Span, now_ms: u64) ->
     let Some(bucket) = buckets.iter().find(|bucket| bucket.slice == present) else { return Ok(()) };
     let keys = bucket.keys.load(Ordering::Relaxed);
     if keys > 0 && now_ms - present.start_ms >= span.bucket_ms / 2 {
-        if buckets.iter().all(|bucket| bucket.slice != present.next()) {
-            let fullest = buckets.iter().map(|bucket| bucket.keys.load(Ordering::Relaxed)).max().unwrap_or(keys);
-            set.expect(fullest);
-        }
         set.ensure(db, present.next())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::storage::directory::Directory;
+
+    const SPAN: Span = Span { window_ms: 4_000, bucket_ms: 1_000 };
+
+    fn open(dir: &tempfile::TempDir, now_ms: u64) -> (Db, BucketSet) {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, now_ms, 0, 1 << 20, None).unwrap();
+        (db, set)
+    }
+
+    fn seconds(set: &BucketSet) -> Vec<u64> {
+        set.view().newest_first().iter().rev().map(|bucket| bucket.slice.start_ms / 1_000).collect()
+    }
+
+    #[test]
+    fn the_next_bucket_is_there_when_half_of_one_with_keys_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, set) = open(&dir, 0);
+        let at = |now_ms| {
+            prepare_next(&db, &set, SPAN, now_ms).unwrap();
+            seconds(&set)
+        };
+        assert_eq!(at(5_900), [], "there is nothing to remember");
+        let bucket = set.ensure(&db, Slice::containing(5_000, 1_000)).unwrap();
+        assert_eq!(at(5_900), [5], "nor is there now");
+        set.mark(&bucket, &[77]);
+        assert_eq!(at(5_499), [5]);
+        assert_eq!(at(5_500), [5, 6]);
+        assert_eq!(at(5_600), [5, 6]);
+        assert_eq!(at(6_900), [5, 6]);
+    }
+
+    #[test]
+    fn a_bucket_goes_when_its_last_possible_key_is_forgotten_also_where_nobody_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, set) = open(&dir, 0);
+        for second in 0..3 {
+            set.ensure(&db, Slice::containing(second * 1_000, 1_000)).unwrap();
+        }
+        for (now_ms, passed, left) in [(4_998, false, &[0, 1, 2][..]), (4_999, true, &[1, 2]), (5_998, false, &[1, 2])]
+        {
+            assert_eq!(has_passed(&set, SPAN, now_ms), passed, "{now_ms}");
+            drop_passed(&db, &set, SPAN, now_ms);
+            assert_eq!(seconds(&set), left, "{now_ms}");
+        }
+        db.close().unwrap();
+
+        let (db, set) = open(&dir, 5_999);
+        assert_eq!(seconds(&set), [2]);
+        assert!(has_passed(&set, SPAN, 5_999), "it is still on the disk");
+        drop_passed(&db, &set, SPAN, 5_999);
+        assert!(!has_passed(&set, SPAN, 5_999));
+        db.close().unwrap();
+        let (_db, set) = open(&dir, 0);
+        assert_eq!(seconds(&set), [2], "and now it is gone");
+    }
 }

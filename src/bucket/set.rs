@@ -250,15 +250,6 @@ impl BucketSet {
         }
     }
 
-    /// Prepares the filter for buckets of `keys` keys.
-    pub(crate) fn expect(&self, keys: u64) {
-        let _change = self.change.lock();
-        let mut view = View::clone(&self.view.load());
-        if view.expect(keys) {
-            self.view.store(Arc::new(view));
-        }
-    }
-
     /// Drops the buckets that had passed before this opening.
     pub(crate) fn remove_passed(&self, db: &Db) {
         for family in std::mem::take(&mut *self.passed.lock()) {
@@ -305,12 +296,12 @@ fn drop_or_leave(db: &Db, family: &str) {
 }
 
 impl View {
-    /// Makes the filter's base large enough for buckets of `keys` keys, where the budget allows; true if it changed.
-    fn expect(&mut self, keys: u64) -> bool {
-        let Some(stack) = self.stack.with_base_for(keys) else { return false };
-        tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
-        self.stack = stack;
-        true
+    /// Makes the filter's base large enough for buckets of `keys` keys, where the budget allows.
+    fn expect(&mut self, keys: u64) {
+        if let Some(stack) = self.stack.with_base_for(keys) {
+            tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
+            self.stack = stack;
+        }
     }
 
     /// Puts a bucket into the first free slot.
@@ -385,16 +376,106 @@ mod tests {
     use crate::storage::directory::Directory;
     use std::time::Duration;
 
+    const SPAN: Span = Span { window_ms: 4_000, bucket_ms: 1_000 };
+
+    fn open(dir: &tempfile::TempDir) -> (Db, Vec<String>) {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap()
+    }
+
+    fn second(second: u64) -> Slice {
+        Slice { start_ms: second * 1_000, width_ms: 1_000 }
+    }
+
+    /// A store of three buckets without their filters, as they are found at open.
+    fn three_found(dir: &tempfile::TempDir) -> (Db, BucketSet, [Arc<Bucket>; 3]) {
+        let (db, _) = open(dir);
+        (0..3).for_each(|i| db.create_bucket(&second(i).family()).unwrap());
+        db.close().unwrap();
+        let (db, families) = open(dir);
+        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
+        let buckets = [0, 1, 2].map(|i| set.ensure(&db, second(i)).unwrap());
+        (db, set, buckets)
+    }
+
+    /// The seconds of the buckets that may hold a key, asked in either way.
+    fn asked(set: &BucketSet, digest: u64) -> Vec<u64> {
+        let view = set.view();
+        let (slots, mut again) = (view.candidates(digest), [0, 0]);
+        view.candidates_of(&[digest, digest], &mut again);
+        assert_eq!(again, [slots; 2]);
+        let mut seconds: Vec<u64> = view.of_slots(slots).map(|bucket| bucket.slice.start_ms / 1_000).collect();
+        seconds.sort_unstable();
+        assert_eq!(seconds.len() as u32, slots.count_ones(), "and no place where there is none");
+        seconds
+    }
+
+    #[test]
+    fn a_bucket_is_asked_on_disk_until_its_filter_is_there_and_by_its_filter_from_then_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_db, set, buckets) = three_found(&dir);
+        // Half of a filter: some keys are in it already.
+        set.mark(&buckets[1], &[77]);
+        assert_eq!((asked(&set, 77), asked(&set, 78)), (vec![0, 1, 2], vec![0, 1, 2]));
+        set.set_filtered(&buckets[1]);
+        assert_eq!((asked(&set, 77), asked(&set, 78)), (vec![0, 1, 2], vec![0, 2]));
+        set.set_filtered(&buckets[0]);
+        set.set_filtered(&buckets[2]);
+        assert_eq!((asked(&set, 77), asked(&set, 78)), (vec![1], vec![]));
+    }
+
+    #[test]
+    fn a_bucket_that_goes_takes_nothing_of_the_others_and_none_of_the_next_in_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, set, [first, gone, last]) = three_found(&dir);
+        set.mark(&gone, &[77]);
+        set.remove(&db, &gone);
+        assert_eq!(asked(&set, 77), [0, 2]);
+        let next = set.ensure(&db, second(3)).unwrap();
+        assert_eq!(next.slot, gone.slot);
+        assert_eq!(asked(&set, 77), [0, 2], "its filter is new and empty");
+        set.mark(&next, &[99]);
+        // Whoever still has the old one in hand.
+        set.remove(&db, &gone);
+        set.moved(&gone, set.view().base().unwrap());
+        assert_eq!(asked(&set, 99), [0, 2, 3]);
+        set.set_filtered(&first);
+        set.set_filtered(&last);
+        assert_eq!(asked(&set, 99), [3]);
+        db.close().unwrap();
+        let (db, families) = open(&dir);
+        assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
+        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
+        let buckets = [0, 2, 3].map(|i| set.ensure(&db, second(i)).unwrap());
+        set.remove(&db, &buckets[1]);
+        let newer = set.ensure(&db, second(4)).unwrap();
+        set.remove(&db, &newer);
+        set.set_filtered(&buckets[1]);
+        assert_eq!(asked(&set, 99), [0, 3], "they have no filter yet");
+    }
+
+    #[test]
+    fn buckets_of_other_widths_count_for_how_many_there_may_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, _) = open(&dir);
+        let others: Vec<String> = (0..13).map(|i| Slice { start_ms: i * 500, width_ms: 500 }.family()).collect();
+        others.iter().for_each(|family| db.create_bucket(family).unwrap());
+        let span = Span { window_ms: 48_000, bucket_ms: 1_000 };
+        let open = |families: &[String]| BucketSet::open(&db, families, span, 0, 0, 1 << 20, None).map(|_| ());
+        // 48 for the window, four around it, and the others, of which there is room for 12.
+        open(&others[..12]).unwrap();
+        let refused = open(&others).unwrap_err().to_string();
+        assert!(refused.contains("65 would be, 13 of them"), "{refused}");
+    }
+
     #[test]
     fn a_bucket_beyond_the_filters_columns_is_asked_on_disk() {
         let dir = tempfile::tempdir().unwrap();
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
-        let span = Span { window_ms: 4_000, bucket_ms: 1_000 };
-        let set = BucketSet::open(&db, &[], span, 0, 0, 1 << 20, None).unwrap();
+        let (db, _) = open(&dir);
+        let set = BucketSet::open(&db, &[], SPAN, 0, 0, 1 << 20, None).unwrap();
         // Eight columns; nobody has dropped anything yet.
         for second in 0..12 {
-            let bucket = set.ensure(&db, Slice { start_ms: second * 1_000, width_ms: 1_000 }).unwrap();
+            let bucket = set.ensure(&db, super::tests::second(second)).unwrap();
             set.mark(&bucket, &[second * 977]);
             set.set_filtered(&bucket);
             assert_eq!(set.view().is_filtered(&bucket), second < 8, "bucket {second}");
