@@ -324,6 +324,8 @@ mod tests {
         fill(&db, &set, 1, 200_000..300_000);
         assert!(set.view().base_of(0).is_none(), "it has outgrown its column");
         let bytes = set.view().filter_bytes();
+        Filters::tidy(&db, &set, 999, &|| true).unwrap();
+        assert!(set.view().base_of(0).is_none(), "it has not ended");
         Filters::tidy(&db, &set, 1_500, &|| true).unwrap();
         assert!(set.view().base_of(0).is_some());
         assert!(set.view().filter_bytes() < bytes);
@@ -354,6 +356,49 @@ mod tests {
         filters.load(&set, &|| true);
         assert_eq!(filtered(&set), [0, 1], "it was written anew");
         assert_ne!(set.view().candidates(digest(5_050)), 0);
+    }
+
+    #[test]
+    fn a_filter_is_written_once_and_again_when_its_bucket_has_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, filters, set) = open(&dir);
+        (0..3).for_each(|second| fill(&db, &set, second, second * 1_000..second * 1_000 + 1_000));
+        let written = |filters: &Filters| {
+            // Asked before each.
+            let count = std::cell::Cell::new(0);
+            let go_on = || {
+                count.set(count.get() + 1);
+                true
+            };
+            filters.keep(&set, 2_500, || db.runs(), go_on).unwrap();
+            count.get()
+        };
+        assert_eq!((written(&filters), written(&filters)), (2, 0));
+        fill(&db, &set, 1, 5_000..5_100);
+        assert_eq!((written(&filters), written(&filters)), (1, 0));
+    }
+
+    #[test]
+    fn a_rebuild_that_is_given_up_makes_no_filter() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, _, set) = open(&dir);
+        fill(&db, &set, 0, 0..20_000);
+        db.close().unwrap();
+        let (db, _, set) = open(&dir);
+        let rebuild = |most: u64| {
+            let asked = std::cell::Cell::new(0);
+            let go_on = || {
+                asked.set(asked.get() + 1);
+                asked.get() <= most
+            };
+            let bucket = set.view().newest_first().remove(0);
+            (rebuild_filter(&db, &set, &bucket, &go_on).unwrap(), asked.get())
+        };
+        assert_eq!(rebuild(1), (false, 2), "asked after so many keys");
+        assert!(filtered(&set).is_empty());
+        assert_eq!(rebuild(2), (true, 2));
+        assert_eq!(filtered(&set), [0]);
+        assert!((0..20_000).all(|i| set.view().candidates(digest(i)) != 0));
     }
 
     #[test]

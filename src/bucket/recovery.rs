@@ -107,3 +107,42 @@ fn for_each_digest(
     }
     Ok(finished)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::codec::{RowKind, RowWriter};
+    use crate::entry::{Done, Kept};
+    use crate::storage::directory::Directory;
+
+    #[test]
+    fn what_a_replay_says_of_the_journal_is_the_sum_and_the_newest_of_its_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let done = |completed_ms| Done { token: 1, completed_ms, fingerprint: None, result: Kept::Absent };
+        let mut bytes = 0;
+        // On stream time a row may be older than its keys, and than the row before it.
+        for (number, row_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
+            let mut row = RowWriter::of_messages(RowKind::Completed, row_ms, 0);
+            row.completed(b"k", &done(completed_ms));
+            let row = row.finish();
+            bytes += row.len() as u64;
+            db.write(false, |tx| {
+                tx.put_row(number, &row);
+                Ok(())
+            })
+            .unwrap();
+        }
+        let mut events = 0;
+        let replayed = replay(&db, |key, event| {
+            assert!(key == b"k" && matches!(event, Event::Completed(_)));
+            events += 1;
+        })
+        .unwrap();
+        assert_eq!((events, replayed.rows, replayed.bytes), (3, 3, bytes));
+        assert_eq!((replayed.time_ms, replayed.last_number), (900, 7));
+    }
+}
