@@ -345,6 +345,7 @@ mod tests {
     use crate::future::{self, Claim};
     use crate::key::Key;
     use crate::store;
+    use crate::tx::Tx;
 
     /// A store whose threads stand still while their gates are shut, as if the disk never came back.
     struct Gated {
@@ -400,6 +401,111 @@ mod tests {
     /// Polls once: what is asked for is in the queue then, or waits for room.
     fn begin<F: Future>(future: std::pin::Pin<&mut F>) {
         assert!(future.poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+
+    /// What these keys are claimed with.
+    fn ask<R>(gated: &Gated, keys: impl Iterator<Item = u64>) -> (Ask<R>, oneshot::Receiver<Result<R>>) {
+        let keys: Vec<String> = keys.map(|key| key.to_string()).collect();
+        let request = gated.committer.running.engine.request(&keys).unwrap();
+        let (reply, answer) = oneshot::channel();
+        (Ask { request, reply }, answer)
+    }
+
+    /// Leases of new keys, each with what becomes of it.
+    fn settling<W, A>(
+        gated: &Gated,
+        keys: std::ops::Range<u64>,
+        work: impl Fn() -> W,
+    ) -> (Settle<W, A>, oneshot::Receiver<Vec<A>>) {
+        let claims = gated.store.blocking().claim_batch(keys.map(|key| format!("key-{key}"))).unwrap();
+        let lease = |claim| if let Ok(claim::Claim::Acquired(lease)) = claim { lease } else { panic!("it is new") };
+        let leases = claims.into_iter().map(|claim| (lease(claim), work())).collect();
+        let (reply, answer) = oneshot::channel();
+        (Settle { leases, reply }, answer)
+    }
+
+    #[test]
+    fn a_round_counts_the_calls_the_keys_and_the_bytes_that_it_takes() {
+        let gated = Gated::new(10);
+        let taken = || {
+            let mut tx = Tx::default();
+            tx.enqueue("topic", "key", "bytes");
+            tx
+        };
+        let work = || Work { result: vec![0; 1_000], tx: Some(Box::new(taken())) };
+        let mut round = Round::default();
+        let mut counts_after = |job| {
+            round.add(job);
+            (round.calls_taken, round.keys, round.bytes)
+        };
+        assert_eq!(counts_after(Job::Claim(ask(&gated, 0..2).0)), (1, 2, 0));
+        assert_eq!(counts_after(Job::Record(ask(&gated, 2..5).0)), (2, 5, 0));
+        let (completions, _answer) = settling(&gated, 10..12, work);
+        let keys: usize = completions.leases.iter().map(|(lease, _)| key_bytes(lease)).sum();
+        assert!(keys > 2 * "key-10".len());
+        let brought = keys + 2 * (1_000 + taken().len());
+        assert_eq!(counts_after(Job::Complete(completions)), (3, 7, brought));
+        let releases = settling(&gated, 20..22, || Duration::ZERO).0;
+        assert_eq!(counts_after(Job::Release(releases)), (4, 9, brought + keys));
+        assert_eq!(counts_after(Job::Call(Box::new(|_| ()))), (5, 9, brought + keys));
+    }
+
+    #[test]
+    fn a_round_is_full_at_so_many_keys_or_bytes() {
+        let round = |keys, bytes| Round { keys, bytes, ..Round::default() };
+        for (keys, bytes, is_full) in
+            [(ROUND_KEYS - 1, ROUND_BYTES - 1, false), (ROUND_KEYS, 0, true), (1, ROUND_BYTES, true)]
+        {
+            assert_eq!(round(keys, bytes).is_full(), is_full, "{keys} keys, {bytes} bytes");
+        }
+        let gated = Gated::new(10);
+        let (queue, mut jobs) = mpsc::channel(10);
+        let half = ROUND_KEYS as u64 / 2;
+        for i in 1..4 {
+            assert!(queue.try_send(Job::Claim(ask(&gated, i * half..(i + 1) * half).0)).is_ok());
+        }
+        let round = Round::gather(Job::Claim(ask(&gated, 0..half).0), &mut jobs, 1);
+        assert_eq!((round.calls_taken, jobs.len()), (2, 2), "the rest is of the next");
+    }
+
+    #[tokio::test]
+    async fn large_results_are_written_one_by_one_and_small_ones_together() {
+        for (bytes, syncs) in [(ROUND_BYTES / 2, 1), (ROUND_BYTES / 2 + 1, 2)] {
+            let gated = Gated::new(10);
+            let key = gated.committer.running.engine.request(["a"]).unwrap().key_bytes();
+            let (a, b) = (gated.acquire("a").await, gated.acquire("b").await);
+            let before = gated.committer.running.engine.stats();
+            let gate = gated.shut_settling().await;
+            let (mut a, mut b) = (pin!(a.complete(vec![0; bytes - key])), pin!(b.complete(vec![0; bytes - key])));
+            begin(a.as_mut());
+            begin(b.as_mut());
+            drop(gate);
+            a.await.unwrap();
+            b.await.unwrap();
+            let after = gated.committer.running.engine.stats();
+            assert_eq!((after.completed, after.log_syncs - before.log_syncs), (2, syncs), "{bytes} bytes each");
+        }
+    }
+
+    #[test]
+    fn an_error_that_is_of_one_call_is_not_told_to_the_others() {
+        let gated = Gated::new(10);
+        let asks = [0..1, 1..3, 3..4].map(|keys| ask::<()>(&gated, keys).0);
+        let (io, poisoned) = (
+            Error::Corrupt { place: "a bucket".to_owned(), detail: "one key".to_owned() },
+            Error::Poisoned { reason: "a test".to_owned() },
+        );
+        for (error, calls, told) in [(io, 4, [true, false, true]), (poisoned, 1, [false; 3])] {
+            let called = std::cell::Cell::new(0);
+            let answers = together(&asks, |request| {
+                called.set(called.get() + 1);
+                // The second call's keys cannot be read.
+                if request.len() == 1 { Ok(vec![Ok(())]) } else { Err(error.clone()) }
+            });
+            assert_eq!(called.get(), calls, "{error}");
+            let is_told: Vec<bool> = answers.iter().map(|(_, answer)| answer.is_ok()).collect();
+            assert_eq!(is_told, told, "{error}");
+        }
     }
 
     // All of these run on one thread: a call that blocked it would never let the gate open.
