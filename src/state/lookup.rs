@@ -175,11 +175,37 @@ mod tests {
     use crate::config::Options;
     use crate::storage::directory::Directory;
 
+    fn engine(dir: &tempfile::TempDir) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Engine::open(directory, &Options::default()).unwrap()
+    }
+
+    #[test]
+    fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        engine.record(&engine.request(["a", "b"]).unwrap()).unwrap();
+        engine.seal().unwrap();
+        let before = engine.stats();
+        let request = engine.request(["a", "new", "b"]).unwrap();
+        for at_hand in [true, false] {
+            if !at_hand {
+                request.digests().for_each(|digest| engine.hot.forget_recent(digest));
+            }
+            let on_disk = engine.on_disk(&request).unwrap();
+            let found = [0, 1, 2].map(|place| on_disk.done(place).is_some());
+            assert_eq!(found, [true, false, true], "at hand: {at_hand}");
+        }
+        let after = engine.stats();
+        assert_eq!(after.filter_checks - before.filter_checks, 6);
+        assert_eq!(after.filter_hits - before.filter_hits, 4);
+        assert_eq!(after.filter_false_positives, 0);
+    }
+
     #[test]
     fn what_was_sealed_since_the_disk_was_asked_is_asked_for_once_more() {
         let dir = tempfile::tempdir().unwrap();
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let engine = Engine::open(directory, &Options::default()).unwrap();
+        let engine = engine(&dir);
         let request = engine.request(["new", "sealed", "young"]).unwrap();
         let on_disk = engine.on_disk(&request).unwrap();
         engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
