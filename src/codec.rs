@@ -665,6 +665,22 @@ mod tests {
     }
 
     #[test]
+    fn the_options_of_a_store_come_back_and_others_are_refused() {
+        let span = Span { window_ms: 7_000, bucket_ms: 500 };
+        let bytes = put_span(span);
+        assert_eq!(read_span(&bytes), Some(span));
+        let no_window = put_span(Span { window_ms: 0, ..span });
+        let no_bucket = put_span(Span { bucket_ms: 0, ..span });
+        for foreign in [&bytes[..15], &[&bytes[..], &[0]].concat(), &no_window, &no_bucket] {
+            assert_eq!(read_span(foreign), None, "{foreign:?}");
+        }
+        for on_interrupt in [OnInterrupt::Rerun, OnInterrupt::Hold] {
+            assert_eq!(read_on_interrupt(&put_on_interrupt(on_interrupt)), Some(on_interrupt));
+        }
+        assert_eq!((read_on_interrupt(&[2]), read_on_interrupt(&[])), (None, None));
+    }
+
+    #[test]
     fn typed_results_come_back_and_others_are_refused() {
         let bytes = encode_result(&("charge-1", 1_200_u64)).unwrap();
         assert_eq!(decode_result::<(String, u64)>(&bytes), Ok(("charge-1".to_owned(), 1_200)));

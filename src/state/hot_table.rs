@@ -402,6 +402,23 @@ mod tests {
     }
 
     #[test]
+    fn what_a_failed_seal_left_behind_does_not_come_back_over_what_is_newer() {
+        let table = HotTable::new(RECENT_BYTES);
+        for key in [b"a", b"b", b"c"] {
+            table.stripe(5).set(5, key, completed(1));
+        }
+        table.split(u64::MAX, |_, _| true);
+        table.stripe(5).set(5, b"b", processing(2));
+        table.stripe(5).set(5, b"c", completed(3));
+        assert_eq!((table.in_flight(), table.completed()), (1, 4), "the older are on their way");
+        table.restore();
+        assert_eq!((table.in_flight(), table.completed()), (1, 2));
+        assert_eq!(table.completed_bytes(), 2 * (1 + 1 + crate::state::page::OVERHEAD_BYTES));
+        let tokens = [b"a", b"b", b"c"].map(|key| table.stripe(5).get(5, key).unwrap().token());
+        assert_eq!(tokens, [1, 2, 3]);
+    }
+
+    #[test]
     fn the_newer_state_is_at_hand_before_it_leaves_the_table() {
         let table = HotTable::new(RECENT_BYTES);
         for token in [1, 2] {

@@ -423,3 +423,63 @@ fn key_of<'a>(heap: &'a [u8], slot: &Slot) -> &'a [u8] {
 fn hash(slots: &[Slot], place: u32) -> u64 {
     slots.get(place as usize).map_or(0, |slot| spread(slot.digest))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leased(token: u64, fingerprint: Option<Fingerprint>) -> Entry<&'static [u8]> {
+        let holder = Holder::Leased { until_monotonic_ms: 1 };
+        Entry::Processing(Processing { token, attempt: 1, since_ms: 0, fingerprint, holder })
+    }
+
+    fn completed(token: u64, result: &[u8]) -> Entry<&[u8]> {
+        Entry::Completed(Done { token, completed_ms: 5, fingerprint: None, result: Kept::Stored(result) })
+    }
+
+    fn behind_the_cut(row: u64) -> Pending {
+        Pending { row, attempt: 1, holder: Holder::Settling }
+    }
+
+    #[test]
+    fn a_page_knows_the_memory_that_it_takes_also_of_what_a_split_leaves() {
+        let rows = RowNumbers::default();
+        let mut page = Page::default();
+        assert_eq!(page.bytes(), 0);
+        page.set(1, b"ab", leased(1, Some([7; 16])));
+        assert_eq!(page.bytes(), OVERHEAD_BYTES + 2 + 16);
+        page.set(2, b"c", completed(2, &[0; 10]));
+        page.settle(3, b"d", completed(3, &[0; 2_000]), behind_the_cut(9));
+        page.settle(4, b"e", completed(4, &[0; 30]), behind_the_cut(9));
+        assert_eq!(page.bytes(), 4 * OVERHEAD_BYTES + (2 + 16) + (1 + 10) + (1 + 2_000) + (1 + 30));
+        let (sealed, _) = page.split(9, &rows, |_, _| true);
+        assert_eq!(page.bytes(), 3 * OVERHEAD_BYTES + (2 + 16) + (1 + 2_000) + (1 + 30));
+        let keys: Vec<&[u8]> = sealed.completed().map(Completed::key).collect();
+        assert_eq!(keys, [b"c"]);
+        for (digest, key, len) in [(3, b"d", 2_000), (4, b"e", 30)] {
+            let Some(Entry::Completed(done)) = page.get(digest, key, &rows) else { panic!("it is behind the cut") };
+            assert_eq!(done.result, Kept::Stored(Arc::from(vec![0; len])));
+        }
+    }
+
+    #[test]
+    fn what_was_removed_is_gone_for_a_split_and_for_whoever_removes_more() {
+        let rows = RowNumbers::default();
+        let mut page = Page::default();
+        page.settle(1, b"gone", completed(1, b"r"), behind_the_cut(9));
+        page.remove(1, b"gone");
+        page.set(2, b"again", leased(2, None));
+        page.remove(2, b"again");
+        page.set(2, b"again", leased(3, None));
+        assert_eq!(page.retain(&rows, |_| true), Tally::default());
+        assert_eq!(page.get(2, b"again", &rows).unwrap().token(), 3);
+        let mut asked = Vec::new();
+        let (sealed, tally) = page.split(5, &rows, |key, _| {
+            asked.push(key.to_vec());
+            true
+        });
+        assert_eq!((asked, tally), (vec![b"again".to_vec()], Tally::default()));
+        assert_eq!((sealed.completed().count(), page.in_flight(&rows).count()), (0, 1));
+        assert!(page.get(1, b"gone", &rows).is_none());
+    }
+}

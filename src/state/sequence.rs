@@ -91,7 +91,7 @@ mod tests {
         sequence.ensure(1, reserve).unwrap();
         sequence.ensure(1, reserve).unwrap();
         assert_eq!(writes.load(Ordering::SeqCst), 1);
-        sequence.next.fetch_add(BLOCK - MARGIN, Ordering::SeqCst);
+        sequence.next.fetch_add((1 << 32) - (1 << 28), Ordering::SeqCst);
         sequence.ensure(1, reserve).unwrap();
         assert_eq!(writes.load(Ordering::SeqCst), 2);
     }
