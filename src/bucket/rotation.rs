@@ -66,7 +66,7 @@ mod tests {
             prepare_next(&db, &set, SPAN, now_ms).unwrap();
             seconds(&set)
         };
-        assert_eq!(at(5_900), [], "there is nothing to remember");
+        assert!(at(5_900).is_empty(), "there is nothing to remember");
         let bucket = set.ensure(&db, Slice::containing(5_000, 1_000)).unwrap();
         assert_eq!(at(5_900), [5], "nor is there now");
         set.mark(&bucket, &[77]);
