@@ -508,8 +508,8 @@ fn a_store_at_full_speed_stays_right_and_as_large_as_it_is_through_kills_and_rot
     while let left = total.saturating_sub(soak.begun.elapsed())
         && !left.is_zero()
     {
-        // Some live long, where time allows: what grows slowly is seen in them.
-        let long = seconds >= 600 && rng.random_bool(0.01);
+        // The first and some others live long, where time allows: what grows slowly is seen in them.
+        let long = seconds >= 600 && (kills == 0 || rng.random_bool(0.01));
         let lasts =
             if long { total / 12 } else { (total / 4).min(Duration::from_millis(rng.random_range(1_500..6_000))) };
         soak.live(lasts.min(left), rng.random());
