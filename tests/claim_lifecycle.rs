@@ -57,6 +57,19 @@ fn a_dropped_lease_frees_its_key_and_is_told() {
 }
 
 #[test]
+fn a_dropped_lease_is_told_for_a_window_from_its_drop_on() {
+    for (later_ms, told) in [(9_999, (2, Some(Prior::Dropped))), (10_000, (1, None))] {
+        let bench = Bench::with(|builder| builder.lease(Duration::from_secs(30)));
+        let lease = bench.acquire("k");
+        bench.advance_ms(9_000);
+        drop(lease);
+        bench.advance_ms(later_ms);
+        let again = bench.acquire("k");
+        assert_eq!((again.attempt(), again.prior()), told, "{later_ms} ms later");
+    }
+}
+
+#[test]
 fn a_panic_in_the_work_is_a_dropped_lease() {
     let bench = Bench::new();
     let store = bench.store().clone();
