@@ -161,10 +161,9 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
 /// A filter that fails costs time and nothing else: the buckets without one are asked on disk.
 fn keep_filters(engine: &Engine, stopped: &Receiver<()>) {
     let go_on = || !is_over(stopped);
-    if let Err(error) = engine.bring_back_filters(&go_on)
-        && !matches!(error, Error::Closed)
-    {
-        tracing::warn!(%error, "filters could not be rebuilt");
+    match engine.bring_back_filters(&go_on) {
+        Ok(()) | Err(Error::Closed) => {}
+        Err(error) => tracing::warn!(%error, "filters could not be rebuilt"),
     }
     while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(FILTER_INTERVAL) {
         match engine.keep_filters(go_on) {

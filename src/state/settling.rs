@@ -25,8 +25,8 @@ impl Engine {
         settler: Settler,
         leases: Vec<(&Grant, Settlement<'_>)>,
     ) -> Result<Vec<bool>> {
-        let call = if kind == RowKind::Completed { Call::Complete } else { Call::Release };
-        let _timer = self.meter.call(call, leases.len());
+        let completes = kind == RowKind::Completed;
+        let _timer = self.meter.call(if completes { Call::Complete } else { Call::Release }, leases.len());
         let bytes = leases.iter().map(|(grant, settlement)| brought(grant, settlement)).sum();
         self.admit(0, bytes)?;
         let now = self.now();
@@ -72,20 +72,19 @@ impl Engine {
             };
             stripe.settle(digest, key, entry, Pending { row: open.number(), attempt, holder: Holder::Settling });
         }
-        let sync = if kind == RowKind::Completed { self.config.sync_results() } else { self.config.sync_claims() };
+        let sync = if completes { self.config.sync_results() } else { self.config.sync_claims() };
         let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         self.append_with(open, row, &taken, sync)?;
         self.waiting.wake(leases.iter().map(|(grant, _)| grant.digest()));
-        match kind {
-            RowKind::Completed => {
-                self.counters.completed.add(count);
-                // One of a call: for all of them it would cost too much.
-                let sample = leases.iter().zip(&accepted).find(|(_, accepted)| **accepted);
-                if let (Settler::Holder, Some(((grant, _), _))) = (settler, sample) {
-                    self.meter.processed(|| now.monotonic_ms.saturating_sub(grant.claimed_monotonic_ms));
-                }
+        if completes {
+            self.counters.completed.add(count);
+            // One of a call: for all of them it would cost too much.
+            let sample = leases.iter().zip(&accepted).find(|(_, accepted)| **accepted);
+            if let (Settler::Holder, Some(((grant, _), _))) = (settler, sample) {
+                self.meter.processed(|| now.monotonic_ms.saturating_sub(grant.claimed_monotonic_ms));
             }
-            _ => self.counters.released.add(count),
+        } else {
+            self.counters.released.add(count);
         }
         self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
         self.wake_if_due();
