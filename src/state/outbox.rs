@@ -122,5 +122,9 @@ mod tests {
         assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.row).collect::<Vec<_>>(), [second]);
         early.finish();
         assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.row).collect::<Vec<_>>(), [first, second]);
+        engine.delivered([MessageId { row: first, place: 0 }]).unwrap();
+        assert_eq!(engine.outbox(10).unwrap().len(), 1);
+        let begins = engine.delivered_below.load(Ordering::Acquire);
+        assert_eq!(begins, second, "the next reading need not step over the first");
     }
 }
