@@ -148,6 +148,20 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
 }
 
 #[test]
+fn a_check_says_what_a_claim_of_its_message_would_find_and_moves_nothing() {
+    let stream = Stream::new();
+    stream.complete("k", START_MS);
+    stream.tick(START_MS + WINDOW_MS / 2);
+    // A claim of this message would take stream time along, by as much as it may.
+    let ahead_ms = START_MS + WINDOW_MS;
+    assert_eq!((stream.answer("k", ahead_ms - 1), stream.answer("k", ahead_ms)), ("completed", "new"));
+    assert_eq!((stream.now_ms(), stream.answer("k", START_MS)), (START_MS + WINDOW_MS / 2, "completed"));
+    let claimed = stream.acquire("k", ahead_ms);
+    assert_eq!((claimed.attempt(), stream.now_ms()), (1, ahead_ms));
+    assert_eq!(stream.answer("k", START_MS), "in progress");
+}
+
+#[test]
 fn the_work_may_take_longer_than_the_window_and_the_key_still_gets_its_messages_time() {
     let stream = Stream::new();
     let lease = stream.acquire("k", START_MS);
