@@ -402,6 +402,18 @@ mod tests {
     }
 
     #[test]
+    fn a_bucket_without_keys_takes_no_room_in_the_filter_however_many_were_expected() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, _, set) = open(&dir);
+        let bucket = set.ensure(&db, slice(0)).unwrap();
+        let before = set.view().filter_bytes();
+        // RocksDB's guess, which the rebuild makes room for.
+        bucket.keys.store(1_000_000, Ordering::Relaxed);
+        assert!(rebuild_filter(&db, &set, &bucket, &|| true).unwrap());
+        assert_eq!(set.view().filter_bytes(), before);
+    }
+
+    #[test]
     fn a_damaged_file_is_not_trusted() {
         let dir = tempfile::tempdir().unwrap();
         three_buckets(&dir);
