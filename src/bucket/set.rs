@@ -442,6 +442,14 @@ mod tests {
         set.set_filtered(&first);
         set.set_filtered(&last);
         assert_eq!(asked(&set, 99), [3]);
+        let passing = set.ensure(&db, second(9)).unwrap();
+        set.remove(&db, &passing);
+        assert_eq!((asked(&set, 99), asked(&set, 77)), (vec![3], vec![]), "the others keep their filters");
+        // A home that has gone meanwhile has nobody's keys.
+        let elsewhere = tempfile::tempdir().unwrap();
+        let (_db, other, _) = three_found(&elsewhere);
+        set.moved(&next, other.view().base().unwrap());
+        assert_eq!(asked(&set, 99), [3]);
         db.close().unwrap();
         let (db, families) = open(&dir);
         assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
