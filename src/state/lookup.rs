@@ -172,20 +172,27 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::clock::ManualClock;
     use crate::config::Options;
     use crate::storage::directory::Directory;
 
-    fn engine(dir: &tempfile::TempDir) -> Engine {
+    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Engine::open(directory, &Options::default()).unwrap()
+        Engine::open(directory, options).unwrap()
     }
 
     #[test]
     fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
-        engine.record(&engine.request(["a", "b"]).unwrap()).unwrap();
-        engine.seal().unwrap();
+        let clock = ManualClock::at(1 << 40);
+        let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
+        let engine = engine(&dir, &options);
+        // Each in a bucket of its own.
+        for key in ["a", "b"] {
+            engine.record(&engine.request([key]).unwrap()).unwrap();
+            engine.seal().unwrap();
+            clock.advance(Duration::from_secs(3_600));
+        }
         let before = engine.stats();
         let request = engine.request(["a", "new", "b"]).unwrap();
         for at_hand in [true, false] {
@@ -205,7 +212,7 @@ mod tests {
     #[test]
     fn what_was_sealed_since_the_disk_was_asked_is_asked_for_once_more() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
+        let engine = engine(&dir, &Options::default());
         let request = engine.request(["new", "sealed", "young"]).unwrap();
         let on_disk = engine.on_disk(&request).unwrap();
         engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
