@@ -8,8 +8,6 @@ use crate::bucket::window::Slice;
 use crate::codec::{self, Event, Reader, RowKind, RowWriter};
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::layer::{Columns, Layer, SHARDS};
-#[cfg(feature = "http")]
-use crate::http::StoredResponse;
 use crate::key::{Digester, Key};
 use crate::storage;
 
@@ -84,15 +82,6 @@ pub fn notes(bytes: &[u8]) {
         assert_eq!(codec::decode_result::<Typed>(&written), Ok(result));
     }
     storage::laws::inventory(bytes);
-}
-
-/// A stored HTTP answer is refused, or says the same when it is written again.
-#[cfg(feature = "http")]
-pub fn stored_answer(bytes: &[u8]) {
-    let Ok(answer) = StoredResponse::decode(bytes) else { return };
-    let written = answer.encode();
-    assert!(written.len() <= bytes.len(), "it was shorter than we write it");
-    assert_eq!(StoredResponse::decode(&written).ok(), Some(answer));
 }
 
 /// A log, or a manifest, which has its form, is whole up to where it is said to be torn.
@@ -221,12 +210,6 @@ mod tests {
     #[test]
     fn notes_hold_their_law() {
         replay("notes", notes);
-    }
-
-    #[test]
-    #[cfg(feature = "http")]
-    fn stored_answers_hold_their_law() {
-        replay("stored_answer", stored_answer);
     }
 
     #[test]

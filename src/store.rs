@@ -630,7 +630,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the disk refuses; nothing is lost, and it is tried again later.
+    /// [`Error::Io`] if the disk refuses; nothing is lost, and it is tried again later. [`Error::WriteFailed`] if the log
+    /// cannot be synced, which poisons the store.
     pub fn seal(&self) -> Result<()> {
         self.running.engine.seal_and_rotate()
     }

@@ -356,9 +356,30 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         }
         let refused = store.seal();
         assert!(refused.as_ref().is_err_and(is_named), "{refused:?}");
-        ledger.check(&store, true);
+        assert!(matches!(store.check("a key"), Err(Error::Poisoned { .. })));
         drop(store.close());
         assert!(!path.exists(), "nothing comes back of a store that was deleted");
+    }
+}
+
+#[test]
+fn a_store_that_was_deleted_in_part_is_not_closed_as_if_nothing_had_happened() {
+    for gone in ["onlyonce.lock", "db"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store");
+        let process = builder().durability(Durability::Process).sync_interval(Duration::from_secs(3_600));
+        let store = process.open(&path).unwrap();
+        assert_eq!(store.record("a key").unwrap(), Recorded::First);
+        let gone = path.join(gone);
+        if gone.is_dir() {
+            std::fs::remove_dir_all(&gone).unwrap()
+        } else {
+            std::fs::remove_file(&gone).unwrap()
+        }
+        let closed = store.close();
+        let place = gone.display().to_string();
+        let is_named = |error: &Error| matches!(error, Error::WriteFailed { detail } if detail.contains(&place));
+        assert!(closed.as_ref().is_err_and(is_named), "{closed:?}");
     }
 }
 

@@ -261,6 +261,21 @@ mod tests {
         assert!(error.contains("version 2"), "{error}");
     }
 
+    /// What the fuzzer of `fuzz/` begins with: refused, or the same when it is written again.
+    #[test]
+    fn stored_answers_hold_their_law() {
+        let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/stored_answer");
+        let mut read = 0;
+        for entry in std::fs::read_dir(corpus).unwrap() {
+            let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+            let Ok(answer) = StoredResponse::decode(&bytes) else { continue };
+            assert!(answer.encode().len() <= bytes.len());
+            assert_eq!(StoredResponse::decode(&answer.encode()).unwrap(), answer);
+            read += 1;
+        }
+        assert!(read > 2, "{read} answers were read");
+    }
+
     proptest! {
         #[test]
         fn foreign_answers_are_refused_without_a_panic(

@@ -170,8 +170,8 @@ impl Db {
         let written_below = self.chain.written_below();
         KillPoint::SyncBegun.pass();
         rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
-        if self.directory.is_deleted() {
-            return Err(self.write_failed(&format!("{} was deleted", self.directory.root().display())));
+        if let Some(file) = self.directory.deleted() {
+            return Err(self.write_failed(&format!("{} was deleted while the store was open", file.display())));
         }
         self.chain.synced(written_below);
         KillPoint::SyncDone.pass();
@@ -411,7 +411,7 @@ impl Db {
     /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].
     pub(crate) fn close(&self) -> Result<()> {
         let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
-        let synced = rocks.flush_wal(true).map_err(|error| self.write_failed(&error));
+        let synced = self.sync(&rocks);
         KillPoint::CloseSynced.pass();
         rocks.cancel_all_background_work(true);
         drop(rocks);

@@ -99,10 +99,15 @@ impl Directory {
         drop(self.lock.lock().take());
     }
 
-    /// Whether somebody has deleted it: files that are open go on taking what is written, and nothing of it stays.
-    pub(super) fn is_deleted(&self) -> bool {
+    /// What somebody has deleted of an open store, if it is one of two files that are always there: files that are open go
+    /// on taking what is written, and nothing of it stays.
+    pub(super) fn deleted(&self) -> Option<PathBuf> {
         let is_nameless = |lock: &File| lock.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
-        self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless)
+        if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
+            return Some(self.root.join(LOCK));
+        }
+        // RocksDB puts a new one in its place in one step.
+        Some(self.database().join("CURRENT")).filter(|current| matches!(current.try_exists(), Ok(false)))
     }
 
     pub(crate) fn root(&self) -> &Path {

@@ -51,7 +51,7 @@ pub(super) fn check(note: &Path, database: &Path) -> Result<()> {
     if bytes < least {
         return Err(corrupt(&manifest, format!("it is {bytes} bytes long, and was {least}")));
     }
-    log::check_manifest(&manifest, least)?;
+    let synced = log::check_manifest(&manifest, least)?;
     if newest_log(database)? < Some(noted.log) {
         return Err(corrupt(
             &database.join(log_name(noted.log)),
@@ -67,7 +67,7 @@ pub(super) fn check(note: &Path, database: &Path) -> Result<()> {
             None => return Err(corrupt(&path, "it is missing".to_owned())),
         }
     }
-    log::check(database, closed)
+    log::check(database, closed, &synced)
 }
 
 /// Notes that the store is open: its files may change from here on.

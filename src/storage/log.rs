@@ -14,11 +14,13 @@
 //! record := full piece | first piece, middle piece*, last piece
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
 
 use super::chain::{Mark, missing_before, missing_within, read_marks, vouched};
+use crate::codec::Reader;
 use crate::error::{Error, Result};
 
 const BLOCK: usize = 32 * 1024;
@@ -47,6 +49,8 @@ struct Contents {
     len: u64,
     /// What it says of the log before it.
     predecessor: Option<Predecessor>,
+    /// Where it is a manifest: logs, and how much of each was on the disk.
+    synced: Vec<(u64, u64)>,
 }
 
 /// The log that was written to before another was begun.
@@ -71,8 +75,9 @@ pub(super) fn number(path: &Path) -> Option<u64> {
 }
 
 /// Reads every log in the database's directory: refuses one that lacks what was synced, and cuts off from a bad place on
-/// what was not. A log that was `closed` has no such place. What is left is on the disk when this returns.
-pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
+/// what was not. A log that was `closed` has no such place, and none has one in its first bytes that were on the disk as
+/// `synced` says. What is left is on the disk when this returns. Where it refuses, nothing has changed.
+pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read", database, &error);
     let mut logs = Vec::new();
     for entry in std::fs::read_dir(database).map_err(unreadable)? {
@@ -90,6 +95,10 @@ pub(super) fn check(database: &Path, closed: bool) -> Result<()> {
     let mut older: Option<Predecessor> = None;
     for (log, (number, path)) in logs.iter().enumerate() {
         let contents = read_file(path)?;
+        let least = synced.get(number).copied().unwrap_or_default();
+        if let Some(at) = contents.bad.or(Some(contents.len)).filter(|at| *at < least) {
+            return Err(bad_record(path, at, &format!("the first {least} were on the disk")));
+        }
         // A log that ended between two records is a bad place as well, at its end.
         if let (Some(older), Some(was)) = (older, contents.predecessor)
             && older.number == was.number
@@ -148,12 +157,40 @@ fn cut(path: &Path, len: u64) -> Result<()> {
 
 /// Reads a manifest, which has a log's form: refuses one with a hole, or with a bad record before `least`, which was read
 /// or written before. What a crash leaves at the end, RocksDB passes over.
-pub(super) fn check_manifest(path: &Path, least: u64) -> Result<()> {
+/// Gives how much of which log was on the disk when it was noted here: RocksDB would refuse less, after [`check`] has cut.
+pub(super) fn check_manifest(path: &Path, least: u64) -> Result<BTreeMap<u64, u64>> {
     match read_file(path)? {
         Contents { bad: Some(at), .. } if at < least => Err(bad_record(path, at, "it was longer before")),
         Contents { bad: Some(at), goes_on: true, .. } => Err(bad_record(path, at, "good ones stand behind it")),
-        _ => Ok(()),
+        Contents { synced, .. } => Ok(synced.into_iter().collect()),
     }
+}
+
+/// Hands out the logs of which a manifest's record says how much was on the disk. `None` where it says something else that
+/// cannot be passed over: then it says nothing of logs but which of them are gone.
+fn read_synced(record: &[u8], mut found: impl FnMut(u64, u64)) -> Option<()> {
+    /// From here on, what a reader does not know has its length before it; but for two of them, which nobody writes.
+    const SKIPPED: u64 = 1 << 13;
+    let mut reader = Reader::new(record);
+    while !reader.is_empty() {
+        match reader.varint()? {
+            // The comparator's name.
+            1 => drop(reader.prefixed()?),
+            // Numbers: of logs and files, of the last write, of a family.
+            2 | 3 | 4 | 9 | 10 | 200 | 203 => drop(reader.varint()?),
+            8_196 | 8_197 => return None,
+            8_199 => {
+                let mut log = Reader::new(reader.prefixed()?);
+                let number = log.varint()?;
+                if log.varint()? == 2 {
+                    found(number, log.varint()?);
+                }
+            }
+            tag if tag & SKIPPED != 0 => drop(reader.prefixed()?),
+            _ => return None,
+        }
+    }
+    Some(())
 }
 
 fn read_file(path: &Path) -> Result<Contents> {
@@ -237,10 +274,11 @@ impl Reading {
             self.record.extend_from_slice(payload);
             if matches!(kind, FULL | LAST) {
                 self.begun = None;
-                let Contents { before, behind, bad, .. } = &mut self.contents;
+                let Contents { before, behind, bad, synced, .. } = &mut self.contents;
                 let marks = if bad.is_some() { behind } else { before };
                 // What is not a write of ours, RocksDB knows.
                 let _ = read_marks(&self.record, |mark| marks.push(mark));
+                let _ = read_synced(&self.record, |log, bytes| synced.push((log, bytes)));
             }
         }
     }
@@ -412,10 +450,14 @@ mod tests {
 
     /// Logs of a database that was not closed, each of writes with their marks.
     fn check_logs(logs: &[Vec<u8>], closed: bool) -> (Result<()>, Vec<usize>) {
+        check_noted(logs, closed, &BTreeMap::new())
+    }
+
+    fn check_noted(logs: &[Vec<u8>], closed: bool, synced: &BTreeMap<u64, u64>) -> (Result<()>, Vec<usize>) {
         let dir = tempfile::tempdir().unwrap();
         let path = |log: usize| dir.path().join(format!("{:06}.log", log + 7));
         logs.iter().enumerate().for_each(|(number, log)| std::fs::write(path(number), log).unwrap());
-        let checked = check(dir.path(), closed);
+        let checked = check(dir.path(), closed, synced);
         (checked, (0..logs.len()).map(|log| std::fs::metadata(path(log)).unwrap().len() as usize).collect())
     }
 
@@ -492,6 +534,54 @@ mod tests {
                 assert_eq!(checked.is_ok(), *end == older.len(), "closed, cut at {end}: {checked:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_the_manifest_knows_to_be_on_the_disk_must_be_there_and_else_nothing_is_cut() {
+        let chain = chain(7);
+        let (mut older, mut newer) = (Vec::new(), Vec::new());
+        let mut ends = vec![0];
+        for _ in 0..4 {
+            write(&mut older, &chain);
+            ends.push(older.len());
+        }
+        let predecessor = [7_u64, older.len() as u64, 99].map(u64::to_le_bytes).concat();
+        put_piece(&mut newer, PREDECESSOR, &predecessor);
+        // It was made before the sync that covers it and the older log, and does not know of it.
+        write(&mut newer, &chain);
+        let synced = BTreeMap::from([(7, older.len() as u64)]);
+        assert!(check_noted(&[older.clone(), newer.clone()], false, &synced).0.is_ok());
+        let flipped = |at: usize| {
+            let mut log = older.clone();
+            log[at] ^= 1;
+            log
+        };
+        let cut = ends[..4].iter().map(|end| older[..*end].to_vec());
+        for damaged in cut.chain(ends[..4].iter().map(|end| flipped(end + 20))) {
+            let lens = [damaged.len(), newer.len()];
+            let (refused, left) = check_noted(&[damaged, newer.clone()], false, &synced);
+            assert!(matches!(refused, Err(Error::Corrupt { place, .. }) if place.ends_with("000007.log")));
+            assert_eq!(left, lens, "and nothing is touched");
+        }
+    }
+
+    #[test]
+    fn a_manifest_says_how_much_of_which_log_was_on_the_disk() {
+        let read = |record: &[u8]| {
+            let mut found = Vec::new();
+            let _ = read_synced(record, |log, bytes| found.push((log, bytes)));
+            found
+        };
+        // Tag 8199, length, log 18, tag 2, 66 bytes, tag 1; the same of log 19 without a length; an identity; a family.
+        let record = [
+            0x87, 0x40, 4, 18, 2, 66, 1, 0x87, 0x40, 2, 19, 1, 0x81, 0x40, 1, b'x', 0xc8, 0x01, 0, 0x87, 0x40, 4, 20,
+            2, 7, 1,
+        ];
+        assert_eq!(read(&record), [(18, 66), (20, 7)]);
+        for len in 0..record.len() {
+            assert!(read(&record[..len]).len() <= 2, "cut at {len}");
+        }
+        assert_eq!(read(&[103, 1, 2, 3, 0x87, 0x40, 4, 18, 2, 66, 1]), [], "a file, of unknown length");
     }
 
     #[test]
