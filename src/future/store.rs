@@ -23,7 +23,9 @@ const MAX_QUEUE: usize = 1_000_000;
 /// A [`Store`](crate::Store) whose calls are futures. Clones share one committer; make one and clone it.
 ///
 /// When the last clone and lease are dropped, the committer does what is left in its queues, lets go of the store and
-/// closes it if nobody else has it: in the background, so that nobody waits. [`Store::close`] is the way to know.
+/// closes it if nobody else has it: in the background, so that nobody waits. [`Store::close`] is the way to know. Await it
+/// before `main` returns: a process that ends while the store is closing may be ended by SIGABRT in RocksDB's own teardown;
+/// nothing that was acknowledged is lost by it.
 ///
 /// What is not here ([`held`](crate::Store::held), [`resolve`](crate::Store::resolve), [`forget`](crate::Store::forget),
 /// [`seal`](crate::Store::seal), [`stats`](crate::Store::stats)) is for operators and may take long: call it on
