@@ -173,6 +173,16 @@ mod tests {
     }
 
     #[test]
+    fn who_leaves_takes_nobody_elses_place() {
+        let waiting = Arc::new(Waiting::default());
+        let (left, mut stays) = (waiting.enter(1), waiting.enter(1));
+        drop(left);
+        assert!(!is_woken(&mut stays));
+        waiting.wake([1]);
+        assert!(is_woken(&mut stays));
+    }
+
+    #[test]
     fn a_thread_sleeps_until_it_is_woken_or_its_time_is_over() {
         let waiting = Arc::new(Waiting::default());
         let begun = Instant::now();
