@@ -36,7 +36,9 @@ impl Lease {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
-    /// # tokio::runtime::Runtime::new()?.block_on(work(&store))
+    /// # let runtime = tokio::runtime::Runtime::new()?;
+    /// # runtime.block_on(work(&store))?;
+    /// # Ok(runtime.block_on(store.close())?)
     /// # }
     /// ```
     ///

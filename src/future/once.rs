@@ -38,7 +38,9 @@ impl Store {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
-    /// # tokio::runtime::Runtime::new()?.block_on(work(&store))
+    /// # let runtime = tokio::runtime::Runtime::new()?;
+    /// # runtime.block_on(work(&store))?;
+    /// # Ok(runtime.block_on(store.close())?)
     /// # }
     /// ```
     pub fn once<S: Stream, K: FnMut(&S::Item) -> Key<'_>>(&self, stream: S, limit: Duration, key: K) -> Once<S, K> {

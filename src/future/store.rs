@@ -113,7 +113,9 @@ impl Store {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
-    /// # tokio::runtime::Runtime::new()?.block_on(work(&store))
+    /// # let runtime = tokio::runtime::Runtime::new()?;
+    /// # runtime.block_on(work(&store))?;
+    /// # Ok(runtime.block_on(store.close())?)
     /// # }
     /// ```
     ///
@@ -244,7 +246,9 @@ impl Store {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
-    /// # tokio::runtime::Runtime::new()?.block_on(work(&store))
+    /// # let runtime = tokio::runtime::Runtime::new()?;
+    /// # runtime.block_on(work(&store))?;
+    /// # Ok(runtime.block_on(store.close())?)
     /// # }
     /// ```
     ///
@@ -322,7 +326,9 @@ impl Store {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
-    /// # tokio::runtime::Runtime::new()?.block_on(work(&store))
+    /// # let runtime = tokio::runtime::Runtime::new()?;
+    /// # runtime.block_on(work(&store))?;
+    /// # Ok(runtime.block_on(store.close())?)
     /// # }
     /// ```
     ///
