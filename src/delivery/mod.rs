@@ -76,7 +76,9 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let dir = tempfile::tempdir()?;
 //! # let store = future::Store::new(onlyonce::Store::open(dir.path().join("store"))?)?;
-//! # tokio::runtime::Runtime::new()?.block_on(consume(store))
+//! # let runtime = tokio::runtime::Runtime::new()?;
+//! # runtime.block_on(consume(store.clone()))?;
+//! # Ok(runtime.block_on(store.close())?)
 //! # }
 //! ```
 //!
