@@ -94,7 +94,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
     let mut starts = Vec::with_capacity(logs.len());
     let mut older: Option<Predecessor> = None;
     for (log, (number, path)) in logs.iter().enumerate() {
-        let contents = read_file(path)?;
+        let contents = read_file(path, Records::Writes)?;
         let least = synced.get(number).copied().unwrap_or_default();
         if let Some(at) = contents.bad.or(Some(contents.len)).filter(|at| *at < least) {
             return Err(bad_record(path, at, &format!("the first {least} were on the disk")));
@@ -159,7 +159,7 @@ fn cut(path: &Path, len: u64) -> Result<()> {
 /// or written before. What a crash leaves at the end, RocksDB passes over.
 /// Gives how much of which log was on the disk when it was noted here: RocksDB would refuse less, after [`check`] has cut.
 pub(super) fn check_manifest(path: &Path, least: u64) -> Result<BTreeMap<u64, u64>> {
-    match read_file(path)? {
+    match read_file(path, Records::Edits)? {
         Contents { bad: Some(at), .. } if at < least => Err(bad_record(path, at, "it was longer before")),
         Contents { bad: Some(at), goes_on: true, .. } => Err(bad_record(path, at, "good ones stand behind it")),
         Contents { synced, .. } => Ok(synced.into_iter().collect()),
@@ -193,9 +193,9 @@ fn read_synced(record: &[u8], mut found: impl FnMut(u64, u64)) -> Option<()> {
     Some(())
 }
 
-fn read_file(path: &Path) -> Result<Contents> {
+fn read_file(path: &Path, records: Records) -> Result<Contents> {
     let mut file = File::open(path).map_err(|error| Error::io("cannot open", path, &error))?;
-    read(&mut file).map_err(|error| Error::io("cannot read", path, &error))
+    read(&mut file, records).map_err(|error| Error::io("cannot read", path, &error))
 }
 
 fn bad_record(path: &Path, at: u64, and: &str) -> Error {
@@ -205,8 +205,8 @@ fn bad_record(path: &Path, at: u64, and: &str) -> Error {
     }
 }
 
-fn read(log: &mut impl Read) -> std::io::Result<Contents> {
-    let mut reading = Reading::default();
+fn read(log: &mut impl Read, records: Records) -> std::io::Result<Contents> {
+    let mut reading = Reading { records, contents: Contents::default(), begun: None, record: Vec::new() };
     let mut block = Vec::with_capacity(BLOCK);
     let mut start = 0_u64;
     loop {
@@ -221,9 +221,18 @@ fn read(log: &mut impl Read) -> std::io::Result<Contents> {
     }
 }
 
+/// What the records of a file are.
+#[derive(Clone, Copy)]
+enum Records {
+    /// A log's: writes, ours with their marks.
+    Writes,
+    /// A manifest's: RocksDB's notes of its files.
+    Edits,
+}
+
 /// A log that is being read.
-#[derive(Default)]
 struct Reading {
+    records: Records,
     contents: Contents,
     /// A record that goes on: where it begins, and its bytes so far.
     begun: Option<u64>,
@@ -276,9 +285,11 @@ impl Reading {
                 self.begun = None;
                 let Contents { before, behind, bad, synced, .. } = &mut self.contents;
                 let marks = if bad.is_some() { behind } else { before };
-                // What is not a write of ours, RocksDB knows.
-                let _ = read_marks(&self.record, |mark| marks.push(mark));
-                let _ = read_synced(&self.record, |log, bytes| synced.push((log, bytes)));
+                // What is neither ours nor of a log, RocksDB knows.
+                let _ = match self.records {
+                    Records::Writes => read_marks(&self.record, |mark| marks.push(mark)),
+                    Records::Edits => read_synced(&self.record, |log, bytes| synced.push((log, bytes))),
+                };
             }
         }
     }
@@ -352,7 +363,7 @@ fn put_piece(log: &mut Vec<u8>, kind: u8, payload: &[u8]) {
 /// Where the bytes begin that are no record, if there are any.
 #[cfg(any(test, fuzzing))]
 pub(super) fn bad_place(mut log: &[u8]) -> Option<u64> {
-    read(&mut log).ok()?.bad
+    read(&mut log, Records::Writes).ok()?.bad
 }
 
 #[cfg(test)]
@@ -373,7 +384,7 @@ mod tests {
 
     /// Where it is bad, and whether something good stands behind that.
     fn end_in(log: &[u8]) -> (Option<u64>, bool) {
-        let contents = read(&mut &log[..]).unwrap();
+        let contents = read(&mut &log[..], Records::Writes).unwrap();
         (contents.bad, contents.goes_on)
     }
 
