@@ -65,7 +65,7 @@ async fn charge(
     // What the bank knows the charge by. Two accounts may choose the same key.
     let reference = format!("{account}/{}", attempt.key());
     // The attempt before was interrupted, by a crash or an error: it may have charged.
-    let made = if attempt.is_in_doubt() { bank.charge_of(&reference, attempt.token()).await? } else { None };
+    let made = if attempt.may_have_happened() { bank.charge_of(&reference, attempt.token()).await? } else { None };
     let charge = match made {
         Some(charge) => charge,
         None => bank.charge(&reference, &order, attempt.token()).await?,

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::millis;
 use crate::codec::{self, RowKind};
-use crate::entry::{Done, Kept, Prior};
+use crate::entry::{Backoff, Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
 use crate::key::Key;
 use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
@@ -123,7 +122,7 @@ impl Lease {
     }
 
     /// What became of the attempts before. Anything but `None` and [`Prior::Released`] says that the effect may have
-    /// happened: ask before you repeat it. Such a doubt outlasts a release: it ends with completion.
+    /// happened ([`Lease::may_have_happened`]). Such a doubt persists across releases until completion.
     ///
     /// Under [`OnInterrupt::Rerun`](crate::OnInterrupt) claims are not synced, so that a power cut can take the claim and
     /// the memory of it: after one, `None` does not prove that nothing happened. Open with
@@ -131,6 +130,13 @@ impl Lease {
     #[must_use]
     pub fn prior(&self) -> Option<Prior> {
         self.grant.prior
+    }
+
+    /// Whether an earlier attempt may have had its effect: ask for it before you repeat it. False on the first attempt, and
+    /// where every earlier one was released, which says that it did nothing.
+    #[must_use]
+    pub fn may_have_happened(&self) -> bool {
+        self.grant.prior.is_some_and(Prior::may_have_happened)
     }
 
     /// How long nobody else can get the key. Zero when the lease has run out; completing it is still accepted then,
@@ -225,9 +231,13 @@ impl Lease {
         outcomes.pop().map_or(Ok(()), |outcome| outcome.map(drop))
     }
 
-    /// Says that this attempt failed and did nothing: the next claim gets the key at once, and is told
+    /// Ends this attempt as failed, without an effect. The next claim gets the key at once, with the next attempt number and
     /// [`Prior::Released`], or the doubt that an earlier attempt had left. If the effect may have happened, drop the lease
     /// instead.
+    ///
+    /// Where no doubt is left, the payload fingerprint is forgotten: a corrected retry may bring another payload. After an
+    /// attempt whose outcome is unknown it stays until completion. A released key does not count as in flight; its attempts
+    /// are remembered for a window, on disk like a completed key.
     ///
     /// # Errors
     ///
@@ -236,8 +246,9 @@ impl Lease {
         self.release_after(Duration::ZERO)
     }
 
-    /// As [`Lease::release`], but nobody gets the key before `backoff` is over. On stream time a backoff ends with the
-    /// process.
+    /// As [`Lease::release`], but nobody gets the key before `backoff` is over. It runs on the monotonic clock, in whole
+    /// milliseconds, and is at most the store's window, nor longer than 49 days. After a restart it goes on with what was
+    /// left of it by the store's time; on stream time it ends with the process.
     ///
     /// # Errors
     ///
@@ -405,14 +416,11 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Work)>) -> Vec<Result<Vec<u8>
 pub(crate) fn release_all(mut leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
     let Some(running) = leases.first().map(|(lease, _)| Arc::clone(&lease.running)) else { return Vec::new() };
     let engine = &running.engine;
-    let now_ms = engine.now().backoff_ms;
-    let open = |lease: &Lease, backoff| {
-        let not_before_ms = match millis(backoff) {
-            0 => 0,
-            backoff_ms => now_ms.saturating_add(backoff_ms),
-        };
-        // This attempt did nothing. Whether an earlier one did is as open as before.
-        Settlement::Open { prior: lease.grant.prior.unwrap_or(Prior::Released), not_before_ms }
+    let (now, window_ms) = (engine.now(), engine.config().span.window_ms);
+    // This attempt did nothing. Whether an earlier one did is as open as before.
+    let open = |lease: &Lease, backoff| Settlement::Open {
+        prior: lease.grant.prior.unwrap_or(Prior::Released),
+        backoff: Backoff::from(now, backoff, window_ms),
     };
     let settlements = leases.iter().map(|(lease, backoff)| (&lease.grant, open(lease, *backoff))).collect();
     match engine.settle(RowKind::Settled, Settler::Holder, settlements) {

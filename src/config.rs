@@ -52,6 +52,7 @@ pub(crate) struct Options {
     pub(crate) result_limit: usize,
     pub(crate) key_limit: usize,
     pub(crate) in_flight_limit: usize,
+    pub(crate) held_limit: usize,
     pub(crate) lock_wait: Duration,
     pub(crate) clock: Arc<dyn Clock>,
 }
@@ -71,6 +72,7 @@ impl Default for Options {
             result_limit: MIB,
             key_limit: 1_024,
             in_flight_limit: 1_000_000,
+            held_limit: 1_000_000,
             lock_wait: Duration::from_secs(1),
             clock: Arc::new(SystemClock::new()),
         }
@@ -109,6 +111,7 @@ pub(crate) struct Config {
     pub(crate) result_limit: usize,
     pub(crate) key_limit: usize,
     pub(crate) in_flight_limit: usize,
+    pub(crate) held_limit: usize,
 }
 
 impl Options {
@@ -121,7 +124,8 @@ impl Options {
         within("memory_budget", self.memory_budget, 32 * MIB, MAX_MEMORY_BUDGET)?;
         within("result_limit", self.result_limit, 0, 64 * MIB)?;
         within("key_limit", self.key_limit, 1, 65_535)?;
-        within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)
+        within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)?;
+        within("held_limit", self.held_limit, 1, usize::MAX)
     }
 
     /// Checks every option against its bounds; `stored` is what an existing store was last opened with.
@@ -171,6 +175,7 @@ impl Options {
             result_limit: self.result_limit,
             key_limit: self.key_limit,
             in_flight_limit: self.in_flight_limit,
+            held_limit: self.held_limit,
         })
     }
 }

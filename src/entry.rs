@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::clock::Now;
+use crate::clock::{Now, millis};
 use crate::key::Fingerprint;
 
 /// Why a key that is claimed again was not completed by its last holder.
@@ -16,6 +16,14 @@ pub enum Prior {
     Dropped,
     /// The holder's process died or closed the store. What it had done is unknown.
     Crashed,
+}
+
+impl Prior {
+    /// Whether the effect of an earlier attempt may have happened: all but [`Prior::Released`] leave that open.
+    #[must_use]
+    pub fn may_have_happened(self) -> bool {
+        self != Self::Released
+    }
 }
 
 /// The state of a key, as stored. "Expired" is not a state: it follows from the time.
@@ -55,10 +63,35 @@ pub(crate) enum Holder {
     Settling,
     /// As `Settling`, where `record` completes a key that nobody holds.
     Recording,
-    /// Gone without a word.
+    /// Gone without a release: the key is held until an operator decides.
     Interrupted(Prior),
-    /// Gone, and the key is free from `not_before_ms` on, which is a time that backoffs run on.
-    Open { prior: Prior, not_before_ms: u64 },
+    /// Gone: the key was released, or its holder vanished where that frees it. It is free after the backoff. Nobody can
+    /// come back for it, so that it leaves memory for a bucket like a completed key.
+    Open { prior: Prior, backoff: Backoff },
+    /// An operator has decided that a held key runs again. The old holder may still complete it, so that it stays in memory
+    /// until the next claim.
+    Resolved(Prior),
+}
+
+/// How long a released key stays closed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Backoff {
+    /// Its end, on the monotonic clock of the process that released the key.
+    pub(crate) until_monotonic_ms: u64,
+    /// Its length. After a restart its end is this long after the release, on the store's time.
+    pub(crate) length_ms: u32,
+}
+
+impl Backoff {
+    pub(crate) const NONE: Self = Self { until_monotonic_ms: 0, length_ms: 0 };
+
+    /// A backoff from `now` on. It is at most a window long: nothing of a key is remembered longer.
+    pub(crate) fn from(now: Now, length: std::time::Duration, window_ms: u64) -> Self {
+        match u32::try_from(millis(length).min(window_ms)).unwrap_or(u32::MAX) {
+            0 => Self::NONE,
+            length_ms => Self { until_monotonic_ms: now.monotonic_ms.saturating_add(u64::from(length_ms)), length_ms },
+        }
+    }
 }
 
 /// The work is done, and this came of it.
@@ -104,6 +137,35 @@ impl<'a> Kept<&'a [u8]> {
         match self {
             Self::Stored(bytes) => bytes.len(),
             Self::Absent | Self::Omitted => 0,
+        }
+    }
+}
+
+impl Entry<&[u8]> {
+    /// A copy that owns its result.
+    pub(crate) fn shared(&self) -> Entry {
+        match self {
+            Self::Processing(processing) => Entry::Processing(processing.clone()),
+            Self::Completed(done) => Entry::Completed(done.shared()),
+        }
+    }
+
+    /// The time by which it is filed: when it was completed, or its holder became what it is.
+    pub(crate) fn time_ms(&self) -> u64 {
+        match self {
+            Self::Processing(processing) => processing.since_ms,
+            Self::Completed(done) => done.completed_ms,
+        }
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl Entry {
+    /// The same, with its result borrowed.
+    pub(crate) fn borrowed(&self) -> Entry<&[u8]> {
+        match self {
+            Self::Processing(processing) => Entry::Processing(processing.clone()),
+            Self::Completed(done) => Entry::Completed(done.borrowed()),
         }
     }
 }

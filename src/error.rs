@@ -201,14 +201,35 @@ pub enum Error {
         token: u64,
     },
 
-    /// More keys are claimed and not completed than `in_flight_limit` allows. Complete or release some.
+    /// `forget` was called for a key that is held for a decision. Without its entry the next claim would not learn that its
+    /// effect may have happened.
+    #[error("the key {key} is held for a decision (token {token}): call `resolve` first, then `forget`")]
+    Undecided {
+        /// The key, escaped.
+        key: String,
+        /// The token of its last holder.
+        token: u64,
+    },
+
+    /// More keys are being worked on than `in_flight_limit` allows. Completed, released and dropped keys do not count.
     #[error(
-        "{in_flight} keys are claimed and not completed, the limit is {limit}: \
-             complete or release some, or raise `in_flight_limit`"
+        "{in_flight} keys are in progress, the limit is {limit}: complete, release or drop some leases, \
+             or raise `in_flight_limit`"
     )]
     TooManyInFlight {
         /// How many keys are in flight.
         in_flight: usize,
+        /// The limit.
+        limit: usize,
+    },
+
+    /// More keys are held for a decision than `held_limit` allows.
+    #[error(
+        "{held} keys are held for a decision, the limit is {limit}: resolve some (`held`, `resolve`), or raise `held_limit`"
+    )]
+    TooManyHeld {
+        /// How many keys are held.
+        held: usize,
         /// The limit.
         limit: usize,
     },
@@ -278,7 +299,9 @@ impl Error {
             Self::AlreadyOpen { .. }
                 | Self::Io { .. }
                 | Self::InUse { .. }
+                | Self::Undecided { .. }
                 | Self::TooManyInFlight { .. }
+                | Self::TooManyHeld { .. }
                 | Self::SealingFailed { .. }
                 | Self::TooFarAhead { .. }
         )

@@ -25,10 +25,7 @@ pub fn journal_row(bytes: &[u8]) {
         Some(4) => RowKind::Forgotten,
         other => unreachable!("a row of kind {other:?} was read"),
     };
-    let mut row = match bytes.first() {
-        Some(2) => RowWriter::of_messages(kind, time_ms, 0),
-        _ => RowWriter::new(kind, time_ms, 0),
-    };
+    let mut row = RowWriter::new(kind, time_ms, 0);
     for (key, event) in &events {
         match event {
             Event::Claimed(processing) | Event::Settled(processing) => row.processing(key, processing),
@@ -48,11 +45,11 @@ pub fn bucket_value(bytes: &[u8]) {
     let mut reader = Reader::new(bytes);
     let Some(start_ms) = reader.array().map(u64::from_le_bytes) else { return };
     let value = reader.rest();
-    let Some(done) = codec::read_value(value, start_ms) else { return };
+    let Some(entry) = codec::read_value(value, start_ms) else { return };
     let mut written = Vec::new();
-    codec::put_value(&done.borrowed(), start_ms, &mut written);
+    codec::put_value(&entry.borrowed(), start_ms, &mut written).expect("what was read can be written");
     assert!(written.len() <= value.len(), "it was shorter than we write it");
-    assert_eq!(codec::read_value(&written, start_ms), Some(done));
+    assert_eq!(codec::read_value(&written, start_ms), Some(entry));
 }
 
 /// What a store knows of itself, numbers, the names of buckets and typed results are refused, or the same when they are

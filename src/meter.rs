@@ -160,7 +160,7 @@ mod told {
         );
         describe_counter!("onlyonce.fail_open", Unit::Count, "Messages let through without an answer of the store");
         describe_counter!("onlyonce.log.syncs", Unit::Count, "Syncs of the log that calls waited for");
-        describe_gauge!("onlyonce.keys.in_flight", Unit::Count, "Keys claimed and not completed");
+        describe_gauge!("onlyonce.keys.in_flight", Unit::Count, "Keys in progress");
         describe_gauge!("onlyonce.keys.held", Unit::Count, "Keys that wait for a decision");
         describe_gauge!("onlyonce.keys.unsealed", Unit::Count, "Completed keys that are not in a bucket yet");
         describe_gauge!("onlyonce.buckets", Unit::Count, "Live buckets");

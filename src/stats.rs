@@ -41,11 +41,12 @@ pub struct Stats {
     pub filter_false_positives: u64,
     /// Syncs of the log that calls waited for. Calls at the same time share one.
     pub log_syncs: u64,
-    /// Keys claimed and not completed, whoever holds them.
+    /// Keys in progress: leased, or with a lease that has run out while its holder's process lives. Released and dropped keys
+    /// are not among them.
     pub in_flight: u64,
-    /// Of those, keys that wait for [`Store::resolve`](crate::Store::resolve).
+    /// Keys that wait for [`Store::resolve`](crate::Store::resolve).
     pub held: u64,
-    /// Completed keys in memory and in the journal, not yet in a bucket.
+    /// Completed and released keys in memory and in the journal, not yet in a bucket.
     pub unsealed: u64,
     /// The live buckets, the oldest first.
     pub buckets: Vec<BucketStats>,

@@ -8,7 +8,7 @@ use crate::claim::{self, Claim, CompleteError, Completed, InProgress, Lease, in_
 use crate::clock::Clock;
 use crate::codec::RowKind;
 use crate::config::{Durability, OnInterrupt, Options};
-use crate::entry::{Entry, Kept, Prior, Processing};
+use crate::entry::{Backoff, Entry, Kept, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::state::answer::{Answer, HeldKey, Settlement, Settler, display};
@@ -121,11 +121,19 @@ impl Builder {
         self
     }
 
-    /// How many keys may be claimed and not completed at a time. Each takes about 250 bytes of memory, and up to six times
-    /// its key's length while a seal writes it anew: keep it low where strangers choose long keys. 1,000,000 by default. A
-    /// claim over it is refused with [`Error::TooManyInFlight`].
+    /// How many keys may be in progress at a time: leased, or with a lease that has run out while its holder's process
+    /// lives. Each takes about 250 bytes of memory, and up to six times its key's length while a flush writes it again:
+    /// keep it low where strangers choose long keys. 1,000,000 by default. A claim over it is refused with
+    /// [`Error::TooManyInFlight`]. Released and dropped keys do not count: they move to disk, for a window.
     pub fn in_flight_limit(mut self, keys: usize) -> Self {
         self.options.in_flight_limit = keys;
+        self
+    }
+
+    /// How many keys may be held for a decision under [`OnInterrupt::Hold`]. They stay in memory, about 250 bytes each, until
+    /// [`Store::resolve`] is called. 1,000,000 by default. A claim over it is refused with [`Error::TooManyHeld`].
+    pub fn held_limit(mut self, keys: usize) -> Self {
+        self.options.held_limit = keys;
         self
     }
 
@@ -603,7 +611,7 @@ impl Store {
             || Error::NotHeld { key: request.iter().next().map(|asked| display(asked.key)).unwrap_or_default() };
         let (grant, prior) = engine.held_grant(&request)?.ok_or_else(not_held)?;
         let (kind, settlement) = match &resolution {
-            Resolution::Rerun => (RowKind::Settled, Settlement::Open { prior, not_before_ms: 0 }),
+            Resolution::Rerun => (RowKind::Settled, Settlement::Open { prior, backoff: Backoff::NONE }),
             Resolution::Completed(result) => {
                 let kept = Kept::of(result, engine.config().result_limit);
                 (RowKind::Completed, Settlement::Completed(kept, None))

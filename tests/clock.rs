@@ -166,17 +166,26 @@ fn a_clock_that_is_set_between_two_runs_forgets_nothing_early_and_repeats_no_tok
 }
 
 #[test]
-fn a_backoff_runs_on_the_stores_time() {
+fn a_backoff_runs_on_monotonic_time() {
     let (dir, clocks) = (tempfile::tempdir().unwrap(), Clocks::new());
     let store = clocks.open(&dir.path().join("store"));
+    // An hour ahead for a moment.
+    clocks.set_wall(START_MS + 3_600_000);
     acquire(&store, "k").release_after(Duration::from_secs(5)).unwrap();
-    clocks.run_on(DAY_MS);
-    clocks.set_wall(START_MS - DAY_MS);
+    clocks.set_wall(START_MS);
     assert_eq!(retry_after_ms(&store, "k"), 5_000);
-    clocks.set_wall(START_MS + 4_999);
+    clocks.run_on(4_999);
+    clocks.set_wall(START_MS - DAY_MS);
     assert_eq!(retry_after_ms(&store, "k"), 1);
-    clocks.set_wall(START_MS + 5_000);
+    clocks.run_on(1);
     assert_eq!(acquire(&store, "k").prior(), Some(Prior::Released));
+}
+
+/// Of a released key.
+#[derive(Debug, Clone)]
+struct Backoff {
+    length_ms: u64,
+    until_monotonic_ms: u64,
 }
 
 /// What should be known of a key.
@@ -191,13 +200,12 @@ enum Known {
         attempt: u32,
         until_monotonic_ms: u64,
     },
-    /// Dropped or crashed at this time, or released and not to be had before it. Across a restart a dropped lease may be
-    /// told as crashed.
+    /// Dropped, crashed or released at this time. Across a restart a dropped lease may be told as crashed.
     Left {
         attempt: u32,
         priors: Vec<Prior>,
         at_ms: u64,
-        is_backoff: bool,
+        backoff: Option<Backoff>,
     },
 }
 
@@ -276,12 +284,15 @@ impl Walk {
                 let alone = monotonic_ms >= until_monotonic_ms + WINDOW_MS;
                 again(lease, *attempt, &[Prior::LeaseExpired], alone);
             }
-            (Some(Known::Left { at_ms, is_backoff: true, .. }), Claim::InProgress(other)) => {
-                assert_eq!(other.retry_after, Some(Duration::from_millis(at_ms - self.now_ms)), "{key}");
+            (Some(Known::Left { backoff: Some(backoff), .. }), Claim::InProgress(other)) => {
+                let left_ms = backoff.until_monotonic_ms - monotonic_ms;
+                assert_eq!(other.retry_after, Some(Duration::from_millis(left_ms)), "{key}");
             }
-            (Some(Known::Left { attempt, priors, at_ms, is_backoff }), Claim::Acquired(lease)) => {
-                assert!(!is_backoff || self.now_ms >= *at_ms, "{key} is given out before its backoff is over");
-                again(lease, *attempt, priors, self.now_ms >= at_ms + WINDOW_MS);
+            (Some(Known::Left { attempt, priors, at_ms, backoff }), Claim::Acquired(lease)) => {
+                let is_over = self.now_ms >= at_ms + WINDOW_MS;
+                let ended = backoff.as_ref().is_none_or(|backoff| monotonic_ms >= backoff.until_monotonic_ms);
+                assert!(is_over || ended, "{key} is given out before its backoff is over");
+                again(lease, *attempt, priors, is_over);
             }
             _ => panic!("{key} is {expected:?}, and was answered {claim:?}"),
         }
@@ -312,13 +323,14 @@ impl Walk {
                 drop(lease);
                 // One that had run out a window before may have been forgotten.
                 let at_ms = if held == Some(true) { 0 } else { self.now_ms };
-                (held.is_some(), Known::Left { attempt, priors: vec![Prior::Dropped], at_ms, is_backoff: false })
+                (held.is_some(), Known::Left { attempt, priors: vec![Prior::Dropped], at_ms, backoff: None })
             }
             1 => {
-                let backoff_ms = rng.random_range(0..2) * rng.random_range(1..3_000);
-                let accepted = lease.release_after(Duration::from_millis(backoff_ms)).is_ok();
+                let length_ms = rng.random_range(0..2) * rng.random_range(1..3_000);
+                let accepted = lease.release_after(Duration::from_millis(length_ms)).is_ok();
                 let priors = vec![before.unwrap_or(Prior::Released)];
-                (accepted, Known::Left { attempt, priors, at_ms: self.now_ms + backoff_ms, is_backoff: true })
+                let backoff = Some(Backoff { length_ms, until_monotonic_ms: self.monotonic_ms() + length_ms });
+                (accepted, Known::Left { attempt, priors, at_ms: self.now_ms, backoff })
             }
             _ => {
                 let result = format!("result {}", lease.token()).into_bytes();
@@ -348,6 +360,7 @@ impl Walk {
         self.clocks.run_on(rng.random_range(0..2_000));
         self.now_ms = self.now_ms.max(self.clocks.wall_ms());
         self.store = self.clocks.open(&self.path);
+        let opened_at_ms = self.monotonic_ms();
         assert_eq!(self.store.stats().now_ms, self.now_ms);
         for known in self.known.values_mut() {
             match known {
@@ -355,9 +368,14 @@ impl Walk {
                     let priors = vec![Prior::Crashed, Prior::LeaseExpired];
                     // One that had run out a window before may have been forgotten.
                     let at_ms = if closed_at_ms >= *until_monotonic_ms + WINDOW_MS { 0 } else { self.now_ms };
-                    *known = Known::Left { attempt: *attempt, priors, at_ms, is_backoff: false };
+                    *known = Known::Left { attempt: *attempt, priors, at_ms, backoff: None };
                 }
-                Known::Left { priors, is_backoff: false, .. } if !priors.contains(&Prior::Crashed) => {
+                // It goes on with what was left of it.
+                Known::Left { at_ms, backoff: Some(backoff), .. } => {
+                    let left_ms = (*at_ms + backoff.length_ms).saturating_sub(self.now_ms).min(backoff.length_ms);
+                    backoff.until_monotonic_ms = opened_at_ms + left_ms;
+                }
+                Known::Left { priors, backoff: None, .. } if !priors.contains(&Prior::Crashed) => {
                     priors.push(Prior::Crashed);
                 }
                 _ => {}

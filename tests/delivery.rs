@@ -266,7 +266,8 @@ async fn a_delivery_is_acknowledged_when_its_result_is_stored_and_its_duplicate_
 
 #[tokio::test]
 async fn what_somebody_is_at_comes_back_when_the_lease_is_over_and_not_later_than_the_longest_wait() {
-    let desk = Desk::new();
+    // A backoff is at most a window long.
+    let desk = Desk::with(|builder| builder.window(Duration::from_secs(200)).bucket(Duration::from_secs(10)));
     desk.queue.send("a");
     let lease = desk.bench.acquire("a");
     desk.bench.advance_ms(400);

@@ -117,7 +117,7 @@ fn keys_that_were_chosen_to_crowd_are_spread_by_each_store_in_a_way_of_its_own()
 
 #[test]
 fn the_secret_of_a_store_is_in_nothing_that_it_says() {
-    let bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold).in_flight_limit(3));
+    let bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold).in_flight_limit(3).held_limit(3));
     let store = bench.store();
     let mut said = String::new();
     let mut say = |what: &dyn Debug| writeln!(said, "{what:?} {what:#?}").unwrap();
@@ -265,6 +265,20 @@ fn a_million_new_keys_stay_in_the_budget() {
 }
 
 #[test]
+fn dropped_claims_take_no_memory_of_their_own() {
+    let growth = memory_growth("dropped_claims_take_no_memory_of_their_own", || {
+        let bench = Bench::with(|builder| builder.in_flight_limit(1_000));
+        for start in (0..200_000).step_by(500) {
+            let claims = bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).unwrap();
+            assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))));
+        }
+        assert_eq!(bench.store().stats().in_flight, 0);
+        bench.store().close().unwrap();
+    });
+    assert!(growth < BUDGET + BESIDE, "{growth}");
+}
+
+#[test]
 fn claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_more() {
     const LIMIT: u64 = 100_000;
     const KEY: u64 = 1_024;
@@ -273,10 +287,13 @@ fn claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_
         let bench = Bench::with(|builder| builder.in_flight_limit(LIMIT as usize));
         let (mut acquired, mut refused) = (0, 0);
         for start in (0..2 * LIMIT).step_by(500) {
-            // Their leases are dropped: what they worked on stays interrupted.
             for claim in bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).unwrap() {
                 match claim {
-                    Ok(Claim::Acquired(_)) => acquired += 1,
+                    Ok(Claim::Acquired(lease)) => {
+                        // Its work hangs.
+                        std::mem::forget(lease);
+                        acquired += 1;
+                    }
                     Err(Error::TooManyInFlight { limit, .. }) if limit as u64 == LIMIT => refused += 1,
                     other => panic!("{other:?}"),
                 }

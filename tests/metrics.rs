@@ -158,6 +158,7 @@ fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
     let clock = ManualClock::at(START_MS);
     let held = builder(&clock).on_interrupt(OnInterrupt::Hold).open(dir.path().join("held")).unwrap();
     drop(acquire(&held, "held"));
+    let _running = acquire(&held, "running");
     held.record("sealed").unwrap();
     held.seal().unwrap();
     held.record("unsealed").unwrap();

@@ -90,13 +90,11 @@ impl Model {
                     }
                     Holder::Leased { until_ms } => interrupted(&[Prior::LeaseExpired], *until_ms),
                     Holder::Gone { priors, since_ms } => interrupted(priors, *since_ms),
+                    Holder::Open { since_ms, .. } if self.now_ms >= since_ms + WINDOW_MS => return Expected::New,
                     Holder::Open { not_before_ms, .. } if self.now_ms < *not_before_ms => {
                         Expected::InProgress { attempt, retry_after_ms: Some(not_before_ms - self.now_ms) }
                     }
-                    Holder::Open { prior, since_ms, not_before_ms } => {
-                        if self.now_ms >= since_ms.max(not_before_ms) + WINDOW_MS {
-                            return Expected::New;
-                        }
+                    Holder::Open { prior, .. } => {
                         Expected::Again { attempt: attempt + 1, priors: prior.clone(), or_new: false }
                     }
                 };
@@ -344,11 +342,15 @@ impl Round {
             Ok(()) => {
                 assert_ne!(expected, Some(false), "{}", held.key);
                 let now_ms = self.model.now_ms;
-                if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&held.key) {
-                    let not_before_ms = if backoff_ms == 0 { 0 } else { now_ms + backoff_ms };
-                    // A doubt outlasts a release.
-                    let prior = vec![doubt.unwrap_or(Prior::Released)];
-                    *holder = Holder::Open { prior, since_ms: now_ms, not_before_ms };
+                if let Some(Known::Processing { holder, payload, .. }) = self.model.known.get_mut(&held.key) {
+                    // Nothing of a key is remembered longer than a window.
+                    let not_before_ms = now_ms + backoff_ms.min(WINDOW_MS);
+                    // A doubt persists across releases, and with it the payload.
+                    let prior = doubt.unwrap_or(Prior::Released);
+                    if prior == Prior::Released {
+                        *payload = None;
+                    }
+                    *holder = Holder::Open { prior: vec![prior], since_ms: now_ms, not_before_ms };
                 }
             }
             Err(error) => {
@@ -470,9 +472,10 @@ impl Round {
                 Expected::InProgress { retry_after_ms: Some(_), .. }
             )
         );
+        let held = self.model.is_held(&key);
         match self.bench.store().forget(&key) {
             Ok(there) => {
-                assert!(!alive, "{key} was forgotten under its holder");
+                assert!(!alive && !held, "{key} was forgotten under its holder, or before its decision");
                 match expected {
                     Expected::New => assert!(!there, "{key}"),
                     Expected::Again { or_new: true, .. } => {}
@@ -480,7 +483,9 @@ impl Round {
                 }
                 self.model.known.remove(&key);
             }
-            Err(error) => assert!(alive && matches!(error, Error::InUse { .. }), "{key}: {error}"),
+            Err(Error::InUse { .. }) => assert!(alive, "{key} is not in use"),
+            Err(Error::Undecided { .. }) => assert!(held, "{key} is not held"),
+            Err(error) => panic!("{key}: {error}"),
         }
     }
 

@@ -255,7 +255,14 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
     let mut bench = Bench::with(|builder| builder.in_flight_limit(1));
     bench.acquire("done").complete("r").unwrap();
     drop(bench.acquire("dropped"));
+    let running = bench.acquire("running");
     assert!(matches!(bench.store().claim("new"), Err(Error::TooManyInFlight { .. })));
+    assert!(matches!(bench.store().claim("dropped"), Err(Error::TooManyInFlight { .. })), "it would be one more");
+    bench.advance_ms(1_000);
+    let taken_over = bench.acquire("running");
+    assert_eq!(taken_over.attempt(), 2, "what has run out adds none");
+    assert!(running.complete("late").is_err());
+    taken_over.complete("r").unwrap();
     assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate is answered");
     assert_eq!(bench.store().record("recorded").unwrap(), Recorded::First, "a record leaves nothing in flight");
     bench.reopen();
@@ -274,9 +281,10 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
 }
 
 #[test]
-fn keys_that_nobody_comes_back_for_make_way_after_a_window() {
+fn keys_whose_lease_ran_out_make_way_after_a_window() {
     let bench = Bench::with(|builder| builder.in_flight_limit(10));
-    (0..10).for_each(|i| drop(bench.acquire(&format!("left-{i}"))));
+    // Their holders hang: nobody drops them.
+    (0..10).for_each(|i| std::mem::forget(bench.acquire(&format!("left-{i}"))));
     assert!(matches!(bench.store().claim("new"), Err(Error::TooManyInFlight { .. })));
     bench.advance_ms(11_000);
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -288,7 +296,7 @@ fn keys_that_nobody_comes_back_for_make_way_after_a_window() {
 
 #[test]
 fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::with(|builder| builder.on_interrupt(onlyonce::OnInterrupt::Hold));
     let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>1000}")).collect();
     for batch in keys.chunks(1_000) {
         // Forgotten, not dropped: their process is going to die with them.
@@ -296,7 +304,9 @@ fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
     }
     bench.store().seal().unwrap();
     bench.reopen();
-    assert_eq!(bench.store().stats().in_flight, 20_000);
+    let stats = bench.store().stats();
+    assert_eq!((stats.in_flight, stats.held), (0, 20_000));
+    bench.store().resolve(&keys[12_345], onlyonce::Resolution::Rerun).unwrap();
     let again = bench.acquire(&keys[12_345]);
     assert_eq!((again.attempt(), again.prior()), (2, Some(onlyonce::Prior::Crashed)));
     drop(again);
@@ -324,7 +334,7 @@ fn what_was_sealed_is_not_read_back_from_the_journal() {
     bench.reopen();
     drop(open);
     let stats = bench.store().stats();
-    assert_eq!((stats.unsealed, stats.in_flight), (1, 1), "what came later, and what is open");
+    assert_eq!((stats.unsealed, stats.in_flight), (2, 0), "what came later, and what was open");
     assert_eq!(bench.completed("sealed").as_deref(), Some(&b"r"[..]));
 }
 

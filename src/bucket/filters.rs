@@ -222,7 +222,7 @@ mod tests {
     use crate::bucket::seal::{Row, Rows, seal};
     use crate::bucket::window::Slice;
     use crate::config::Span;
-    use crate::entry::{Done, Kept};
+    use crate::entry::{Done, Entry, Kept};
     use crate::storage::directory::Directory;
     use std::time::Duration;
 
@@ -249,7 +249,8 @@ mod tests {
             let mut keys: Vec<u64> = self.1.clone().collect();
             keys.sort_unstable_by_key(|i| digest(*i));
             let done = Done { token: 1, completed_ms: self.0 * 1_000, fingerprint: None, result: Kept::Absent };
-            keys.into_iter().try_for_each(|i| visit(Row { digest: digest(i), key: &i.to_le_bytes(), done: &done }))
+            let entry = Entry::Completed(done);
+            keys.into_iter().try_for_each(|i| visit(Row { digest: digest(i), key: &i.to_le_bytes(), entry: &entry }))
         }
     }
 

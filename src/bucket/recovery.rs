@@ -126,7 +126,7 @@ mod tests {
         let mut bytes = 0;
         // On stream time a row may be older than its keys, and than the row before it.
         for (number, row_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
-            let mut row = RowWriter::of_messages(RowKind::Completed, row_ms, 0);
+            let mut row = RowWriter::new(RowKind::Completed, row_ms, 0);
             row.completed(b"k", &done(completed_ms));
             let row = row.finish();
             bytes += row.len() as u64;

@@ -7,7 +7,7 @@ use super::window::Slice;
 use crate::codec::{read_value, row_key};
 use crate::concurrency::{ArcSwap, AtomicU64, Guard, Mutex};
 use crate::config::Span;
-use crate::entry::Done;
+use crate::entry::Entry;
 use crate::error::{Error, Result};
 use crate::filter::layer::{Geometry, Layer, SLOTS, Slot};
 use crate::filter::stack::Stack;
@@ -339,7 +339,7 @@ pub(crate) fn look_up(
     db: &Db,
     view: &View,
     probes: &[Probe<'_>],
-    mut found: impl FnMut(usize, &Arc<Bucket>, Done),
+    mut found: impl FnMut(usize, &Arc<Bucket>, Entry),
 ) -> Result<()> {
     let asked = probes.iter().fold(0, |slots, probe| slots | probe.slots);
     for bucket in view.of_slots(asked) {
@@ -353,12 +353,12 @@ pub(crate) fn look_up(
             })
             .collect();
         let mut read = |at: usize, value: &[u8]| {
-            let done = read_value(value, bucket.slice.start_ms).ok_or_else(|| Error::Corrupt {
+            let entry = read_value(value, bucket.slice.start_ms).ok_or_else(|| Error::Corrupt {
                 place: format!("a row of the bucket {}", bucket.slice),
                 detail: "its value is not in a format that this version writes".to_owned(),
             })?;
             if let Some(probe) = here.get(at) {
-                found(probe.place, bucket, done);
+                found(probe.place, bucket, entry);
             }
             Ok(())
         };

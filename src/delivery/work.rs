@@ -60,7 +60,7 @@ impl Job {
     /// attempt ended in anything but a failure that did nothing, and when the work is not guarded.
     #[must_use]
     pub fn may_have_happened(&self) -> bool {
-        !self.guarded || !matches!(self.prior, None | Some(Prior::Released))
+        !self.guarded || self.prior.is_some_and(Prior::may_have_happened)
     }
 
     /// What is stored in the same write as the result: see [`Lease::complete_with`](crate::Lease::complete_with). Work

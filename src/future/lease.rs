@@ -56,6 +56,13 @@ impl Lease {
         self.lease.prior()
     }
 
+    /// Whether an earlier attempt may have had its effect, as
+    /// [`Lease::may_have_happened`](crate::Lease::may_have_happened).
+    #[must_use]
+    pub fn may_have_happened(&self) -> bool {
+        self.lease.may_have_happened()
+    }
+
     /// How long nobody else can get the key, as [`Lease::remaining`](crate::Lease::remaining).
     #[must_use]
     pub fn remaining(&self) -> Duration {

@@ -61,10 +61,11 @@ impl Attempt {
         std::mem::take(&mut *self.tx.lock())
     }
 
-    /// Whether an earlier attempt may have done the work: ask the other side before you do it.
+    /// Whether an earlier attempt may have had its effect, as [`Lease::may_have_happened`](crate::Lease::may_have_happened):
+    /// ask for it before you repeat it.
     #[must_use]
-    pub fn is_in_doubt(&self) -> bool {
-        !matches!(self.prior, None | Some(Prior::Released))
+    pub fn may_have_happened(&self) -> bool {
+        self.prior.is_some_and(Prior::may_have_happened)
     }
 }
 

@@ -16,7 +16,7 @@
 //!     .scope(|request| request.headers.get("x-tenant").map(|tenant| tenant.as_bytes().to_vec()));
 //!
 //! async fn charge(Extension(attempt): Extension<Attempt>) -> &'static str {
-//!     if attempt.is_in_doubt() {
+//!     if attempt.may_have_happened() {
 //!         // An earlier attempt was interrupted: ask the payment provider before charging again.
 //!     }
 //!     "charged"

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::request::{Asked, Request};
 use crate::clock::{Leap, Now};
-use crate::entry::{Done, Kept, Prior, Processing};
+use crate::entry::{Backoff, Done, Kept, Prior, Processing};
 use crate::error::{Error, printable};
 use crate::key::{Fingerprint, Key};
 use crate::tx::Tx;
@@ -28,7 +28,7 @@ pub(crate) struct Grant {
     pub(crate) attempt: u32,
     pub(crate) prior: Option<Prior>,
     pub(crate) fingerprint: Option<Fingerprint>,
-    /// What the key's time is to be, on stream time.
+    /// When it was claimed; on stream time, what the key's time is to be. What ends it is not earlier.
     pub(crate) at_ms: u64,
     pub(crate) claimed_monotonic_ms: u64,
     pub(crate) until_monotonic_ms: u64,
@@ -79,7 +79,7 @@ pub(crate) enum Settlement<'a> {
     /// The work is done, and this is written with it.
     Completed(Kept<&'a [u8]>, Option<&'a Tx>),
     /// The work is not done, and free for the next from then on.
-    Open { prior: Prior, not_before_ms: u64 },
+    Open { prior: Prior, backoff: Backoff },
 }
 
 pub(super) fn payload_mismatch(asked: Asked<'_>) -> Error {

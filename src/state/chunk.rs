@@ -1,9 +1,9 @@
-//! A chunk: the completed keys of one seal, in the order in which a run wants them.
+//! A chunk: the keys of one seal, completed or released, in the order in which a run wants them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::page::{Completed, Page};
+use super::page::{Flushable, Page};
 use crate::bucket::seal::{Row, Rows};
 use crate::bucket::window::Slice;
 use crate::clock::Now;
@@ -35,13 +35,13 @@ impl Chunk {
         self.slices.values().sum()
     }
 
-    fn live<'a>(&self, page: &'a Page) -> impl Iterator<Item = Completed<'a>> {
+    fn live<'a>(&self, page: &'a Page) -> impl Iterator<Item = Flushable<'a>> {
         let (now, window_ms) = (self.now, self.window_ms);
-        page.completed().filter(move |completed| is_live(completed.completed_ms(), now, window_ms))
+        page.flushable().filter(move |key| is_live(key.time_ms(), now, window_ms))
     }
 
-    fn slice(&self, completed: Completed<'_>) -> Slice {
-        Slice::containing(completed.completed_ms(), self.bucket_ms)
+    fn slice(&self, key: Flushable<'_>) -> Slice {
+        Slice::containing(key.time_ms(), self.bucket_ms)
     }
 }
 
@@ -51,21 +51,17 @@ impl Rows for Chunk {
     }
 
     fn visit(&self, slice: Slice, mut visit: impl FnMut(Row<'_>) -> Result<()>) -> Result<()> {
-        let mut here: Vec<(u64, Completed<'_>)> = Vec::new();
+        let mut here: Vec<(u64, Flushable<'_>)> = Vec::new();
         // A stripe holds the digests between two bounds, so that sorting each by itself sorts them all.
         for page in &self.pages {
             here.clear();
-            here.extend(
-                self.live(page)
-                    .filter(|completed| self.slice(*completed) == slice)
-                    .map(|completed| (completed.digest(), completed)),
-            );
+            here.extend(self.live(page).filter(|key| self.slice(*key) == slice).map(|key| (key.digest(), key)));
             here.sort_unstable_by(|(a_digest, a), (b_digest, b)| {
                 a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key()))
             });
-            for (digest, completed) in &here {
-                if let Some(done) = &completed.done() {
-                    visit(Row { digest: *digest, key: completed.key(), done })?;
+            for (digest, key) in &here {
+                if let Some(entry) = &key.entry() {
+                    visit(Row { digest: *digest, key: key.key(), entry })?;
                 }
             }
         }

@@ -126,14 +126,22 @@ impl Engine {
         Ok(answers)
     }
 
-    /// Room for one more key in flight, if it is none yet. Asked under a stripe's lock: callers in other stripes may
-    /// overshoot by a key each.
+    /// Room for one more key in flight, if it is none yet, and for its decision, should it come to one. Asked under a
+    /// stripe's lock: callers in other stripes may overshoot by a key each.
     fn admit_in_flight(&self, stored: Option<&Entry>) -> Result<()> {
+        let holder = match stored {
+            Some(Entry::Processing(processing)) => Some(processing.holder),
+            _ => None,
+        };
         let (in_flight, limit) = (self.hot.in_flight(), self.config.in_flight_limit);
-        if in_flight < limit || matches!(stored, Some(Entry::Processing(_))) {
-            return Ok(());
+        if in_flight >= limit && !matches!(holder, Some(Holder::Leased { .. })) {
+            return Err(Error::TooManyInFlight { in_flight, limit });
         }
-        Err(Error::TooManyInFlight { in_flight, limit })
+        let (held, limit) = (self.hot.held(), self.config.held_limit);
+        if held >= limit && !matches!(holder, Some(Holder::Resolved(_))) {
+            return Err(Error::TooManyHeld { held, limit });
+        }
+        Ok(())
     }
 
     fn count_claims(&self, claimed: &[Result<Claimed>]) {
@@ -196,12 +204,13 @@ fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerp
     }
 }
 
-/// The time that a key gets: now, or its message's. Who goes on with somebody's work keeps the later of the two.
+/// The time that a key gets: now, or its message's. Another attempt at the same work keeps the later of the two, so that a
+/// later state of a key is never in an earlier bucket.
 fn time_of(at_ms: Option<u64>, now: Now, prior: Option<Prior>, stored: Option<&Entry>) -> u64 {
-    match (at_ms, prior, stored) {
-        (None, _, _) => now.time_ms,
-        (Some(at_ms), Some(_), Some(Entry::Processing(processing))) => at_ms.max(processing.since_ms),
-        (Some(at_ms), _, _) => at_ms,
+    let time_ms = at_ms.unwrap_or(now.time_ms);
+    match (prior, stored) {
+        (Some(_), Some(Entry::Processing(processing))) => time_ms.max(processing.since_ms),
+        _ => time_ms,
     }
 }
 

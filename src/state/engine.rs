@@ -161,6 +161,8 @@ impl Engine {
                 window_ms: config.span.window_ms,
                 on_interrupt: config.on_interrupt,
                 is_stream: timeline.is_stream(),
+                opened: timeline.now(),
+                first_token: tokens,
             },
             config,
             db,
@@ -189,17 +191,21 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Whoever held a key when the journal was written died with that process.
+    /// Whoever held a key when the journal was written died with that process. A key that is held for a decision, and whose
+    /// store reruns now, is free.
     fn notice_crashes(&self) {
         let now = self.timeline.now();
         for mut stripe in self.hot.stripes() {
             let crashed: Vec<_> = stripe
                 .in_flight()
-                .filter(|(_, _, processing)| matches!(processing.holder, Holder::Leased { .. }))
-                .map(|(digest, key, processing)| {
-                    let holder = Holder::Interrupted(Prior::Crashed);
-                    let since_ms = self.left_at(&processing, now);
-                    (digest, key.to_vec(), Processing { since_ms, holder, ..processing })
+                .filter_map(|(digest, key, processing)| {
+                    let (prior, since_ms) = match processing.holder {
+                        Holder::Leased { .. } => (Prior::Crashed, self.left_at(&processing, now)),
+                        Holder::Interrupted(prior) => (prior, processing.since_ms),
+                        _ => return None,
+                    };
+                    let holder = transition::interrupted(prior, self.policy.on_interrupt);
+                    Some((digest, key.to_vec(), Processing { since_ms, holder, ..processing }))
                 })
                 .collect();
             for (digest, key, processing) in crashed {
@@ -223,7 +229,7 @@ impl Engine {
         tracing::info!(
             path = %self.db.directory().root().display(),
             journal_rows = replayed.rows,
-            unsealed = self.hot.completed(),
+            unsealed = self.hot.flushable(),
             interrupted = self.hot.in_flight(),
             buckets = self.buckets.view().newest_first().len(),
             "store opened"
@@ -303,10 +309,9 @@ impl Engine {
         if self.timeline.is_stream() { processing.since_ms } else { now.time_ms }
     }
 
-    /// A row whose items get the time of the store, or of their messages.
+    /// A row whose items have the store's time, or times of their own.
     pub(super) fn row(&self, kind: RowKind, now: Now, capacity: usize) -> RowWriter {
-        let new = if self.timeline.is_stream() { RowWriter::of_messages } else { RowWriter::new };
-        new(kind, now.time_ms, capacity)
+        RowWriter::new(kind, now.time_ms, capacity)
     }
 
     /// Refuses where the store is closed or poisoned.

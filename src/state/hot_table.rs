@@ -1,6 +1,6 @@
 //! The hot table: the journal's image in memory. Exact, and locked by stripes.
 //!
-//! It holds every key in flight, and every completed key that is not yet in a bucket. A key that is neither here nor
+//! It holds every key in flight, and every completed or released key that is not yet in a bucket. A key that is neither here nor
 //! in a bucket was never seen, or is forgotten. What was sealed lately stays at hand as long as memory allows: it says
 //! nothing that its bucket does not say, but says it without the disk.
 
@@ -12,7 +12,7 @@ use crossbeam::utils::CachePadded;
 
 use super::page::{Page, Pending, Tally};
 use crate::concurrency::{ArcSwap, AtomicUsize, Mutex, MutexGuard};
-use crate::entry::{Done, Entry, Processing};
+use crate::entry::{Entry, Processing};
 use crate::storage::journal::RowNumbers;
 
 /// Many more than there are cores, so that two threads seldom want the same one. Where races are looked for they are to want it.
@@ -23,16 +23,18 @@ const STRIPE_BITS: u32 = STRIPES.trailing_zeros();
 #[derive(Debug, Default)]
 struct Counts {
     in_flight: AtomicUsize,
-    completed: AtomicUsize,
-    completed_bytes: AtomicUsize,
+    held: AtomicUsize,
+    flushable: AtomicUsize,
+    flushable_bytes: AtomicUsize,
 }
 
 impl Counts {
     fn add(&self, tally: Tally) {
         for (count, change) in [
             (&self.in_flight, tally.in_flight),
-            (&self.completed, tally.completed),
-            (&self.completed_bytes, tally.completed_bytes),
+            (&self.held, tally.held),
+            (&self.flushable, tally.flushable),
+            (&self.flushable_bytes, tally.flushable_bytes),
         ] {
             if change != 0 {
                 // Two's complement: adding a negative number wraps around to the difference.
@@ -94,26 +96,33 @@ impl HotTable {
         self.stripes.iter().map(|stripe| Stripe { pages: stripe.lock(), table: self })
     }
 
+    /// Keys that somebody works on, or whose lease has run out in this process.
     pub(crate) fn in_flight(&self) -> usize {
         self.counts.in_flight.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn completed(&self) -> usize {
-        self.counts.completed.load(Ordering::Relaxed)
+    /// Keys that wait for a decision, or were decided to run again, and for the next claim.
+    pub(crate) fn held(&self) -> usize {
+        self.counts.held.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn completed_bytes(&self) -> usize {
-        self.counts.completed_bytes.load(Ordering::Relaxed)
+    /// Keys that a flush moves to their buckets: completed ones, and those whose attempt has ended.
+    pub(crate) fn flushable(&self) -> usize {
+        self.counts.flushable.load(Ordering::Relaxed)
     }
 
-    /// Begins to seal what is completed by rows below `start`, and hands it out stripe by stripe. What is in flight stays
+    pub(crate) fn flushable_bytes(&self) -> usize {
+        self.counts.flushable_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Begins to seal the keys whose work has ended by rows below `start`, and hands them out stripe by stripe. What is in flight stays
     /// if `keep` says so. Ended by [`HotTable::publish`] and [`HotTable::retire`], or undone by [`HotTable::restore`].
     pub(super) fn split(&self, start: u64, mut keep: impl FnMut(&[u8], &Processing) -> bool) -> Vec<Arc<Page>> {
         self.stripes()
             .filter_map(|mut stripe| {
                 let (sealed, tally) = stripe.pages.young.split(start, &self.rows, &mut keep);
                 self.counts.add(tally);
-                sealed.completed().next()?;
+                sealed.flushable().next()?;
                 let sealed = Arc::new(sealed);
                 stripe.pages.sealing = Some(Arc::clone(&sealed));
                 Some(sealed)
@@ -191,8 +200,8 @@ pub(super) struct RecentKeys(Arc<Recent>);
 
 impl RecentKeys {
     /// What a bucket holds of a key, where it came there lately.
-    pub(super) fn get(&self, digest: u64, key: &[u8]) -> Option<Done> {
-        self.0.get(stripe_of(digest))?.iter().find_map(|page| page.get_done(digest, key))
+    pub(super) fn get(&self, digest: u64, key: &[u8]) -> Option<Entry> {
+        self.0.get(stripe_of(digest))?.iter().find_map(|page| page.get_flushed(digest, key))
     }
 }
 
@@ -246,7 +255,7 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
-    use crate::entry::{Holder, Kept};
+    use crate::entry::{Done, Holder, Kept};
     use crate::filter::layer::{Columns, Layer};
 
     const RECENT_BYTES: usize = 1 << 20;
@@ -292,20 +301,20 @@ mod tests {
         assert_eq!(table.stripe(5).get(5, b"a").as_ref().map(Entry::token), Some(1));
         assert_eq!(table.stripe(5).get(5, b"b").as_ref().map(Entry::token), Some(2));
         assert!(table.stripe(5).get(5, b"c").is_none());
-        assert_eq!((table.in_flight(), table.completed()), (1, 1));
+        assert_eq!((table.in_flight(), table.flushable()), (1, 1));
     }
 
     #[test]
     fn the_counts_follow_every_change() {
         let table = table(1_000);
-        assert_eq!((table.in_flight(), table.completed()), (500, 500));
-        assert_eq!(table.completed_bytes(), 500 * (8 + 1 + crate::state::page::OVERHEAD_BYTES));
+        assert_eq!((table.in_flight(), table.flushable()), (500, 500));
+        assert_eq!(table.flushable_bytes(), 500 * (8 + 1 + crate::state::page::OVERHEAD_BYTES));
         for mut stripe in table.stripes() {
             stripe.retain(|entry| matches!(entry, Entry::Processing(_)));
         }
         let (_, digest, key) = each(1_000).last().unwrap();
         table.stripe(digest).remove(digest, &key);
-        assert_eq!((table.in_flight(), table.completed(), table.completed_bytes()), (499, 0, 0));
+        assert_eq!((table.in_flight(), table.flushable(), table.flushable_bytes()), (499, 0, 0));
         assert_eq!(table.stripes().map(|stripe| stripe.in_flight().count()).sum::<usize>(), 499);
     }
 
@@ -339,8 +348,8 @@ mod tests {
         });
         assert_eq!(kept.len(), 5_001, "asked about every key in flight");
         assert!(kept.contains(&(key.to_vec(), Holder::Recording)), "and about one that is being recorded");
-        assert_eq!(pages.iter().flat_map(|page| page.completed()).count(), 5_000);
-        assert_eq!((table.in_flight(), table.completed()), (4_999, 5_001));
+        assert_eq!(pages.iter().flat_map(|page| page.flushable()).count(), 5_000);
+        assert_eq!((table.in_flight(), table.flushable()), (4_999, 5_001));
         for (i, digest, key) in each(10_000) {
             let stored = table.stripe(digest).get(digest, &key);
             assert_eq!(stored.map(|entry| entry.token()), (i != 1).then_some(i));
@@ -352,7 +361,7 @@ mod tests {
             assert_eq!(table.stripe(digest).get(digest, &key).is_some(), i != 1, "in both places, or in one");
         }
         table.retire();
-        assert_eq!((table.in_flight(), table.completed()), (4_999, 1));
+        assert_eq!((table.in_flight(), table.flushable()), (4_999, 1));
         assert_eq!(result(&table, digest, key).unwrap().token, 20_000);
         for (i, digest, key) in each(10_000) {
             assert_eq!(table.stripe(digest).get(digest, &key).is_some(), i % 2 == 1 && i != 1);
@@ -395,9 +404,9 @@ mod tests {
         assert_eq!(result(&table, digest, &key).unwrap().token, i);
         table.stripe(digest).remove(digest, &key);
         assert!(table.stripe(digest).get(digest, &key).is_none());
-        assert_eq!((table.in_flight(), table.completed()), (500, 499));
+        assert_eq!((table.in_flight(), table.flushable()), (500, 499));
         let pages = table.split(u64::MAX, |_, _| true);
-        let sealed = pages.iter().flat_map(|page| page.completed()).count();
+        let sealed = pages.iter().flat_map(|page| page.flushable()).count();
         assert_eq!(sealed, 499, "the rest is sealed by the next");
     }
 
@@ -410,10 +419,10 @@ mod tests {
         table.split(u64::MAX, |_, _| true);
         table.stripe(5).set(5, b"b", processing(2));
         table.stripe(5).set(5, b"c", completed(3));
-        assert_eq!((table.in_flight(), table.completed()), (1, 4), "the older are on their way");
+        assert_eq!((table.in_flight(), table.flushable()), (1, 4), "the older are on their way");
         table.restore();
-        assert_eq!((table.in_flight(), table.completed()), (1, 2));
-        assert_eq!(table.completed_bytes(), 2 * (1 + 1 + crate::state::page::OVERHEAD_BYTES));
+        assert_eq!((table.in_flight(), table.flushable()), (1, 2));
+        assert_eq!(table.flushable_bytes(), 2 * (1 + 1 + crate::state::page::OVERHEAD_BYTES));
         let tokens = [b"a", b"b", b"c"].map(|key| table.stripe(5).get(5, key).unwrap().token());
         assert_eq!(tokens, [1, 2, 3]);
     }
@@ -425,7 +434,7 @@ mod tests {
             table.stripe(5).set(5, b"k", completed(token));
             table.split(u64::MAX, |_, _| true);
             table.publish();
-            assert_eq!(table.recent().get(5, b"k").unwrap().token, token);
+            assert_eq!(table.recent().get(5, b"k").unwrap().token(), token);
             assert_eq!(result(&table, 5, b"k").unwrap().token, token, "and still in the table");
             table.retire();
         }

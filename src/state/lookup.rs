@@ -10,7 +10,7 @@ use super::request::{Asked, Request};
 use super::transition::{self, Found, Standing};
 use crate::bucket::set::{Probe, View, look_up};
 use crate::clock::Now;
-use crate::entry::{Done, Entry, Processing};
+use crate::entry::{Entry, Processing};
 use crate::error::Result;
 use crate::meter::Call;
 
@@ -18,15 +18,15 @@ use crate::meter::Call;
 pub(super) struct OnDisk {
     seals: u64,
     /// The place of a key in its request, and what was found of it. In the order of the places.
-    done: Vec<(usize, Done)>,
+    entries: Vec<(usize, Entry)>,
 }
 
 impl OnDisk {
-    fn done(&self, place: usize) -> Option<&Done> {
-        let start = self.done.partition_point(|(found, _)| *found < place);
-        let here = self.done.iter().skip(start).take_while(|(found, _)| *found == place);
-        // A key that was completed, forgotten and completed again may lie in two buckets.
-        here.map(|(_, done)| done).max_by_key(|done| done.token)
+    fn entry(&self, place: usize) -> Option<&Entry> {
+        let start = self.entries.partition_point(|(found, _)| *found < place);
+        let here = self.entries.iter().skip(start).take_while(|(found, _)| *found == place);
+        // A key that was released and completed later, or forgotten and completed again, may be in two buckets.
+        here.map(|(_, entry)| entry).max_by_key(|entry| entry.token())
     }
 }
 
@@ -43,7 +43,7 @@ impl Engine {
         let asked = asked.filter_map(|(place, slots)| request.get(place).map(|asked| (asked, *slots)));
         let found = self.in_buckets(&view, asked)?;
         self.counters.filter_checks.add(digests.len() as u64);
-        Ok(OnDisk { seals, done: found })
+        Ok(OnDisk { seals, entries: found })
     }
 
     /// As [`Engine::on_disk`], for one key.
@@ -51,12 +51,16 @@ impl Engine {
         let seals = self.seals.load(Ordering::Acquire);
         let view = self.buckets.view();
         let slots = view.candidates(asked.digest);
-        let done = self.in_buckets(&view, (slots != 0).then_some((asked, slots)).into_iter())?;
-        Ok(OnDisk { seals, done })
+        let entries = self.in_buckets(&view, (slots != 0).then_some((asked, slots)).into_iter())?;
+        Ok(OnDisk { seals, entries })
     }
 
     /// What the buckets that the filter named know of the keys: from what came there lately, or from the disk.
-    fn in_buckets<'a>(&self, view: &View, asked: impl Iterator<Item = (Asked<'a>, u64)>) -> Result<Vec<(usize, Done)>> {
+    fn in_buckets<'a>(
+        &self,
+        view: &View,
+        asked: impl Iterator<Item = (Asked<'a>, u64)>,
+    ) -> Result<Vec<(usize, Entry)>> {
         let recent = self.hot.recent();
         let mut found = Vec::new();
         let mut probes = Vec::new();
@@ -65,15 +69,15 @@ impl Engine {
             hits += 1;
             // What the hot table has beside that does not count here: a seal may be about to remove it.
             match recent.get(asked.digest, asked.key) {
-                Some(done) => found.push((asked.place, done)),
+                Some(entry) => found.push((asked.place, entry)),
                 None => probes.push(Probe { place: asked.place, digest: asked.digest, key: asked.key, slots }),
             }
         }
         if hits == 0 {
             return Ok(found);
         }
-        look_up(&self.db, view, &probes, |place, _, done: Done| found.push((place, done)))?;
-        // Sorted, so that [`OnDisk::done`] finds a key without a walk through all of them.
+        look_up(&self.db, view, &probes, |place, _, entry| found.push((place, entry)))?;
+        // Sorted, so that [`OnDisk::entry`] finds a key without a walk through all of them.
         found.sort_unstable_by_key(|(place, _)| *place);
         self.counters.filter_hits.add(hits);
         self.counters.filter_false_positives.add(hits.saturating_sub(found.len() as u64));
@@ -94,7 +98,7 @@ impl Engine {
             let mut stripe = self.hot.stripe(asked.digest);
             let hot = stripe.get(asked.digest, asked.key);
             if hot.is_some() || self.seals.load(Ordering::Acquire) == on_disk.seals {
-                let stored = hot.or_else(|| on_disk.done(asked.place).cloned().map(Entry::Completed));
+                let stored = hot.or_else(|| on_disk.entry(asked.place).cloned());
                 return Ok(decide(&mut stripe, stored));
             }
             // The key may have been completed and sealed since the disk was asked. Ask again.
@@ -128,12 +132,15 @@ impl Engine {
     /// What is stored of a key, as long as it counts.
     pub(crate) fn get(&self, request: &Request) -> Result<Vec<Option<Entry>>> {
         let now = self.now();
-        self.look_at(request, |_, stored| {
-            stored.filter(|entry| match entry {
-                Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
-                Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
-            })
-        })
+        self.look_at(request, |_, stored| stored.filter(|entry| self.counts_now(entry, now)))
+    }
+
+    /// Whether what is stored of a key counts: it is inside its window, or in flight.
+    pub(super) fn counts_now(&self, entry: &Entry, now: Now) -> bool {
+        match entry {
+            Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
+            Entry::Processing(processing) => self.standing_at(processing, now) != Standing::Forgotten,
+        }
     }
 
     /// What `answer` makes of each key and what is stored of it.
@@ -200,7 +207,7 @@ mod tests {
                 request.digests().for_each(|digest| engine.hot.forget_recent(digest));
             }
             let on_disk = engine.on_disk(&request).unwrap();
-            let found = [0, 1, 2].map(|place| on_disk.done(place).is_some());
+            let found = [0, 1, 2].map(|place| on_disk.entry(place).is_some());
             assert_eq!(found, [true, false, true], "at hand: {at_hand}");
         }
         let after = engine.stats();

@@ -21,16 +21,21 @@ pub(super) const OVERHEAD_BYTES: usize = 112;
 /// What a write changes in the figures of the table.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tally {
+    /// Keys that somebody works on.
     pub(super) in_flight: isize,
-    pub(super) completed: isize,
-    pub(super) completed_bytes: isize,
+    /// Keys that wait for a decision, or were decided to run again.
+    pub(super) held: isize,
+    /// Keys that a flush moves to their buckets: completed ones, and those whose attempt has ended.
+    pub(super) flushable: isize,
+    pub(super) flushable_bytes: isize,
 }
 
 impl std::ops::AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.in_flight += other.in_flight;
-        self.completed += other.completed;
-        self.completed_bytes += other.completed_bytes;
+        self.held += other.held;
+        self.flushable += other.flushable;
+        self.flushable_bytes += other.flushable_bytes;
     }
 }
 
@@ -40,8 +45,9 @@ impl std::ops::Sub for Tally {
     fn sub(self, other: Self) -> Self {
         Self {
             in_flight: self.in_flight - other.in_flight,
-            completed: self.completed - other.completed,
-            completed_bytes: self.completed_bytes - other.completed_bytes,
+            held: self.held - other.held,
+            flushable: self.flushable - other.flushable,
+            flushable_bytes: self.flushable_bytes - other.flushable_bytes,
         }
     }
 }
@@ -100,13 +106,25 @@ impl Slot {
     fn tally(&self) -> Tally {
         let result = match &self.state {
             State::Gone => return Tally::default(),
-            State::Processing(_) => return Tally { in_flight: 1, ..Tally::default() },
-            State::Absent | State::Omitted => 0,
+            State::Processing(Holder::Interrupted(_) | Holder::Resolved(_)) => {
+                return Tally { held: 1, ..Tally::default() };
+            }
+            State::Processing(Holder::Leased { .. } | Holder::Settling | Holder::Recording) => {
+                return Tally { in_flight: 1, ..Tally::default() };
+            }
+            State::Processing(Holder::Open { .. }) | State::Absent | State::Omitted => 0,
             State::Heap { len, .. } => *len as usize,
             State::Apart(bytes) => bytes.len(),
         };
         let bytes = self.key_len as usize + result + OVERHEAD_BYTES;
-        Tally { in_flight: 0, completed: 1, completed_bytes: bytes as isize }
+        Tally { flushable: 1, flushable_bytes: bytes as isize, ..Tally::default() }
+    }
+
+    /// Whether a flush moves it to a bucket: it is completed, or about to be, or its attempt has ended.
+    fn is_flushable(&self) -> bool {
+        !matches!(self.state, State::Gone)
+            && (!matches!(self.state, State::Processing(_))
+                || matches!(self.state, State::Processing(Holder::Open { .. })))
     }
 
     fn processing(&self, holder: Holder) -> Processing {
@@ -125,14 +143,14 @@ impl Slot {
     }
 }
 
-/// A completed key, where it lies.
+/// A key that a flush moves, in its place.
 #[derive(Clone, Copy)]
-pub(super) struct Completed<'a> {
+pub(super) struct Flushable<'a> {
     page: &'a Page,
     slot: &'a Slot,
 }
 
-impl<'a> Completed<'a> {
+impl<'a> Flushable<'a> {
     pub(super) fn digest(self) -> u64 {
         self.slot.digest
     }
@@ -141,12 +159,13 @@ impl<'a> Completed<'a> {
         self.page.key(self.slot)
     }
 
-    pub(super) fn completed_ms(self) -> u64 {
+    /// When it was completed, or its attempt ended.
+    pub(super) fn time_ms(self) -> u64 {
         self.slot.since_ms
     }
 
-    pub(super) fn done(self) -> Option<Done<&'a [u8]>> {
-        self.page.done(self.slot)
+    pub(super) fn entry(self) -> Option<Entry<&'a [u8]>> {
+        self.page.at_rest(self.slot)
     }
 }
 
@@ -190,9 +209,17 @@ impl Page {
         self.find(digest, key).map(|slot| self.entry(slot, rows))
     }
 
-    /// What a key was completed with, in a page that is sealed.
-    pub(super) fn get_done(&self, digest: u64, key: &[u8]) -> Option<Done> {
-        self.find(digest, key).and_then(|slot| self.done(slot)).map(|done| done.shared())
+    /// What is known of a key in a page that was flushed.
+    pub(super) fn get_flushed(&self, digest: u64, key: &[u8]) -> Option<Entry> {
+        self.find(digest, key).and_then(|slot| self.at_rest(slot)).map(|entry| entry.shared())
+    }
+
+    /// What a slot says when its row is written; `None` if it is in flight.
+    fn at_rest<'a>(&'a self, slot: &'a Slot) -> Option<Entry<&'a [u8]>> {
+        match &slot.state {
+            State::Processing(holder @ Holder::Open { .. }) => Some(Entry::Processing(slot.processing(*holder))),
+            _ => self.done(slot).map(Entry::Completed),
+        }
     }
 
     fn entry(&self, slot: &Slot, rows: &RowNumbers) -> Entry {
@@ -306,14 +333,13 @@ impl Page {
         })
     }
 
-    /// Visits the keys that are completed, or about to be, in no order.
-    pub(super) fn completed(&self) -> impl Iterator<Item = Completed<'_>> {
-        let is_completed = |slot: &&Slot| !matches!(slot.state, State::Gone | State::Processing(_));
-        self.slots.iter().filter(is_completed).map(|slot| Completed { page: self, slot })
+    /// Visits the keys that a flush moves, in no order.
+    pub(super) fn flushable(&self) -> impl Iterator<Item = Flushable<'_>> {
+        self.slots.iter().filter(|slot| slot.is_flushable()).map(|slot| Flushable { page: self, slot })
     }
 
-    /// Takes out what is completed by rows below `start`, all of which are written, as a page of its own. What is in
-    /// flight stays if `keep` says so; it is asked about each such key.
+    /// Takes out the keys whose work has ended by rows below `start`, all of which are written, as a page of its own. What
+    /// is in flight stays if `keep` says so; it is asked about each such key.
     pub(super) fn split(
         &mut self,
         start: u64,
@@ -327,7 +353,7 @@ impl Page {
             let Some(slot) = sealed.slots.get(place) else { break };
             let stays = match slot.state {
                 State::Gone => continue,
-                State::Processing(_) => true,
+                _ if !slot.is_flushable() => true,
                 _ => slot.row >= start,
             };
             if !stays {
@@ -454,7 +480,7 @@ mod tests {
         assert_eq!(page.bytes(), 4 * OVERHEAD_BYTES + (2 + 16) + (1 + 10) + (1 + 2_000) + (1 + 30));
         let (sealed, _) = page.split(9, &rows, |_, _| true);
         assert_eq!(page.bytes(), 3 * OVERHEAD_BYTES + (2 + 16) + (1 + 2_000) + (1 + 30));
-        let keys: Vec<&[u8]> = sealed.completed().map(Completed::key).collect();
+        let keys: Vec<&[u8]> = sealed.flushable().map(Flushable::key).collect();
         assert_eq!(keys, [b"c"]);
         for (digest, key, len) in [(3, b"d", 2_000), (4, b"e", 30)] {
             let Some(Entry::Completed(done)) = page.get(digest, key, &rows) else { panic!("it is behind the cut") };
@@ -479,7 +505,7 @@ mod tests {
             true
         });
         assert_eq!((asked, tally), (vec![b"again".to_vec()], Tally::default()));
-        assert_eq!((sealed.completed().count(), page.in_flight(&rows).count()), (0, 1));
+        assert_eq!((sealed.flushable().count(), page.in_flight(&rows).count()), (0, 1));
         assert!(page.get(1, b"gone", &rows).is_none());
     }
 }

@@ -10,7 +10,7 @@ use super::transition::{self, Standing};
 use crate::bucket::set::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RowKind};
-use crate::entry::{Done, Entry, Holder, Prior, Processing};
+use crate::entry::{Backoff, Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::kill_point::KillPoint;
 use crate::meter::Call;
@@ -55,7 +55,8 @@ impl Engine {
                 continue;
             }
             let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
-            let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms };
+            // Also where the store's time came back meanwhile: a later state of a key is never in an earlier bucket.
+            let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms.max(at_ms) };
             let entry = match *settlement {
                 Settlement::Completed(result, tx) => {
                     taken.extend(tx.map(|tx| (tx, unbroken)));
@@ -63,8 +64,12 @@ impl Engine {
                     row.completed(key, &done);
                     Entry::Completed(done)
                 }
-                Settlement::Open { prior, not_before_ms } => {
-                    let holder = Holder::Open { prior, not_before_ms };
+                Settlement::Open { prior, backoff } => {
+                    let holder = match settler {
+                        Settler::Holder => Holder::Open { prior, backoff },
+                        Settler::Operator => Holder::Resolved(prior),
+                    };
+                    let fingerprint = transition::binding(fingerprint, prior);
                     let open = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
                     row.processing(key, &open);
                     Entry::Processing(open)
@@ -97,9 +102,10 @@ impl Engine {
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
         let renewed = self.change_holder(grant, now, |holder| match holder {
-            // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it.
-            Holder::Open { .. } => None,
-            _ => Some(Holder::Leased { until_monotonic_ms }),
+            Holder::Leased { .. } => Some(Holder::Leased { until_monotonic_ms }),
+            // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it. Or
+            // its lease was dropped.
+            _ => None,
         });
         if !renewed {
             self.counters.superseded.add(1);
@@ -109,14 +115,14 @@ impl Engine {
 
     /// Notes that a lease was dropped without a word. Costs no write.
     pub(crate) fn abandon(&self, grant: &Grant) {
-        self.leave(grant, Holder::Interrupted(Prior::Dropped));
+        self.leave(grant, transition::interrupted(Prior::Dropped, self.policy.on_interrupt));
     }
 
     /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that after a crash it counts
     /// as one that did.
     #[cfg(feature = "tokio")]
     pub(crate) fn take_back(&self, grant: &Grant) {
-        self.leave(grant, Holder::Open { prior: grant.prior.unwrap_or(Prior::Released), not_before_ms: 0 });
+        self.leave(grant, Holder::Open { prior: grant.prior.unwrap_or(Prior::Released), backoff: Backoff::NONE });
     }
 
     fn leave(&self, grant: &Grant, left: Holder) {
@@ -132,7 +138,14 @@ impl Engine {
         let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
         let since_ms = self.left_at(&processing, now);
-        stripe.set(digest, key, Entry::Processing(Processing { since_ms, holder, ..processing }));
+        let fingerprint = match holder {
+            Holder::Open { prior, .. } => transition::binding(processing.fingerprint, prior),
+            _ => processing.fingerprint,
+        };
+        let left = Processing { since_ms, holder, fingerprint, ..processing };
+        stripe.set(digest, key, Entry::Processing(left));
+        drop(stripe);
+        self.wake_if_due();
         true
     }
 
@@ -169,22 +182,23 @@ impl Engine {
         let slots = view.candidates(asked.digest);
         let probe = Probe { place: 0, digest: asked.digest, key: asked.key, slots };
         let (mut sealed, mut counted) = (Vec::new(), false);
-        look_up(&self.db, &view, &[probe], |_, bucket, done| {
-            counted |= done.is_live(now, self.policy.window_ms);
+        look_up(&self.db, &view, &[probe], |_, bucket, entry| {
+            counted |= self.counts_now(&entry, now);
             sealed.push(Arc::clone(bucket));
         })?;
         let mut stripe = self.hot.stripe(asked.digest);
         let hot = stripe.get(asked.digest, asked.key);
-        match &hot {
-            None => {}
-            Some(Entry::Completed(done)) => counted |= done.is_live(now, self.policy.window_ms),
-            Some(Entry::Processing(processing)) => match self.standing_at(processing, now) {
+        if let Some(Entry::Processing(processing)) = &hot {
+            match self.standing_at(processing, now) {
                 Standing::Alive { .. } | Standing::Settling => {
                     return Err(Error::InUse { key: display(asked.key), token: processing.token });
                 }
-                standing => counted |= standing != Standing::Forgotten,
-            },
+                // Without its entry the next claim would not learn that its effect may have happened.
+                Standing::Held(_) => return Err(Error::Undecided { key: display(asked.key), token: processing.token }),
+                _ => {}
+            }
         }
+        counted |= hot.as_ref().is_some_and(|entry| self.counts_now(entry, now));
         if let Some(entry) = &hot {
             // Whoever comes between now and the row sees work that is nearly over.
             let settling = Processing {
@@ -280,7 +294,7 @@ mod tests {
                 assert_eq!(engine.db.syncs() - before, expected, "{what} under {durability:?} and {on_interrupt:?}");
             };
             syncs_of("a claim", started, &|| drop(claim(&engine, "a")));
-            let open = Settlement::Open { prior: Prior::Released, not_before_ms: 0 };
+            let open = Settlement::Open { prior: Prior::Released, backoff: Backoff::NONE };
             let done = Settlement::Completed(Kept::Absent, None);
             for (what, expected, kind, settlement) in
                 [("a release", started, RowKind::Settled, open), ("a completion", finished, RowKind::Completed, done)]
@@ -301,7 +315,7 @@ mod tests {
     fn a_settlement_brings_its_key_its_result_and_what_it_takes_along() {
         let dir = tempfile::tempdir().unwrap();
         let grant = claim(&engine(&dir, &Options::default()), "a key");
-        let open = Settlement::Open { prior: Prior::Released, not_before_ms: 0 };
+        let open = Settlement::Open { prior: Prior::Released, backoff: Backoff::NONE };
         let least = grant.key().len() + 16;
         assert_eq!(brought(&grant, &open), least);
         assert_eq!(brought(&grant, &Settlement::Completed(Kept::Stored(&[0; 100]), None)), least + 100);

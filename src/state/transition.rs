@@ -4,7 +4,7 @@
 
 use crate::clock::Now;
 use crate::config::OnInterrupt;
-use crate::entry::{Done, Entry, Holder, Prior, Processing, is_live};
+use crate::entry::{Backoff, Done, Entry, Holder, Prior, Processing, is_live};
 use crate::key::Fingerprint;
 
 /// The options that decide.
@@ -14,6 +14,27 @@ pub(crate) struct Policy {
     pub(crate) on_interrupt: OnInterrupt,
     /// Whether the store's time is that of its messages.
     pub(crate) is_stream: bool,
+    /// When this process opened the store.
+    pub(crate) opened: Now,
+    /// The lowest token that this process gives out: a lower one is of an earlier process.
+    pub(crate) first_token: u64,
+}
+
+impl Policy {
+    /// When the backoff of a released key ends, on this process's monotonic clock. One of an earlier process goes on from
+    /// the opening, on what was left of it by the store's time then; on stream time, which knows nothing of real time, it
+    /// ends with its process.
+    fn backoff_ends_at(&self, token: u64, since_ms: u64, backoff: Backoff) -> u64 {
+        if token >= self.first_token {
+            return backoff.until_monotonic_ms;
+        }
+        if self.is_stream {
+            return 0;
+        }
+        let length_ms = u64::from(backoff.length_ms);
+        let left_ms = since_ms.saturating_add(length_ms).saturating_sub(self.opened.time_ms).min(length_ms);
+        if left_ms == 0 { 0 } else { self.opened.monotonic_ms.saturating_add(left_ms) }
+    }
 }
 
 /// How a claimed, uncompleted key stands.
@@ -52,13 +73,16 @@ pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Sta
             }
         },
         Holder::Interrupted(prior) => interrupted(prior, is_over(processing.since_ms)),
-        Holder::Open { prior, not_before_ms } => match not_before_ms.checked_sub(now.backoff_ms) {
-            Some(remaining_ms) if remaining_ms > 0 => Standing::Backoff { remaining_ms },
-            _ if policy.is_stream && is_over(processing.since_ms) => Standing::Forgotten,
-            // A backoff longer than the window must not swallow the attempt that follows it.
-            _ if !policy.is_stream && is_over(processing.since_ms.max(not_before_ms)) => Standing::Forgotten,
-            _ => Standing::Free(prior),
-        },
+        // Before the backoff is looked at: what is in a bucket goes with it.
+        Holder::Open { .. } | Holder::Resolved(_) if is_over(processing.since_ms) => Standing::Forgotten,
+        Holder::Resolved(prior) => Standing::Free(prior),
+        Holder::Open { prior, backoff } => {
+            let ends_at_ms = policy.backoff_ends_at(processing.token, processing.since_ms, backoff);
+            match ends_at_ms.saturating_sub(now.monotonic_ms) {
+                0 => Standing::Free(prior),
+                remaining_ms => Standing::Backoff { remaining_ms },
+            }
+        }
     }
 }
 
@@ -125,6 +149,20 @@ pub(crate) fn may_settle(stored: Option<&Entry>, token: u64) -> bool {
         if processing.token == token && !matches!(processing.holder, Holder::Settling | Holder::Recording))
 }
 
+/// What becomes of a holder that vanished.
+pub(crate) fn interrupted(prior: Prior, on_interrupt: OnInterrupt) -> Holder {
+    match on_interrupt {
+        OnInterrupt::Hold => Holder::Interrupted(prior),
+        OnInterrupt::Rerun => Holder::Open { prior, backoff: Backoff::NONE },
+    }
+}
+
+/// The payload that binds the next attempt: none where nothing happened, so that a corrected retry runs as if it were the
+/// first.
+pub(crate) fn binding(fingerprint: Option<Fingerprint>, prior: Prior) -> Option<Fingerprint> {
+    fingerprint.filter(|_| prior.may_have_happened())
+}
+
 /// Whether an event of the journal changes what was read of its key so far.
 ///
 /// A row is numbered before it takes effect, so the rows of one holder stand in their order. Those of two holders may
@@ -154,18 +192,33 @@ pub(crate) fn replay_forgotten(stored: Option<&Entry>, token: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::entry::Kept;
 
     const WINDOW_MS: u64 = 1_000;
-    const RERUN: Policy = Policy { window_ms: WINDOW_MS, on_interrupt: OnInterrupt::Rerun, is_stream: false };
+    const OPENED: Now = Now { time_ms: 5_000, monotonic_ms: 0, backoff_ms: 0 };
+    const RERUN: Policy = Policy {
+        window_ms: WINDOW_MS,
+        on_interrupt: OnInterrupt::Rerun,
+        is_stream: false,
+        opened: OPENED,
+        first_token: 7,
+    };
     const HOLD: Policy = Policy { on_interrupt: OnInterrupt::Hold, ..RERUN };
     const STREAM: Policy = Policy { is_stream: true, ..RERUN };
+    const RELEASED: Holder = Holder::Open { prior: Prior::Released, backoff: Backoff::NONE };
     const HERS: Option<&Fingerprint> = Some(&[1; 16]);
     const HIS: Option<&Fingerprint> = Some(&[2; 16]);
 
     fn at(wall_ms: u64) -> Now {
         Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, backoff_ms: wall_ms }
+    }
+
+    fn standing_of(entry: &Entry, now: Now, policy: Policy) -> Standing {
+        let Entry::Processing(processing) = entry else { panic!("{entry:?} is not being processed") };
+        standing(processing, now, policy)
     }
 
     fn processing(holder: Holder) -> Entry {
@@ -234,18 +287,69 @@ mod tests {
         }
     }
 
+    fn backoff(until_monotonic_ms: u64, length_ms: u32) -> Holder {
+        Holder::Open { prior: Prior::Released, backoff: Backoff { until_monotonic_ms, length_ms } }
+    }
+
     #[test]
-    fn a_released_key_is_free_after_its_backoff() {
+    fn a_released_key_is_free_after_its_backoff_and_forgotten_after_a_window() {
         for policy in [RERUN, HOLD] {
-            let released = processing(Holder::Open { prior: Prior::Released, not_before_ms: 0 });
+            let released = processing(RELEASED);
             assert_eq!(found(&released, 5_000, policy), again(Prior::Released));
+            assert_eq!(found(&released, 5_999, policy), again(Prior::Released));
             assert_eq!(found(&released, 6_000, policy), NEW);
-            let backoff = processing(Holder::Open { prior: Prior::Released, not_before_ms: 7_000 });
-            assert_eq!(found(&backoff, 6_990, policy), in_progress(Some(10)));
-            assert_eq!(found(&backoff, 7_000, policy), again(Prior::Released));
-            assert_eq!(found(&backoff, 7_999, policy), again(Prior::Released));
-            assert_eq!(found(&backoff, 8_000, policy), NEW);
+            let waits = processing(backoff(900, 900));
+            assert_eq!(found(&waits, 5_890, policy), in_progress(Some(10)));
+            assert_eq!(found(&waits, 5_900, policy), again(Prior::Released));
+            assert_eq!(found(&waits, 6_000, policy), NEW);
         }
+    }
+
+    #[test]
+    fn a_backoff_runs_on_monotonic_time_and_no_wall_clock_lengthens_it() {
+        let waits = processing(backoff(300, 300));
+        let ask = |time_ms, monotonic_ms| {
+            let now = Now { time_ms, monotonic_ms, backoff_ms: time_ms };
+            find(Some(&waits), HERS, None, now, RERUN)
+        };
+        // The store's time stands still, or leaps inside the window.
+        assert_eq!((ask(5_000, 299), ask(5_000, 300)), (in_progress(Some(1)), again(Prior::Released)));
+        assert_eq!((ask(5_999, 299), ask(5_999, 300)), (in_progress(Some(1)), again(Prior::Released)));
+    }
+
+    #[test]
+    fn a_backoff_of_an_earlier_process_goes_on_with_what_was_left_of_it() {
+        let of_earlier = |time_ms, length_ms, is_stream| {
+            // Its end on the clock of a process that is gone says nothing.
+            let waits = processing(backoff(1 << 50, length_ms));
+            let policy =
+                Policy { opened: Now { time_ms, monotonic_ms: 40, ..OPENED }, first_token: 8, is_stream, ..RERUN };
+            let at = |monotonic_ms| standing_of(&waits, Now { time_ms, monotonic_ms, ..OPENED }, policy);
+            (40..2_000).find(|ms| at(*ms) == Standing::Free(Prior::Released)).map(|ms| ms - 40)
+        };
+        assert_eq!(of_earlier(5_000, 300, false), Some(300));
+        assert_eq!(of_earlier(5_200, 300, false), Some(100));
+        assert_eq!(of_earlier(5_300, 300, false), Some(0));
+        assert_eq!(of_earlier(1_000, 300, false), Some(300), "a clock that was set back does not lengthen it");
+        assert_eq!(of_earlier(5_000, 300, true), Some(0), "on stream time it ends with its process");
+    }
+
+    #[test]
+    fn a_backoff_is_at_most_a_window_long() {
+        let from = |length| Backoff::from(OPENED, length, WINDOW_MS);
+        assert_eq!(from(Duration::ZERO), Backoff::NONE);
+        assert_eq!(from(Duration::from_millis(300)), Backoff { until_monotonic_ms: 300, length_ms: 300 });
+        assert_eq!(from(Duration::MAX), Backoff { until_monotonic_ms: WINDOW_MS, length_ms: 1_000 });
+        let of_years = Backoff::from(OPENED, Duration::MAX, u64::MAX);
+        assert_eq!(of_years.length_ms, u32::MAX);
+    }
+
+    #[test]
+    fn a_key_that_was_decided_to_run_again_is_free_for_a_window() {
+        let resolved = processing(Holder::Resolved(Prior::LeaseExpired));
+        assert_eq!(found(&resolved, 5_999, HOLD), again(Prior::LeaseExpired));
+        assert_eq!(found(&resolved, 6_000, HOLD), NEW);
+        assert!(may_settle(Some(&resolved), 7), "its holder may still come back");
     }
 
     #[test]
@@ -263,7 +367,7 @@ mod tests {
             completed(),
             processing(Holder::Leased { until_monotonic_ms: 300 }),
             processing(Holder::Interrupted(Prior::Crashed)),
-            processing(Holder::Open { prior: Prior::Released, not_before_ms: 0 }),
+            processing(RELEASED),
             processing(Holder::Settling),
         ];
         for stored in &states {
@@ -301,17 +405,15 @@ mod tests {
         assert_eq!((ask(Some(&done), 5_000, 6_000), ask(Some(&done), 5_001, 6_000)), ("too old", "new"));
         let leased = processing(Holder::Leased { until_monotonic_ms: 101 });
         assert_eq!(ask(Some(&leased), 5_000, 900_000), "in progress", "however far the stream has come");
-        for holder in [
-            Holder::Leased { until_monotonic_ms: 100 },
-            Holder::Interrupted(Prior::Crashed),
-            Holder::Open { prior: Prior::Released, not_before_ms: 100 },
-        ] {
+        for holder in
+            [Holder::Leased { until_monotonic_ms: 100 }, Holder::Interrupted(Prior::Crashed), backoff(100, 100)]
+        {
             let left = processing(holder);
             assert_eq!((ask(Some(&left), 5_000, 5_999), ask(Some(&left), 3_000, 5_999)), ("again", "again"));
             assert_eq!((ask(Some(&left), 5_000, 6_000), ask(Some(&left), 5_001, 6_000)), ("too old", "new"));
         }
-        let backoff = processing(Holder::Open { prior: Prior::Released, not_before_ms: 101 });
-        assert_eq!(ask(Some(&backoff), 5_000, 900_000), "in progress", "a backoff is no matter of the stream");
+        let waits = processing(backoff(101, 101));
+        assert_eq!((ask(Some(&waits), 5_000, 5_999), ask(Some(&waits), 5_000, 6_000)), ("in progress", "too old"));
     }
 
     #[test]

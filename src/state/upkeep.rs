@@ -54,14 +54,14 @@ impl Engine {
     /// Whether there is enough in the hot table, or in the journal, to seal.
     pub(super) fn is_seal_due(&self) -> bool {
         let bytes = self.config().memory_budget / SEAL_SHARE;
-        self.hot.completed() >= SEAL_KEYS
-            || self.hot.completed_bytes() >= bytes
+        self.hot.flushable() >= SEAL_KEYS
+            || self.hot.flushable_bytes() >= bytes
             || self.journal_bytes.load(Ordering::Relaxed) >= bytes as u64
     }
 
-    /// Whether completed keys fill the memory that they may.
+    /// Whether keys whose work has ended fill the memory that they may.
     pub(super) fn is_backlogged(&self) -> bool {
-        self.hot.completed_bytes() >= self.config().memory_budget / BACKLOG_SHARE
+        self.hot.flushable_bytes() >= self.config().memory_budget / BACKLOG_SHARE
     }
 
     /// One round of all that is due.
@@ -76,11 +76,11 @@ impl Engine {
             self.purge();
         }
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
-        let ended = last.sealed != present && self.hot.completed() > 0;
+        let ended = last.sealed != present && self.hot.flushable() > 0;
         if ended || self.is_seal_due() {
             self.seal()?;
         }
-        if self.hot.completed() == 0 {
+        if self.hot.flushable() == 0 {
             // There is nothing that would be written for it but what is in flight.
             let _sealing = self.sealing.lock();
             self.cut_log(IDLE_CUT_BYTES)?;
@@ -98,9 +98,9 @@ impl Engine {
         Slice::containing(self.now().time_ms, self.config().span.bucket_ms)
     }
 
-    /// Moves every completed key to its bucket and cuts the journal.
+    /// Moves every key whose work has ended to its bucket and cuts the journal.
     ///
-    /// The order: rows up to `start` are written and in the hot table; what they completed is set apart; the log is
+    /// The order: rows up to `start` are written and in the hot table; what they ended is set apart; the log is
     /// synced; what was set apart goes to the buckets, synced; what is in flight is written again at the journal's head
     /// and the rows below `start` are deleted, in one write; then the keys leave the table. A crash anywhere between
     /// replays rows that are in buckets already, and sealing them again changes nothing.
@@ -117,7 +117,7 @@ impl Engine {
 
     fn seal_locked(&self, last_image: &mut u64) -> Result<()> {
         let journal_bytes = self.journal_bytes.load(Ordering::Relaxed);
-        if journal_bytes == 0 && self.hot.completed() == 0 {
+        if journal_bytes == 0 && self.hot.flushable() == 0 {
             return Ok(());
         }
         let _timer = self.meter.seal();
@@ -312,7 +312,7 @@ impl Engine {
         let view = self.buckets.view();
         Levels {
             in_flight: self.hot.in_flight() as u64,
-            unsealed: self.hot.completed() as u64,
+            unsealed: self.hot.flushable() as u64,
             buckets: view.newest_first().len() as u64,
             filter_bytes: view.filter_bytes(),
             journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
@@ -366,7 +366,7 @@ impl Engine {
             log_syncs: self.db.syncs(),
             in_flight: self.hot.in_flight() as u64,
             held: self.count_held(),
-            unsealed: self.hot.completed() as u64,
+            unsealed: self.hot.flushable() as u64,
             buckets,
             filter_bytes: view.filter_bytes(),
             disk_bytes: self.db.directory().bytes(),
@@ -384,7 +384,7 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::config::Durability;
     use crate::config::Options;
-    use crate::entry::{Done, Holder, Kept};
+    use crate::entry::{Backoff, Done, Holder, Kept};
     use crate::state::answer::Grant;
     use crate::state::answer::{Answer, Claimed, Settlement, Settler};
     use crate::state::page::{OVERHEAD_BYTES, Pending};
@@ -454,7 +454,7 @@ mod tests {
             if bytes >= least {
                 fill(&small, digest, bytes);
             }
-            assert_eq!(is_due_or_too_late(), (is_due, is_too_late), "{} bytes", small.hot.completed_bytes());
+            assert_eq!(is_due_or_too_late(), (is_due, is_too_late), "{} bytes", small.hot.flushable_bytes());
         }
 
         let dir = tempfile::tempdir().unwrap();
@@ -472,7 +472,7 @@ mod tests {
         let mut rounds = engine.rounds();
         let mut round = || {
             engine.upkeep(&mut rounds).unwrap();
-            (engine.hot.completed(), seals(&engine))
+            (engine.hot.flushable(), seals(&engine))
         };
         record(&engine, "first");
         assert_eq!(round(), (1, 0));
@@ -491,21 +491,24 @@ mod tests {
     fn what_is_in_flight_and_has_run_out_goes_where_it_stands_in_the_way_and_once_a_second() {
         let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
         let window = Some(Duration::from_millis(100));
-        let engine = engine(&dir, &Options { in_flight_limit: 2, window, bucket: window, ..options(&clock) });
+        let lease = Duration::from_secs(1);
+        let engine = engine(&dir, &Options { in_flight_limit: 2, window, bucket: window, lease, ..options(&clock) });
         let mut rounds = engine.rounds();
         let mut round_after = |ms| {
             clock.advance(Duration::from_millis(ms));
             engine.upkeep(&mut rounds).unwrap();
             engine.hot.in_flight()
         };
-        engine.abandon(&claim(&engine, "a"));
+        // A grant is no lease: nothing is dropped, and their leases run out.
+        let _leaked = claim(&engine, "a");
         assert_eq!(round_after(2_000), 1, "there is room for another");
-        engine.abandon(&claim(&engine, "b"));
-        assert_eq!(round_after(200), 0);
-        engine.abandon(&claim(&engine, "c"));
-        let _alive = claim(&engine, "alive");
-        assert_eq!(round_after(999), 2, "not as soon as that");
-        assert_eq!(round_after(1), 1, "and never what is alive");
+        let _leaked = claim(&engine, "b");
+        assert_eq!(round_after(1_200), 0);
+        let _leaked = claim(&engine, "c");
+        clock.advance(Duration::from_millis(1_100));
+        let alive = claim(&engine, "alive");
+        assert_eq!(round_after(0), 1, "and never what is alive");
+        assert!(engine.renew(&alive).unwrap().is_some());
     }
 
     #[test]
@@ -606,7 +609,7 @@ mod tests {
         let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
         // Between the two steps of a resolution.
         assert!(engine.renew(&grant).unwrap().is_some());
-        let rerun = vec![(&held, Settlement::Open { prior, not_before_ms: 0 })];
+        let rerun = vec![(&held, Settlement::Open { prior, backoff: Backoff::NONE })];
         assert_eq!(engine.settle(RowKind::Settled, Settler::Operator, rerun).unwrap(), [false]);
         assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claimed::InProgress { .. }))));
     }
@@ -666,11 +669,11 @@ mod tests {
 
         engine.seal().unwrap();
         assert!(matches!(answers(&engine), Answer::InProgress { .. }));
-        assert_eq!(engine.hot.completed(), 1, "it waits for its row, and for the next seal");
+        assert_eq!(engine.hot.flushable(), 1, "it waits for its row, and for the next seal");
         open.finish();
         assert!(matches!(answers(&engine), Answer::Completed(_)));
         engine.seal().unwrap();
-        assert_eq!(engine.hot.completed(), 0);
+        assert_eq!(engine.hot.flushable(), 0);
         assert!(matches!(answers(&engine), Answer::Completed(_)));
     }
 }
