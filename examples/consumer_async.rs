@@ -32,8 +32,8 @@ async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<boo
         Claim::Completed(_receipt) => return Ok(true),
         Claim::InProgress(_) => return Ok(false),
     };
-    // Something other than a release may have come before: then the charge may have been made.
-    if lease.prior().is_some()
+    // An earlier attempt was cut off: the charge may have been made.
+    if lease.may_have_happened()
         && let Some(receipt) = shop.charge_of(order)
     {
         return lease.complete(receipt).await.map(|()| true).map_err(|failed| failed.error().clone());
@@ -46,8 +46,8 @@ async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<boo
             Ok(()) => Ok(true),
             Err(failed) => Err(failed.error().clone()),
         },
-        // The charge was refused and nothing has happened. After a timeout it would be the lease that is dropped, for
-        // then something may have, and `lease.prior()` has to tell the next.
+        // The charge was refused and nothing has happened. After a timeout it would be the lease that is dropped:
+        // then the charge may have been made, and the next attempt has to learn that.
         Err(Refused) => {
             lease.release_after(Duration::from_millis(20)).await?;
             Ok(false)

@@ -59,8 +59,8 @@ fn handle(store: &Store, provider: &Provider, message: &Message) -> Result<Handl
         Claim::Completed(first) => return Ok(Handled::Replayed(first.result_as()?.ok_or("the receipt was not kept")?)),
         Claim::InProgress(_) => return Ok(Handled::Later),
     };
-    // From here on, a `?` that fails drops the lease: "outcome unknown". The next attempt has a prior, and asks.
-    if let Some(prior) = lease.prior()
+    // From here on, a `?` that fails drops the lease: "outcome unknown". The next attempt learns that, and asks.
+    if let Some(prior) = lease.prior().filter(|prior| prior.may_have_happened())
         && let Some(receipt) = provider.charge_of(message.order, lease.token())?
     {
         lease.complete_as(&receipt)?;
