@@ -600,7 +600,8 @@ fn end_each(bench: &Bench, count: usize, end: impl Fn(Lease)) {
 
 #[test]
 fn ended_work_takes_no_place_among_the_keys_in_flight() {
-    let ends: [(&str, fn(Lease)); 3] = [
+    type End = fn(Lease);
+    let ends: [(&str, End); 3] = [
         ("released", |lease| lease.release().unwrap()),
         ("released after a backoff", |lease| lease.release_after(Duration::from_secs(5)).unwrap()),
         ("dropped", drop),
