@@ -204,7 +204,7 @@ fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
     }
 
     let expected = [
-        ("onlyonce.claims", "acquired", 10),
+        ("onlyonce.claims", "acquired", 11),
         ("onlyonce.claims", "recorded", 60_003),
         ("onlyonce.claims", "duplicate", 1),
         ("onlyonce.claims", "in_progress", 1),
