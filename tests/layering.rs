@@ -46,7 +46,22 @@ const ORDER: &[(&str, &[&str])] = &[
     ("future", &["committer", "lease", "keep_alive", "store", "once"]),
     (
         "http",
-        &["attempt", "figures", "body", "problem", "key", "fingerprint", "stored", "guard", "work", "service", "layer"],
+        &[
+            "attempt",
+            "fate",
+            "figures",
+            "body",
+            "problem",
+            "json",
+            "fingerprint",
+            "stored",
+            "guard",
+            "key",
+            "stream",
+            "work",
+            "service",
+            "layer",
+        ],
     ),
     (
         "delivery",
