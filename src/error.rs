@@ -135,7 +135,8 @@ pub enum Error {
     /// would have run out. Whether the work was ever done nobody can say: set the message aside for a decision.
     #[error(
         "the message of {key} is of {at_ms}, and the store remembers since {remembers_since_ms}: whether its work was \
-         done is not known, set it aside"
+         done is not known, set it aside{}",
+        unit_hint(*at_ms)
     )]
     TooOld {
         /// The key, escaped.
@@ -151,8 +152,9 @@ pub enum Error {
     /// wall clock comes within the bound, if it is in the future.
     #[error(
         "the message of {key} is of {at_ms}, more than {max_ahead:?} ahead of stream time, which is {stream_ms}{}: \
-         try it again later",
-        if *in_future { ", and of the wall clock: its producer's clock may be wrong" } else { "" }
+         try it again later{}",
+        if *in_future { ", and of the wall clock: its producer's clock may be wrong" } else { "" },
+        unit_hint(*at_ms)
     )]
     TooFarAhead {
         /// The key, escaped.
@@ -170,6 +172,18 @@ pub enum Error {
     /// The store runs on stream time, and was asked without a message's timestamp.
     #[error("the store runs on stream time: give the message's timestamp, as to `claim_at`")]
     TimestampMissing,
+
+    /// The timestamp of a queue's message, on a store that runs on stream time, is plainly in another unit than
+    /// milliseconds. Nothing was changed. No retry helps: reject the message, and correct its producer.
+    #[error("the message of {key} has timestamp {at_ms}, which looks like {unit}: give milliseconds since 1970")]
+    TimestampUnit {
+        /// The key, escaped.
+        key: String,
+        /// The message's timestamp, as it was read.
+        at_ms: u64,
+        /// What it is in, by the look of it.
+        unit: &'static str,
+    },
 
     /// The store runs on its clock, and was asked with a message's timestamp.
     #[error("the store runs on its clock: leave the timestamp out, or create a store with `Builder::stream_time`")]
@@ -290,6 +304,22 @@ impl Error {
     }
 }
 
+/// The unit that a timestamp is plainly in, where that is not milliseconds. Each range is that of the years 1973 to 5138, so
+/// that no two of them meet.
+pub(crate) fn other_unit(at_ms: u64) -> Option<&'static str> {
+    match at_ms {
+        100_000_000..100_000_000_000 => Some("seconds"),
+        100_000_000_000_000..100_000_000_000_000_000 => Some("microseconds"),
+        100_000_000_000_000_000.. => Some("nanoseconds"),
+        _ => None,
+    }
+}
+
+fn unit_hint(at_ms: u64) -> String {
+    let hint = |unit| format!("; the timestamp looks like {unit}, and it must be in milliseconds");
+    other_unit(at_ms).map(hint).unwrap_or_default()
+}
+
 /// Bytes from a stranger, fit for a message: escaped, and cut where they are long.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     const SHOWN: usize = 64;
@@ -303,4 +333,24 @@ pub(crate) fn printable(bytes: &[u8]) -> String {
         }
     }
     format!("\"{shown}{more}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timestamp_in_another_unit_is_named() {
+        // 1973-03-03 and 2023-11-14, and a year that nobody has messages of.
+        for seconds in [100_000_000_u64, 1_700_000_000, 99_999_999_999] {
+            assert_eq!(other_unit(seconds), Some("seconds"));
+            assert_eq!(other_unit(seconds * 1_000), None);
+            assert_eq!(other_unit(seconds * 1_000_000), Some("microseconds"));
+            assert_eq!(other_unit(seconds.saturating_mul(1_000_000_000)), Some("nanoseconds"));
+        }
+        assert_eq!((other_unit(0), other_unit(99_999_999), other_unit(u64::MAX)), (None, None, Some("nanoseconds")));
+        let key = "\"k\"".to_owned();
+        let too_old = Error::TooOld { key, at_ms: 1_700_000_000, remembers_since_ms: 1_600_000_000_000 };
+        assert!(too_old.to_string().contains("looks like seconds"), "{too_old}");
+    }
 }

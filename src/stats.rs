@@ -97,6 +97,36 @@ pub(crate) struct Counters {
     pub(crate) filter_checks: Counter,
     pub(crate) filter_hits: Counter,
     pub(crate) filter_false_positives: Counter,
+    #[cfg(feature = "tokio")]
+    pub(crate) deliveries: DeliveryCounters,
+}
+
+/// What became of deliveries: see `delivery::ProcessorStats`.
+#[cfg(feature = "tokio")]
+#[derive(Debug, Default)]
+pub(crate) struct DeliveryCounters {
+    pub(crate) done: Counter,
+    pub(crate) duplicates_by_id: Counter,
+    pub(crate) duplicates_by_position: Counter,
+    pub(crate) duplicates_by_digest: Counter,
+    pub(crate) without_id: Counter,
+    pub(crate) in_progress: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) rejected: Counter,
+    pub(crate) given_up: Counter,
+    pub(crate) superseded: Counter,
+    pub(crate) store_failed: Counter,
+    pub(crate) unguarded: Counter,
+    pub(crate) unsettled: Counter,
+}
+
+#[cfg(feature = "tokio")]
+impl DeliveryCounters {
+    /// All duplicates, whatever their keys are made of.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn duplicates(&self) -> u64 {
+        self.duplicates_by_id.get() + self.duplicates_by_position.get() + self.duplicates_by_digest.get()
+    }
 }
 
 /// A count that only grows.

@@ -50,7 +50,21 @@ const ORDER: &[(&str, &[&str])] = &[
     ),
     (
         "delivery",
-        &["message", "work", "settled", "processor", "redis_streams", "rabbitmq", "nats", "sqs", "partitions", "kafka"],
+        &[
+            "setting",
+            "message",
+            "work",
+            "settled",
+            "figures",
+            "returning",
+            "processor",
+            "redis_streams",
+            "rabbitmq",
+            "nats",
+            "sqs",
+            "partitions",
+            "kafka",
+        ],
     ),
 ];
 

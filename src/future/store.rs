@@ -9,7 +9,7 @@ use super::committer::Committer;
 use super::lease::{claim, failed};
 use super::{Claim, CompleteError, Lease, RunError};
 use crate::claim::{Work, in_order, is_of, sort_out};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, other_unit};
 use crate::key::Key;
 use crate::state::request::Request;
 use crate::store::{self, Check, Ran, Recorded, Stored, checked, earlier, only, recorded};
@@ -131,7 +131,8 @@ impl Store {
         self.wait_for_one(&request, limit).await
     }
 
-    /// As [`Store::claim_wait`], for a delivery: its timestamp counts where the store runs on stream time.
+    /// As [`Store::claim_wait`], for a delivery: its timestamp counts where the store runs on stream time, and must be in
+    /// milliseconds there.
     pub(crate) async fn claim_delivered(
         &self,
         key: Key<'_>,
@@ -139,7 +140,10 @@ impl Store {
         limit: Duration,
     ) -> Result<Claim> {
         let request = match (self.one(key.clone()), timestamp_ms) {
-            (Err(Error::TimestampMissing), Some(timestamp_ms)) => self.one_at(key, timestamp_ms)?,
+            (Err(Error::TimestampMissing), Some(at_ms)) => match other_unit(at_ms) {
+                Some(unit) => return Err(Error::TimestampUnit { key: key.to_string(), at_ms, unit }),
+                None => self.one_at(key, at_ms)?,
+            },
             (request, _) => request?,
         };
         self.wait_for_one(&request, limit).await
@@ -488,6 +492,11 @@ impl Store {
     async fn record_request(&self, request: Arc<Request>) -> Result<Vec<Result<Recorded>>> {
         let answers = self.committer.record(request).await?;
         Ok(answers.into_iter().map(|answer| answer.map(|answer| recorded(&answer))).collect())
+    }
+
+    /// What `delivery` counts, for the figures of the store.
+    pub(crate) fn delivery_counters(&self) -> &crate::stats::DeliveryCounters {
+        self.committer.running.engine.delivery_counters()
     }
 
     /// Counts a message that was let through without an answer, as [`Store::count_fail_open`](crate::Store::count_fail_open).

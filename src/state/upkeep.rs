@@ -293,6 +293,12 @@ impl Engine {
         self.filters.keep(&self.buckets, self.now().time_ms, runs, go_on)
     }
 
+    /// What `delivery` counts.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn delivery_counters(&self) -> &crate::stats::DeliveryCounters {
+        &self.counters.deliveries
+    }
+
     /// Counts a message that was let through without an answer.
     pub(crate) fn count_fail_open(&self) {
         self.counters.fail_open.add(1);
