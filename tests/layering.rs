@@ -58,6 +58,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "figures",
             "returning",
             "processor",
+            "redis_reply",
             "redis_streams",
             "rabbitmq",
             "nats",

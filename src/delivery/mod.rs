@@ -129,6 +129,8 @@ mod processor;
 pub mod rabbitmq;
 #[cfg(feature = "redis-streams")]
 pub mod redis_streams;
+#[cfg(feature = "redis-streams")]
+mod redis_reply;
 mod returning;
 mod setting;
 mod settled;
