@@ -60,6 +60,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "processor",
             "redis_reply",
             "redis_streams",
+            "rabbitmq_copy",
             "rabbitmq",
             "nats",
             "sqs",

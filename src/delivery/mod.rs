@@ -127,6 +127,8 @@ mod partitions;
 mod processor;
 #[cfg(feature = "rabbitmq")]
 pub mod rabbitmq;
+#[cfg(feature = "rabbitmq")]
+mod rabbitmq_copy;
 #[cfg(feature = "redis-streams")]
 pub mod redis_streams;
 #[cfg(feature = "redis-streams")]
