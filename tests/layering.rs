@@ -62,6 +62,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "redis_streams",
             "rabbitmq_copy",
             "rabbitmq",
+            "nats_letter",
             "nats",
             "sqs",
             "partitions",

@@ -122,6 +122,8 @@ pub mod kafka;
 mod message;
 #[cfg(feature = "nats")]
 pub mod nats;
+#[cfg(feature = "nats")]
+mod nats_letter;
 #[cfg(feature = "kafka")]
 mod partitions;
 mod processor;
