@@ -64,6 +64,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "rabbitmq",
             "nats_letter",
             "nats",
+            "sqs_letter",
             "sqs",
             "partitions",
             "kafka",

@@ -140,6 +140,8 @@ mod setting;
 mod settled;
 #[cfg(feature = "sqs")]
 pub mod sqs;
+#[cfg(feature = "sqs")]
+mod sqs_letter;
 mod work;
 
 pub use figures::ProcessorStats;
