@@ -67,6 +67,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "sqs_letter",
             "sqs",
             "partitions",
+            "kafka_record",
             "kafka",
         ],
     ),

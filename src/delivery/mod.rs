@@ -119,6 +119,8 @@
 mod figures;
 #[cfg(feature = "kafka")]
 pub mod kafka;
+#[cfg(feature = "kafka")]
+mod kafka_record;
 mod message;
 #[cfg(feature = "nats")]
 pub mod nats;
