@@ -134,9 +134,9 @@ pub mod rabbitmq;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq_copy;
 #[cfg(feature = "redis-streams")]
-pub mod redis_streams;
-#[cfg(feature = "redis-streams")]
 mod redis_reply;
+#[cfg(feature = "redis-streams")]
+pub mod redis_streams;
 mod returning;
 mod setting;
 mod settled;
