@@ -10,6 +10,7 @@ use crate::error::{Error, Outcome, Result};
 use crate::key::Key;
 use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
+use crate::state::renewal::Renewal;
 use crate::tx::Tx;
 
 /// The answer to [`Store::claim`](crate::Store::claim).
@@ -134,11 +135,10 @@ impl Lease {
     }
 
     /// How long nobody else can get the key. Zero when the lease has run out; completing it is still accepted then,
-    /// unless somebody has taken over.
+    /// unless somebody has taken over. A look at memory.
     #[must_use]
     pub fn remaining(&self) -> Duration {
-        let now_ms = self.running.engine.now().monotonic_ms;
-        Duration::from_millis(self.grant.until_monotonic_ms.saturating_sub(now_ms))
+        Duration::from_millis(self.running.engine.remaining_ms(&self.grant))
     }
 
     /// Starts the lease's time again. Costs no write.
@@ -147,13 +147,36 @@ impl Lease {
     ///
     /// [`Error::Superseded`] if somebody has taken over: stop working.
     pub fn renew(&mut self) -> Result<()> {
-        match self.running.engine.renew(&self.grant)? {
-            Some(until_monotonic_ms) => {
-                self.grant.until_monotonic_ms = until_monotonic_ms;
-                Ok(())
-            }
-            None => Err(self.grant.superseded()),
-        }
+        if self.running.engine.renew(&self.grant)? { Ok(()) } else { Err(self.grant.superseded()) }
+    }
+
+    /// Renews the lease at once, and then three times in its length until the guard is dropped, whatever the work does
+    /// meanwhile: a thread of its own renews, one for all stores of the process. Costs no write.
+    ///
+    /// Work that never ends keeps its key as long as its process lives, or as long as
+    /// [`Builder::renew_for`](crate::Builder::renew_for) allows.
+    ///
+    /// ```
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # fn charge() -> &'static str { "charged" }
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// if let Claim::Acquired(mut lease) = store.claim("order-4711")? {
+    ///     let alive = lease.keep_alive();
+    ///     let receipt = charge(); // for however long
+    ///     drop(alive);
+    ///     lease.complete(receipt)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn keep_alive(&mut self) -> KeepAlive<'_> {
+        KeepAlive { renewal: self.renewal(), lease: self }
+    }
+
+    pub(crate) fn renewal(&self) -> Renewal {
+        Renewal::start(&self.running.engine, &self.grant)
     }
 
     /// Says that the work is done and keeps its result for whoever asks again. An empty result is a result; one over
@@ -251,12 +274,6 @@ impl Lease {
         &self.grant
     }
 
-    /// Notes a renewal that was made with its grant.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn renewed(&mut self, until_monotonic_ms: u64) {
-        self.grant.until_monotonic_ms = until_monotonic_ms;
-    }
-
     /// Notes that this attempt may have had its effect, for whoever is told when it is released.
     #[cfg(feature = "tokio")]
     pub(crate) fn doubt(&mut self) {
@@ -293,6 +310,36 @@ impl std::fmt::Debug for Lease {
             .field("attempt", &self.grant.attempt)
             .field("prior", &self.grant.prior)
             .finish_non_exhaustive()
+    }
+}
+
+/// Renews a [`Lease`] until it is dropped. Made by [`Lease::keep_alive`].
+#[must_use = "renewal ends when this is dropped"]
+pub struct KeepAlive<'a> {
+    // Before the lease: it ends first.
+    renewal: Renewal,
+    lease: &'a mut Lease,
+}
+
+impl KeepAlive<'_> {
+    /// The fencing token of the lease that is renewed.
+    #[must_use]
+    pub fn token(&self) -> u64 {
+        self.lease.token()
+    }
+
+    /// Why the lease is not renewed any more: [`Error::Superseded`] if somebody has taken over or decided that the work
+    /// runs again, [`Error::Poisoned`] or [`Error::Closed`] if the store has ended, [`Error::Io`] if the system gives no
+    /// thread to renew. Stop working then. `None` as long as the lease is renewed; known at the next renewal.
+    #[must_use]
+    pub fn lost(&self) -> Option<Error> {
+        self.renewal.lost()
+    }
+}
+
+impl std::fmt::Debug for KeepAlive<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeepAlive").field("lease", &self.lease).finish_non_exhaustive()
     }
 }
 

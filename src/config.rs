@@ -42,6 +42,7 @@ pub(crate) struct Options {
     pub(crate) window: Option<Duration>,
     pub(crate) bucket: Option<Duration>,
     pub(crate) lease: Duration,
+    pub(crate) renew_for: Option<Duration>,
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: Option<OnInterrupt>,
@@ -62,6 +63,7 @@ impl Default for Options {
             window: None,
             bucket: None,
             lease: Duration::from_secs(30),
+            renew_for: None,
             durability: Durability::Disk,
             sync_interval: Duration::from_secs(1),
             on_interrupt: None,
@@ -98,6 +100,8 @@ pub(crate) struct Span {
 pub(crate) struct Config {
     pub(crate) span: Span,
     pub(crate) lease_ms: u64,
+    /// How long after its claim a lease is renewed while its work runs.
+    pub(crate) renew_for_ms: u64,
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: OnInterrupt,
@@ -116,6 +120,7 @@ impl Options {
     /// cannot have the memory that it is told to take.
     pub(crate) fn check_bounds(&self) -> Result<()> {
         within("lease", self.lease, Duration::from_millis(1), YEAR)?;
+        within("renew_for", self.renew_for.unwrap_or(YEAR), Duration::from_millis(1), YEAR)?;
         within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;
         within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
         within("memory_budget", self.memory_budget, 32 * MIB, MAX_MEMORY_BUDGET)?;
@@ -162,6 +167,7 @@ impl Options {
         Ok(Config {
             span,
             lease_ms: millis(self.lease),
+            renew_for_ms: self.renew_for.map_or(u64::MAX, millis),
             durability: self.durability,
             sync_interval: self.sync_interval,
             on_interrupt,

@@ -36,7 +36,7 @@ mod storage;
 mod store;
 mod tx;
 
-pub use claim::{Claim, CompleteError, Completed, InProgress, Lease};
+pub use claim::{Claim, CompleteError, Completed, InProgress, KeepAlive, Lease};
 pub use clock::{Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
 pub use entry::Prior;

@@ -60,6 +60,18 @@ impl Builder {
         self
     }
 
+    /// How long after its claim a lease is renewed at most while its work runs: in [`Store::run`], under
+    /// [`Lease::keep_alive`], and by the layers for requests and deliveries. A key is in progress for that long at most, or
+    /// for one `lease` if that is longer; then the next claim gets it with prior
+    /// [`LeaseExpired`](crate::Prior::LeaseExpired), or it is held. The work itself is not stopped until then.
+    ///
+    /// From 1 ms to a year. Without it there is no limit: work that never ends keeps its key until its process ends.
+    /// [`Lease::renew`] is not limited.
+    pub fn renew_for(mut self, limit: Duration) -> Self {
+        self.options.renew_for = Some(limit);
+        self
+    }
+
     /// When a finished call is safe. [`Durability::Disk`] by default.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.options.durability = durability;
@@ -454,7 +466,8 @@ impl Store {
     }
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
-    /// done before; releases the key where the work fails. A panic in the work drops the lease.
+    /// done before; releases the key where the work fails. A panic in the work drops the lease. The lease is renewed while
+    /// the work runs, as by [`Lease::keep_alive`].
     ///
     /// An `Err` of the work says that it did nothing. Where it may have (a timeout after the charge was sent), claim and
     /// drop the lease yourself: the next holder is told then.
@@ -488,7 +501,10 @@ impl Store {
             Claim::Completed(first) => return Ok(Ran::Replayed(first)),
             Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
         };
-        match work(&mut lease) {
+        let renewal = lease.renewal();
+        let done = work(&mut lease);
+        drop(renewal);
+        match done {
             Ok(result) => lease.complete_and_keep(result).map(Ran::First).map_err(RunError::Complete),
             Err(error) => {
                 if let Err(error) = lease.release() {

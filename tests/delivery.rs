@@ -173,6 +173,17 @@ impl Desk {
         self
     }
 
+    /// Takes the key over from a holder that is at work: all of its renewals come too late.
+    fn overtake(&self) -> onlyonce::Lease {
+        loop {
+            self.bench.advance_ms(1_000);
+            // A renewal may come between the two, every third of a second.
+            if let Claim::Acquired(lease) = self.bench.store().claim("a").unwrap() {
+                return lease;
+            }
+        }
+    }
+
     /// The process ends and begins again.
     fn restart(&mut self) {
         self.bench.reopen();
@@ -513,8 +524,7 @@ async fn a_delivery_that_was_overtaken_is_not_acknowledged() {
     desk.queue.send("a");
     let settled = desk
         .settle(async |_| {
-            desk.bench.advance_ms(1_000);
-            desk.bench.acquire("a").complete("theirs").unwrap();
+            desk.overtake().complete("theirs").unwrap();
             Ok("mine, too late")
         })
         .await;
@@ -531,9 +541,7 @@ async fn work_whose_lease_is_lost_is_dropped_at_its_await() {
     let mut theirs = None;
     let settled = desk
         .settle(async |_| {
-            // The renewal comes too late.
-            desk.bench.advance_ms(1_000);
-            theirs = Some(desk.bench.acquire("a"));
+            theirs = Some(desk.overtake());
             std::future::pending().await
         })
         .await;
@@ -562,6 +570,76 @@ async fn work_that_is_longer_than_its_lease_keeps_it() {
         })
         .await;
     assert!(matches!(settled, Ok(Settled::Done)), "{settled:?}");
+}
+
+#[test]
+fn a_delivery_whose_work_blocks_the_only_thread_keeps_its_key() {
+    const LEASE: Duration = Duration::from_millis(300);
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().lease(LEASE).memory_budget(32 << 20);
+    let store = builder.open(dir.path().join("store")).unwrap();
+    let queue = Queue::default();
+    for id in ["a", "a"] {
+        queue.send(id);
+    }
+    let (first, second) = (queue.next(), queue.next());
+    let processor = Processor::new(Store::new(store.clone()).unwrap());
+    let (begun, has_begun) = std::sync::mpsc::channel();
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    std::thread::scope(|scope| {
+        let working = scope.spawn(|| {
+            let work = async |_: &Delivered, _: &mut Job| {
+                begun.send(()).unwrap();
+                std::thread::sleep(LEASE * 5);
+                Ok("receipt")
+            };
+            runtime().block_on(processor.process(first, work)).unwrap()
+        });
+        has_begun.recv().unwrap();
+        std::thread::sleep(LEASE * 5 / 2);
+        let twice = async |_: &Delivered, _: &mut Job| -> Result<&str, Failure> { panic!("it is worked on twice") };
+        let settled = runtime().block_on(processor.process(second, twice)).unwrap();
+        assert!(matches!(settled, Settled::InProgress { .. }), "{settled:?}");
+        assert!(matches!(working.join().unwrap(), Settled::Done));
+    });
+    assert_eq!((queue.acknowledged(), queue.come_back().len(), store.stats().superseded), (1, 1, 0));
+    store.close().unwrap();
+}
+
+#[tokio::test]
+async fn a_rejection_that_takes_longer_than_a_lease_keeps_its_key() {
+    /// Its dead letters are slow.
+    struct Slow(Store);
+    impl Delivery for Slow {
+        type Error = Infallible;
+        fn key(&self) -> Key<'_> {
+            Key::from("a")
+        }
+        fn payload(&self) -> &[u8] {
+            b"a"
+        }
+        async fn ack(self) -> Result<(), Infallible> {
+            Ok(())
+        }
+        async fn retry_after(self, _: Duration) -> Result<(), Infallible> {
+            Ok(())
+        }
+        async fn reject(self, _: &str) -> Result<(), Infallible> {
+            for _ in 0..25 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                let other = self.0.claim("a").await.unwrap();
+                assert!(matches!(other, onlyonce::future::Claim::InProgress(_)), "{other:?}");
+            }
+            Ok(())
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().lease(Duration::from_millis(150)).memory_budget(32 << 20);
+    let store = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let refused = async |_: &Slow, _: &mut Job| Err::<&str, _>(Failure::permanent("no such account"));
+    let settled = Processor::new(store.clone()).process(Slow(store.clone()), refused).await.unwrap();
+    assert!(matches!(settled, Settled::Rejected { .. }), "{settled:?}");
+    store.close().await.unwrap();
 }
 
 #[tokio::test]

@@ -232,6 +232,7 @@ impl Bench {
             .route("/charges", post(charge).patch(charge).put(charge))
             .route("/charges/{id}", post(charge))
             .route("/slow", post(slow))
+            .route("/blocks", post(blocks))
             .route("/status/{status}", post(status))
             .route("/order/{status}", post(order))
             .route("/panic", post(panic_first))
@@ -788,6 +789,60 @@ async fn a_handler_that_takes_longer_than_a_lease_keeps_its_key() {
     bench.stage.gate.add();
     assert_eq!(first.await.unwrap().status, 200);
     assert_eq!(bench.stage.runs(), 1);
+}
+
+/// Sleeps without giving its thread back, as a synchronous client does.
+async fn blocks(State(stage): State<Arc<Stage>>, attempt: Attempted) -> String {
+    let run = stage.run(of(&attempt));
+    stage.started.add();
+    std::thread::sleep(Duration::from_millis(1_500));
+    run
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_handler_that_blocks_its_thread_keeps_its_key() {
+    let bench = Bench::with(|builder| builder.lease(Duration::from_millis(300)), |layer| layer).await;
+    let first = tokio::spawn({
+        let (client, request) = (bench.client.clone(), bench.request("/blocks", Some("k")));
+        async move { sent(&client, request.body(Full::default()).unwrap()).await.unwrap() }
+    });
+    bench.stage.started.take().await;
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(bench.post("/blocks", "k").await.problem(), (409, "outstanding".to_owned()));
+    }
+    assert_eq!(first.await.unwrap().text(), (200, "run 1, attempt 1, prior None"));
+    assert_eq!(bench.post("/blocks", "k").await.text(), (200, "run 1, attempt 1, prior None"));
+    assert_eq!(bench.stage.runs(), 1);
+    bench.store.close().await.unwrap();
+}
+
+#[test]
+fn a_handler_that_blocks_the_only_thread_keeps_its_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().lease(Duration::from_millis(300)).memory_budget(32 << 20);
+    let store = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let layer = IdempotencyLayer::builder(store.clone()).one_scope_for_all_callers();
+    let stage = Arc::<Stage>::default();
+    let app = Router::new().route("/", post(blocks)).layer(layer).with_state(Arc::clone(&stage));
+    // Each request in a runtime of its own, that has one thread.
+    let answered = |mut app: Router| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let request = Request::post("/").header(&KEY, "k").body(Body::empty()).unwrap();
+        runtime.block_on(app.call(request)).unwrap().status()
+    };
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| answered(app.clone()));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(stage.started.take());
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_millis(200));
+            assert_eq!(answered(app.clone()), StatusCode::CONFLICT);
+        }
+        assert_eq!(first.join().unwrap(), StatusCode::OK);
+    });
+    assert_eq!((answered(app), stage.runs()), (StatusCode::OK, 1));
+    store.blocking().close().unwrap();
 }
 
 #[tokio::test]

@@ -38,6 +38,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "lookup",
             "claiming",
             "settling",
+            "renewal",
             "outbox",
             "upkeep",
             "keeper",

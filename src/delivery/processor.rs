@@ -124,8 +124,9 @@ impl Processor {
     /// Does the work of a delivery unless it was done, and tells the queue what became of it: see [the table](super).
     ///
     /// The work gets the delivery, and a [`Job`] with the facts of its attempt. It has as long as it needs: its lease
-    /// is renewed. Give it a time limit of its own, and make a timeout a [`Failure::unknown`]. Where the lease is lost,
-    /// the work is dropped at its await.
+    /// is renewed, also while it blocks its thread. Give it a time limit of its own, and make a timeout a
+    /// [`Failure::unknown`]; [`Builder::renew_for`](crate::Builder::renew_for) bounds how long the key of work that never
+    /// ends is in progress. Where the lease is lost, the work is dropped at its await.
     ///
     /// # Errors
     ///
@@ -222,8 +223,9 @@ impl Processor {
         };
         let in_doubt = failure.as_ref().is_some_and(Failure::is_unknown);
         // A queue may take its time over dead letters, and what the work has left of the lease may be little.
-        report(lease.renew());
+        let alive = lease.keep_alive();
         let rejected = delivery.reject(&why).await;
+        drop(alive);
         let again = if rejected.is_ok() { Again::Anew } else { Again::Counted };
         report(lease.fail(in_doubt, again, Duration::ZERO).await);
         tracing::warn!(attempts, "a delivery was given up");

@@ -223,11 +223,12 @@ impl Store {
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
     /// done before; releases the key where the work fails. Where this future is dropped, or the work panics, while the
-    /// work runs, the lease is dropped: the next claim is told [`Prior::Dropped`](crate::Prior::Dropped).
+    /// work runs, the lease is dropped: the next claim is told [`Prior::Dropped`](crate::Prior::Dropped). The lease is
+    /// renewed while the work runs, as by [`Lease::keep_alive`]; where it is lost all the same, the work goes on, and its
+    /// completion is refused with [`Error::Superseded`].
     ///
     /// An `Err` of the work says that it did nothing. Where it may have (a timeout after the charge was sent), claim and
-    /// drop the lease yourself: the next holder is told then. Work that may take longer than a lease renews it:
-    /// [`Lease::keep_alive`].
+    /// drop the lease yourself: the next holder is told then.
     ///
     /// ```
     /// use onlyonce::{Ran, future};
@@ -265,7 +266,10 @@ impl Store {
             Claim::Completed(first) => return Ok(Ran::Replayed(first)),
             Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
         };
-        match work(&mut lease).await {
+        let renewal = lease.lease.renewal();
+        let done = work(&mut lease).await;
+        drop(renewal);
+        match done {
             Ok(result) => lease.finish(result.into()).await.map(Ran::First).map_err(RunError::Complete),
             Err(error) => {
                 if let Err(error) = lease.release().await {

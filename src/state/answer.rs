@@ -31,7 +31,6 @@ pub(crate) struct Grant {
     /// What the key's time is to be, on stream time.
     pub(crate) at_ms: u64,
     pub(crate) claimed_monotonic_ms: u64,
-    pub(crate) until_monotonic_ms: u64,
 }
 
 impl Grant {

@@ -58,7 +58,6 @@ impl Engine {
                             fingerprint,
                             at_ms: since_ms,
                             claimed_monotonic_ms: now.monotonic_ms,
-                            until_monotonic_ms,
                         }))
                     }
                     Found::InProgress { retry_after_ms, attempt } => {

@@ -231,7 +231,6 @@ impl Engine {
         Ok(())
     }
 
-    #[cfg(feature = "tokio")]
     pub(crate) fn path(&self) -> &std::path::Path {
         self.db.directory().root()
     }

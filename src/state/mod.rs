@@ -10,6 +10,7 @@ pub(crate) mod keeper;
 mod lookup;
 mod outbox;
 mod page;
+pub(crate) mod renewal;
 pub(crate) mod request;
 pub(crate) mod sequence;
 mod settling;

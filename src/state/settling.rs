@@ -91,20 +91,47 @@ impl Engine {
         Ok(accepted)
     }
 
-    /// Gives a lease its full time again. `None`: superseded. Costs no write: a lease ends with its process anyway.
-    pub(crate) fn renew(&self, grant: &Grant) -> Result<Option<u64>> {
+    /// Gives a lease its full time again. False: superseded. Costs no write: a lease ends with its process anyway.
+    pub(crate) fn renew(&self, grant: &Grant) -> Result<bool> {
+        self.renew_until(grant, u64::MAX)
+    }
+
+    /// As [`Engine::renew`], while the work runs: no longer than `renew_for` after the claim. After that it changes nothing,
+    /// and says whether the key is still the lease's.
+    pub(crate) fn keep_renewed(&self, grant: &Grant) -> Result<bool> {
+        self.renew_until(grant, grant.claimed_monotonic_ms.saturating_add(self.config.renew_for_ms))
+    }
+
+    fn renew_until(&self, grant: &Grant, limit_ms: u64) -> Result<bool> {
         self.ready()?;
         let now = self.now();
-        let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
+        let full_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
         let renewed = self.change_holder(grant, now, |holder| match holder {
+            Holder::Leased { until_monotonic_ms } => {
+                Some(Holder::Leased { until_monotonic_ms: until_monotonic_ms.max(full_ms.min(limit_ms)) })
+            }
             // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it.
-            Holder::Open { .. } => None,
-            _ => Some(Holder::Leased { until_monotonic_ms }),
+            _ => None,
         });
         if !renewed {
             self.counters.superseded.add(1);
         }
-        Ok(renewed.then_some(until_monotonic_ms))
+        Ok(renewed)
+    }
+
+    /// How long nobody else can get the key of a lease.
+    pub(crate) fn remaining_ms(&self, grant: &Grant) -> u64 {
+        let now = self.now();
+        let stripe = self.hot.stripe(grant.digest());
+        match stripe.get(grant.digest(), grant.key()) {
+            Some(Entry::Processing(processing)) if processing.token == grant.token => {
+                match self.standing_at(&processing, now) {
+                    Standing::Alive { remaining_ms } => remaining_ms,
+                    _ => 0,
+                }
+            }
+            _ => 0,
+        }
     }
 
     /// Notes that a lease was dropped without a word. Costs no write.
@@ -131,6 +158,9 @@ impl Engine {
         let stored = stripe.get(digest, key).filter(|stored| transition::may_settle(Some(stored), grant.token));
         let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
+        if holder == processing.holder {
+            return true;
+        }
         let since_ms = self.left_at(&processing, now);
         stripe.set(digest, key, Entry::Processing(Processing { since_ms, holder, ..processing }));
         true
@@ -153,7 +183,6 @@ impl Engine {
             fingerprint: processing.fingerprint,
             at_ms: processing.since_ms,
             claimed_monotonic_ms: 0,
-            until_monotonic_ms: 0,
         };
         Ok(Some((grant, prior)))
     }

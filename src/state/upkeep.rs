@@ -605,7 +605,7 @@ mod tests {
         clock.advance(Duration::from_secs(1));
         let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
         // Between the two steps of a resolution.
-        assert!(engine.renew(&grant).unwrap().is_some());
+        assert!(engine.renew(&grant).unwrap());
         let rerun = vec![(&held, Settlement::Open { prior, not_before_ms: 0 })];
         assert_eq!(engine.settle(RowKind::Settled, Settler::Operator, rerun).unwrap(), [false]);
         assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claimed::InProgress { .. }))));
