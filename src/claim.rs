@@ -3,8 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use crate::clock::millis;
-use crate::codec::{self, RowKind};
+use crate::codec::RowKind;
 use crate::entry::{Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
 use crate::key::Key;
@@ -12,6 +15,7 @@ use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
 use crate::state::renewal::Renewal;
 use crate::tx::Tx;
+use crate::typed_result;
 
 /// The answer to [`Store::claim`](crate::Store::claim).
 ///
@@ -51,9 +55,10 @@ impl Completed {
     ///
     /// # Errors
     ///
-    /// [`Error::Decode`] if the bytes are not a `T`.
-    pub fn result_as<T: serde::de::DeserializeOwned>(&self) -> Result<Option<T>> {
-        let decode = |bytes| codec::decode_result(bytes).map_err(|detail| Error::Decode { detail });
+    /// [`Error::Decode`] if the bytes are no JSON of a `T`. The type that was stored always reads its result; another one,
+    /// or a later version of it, where its JSON fits.
+    pub fn result_as<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        let decode = |bytes| typed_result::decode(bytes).map_err(|detail| Error::Decode { detail });
         self.result().map(decode).transpose()
     }
 
@@ -198,14 +203,18 @@ impl Lease {
         outcomes.pop().unwrap_or(Ok(Vec::new()))
     }
 
-    /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
-    /// [`Completed::result_as`].
+    /// As [`Lease::complete`], with a result that is encoded as JSON by serde. Read it back with [`Completed::result_as`].
+    ///
+    /// It is read back once before it is stored, which costs as much as reading it and writing it twice: what is stored can
+    /// be read, as the value that it was.
     ///
     /// # Errors
     ///
-    /// As [`Lease::complete`], and [`Error::Encode`] if `T` cannot be encoded; the lease is given back then.
-    pub fn complete_as<T: serde::Serialize>(self, result: &T) -> Result<(), CompleteError> {
-        match codec::encode_result(result) {
+    /// As [`Lease::complete`], and [`Error::Encode`] if the result has no JSON or would not come back as it is: a number
+    /// that is not finite, a `Some` of nothing (`Some(None)`, `Some(())`), a map whose keys are no text or numbers, or a
+    /// type that does not read what it writes. The lease is given back then.
+    pub fn complete_as<T: Serialize + DeserializeOwned>(self, result: &T) -> Result<(), CompleteError> {
+        match typed_result::encode(result) {
             Ok(bytes) => self.complete(bytes),
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }

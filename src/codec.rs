@@ -1,4 +1,4 @@
-//! The bytes on disk: journal rows, bucket values, `meta` values, and typed results. Drawn in `docs/format.md`.
+//! The bytes on disk: journal rows, bucket values, and `meta` values. Drawn in `docs/format.md`.
 //!
 //! Every decoder returns `None` for bytes it did not write; none of them panics.
 
@@ -458,26 +458,6 @@ pub(crate) fn read_on_interrupt(bytes: &[u8]) -> Option<OnInterrupt> {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Typed results
-// ---------------------------------------------------------------------------------------------------------------
-
-/// A typed result as bytes: serde through bincode 2, in its standard configuration.
-pub(crate) fn encode_result<T: serde::Serialize>(result: &T) -> Result<Vec<u8>, String> {
-    bincode::serde::encode_to_vec(result, bincode::config::standard()).map_err(|error| error.to_string())
-}
-
-/// A typed result from bytes, all of which must have been used.
-pub(crate) fn decode_result<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    // The limit keeps a length that was never written by us from reserving memory for it.
-    let config = bincode::config::standard().with_limit::<{ 64 << 20 }>();
-    match bincode::serde::decode_from_slice(bytes, config) {
-        Ok((result, used)) if used == bytes.len() => Ok(result),
-        Ok((_, used)) => Err(format!("{} bytes are left over", bytes.len().saturating_sub(used))),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -574,7 +554,6 @@ mod tests {
             let _ = read_row(&bytes, |_, _| {});
             let _ = read_value(&bytes, start);
             let _ = read_span(&bytes);
-            let _ = decode_result::<Vec<String>>(&bytes);
         }
     }
 
@@ -678,13 +657,5 @@ mod tests {
             assert_eq!(read_on_interrupt(&put_on_interrupt(on_interrupt)), Some(on_interrupt));
         }
         assert_eq!((read_on_interrupt(&[2]), read_on_interrupt(&[])), (None, None));
-    }
-
-    #[test]
-    fn typed_results_come_back_and_others_are_refused() {
-        let bytes = encode_result(&("charge-1", 1_200_u64)).unwrap();
-        assert_eq!(decode_result::<(String, u64)>(&bytes), Ok(("charge-1".to_owned(), 1_200)));
-        assert!(decode_result::<(String, u64, u64)>(&bytes).is_err());
-        assert!(decode_result::<String>(&bytes).unwrap_err().contains("left over"));
     }
 }

@@ -13,6 +13,8 @@ const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// Beyond what a machine has, and within what RocksDB's caches can be told.
 const MAX_MEMORY_BUDGET: usize = 1 << 44;
 const MIB: usize = 1024 * 1024;
+/// The longest key, with its scope, of any store.
+pub(crate) const MAX_KEY: usize = 65_535;
 
 /// When a finished call is safe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +127,7 @@ impl Options {
         within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
         within("memory_budget", self.memory_budget, 32 * MIB, MAX_MEMORY_BUDGET)?;
         within("result_limit", self.result_limit, 0, 64 * MIB)?;
-        within("key_limit", self.key_limit, 1, 65_535)?;
+        within("key_limit", self.key_limit, 1, MAX_KEY)?;
         within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)
     }
 

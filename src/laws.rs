@@ -10,6 +10,7 @@ use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::layer::{Columns, Layer, SHARDS};
 use crate::key::{Digester, Key};
 use crate::storage;
+use crate::typed_result;
 
 /// A journal row is refused, or says the same when it is written again.
 pub fn journal_row(bytes: &[u8]) {
@@ -77,9 +78,9 @@ pub fn notes(bytes: &[u8]) {
         assert!(slice.start_ms < slice.end_ms());
     }
     type Typed = (String, Vec<Option<u32>>, std::collections::BTreeMap<u8, Vec<u8>>, Result<(), char>);
-    if let Ok(result) = codec::decode_result::<Typed>(bytes) {
-        let written = codec::encode_result(&result).unwrap_or_default();
-        assert_eq!(codec::decode_result::<Typed>(&written), Ok(result));
+    if let Ok(result) = typed_result::decode::<Typed>(bytes) {
+        let written = typed_result::encode(&result).unwrap_or_default();
+        assert_eq!(typed_result::decode::<Typed>(&written), Ok(result));
     }
     storage::laws::inventory(bytes);
 }

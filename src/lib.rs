@@ -35,6 +35,7 @@ mod stats;
 mod storage;
 mod store;
 mod tx;
+mod typed_result;
 
 pub use claim::{Claim, CompleteError, Completed, InProgress, KeepAlive, Lease};
 pub use clock::{Clock, ManualClock};

@@ -127,7 +127,8 @@ impl Builder {
         self
     }
 
-    /// The longest key that is accepted, with its scope, in bytes. From 1 to 65,535, 1,024 by default.
+    /// The longest key that is accepted, with its scope, in bytes. From 1 to 65,535, 1,024 by default. Keys that were longer
+    /// when they were claimed can still be looked up, resolved and forgotten.
     pub fn key_limit(mut self, bytes: usize) -> Self {
         self.options.key_limit = bytes;
         self
@@ -467,7 +468,8 @@ impl Store {
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
     /// done before; releases the key where the work fails. A panic in the work drops the lease. The lease is renewed while
-    /// the work runs, as by [`Lease::keep_alive`].
+    /// the work runs, as by [`Lease::keep_alive`]. Of a result over `result_limit` only the fact is kept
+    /// ([`Completed::is_omitted`]).
     ///
     /// An `Err` of the work says that it did nothing. Where it may have (a timeout after the charge was sent), claim and
     /// drop the lease yourself: the next holder is told then.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use common::Bench;
 use onlyonce::{Check, Claim, Error, Key, Outcome, Phase, Prior, Ran, Recorded, Resolution, RunError, Store, Stored};
+use serde::{Deserialize, Serialize};
 
 fn held_bench() -> Bench {
     Bench::with(|builder| builder.on_interrupt(onlyonce::OnInterrupt::Hold))
@@ -367,16 +368,86 @@ fn typed_results_come_back_as_they_were() {
 }
 
 #[test]
-fn a_result_that_cannot_be_encoded_gives_the_lease_back() {
+fn typed_results_of_every_form_are_read_back_whoever_asks() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(tag = "kind")]
+    enum Kind {
+        Card {
+            last4: String,
+        },
+        #[serde(other)]
+        Unknown,
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Amount {
+        Cents(u64),
+        Text(String),
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Receipt {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        note: Option<String>,
+        amount: Amount,
+        #[serde(flatten)]
+        kind: Kind,
+    }
+    let receipts = || {
+        let card = |note: Option<&str>, amount| Receipt {
+            note: note.map(str::to_owned),
+            amount,
+            kind: Kind::Card { last4: "4711".to_owned() },
+        };
+        [card(None, Amount::Cents(12)), card(Some("paid"), Amount::Text("12 EUR".to_owned()))]
+    };
+    let any = serde_json::json!({ "id": 1, "lines": [null, 1.5, "x"] });
+    let mut bench = Bench::new();
+    bench.acquire("any").complete_as(&any).unwrap();
+    for (key, receipt) in ["plain", "noted"].into_iter().zip(receipts()) {
+        bench.acquire(key).complete_as(&receipt).unwrap();
+    }
+    let first = |bench: &Bench, key: &str| match bench.store().claim(key).unwrap() {
+        Claim::Completed(first) => first,
+        other => panic!("{key} should be completed, but is {other:?}"),
+    };
+    // In memory, in a bucket, and after a restart.
+    for round in 0..3 {
+        assert_eq!(first(&bench, "any").result_as().unwrap(), Some(any.clone()), "{round}");
+        for (key, receipt) in ["plain", "noted"].into_iter().zip(receipts()) {
+            assert_eq!(first(&bench, key).result_as().unwrap(), Some(receipt), "{key}, {round}");
+        }
+        // As another type that knows less.
+        #[derive(Deserialize)]
+        struct Last4 {
+            last4: String,
+        }
+        let last4 = first(&bench, "noted").result_as::<Last4>().unwrap().unwrap().last4;
+        assert_eq!(last4, "4711");
+        if round == 0 { bench.store().seal().unwrap() } else { bench.reopen() }
+    }
+}
+
+#[test]
+fn a_result_that_could_not_be_read_back_gives_the_lease_back() {
+    #[derive(Deserialize)]
     struct Refuses;
-    impl serde::Serialize for Refuses {
+    impl Serialize for Refuses {
         fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
             Err(serde::ser::Error::custom("it refuses"))
         }
     }
+    #[derive(Serialize, Deserialize)]
+    struct Lopsided {
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        list: Vec<u8>,
+    }
     let bench = Bench::new();
     let (error, _, lease) = bench.acquire("k").complete_as(&Refuses).unwrap_err().into_parts();
     assert!(matches!(error, Error::Encode { .. }) && error.to_string().contains("it refuses"), "{error}");
+    let (error, _, lease) = lease.unwrap().complete_as(&Lopsided { list: Vec::new() }).unwrap_err().into_parts();
+    assert!(matches!(error, Error::Encode { .. }) && error.to_string().contains("missing field `list`"), "{error}");
+    let (error, _, lease) = lease.unwrap().complete_as(&Some(f64::NAN)).unwrap_err().into_parts();
+    assert!(matches!(error, Error::Encode { .. }) && error.to_string().contains("another value"), "{error}");
     lease.unwrap().complete("by hand").unwrap();
     assert_eq!(bench.completed("k").unwrap(), b"by hand");
 }

@@ -77,7 +77,7 @@ fn the_verbs_answer_as_those_that_block() {
         bench.advance_ms(500);
         let lease = acquire(&store, "k").await;
         assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
-        lease.complete_as(&("charged", 12)).await.unwrap();
+        lease.complete_as(&("charged".to_owned(), 12)).await.unwrap();
         let Claim::Completed(first) = store.claim("k").await.unwrap() else { panic!("k is completed") };
         assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
         assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));

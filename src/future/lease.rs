@@ -3,15 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use super::committer::Committer;
 use super::{Claim, CompleteError};
 use crate::claim::{self, Claim as Claimed, Work};
-use crate::codec;
 use crate::config::OnInterrupt;
 use crate::entry::Prior;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::tx::Tx;
+use crate::typed_result;
 
 /// How the attempts after a failed one are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,14 +95,15 @@ impl Lease {
         answers.pop().unwrap_or(Ok(Vec::new())).map_err(|error| failed(error, &committer))
     }
 
-    /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
-    /// [`Completed::result_as`](crate::Completed::result_as).
+    /// As [`Lease::complete`], with a result that is encoded as JSON by serde and read back once before it is stored, as
+    /// [`Lease::complete_as`](crate::Lease::complete_as).
     ///
     /// # Errors
     ///
-    /// As [`Lease::complete`], and [`Error::Encode`] if `T` cannot be encoded; the lease is given back then.
-    pub async fn complete_as<T: serde::Serialize>(self, result: &T) -> Result<(), CompleteError> {
-        match codec::encode_result(result) {
+    /// As [`Lease::complete`], and [`Error::Encode`] if the result has no JSON or would not come back as it is; the lease
+    /// is given back then.
+    pub async fn complete_as<T: Serialize + DeserializeOwned>(self, result: &T) -> Result<(), CompleteError> {
+        match typed_result::encode(result) {
             Ok(bytes) => self.complete(bytes).await,
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }

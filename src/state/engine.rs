@@ -22,7 +22,7 @@ use crate::bucket::set::BucketSet;
 use crate::clock::{Now, Timeline};
 use crate::codec::{self, Event, RowKind, RowWriter};
 use crate::concurrency::{AtomicBool, AtomicU64, Condvar, Mutex};
-use crate::config::{Config, Options, Stored};
+use crate::config::{Config, MAX_KEY, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::key::{Digester, Key};
@@ -248,18 +248,23 @@ impl Engine {
         self.waiting.enter(digest)
     }
 
-    /// Encodes and digests the keys of a call that is about them and not about work on them.
+    /// Encodes and digests the keys of a call that is about them and not about work on them: also those that were claimed
+    /// when `key_limit` was higher.
     pub(crate) fn request_about<'k, K: Into<Key<'k>>>(
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Arc<Request>> {
         self.ready()?;
-        Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
+        Ok(Arc::new(Request::new(keys, MAX_KEY, &self.digester)?))
     }
 
     /// Encodes and digests the keys of a call.
     pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
-        if self.timeline.is_stream() { Err(Error::TimestampMissing) } else { self.request_about(keys) }
+        if self.timeline.is_stream() {
+            return Err(Error::TimestampMissing);
+        }
+        self.ready()?;
+        Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
     }
 
     /// As [`Engine::request`], with the times of their messages.
