@@ -92,6 +92,18 @@ pub enum Error {
         reason: String,
     },
 
+    /// The directory of an open store, or a file in it that is always there, was deleted or moved. The store refuses from
+    /// then on. Opening the path again would begin an empty store, which takes every duplicate for new.
+    #[error(
+        "{} was deleted or moved while the store was open, and what the store held is lost: restore the directory from a \
+         copy before you open it again, or it begins empty",
+        path.display()
+    )]
+    DirectoryGone {
+        /// What is gone: the store's directory, or a file in it.
+        path: PathBuf,
+    },
+
     /// The store was closed. Nothing was tried.
     #[error("the store is closed")]
     Closed,
@@ -265,7 +277,7 @@ impl Error {
     #[must_use]
     pub fn outcome(&self) -> Outcome {
         match self {
-            Self::WriteFailed { .. } => Outcome::Unknown,
+            Self::WriteFailed { .. } | Self::DirectoryGone { .. } => Outcome::Unknown,
             _ => Outcome::NotWritten,
         }
     }

@@ -80,8 +80,14 @@ pub(crate) struct Engine {
     /// Whether something was written that is not on the disk yet.
     pub(super) unsynced: AtomicBool,
     digester: Digester,
-    poison: OnceLock<String>,
+    poison: OnceLock<Poison>,
     closed: AtomicBool,
+}
+
+/// Why a store refuses, and what its calls return from then on.
+struct Poison {
+    reason: String,
+    error: Error,
 }
 
 /// Where calls wait for room in the hot table.
@@ -320,18 +326,32 @@ impl Engine {
         }
         match self.poison.get() {
             None => Ok(()),
-            Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
+            Some(poison) => Err(poison.error.clone()),
         }
     }
 
     pub(crate) fn poisoned(&self) -> Option<&str> {
-        self.poison.get().map(String::as_str)
+        self.poison.get().map(|poison| poison.reason.as_str())
     }
 
     /// Refuses everything from now on: nobody knows any more what is on the disk.
     pub(crate) fn poison(&self, reason: &str) {
-        if self.poison.set(reason.to_owned()).is_ok() {
-            tracing::error!(reason, "store poisoned: it refuses until it is reopened");
+        self.refuse_with(reason.to_owned(), Error::Poisoned { reason: reason.to_owned() });
+    }
+
+    /// Poisons the store where a write failed so that nobody knows any more what is on the disk.
+    pub(super) fn poison_by(&self, error: &Error) {
+        match error {
+            Error::WriteFailed { detail } => self.poison(detail),
+            Error::DirectoryGone { .. } => self.refuse_with(error.to_string(), error.clone()),
+            _ => {}
+        }
+    }
+
+    fn refuse_with(&self, reason: String, error: Error) {
+        let logged = reason.clone();
+        if self.poison.set(Poison { reason, error }).is_ok() {
+            tracing::error!(reason = logged, "store poisoned: it refuses until it is reopened");
         }
         self.backlog.eased.notify_all();
         self.waiting.wake_all();
@@ -344,11 +364,7 @@ impl Engine {
             let _timer = self.meter.commit(sync);
             self.db.write(sync, fill)
         };
-        written.inspect_err(|error| {
-            if let Error::WriteFailed { detail } = error {
-                self.poison(detail);
-            }
-        })?;
+        written.inspect_err(|error| self.poison_by(error))?;
         // Only after the write: whoever syncs takes the mark first, so that no write is left out.
         self.unsynced.fetch_or(!sync, Ordering::Release);
         Ok(())
@@ -372,7 +388,7 @@ impl Engine {
         let high_water = self.timeline.high_water_ms().to_le_bytes();
         let written = match self.poison.get() {
             None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),
-            Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
+            Some(poison) => Err(poison.error.clone()),
         };
         KillPoint::CloseTimeWritten.pass();
         let closed = self.db.close();

@@ -266,11 +266,7 @@ impl Engine {
 
     pub(super) fn sync_log(&self) -> Result<()> {
         self.ready()?;
-        self.db.sync_log().inspect_err(|error| {
-            if let Error::WriteFailed { detail } = error {
-                self.poison(detail);
-            }
-        })
+        self.db.sync_log().inspect_err(|error| self.poison_by(error))
     }
 
     /// Brings back the filter of every bucket that has none, as long as `go_on` says so.

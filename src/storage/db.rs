@@ -170,8 +170,9 @@ impl Db {
         let written_below = self.chain.written_below();
         KillPoint::SyncBegun.pass();
         rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
-        if let Some(file) = self.directory.deleted() {
-            return Err(self.write_failed(&format!("{} was deleted while the store was open", file.display())));
+        if let Some(path) = self.directory.deleted() {
+            self.in_doubt.store(true, Ordering::Release);
+            return Err(Error::DirectoryGone { path });
         }
         self.chain.synced(written_below);
         KillPoint::SyncDone.pass();
@@ -180,7 +181,10 @@ impl Db {
 
     fn write_failed(&self, error: &impl ToString) -> Error {
         self.in_doubt.store(true, Ordering::Release);
-        Error::WriteFailed { detail: error.to_string() }
+        match self.directory.deleted() {
+            Some(path) => Error::DirectoryGone { path },
+            None => Error::WriteFailed { detail: error.to_string() },
+        }
     }
 
     /// Reads a value of the store's own, or one that callers put beside them.
