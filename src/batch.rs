@@ -17,7 +17,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::check`]. A key that is empty or too long refuses the whole batch.
+    /// As [`Store::check`]. A key that is empty or too long refuses the whole batch, and the error says which.
     pub fn check_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Check>>> {
         self.check_request(&self.running.engine.request(keys)?)
     }
@@ -26,7 +26,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::check_at`]. A key that is empty or too long refuses the whole batch.
+    /// As [`Store::check_at`]. A key that is empty or too long refuses the whole batch, and the error says which.
     pub fn check_batch_at<'k, K: Into<Key<'k>>>(
         &self,
         messages: impl IntoIterator<Item = (K, u64)>,
@@ -69,8 +69,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::claim`]. A key that is empty or too long refuses the whole batch; one with another payload only
-    /// itself.
+    /// As [`Store::claim`]. A key that is empty or too long refuses the whole batch, and the error says which; one with
+    /// another payload only itself.
     pub fn claim_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Claim>>> {
         self.claim_request(&self.running.engine.request(keys)?)
     }
@@ -80,8 +80,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::claim_at`]. A key that is empty or too long refuses the whole batch; one with another payload, one that is
-    /// too old and one that is too far ahead only itself.
+    /// As [`Store::claim_at`]. A key that is empty or too long refuses the whole batch, and the error says which; one with
+    /// another payload, one that is too old and one that is too far ahead only itself.
     pub fn claim_batch_at<'k, K: Into<Key<'k>>>(
         &self,
         messages: impl IntoIterator<Item = (K, u64)>,
@@ -207,8 +207,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::record`]. A key that is empty or too long refuses the whole batch; one with another payload only
-    /// itself.
+    /// As [`Store::record`]. A key that is empty or too long refuses the whole batch, and the error says which; one with
+    /// another payload only itself.
     ///
     /// ```
     /// use onlyonce::{Recorded, Store};

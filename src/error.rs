@@ -109,13 +109,17 @@ pub enum Error {
     Closed,
 
     /// A key with no bytes.
-    #[error("the key is empty: give it at least one byte")]
-    KeyEmpty,
+    #[error("the key{} is empty: give it at least one byte", in_batch(place))]
+    KeyEmpty {
+        /// The key's place in its batch, from 0. `None` where the call has one key.
+        place: Option<usize>,
+    },
 
     /// A key, with its scope, that is longer than `key_limit`.
     #[error(
-        "the key {key} is {len} bytes long with its scope, over the limit of {limit}: \
-             use `Key::content` or raise `key_limit`"
+        "the key {key}{} is {len} bytes long with its scope, over the limit of {limit}: \
+             use `Key::content` or raise `key_limit`",
+        in_batch(place)
     )]
     KeyTooLong {
         /// The start of the key, escaped.
@@ -124,15 +128,19 @@ pub enum Error {
         len: usize,
         /// The limit, in bytes.
         limit: usize,
+        /// The key's place in its batch, from 0. `None` where the call has one key.
+        place: Option<usize>,
     },
 
     /// A scope longer than 255 bytes.
-    #[error("the scope {scope} is {len} bytes long, over the limit of 255")]
+    #[error("the scope {scope} of the key{} is {len} bytes long, over the limit of 255: shorten it", in_batch(place))]
     ScopeTooLong {
         /// The start of the scope, escaped.
         scope: String,
         /// Its length, in bytes.
         len: usize,
+        /// The key's place in its batch, from 0. `None` where the call has one key.
+        place: Option<usize>,
     },
 
     /// The key was used before with another payload. The caller reused an idempotency key by mistake: refuse the
@@ -296,10 +304,24 @@ impl Error {
         )
     }
 
+    /// The same about the key in this place of a batch.
+    pub(crate) fn at(mut self, at: usize) -> Self {
+        if let Self::KeyEmpty { place } | Self::KeyTooLong { place, .. } | Self::ScopeTooLong { place, .. } = &mut self
+        {
+            *place = Some(at);
+        }
+        self
+    }
+
     /// An `Io` error about `path`.
     pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>, error: &dyn std::fmt::Display) -> Self {
         Self::Io { action, path: path.into(), detail: error.to_string() }
     }
+}
+
+/// Where a key is among those of its call.
+fn in_batch(place: &Option<usize>) -> String {
+    place.map(|place| format!(" at position {place} of the batch (from 0)")).unwrap_or_default()
 }
 
 /// Bytes from a stranger, fit for a message: escaped, and cut where they are long.

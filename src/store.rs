@@ -686,7 +686,7 @@ impl std::fmt::Debug for Store {
 
 /// The answer to a request of one key.
 pub(crate) fn only<T>(mut answers: Vec<T>) -> Result<T> {
-    answers.pop().ok_or(Error::KeyEmpty)
+    answers.pop().ok_or(Error::KeyEmpty { place: None })
 }
 
 /// When to ask again for a key in progress, at the latest.

@@ -592,7 +592,7 @@ fn get_shows_what_a_program_stored() {
     assert_eq!(result(&long_key), (json!("none"), Value::Null));
 
     let crashed = cli.get(&["crashed"]);
-    assert_eq!(crashed["key"], "\"crashed\"");
+    assert_eq!((&crashed["key"], &crashed["scope"]), (&json!("crashed"), &Value::Null));
     assert_eq!((&crashed["state"], &crashed["attempt"]), (&json!("processing"), &json!(1)));
     assert_eq!((&crashed["phase"], &crashed["prior"]), (&json!("free"), &json!("crashed")));
     let released = cli.get(&["released"]);
@@ -601,6 +601,49 @@ fn get_shows_what_a_program_stored() {
 
     // Whoever works on it is nobody the filter knows of.
     assert_eq!(cli.passed(&["--key", ".k"], "{\"k\":\"text\"}\n{\"k\":\"new\"}\n"), "{\"k\":\"new\"}\n");
+}
+
+#[test]
+fn what_get_prints_of_a_key_is_read_back_as_that_key() {
+    let cli = Cli::new();
+    let store = Store::open(cli.store()).unwrap();
+    let parts: [&[u8]; 4] = [b"1", b"x\"),(\"", b"", b"\xff\0"];
+    let content = Key::content("a whole line");
+    let hash: String = content.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let keys = [
+        (Key::from("k"), json!("k")),
+        (Key::from("(\"1\", \"x\") in \"t1\""), json!("(\"1\", \"x\") in \"t1\"")),
+        (Key::from("[\"1\"]"), json!("[\"1\"]")),
+        (Key::from("\u{1b}[2J\n\0"), json!("\u{1b}[2J\n\0")),
+        (Key::from(b"\xff\0"), json!({ "hex": "ff00" })),
+        (Key::composite(["1", "x"]), json!(["1", "x"])),
+        (Key::composite(["1"]), json!(["1"])),
+        (Key::composite(parts), json!(["1", "x\"),(\"", "", { "hex": "ff00" }])),
+        (content, json!({ "content": hash })),
+    ];
+    let scopes: [(&[u8], Value); 3] = [(b"", Value::Null), (b"t1", json!("t1")), (b"\xff", json!({ "hex": "ff" }))];
+    for (key, _) in &keys {
+        for (scope, _) in &scopes {
+            store.record(key.clone().scope(*scope)).unwrap();
+        }
+    }
+    store.close().unwrap();
+    let mut tokens = HashSet::new();
+    for (key, json) in &keys {
+        for (scope, scope_json) in &scopes {
+            let named = json!({ "key": json, "scope": scope_json });
+            let printed = cli.get(&["--json", &named.to_string()]);
+            assert_eq!((&printed["key"], &printed["scope"]), (json, scope_json), "{key}");
+            assert!(tokens.insert(printed["token"].as_u64().unwrap()), "it is another key than those before");
+            assert_eq!(cli.get(&["--json", &printed.to_string()]), printed);
+            if let Ok(scope) = str::from_utf8(scope) {
+                assert_eq!(cli.get(&["--json", "--scope", scope, &json.to_string()]), printed);
+            }
+        }
+    }
+    assert_eq!(cli.get(&["--scope", "t1", "1", "x"])["key"], json!(["1", "x"]));
+    assert_eq!(cli.get(&["--content", "a whole line"])["key"], json!({ "content": hash }));
+    assert_eq!(cli.run("get", &["--json", "[\"1x\"]"], "").code, Some(1));
 }
 
 #[test]
@@ -622,6 +665,15 @@ fn get_with_bad_usage_is_refused() {
     cli.run("get", &[], "").is_refused(&["KEY"]);
     cli.run("get", &["--content", "a", "b"], "").is_refused(&["one KEY"]);
     cli.run("get", &[""], "").is_refused(&["the key is empty"]);
+    cli.run("get", &["--json", "a"], "").is_refused(&["KEY is no JSON"]);
+    cli.run("get", &["--json", "[\"a\", 1]"], "").is_refused(&["part 1 of KEY: 1 is no text"]);
+    cli.run("get", &["--json", "\"a\"", "\"b\""], "").is_refused(&["one KEY"]);
+    cli.run("get", &["--json", "--content", "a"], "").is_refused(&["cannot be used with"]);
+    for verb in ["get", "stats", "filter"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_onlyonce"));
+        command.args([verb, "--store", ""]).args((verb == "get").then_some("k")).stdin(Stdio::null());
+        Ran::from(command.output().unwrap()).is_refused(&["--store <DIR>"]);
+    }
 }
 
 #[test]
@@ -835,5 +887,5 @@ fn a_key_of_any_bytes_can_be_looked_up() {
     Store::open(cli.store()).unwrap().record(Key::from(b"\xff\xfe")).unwrap();
     let output = cli.command("get").arg(OsStr::from_bytes(b"\xff\xfe")).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["key"], "\"\\xff\\xfe\"");
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["key"], json!({ "hex": "fffe" }));
 }

@@ -655,6 +655,22 @@ async fn an_acknowledgement_that_is_not_taken_is_reported_and_the_next_delivery_
 }
 
 #[tokio::test]
+async fn an_error_says_what_the_queue_said_once() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    desk.queue.is_deaf_for(1);
+    let unsettled = desk.process(async |_, _| Ok("receipt")).await.unwrap_err();
+    // As programs print an error with its causes.
+    let mut said = unsettled.to_string();
+    let mut cause = std::error::Error::source(&unsettled);
+    while let Some(error) = cause {
+        said = format!("{said}: {error}");
+        cause = error.source();
+    }
+    assert_eq!(said, "the queue did not take the answer: the connection is gone");
+}
+
+#[tokio::test]
 async fn a_rejection_that_is_not_taken_is_made_again_without_the_work() {
     let mut desk = Desk::new();
     desk.processor = desk.processor.attempts(1);

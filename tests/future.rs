@@ -94,7 +94,7 @@ fn the_verbs_answer_as_those_that_block() {
 
         assert_eq!(store.record("r").await.unwrap(), Recorded::First);
         assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
-        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty)));
+        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty { .. })));
         drop(store.claim(Key::from("g").fingerprint("hers")).await.unwrap());
         let his = store.claim(Key::from("g").fingerprint("his")).await;
         assert!(matches!(his, Err(Error::PayloadMismatch { .. })));
@@ -647,7 +647,10 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
     let (item, lease) = once.next().await.unwrap().unwrap();
     assert_eq!((item, lease.prior()), ("soon", Some(Prior::Released)));
     assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: Why::InProgress(_) }))));
-    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty) }))));
+    assert!(matches!(
+        once.next().await,
+        Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty { place: None }) }))
+    ));
     assert_eq!(once.next().await.unwrap().unwrap().0, "new");
     assert!(once.next().await.is_none());
     holder.await.unwrap();

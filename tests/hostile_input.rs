@@ -507,7 +507,7 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
         let (most, over) = (bytes(limit), bytes(limit + 1));
         let is_refused = |error: Error| match error {
             Error::KeyTooLong { len, limit: said, .. } => (len, said) == (limit + 1, limit),
-            Error::KeyEmpty => false,
+            Error::KeyEmpty { .. } => false,
             other => panic!("{other}"),
         };
         let mut too_long = vec![Key::from(&over)];
@@ -543,8 +543,8 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
             assert_eq!(store.check("a").unwrap(), Check::New);
         }
         for empty in [Key::from(""), Key::from("").scope("s"), Key::composite([""; 0])] {
-            assert!(matches!(store.claim(&empty), Err(Error::KeyEmpty)));
-            assert!(matches!(store.record_batch([Key::from("a"), empty]), Err(Error::KeyEmpty)));
+            assert!(matches!(store.claim(&empty), Err(Error::KeyEmpty { .. })));
+            assert!(matches!(store.record_batch([Key::from("a"), empty]), Err(Error::KeyEmpty { .. })));
         }
         let Claim::Acquired(lease) = store.claim(&most).unwrap() else { panic!("it is new") };
         lease.complete("r").unwrap();
@@ -553,6 +553,45 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
         assert!(matches!(store.get(&most).unwrap(), Some(Stored::Completed(_))));
         assert!(store.forget(&most).unwrap());
     }
+}
+
+#[test]
+fn a_key_that_refuses_its_batch_is_named_by_its_place() {
+    let bench = Bench::with(|builder| builder.key_limit(300));
+    let stream = Bench::with(|builder| builder.key_limit(300).stream_time(Duration::from_secs(10)));
+    let (long, scope) = ("k".repeat(301), "s".repeat(256));
+    for bad in [Key::from(""), Key::from(&long), Key::from("k").scope(&scope)] {
+        let key = || bad.clone();
+        let said = |place: usize| {
+            let batch = || (0..3).map(|i| if i == place { key() } else { Key::from(format!("key {i}")) });
+            let messages = || batch().map(|key| (key, common::START_MS));
+            let (store, stream) = (bench.store(), stream.store());
+            [
+                store.claim_batch(batch()).unwrap_err(),
+                store.record_batch(batch()).unwrap_err(),
+                store.check_batch(batch()).unwrap_err(),
+                stream.claim_batch_at(messages()).unwrap_err(),
+                stream.record_batch_at(messages()).unwrap_err(),
+                stream.check_batch_at(messages()).unwrap_err(),
+            ]
+        };
+        for place in 0..3 {
+            for error in said(place) {
+                let (Error::KeyEmpty { place: at }
+                | Error::KeyTooLong { place: at, .. }
+                | Error::ScopeTooLong { place: at, .. }) = &error
+                else {
+                    panic!("{error:?}")
+                };
+                assert_eq!(*at, Some(place), "{error}");
+                assert!(error.to_string().contains(&format!(" at position {place} of the batch (from 0)")), "{error}");
+            }
+        }
+        for error in [bench.store().claim(key()).unwrap_err(), bench.store().claim_batch([key()]).unwrap_err()] {
+            assert!(!error.to_string().contains("position"), "{error}");
+        }
+    }
+    assert_eq!(bench.store().stats().in_flight, 0, "nothing of a batch that is refused is done");
 }
 
 #[test]
@@ -583,7 +622,8 @@ fn keys_and_results_that_are_over_a_limit_by_now_are_still_read() {
 
 #[test]
 fn offsets_and_messages_with_names_of_any_length_are_read_back() {
-    let mut bench = Bench::new();
+    // A child of another test holds our locks from its fork to its exec.
+    let mut bench = Bench::with(|builder| builder.lock_wait(Duration::from_secs(30)));
     let names = [Vec::new(), vec![0], vec![0xff; 300], vec![b'n'; 100_000], vec![0x80; 9 << 20]];
     for (i, name) in names.iter().enumerate() {
         let lease = bench.acquire(&i.to_string());
@@ -791,7 +831,9 @@ mod command_line {
             let output = run(get, b"");
             assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
             let said: serde_json::Value = serde_json::from_str(harmless(&output.stdout)).unwrap();
-            assert_eq!(said["key"], key().to_string());
+            let hex = || bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            let named = str::from_utf8(bytes).map_or_else(|_| serde_json::json!({ "hex": hex() }), Into::into);
+            assert_eq!((&said["key"], &said["scope"]), (&named, &named));
             match str::from_utf8(&result) {
                 Ok(text) => assert_eq!((&said["result_form"], &said["result"]), (&"text".into(), &text.into())),
                 Err(_) => assert_eq!(said["result_form"], "hex"),

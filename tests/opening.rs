@@ -441,7 +441,7 @@ fn a_lease_of_another_store_is_given_back_unharmed() {
 fn limits_refuse_by_name_and_change_nothing() {
     let bench = Bench::with(|builder| builder.key_limit(8).in_flight_limit(2));
     let store = bench.store();
-    assert!(matches!(store.claim(""), Err(Error::KeyEmpty)));
+    assert!(matches!(store.claim(""), Err(Error::KeyEmpty { .. })));
     let error = store.record_batch(["fits", "far too long"]).unwrap_err();
     assert!(matches!(error, Error::KeyTooLong { len: 12, limit: 8, .. }), "{error}");
     assert_eq!(store.check("fits").unwrap(), Check::New, "a refused batch records nothing");

@@ -252,7 +252,7 @@ impl Processor {
         match (&error, self.on_store_failure) {
             // It is the delivery that is at fault, and stays so.
             (
-                Error::KeyEmpty
+                Error::KeyEmpty { .. }
                 | Error::KeyTooLong { .. }
                 | Error::ScopeTooLong { .. }
                 | Error::PayloadMismatch { .. }

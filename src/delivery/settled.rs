@@ -73,7 +73,6 @@ impl Settled {
 pub struct Unsettled<E> {
     /// What was to be told, and what the store holds already.
     pub settled: Settled,
-    /// What the queue said.
-    #[source]
+    /// What the queue said. Its words are in this error's, so that it is no source of it.
     pub error: E,
 }

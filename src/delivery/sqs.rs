@@ -39,7 +39,7 @@ const WHY_CHARS: usize = 1_000;
 /// What the client or the service says.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", DisplayErrorContext(&**.0))]
-pub struct Error(#[source] Box<aws_sdk_sqs::Error>);
+pub struct Error(Box<aws_sdk_sqs::Error>);
 
 fn failed<E>(error: E) -> Error
 where

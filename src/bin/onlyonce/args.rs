@@ -109,6 +109,10 @@ pub(crate) struct Filter {
 
 /// Print what is stored of a key, as JSON; exit 1 where nothing is
 ///
+/// Its members "key" and "scope" name the key so that `get --json` reads it back: "key" is text, an array of the parts of a
+/// composite key, or {"content": HASH} of a whole line; bytes that are no text are {"hex": DIGITS}. "scope" is null where
+/// there is none.
+///
 /// Nobody else may have the store open meanwhile, and its directory must be writable.
 #[derive(clap::Args)]
 pub(crate) struct Get {
@@ -123,6 +127,10 @@ pub(crate) struct Get {
     /// KEY is a whole line, as `filter --content` reads it
     #[arg(long)]
     pub(crate) content: bool,
+
+    /// KEY is JSON: what `get` printed, with its scope, or the value of its "key" alone
+    #[arg(long, conflicts_with = "content")]
+    pub(crate) json: bool,
 
     /// The key; several are the parts of a composite key, in the order of `filter --key`
     #[arg(value_name = "KEY", required = true)]
