@@ -227,7 +227,7 @@ fn renew(entry: &Entry) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
     use crate::clock::{Clock, ManualClock};
@@ -346,6 +346,8 @@ mod tests {
     #[cfg(feature = "tokio")]
     #[test]
     fn who_waits_is_woken_once_and_a_waker_that_panics_stops_nobody() {
+        use std::sync::atomic::AtomicUsize;
+
         struct Wakes(AtomicUsize);
         impl std::task::Wake for Wakes {
             fn wake(self: Arc<Self>) {

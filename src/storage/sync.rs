@@ -64,13 +64,7 @@ impl SyncGroup {
                     state.synced = covered;
                     state.syncs += 1;
                 }
-                Err(error) => {
-                    state.failed = Some(match error.outcome() {
-                        Outcome::Unknown => error,
-                        // The writes are made, whatever kept them from being synced.
-                        Outcome::NotWritten => Error::WriteFailed { detail: error.to_string() },
-                    });
-                }
+                Err(error) => state.failed = Some(of_made_writes(error)),
             }
             self.synced.notify_all();
         }
@@ -79,6 +73,14 @@ impl SyncGroup {
     /// Syncs that callers waited for.
     pub(crate) fn syncs(&self) -> u64 {
         self.state.lock().syncs
+    }
+}
+
+/// The error of a sync for those who wait: their writes are made, whatever kept them from being synced.
+fn of_made_writes(error: Error) -> Error {
+    match error.outcome() {
+        Outcome::Unknown => error,
+        Outcome::NotWritten => Error::WriteFailed { detail: error.to_string() },
     }
 }
 
