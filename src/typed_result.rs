@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_written_need_not_come_back() {
+    fn skipped_fields_need_not_come_back() {
         #[derive(Serialize, Deserialize)]
         struct Cached {
             id: u32,
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_not_come_back_is_refused() {
+    fn results_that_would_not_come_back_are_refused() {
         fn refused<T: Serialize + DeserializeOwned>(result: T) -> String {
             encode(&result).unwrap_err()
         }

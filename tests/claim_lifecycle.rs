@@ -368,7 +368,7 @@ fn typed_results_come_back_as_they_were() {
 }
 
 #[test]
-fn typed_results_of_every_form_are_read_back_whoever_asks() {
+fn typed_results_of_every_form_are_read_back_from_memory_and_disk() {
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[serde(tag = "kind")]
     enum Kind {

@@ -604,7 +604,7 @@ fn get_shows_what_a_program_stored() {
 }
 
 #[test]
-fn what_get_prints_of_a_key_is_read_back_as_that_key() {
+fn get_reads_back_the_keys_that_it_prints() {
     let cli = Cli::new();
     let store = Store::open(cli.store()).unwrap();
     let parts: [&[u8]; 4] = [b"1", b"x\"),(\"", b"", b"\xff\0"];

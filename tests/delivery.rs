@@ -655,7 +655,7 @@ async fn an_acknowledgement_that_is_not_taken_is_reported_and_the_next_delivery_
 }
 
 #[tokio::test]
-async fn an_error_says_what_the_queue_said_once() {
+async fn an_error_contains_the_error_of_the_queue_once() {
     let desk = Desk::new();
     desk.queue.send("a");
     desk.queue.is_deaf_for(1);

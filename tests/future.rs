@@ -460,7 +460,7 @@ fn a_lease_is_renewed_no_longer_than_is_allowed() {
 }
 
 #[test]
-fn a_renewal_is_told_that_its_store_was_closed() {
+fn a_renewal_reports_that_its_store_was_closed() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(100));
     on_one_thread(async || {

@@ -130,7 +130,7 @@ fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_directory_that_may_not_be_written_says_so() {
+fn an_error_about_an_unwritable_directory_says_what_is_needed() {
     // Where even root may create nothing.
     let path = std::path::Path::new("/sys/onlyonce-store");
     let error = Store::open(path).unwrap_err();

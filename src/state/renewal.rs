@@ -52,7 +52,7 @@ impl Renewal {
         let state = State { due: (Instant::now(), 0), ended: false, lost: None, waker: None };
         let entry = Entry { engine: Arc::downgrade(engine), grant: grant.clone(), period, state: Mutex::new(state) };
         let renewal = Self { entry: Arc::new(entry) };
-        // A thread that a model does not know would go when it likes.
+        // The model checker does not schedule the thread.
         if renewal.entry.renew()
             && !cfg!(feature = "shuttle")
             && let Err(error) = RENEWER.add(&renewal.entry)
@@ -153,7 +153,7 @@ struct Renewer {
 }
 
 struct Queue {
-    /// No more entries than there are renewals: whoever ends one removes it.
+    /// No more entries than there are renewals: the end of a renewal removes its entry.
     due: BTreeMap<Due, Arc<Entry>>,
     next: u64,
     /// The thread is started with the first entry, and never ends.
@@ -192,8 +192,8 @@ impl Renewer {
                     if MutexGuard::unlocked(&mut queue, || renew(&entry)) {
                         queue.put(&entry);
                     }
-                    // Where the lease has ended meanwhile, this drops its waker.
-                    MutexGuard::unlocked(&mut queue, || drop(entry));
+                    // Where the work has ended meanwhile, this drops its waker, which is the caller's code.
+                    MutexGuard::unlocked(&mut queue, || drop(catch_unwind(AssertUnwindSafe(|| drop(entry)))));
                 }
             }
         }
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_ended_is_not_kept() {
+    fn an_ended_renewal_is_not_kept() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, LEASE, ManualClock::at(1));
         let grants: Vec<Grant> = (0..50).map(|i| grant(&engine, &i.to_string())).collect();
@@ -345,7 +345,7 @@ mod tests {
 
     #[cfg(feature = "tokio")]
     #[test]
-    fn who_waits_is_woken_once_and_a_waker_that_panics_stops_nobody() {
+    fn a_waiter_is_woken_once_and_a_waker_that_panics_stops_no_renewal() {
         use std::sync::atomic::AtomicUsize;
 
         struct Wakes(AtomicUsize);

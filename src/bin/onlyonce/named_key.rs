@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_says_why() {
+    fn an_argument_that_is_no_key_is_refused_with_the_reason() {
         for (text, why) in [
             ("a", "KEY is no JSON"),
             ("1", "KEY: 1 is no text: put it in quotes"),
