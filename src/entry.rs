@@ -72,7 +72,7 @@ pub(crate) struct Done<B = Arc<[u8]>> {
 }
 
 impl<B> Done<B> {
-    /// G4: remembered if and only if `now < completed + window`.
+    /// G4: remembered if and only if `now < completed + window`, and not forgotten before.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
         is_live(self.completed_ms, now, window_ms)
     }
@@ -80,7 +80,7 @@ impl<B> Done<B> {
 
 /// G4, for what was completed at this time.
 pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
-    now.time_ms < completed_ms.saturating_add(window_ms)
+    now.remembers(completed_ms, window_ms)
 }
 
 /// What is kept of a result.

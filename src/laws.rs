@@ -64,6 +64,9 @@ pub fn notes(bytes: &[u8]) {
     if let Some(on_interrupt) = codec::read_on_interrupt(bytes) {
         assert_eq!(codec::put_on_interrupt(on_interrupt), bytes);
     }
+    if let Some(clock) = codec::read_clock(bytes) {
+        assert_eq!(codec::put_clock(&clock), bytes);
+    }
     let mut reader = Reader::new(bytes);
     if let Some(number) = reader.varint() {
         let mut written = Vec::new();

@@ -37,7 +37,7 @@ mod store;
 mod tx;
 
 pub use claim::{Claim, CompleteError, Completed, InProgress, Lease};
-pub use clock::{Clock, ManualClock};
+pub use clock::{BootTime, Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
 pub use entry::Prior;
 pub use error::{Error, Outcome, Result};

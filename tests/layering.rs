@@ -19,6 +19,7 @@ const FLOORS: &[&[&str]] = &[
 ];
 
 const ORDER: &[(&str, &[&str])] = &[
+    ("clock", &["steps", "wall", "stream"]),
     ("storage", &["options", "journal", "chain", "log", "directory", "inventory", "laws", "run", "sync", "db"]),
     ("filter", &["sizing", "layer", "file", "stack"]),
     ("bucket", &["window", "set", "seal", "rotation", "recovery", "filters"]),
@@ -28,6 +29,8 @@ const ORDER: &[(&str, &[&str])] = &[
             "transition",
             "waiting",
             "sequence",
+            "notes",
+            "timekeeping",
             "request",
             "page",
             "hot_table",

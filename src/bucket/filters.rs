@@ -221,6 +221,7 @@ mod tests {
     use super::*;
     use crate::bucket::seal::{Row, Rows, seal};
     use crate::bucket::window::Slice;
+    use crate::clock::Now;
     use crate::config::Span;
     use crate::entry::{Done, Kept};
     use crate::storage::directory::Directory;
@@ -257,7 +258,7 @@ mod tests {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
         let filters = Filters::find(&db, &SECRET, &families).unwrap();
-        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 64 << 20, filters.geometry()).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &Now::default(), 0, 64 << 20, filters.geometry()).unwrap();
         (db, filters, set)
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::window::Slice;
+use crate::clock::Now;
 use crate::codec::{read_value, row_key};
 use crate::concurrency::{ArcSwap, AtomicU64, Guard, Mutex};
 use crate::config::Span;
@@ -101,7 +102,7 @@ impl BucketSet {
         db: &Db,
         families: &[String],
         span: Span,
-        now_ms: u64,
+        now: &Now,
         expected_keys: u64,
         filter_budget: u64,
         geometry: Option<Geometry>,
@@ -113,7 +114,7 @@ impl BucketSet {
                 place: format!("the column family `{}`", family.escape_default()),
                 detail: "it is no bucket".to_owned(),
             })?;
-            if slice.is_live(now_ms, span.window_ms) {
+            if slice.is_live(now, span.window_ms) {
                 slices.push((slice, db.estimate_keys(family)?));
             } else {
                 passed.push(family.clone());
@@ -393,7 +394,7 @@ mod tests {
         (0..3).for_each(|i| db.create_bucket(&second(i).family()).unwrap());
         db.close().unwrap();
         let (db, families) = open(dir);
-        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         let buckets = [0, 1, 2].map(|i| set.ensure(&db, second(i)).unwrap());
         (db, set, buckets)
     }
@@ -453,7 +454,7 @@ mod tests {
         db.close().unwrap();
         let (db, families) = open(&dir);
         assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
-        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         let buckets = [0, 2, 3].map(|i| set.ensure(&db, second(i)).unwrap());
         set.remove(&db, &buckets[1]);
         let newer = set.ensure(&db, second(4)).unwrap();
@@ -469,7 +470,8 @@ mod tests {
         let others: Vec<String> = (0..13).map(|i| Slice { start_ms: i * 500, width_ms: 500 }.family()).collect();
         others.iter().for_each(|family| db.create_bucket(family).unwrap());
         let span = Span { window_ms: 48_000, bucket_ms: 1_000 };
-        let open = |families: &[String]| BucketSet::open(&db, families, span, 0, 0, 1 << 20, None).map(|_| ());
+        let open =
+            |families: &[String]| BucketSet::open(&db, families, span, &Now::default(), 0, 1 << 20, None).map(|_| ());
         // 48 for the window, four around it, and the others, of which there is room for 12.
         open(&others[..12]).unwrap();
         let refused = open(&others).unwrap_err().to_string();
@@ -480,7 +482,7 @@ mod tests {
     fn a_bucket_beyond_the_filters_columns_is_asked_on_disk() {
         let dir = tempfile::tempdir().unwrap();
         let (db, _) = open(&dir);
-        let set = BucketSet::open(&db, &[], SPAN, 0, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &[], SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         // Eight columns; nobody has dropped anything yet.
         for second in 0..12 {
             let bucket = set.ensure(&db, super::tests::second(second)).unwrap();

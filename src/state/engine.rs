@@ -12,14 +12,18 @@ use std::time::Duration;
 use super::along::{self, Along};
 use super::answer::too_far_ahead;
 use super::hot_table::{HotTable, Stripe};
+use super::notes::{
+    CLOCK, FLOOR, FORMAT, HIGH_WATER, ON_INTERRUPT, SECRET, SPAN, STREAM_TIME, TOKENS, corrupt_meta, meta,
+};
 use super::request::{Asked, Request, admit_bytes};
 use super::sequence::Sequence;
+use super::timekeeping::{self, TimeSaved};
 use super::transition::{self, Policy};
 use super::waiting::{Waiter, Waiting};
 use crate::bucket::filters::Filters;
 use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
-use crate::clock::{Now, Timeline};
+use crate::clock::{ClockState, Now, Timeline};
 use crate::codec::{self, Event, RowKind, RowWriter};
 use crate::concurrency::{AtomicBool, AtomicU64, Condvar, Mutex};
 use crate::config::{Config, Options, Stored};
@@ -31,16 +35,6 @@ use crate::meter::Meter;
 use crate::stats::Counters;
 use crate::storage::db::{self, Db};
 use crate::storage::directory::Directory;
-
-/// Names in `meta`.
-pub(super) const FORMAT: &str = "format";
-pub(super) const SECRET: &str = "secret";
-pub(super) const SPAN: &str = "span";
-pub(super) const ON_INTERRUPT: &str = "on-interrupt";
-pub(super) const TOKENS: &str = "tokens";
-pub(super) const HIGH_WATER: &str = "high-water";
-/// Only in a store that runs on stream time.
-pub(super) const STREAM_TIME: &str = "stream-time";
 
 /// What the filters may take of sixteen parts of the memory budget. The rest: four parts for keys that are not sealed, two
 /// for cached blocks, two for the journal's memtable, one for what was sealed lately.
@@ -61,6 +55,7 @@ pub(crate) struct Engine {
     pub(super) filters: Filters,
     pub(super) sequence: Sequence,
     pub(super) timeline: Timeline,
+    pub(super) time_saved: TimeSaved,
     pub(super) counters: Counters,
     pub(super) meter: Meter,
     /// Held while sealed keys change their place, and by whoever must not see them do so. The number of the last
@@ -113,8 +108,12 @@ impl Engine {
                 (ON_INTERRUPT, codec::put_on_interrupt(config.on_interrupt)),
                 (TOKENS, 1_u64.to_le_bytes().to_vec()),
                 (HIGH_WATER, 0_u64.to_le_bytes().to_vec()),
+                (FLOOR, 0_u64.to_le_bytes().to_vec()),
             ];
-            notes.extend(config.max_ahead_ms.map(|ahead_ms| (STREAM_TIME, ahead_ms.to_le_bytes().to_vec())));
+            notes.push(match config.max_ahead_ms {
+                Some(ahead_ms) => (STREAM_TIME, ahead_ms.to_le_bytes().to_vec()),
+                None => (CLOCK, codec::put_clock(&ClockState::default())),
+            });
             Ok(notes)
         };
         let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
@@ -129,7 +128,6 @@ impl Engine {
         let span = meta::<16>(&db, SPAN)?;
         let span = codec::read_span(&span).ok_or_else(|| corrupt_meta(SPAN))?;
         let tokens = u64::from_le_bytes(meta(&db, TOKENS)?);
-        let high_water_ms = u64::from_le_bytes(meta(&db, HIGH_WATER)?);
         let on_interrupt =
             codec::read_on_interrupt(&meta::<1>(&db, ON_INTERRUPT)?).ok_or_else(|| corrupt_meta(ON_INTERRUPT))?;
         let config = options.check(Some(Stored { span, on_interrupt, max_ahead_ms }))?;
@@ -146,16 +144,12 @@ impl Engine {
                 detail: format!("the journal has row {} where only {tokens} were reserved", replayed.last_number),
             });
         }
-        let (clock, high_water_ms) = (Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
-        let timeline = match config.max_ahead_ms {
-            None => Timeline::new(clock, high_water_ms),
-            Some(ahead_ms) => Timeline::of_messages(clock, high_water_ms, ahead_ms, config.span.window_ms),
-        };
+        let timeline = timekeeping::resume(&db, &options.clock, &config, span, replayed.time_ms)?;
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
-        let now_ms = timeline.now().time_ms;
+        let now = timeline.now();
         let (span, expected) = (config.span, config.bucket_keys);
-        let buckets = BucketSet::open(&db, &families, span, now_ms, expected, filter_budget, filters.geometry())?;
+        let buckets = BucketSet::open(&db, &families, span, &now, expected, filter_budget, filters.geometry())?;
         let engine = Self {
             policy: Policy {
                 window_ms: config.span.window_ms,
@@ -169,6 +163,7 @@ impl Engine {
             filters,
             sequence: Sequence::after(tokens),
             timeline,
+            time_saved: TimeSaved::default(),
             counters: Counters::default(),
             meter: Meter::new(&path),
             sealing: Mutex::new(replayed.last_number),
@@ -208,8 +203,10 @@ impl Engine {
         }
     }
 
-    /// Puts on the disk, before the first answer, what this opening changed: its options and its tokens.
+    /// Puts on the disk, before the first answer, what this opening changed: its options, the retention floor and its
+    /// tokens.
     fn begin(&self, replayed: Replayed) -> Result<()> {
+        self.timeline.ask_to_be_saved();
         self.write(true, |tx| {
             tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
             tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))?;
@@ -281,12 +278,11 @@ impl Engine {
         if !self.timeline.is_stream() {
             return Err(Error::TimestampUnexpected);
         }
-        if !self.timeline.is_within_a_year(to_ms) {
+        if !self.timeline.advance(to_ms) {
             let bounds = "up to a year ahead of the wall clock or of stream time, in milliseconds".to_owned();
             return Err(Error::Config { option: "advance_stream_time", value: to_ms.to_string(), bounds });
         }
-        self.timeline.advance(to_ms);
-        self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))
+        self.save_time()
     }
 
     /// The moment at which a key is decided about: taken while its stripe is locked, so that it is not before the moment
@@ -336,18 +332,32 @@ impl Engine {
     /// Writes to the database; poisons the store where the outcome is unknown.
     pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut db::Tx<'_>) -> Result<()>) -> Result<()> {
         self.ready()?;
+        let mut saving = None;
         let written = {
             let _timer = self.meter.commit(sync);
-            self.db.write(sync, fill)
+            self.db.write(sync, |tx| {
+                fill(tx)?;
+                saving = self.time_saved.put_changed(&self.timeline, tx)?;
+                Ok(())
+            })
         };
         written.inspect_err(|error| {
             if let Error::WriteFailed { detail } = error {
                 self.poison(detail);
             }
         })?;
+        if let Some(saving) = saving {
+            saving.done();
+        }
         // Only after the write: whoever syncs takes the mark first, so that no write is left out.
         self.unsynced.fetch_or(!sync, Ordering::Release);
         Ok(())
+    }
+
+    /// Puts the store's time on the disk.
+    pub(super) fn save_time(&self) -> Result<()> {
+        self.timeline.ask_to_be_saved();
+        self.write(true, |_| Ok(()))
     }
 
     /// Makes sure that `count` tokens, and the numbers of some rows, can be taken.
@@ -365,9 +375,8 @@ impl Engine {
         self.waiting.wake_all();
         KillPoint::CloseBegun.pass();
         self.meter.end(&self.counters, || self.levels());
-        let high_water = self.timeline.high_water_ms().to_le_bytes();
         let written = match self.poison.get() {
-            None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),
+            None => self.db.write(false, |tx| timekeeping::put(&self.timeline, tx).map(drop)),
             Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
         };
         KillPoint::CloseTimeWritten.pass();
@@ -495,14 +504,6 @@ fn apply(stripe: &mut Stripe<'_>, digest: u64, key: &[u8], event: Event) {
         Event::Forgotten { token } if transition::replay_forgotten(stored, token) => stripe.remove(digest, key),
         _ => {}
     }
-}
-
-fn meta<const N: usize>(db: &Db, name: &'static str) -> Result<[u8; N]> {
-    db.meta(name)?.and_then(|value| value.try_into().ok()).ok_or_else(|| corrupt_meta(name))
-}
-
-fn corrupt_meta(name: &str) -> Error {
-    Error::Corrupt { place: format!("`{name}` in `meta`"), detail: "it is missing or of another form".to_owned() }
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ pub(crate) enum Standing {
 }
 
 pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Standing {
-    let is_over = |since_ms: u64| now.time_ms >= since_ms.saturating_add(policy.window_ms);
+    let is_over = |since_ms: u64| now.is_over(since_ms, policy.window_ms);
     let interrupted = |prior, is_over| match policy.on_interrupt {
         OnInterrupt::Hold => Standing::Held(prior),
         OnInterrupt::Rerun if is_over => Standing::Forgotten,
@@ -165,7 +165,7 @@ mod tests {
     const HIS: Option<&Fingerprint> = Some(&[2; 16]);
 
     fn at(wall_ms: u64) -> Now {
-        Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, backoff_ms: wall_ms }
+        Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, backoff_ms: wall_ms, ..Now::default() }
     }
 
     fn processing(holder: Holder) -> Entry {
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn on_stream_time_what_is_known_answers_before_the_messages_age() {
         let ask = |stored: Option<&Entry>, at_ms, stream_ms| {
-            let now = Now { time_ms: stream_ms, monotonic_ms: 100, backoff_ms: 100 };
+            let now = Now { time_ms: stream_ms, monotonic_ms: 100, backoff_ms: 100, ..Now::default() };
             match find(stored, HERS, Some(at_ms), now, STREAM) {
                 Found::Completed(_) => "completed",
                 Found::InProgress { .. } => "in progress",

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::chunk::Chunk;
-use super::engine::{Engine, HIGH_WATER};
+use super::engine::Engine;
 use super::hot_table::Stripe;
 use super::transition::Standing;
 use crate::bucket::filters::Filters;
@@ -66,6 +66,7 @@ impl Engine {
 
     /// One round of all that is due.
     pub(super) fn upkeep(&self, last: &mut Rounds) -> Result<()> {
+        self.keep_time()?;
         let present = self.present_slice();
         self.db.take_inventory_if_due();
         // First, so that a seal finds room for its buckets.
@@ -87,6 +88,13 @@ impl Engine {
         }
         last.sealed = present;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
+    }
+
+    /// Looks at the clocks, and writes what the next opening must know of them: a change at once, all else with a write
+    /// that comes anyway.
+    fn keep_time(&self) -> Result<()> {
+        self.time_saved.refresh(self.timeline.observe());
+        if self.time_saved.is_outdated(&self.timeline) { self.write(false, |_| Ok(())) } else { Ok(()) }
     }
 
     /// Where the rounds of upkeep begin.
@@ -156,6 +164,7 @@ impl Engine {
 
         self.reserve(image.len())?;
         let mut written = Vec::with_capacity(image.len());
+        self.timeline.ask_to_be_saved();
         self.write(false, |tx| {
             tx.delete_rows_before(start);
             // Each row goes as soon as the transaction has it: where much is in flight, one copy fewer is a lot.
@@ -164,7 +173,7 @@ impl Engine {
                 tx.put_row(open.number(), &row);
                 written.push((open, row.len()));
             }
-            tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
+            Ok(())
         })?;
         KillPoint::SealJournalCut.pass();
         for (open, bytes) in written {
@@ -223,12 +232,12 @@ impl Engine {
     }
 
     fn drop_passed_by(&self, now: Now) -> Result<()> {
-        let (span, now_ms) = (self.config().span, now.time_ms);
-        if has_passed(&self.buckets, span, now_ms) {
+        let span = self.config().span;
+        if has_passed(&self.buckets, span, &now) {
             KillPoint::BucketPassed.pass();
-            // A clock that was ahead by mistake must not bring back the time in which these keys counted.
-            self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))?;
-            drop_passed(&self.db, &self.buckets, span, now_ms);
+            // The next opening must not take these keys for remembered.
+            self.save_time()?;
+            drop_passed(&self.db, &self.buckets, span, &now);
         }
         Ok(())
     }
@@ -335,7 +344,7 @@ impl Engine {
 
     /// The store's figures. Visits the hot table and the directory: not for every request.
     pub(crate) fn stats(&self) -> Stats {
-        let now = self.now();
+        let now = self.timeline.observe();
         let view = self.buckets.view();
         let bucket_stats = |bucket: &Arc<Bucket>| BucketStats {
             start_ms: bucket.slice.start_ms,
@@ -372,7 +381,7 @@ impl Engine {
             disk_bytes: self.db.directory().bytes(),
             now_ms: now.time_ms,
             window: Duration::from_millis(window_ms),
-            remembers_since_ms: now.time_ms.saturating_sub(window_ms).saturating_add(1),
+            remembers_since_ms: now.remembers_since(window_ms),
             poisoned: self.poisoned().map(str::to_owned),
         }
     }
