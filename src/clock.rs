@@ -83,7 +83,8 @@ fn boot_id() -> Option<[u8; 16]> {
 
 #[cfg(target_os = "linux")]
 fn since_boot_ms() -> Option<u64> {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    // The other form panics where a sandbox knows no such clock.
+    let now = rustix::time::clock_gettime_dynamic(rustix::time::DynamicClockId::Boottime).ok()?;
     let (seconds, nanos) = (u64::try_from(now.tv_sec).ok()?, u64::try_from(now.tv_nsec).ok()?);
     seconds.checked_mul(1_000)?.checked_add(nanos / 1_000_000)
 }
@@ -335,4 +336,37 @@ impl Timeline {
 /// Whole milliseconds of a duration; one beyond half a billion years counts as that.
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manual_clock_shows_what_it_is_told() {
+        let clock = ManualClock::at(1_000);
+        let shows = || (clock.wall_ms(), clock.monotonic_ms(), clock.boot().unwrap().ms);
+        assert_eq!(shows(), (1_000, 0, 1_000));
+        clock.advance(Duration::from_millis(50));
+        assert_eq!(shows(), (1_050, 50, 1_050));
+        clock.set_wall_ms(7);
+        assert_eq!(shows(), (7, 50, 1_050));
+        clock.suspend(Duration::from_millis(100));
+        assert_eq!(shows(), (107, 50, 1_150));
+        let (before, other) = (clock.boot().unwrap().id, ManualClock::at(5).boot().unwrap().id);
+        clock.reboot();
+        assert_eq!(before, other, "of one boot");
+        assert_ne!(clock.boot().unwrap().id, other);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_system_has_a_clock_that_runs_across_processes() {
+        let (one, other) = (SystemClock::new().boot().unwrap(), SystemClock::new().boot().unwrap());
+        assert_eq!(one.id, other.id);
+        assert!(one.ms <= other.ms && other.ms - one.ms < 60_000, "{one:?}, {other:?}");
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+        let uptime_ms = uptime.split('.').next().unwrap().parse::<u64>().unwrap() * 1_000;
+        assert!(other.ms.abs_diff(uptime_ms) < 60_000, "{other:?}, up for {uptime_ms} ms");
+    }
 }

@@ -748,7 +748,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_store_knows_of_its_clocks_comes_back_and_numbers_out_of_range_are_refused() {
+    fn the_state_of_the_clocks_is_read_back_and_numbers_out_of_range_are_refused() {
         let ahead =
             Deviation { is_ahead: true, since_ms: 5, least_ms: 6, measured_since_ms: 7, first_wall_ms: MAX_WALL_MS };
         let boot = Some(BootTime { id: [7; 16], ms: u64::MAX });

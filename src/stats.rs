@@ -53,13 +53,13 @@ pub struct Stats {
     pub filter_bytes: u64,
     /// Bytes of all files in the store's directory.
     pub disk_bytes: u64,
-    /// The store's time, in milliseconds since the Unix epoch: its clock's, or stream time. 0 on a stream store that has
-    /// seen no message.
+    /// The store's time, in milliseconds since the Unix epoch: elapsed time, or stream time. It may differ from the wall clock, which
+    /// counts only when it was confirmed for 10 minutes. 0 on a stream store that has seen no message.
     pub now_ms: u64,
     /// How long a completed key is remembered.
     pub window: Duration,
-    /// The end of the oldest bucket's reach: a key completed at this time (milliseconds since the Unix epoch) or
-    /// later is remembered.
+    /// A key completed at this time (milliseconds since the Unix epoch) or later is remembered. It never goes back, also where the
+    /// window becomes wider or the store's time goes back.
     pub remembers_since_ms: u64,
     /// Why the store refuses, if it is poisoned.
     pub poisoned: Option<String>,

@@ -41,7 +41,8 @@ pub struct Builder {
 
 impl Builder {
     /// How long a completed key is remembered. From 1 ms to 10 years; by default what the store was last opened with,
-    /// 24 hours for a new one. What a narrower window has let go of is gone for good.
+    /// 24 hours for a new one. Opening with a narrower window forgets older keys for good: a wider one later does not bring
+    /// them back, and does not claim to remember them ([`Stats::remembers_since_ms`](crate::Stats::remembers_since_ms)).
     pub fn window(mut self, window: Duration) -> Self {
         self.options.window = Some(window);
         self
@@ -136,7 +137,8 @@ impl Builder {
         self
     }
 
-    /// Where the time comes from: the system by default, a [`ManualClock`](crate::ManualClock) in tests.
+    /// Where the time comes from: the system by default, a [`ManualClock`](crate::ManualClock) in tests. The store's time runs on the
+    /// monotonic clock. A wall clock that differs from it by more than a second counts when every reading of 10 minutes said so.
     pub fn clock(mut self, clock: impl Clock) -> Self {
         self.options.clock = Arc::new(clock);
         self

@@ -361,7 +361,7 @@ fn a_step_counts_when_every_reading_of_ten_minutes_said_so() {
 }
 
 #[test]
-fn what_was_completed_before_a_pause_was_confirmed_is_remembered_for_its_window() {
+fn completions_before_a_pause_is_confirmed_are_remembered_for_their_window() {
     for (sealed, restarted, pause_ms) in
         [(false, false, 3 * DAY_MS), (true, false, 3 * DAY_MS), (true, true, 3 * DAY_MS), (true, true, 5 * MINUTE_MS)]
     {
@@ -405,7 +405,7 @@ fn what_was_completed_before_a_pause_was_confirmed_is_remembered_for_its_window(
 }
 
 #[test]
-fn a_crash_forgets_neither_what_a_step_carries_along_nor_that_it_was_seen() {
+fn a_crash_loses_neither_a_step_nor_a_deviation() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("before");
     bench.clocks.pass(1);
@@ -421,7 +421,7 @@ fn a_crash_forgets_neither_what_a_step_carries_along_nor_that_it_was_seen() {
 }
 
 #[test]
-fn many_pauses_lose_nothing_and_are_caught_up_with() {
+fn many_pauses_lose_no_key_and_delay_expiry_by_a_window_at_most() {
     // Each is larger than a bucket, so that none can be merged with another.
     let bench = Bench::new(Clocks::without_a_boot_clock(), 5 * HOUR_MS);
     let mut alive_since: Vec<(String, u64)> = Vec::new();
@@ -437,7 +437,7 @@ fn many_pauses_lose_nothing_and_are_caught_up_with() {
         for (key, since_ms) in &alive_since {
             let age_ms = elapsed_ms - since_ms;
             assert!(age_ms >= 5 * HOUR_MS || bench.knows(key), "{key} is forgotten at an age of {age_ms} ms");
-            assert!(age_ms < 12 * HOUR_MS || !bench.knows(key), "{key} is still known at an age of {age_ms} ms");
+            assert!(age_ms < 10 * HOUR_MS || !bench.knows(key), "{key} is still known at an age of {age_ms} ms");
         }
         assert!(bench.store.stats().buckets.len() <= 17, "{:?}", bench.store.stats().buckets);
     }
@@ -487,7 +487,7 @@ fn put_right_after(wrong_ms: u64, window_ms: u64) -> Bench {
 }
 
 #[test]
-fn a_clock_that_is_put_right_brings_the_time_back_to_it_where_nothing_was_forgotten_that_counts() {
+fn the_time_goes_back_to_a_clock_that_is_put_right_within_the_window() {
     for restarted in [false, true] {
         let mut bench = put_right_after(2 * HOUR_MS, 5 * HOUR_MS);
         if restarted {
@@ -509,7 +509,7 @@ fn a_clock_that_is_put_right_brings_the_time_back_to_it_where_nothing_was_forgot
 }
 
 #[test]
-fn a_clock_that_is_put_right_brings_nothing_back_that_was_forgotten_and_stops_nothing() {
+fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
     let mut bench = put_right_after(YEAR_MS, HOUR_MS);
     let highest_ms = START_MS + 1 + 2 * CONFIRMED_AFTER_MS + YEAR_MS;
     let floor_ms = highest_ms - HOUR_MS + 1;
@@ -541,7 +541,7 @@ fn a_clock_that_is_put_right_brings_nothing_back_that_was_forgotten_and_stops_no
 }
 
 #[test]
-fn what_is_completed_at_a_wrong_time_is_no_burden_for_ever() {
+fn completions_at_a_wrong_time_expire_too() {
     // Again and again the clock is wrong for long enough to count, by less than a window and by more.
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     for round in 0..12_u64 {

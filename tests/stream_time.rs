@@ -148,7 +148,7 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
 }
 
 #[test]
-fn what_a_narrower_window_forgot_is_too_old_when_it_is_wide_again() {
+fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
     const HOUR_MS: u64 = 3_600_000;
     for (dropped, narrow_again) in [(true, false), (false, false), (true, true)] {
         let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(TODAY_MS));

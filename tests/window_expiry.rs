@@ -180,7 +180,7 @@ fn a_store_keeps_its_window_when_it_is_opened_without_one() {
 }
 
 #[test]
-fn what_a_narrower_window_forgot_is_not_claimed_to_be_remembered_when_it_is_wide_again() {
+fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
     const HOUR_MS: u64 = 3_600_000;
     for (dropped, crashed) in [(true, false), (false, false), (false, true)] {
         let mut bench =

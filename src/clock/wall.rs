@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_sees_the_time_go_back_while_others_follow_small_steps() {
+    fn the_time_never_goes_back_while_threads_follow_small_steps() {
         let clock = ManualClock::at(START_MS);
         let wall = begun(&clock);
         std::thread::scope(|scope| {
@@ -542,7 +542,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_clocks_show_and_disks_hold_the_time_stays_in_range_and_above_the_floor(
+        fn the_time_stays_in_range_and_above_the_floor_for_any_readings(
             (saved, state) in any_saved(), readings in any_readings(),
         ) {
             let mut course = Course::resume(&saved, &state, SPAN, &readings[0]);
@@ -561,7 +561,7 @@ mod tests {
         }
 
         #[test]
-        fn what_a_call_may_leave_out_changes_nothing((saved, state) in any_saved(), readings in any_readings()) {
+        fn readings_that_take_no_lock_change_nothing((saved, state) in any_saved(), readings in any_readings()) {
             let mut course = Course::resume(&saved, &state, SPAN, &readings[0]);
             for reading in &readings {
                 let anchor = course.anchor();
