@@ -187,15 +187,22 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
             Bench::with(|builder| builder.window(Duration::from_secs(24 * 3_600)).bucket(Duration::from_secs(3_600)));
         bench.store().record("forgotten").unwrap();
         bench.store().seal().unwrap();
-        bench.advance_ms(5 * HOUR_MS);
+        bench.advance_ms(9 * HOUR_MS / 2);
+        // Of one bucket, and as far apart as can be.
+        bench.store().record("just forgotten").unwrap();
+        bench.advance_ms(1);
+        bench.store().record("just known").unwrap();
+        bench.advance_ms(HOUR_MS / 2 - 1);
         bench.store().record("known").unwrap();
         bench.advance_ms(HOUR_MS / 2);
+        bench.store().seal().unwrap();
         bench.store().close().unwrap();
         let hour = Duration::from_secs(3_600);
         let narrow = bench.builder().window(hour).bucket(hour / 4).open(bench.path()).unwrap();
         let since_ms = narrow.stats().remembers_since_ms;
         assert_eq!(since_ms, START_MS + 5 * HOUR_MS + HOUR_MS / 2 - HOUR_MS + 1);
         assert!(!is_completed(&narrow, "forgotten") && is_completed(&narrow, "known"));
+        assert!(!is_completed(&narrow, "just forgotten") && is_completed(&narrow, "just known"));
         if dropped {
             narrow.seal().unwrap();
         }
@@ -212,6 +219,7 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
         let told = format!("dropped {dropped}, crashed {crashed}");
         assert_eq!(bench.store().stats().remembers_since_ms, since_ms, "{told}");
         assert!(!is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
+        assert!(!is_completed(bench.store(), "just forgotten") && is_completed(bench.store(), "just known"), "{told}");
         assert_eq!(bench.store().record("forgotten").unwrap(), Recorded::First, "{told}");
         bench.advance_ms(20 * HOUR_MS);
         assert!(is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
