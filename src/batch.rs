@@ -158,7 +158,8 @@ impl Store {
 
     fn complete_works(&self, leases: impl IntoIterator<Item = (Lease, Work)>) -> Vec<Result<(), CompleteError>> {
         let (ours, answers) = sort_out(leases, &self.running, |lease| lease);
-        in_order(answers, complete_all(ours).into_iter().map(|completed| completed.map(drop)))
+        let completed = complete_all(ours).into_iter().map(|completed| completed.map(drop));
+        in_order(answers, completed, &self.running, CompleteError::lost)
     }
 
     /// Releases each lease after its backoff, as [`Lease::release_after`]: at once where it is zero. A lease of another
@@ -200,7 +201,7 @@ impl Store {
                 answers.push(Some(lease.release_after(backoff)));
             }
         }
-        in_order(answers, release_all(ours))
+        in_order(answers, release_all(ours), &self.running, |error| error)
     }
 
     /// Records each key. One that stands twice is a duplicate the second time.

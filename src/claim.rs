@@ -7,6 +7,7 @@ use crate::clock::millis;
 use crate::codec::{self, RowKind};
 use crate::entry::{Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
+use crate::invariant::Invariant;
 use crate::key::Key;
 use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
@@ -171,8 +172,7 @@ impl Lease {
 
     /// As [`Lease::complete`], and gives the result back where that worked, too.
     pub(crate) fn complete_and_keep(self, result: Vec<u8>) -> Result<Vec<u8>, CompleteError> {
-        let mut outcomes = complete_all(vec![(self, result.into())]);
-        outcomes.pop().unwrap_or(Ok(Vec::new()))
+        complete_one(self, result.into())
     }
 
     /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
@@ -221,8 +221,7 @@ impl Lease {
     /// back, call this again with the same `fill`: a plain [`Lease::complete`] would leave out what it adds.
     /// [`Error::BatchTooLarge`] also where messages and results are more than 1 GiB together; they have no other limit.
     pub fn complete_with(self, result: impl Into<Vec<u8>>, fill: impl FnOnce(&mut Tx)) -> Result<(), CompleteError> {
-        let mut outcomes = complete_all(vec![(self, Work::with(result.into(), fill))]);
-        outcomes.pop().map_or(Ok(()), |outcome| outcome.map(drop))
+        complete_one(self, Work::with(result.into(), fill)).map(drop)
     }
 
     /// Says that this attempt failed and did nothing: the next claim gets the key at once, and is told
@@ -243,7 +242,9 @@ impl Lease {
     ///
     /// [`Error::Superseded`] if somebody has taken over.
     pub fn release_after(self, backoff: Duration) -> Result<()> {
-        release_all(vec![(self, backoff)]).pop().unwrap_or(Ok(()))
+        let running = Arc::clone(&self.running);
+        let mut released = release_all(vec![(self, backoff)]);
+        released.pop().unwrap_or_else(|| Err(unanswered(&running)))
     }
 
     #[cfg(feature = "tokio")]
@@ -361,13 +362,29 @@ pub(crate) fn sort_out<L>(
     (ours, answers)
 }
 
-/// The answers of a batch in the callers' order: those that are there already, and in the gaps those that `ours` gives.
+/// The answers of a batch in the callers' order: those that are there already, and in the gaps those that `ours` gives. A
+/// gap for which there is none fails, and poisons the store.
 pub(crate) fn in_order<E>(
     answers: Vec<Option<Result<(), E>>>,
     ours: impl IntoIterator<Item = Result<(), E>>,
+    running: &Running,
+    failed: impl Fn(Error) -> E,
 ) -> Vec<Result<(), E>> {
     let mut ours = ours.into_iter();
-    answers.into_iter().map(|answer| answer.or_else(|| ours.next()).unwrap_or(Ok(()))).collect()
+    let mut next = || ours.next().unwrap_or_else(|| Err(failed(unanswered(running))));
+    answers.into_iter().map(|answer| answer.unwrap_or_else(&mut next)).collect()
+}
+
+/// What a lease fails with that has no answer, where each must have one.
+#[cold]
+pub(crate) fn unanswered(running: &Running) -> Error {
+    running.engine.broken(Invariant::AnswerForEachKey, format_args!("a lease has none"))
+}
+
+fn complete_one(lease: Lease, work: Work) -> Result<Vec<u8>, CompleteError> {
+    let running = Arc::clone(&lease.running);
+    let lost = || Err(CompleteError::lost(unanswered(&running)));
+    complete_all(vec![(lease, work)]).pop().unwrap_or_else(lost)
 }
 
 /// Completes leases in one write; an answer for each, with its result.
@@ -461,6 +478,11 @@ struct Failure<L> {
 }
 
 impl<L> CompleteError<L> {
+    /// Where neither the result nor the lease is left.
+    pub(crate) fn lost(error: Error) -> Self {
+        Self::new(error, Vec::new(), None)
+    }
+
     pub(crate) fn new(error: Error, result: Vec<u8>, lease: Option<L>) -> Self {
         Self(Box::new(Failure { error, result, lease }))
     }

@@ -85,8 +85,18 @@ pub enum Error {
         detail: String,
     },
 
-    /// An earlier write failed with an unknown outcome. Nothing was tried; reopen the store.
-    #[error("the store is poisoned by an earlier failed write ({reason}): reopen it")]
+    /// What must always hold did not: a bug in this crate, or memory that changed by itself. The store is poisoned, so that
+    /// nothing succeeds on top of it: report the message, and reopen the store, which reads all it needs from the disk.
+    #[error("broken invariant: {invariant} ({detail}); this is a bug in onlyonce: report it, and reopen the store")]
+    Broken {
+        /// What must hold, as in `docs/invariants.md`.
+        invariant: &'static str,
+        /// What was found instead.
+        detail: String,
+    },
+
+    /// An earlier write failed with an unknown outcome, or a broken invariant was met. Nothing was tried; reopen the store.
+    #[error("the store is poisoned by an earlier failure ({reason}): reopen it")]
     Poisoned {
         /// The first failure.
         reason: String,
@@ -265,7 +275,7 @@ impl Error {
     #[must_use]
     pub fn outcome(&self) -> Outcome {
         match self {
-            Self::WriteFailed { .. } => Outcome::Unknown,
+            Self::WriteFailed { .. } | Self::Broken { .. } => Outcome::Unknown,
             _ => Outcome::NotWritten,
         }
     }

@@ -148,7 +148,7 @@ pub fn filter_file(path: &Path, bytes: &[u8]) {
     let key = FileKey::new(&FILTER_KEY);
     let good = GOOD.get_or_init(|| {
         let layer = Layer::new(Columns::All(32), 300);
-        layer.insert(7, (0..300_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        let _ = layer.insert(7, (0..300_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         let written = file::write(path, &key, BUCKET, &layer, 7, &Covered { keys: 300, runs: vec![11, 19] });
         written.and_then(|()| std::fs::read(path)).unwrap_or_default()
     });

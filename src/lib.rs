@@ -24,6 +24,7 @@ pub mod http;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;
+mod invariant;
 mod key;
 mod kill_point;
 #[cfg(any(test, fuzzing))]

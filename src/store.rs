@@ -10,6 +10,7 @@ use crate::codec::RowKind;
 use crate::config::{Durability, OnInterrupt, Options};
 use crate::entry::{Entry, Kept, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::invariant::Invariant;
 use crate::key::Key;
 use crate::state::answer::{Answer, HeldKey, Settlement, Settler, display};
 use crate::state::engine::Engine;
@@ -666,9 +667,10 @@ impl std::fmt::Debug for Store {
     }
 }
 
-/// The answer to a request of one key.
+/// The answer to a request of one key. The engine has counted the answers, and poisons the store where one is missing.
 pub(crate) fn only<T>(mut answers: Vec<T>) -> Result<T> {
-    answers.pop().ok_or(Error::KeyEmpty)
+    let none = || Error::Broken { invariant: Invariant::AnswerForEachKey.text(), detail: "it has none".to_owned() };
+    answers.pop().ok_or_else(none)
 }
 
 /// When to ask again for a key in progress, at the latest.

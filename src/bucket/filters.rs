@@ -440,7 +440,7 @@ mod tests {
         fs::write(filters_dir.join("torn.new"), b"x").unwrap();
         fs::write(filters_dir.join("somebody's"), b"x").unwrap();
         let oldest = set.view().newest_first().pop().unwrap();
-        set.remove(&db, &oldest);
+        set.remove(&db, &oldest, u64::MAX, 0);
         let left = || {
             let names = fs::read_dir(&filters_dir).unwrap().map(|entry| entry.unwrap().file_name());
             let mut left: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
@@ -450,7 +450,7 @@ mod tests {
         keep(&db, &filters, &set, 2_500);
         assert_eq!(left(), [format!("{}.filter", slice(1).family()), "somebody's".to_owned()]);
         for bucket in set.view().newest_first() {
-            set.remove(&db, &bucket);
+            set.remove(&db, &bucket, u64::MAX, 0);
         }
         keep(&db, &filters, &set, 2_500);
         assert_eq!(left(), ["somebody's"], "also where no bucket is left");

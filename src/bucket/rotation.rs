@@ -15,11 +15,11 @@ pub(crate) fn has_passed(set: &BucketSet, span: Span, now_ms: u64) -> bool {
 
 /// Drops every bucket whose keys are all forgotten. Costs a change of the manifest each, however many keys it has.
 pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) {
-    set.remove_passed(db);
+    set.remove_passed(db, now_ms, span.window_ms);
     let view = set.view();
     for bucket in view.newest_first() {
         if !bucket.slice.is_live(now_ms, span.window_ms) {
-            set.remove(db, &bucket);
+            set.remove(db, &bucket, now_ms, span.window_ms);
         }
     }
 }

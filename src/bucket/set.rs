@@ -11,6 +11,7 @@ use crate::entry::Done;
 use crate::error::{Error, Result};
 use crate::filter::layer::{Geometry, Layer, SLOTS, Slot};
 use crate::filter::stack::Stack;
+use crate::invariant::{Invariant, Poison};
 use crate::kill_point::KillPoint;
 use crate::storage::db::Db;
 
@@ -92,9 +93,19 @@ pub(crate) struct BucketSet {
     expected_keys: u64,
     /// Families of buckets that had passed when the store was opened, to be dropped.
     passed: Mutex<Vec<String>>,
+    poison: Arc<Poison>,
 }
 
 impl BucketSet {
+    /// Has it end the store where an invariant is broken.
+    pub(crate) fn of(self, poison: &Arc<Poison>) -> Self {
+        Self { poison: Arc::clone(poison), ..self }
+    }
+
+    pub(super) fn poison(&self) -> &Poison {
+        &self.poison
+    }
+
     /// The buckets with these family names, none of them covered by a filter yet. Its base is of `geometry`, if it may
     /// be, and else for buckets of `expected_keys`, or of as many as those that are there.
     pub(crate) fn open(
@@ -141,7 +152,8 @@ impl BucketSet {
             }
         }
         let passed = Mutex::new(passed);
-        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()), expected_keys, passed })
+        let (view, change, poison) = (ArcSwap::from_pointee(view), Mutex::new(()), Arc::default());
+        Ok(Self { view, change, expected_keys, passed, poison })
     }
 
     pub(crate) fn view(&self) -> Guard<Arc<View>> {
@@ -187,20 +199,31 @@ impl BucketSet {
         // Not only to make room: an empty layer is removed with the next bucket that goes, unless it is seen in use.
         let _change = self.change.lock();
         let view = self.view.load();
-        match view.stack.with_room(bucket.slot, expected) {
+        let marked = match view.stack.with_room(bucket.slot, expected) {
             None => view.stack.insert(bucket.slot, digests.iter().copied()),
             Some(stack) => {
                 tracing::debug!(bucket = %bucket.slice, keys = expected, bytes = stack.bytes(), "filter grown");
-                stack.insert(bucket.slot, digests.iter().copied());
+                let marked = stack.insert(bucket.slot, digests.iter().copied());
                 self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+                marked
             }
+        };
+        // A bucket that the filter has no column for is always asked on disk.
+        if !marked && view.stack.covers(bucket.slot) {
+            self.unmarked(bucket.slice);
         }
+    }
+
+    fn unmarked(&self, of: impl std::fmt::Display) {
+        self.poison.broken(Invariant::FilterBits, format_args!("not so for keys of {of}"));
     }
 
     /// Adds kept columns to a layer of the filter.
     pub(crate) fn add_columns(&self, layer: &Layer, shard: usize, columns: &[(Slot, Vec<u8>)]) {
         let _change = self.change.lock();
-        layer.add_columns(shard, columns);
+        if !layer.add_columns(shard, columns) {
+            self.unmarked("a filter file");
+        }
     }
 
     /// As [`BucketSet::set_filtered`], where a layer got the bucket's column from a file: `keys` keys. Not if the layer
@@ -212,7 +235,9 @@ impl BucketSet {
                 return;
             }
             // A layer without keys passes for empty, and the number may be RocksDB's guess.
-            layer.count(bucket.slot, keys.max(1));
+            if !layer.count(bucket.slot, keys.max(1)) {
+                self.unmarked(bucket.slice);
+            }
         }
         self.set_filtered(bucket);
     }
@@ -236,7 +261,9 @@ impl BucketSet {
     /// Notes digests of keys that move to a layer.
     pub(crate) fn move_in(&self, bucket: &Bucket, home: &Layer, digests: &[u64]) {
         let _change = self.change.lock();
-        home.insert(bucket.slot, digests.iter().copied());
+        if !home.insert(bucket.slot, digests.iter().copied()) {
+            self.unmarked(bucket.slice);
+        }
     }
 
     /// All keys of the bucket have moved: its older layers are asked no more.
@@ -251,10 +278,22 @@ impl BucketSet {
     }
 
     /// Drops the buckets that had passed before this opening.
-    pub(crate) fn remove_passed(&self, db: &Db) {
+    pub(crate) fn remove_passed(&self, db: &Db, now_ms: u64, window_ms: u64) {
         for family in std::mem::take(&mut *self.passed.lock()) {
-            drop_or_leave(db, &family);
+            if Slice::of_family(&family).is_some_and(|slice| self.may_go(slice, now_ms, window_ms)) {
+                drop_or_leave(db, &family);
+            }
         }
+    }
+
+    /// Whether a bucket that is about to be dropped has passed indeed.
+    fn may_go(&self, slice: Slice, now_ms: u64, window_ms: u64) -> bool {
+        let is_live = slice.is_live(now_ms, window_ms);
+        if is_live {
+            let detail = format_args!("{slice} at {now_ms}, with a window of {window_ms} ms");
+            self.poison.broken(Invariant::OnlyPassedDropped, detail);
+        }
+        !is_live
     }
 
     /// Whether buckets are left that had passed before this opening.
@@ -262,8 +301,11 @@ impl BucketSet {
         !self.passed.lock().is_empty()
     }
 
-    /// Drops a bucket and frees its slot.
-    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>) {
+    /// Drops a bucket that has passed, and frees its slot.
+    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>, now_ms: u64, window_ms: u64) {
+        if !self.may_go(bucket.slice, now_ms, window_ms) {
+            return;
+        }
         let _change = self.change.lock();
         let mut view = View::clone(&self.view.load());
         if !view.has(bucket) {
@@ -357,9 +399,12 @@ pub(crate) fn look_up(
                 place: format!("a row of the bucket {}", bucket.slice),
                 detail: "its value is not in a format that this version writes".to_owned(),
             })?;
-            if let Some(probe) = here.get(at) {
-                found(probe.place, bucket, done);
+            let corrupt = |detail: String| Error::Corrupt { place: format!("a row of the bucket {}", bucket.slice), detail };
+            if !bucket.slice.contains(done.completed_ms) {
+                return Err(corrupt(format!("its key was completed at {}, outside the bucket", done.completed_ms)));
             }
+            let probe = here.get(at).ok_or_else(|| corrupt("nobody has asked for it".to_owned()))?;
+            found(probe.place, bucket, done);
             Ok(())
         };
         match row_keys.as_slice() {
@@ -429,21 +474,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (db, set, [first, gone, last]) = three_found(&dir);
         set.mark(&gone, &[77]);
-        set.remove(&db, &gone);
+        set.remove(&db, &gone, u64::MAX, 0);
         assert_eq!(asked(&set, 77), [0, 2]);
         let next = set.ensure(&db, second(3)).unwrap();
         assert_eq!(next.slot, gone.slot);
         assert_eq!(asked(&set, 77), [0, 2], "its filter is new and empty");
         set.mark(&next, &[99]);
         // Whoever still has the old one in hand.
-        set.remove(&db, &gone);
+        set.remove(&db, &gone, u64::MAX, 0);
         set.moved(&gone, set.view().base().unwrap());
         assert_eq!(asked(&set, 99), [0, 2, 3]);
         set.set_filtered(&first);
         set.set_filtered(&last);
         assert_eq!(asked(&set, 99), [3]);
         let passing = set.ensure(&db, second(9)).unwrap();
-        set.remove(&db, &passing);
+        set.remove(&db, &passing, u64::MAX, 0);
         assert_eq!((asked(&set, 99), asked(&set, 77)), (vec![3], vec![]), "the others keep their filters");
         // A home that has gone meanwhile has nobody's keys.
         let elsewhere = tempfile::tempdir().unwrap();
@@ -455,9 +500,9 @@ mod tests {
         assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
         let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
         let buckets = [0, 2, 3].map(|i| set.ensure(&db, second(i)).unwrap());
-        set.remove(&db, &buckets[1]);
+        set.remove(&db, &buckets[1], u64::MAX, 0);
         let newer = set.ensure(&db, second(4)).unwrap();
-        set.remove(&db, &newer);
+        set.remove(&db, &newer, u64::MAX, 0);
         set.set_filtered(&buckets[1]);
         assert_eq!(asked(&set, 99), [0, 3], "they have no filter yet");
     }

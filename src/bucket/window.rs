@@ -21,6 +21,10 @@ impl Slice {
         self.start_ms.saturating_add(self.width_ms)
     }
 
+    pub(crate) fn contains(self, time_ms: u64) -> bool {
+        time_ms.checked_sub(self.start_ms).is_some_and(|since_ms| since_ms < self.width_ms)
+    }
+
     pub(crate) fn next(self) -> Self {
         Self { start_ms: self.end_ms(), width_ms: self.width_ms }
     }

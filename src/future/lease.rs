@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::committer::Committer;
 use super::{Claim, CompleteError};
-use crate::claim::{self, Claim as Claimed, Work};
+use crate::claim::{self, Claim as Claimed, Work, unanswered};
 use crate::codec;
 use crate::config::OnInterrupt;
 use crate::entry::Prior;
@@ -89,7 +89,8 @@ impl Lease {
     pub(super) async fn finish(self, work: Work) -> Result<Vec<u8>, CompleteError> {
         let Self { lease, committer } = self;
         let mut answers = committer.complete(vec![(lease, work)]).await;
-        answers.pop().unwrap_or(Ok(Vec::new())).map_err(|error| failed(error, &committer))
+        let lost = || Err(claim::CompleteError::lost(unanswered(&committer.running)));
+        answers.pop().unwrap_or_else(lost).map_err(|error| failed(error, &committer))
     }
 
     /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
@@ -135,7 +136,8 @@ impl Lease {
     /// [`Error::Superseded`] if somebody has taken over.
     pub async fn release_after(self, backoff: Duration) -> Result<()> {
         let Self { lease, committer } = self;
-        committer.release(vec![(lease, backoff)]).await.pop().unwrap_or(Ok(()))
+        let mut released = committer.release(vec![(lease, backoff)]).await;
+        released.pop().unwrap_or_else(|| Err(unanswered(&committer.running)))
     }
 
     /// Ends an attempt that failed, and may have had its effect where that is in doubt. Under `Hold` such a doubt holds the

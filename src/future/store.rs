@@ -396,7 +396,7 @@ impl Store {
         let ours: Vec<_> = ours.into_iter().map(|(lease, work)| (lease.lease, work)).collect();
         let completed = if ours.is_empty() { Vec::new() } else { self.committer.complete(ours).await };
         let own = |answer: Result<_, _>| answer.map(drop).map_err(|error| failed(error, &self.committer));
-        in_order(answers, completed.into_iter().map(own))
+        in_order(answers, completed.into_iter().map(own), &self.committer.running, CompleteError::lost)
     }
 
     /// How far a partition of a stream was read, as [`Store::offset`](crate::Store::offset).
@@ -457,7 +457,7 @@ impl Store {
             }
         }
         let released = if ours.is_empty() { Vec::new() } else { self.committer.release(ours).await };
-        in_order(answers, released)
+        in_order(answers, released, &self.committer.running, |error| error)
     }
 
     /// Records each key, as [`Store::record_batch`](crate::Store::record_batch).

@@ -64,9 +64,8 @@ impl Rows for Chunk {
                 a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key()))
             });
             for (digest, completed) in &here {
-                if let Some(done) = &completed.done() {
-                    visit(Row { digest: *digest, key: completed.key(), done })?;
-                }
+                let done = &completed.done().ok_or_else(|| completed.is_not())?;
+                visit(Row { digest: *digest, key: completed.key(), done })?;
             }
         }
         Ok(())

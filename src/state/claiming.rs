@@ -73,7 +73,7 @@ impl Engine {
         }
         self.append(open, row, self.config.sync_claims())?;
         self.count_claims(&claimed);
-        Ok(claimed)
+        self.answered(claimed, request.len())
     }
 
     /// Records every key that is free as completed, without a result. One row, whatever their number.
@@ -123,7 +123,7 @@ impl Engine {
         }
         self.count_records(&answers);
         self.wake_if_due();
-        Ok(answers)
+        self.answered(answers, request.len())
     }
 
     /// Room for one more key in flight, if it is none yet. Asked under a stripe's lock: callers in other stripes may

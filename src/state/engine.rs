@@ -25,6 +25,7 @@ use crate::concurrency::{AtomicBool, AtomicU64, Condvar, Mutex};
 use crate::config::{Config, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::invariant::{Invariant, Poison};
 use crate::key::{Digester, Key};
 use crate::kill_point::KillPoint;
 use crate::meter::Meter;
@@ -80,7 +81,8 @@ pub(crate) struct Engine {
     /// Whether something was written that is not on the disk yet.
     pub(super) unsynced: AtomicBool,
     digester: Digester,
-    poison: OnceLock<String>,
+    /// Shared with the hot table, the buckets and the sequence.
+    poison: Arc<Poison>,
     closed: AtomicBool,
 }
 
@@ -136,6 +138,7 @@ impl Engine {
 
         let digester = Digester::new(&secret);
         let hot = HotTable::new(config.memory_budget / RECENT_SHARE);
+        let poison = Arc::clone(hot.poison());
         let replayed = recovery::replay(&db, |key, event| {
             let digest = digester.digest(key);
             apply(&mut hot.stripe(digest), digest, key, event);
@@ -156,6 +159,7 @@ impl Engine {
         let now_ms = timeline.now().time_ms;
         let (span, expected) = (config.span, config.bucket_keys);
         let buckets = BucketSet::open(&db, &families, span, now_ms, expected, filter_budget, filters.geometry())?;
+        let buckets = buckets.of(&poison);
         let engine = Self {
             policy: Policy {
                 window_ms: config.span.window_ms,
@@ -167,7 +171,7 @@ impl Engine {
             hot,
             buckets,
             filters,
-            sequence: Sequence::after(tokens),
+            sequence: Sequence::after(tokens).of(&poison),
             timeline,
             counters: Counters::default(),
             meter: Meter::new(&path),
@@ -180,7 +184,7 @@ impl Engine {
             log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
             digester,
-            poison: OnceLock::new(),
+            poison,
             closed: AtomicBool::new(false),
         };
         KillPoint::OpenReplayed.pass();
@@ -210,6 +214,7 @@ impl Engine {
 
     /// Puts on the disk, before the first answer, what this opening changed: its options and its tokens.
     fn begin(&self, replayed: Replayed) -> Result<()> {
+        self.unbroken()?;
         self.write(true, |tx| {
             tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
             tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))?;
@@ -314,23 +319,49 @@ impl Engine {
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
-        match self.poison.get() {
+        match self.poison.reason() {
             None => Ok(()),
-            Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
+            Some(reason) => Err(Error::Poisoned { reason: reason.to_owned() }),
         }
     }
 
     pub(crate) fn poisoned(&self) -> Option<&str> {
-        self.poison.get().map(String::as_str)
+        self.poison.reason()
     }
 
     /// Refuses everything from now on: nobody knows any more what is on the disk.
     pub(crate) fn poison(&self, reason: &str) {
-        if self.poison.set(reason.to_owned()).is_ok() {
+        if self.poison.set(reason) {
             tracing::error!(reason, "store poisoned: it refuses until it is reopened");
         }
+        self.wake_all();
+    }
+
+    /// Whoever waits for something looks again, and learns that the store has ended.
+    pub(super) fn wake_all(&self) {
         self.backlog.eased.notify_all();
         self.waiting.wake_all();
+    }
+
+    /// Fails, and poisons the store: something is not as it must be.
+    #[cold]
+    pub(crate) fn broken(&self, invariant: Invariant, detail: std::fmt::Arguments<'_>) -> Error {
+        let error = self.poison.broken(invariant, detail);
+        self.wake_all();
+        error
+    }
+
+    /// Fails where an invariant was broken. Before an answer: the table says nothing of it by itself.
+    pub(super) fn unbroken(&self) -> Result<()> {
+        self.poison.unbroken().inspect_err(|_| self.wake_all())
+    }
+
+    /// As many answers as a call has keys.
+    pub(crate) fn answered<T>(&self, answers: Vec<T>, keys: usize) -> Result<Vec<T>> {
+        if answers.len() == keys {
+            return Ok(answers);
+        }
+        Err(self.broken(Invariant::AnswerForEachKey, format_args!("{} answers to {keys} keys", answers.len())))
     }
 
     /// Writes to the database; poisons the store where the outcome is unknown.
@@ -366,9 +397,9 @@ impl Engine {
         KillPoint::CloseBegun.pass();
         self.meter.end(&self.counters, || self.levels());
         let high_water = self.timeline.high_water_ms().to_le_bytes();
-        let written = match self.poison.get() {
+        let written = match self.poison.reason() {
             None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),
-            Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
+            Some(reason) => Err(Error::Poisoned { reason: reason.to_owned() }),
         };
         KillPoint::CloseTimeWritten.pass();
         let closed = self.db.close();
@@ -436,6 +467,7 @@ impl Engine {
 
     /// As [`Engine::append`], with what its completions take along.
     pub(super) fn append_with(&self, open: OpenRow<'_>, row: RowWriter, taken: &[Along<'_>], sync: bool) -> Result<()> {
+        self.unbroken()?;
         if !row.is_empty() {
             let row = row.finish();
             self.write(sync, |tx| {

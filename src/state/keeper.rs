@@ -145,7 +145,7 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
         match engine.upkeep(&mut last) {
             Ok(()) => pause = TICK,
             Err(Error::Closed) => return,
-            Err(Error::Poisoned { .. }) => break,
+            Err(Error::Poisoned { .. } | Error::Broken { .. }) => break,
             Err(error) => {
                 tracing::warn!(%error, "upkeep failed, and will be tried again");
                 pause = PAUSE;

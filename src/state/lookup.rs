@@ -12,6 +12,7 @@ use crate::bucket::set::{Probe, View, look_up};
 use crate::clock::Now;
 use crate::entry::{Done, Entry, Processing};
 use crate::error::Result;
+use crate::invariant::Invariant;
 use crate::meter::Call;
 
 /// What the buckets know of a request's keys, and as of which seal.
@@ -90,6 +91,7 @@ impl Engine {
     ) -> Result<R> {
         let mut again;
         let mut on_disk = on_disk;
+        self.has_key(asked.key)?;
         loop {
             let mut stripe = self.hot.stripe(asked.digest);
             let hot = stripe.get(asked.digest, asked.key);
@@ -139,7 +141,19 @@ impl Engine {
     /// What `answer` makes of each key and what is stored of it.
     fn look_at<R>(&self, request: &Request, answer: impl Fn(Asked<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
         let on_disk = self.on_disk(request)?;
-        request.iter().map(|asked| self.decide(asked, &on_disk, |_, stored| answer(asked, stored))).collect()
+        let answers = request.iter().map(|asked| self.decide(asked, &on_disk, |_, stored| answer(asked, stored)));
+        let answers = answers.collect::<Result<Vec<R>>>()?;
+        self.unbroken()?;
+        self.answered(answers, request.len())
+    }
+
+    /// Fails where a request has lost a key: an encoded key has at least its first byte.
+    #[inline]
+    pub(super) fn has_key(&self, key: &[u8]) -> Result<()> {
+        if key.is_empty() {
+            return Err(self.broken(Invariant::KeyInRequest, format_args!("it has no bytes")));
+        }
+        Ok(())
     }
 
     /// How a key that is being processed stands.
@@ -163,6 +177,7 @@ impl Engine {
             }));
         }
         held.sort_by_key(|held: &HeldKey| held.processing.token);
+        self.unbroken()?;
         Ok(held)
     }
 }

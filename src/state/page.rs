@@ -9,6 +9,8 @@ use hashbrown::HashTable;
 use hashbrown::hash_table::Entry as Place;
 
 use crate::entry::{Done, Entry, Holder, Kept, Processing};
+use crate::error::Error;
+use crate::invariant::{Invariant, Poison, STRICT};
 use crate::key::Fingerprint;
 use crate::storage::journal::RowNumbers;
 
@@ -148,6 +150,13 @@ impl<'a> Completed<'a> {
     pub(super) fn done(self) -> Option<Done<&'a [u8]>> {
         self.page.done(self.slot)
     }
+
+    /// What to fail with where it has nothing that it was completed with.
+    #[cold]
+    pub(super) fn is_not(self) -> Error {
+        let (token, state) = (self.slot.token, &self.slot.state);
+        self.page.poison.broken(Invariant::OnlyCompletedSealed, format_args!("the key with token {token} is {state:?}"))
+    }
 }
 
 /// Keys of one stripe. Places of slots that are gone are used again by nobody: the next split leaves them behind.
@@ -158,9 +167,15 @@ pub(super) struct Page {
     heap: Vec<u8>,
     /// Bytes of what lies apart: large results, fingerprints.
     apart_bytes: usize,
+    poison: Arc<Poison>,
 }
 
 impl Page {
+    /// An empty page, which ends the store where an invariant is broken.
+    pub(super) fn of(poison: &Arc<Poison>) -> Self {
+        Self { poison: Arc::clone(poison), ..Self::default() }
+    }
+
     /// An empty page with room for what another holds.
     fn like(other: &Self) -> Self {
         Self {
@@ -168,6 +183,7 @@ impl Page {
             slots: Vec::with_capacity(other.places.len()),
             heap: Vec::with_capacity(other.heap.len()),
             apart_bytes: 0,
+            poison: Arc::clone(&other.poison),
         }
     }
 
@@ -177,12 +193,13 @@ impl Page {
     }
 
     fn find(&self, digest: u64, key: &[u8]) -> Option<&Slot> {
-        let place = self.places.find(spread(digest), |place| is(&self.slots, &self.heap, *place, digest, key))?;
-        self.slots.get(*place as usize)
+        let Self { slots, heap, poison, .. } = self;
+        let place = self.places.find(spread(digest), |place| is(slots, heap, poison, *place, digest, key))?;
+        slots.get(*place as usize)
     }
 
     fn key(&self, slot: &Slot) -> &[u8] {
-        key_of(&self.heap, slot)
+        key_of(&self.heap, &self.poison, slot)
     }
 
     /// What is known of a key.
@@ -202,7 +219,10 @@ impl Page {
         match (&slot.state, self.done(slot)) {
             (_, Some(done)) => Entry::Completed(done.shared()),
             (State::Processing(holder), None) => Entry::Processing(slot.processing(*holder)),
-            (_, None) => Entry::Processing(slot.before()),
+            (state, None) => {
+                self.poison.broken(Invariant::IndexedSlot, format_args!("a slot that is asked for is {state:?}"));
+                Entry::Processing(slot.before())
+            }
         }
     }
 
@@ -212,9 +232,7 @@ impl Page {
             State::Gone | State::Processing(_) => return None,
             State::Absent => Kept::Absent,
             State::Omitted => Kept::Omitted,
-            State::Heap { start, len } => {
-                Kept::Stored(self.heap.get(*start..start + *len as usize).unwrap_or_default())
-            }
+            State::Heap { start, len } => Kept::Stored(bytes_of(&self.heap, &self.poison, *start, *len)),
             State::Apart(bytes) => Kept::Stored(&**bytes),
         };
         let fingerprint = slot.fingerprint.as_deref().copied();
@@ -239,9 +257,9 @@ impl Page {
             }
         };
         self.apart_bytes += apart_bytes(&state, fingerprint.is_some());
-        let Self { places, slots, heap, .. } = self;
-        let is = |place: &u32| is(slots, heap, *place, digest, key);
-        let hash = |place: &u32| hash(slots, *place);
+        let Self { places, slots, heap, poison, .. } = self;
+        let is = |place: &u32| is(slots, heap, poison, *place, digest, key);
+        let hash = |place: &u32| hash(slots, poison, *place);
         let mut new = Slot {
             digest,
             token,
@@ -256,7 +274,10 @@ impl Page {
         };
         match places.entry(spread(digest), is, hash) {
             Place::Occupied(place) => {
-                let Some(slot) = slots.get_mut(*place.get() as usize) else { return Tally::default() };
+                let Some(slot) = slots.get_mut(*place.get() as usize) else {
+                    no_slot(poison, *place.get(), slots.len());
+                    return Tally::default();
+                };
                 new.key_start = slot.key_start;
                 let tally = new.tally() - slot.tally();
                 *slot = new;
@@ -286,11 +307,15 @@ impl Page {
     }
 
     pub(super) fn remove(&mut self, digest: u64, key: &[u8]) -> Tally {
-        let Self { places, slots, heap, .. } = self;
-        let is = |place: &u32| is(slots, heap, *place, digest, key);
+        let Self { places, slots, heap, poison, .. } = self;
+        let is = |place: &u32| is(slots, heap, poison, *place, digest, key);
+        // A key that is not there was removed before.
         let Ok(found) = places.find_entry(spread(digest), is) else { return Tally::default() };
         let (place, _) = found.remove();
-        let Some(slot) = slots.get_mut(place as usize) else { return Tally::default() };
+        let Some(slot) = slots.get_mut(place as usize) else {
+            no_slot(poison, place, slots.len());
+            return Tally::default();
+        };
         let before = slot.tally();
         slot.state = State::Gone;
         Tally::default() - before
@@ -321,10 +346,16 @@ impl Page {
         mut keep: impl FnMut(&[u8], &Processing) -> bool,
     ) -> (Self, Tally) {
         let empty = Self::like(self);
+        if STRICT {
+            self.assert_sound();
+        }
         let mut sealed = std::mem::replace(self, empty);
         let mut tally = Tally::default();
         for place in 0..sealed.slots.len() {
-            let Some(slot) = sealed.slots.get(place) else { break };
+            let Some(slot) = sealed.slots.get(place) else {
+                no_slot(&sealed.poison, place as u32, sealed.slots.len());
+                break;
+            };
             let stays = match slot.state {
                 State::Gone => continue,
                 State::Processing(_) => true,
@@ -350,6 +381,24 @@ impl Page {
         (sealed, tally)
     }
 
+    /// Fails where an invariant of a page is broken. Visits every key.
+    fn assert_sound(&self) {
+        let keys = self.slots.iter().filter(|slot| !matches!(slot.state, State::Gone));
+        let mut indexed = 0;
+        for slot in keys {
+            indexed += 1;
+            let found = self.find(slot.digest, self.key(slot));
+            if !found.is_some_and(|found| std::ptr::eq(found, slot)) {
+                let detail = format_args!("the key with token {} is not found in its page", slot.token);
+                self.poison.broken(Invariant::IndexedSlot, detail);
+            }
+        }
+        if indexed != self.places.len() {
+            let detail = format_args!("{} entries for {indexed} keys", self.places.len());
+            self.poison.broken(Invariant::IndexedSlot, detail);
+        }
+    }
+
     /// Copies a slot of another page, which has no other here.
     fn take(&mut self, other: &Self, slot: &Slot) {
         let key_start = self.heap.len();
@@ -361,8 +410,8 @@ impl Page {
         self.apart_bytes += apart_bytes(&state, slot.fingerprint.is_some());
         let place = self.slots.len() as u32;
         self.slots.push(Slot { key_start, state, ..slot.clone() });
-        let slots = &self.slots;
-        self.places.insert_unique(spread(slot.digest), place, |place| hash(slots, *place));
+        let Self { slots, poison, .. } = self;
+        self.places.insert_unique(spread(slot.digest), place, |place| hash(slots, poison, *place));
     }
 
     /// Takes back what was split off, where nothing newer is known.
@@ -412,16 +461,44 @@ fn spread(digest: u64) -> u64 {
     digest.rotate_left(32)
 }
 
-fn is(slots: &[Slot], heap: &[u8], place: u32, digest: u64, key: &[u8]) -> bool {
-    slots.get(place as usize).is_some_and(|slot| slot.digest == digest && key_of(heap, slot) == key)
+fn is(slots: &[Slot], heap: &[u8], poison: &Poison, place: u32, digest: u64, key: &[u8]) -> bool {
+    match slots.get(place as usize) {
+        Some(slot) => slot.digest == digest && key_of(heap, poison, slot) == key,
+        None => {
+            no_slot(poison, place, slots.len());
+            false
+        }
+    }
 }
 
-fn key_of<'a>(heap: &'a [u8], slot: &Slot) -> &'a [u8] {
-    heap.get(slot.key_start..slot.key_start + slot.key_len as usize).unwrap_or_default()
+fn key_of<'a>(heap: &'a [u8], poison: &Poison, slot: &Slot) -> &'a [u8] {
+    bytes_of(heap, poison, slot.key_start, slot.key_len)
 }
 
-fn hash(slots: &[Slot], place: u32) -> u64 {
-    slots.get(place as usize).map_or(0, |slot| spread(slot.digest))
+#[inline]
+fn bytes_of<'a>(heap: &'a [u8], poison: &Poison, start: usize, len: u32) -> &'a [u8] {
+    match heap.get(start..start.wrapping_add(len as usize)) {
+        Some(bytes) => bytes,
+        None => {
+            poison.broken(Invariant::KeyInPage, format_args!("{len} bytes from {start} on, of {}", heap.len()));
+            &[]
+        }
+    }
+}
+
+fn hash(slots: &[Slot], poison: &Poison, place: u32) -> u64 {
+    match slots.get(place as usize) {
+        Some(slot) => spread(slot.digest),
+        None => {
+            no_slot(poison, place, slots.len());
+            0
+        }
+    }
+}
+
+#[cold]
+fn no_slot(poison: &Poison, place: u32, slots: usize) {
+    poison.broken(Invariant::IndexedSlot, format_args!("it points to slot {place} of {slots}"));
 }
 
 #[cfg(test)]
@@ -481,5 +558,48 @@ mod tests {
         assert_eq!((asked, tally), (vec![b"again".to_vec()], Tally::default()));
         assert_eq!((sealed.completed().count(), page.in_flight(&rows).count()), (0, 1));
         assert!(page.get(1, b"gone", &rows).is_none());
+    }
+
+    /// What a page whose parts were damaged says when it is used.
+    fn broken(damage: impl FnOnce(&mut Page), uses: impl FnOnce(&mut Page)) -> String {
+        let mut page = Page::default();
+        page.set(1, b"first", completed(1, b"its result"));
+        page.set(2, b"second", leased(2, None));
+        page.poison.unbroken().unwrap();
+        damage(&mut page);
+        uses(&mut page);
+        page.poison.unbroken().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_index_entry_without_a_slot_breaks_an_invariant_whatever_is_asked() {
+        type Use = fn(&mut Page);
+        let uses: [Use; 5] = [
+            |page| drop(page.get(2, b"second", &RowNumbers::default())),
+            |page| drop(page.set(2, b"second", completed(3, b"r"))),
+            |page| drop(page.remove(2, b"second")),
+            |page| (3..40).for_each(|digest| drop(page.set(digest, b"more", leased(3, None)))),
+            |page| drop(page.split(9, &RowNumbers::default(), |_, _| true)),
+        ];
+        for uses in uses {
+            let said = broken(|page| page.slots.truncate(1), uses);
+            assert!(said.contains("points to a slot"), "{said}");
+        }
+        let gone = |page: &mut Page| page.slots[1].state = State::Gone;
+        let said = broken(gone, |page| drop(page.get(2, b"second", &RowNumbers::default())));
+        assert!(said.contains("points to a slot"), "{said}");
+    }
+
+    #[test]
+    fn a_key_or_a_result_outside_its_page_breaks_an_invariant() {
+        let get = |page: &mut Page| drop(page.get(1, b"first", &RowNumbers::default()));
+        let said = broken(|page| page.slots[0].key_start = 1_000, get);
+        assert!(said.contains("within the bytes of their page (5 bytes from 1000 on, of 21)"), "{said}");
+        let said = broken(|page| page.slots[0].key_start = usize::MAX, get);
+        assert!(said.contains("within the bytes of their page"), "{said}");
+        let said = broken(|page| page.slots[0].state = State::Heap { start: 5, len: 500 }, get);
+        assert!(said.contains("within the bytes of their page"), "{said}");
+        let said = broken(|page| page.heap.truncate(3), |page| page.completed().for_each(|here| drop(here.key())));
+        assert!(said.contains("within the bytes of their page"), "{said}");
     }
 }

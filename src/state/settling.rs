@@ -5,13 +5,14 @@ use std::sync::Arc;
 use super::answer::{Grant, Settlement, Settler, display};
 use super::engine::Engine;
 use super::page::Pending;
-use super::request::Request;
+use super::request::{Asked, Request};
 use super::transition::{self, Standing};
 use crate::bucket::set::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RowKind};
 use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::invariant::Invariant;
 use crate::kill_point::KillPoint;
 use crate::meter::Call;
 use crate::tx::Tx;
@@ -40,6 +41,7 @@ impl Engine {
             let follows = matches!(settlement, Settlement::Completed(_, Some(tx)) if tx.follows);
             unbroken |= !follows;
             let (digest, key) = (grant.digest(), grant.key());
+            self.has_key(key)?;
             let mut stripe = self.hot.stripe(digest);
             let stored = stripe.get(digest, key);
             let may = match (settler, &stored) {
@@ -88,7 +90,7 @@ impl Engine {
         }
         self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
         self.wake_if_due();
-        Ok(accepted)
+        self.answered(accepted, leases.len())
     }
 
     /// Gives a lease its full time again. `None`: superseded. Costs no write: a lease ends with its process anyway.
@@ -101,6 +103,7 @@ impl Engine {
             Holder::Open { .. } => None,
             _ => Some(Holder::Leased { until_monotonic_ms }),
         });
+        self.unbroken()?;
         if !renewed {
             self.counters.superseded.add(1);
         }
@@ -127,6 +130,10 @@ impl Engine {
 
     fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
         let (digest, key) = (grant.digest(), grant.key());
+        if self.has_key(key).is_err() {
+            // The store is poisoned by it.
+            return false;
+        }
         let mut stripe = self.hot.stripe(digest);
         let stored = stripe.get(digest, key).filter(|stored| transition::may_settle(Some(stored), grant.token));
         let Some(Entry::Processing(processing)) = stored else { return false };
@@ -140,9 +147,11 @@ impl Engine {
     pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, Prior)>> {
         self.ready()?;
         let now = self.now();
-        let Some(asked) = request.iter().next() else { return Ok(None) };
+        let asked = self.only_key(request)?;
         let stripe = self.hot.stripe(asked.digest);
-        let Some(Entry::Processing(processing)) = stripe.get(asked.digest, asked.key) else { return Ok(None) };
+        let stored = stripe.get(asked.digest, asked.key);
+        self.unbroken()?;
+        let Some(Entry::Processing(processing)) = stored else { return Ok(None) };
         let Standing::Held(prior) = self.standing_at(&processing, now) else { return Ok(None) };
         let grant = Grant {
             request: Arc::clone(request),
@@ -158,12 +167,20 @@ impl Engine {
         Ok(Some((grant, prior)))
     }
 
+    /// The key of a request that is about one.
+    fn only_key<'r>(&self, request: &'r Request) -> Result<Asked<'r>> {
+        let none = || self.broken(Invariant::KeyInRequest, format_args!("a request about one key has none"));
+        let asked = request.iter().next().ok_or_else(none)?;
+        self.has_key(asked.key)?;
+        Ok(asked)
+    }
+
     /// Removes all that is stored of a key: true if there was something that counted.
     pub(crate) fn forget(&self, request: &Request) -> Result<bool> {
         // A seal under way would bring the key back into its bucket.
         let sealing = self.sealing.lock();
         self.reserve(1)?;
-        let Some(asked) = request.iter().next() else { return Ok(false) };
+        let asked = self.only_key(request)?;
         let now = self.now();
         let view = self.buckets.view();
         let slots = view.candidates(asked.digest);
@@ -200,6 +217,7 @@ impl Engine {
         let open = self.begin_row();
         let token = self.sequence.take();
         drop(stripe);
+        self.unbroken()?;
         if hot.is_none() && sealed.is_empty() {
             open.finish();
             return Ok(false);

@@ -66,6 +66,7 @@ impl Engine {
 
     /// One round of all that is due.
     pub(super) fn upkeep(&self, last: &mut Rounds) -> Result<()> {
+        self.unbroken()?;
         let present = self.present_slice();
         self.db.take_inventory_if_due();
         // First, so that a seal finds room for its buckets.
@@ -140,6 +141,7 @@ impl Engine {
             stays
         });
         KillPoint::SealSplit.pass();
+        self.unbroken()?;
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
         if self.policy.is_stream {
             // It may have come far since the last round: there must be room for what counts as of now.
@@ -149,6 +151,7 @@ impl Engine {
         // buckets are ahead of, an older state of the key would be left in it.
         self.sync_log()?;
         seal(&self.db, &self.buckets, &chunk)?;
+        self.unbroken()?;
         KillPoint::SealRunsIngested.pass();
         // Before the rows go: a manifest that has lost these runs must not pass for whole.
         self.db.take_inventory()?;
@@ -278,6 +281,7 @@ impl Engine {
         let begun = std::time::Instant::now();
         self.filters.load(&self.buckets, go_on);
         Filters::rebuild(&self.db, &self.buckets, go_on)?;
+        self.unbroken()?;
         tracing::info!(elapsed = ?begun.elapsed(), "filters complete");
         Ok(())
     }
@@ -285,6 +289,8 @@ impl Engine {
     /// Tidies the filters of buckets that have ended, and keeps them on disk.
     pub(super) fn keep_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
         Filters::tidy(&self.db, &self.buckets, self.now().time_ms, &go_on)?;
+        // A column that lacks bits must not be kept.
+        self.unbroken()?;
         let runs = || {
             // While a seal is between a run and its marks, the run must not pass for one that is marked.
             let _sealing = self.sealing.lock();
