@@ -40,6 +40,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "settling",
             "outbox",
             "upkeep",
+            "due",
             "keeper",
         ],
     ),

@@ -186,7 +186,7 @@ impl Filters {
     }
 
     /// Removes the files of buckets that are gone, and what a crash left of one that was being written.
-    fn remove_passed(&self, set: &BucketSet) -> Result<()> {
+    pub(crate) fn remove_passed(&self, set: &BucketSet) -> Result<()> {
         let buckets = set.view().newest_first();
         let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
         self.kept.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));

@@ -13,12 +13,13 @@ pub(crate) fn has_passed(set: &BucketSet, span: Span, now_ms: u64) -> bool {
     set.has_passed() || set.view().newest_first().iter().any(|bucket| !bucket.slice.is_live(now_ms, span.window_ms))
 }
 
-/// Drops every bucket whose keys are all forgotten. Costs a change of the manifest each, however many keys it has.
-pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) {
-    set.remove_passed(db, now_ms, span.window_ms);
+/// Drops every bucket whose keys are all forgotten, as long as `go_on` says so. Costs a change of the manifest each, however
+/// many keys it has.
+pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64, go_on: &impl Fn() -> bool) {
+    set.remove_passed(db, now_ms, span.window_ms, go_on);
     let view = set.view();
-    for bucket in view.newest_first() {
-        if !bucket.slice.is_live(now_ms, span.window_ms) {
+    for bucket in view.newest_first().into_iter().rev() {
+        if !bucket.slice.is_live(now_ms, span.window_ms) && go_on() {
             set.remove(db, &bucket, now_ms, span.window_ms);
         }
     }
@@ -86,7 +87,7 @@ mod tests {
         for (now_ms, passed, left) in [(4_998, false, &[0, 1, 2][..]), (4_999, true, &[1, 2]), (5_998, false, &[1, 2])]
         {
             assert_eq!(has_passed(&set, SPAN, now_ms), passed, "{now_ms}");
-            drop_passed(&db, &set, SPAN, now_ms);
+            drop_passed(&db, &set, SPAN, now_ms, &|| true);
             assert_eq!(seconds(&set), left, "{now_ms}");
         }
         db.close().unwrap();
@@ -94,7 +95,9 @@ mod tests {
         let (db, set) = open(&dir, 5_999);
         assert_eq!(seconds(&set), [2]);
         assert!(has_passed(&set, SPAN, 5_999), "it is still on the disk");
-        drop_passed(&db, &set, SPAN, 5_999);
+        drop_passed(&db, &set, SPAN, 5_999, &|| false);
+        assert!(has_passed(&set, SPAN, 5_999), "there was no time for it");
+        drop_passed(&db, &set, SPAN, 5_999, &|| true);
         assert!(!has_passed(&set, SPAN, 5_999));
         db.close().unwrap();
         let (_db, set) = open(&dir, 0);

@@ -277,9 +277,11 @@ impl BucketSet {
         }
     }
 
-    /// Drops the buckets that had passed before this opening.
-    pub(crate) fn remove_passed(&self, db: &Db, now_ms: u64, window_ms: u64) {
-        for family in std::mem::take(&mut *self.passed.lock()) {
+    /// Drops the buckets that had passed before this opening, as long as `go_on` says so.
+    pub(crate) fn remove_passed(&self, db: &Db, now_ms: u64, window_ms: u64, go_on: &impl Fn() -> bool) {
+        while go_on() {
+            // Not in the loop's condition, which would keep the lock.
+            let Some(family) = self.passed.lock().pop() else { return };
             if Slice::of_family(&family).is_some_and(|slice| self.may_go(slice, now_ms, window_ms)) {
                 drop_or_leave(db, &family);
             }

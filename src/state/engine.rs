@@ -80,6 +80,8 @@ pub(crate) struct Engine {
     pub(super) log_bytes: AtomicU64,
     /// Whether something was written that is not on the disk yet.
     pub(super) unsynced: AtomicBool,
+    /// What the journal held when it was opened.
+    pub(super) found: Replayed,
     digester: Digester,
     /// Shared with the hot table, the buckets and the sequence.
     poison: Arc<Poison>,
@@ -183,13 +185,14 @@ impl Engine {
             journal_bytes: AtomicU64::new(replayed.bytes),
             log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
+            found: replayed,
             digester,
             poison,
             closed: AtomicBool::new(false),
         };
         KillPoint::OpenReplayed.pass();
         engine.notice_crashes();
-        engine.begin(replayed)?;
+        engine.begin()?;
         Ok(engine)
     }
 
@@ -213,7 +216,7 @@ impl Engine {
     }
 
     /// Puts on the disk, before the first answer, what this opening changed: its options and its tokens.
-    fn begin(&self, replayed: Replayed) -> Result<()> {
+    fn begin(&self) -> Result<()> {
         self.unbroken()?;
         self.write(true, |tx| {
             tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
@@ -227,7 +230,7 @@ impl Engine {
         self.db.begin_log()?;
         tracing::info!(
             path = %self.db.directory().root().display(),
-            journal_rows = replayed.rows,
+            journal_rows = self.found.rows,
             unsealed = self.hot.completed(),
             interrupted = self.hot.in_flight(),
             buckets = self.buckets.view().newest_first().len(),
@@ -402,7 +405,17 @@ impl Engine {
             Some(reason) => Err(Error::Poisoned { reason: reason.to_owned() }),
         };
         KillPoint::CloseTimeWritten.pass();
-        let closed = self.db.close();
+        // A process that is over at once must not leave its tables to the next.
+        let merged = if self.poison.reason().is_none() { self.wait_for_merges() } else { Ok(()) };
+        if let Err(error) = merged {
+            tracing::warn!(%error, "nobody knows whether tables pile up");
+        }
+        // What was reserved and not taken is given back, or every open would cost four billion numbers: consumers may keep
+        // tokens in 53 bits. Nobody takes one any more that counts: the calls under way have ended.
+        let closed = self.db.close_with(|tx| match self.poison.reason() {
+            None => tx.put_meta(TOKENS, &self.sequence.untaken().to_le_bytes()),
+            Some(_) => Ok(()),
+        });
         tracing::info!(path = %self.db.directory().root().display(), "store closed");
         written.and(closed)
     }

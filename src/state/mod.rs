@@ -4,6 +4,7 @@ mod along;
 pub(crate) mod answer;
 mod chunk;
 mod claiming;
+mod due;
 pub(crate) mod engine;
 pub(crate) mod hot_table;
 pub(crate) mod keeper;

@@ -60,6 +60,11 @@ impl Sequence {
         Ok(())
     }
 
+    /// The lowest number that nobody has taken. Once nobody can take more, the rest need not stay reserved.
+    pub(crate) fn untaken(&self) -> u64 {
+        self.next.load(Ordering::Acquire)
+    }
+
     fn left(&self) -> u64 {
         self.reserved.load(Ordering::Acquire).saturating_sub(self.next.load(Ordering::Acquire))
     }

@@ -48,6 +48,8 @@ pub(super) struct Rounds {
     /// The slice of time in which the last one took place.
     sealed: Slice,
     purged_monotonic_ms: u64,
+    /// Whether an open has left something to the first of them.
+    pub(super) is_behind: bool,
 }
 
 impl Engine {
@@ -77,7 +79,7 @@ impl Engine {
             self.purge();
         }
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
-        let ended = last.sealed != present && self.hot.completed() > 0;
+        let ended = (last.sealed != present || last.is_behind) && self.hot.completed() > 0;
         if ended || self.is_seal_due() {
             self.seal()?;
         }
@@ -87,12 +89,13 @@ impl Engine {
             self.cut_log(IDLE_CUT_BYTES)?;
         }
         last.sealed = present;
+        last.is_behind = false;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
     }
 
     /// Where the rounds of upkeep begin.
     pub(super) fn rounds(&self) -> Rounds {
-        Rounds { sealed: self.present_slice(), purged_monotonic_ms: self.now().monotonic_ms }
+        Rounds { sealed: self.present_slice(), purged_monotonic_ms: self.now().monotonic_ms, is_behind: false }
     }
 
     fn present_slice(&self) -> Slice {
@@ -145,7 +148,7 @@ impl Engine {
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
         if self.policy.is_stream {
             // It may have come far since the last round: there must be room for what counts as of now.
-            self.drop_passed_by(now)?;
+            self.drop_passed_by(now, &|| true)?;
         }
         // What the journal says of a key overrules its bucket at the next open. Should a power cut take rows that the
         // buckets are ahead of, an older state of the key would be left in it.
@@ -221,17 +224,24 @@ impl Engine {
 
     /// Drops the buckets that have passed. Not while keys are sealed or forgotten: a bucket must not go under them.
     fn drop_passed(&self) -> Result<()> {
-        let _sealing = self.sealing.lock();
-        self.drop_passed_by(self.now())
+        self.drop_passed_while(|| true).map(drop)
     }
 
-    fn drop_passed_by(&self, now: Now) -> Result<()> {
+    /// As [`Engine::drop_passed`], as long as `go_on` says so. False if some are left.
+    pub(super) fn drop_passed_while(&self, go_on: impl Fn() -> bool) -> Result<bool> {
+        let _sealing = self.sealing.lock();
+        let now = self.now();
+        self.drop_passed_by(now, &go_on)?;
+        Ok(!has_passed(&self.buckets, self.config().span, now.time_ms))
+    }
+
+    fn drop_passed_by(&self, now: Now, go_on: &impl Fn() -> bool) -> Result<()> {
         let (span, now_ms) = (self.config().span, now.time_ms);
         if has_passed(&self.buckets, span, now_ms) {
             KillPoint::BucketPassed.pass();
             // A clock that was ahead by mistake must not bring back the time in which these keys counted.
             self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))?;
-            drop_passed(&self.db, &self.buckets, span, now_ms);
+            drop_passed(&self.db, &self.buckets, span, now_ms, go_on);
         }
         Ok(())
     }

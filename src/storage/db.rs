@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rocksdb::{
     ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Direction, FlushOptions,
-    IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
+    IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions, properties,
 };
 
 use super::chain::Chain;
@@ -29,6 +29,9 @@ const META: &str = "meta";
 const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How long to wait between two tries to open a database whose files a dying process still has.
 const OPEN_POLL: Duration = Duration::from_millis(20);
+
+/// How long to sleep between two looks whether tables are merged.
+const MERGE_POLL: Duration = Duration::from_millis(1);
 
 /// A row of one key and its mark need no more: room for them is made once.
 const SMALL_BATCH_BYTES: usize = 256;
@@ -319,7 +322,7 @@ impl Db {
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
         let keys = rocks
-            .property_int_value_cf(&family, rocksdb::properties::ESTIMATE_NUM_KEYS)
+            .property_int_value_cf(&family, properties::ESTIMATE_NUM_KEYS)
             .map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
         Ok(keys.unwrap_or(0))
     }
@@ -395,7 +398,7 @@ impl Db {
         let mut families = vec![rows, meta];
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
             let entries = rocks
-                .property_int_value_cf(&bucket, rocksdb::properties::NUM_ENTRIES_ACTIVE_MEM_TABLE)
+                .property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE)
                 .map_err(cannot_flush)?;
             if entries.is_some_and(|entries| entries > 0) {
                 families.push(bucket);
@@ -408,10 +411,48 @@ impl Db {
         self.take_inventory()
     }
 
-    /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].
+    /// Waits for RocksDB's merges, as long as one of the families has more than `most` tables that are to be merged. False if
+    /// that is so after `limit`.
+    pub(crate) fn wait_for_merges<'a>(
+        &self,
+        buckets: impl Iterator<Item = &'a str>,
+        most: u64,
+        limit: Duration,
+    ) -> Result<bool> {
+        let begun = Instant::now();
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        for family in [JOURNAL, META].into_iter().chain(buckets) {
+            // A bucket that was dropped meanwhile has none.
+            while let Some(family) = rocks.cf_handle(family)
+                && let Ok(Some(tables)) = rocks.property_int_value_cf(&family, &properties::num_files_at_level(0))
+                && tables > most
+            {
+                if begun.elapsed() >= limit {
+                    return Ok(false);
+                }
+                std::thread::sleep(MERGE_POLL);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As [`Db::close_with`], with nothing to add.
+    #[cfg(test)]
     pub(crate) fn close(&self) -> Result<()> {
+        self.close_with(|_| Ok(()))
+    }
+
+    /// Waits for the calls under way, writes what `last` adds, puts everything on the disk and closes. Later calls get
+    /// [`Error::Closed`].
+    pub(crate) fn close_with(&self, last: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
         let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
-        let synced = self.sync(&rocks);
+        let mut tx = Tx { rocks: &rocks, batch: WriteBatch::default() };
+        let filled = last(&mut tx);
+        let batch = tx.batch;
+        let written = filled.and_then(|()| if batch.is_empty() { Ok(()) } else { self.write_batch(&rocks, batch) });
+        KillPoint::CloseTokensWritten.pass();
+        let synced = written.and_then(|()| self.sync(&rocks));
         KillPoint::CloseSynced.pass();
         rocks.cancel_all_background_work(true);
         drop(rocks);
