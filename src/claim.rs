@@ -512,3 +512,47 @@ impl<L> CompleteError<L> {
         (error, result, lease)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+
+    #[test]
+    fn a_lease_without_an_answer_fails_and_poisons_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
+        let running = Arc::clone(&lease.running);
+        let superseded = || Err(lease.grant.superseded());
+        let whole = in_order(vec![None, Some(superseded()), None], [Ok(()), Ok(())], &running, |error| error);
+        assert!(matches!(whole[..], [Ok(()), Err(Error::Superseded { .. }), Ok(())]), "{whole:?}");
+        assert_eq!(running.engine.poisoned(), None);
+
+        let short = in_order(vec![None, Some(superseded()), None], [Ok(())], &running, |error| error);
+        let [Ok(()), Err(Error::Superseded { .. }), Err(error @ Error::Broken { .. })] = &short[..] else {
+            panic!("{short:?}")
+        };
+        assert_eq!(error.outcome(), Outcome::Unknown);
+        assert!(error.to_string().contains("each key of a call has exactly one answer"), "{error}");
+        let refused = store.claim("another").unwrap_err();
+        assert!(matches!(&refused, Error::Poisoned { reason } if reason.contains("exactly one answer")), "{refused}");
+        let failed = lease.complete("r").unwrap_err();
+        assert!(matches!(failed.error(), Error::Poisoned { .. }), "{failed}");
+    }
+
+    #[test]
+    fn a_call_with_too_few_or_too_many_answers_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        for (answers, keys) in [(vec![1], 2), (vec![1, 2], 1), (vec![], 1)] {
+            let store = Store::open(dir.path().join(format!("{}-{keys}", answers.len()))).unwrap();
+            let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
+            let engine = &lease.running.engine;
+            assert_eq!(engine.answered(vec![7; keys], keys).unwrap().len(), keys);
+            let error = engine.answered(answers, keys).unwrap_err();
+            assert!(matches!(error, Error::Broken { .. }), "{error}");
+            assert!(engine.poisoned().is_some());
+        }
+        assert!(matches!(crate::store::only::<()>(Vec::new()), Err(Error::Broken { .. })));
+    }
+}

@@ -90,9 +90,7 @@ impl Poison {
     pub(crate) fn unbroken(&self) -> Result<(), Error> {
         match self.broken.get() {
             None => Ok(()),
-            Some((invariant, detail)) => {
-                Err(Error::Broken { invariant: invariant.text(), detail: detail.clone() })
-            }
+            Some((invariant, detail)) => Err(Error::Broken { invariant: invariant.text(), detail: detail.clone() }),
         }
     }
 

@@ -177,7 +177,8 @@ fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() 
             1_700.. => late = late.or(left),
             _ => {}
         }
-        if run == 600 {
+        if run == 619 {
+            // As far into a bucket as the last run will be.
             assert!(copy(&cron.path(), &early_copy));
         }
     }
@@ -191,7 +192,7 @@ fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() 
         slower.push(late.as_secs_f64() / early.as_secs_f64());
     }
     slower.sort_unstable_by(f64::total_cmp);
-    assert!(slower[4] < 1.5, "an open takes so many times as long as it did: {slower:?}");
+    assert!(slower[4] < 1.6, "an open takes so many times as long as it did: {slower:?}");
 }
 
 #[test]

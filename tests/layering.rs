@@ -7,7 +7,20 @@ use std::path::{Path, PathBuf};
 /// The floors of `src/`, the lowest first; the files of a folder in the order in which they may use each other. Files
 /// of the lowest floor are words, which may use each other.
 const FLOORS: &[&[&str]] = &[
-    &["error", "concurrency", "clock", "key", "codec", "entry", "config", "stats", "kill_point", "tx", "meter", "invariant"],
+    &[
+        "error",
+        "concurrency",
+        "clock",
+        "key",
+        "codec",
+        "entry",
+        "config",
+        "stats",
+        "kill_point",
+        "tx",
+        "meter",
+        "invariant",
+    ],
     &["storage"],
     &["filter"],
     &["bucket"],

@@ -57,3 +57,84 @@ pub(crate) fn seal(db: &Db, set: &BucketSet, rows: &impl Rows) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::bucket::set::{Probe, look_up};
+    use crate::config::Span;
+    use crate::entry::Kept;
+    use crate::error::Error;
+    use crate::storage::directory::Directory;
+
+    const SLICE: Slice = Slice { start_ms: 5_000, width_ms: 1_000 };
+
+    /// Rows as they come: digest, key and when it was completed. And how many are said to come.
+    struct Given(&'static [(u64, &'static [u8], u64)], usize);
+
+    impl Rows for Given {
+        fn slices(&self) -> Vec<(Slice, usize)> {
+            vec![(SLICE, self.1)]
+        }
+
+        fn visit(&self, _: Slice, mut visit: impl FnMut(Row<'_>) -> Result<()>) -> Result<()> {
+            self.0.iter().try_for_each(|(digest, key, completed_ms)| {
+                let done = Done { token: 1, completed_ms: *completed_ms, fingerprint: None, result: Kept::Absent };
+                visit(Row { digest: *digest, key, done: &done })
+            })
+        }
+    }
+
+    fn open(dir: &tempfile::TempDir) -> (Db, BucketSet) {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let span = Span { window_ms: 10_000, bucket_ms: 1_000 };
+        let set = BucketSet::open(&db, &families, span, 5_500, 0, 1 << 20, None).unwrap();
+        (db, set)
+    }
+
+    #[test]
+    fn a_run_that_is_not_sorted_or_whole_or_of_its_bucket_is_not_written() {
+        for (rows, count, said) in [
+            (&[(2, b"a" as &[u8], 5_500), (1, b"b", 5_500)][..], 2, "strictly rise"),
+            (&[(1, b"b", 5_500), (1, b"a", 5_500)], 2, "strictly rise"),
+            (&[(1, b"a", 5_500), (1, b"a", 5_600)], 2, "strictly rise"),
+            (&[(1, b"a", 4_999)], 1, "within the slice"),
+            (&[(1, b"a", 6_000)], 1, "within the slice"),
+            (&[(1, b"", 5_500)], 1, "within the slice"),
+            (&[(1, b"a", 5_500)], 2, "all keys that were counted"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let (db, set) = open(&dir);
+            let error = seal(&db, &set, &Given(rows, count)).unwrap_err();
+            assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(said)), "{error}");
+            assert!(set.poison().reason().is_some_and(|reason| reason.contains(said)));
+            assert!(db.runs().unwrap().is_empty(), "{rows:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_outside_its_bucket_is_corruption() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, set) = open(&dir);
+        let bucket = set.ensure(&db, SLICE).unwrap();
+        let (mut key, mut value) = (Vec::new(), Vec::new());
+        row_key(7, b"k", &mut key);
+        let find = || {
+            let probe = Probe { place: 0, digest: 7, key: b"k", slots: u64::MAX };
+            look_up(&db, &set.view(), &[probe], |_, _, _| {})
+        };
+        for (completed_ms, is_inside) in [(5_999, true), (6_000, false)] {
+            let done = Done { token: 1, completed_ms, fingerprint: None, result: Kept::Absent };
+            put_value(&done, SLICE.start_ms, &mut value);
+            db.add_run(&bucket.family, |sink| sink.put(&key, &value)).unwrap();
+            match find() {
+                Ok(()) => assert!(is_inside),
+                Err(Error::Corrupt { detail, .. }) => assert!(!is_inside && detail.contains("6000"), "{detail}"),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}

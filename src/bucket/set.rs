@@ -401,7 +401,8 @@ pub(crate) fn look_up(
                 place: format!("a row of the bucket {}", bucket.slice),
                 detail: "its value is not in a format that this version writes".to_owned(),
             })?;
-            let corrupt = |detail: String| Error::Corrupt { place: format!("a row of the bucket {}", bucket.slice), detail };
+            let corrupt =
+                |detail: String| Error::Corrupt { place: format!("a row of the bucket {}", bucket.slice), detail };
             if !bucket.slice.contains(done.completed_ms) {
                 return Err(corrupt(format!("its key was completed at {}, outside the bucket", done.completed_ms)));
             }
@@ -536,5 +537,47 @@ mod tests {
             assert_eq!(set.view().is_filtered(&bucket), second < 8, "bucket {second}");
             assert_ne!(set.view().candidates(second * 977) & 1 << bucket.slot, 0, "bucket {second}");
         }
+    }
+
+    #[test]
+    fn a_bucket_that_still_counts_is_not_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, set, [first, ..]) = three_found(&dir);
+        // Its newest possible key is of 999.
+        let (last_ms, window_ms) = (4_998, SPAN.window_ms);
+        set.remove(&db, &first, last_ms, window_ms);
+        assert!(set.view().has(&first));
+        let reason = set.poison().reason().unwrap();
+        assert!(reason.contains("dropped only when all its keys have run out"), "{reason}");
+        assert!(reason.contains("bucket-0-1000 at 4998"), "{reason}");
+        db.close().unwrap();
+
+        let (db, families) = open(&dir);
+        let set = BucketSet::open(&db, &families, SPAN, last_ms + 1, 0, 1 << 20, None).unwrap();
+        assert!(set.has_passed());
+        set.remove_passed(&db, last_ms, window_ms, &|| true);
+        assert!(set.poison().unbroken().is_err());
+        db.close().unwrap();
+        assert_eq!(open(&dir).1.len(), 3, "nothing was dropped");
+    }
+
+    #[test]
+    fn a_filter_that_misses_a_bit_poisons_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_db, set, [first, ..]) = three_found(&dir);
+        set.mark(&first, &[1, 2, 3]);
+        let base = Arc::clone(set.view().base().unwrap());
+        set.add_columns(&base, 0, &[(first.slot, base.column(0, first.slot).unwrap())]);
+        set.move_in(&first, &base, &[4]);
+        set.poison().unbroken().unwrap();
+        set.add_columns(&base, 0, &[(first.slot, vec![0; 3])]);
+        let said = set.poison().unbroken().unwrap_err().to_string();
+        assert!(said.contains("sets all its bits (not so for keys of a filter file)"), "{said}");
+
+        // Slot 64 is none that a layer counts for.
+        let outside = Bucket { slice: second(9), slot: 64, family: "none".to_owned(), keys: AtomicU64::new(0) };
+        let (_db, set, _) = three_found(&tempfile::tempdir().unwrap());
+        set.move_in(&outside, &base, &[4]);
+        assert!(set.poison().unbroken().is_err());
     }
 }

@@ -103,7 +103,8 @@ pub(crate) fn write(
         if shard == SHARDS / 2 {
             KillPoint::FilterHalfWritten.pass();
         }
-        let column = layer.column(shard, slot).ok_or_else(|| io::Error::other("the layer has no such column to keep"))?;
+        let column =
+            layer.column(shard, slot).ok_or_else(|| io::Error::other("the layer has no such column to keep"))?;
         out.write_all(&column)?;
         out.write_all(&key.hash(&[&header_hash, &shard.to_le_bytes(), &column]))?;
     }

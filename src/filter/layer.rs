@@ -131,7 +131,7 @@ impl Layer {
 
     /// The bits of a slot's column in one shard, row after row, the lowest bit of a byte first. `None` if this is no base,
     /// or has no such column or shard.
-    pub(super) fn column(&self, shard: usize, slot: Slot) -> Option<Vec<u8>> {
+    pub(crate) fn column(&self, shard: usize, slot: Slot) -> Option<Vec<u8>> {
         let (geometry, column) = (self.geometry()?, self.columns.column(slot)?);
         let rows_per_word = WORD_BITS / geometry.width;
         let line_bytes = geometry.column_line_bytes();

@@ -65,3 +65,118 @@ impl Engine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::codec::RowKind;
+    use crate::config::Options;
+    use crate::entry::Kept;
+    use crate::state::answer::{Claimed, Settlement, Settler};
+    use crate::storage::directory::Directory;
+
+    fn options(clock: &ManualClock) -> Options {
+        Options {
+            clock: Arc::new(clock.clone()),
+            window: Some(Duration::from_secs(10)),
+            bucket: Some(Duration::from_secs(1)),
+            result_limit: 4 << 20,
+            ..Options::default()
+        }
+    }
+
+    fn open(dir: &tempfile::TempDir, clock: &ManualClock) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Engine::open(directory, &options(clock)).unwrap()
+    }
+
+    fn complete(engine: &Engine, key: &str, result: &[u8]) {
+        let Some(Ok(Claimed::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop() else {
+            panic!("{key} is new")
+        };
+        let done = Settlement::Completed(Kept::Stored(result), None);
+        engine.settle(RowKind::Completed, Settler::Holder, vec![(&grant, done)]).unwrap();
+    }
+
+    fn seals(engine: &Engine) -> u64 {
+        engine.seals.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn an_open_seals_what_an_ended_bucket_left_and_nothing_of_the_present_one() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let engine = open(&dir, &clock);
+        complete(&engine, "a", b"r");
+        engine.close().unwrap();
+        let engine = open(&dir, &clock);
+        assert!(!engine.catch_up().unwrap().is_behind);
+        assert_eq!((engine.hot.completed(), seals(&engine)), (1, 0), "its bucket has not ended");
+        engine.close().unwrap();
+        clock.advance(Duration::from_secs(1));
+        let engine = open(&dir, &clock);
+        assert!(!engine.catch_up().unwrap().is_behind);
+        assert_eq!((engine.hot.completed(), seals(&engine)), (0, 1));
+        engine.close().unwrap();
+        clock.advance(Duration::from_secs(1));
+        let engine = open(&dir, &clock);
+        engine.catch_up().unwrap();
+        assert_eq!(seals(&engine), 0, "there is nothing left");
+    }
+
+    #[test]
+    fn what_has_run_out_goes_with_the_next_open_and_its_filter_file_too() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let engine = open(&dir, &clock);
+        complete(&engine, "a", b"r");
+        clock.advance(Duration::from_secs(1));
+        engine.seal().unwrap();
+        engine.keep_filters(|| true).unwrap();
+        let filters = engine.db.directory().filters();
+        assert_eq!(std::fs::read_dir(&filters).unwrap().count(), 1);
+        complete(&engine, "b", b"r");
+        engine.close().unwrap();
+        clock.advance(Duration::from_secs(20));
+        let engine = open(&dir, &clock);
+        assert_eq!(engine.hot.completed(), 1);
+        engine.catch_up().unwrap();
+        assert_eq!((engine.hot.completed(), engine.buckets.view().newest_first().len()), (0, 0));
+        assert!(!engine.buckets.has_passed());
+        assert_eq!(std::fs::read_dir(&filters).unwrap().count(), 0);
+        assert!(engine.db.runs().unwrap().keys().all(|family| !family.starts_with("bucket")));
+    }
+
+    #[test]
+    fn what_takes_long_to_seal_is_left_to_the_first_round_of_the_keeper() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let engine = open(&dir, &clock);
+        let large = vec![7; 3 << 20];
+        ["a", "b", "c"].iter().for_each(|key| complete(&engine, key, &large));
+        engine.close().unwrap();
+        clock.advance(Duration::from_secs(1));
+        let engine = open(&dir, &clock);
+        let mut rounds = engine.catch_up().unwrap();
+        assert!(rounds.is_behind);
+        assert_eq!((engine.hot.completed(), seals(&engine)), (3, 0));
+        engine.upkeep(&mut rounds).unwrap();
+        assert_eq!((engine.hot.completed(), seals(&engine), rounds.is_behind), (0, 1, false));
+    }
+
+    #[test]
+    fn an_open_goes_on_where_what_is_due_fails_and_not_in_a_store_that_has_ended() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let engine = open(&dir, &clock);
+        complete(&engine, "a", b"r");
+        engine.close().unwrap();
+        clock.advance(Duration::from_secs(1));
+        let engine = open(&dir, &clock);
+        std::fs::remove_dir_all(engine.db.directory().runs()).unwrap();
+        engine.catch_up().unwrap();
+        assert_eq!(engine.hot.completed(), 1, "there is no room for its run");
+        engine.poison("a test");
+        assert!(matches!(engine.catch_up(), Err(Error::Poisoned { .. })));
+    }
+}

@@ -29,6 +29,7 @@ struct Counts {
 }
 
 impl Counts {
+    #[inline]
     fn add(&self, tally: Tally, poison: &Poison) {
         for (count, change) in [
             (&self.in_flight, tally.in_flight),
@@ -40,11 +41,17 @@ impl Counts {
                 let before = count.fetch_add(change as usize, Ordering::Relaxed) as isize;
                 // What is taken away was added before, under the same stripe's lock.
                 if before.wrapping_add(change) < 0 {
-                    poison.broken(Invariant::CountsNotNegative, format_args!("{before} and {change}: {tally:?}"));
+                    below_zero(poison, before, change);
                 }
             }
         }
     }
+}
+
+#[cold]
+#[inline(never)]
+fn below_zero(poison: &Poison, before: isize, change: isize) {
+    poison.broken(Invariant::CountsNotNegative, format_args!("{before} and {change}"));
 }
 
 /// The pages of one stripe.
@@ -91,6 +98,7 @@ impl HotTable {
         &self.poison
     }
 
+    #[inline]
     fn count(&self, tally: Tally) {
         self.counts.add(tally, &self.poison);
     }
@@ -185,6 +193,12 @@ impl HotTable {
     /// What was sealed lately.
     pub(super) fn recent(&self) -> RecentKeys {
         RecentKeys(self.recent.load_full())
+    }
+
+    /// Breaks an invariant: the index of a digest's stripe keeps its entries, and the slots are gone.
+    #[cfg(test)]
+    pub(crate) fn lose_slots(&self, digest: u64) {
+        self.stripe(digest).pages.young.lose_slots();
     }
 
     /// Lets go of what is at hand of a key's bucket, where the bucket has changed.

@@ -40,9 +40,18 @@ impl Engine {
         let digests: Vec<u64> = request.digests().collect();
         let mut slots = vec![0; digests.len()];
         view.candidates_of(&digests, &mut slots);
-        let asked = slots.iter().enumerate().filter(|(_, slots)| **slots != 0);
-        let asked = asked.filter_map(|(place, slots)| request.get(place).map(|asked| (asked, *slots)));
+        let mut lost = false;
+        let asked = slots.iter().enumerate().filter(|(_, slots)| **slots != 0).filter_map(|(place, slots)| {
+            let asked = request.get(place);
+            lost |= asked.is_none();
+            asked.map(|asked| (asked, *slots))
+        });
         let found = self.in_buckets(&view, asked)?;
+        if lost {
+            return Err(
+                self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
+            );
+        }
         self.counters.filter_checks.add(digests.len() as u64);
         Ok(OnDisk { seals, done: found })
     }
@@ -186,9 +195,13 @@ impl Engine {
 mod tests {
     use std::time::Duration;
 
+    use super::super::answer::{Claimed, Grant, Settlement, Settler};
     use super::*;
     use crate::clock::ManualClock;
+    use crate::codec::RowKind;
     use crate::config::Options;
+    use crate::entry::{Kept, Prior};
+    use crate::error::Error;
     use crate::storage::directory::Directory;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
@@ -236,5 +249,78 @@ mod tests {
         let stored = request.iter().map(|asked| engine.decide(asked, &on_disk, |_, stored| stored).unwrap());
         let stored: Vec<_> = stored.collect();
         assert!(matches!(stored[..], [None, Some(Entry::Completed(_)), Some(Entry::Completed(_))]), "{stored:?}");
+    }
+
+    fn assert_broken(engine: &Engine, name: &str, failed: Result<()>, said: &str) {
+        let error = failed.expect_err(name);
+        assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(said)), "{name}: {error}");
+        for refused in [engine.ready(), engine.seal(), engine.held().map(drop)] {
+            let error = refused.expect_err(name);
+            assert!(matches!(&error, Error::Poisoned { reason } if reason.contains(said)), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_meets_a_broken_invariant_fails_and_the_next_is_refused() {
+        type Call = fn(&Engine, &Arc<Request>, &Grant) -> Result<()>;
+        let calls: [(&str, Call); 9] = [
+            ("check", |engine, request, _| engine.check(request).map(drop)),
+            ("get", |engine, request, _| engine.get(request).map(drop)),
+            ("claim", |engine, request, _| engine.claim(request).map(drop)),
+            ("record", |engine, request, _| engine.record(request).map(drop)),
+            ("complete", |engine, _, grant| {
+                let done = Settlement::Completed(Kept::Absent, None);
+                engine.settle(RowKind::Completed, Settler::Holder, vec![(grant, done)]).map(drop)
+            }),
+            ("release", |engine, _, grant| {
+                let open = Settlement::Open { prior: Prior::Released, not_before_ms: 0 };
+                engine.settle(RowKind::Settled, Settler::Holder, vec![(grant, open)]).map(drop)
+            }),
+            ("renew", |engine, _, grant| engine.renew(grant).map(drop)),
+            ("held", |engine, request, _| engine.held_grant(request).map(drop)),
+            ("forget", |engine, request, _| engine.forget(request).map(drop)),
+        ];
+        for (name, call) in calls {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&dir, &Options::default());
+            let request = engine.request(["a"]).unwrap();
+            let Some(Ok(Claimed::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
+            engine.hot.lose_slots(grant.digest());
+            assert_broken(&engine, name, call(&engine, &request, &grant), "points to a slot");
+        }
+    }
+
+    #[test]
+    fn a_seal_of_a_page_in_disorder_moves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        engine.record(&request).unwrap();
+        engine.hot.lose_slots(request.digests().next().unwrap());
+        assert_broken(&engine, "seal", engine.seal(), "points to a slot");
+        engine.close().unwrap_err();
+        let engine = super::tests::engine(&dir, &Options::default());
+        let answer = engine.check(&engine.request(["a"]).unwrap()).unwrap().pop().unwrap();
+        assert!(matches!(answer, Ok(Answer::Completed(_))), "the journal has it: {answer:?}");
+    }
+
+    #[test]
+    fn a_key_without_bytes_is_neither_claimed_nor_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        let on_disk = engine.on_disk(&request).unwrap();
+        let asked = Asked { key: &[], ..request.get(0).unwrap() };
+        let decided = engine.decide(asked, &on_disk, |_, stored| stored);
+        assert_broken(&engine, "a lookup", decided.map(drop), "within the bytes of its request");
+
+        let dir = tempfile::tempdir().unwrap();
+        let engine = super::tests::engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        let Some(Ok(Claimed::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
+        let nobodys = Grant { place: 7, ..grant };
+        let done = Settlement::Completed(Kept::Absent, None);
+        let settled = engine.settle(RowKind::Completed, Settler::Holder, vec![(&nobodys, done)]);
+        assert_broken(&engine, "a completion", settled.map(drop), "within the bytes of its request");
     }
 }

@@ -72,11 +72,17 @@ impl Sequence {
     /// The next number. Call [`Sequence::ensure`] before.
     pub(crate) fn take(&self) -> u64 {
         let number = self.next.fetch_add(1, Ordering::AcqRel);
-        let reserved = self.reserved.load(Ordering::Acquire);
-        if number >= reserved {
-            self.poison.broken(Invariant::NumberReserved, format_args!("{number}, of {reserved} that are reserved"));
+        if number >= self.reserved.load(Ordering::Acquire) {
+            self.is_not_reserved(number);
         }
         number
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn is_not_reserved(&self, number: u64) {
+        let reserved = self.reserved.load(Ordering::Acquire);
+        self.poison.broken(Invariant::NumberReserved, format_args!("{number}, of {reserved} that are reserved"));
     }
 }
 

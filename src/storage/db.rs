@@ -397,9 +397,8 @@ impl Db {
         let cannot_flush = |error| failed("cannot flush", &self.directory.database(), &error);
         let mut families = vec![rows, meta];
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
-            let entries = rocks
-                .property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE)
-                .map_err(cannot_flush)?;
+            let entries =
+                rocks.property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE).map_err(cannot_flush)?;
             if entries.is_some_and(|entries| entries > 0) {
                 families.push(bucket);
             }
@@ -425,7 +424,7 @@ impl Db {
         for family in [JOURNAL, META].into_iter().chain(buckets) {
             // A bucket that was dropped meanwhile has none.
             while let Some(family) = rocks.cf_handle(family)
-                && let Ok(Some(tables)) = rocks.property_int_value_cf(&family, &properties::num_files_at_level(0))
+                && let Ok(Some(tables)) = rocks.property_int_value_cf(&family, properties::num_files_at_level(0))
                 && tables > most
             {
                 if begun.elapsed() >= limit {
@@ -532,4 +531,57 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
 
 fn missing_family(name: &str) -> Error {
     Error::Corrupt { place: format!("the column family `{name}`"), detail: "it is missing".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &tempfile::TempDir) -> Db {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap().0
+    }
+
+    #[test]
+    fn tables_that_have_piled_up_are_waited_for_and_no_longer_than_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = open(&dir);
+        let flush = |number: u64| {
+            db.write(false, |tx| {
+                tx.put_row(number, b"a row");
+                Ok(())
+            })
+            .unwrap();
+            db.flush_journal(std::iter::empty()).unwrap();
+        };
+        (1..=60).for_each(flush);
+        assert!(db.wait_for_merges(std::iter::empty(), 8, Duration::from_secs(60)).unwrap());
+        let tables: usize = db.runs().unwrap().values().map(Vec::len).sum();
+        assert!(tables <= 20, "{tables} of 120 tables are left");
+        let mut rows = 0;
+        db.for_each_row(|_, _| {
+            rows += 1;
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(rows, 60);
+        // A merge may just have taken the last one away.
+        let waited_in_vain = (61..100).any(|number| {
+            flush(number);
+            let begun = Instant::now();
+            let merged = db.wait_for_merges(std::iter::empty(), 0, Duration::from_millis(20)).unwrap();
+            assert!(merged || begun.elapsed() >= Duration::from_millis(20));
+            !merged
+        });
+        assert!(waited_in_vain, "one table is not merged with itself");
+    }
+
+    #[test]
+    fn what_is_written_last_is_there_at_the_next_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = open(&dir);
+        db.close_with(|tx| tx.put_meta("last", b"word")).unwrap();
+        assert!(matches!(db.close_with(|_| panic!("it is closed")), Ok(())));
+        assert_eq!(open(&dir).meta("last").unwrap().as_deref(), Some(&b"word"[..]));
+    }
 }

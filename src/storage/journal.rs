@@ -140,7 +140,7 @@ mod tests {
             numbers.poison.unbroken().unwrap_err().to_string()
         };
         for again in [4, 5] {
-            let said = broken(&|numbers| drop(numbers.begin(|| again)));
+            let said = broken(&|numbers| assert_eq!(numbers.begin(|| again), again));
             assert!(said.contains("rows strictly rise"), "{said}");
         }
         let said = broken(&|numbers| [5, 5].iter().for_each(|number| numbers.finish(*number)));

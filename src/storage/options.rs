@@ -1,8 +1,8 @@
 //! Every tuning value, with its reason.
 
 use rocksdb::{
-    BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, DBRecoveryMode, InfoLogger, LogLevel, Options,
-    UniversalCompactOptions,
+    BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, DBRecoveryMode, InfoLogger, LogLevel,
+    Options, UniversalCompactOptions,
 };
 
 const MIB: usize = 1 << 20;
