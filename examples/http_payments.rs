@@ -31,6 +31,7 @@ use onlyonce::http::{Attempt, IdempotencyLayer};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -171,6 +172,9 @@ impl Bank {
     }
 }
 
+/// How long open connections, and then work without a client, may take after the signal to stop.
+const LAST: Duration = Duration::from_secs(10);
+
 /// Serves until it is told to stop, then ends what it has begun.
 pub async fn serve(address: &str, directory: &Path) -> Result<(), Failure> {
     // Reading the journal back blocks, and nothing else runs yet. Clients may retry for a day, the store's own window.
@@ -189,17 +193,26 @@ pub async fn serve(address: &str, directory: &Path) -> Result<(), Failure> {
         .with_state(Bank { ledger: ledger.into() });
 
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (stop, stopped) = oneshot::channel();
     let told = async move {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
+        let _ = stop.send(());
     };
     let listener = TcpListener::bind(address).await?;
     println!("listening on http://{}", listener.local_addr()?);
-    axum::serve(listener, app).with_graceful_shutdown(told).await?;
-    // Of clients that have hung up, too.
-    layer.idle().await;
+    tokio::select! {
+        served = axum::serve(listener, app).with_graceful_shutdown(told) => served?,
+        // A client that stays, with an answer that does not end, must not keep the server.
+        () = async { if stopped.await.is_ok() { tokio::time::sleep(LAST).await } } => {}
+    }
+    // Work goes on when its client has hung up, and its answer is to be stored.
+    let left = layer.idle(LAST).await;
+    if left > 0 {
+        eprintln!("{left} requests did not end in time: their outcome is unknown");
+    }
     store.close().await?;
     let figures = layer.figures();
     println!("{} charged, {} answered again", figures.executed, figures.replayed);

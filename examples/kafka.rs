@@ -114,7 +114,7 @@ async fn main() -> Result<(), BoxError> {
     let processor = Processor::new(Store::new(store)?).backoff(Duration::from_millis(200), Duration::from_secs(60));
     let shop = Arc::new(Shop::default());
     config.set("group.id", "shop").set("auto.offset.reset", "earliest");
-    let orders = Consumer::subscribe(&config, &[&topic])?.dead_letters(producer, &format!("{topic}.dead"));
+    let orders = Consumer::subscribe(&config, &[&topic]).dead_letters(producer, &format!("{topic}.dead")).build()?;
     consume(orders, processor.clone(), Arc::clone(&shop)).await?;
     processor.store().close().await?;
     shop.check()?;

@@ -129,7 +129,7 @@ async fn main() -> Result<(), BoxError> {
         ..pull::Config::default()
     };
     let pull = stream.create_consumer(durable).await?;
-    let orders = Consumer::new(context.clone(), &pull).await?.dead_letters(&format!("{name}.dead"));
+    let orders = Consumer::builder(context.clone(), &pull).dead_letters(&format!("{name}.dead")).build().await?;
     consume(orders, processor.clone(), Arc::clone(&shop)).await?;
     processor.store().close().await?;
     shop.check()?;

@@ -116,7 +116,9 @@ async fn main() -> Result<(), BoxError> {
     let store = onlyonce::Store::builder().window(Duration::from_secs(24 * 60 * 60)).open(directory)?;
     let processor = Processor::new(Store::new(store)?).backoff(Duration::from_millis(200), Duration::from_secs(60));
     let shop = Arc::new(Shop::default());
-    let orders = Consumer::new(connection.create_channel().await?, &queue, 64).await?;
+    let dead = format!("{queue}.dead");
+    let orders = Consumer::builder(connection.create_channel().await?, &queue).prefetch(64).dead_letters(&dead);
+    let orders = orders.build().await?;
     consume(orders, processor.clone(), Arc::clone(&shop)).await?;
     processor.store().close().await?;
     shop.check()?;

@@ -111,7 +111,7 @@ async fn main() -> Result<(), BoxError> {
     let store = onlyonce::Store::builder().window(Duration::from_secs(24 * 60 * 60)).open(directory)?;
     let processor = Processor::new(Store::new(store)?).backoff(Duration::from_millis(200), Duration::from_secs(60));
     let shop = Arc::new(Shop::default());
-    let orders = Consumer::new(client, &stream, "shop", &format!("shop-{}", std::process::id()));
+    let orders = Consumer::builder(client, &stream, "shop", &format!("shop-{}", std::process::id())).build()?;
     consume(orders, processor.clone(), Arc::clone(&shop)).await?;
     processor.store().close().await?;
     shop.check()?;

@@ -17,7 +17,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::check`]. A key that is empty or too long refuses the whole batch.
+    /// As [`Store::check`]. A key that is empty or too long refuses the whole batch, and the error says which.
     pub fn check_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Check>>> {
         self.check_request(&self.running.engine.request(keys)?)
     }
@@ -26,7 +26,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::check_at`]. A key that is empty or too long refuses the whole batch.
+    /// As [`Store::check_at`]. A key that is empty or too long refuses the whole batch, and the error says which.
     pub fn check_batch_at<'k, K: Into<Key<'k>>>(
         &self,
         messages: impl IntoIterator<Item = (K, u64)>,
@@ -69,8 +69,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::claim`]. A key that is empty or too long refuses the whole batch; one with another payload only
-    /// itself.
+    /// As [`Store::claim`]. A key that is empty or too long refuses the whole batch, and the error says which; one with
+    /// another payload only itself.
     pub fn claim_batch<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Result<Claim>>> {
         self.claim_request(&self.running.engine.request(keys)?)
     }
@@ -80,8 +80,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::claim_at`]. A key that is empty or too long refuses the whole batch; one with another payload, one that is
-    /// too old and one that is too far ahead only itself.
+    /// As [`Store::claim_at`]. A key that is empty or too long refuses the whole batch, and the error says which; one with
+    /// another payload, one that is too old and one that is too far ahead only itself.
     pub fn claim_batch_at<'k, K: Into<Key<'k>>>(
         &self,
         messages: impl IntoIterator<Item = (K, u64)>,
@@ -158,7 +158,8 @@ impl Store {
 
     fn complete_works(&self, leases: impl IntoIterator<Item = (Lease, Work)>) -> Vec<Result<(), CompleteError>> {
         let (ours, answers) = sort_out(leases, &self.running, |lease| lease);
-        in_order(answers, complete_all(ours).into_iter().map(|completed| completed.map(drop)))
+        let completed = complete_all(ours).into_iter().map(|completed| completed.map(drop));
+        in_order(answers, completed, &self.running, CompleteError::lost)
     }
 
     /// Releases each lease after its backoff, as [`Lease::release_after`]: at once where it is zero. A lease of another
@@ -200,15 +201,15 @@ impl Store {
                 answers.push(Some(lease.release_after(backoff)));
             }
         }
-        in_order(answers, release_all(ours))
+        in_order(answers, release_all(ours), &self.running, |error| error)
     }
 
     /// Records each key. One that stands twice is a duplicate the second time.
     ///
     /// # Errors
     ///
-    /// As [`Store::record`]. A key that is empty or too long refuses the whole batch; one with another payload only
-    /// itself.
+    /// As [`Store::record`]. A key that is empty or too long refuses the whole batch, and the error says which; one with
+    /// another payload only itself.
     ///
     /// ```
     /// use onlyonce::{Recorded, Store};

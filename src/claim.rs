@@ -3,13 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::codec::{self, RowKind};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::codec::RowKind;
 use crate::entry::{Backoff, Done, Kept, Prior};
 use crate::error::{Error, Outcome, Result};
+use crate::invariant::Invariant;
 use crate::key::Key;
 use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
 use crate::state::keeper::Running;
+use crate::state::renewal::Renewal;
 use crate::tx::Tx;
+use crate::typed_result;
 
 /// The answer to [`Store::claim`](crate::Store::claim).
 ///
@@ -49,9 +55,10 @@ impl Completed {
     ///
     /// # Errors
     ///
-    /// [`Error::Decode`] if the bytes are not a `T`.
-    pub fn result_as<T: serde::de::DeserializeOwned>(&self) -> Result<Option<T>> {
-        let decode = |bytes| codec::decode_result(bytes).map_err(|detail| Error::Decode { detail });
+    /// [`Error::Decode`] if the bytes are not a `T`. The type that was stored always reads its result; bincode does not name
+    /// fields, so that another type, or a later version of it, reads it only if it has the same fields in the same order.
+    pub fn result_as<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        let decode = |bytes| typed_result::decode(bytes).map_err(|detail| Error::Decode { detail });
         self.result().map(decode).transpose()
     }
 
@@ -140,11 +147,10 @@ impl Lease {
     }
 
     /// How long nobody else can get the key. Zero when the lease has run out; completing it is still accepted then,
-    /// unless somebody has taken over.
+    /// unless somebody has taken over. A look at memory.
     #[must_use]
     pub fn remaining(&self) -> Duration {
-        let now_ms = self.running.engine.now().monotonic_ms;
-        Duration::from_millis(self.grant.until_monotonic_ms.saturating_sub(now_ms))
+        Duration::from_millis(self.running.engine.remaining_ms(&self.grant))
     }
 
     /// Starts the lease's time again. Costs no write.
@@ -153,13 +159,36 @@ impl Lease {
     ///
     /// [`Error::Superseded`] if somebody has taken over: stop working.
     pub fn renew(&mut self) -> Result<()> {
-        match self.running.engine.renew(&self.grant)? {
-            Some(until_monotonic_ms) => {
-                self.grant.until_monotonic_ms = until_monotonic_ms;
-                Ok(())
-            }
-            None => Err(self.grant.superseded()),
-        }
+        if self.running.engine.renew(&self.grant)? { Ok(()) } else { Err(self.grant.superseded()) }
+    }
+
+    /// Renews the lease at once, and then three times in its length until the guard is dropped, whatever the work does
+    /// meanwhile: a thread of its own renews, one for all stores of the process. Costs no write.
+    ///
+    /// Work that never ends keeps its key as long as its process lives, or as long as
+    /// [`Builder::renew_for`](crate::Builder::renew_for) allows.
+    ///
+    /// ```
+    /// use onlyonce::{Claim, Store};
+    ///
+    /// # fn charge() -> &'static str { "charged" }
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("store");
+    /// let store = Store::open(path)?;
+    /// if let Claim::Acquired(mut lease) = store.claim("order-4711")? {
+    ///     let alive = lease.keep_alive();
+    ///     let receipt = charge(); // for however long
+    ///     drop(alive);
+    ///     lease.complete(receipt)?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn keep_alive(&mut self) -> KeepAlive<'_> {
+        KeepAlive { renewal: self.renewal(), lease: self }
+    }
+
+    pub(crate) fn renewal(&self) -> Renewal {
+        Renewal::start(&self.running.engine, &self.grant)
     }
 
     /// Says that the work is done and keeps its result for whoever asks again. An empty result is a result; one over
@@ -177,18 +206,23 @@ impl Lease {
 
     /// As [`Lease::complete`], and gives the result back where that worked, too.
     pub(crate) fn complete_and_keep(self, result: Vec<u8>) -> Result<Vec<u8>, CompleteError> {
-        let mut outcomes = complete_all(vec![(self, result.into())]);
-        outcomes.pop().unwrap_or(Ok(Vec::new()))
+        complete_one(self, result.into())
     }
 
     /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
     /// [`Completed::result_as`].
     ///
+    /// It is read back once before it is stored: what is stored can be read, as the value that it was. That costs as much as
+    /// reading it and writing it twice.
+    ///
     /// # Errors
     ///
-    /// As [`Lease::complete`], and [`Error::Encode`] if `T` cannot be encoded; the lease is given back then.
-    pub fn complete_as<T: serde::Serialize>(self, result: &T) -> Result<(), CompleteError> {
-        match codec::encode_result(result) {
+    /// As [`Lease::complete`], and [`Error::Encode`] if the result would not come back as it is: `serde_json::Value`,
+    /// untagged, internally tagged and flattened forms, fields that are skipped when they are written, or a type that does
+    /// not read what it writes. The lease is given back then. Encode such a result yourself, as JSON for example, and give the
+    /// bytes to [`Lease::complete`].
+    pub fn complete_as<T: Serialize + DeserializeOwned>(self, result: &T) -> Result<(), CompleteError> {
+        match typed_result::encode(result) {
             Ok(bytes) => self.complete(bytes),
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }
@@ -227,8 +261,7 @@ impl Lease {
     /// back, call this again with the same `fill`: a plain [`Lease::complete`] would leave out what it adds.
     /// [`Error::BatchTooLarge`] also where messages and results are more than 1 GiB together; they have no other limit.
     pub fn complete_with(self, result: impl Into<Vec<u8>>, fill: impl FnOnce(&mut Tx)) -> Result<(), CompleteError> {
-        let mut outcomes = complete_all(vec![(self, Work::with(result.into(), fill))]);
-        outcomes.pop().map_or(Ok(()), |outcome| outcome.map(drop))
+        complete_one(self, Work::with(result.into(), fill)).map(drop)
     }
 
     /// Ends this attempt as failed, without an effect. The next claim gets the key at once, with the next attempt number and
@@ -254,18 +287,14 @@ impl Lease {
     ///
     /// [`Error::Superseded`] if somebody has taken over.
     pub fn release_after(self, backoff: Duration) -> Result<()> {
-        release_all(vec![(self, backoff)]).pop().unwrap_or(Ok(()))
+        let running = Arc::clone(&self.running);
+        let mut released = release_all(vec![(self, backoff)]);
+        released.pop().unwrap_or_else(|| Err(unanswered(&running)))
     }
 
     #[cfg(feature = "tokio")]
     pub(crate) fn grant(&self) -> &Grant {
         &self.grant
-    }
-
-    /// Notes a renewal that was made with its grant.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn renewed(&mut self, until_monotonic_ms: u64) {
-        self.grant.until_monotonic_ms = until_monotonic_ms;
     }
 
     /// Notes that this attempt may have had its effect, for whoever is told when it is released.
@@ -304,6 +333,36 @@ impl std::fmt::Debug for Lease {
             .field("attempt", &self.grant.attempt)
             .field("prior", &self.grant.prior)
             .finish_non_exhaustive()
+    }
+}
+
+/// Renews a [`Lease`] until it is dropped. Made by [`Lease::keep_alive`].
+#[must_use = "renewal ends when this is dropped"]
+pub struct KeepAlive<'a> {
+    // Before the lease: it ends first.
+    renewal: Renewal,
+    lease: &'a mut Lease,
+}
+
+impl KeepAlive<'_> {
+    /// The fencing token of the lease that is renewed.
+    #[must_use]
+    pub fn token(&self) -> u64 {
+        self.lease.token()
+    }
+
+    /// Why the lease is not renewed any more: [`Error::Superseded`] if somebody has taken over or decided that the work
+    /// runs again, [`Error::Poisoned`] or [`Error::Closed`] if the store has ended, [`Error::Io`] if the system gives no
+    /// thread to renew. Stop working then. `None` as long as the lease is renewed; known at the next renewal.
+    #[must_use]
+    pub fn lost(&self) -> Option<Error> {
+        self.renewal.lost()
+    }
+}
+
+impl std::fmt::Debug for KeepAlive<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeepAlive").field("lease", &self.lease).finish_non_exhaustive()
     }
 }
 
@@ -372,13 +431,29 @@ pub(crate) fn sort_out<L>(
     (ours, answers)
 }
 
-/// The answers of a batch in the callers' order: those that are there already, and in the gaps those that `ours` gives.
+/// The answers of a batch in the callers' order: those that are there already, and in the gaps those that `ours` gives. A
+/// gap for which there is none fails, and poisons the store.
 pub(crate) fn in_order<E>(
     answers: Vec<Option<Result<(), E>>>,
     ours: impl IntoIterator<Item = Result<(), E>>,
+    running: &Running,
+    failed: impl Fn(Error) -> E,
 ) -> Vec<Result<(), E>> {
     let mut ours = ours.into_iter();
-    answers.into_iter().map(|answer| answer.or_else(|| ours.next()).unwrap_or(Ok(()))).collect()
+    let mut next = || ours.next().unwrap_or_else(|| Err(failed(unanswered(running))));
+    answers.into_iter().map(|answer| answer.unwrap_or_else(&mut next)).collect()
+}
+
+/// What a lease fails with that has no answer, where each must have one.
+#[cold]
+pub(crate) fn unanswered(running: &Running) -> Error {
+    running.engine.broken(Invariant::AnswerForEachKey, format_args!("a lease has none"))
+}
+
+fn complete_one(lease: Lease, work: Work) -> Result<Vec<u8>, CompleteError> {
+    let running = Arc::clone(&lease.running);
+    let lost = || Err(CompleteError::lost(unanswered(&running)));
+    complete_all(vec![(lease, work)]).pop().unwrap_or_else(lost)
 }
 
 /// Completes leases in one write; an answer for each, with its result.
@@ -420,7 +495,7 @@ pub(crate) fn release_all(mut leases: Vec<(Lease, Duration)>) -> Vec<Result<()>>
     // This attempt did nothing. Whether an earlier one did is as open as before.
     let open = |lease: &Lease, backoff| Settlement::Open {
         prior: lease.grant.prior.unwrap_or(Prior::Released),
-        backoff: Backoff::from(now, backoff, window_ms),
+        backoff: Backoff::from(&now, backoff, window_ms),
     };
     let settlements = leases.iter().map(|(lease, backoff)| (&lease.grant, open(lease, *backoff))).collect();
     match engine.settle(RowKind::Settled, Settler::Holder, settlements) {
@@ -469,6 +544,11 @@ struct Failure<L> {
 }
 
 impl<L> CompleteError<L> {
+    /// Where neither the result nor the lease is left.
+    pub(crate) fn lost(error: Error) -> Self {
+        Self::new(error, Vec::new(), None)
+    }
+
     pub(crate) fn new(error: Error, result: Vec<u8>, lease: Option<L>) -> Self {
         Self(Box::new(Failure { error, result, lease }))
     }
@@ -496,5 +576,49 @@ impl<L> CompleteError<L> {
     pub fn into_parts(self) -> (Error, Vec<u8>, Option<L>) {
         let Failure { error, result, lease } = *self.0;
         (error, result, lease)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+
+    #[test]
+    fn a_lease_without_an_answer_fails_and_poisons_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
+        let running = Arc::clone(&lease.running);
+        let superseded = || Err(lease.grant.superseded());
+        let whole = in_order(vec![None, Some(superseded()), None], [Ok(()), Ok(())], &running, |error| error);
+        assert!(matches!(whole[..], [Ok(()), Err(Error::Superseded { .. }), Ok(())]), "{whole:?}");
+        assert_eq!(running.engine.poisoned(), None);
+
+        let short = in_order(vec![None, Some(superseded()), None], [Ok(())], &running, |error| error);
+        let [Ok(()), Err(Error::Superseded { .. }), Err(error @ Error::Broken { .. })] = &short[..] else {
+            panic!("{short:?}")
+        };
+        assert_eq!(error.outcome(), Outcome::Unknown);
+        assert!(error.to_string().contains("each key of a call has exactly one answer"), "{error}");
+        let refused = store.claim("another").unwrap_err();
+        assert!(matches!(&refused, Error::Poisoned { reason } if reason.contains("exactly one answer")), "{refused}");
+        let failed = lease.complete("r").unwrap_err();
+        assert!(matches!(failed.error(), Error::Poisoned { .. }), "{failed}");
+    }
+
+    #[test]
+    fn a_call_with_too_few_or_too_many_answers_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        for (answers, keys) in [(vec![1], 2), (vec![1, 2], 1), (vec![], 1)] {
+            let store = Store::open(dir.path().join(format!("{}-{keys}", answers.len()))).unwrap();
+            let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
+            let engine = &lease.running.engine;
+            assert_eq!(engine.answered(vec![7; keys], keys).unwrap().len(), keys);
+            let error = engine.answered(answers, keys).unwrap_err();
+            assert!(matches!(error, Error::Broken { .. }), "{error}");
+            assert!(engine.poisoned().is_some());
+        }
+        assert!(matches!(crate::store::only::<()>(Vec::new()), Err(Error::Broken { .. })));
     }
 }

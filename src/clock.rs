@@ -1,29 +1,58 @@
 //! The only place that reads the time.
 //!
-//! Windows run on the store's time, leases on monotonic time. The store's time is the wall clock's or that of its
-//! messages; [`Timeline`] makes it safe to reason with by never letting it go back, not even across restarts.
+//! Windows run on the store's time, leases on monotonic time. The store's time is elapsed time corrected by the wall clock
+//! (`wall.rs`), or that of its messages (`stream.rs`).
+
+mod steps;
+mod stream;
+mod wall;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+pub(crate) use steps::{Step, Steps};
+pub(crate) use stream::Leap;
+use stream::StreamTime;
+use wall::WallTime;
+pub(crate) use wall::{ClockState, Deviation};
+
+use crate::config::Span;
+
 /// Where a store takes the time from. The system's clock is the default; tests use [`ManualClock`].
 pub trait Clock: Send + Sync + 'static {
-    /// Milliseconds since the Unix epoch. It may jump; the store never lets it go back.
+    /// Milliseconds since the Unix epoch. It may be wrong and may jump: a store believes what it says of elapsed time only when it has
+    /// said so for 10 minutes.
     fn wall_ms(&self) -> u64;
-    /// Milliseconds since some fixed moment of this process. It must not go back.
+    /// Milliseconds since some fixed moment of this process. It must not go back, and must run while the process does: the store's time
+    /// runs on it.
     fn monotonic_ms(&self) -> u64;
+    /// A clock that runs across processes, if there is one. From it a store knows for certain how long it was closed, and how
+    /// long the machine was suspended. `None` by default.
+    fn boot(&self) -> Option<BootTime> {
+        None
+    }
+}
+
+/// A moment on a clock that runs across the processes of one boot of a machine, also while it is suspended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BootTime {
+    /// Which boot of which machine it is. Times of different boots have nothing to do with each other.
+    pub id: [u8; 16],
+    /// Milliseconds since a fixed moment of this boot.
+    pub ms: u64,
 }
 
 /// The system's clocks.
 #[derive(Debug, Clone)]
 pub(crate) struct SystemClock {
     start: Instant,
+    boot_id: Option<[u8; 16]>,
 }
 
 impl SystemClock {
     pub(crate) fn new() -> Self {
-        Self { start: Instant::now() }
+        Self { start: Instant::now(), boot_id: boot_id() }
     }
 }
 
@@ -36,9 +65,43 @@ impl Clock for SystemClock {
     fn monotonic_ms(&self) -> u64 {
         millis(self.start.elapsed())
     }
+
+    fn boot(&self) -> Option<BootTime> {
+        Some(BootTime { id: self.boot_id?, ms: since_boot_ms()? })
+    }
+}
+
+/// The boot of this machine, and the namespace of its times: in another one the boot clock may have an offset of its own.
+#[cfg(target_os = "linux")]
+fn boot_id() -> Option<[u8; 16]> {
+    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
+    let namespace = std::fs::read_link("/proc/self/ns/time").unwrap_or_default();
+    let mut hash = blake3::Hasher::new();
+    hash.update(&boot).update(namespace.as_os_str().as_encoded_bytes());
+    hash.finalize().as_bytes().first_chunk().copied()
+}
+
+#[cfg(target_os = "linux")]
+fn since_boot_ms() -> Option<u64> {
+    // The other form panics where a sandbox knows no such clock.
+    let now = rustix::time::clock_gettime_dynamic(rustix::time::DynamicClockId::Boottime).ok()?;
+    let (seconds, nanos) = (u64::try_from(now.tv_sec).ok()?, u64::try_from(now.tv_nsec).ok()?);
+    seconds.checked_mul(1_000)?.checked_add(nanos / 1_000_000)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn boot_id() -> Option<[u8; 16]> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn since_boot_ms() -> Option<u64> {
+    None
 }
 
 /// A clock that moves only when it is told to.
+///
+/// All of them are of one boot: a store that is closed and opened again with a clock that shows a later time was closed for as long.
 ///
 /// ```
 /// use onlyonce::ManualClock;
@@ -54,200 +117,217 @@ pub struct ManualClock {
 
 #[derive(Debug)]
 struct ManualInner {
-    wall_ms: AtomicU64,
     monotonic_ms: AtomicU64,
+    /// What the wall clock shows beyond the monotonic one.
+    wall_offset_ms: AtomicU64,
+    /// The same for the boot clock.
+    boot_offset_ms: AtomicU64,
+    boots: AtomicU64,
 }
 
 impl ManualClock {
     /// A clock that shows `wall_ms`, in milliseconds since the Unix epoch.
     #[must_use]
     pub fn at(wall_ms: u64) -> Self {
-        Self { inner: Arc::new(ManualInner { wall_ms: AtomicU64::new(wall_ms), monotonic_ms: AtomicU64::new(0) }) }
+        let inner = ManualInner {
+            monotonic_ms: AtomicU64::new(0),
+            wall_offset_ms: AtomicU64::new(wall_ms),
+            boot_offset_ms: AtomicU64::new(wall_ms),
+            boots: AtomicU64::new(0),
+        };
+        Self { inner: Arc::new(inner) }
     }
 
-    /// Moves both clocks forward, by whole milliseconds.
+    /// Lets time pass, by whole milliseconds: all its clocks go forward.
     pub fn advance(&self, by: Duration) {
-        self.inner.wall_ms.fetch_add(millis(by), Ordering::SeqCst);
         self.inner.monotonic_ms.fetch_add(millis(by), Ordering::SeqCst);
     }
 
     /// Sets the wall clock alone, forward or back, as an operator or a time server may.
     pub fn set_wall_ms(&self, wall_ms: u64) {
-        self.inner.wall_ms.store(wall_ms, Ordering::SeqCst);
+        let monotonic_ms = self.inner.monotonic_ms.load(Ordering::SeqCst);
+        self.inner.wall_offset_ms.store(wall_ms.wrapping_sub(monotonic_ms), Ordering::SeqCst);
+    }
+
+    /// Lets time pass while the machine is suspended: the monotonic clock stands still.
+    pub fn suspend(&self, by: Duration) {
+        // A reader in between sees a wall clock that is behind, which it does not follow.
+        self.inner.boot_offset_ms.fetch_add(millis(by), Ordering::SeqCst);
+        self.inner.wall_offset_ms.fetch_add(millis(by), Ordering::SeqCst);
+    }
+
+    /// Begins another boot of the machine. For while no store is open.
+    pub fn reboot(&self) {
+        self.inner.boots.fetch_add(1, Ordering::SeqCst);
     }
 }
 
 impl Clock for ManualClock {
     fn wall_ms(&self) -> u64 {
-        self.inner.wall_ms.load(Ordering::SeqCst)
+        let offset_ms = self.inner.wall_offset_ms.load(Ordering::SeqCst);
+        offset_ms.wrapping_add(self.monotonic_ms())
     }
 
     fn monotonic_ms(&self) -> u64 {
         self.inner.monotonic_ms.load(Ordering::SeqCst)
     }
+
+    fn boot(&self) -> Option<BootTime> {
+        let boots = self.inner.boots.load(Ordering::SeqCst);
+        let ms = self.inner.boot_offset_ms.load(Ordering::SeqCst).wrapping_add(self.monotonic_ms());
+        Some(BootTime { id: u128::from(boots).to_le_bytes(), ms })
+    }
 }
 
 /// One reading of the times.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Now {
-    /// The store's time: wall time or stream time. It never goes back.
+    /// The store's time: elapsed time, or stream time.
     pub(crate) time_ms: u64,
     pub(crate) monotonic_ms: u64,
-    /// What backoffs run on: wall time, so that they outlast the process, and monotonic time on a stream store.
-    pub(crate) backoff_ms: u64,
+    /// The retention floor: completions before it are forgotten for good, whatever the window is by now.
+    pub(crate) remembers_since_ms: u64,
+    /// The steps that carried completions along.
+    pub(crate) steps: Steps,
+}
+
+impl Now {
+    /// Whether something that happened at `at_ms` is a window old.
+    #[inline]
+    pub(crate) fn is_over(&self, at_ms: u64, window_ms: u64) -> bool {
+        self.time_ms >= self.steps.counted_ms(at_ms).saturating_add(window_ms)
+    }
+
+    /// G4, for a completion at this time: remembered if and only if it is not a window old, and not below the retention floor.
+    #[inline]
+    pub(crate) fn remembers(&self, completed_ms: u64, window_ms: u64) -> bool {
+        self.steps.counted_ms(completed_ms) >= self.remembers_since_ms && !self.is_over(completed_ms, window_ms)
+    }
+
+    /// Whether a completion in this span of time may still be remembered: its newest may.
+    pub(crate) fn remembers_any(&self, first_ms: u64, last_ms: u64, window_ms: u64) -> bool {
+        let newest_ms = self.steps.newest_counted_ms(first_ms, last_ms);
+        newest_ms >= self.remembers_since_ms && self.time_ms < newest_ms.saturating_add(window_ms)
+    }
+
+    /// A completion at this time, or later, is remembered.
+    pub(crate) fn remembers_since(&self, window_ms: u64) -> u64 {
+        wall::floor_ms(self.remembers_since_ms, self.time_ms, window_ms)
+    }
 }
 
 /// A clock that says more than this, some 140,000 years from now, is broken; the bound keeps sums of times in range.
-const MAX_WALL_MS: u64 = 1 << 52;
+pub(crate) const MAX_WALL_MS: u64 = 1 << 52;
 
 /// A year, and a day where it has one more.
 pub(crate) const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
-/// A clock with a high-water mark; or, where `stream` is there, a high-water mark that messages move.
+/// The store's time, and the retention floor, as the next opening finds them. A time of 0: there was none yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Saved {
+    pub(crate) time_ms: u64,
+    pub(crate) floor_ms: u64,
+}
+
+impl Saved {
+    /// The same, knowing that all was forgotten that was a window old by then.
+    pub(crate) fn forgotten_by(&self, window_ms: u64) -> Self {
+        Self { floor_ms: wall::floor_ms(self.floor_ms, self.time_ms, window_ms), ..*self }
+    }
+}
+
+/// The store's time.
 pub(crate) struct Timeline {
-    clock: Arc<dyn Clock>,
-    high_water_ms: AtomicU64,
-    stream: Option<Stream>,
+    driver: Driver,
+    /// How often it was to be saved whatever had changed.
+    asked: AtomicU64,
 }
 
-/// What moves stream time, and how far.
-struct Stream {
-    max_ahead_ms: u64,
-    window_ms: u64,
-    /// The time of the last message that was refused for its leap. 0 if there is none, or one within reach came since.
-    leap_ms: AtomicU64,
-}
-
-/// A message that is too far ahead of stream time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Leap {
-    pub(crate) stream_ms: u64,
-    pub(crate) max_ahead_ms: u64,
-    /// Whether it is as far ahead of the wall clock, too.
-    pub(crate) in_future: bool,
+enum Driver {
+    Clocks(WallTime),
+    Messages(StreamTime),
 }
 
 impl Timeline {
-    /// Time that the wall clock drives.
-    pub(crate) fn new(clock: Arc<dyn Clock>, high_water_ms: u64) -> Self {
-        let behind_ms = high_water_ms.saturating_sub(clock.wall_ms());
-        if behind_ms > 0 {
-            tracing::warn!(
-                behind_ms,
-                "the wall clock is behind what this store has seen: its time stands still until the clock catches up"
-            );
-        }
-        Self { clock, high_water_ms: AtomicU64::new(high_water_ms), stream: None }
+    /// Time that passes, from where the last opening stopped.
+    pub(crate) fn of_clocks(clock: Arc<dyn Clock>, saved: &Saved, state: &ClockState, span: Span) -> Self {
+        Self { driver: Driver::Clocks(WallTime::resume(clock, saved, state, span)), asked: AtomicU64::new(0) }
     }
 
-    /// Time that messages drive, from `high_water_ms` on, or from wherever the first one is if that is 0.
-    pub(crate) fn of_messages(clock: Arc<dyn Clock>, high_water_ms: u64, max_ahead_ms: u64, window_ms: u64) -> Self {
-        let stream = Some(Stream { max_ahead_ms, window_ms, leap_ms: AtomicU64::new(0) });
-        Self { clock, high_water_ms: AtomicU64::new(high_water_ms), stream }
+    /// Time that messages drive, from where it was last, or from wherever the first one is.
+    pub(crate) fn of_messages(clock: Arc<dyn Clock>, saved: &Saved, max_ahead_ms: u64, window_ms: u64) -> Self {
+        let stream = StreamTime::resume(clock, saved, max_ahead_ms, window_ms);
+        Self { driver: Driver::Messages(stream), asked: AtomicU64::new(0) }
     }
 
     pub(crate) fn is_stream(&self) -> bool {
-        self.stream.is_some()
+        matches!(self.driver, Driver::Messages(_))
     }
 
     pub(crate) fn now(&self) -> Now {
-        if self.is_stream() {
-            let monotonic_ms = self.clock.monotonic_ms();
-            return Now { time_ms: self.high_water_ms(), monotonic_ms, backoff_ms: monotonic_ms };
+        match &self.driver {
+            Driver::Clocks(wall) => wall.now(),
+            Driver::Messages(stream) => stream.now(),
         }
-        let wall_ms = self.clock.wall_ms().min(MAX_WALL_MS);
-        let mut high_water_ms = self.high_water_ms.load(Ordering::Acquire);
-        // Most readings fall into a millisecond that was seen before: they need no write to the shared line.
-        if wall_ms > high_water_ms {
-            high_water_ms = self.high_water_ms.fetch_max(wall_ms, Ordering::AcqRel);
+    }
+
+    /// Looks at all clocks, also at those that cost too much to be asked on every call.
+    pub(crate) fn observe(&self) -> Now {
+        match &self.driver {
+            Driver::Clocks(wall) => wall.observe(),
+            Driver::Messages(stream) => stream.now(),
         }
-        let time_ms = wall_ms.max(high_water_ms);
-        Now { time_ms, monotonic_ms: self.clock.monotonic_ms(), backoff_ms: time_ms }
     }
 
     /// Takes stream time along to a message of `at_ms`; what it is then. `next_ms` are the times of the messages behind it
     /// that came with it: they, too, can confirm a leap. One that is refused is noted.
     pub(crate) fn follow(&self, at_ms: u64, next_ms: impl IntoIterator<Item = u64>) -> Result<u64, Leap> {
-        let Some(stream) = &self.stream else { return Ok(self.high_water_ms()) };
-        let stream_ms = self.high_water_ms();
-        let noted_ms = stream.leap_ms.load(Ordering::Relaxed);
-        if stream.reaches(stream_ms, at_ms) {
-            // What is too old says nothing about where the stream is now.
-            if noted_ms != 0 && !stream.is_late(stream_ms, at_ms) {
-                stream.leap_ms.store(0, Ordering::Relaxed);
-            }
-        } else {
-            let refused = self.may_leap(stream, stream_ms, at_ms, noted_ms, next_ms).err();
-            match refused {
-                None if stream.reaches(at_ms, noted_ms) => stream.leap_ms.store(0, Ordering::Relaxed),
-                Some(Leap { in_future: false, .. }) => stream.leap_ms.store(at_ms, Ordering::Relaxed),
-                _ => {}
-            }
-            refused.map_or(Ok(()), Err)?;
+        match &self.driver {
+            Driver::Clocks(wall) => Ok(wall.now().time_ms),
+            Driver::Messages(stream) => stream.follow(at_ms, next_ms),
         }
-        if at_ms > stream_ms {
-            self.advance(at_ms);
-        }
-        Ok(self.high_water_ms())
     }
 
     /// What [`Timeline::follow`] would say. Changes nothing.
     pub(crate) fn foresee(&self, at_ms: u64) -> Result<u64, Leap> {
-        let stream_ms = self.high_water_ms();
-        if let Some(stream) = &self.stream
-            && !stream.reaches(stream_ms, at_ms)
-        {
-            self.may_leap(stream, stream_ms, at_ms, stream.leap_ms.load(Ordering::Relaxed), [])?;
+        match &self.driver {
+            Driver::Clocks(wall) => Ok(wall.now().time_ms),
+            Driver::Messages(stream) => stream.foresee(at_ms),
         }
-        Ok(stream_ms.max(at_ms))
     }
 
-    /// Whether an operator can mean that: nobody takes stream time back, and a time in another unit lies far ahead. The clock
-    /// may be what is wrong.
-    pub(crate) fn is_within_a_year(&self, at_ms: u64) -> bool {
-        at_ms <= self.clock.wall_ms().min(MAX_WALL_MS).max(self.high_water_ms()).saturating_add(millis(YEAR))
+    /// Moves stream time on by hand, unless it is further already. Nobody can mean a time that is more than a year ahead of it and
+    /// of the wall clock: false.
+    pub(crate) fn advance(&self, to_ms: u64) -> bool {
+        match &self.driver {
+            Driver::Clocks(_) => false,
+            Driver::Messages(stream) => stream.advance_by_hand(to_ms),
+        }
     }
 
-    /// Whether a leap is believed: another message that leaps, next to it, is as far, or less than a step behind.
-    fn may_leap(
-        &self,
-        stream: &Stream,
-        stream_ms: u64,
-        at_ms: u64,
-        noted_ms: u64,
-        next_ms: impl IntoIterator<Item = u64>,
-    ) -> Result<(), Leap> {
-        let max_ahead_ms = stream.max_ahead_ms;
-        let latest_ms = self.clock.wall_ms().min(MAX_WALL_MS).saturating_add(max_ahead_ms);
-        let confirms = |other_ms: u64| !stream.reaches(stream_ms, other_ms) && stream.reaches(other_ms, at_ms);
-        // What is too old or of the future says nothing.
-        let says_something = |other_ms: &u64| !stream.is_late(stream_ms, *other_ms) && *other_ms <= latest_ms;
-        let is_confirmed = || {
-            // The first message of a store leaps from nowhere.
-            stream_ms == 0 || confirms(noted_ms) || next_ms.into_iter().find(says_something).is_some_and(confirms)
-        };
-        let in_future = at_ms > latest_ms;
-        if !in_future && is_confirmed() { Ok(()) } else { Err(Leap { stream_ms, max_ahead_ms, in_future }) }
+    /// Has it saved with the next write.
+    pub(crate) fn ask_to_be_saved(&self) {
+        self.asked.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Moves the store's time on, unless it is further already.
-    pub(crate) fn advance(&self, to_ms: u64) {
-        self.high_water_ms.fetch_max(to_ms.min(MAX_WALL_MS), Ordering::AcqRel);
+    /// A number that grows with every change that the next opening must know of.
+    pub(crate) fn changes(&self) -> u64 {
+        let asked = self.asked.load(Ordering::Acquire);
+        match &self.driver {
+            Driver::Clocks(wall) => asked.wrapping_add(wall.changes()),
+            Driver::Messages(_) => asked,
+        }
     }
 
-    /// The latest time that any answer was based on.
-    pub(crate) fn high_water_ms(&self) -> u64 {
-        self.high_water_ms.load(Ordering::Acquire)
-    }
-}
-
-impl Stream {
-    fn reaches(&self, stream_ms: u64, at_ms: u64) -> bool {
-        at_ms <= stream_ms.saturating_add(self.max_ahead_ms)
-    }
-
-    fn is_late(&self, stream_ms: u64, at_ms: u64) -> bool {
-        at_ms.saturating_add(self.window_ms) <= stream_ms
+    /// What the next opening must know; of the clocks, where they drive it.
+    pub(crate) fn save(&self) -> (Saved, Option<ClockState>) {
+        match &self.driver {
+            Driver::Clocks(wall) => {
+                let (saved, state) = wall.save();
+                (saved, Some(state))
+            }
+            Driver::Messages(stream) => (stream.save(), None),
+        }
     }
 }
 
@@ -261,73 +341,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wall_time_never_goes_back() {
+    fn a_manual_clock_shows_what_it_is_told() {
         let clock = ManualClock::at(1_000);
-        let timeline = Timeline::new(Arc::new(clock.clone()), 5_000);
-        assert_eq!(timeline.now().time_ms, 5_000);
-        clock.set_wall_ms(7_000);
-        assert_eq!(timeline.now().time_ms, 7_000);
-        clock.set_wall_ms(10);
-        assert_eq!(timeline.now().time_ms, 7_000);
-        assert_eq!(timeline.high_water_ms(), 7_000);
+        let shows = || (clock.wall_ms(), clock.monotonic_ms(), clock.boot().unwrap().ms);
+        assert_eq!(shows(), (1_000, 0, 1_000));
+        clock.advance(Duration::from_millis(50));
+        assert_eq!(shows(), (1_050, 50, 1_050));
+        clock.set_wall_ms(7);
+        assert_eq!(shows(), (7, 50, 1_050));
+        clock.suspend(Duration::from_millis(100));
+        assert_eq!(shows(), (107, 50, 1_150));
+        let (before, other) = (clock.boot().unwrap().id, ManualClock::at(5).boot().unwrap().id);
+        clock.reboot();
+        assert_eq!(before, other, "of one boot");
+        assert_ne!(clock.boot().unwrap().id, other);
     }
 
-    fn of_messages(high_water_ms: u64) -> (ManualClock, Timeline) {
-        let clock = ManualClock::at(1_000_000);
-        (clock.clone(), Timeline::of_messages(Arc::new(clock), high_water_ms, 100, 500))
-    }
-
+    #[cfg(target_os = "linux")]
     #[test]
-    fn stream_time_follows_the_newest_message_and_no_clock() {
-        let (clock, timeline) = of_messages(0);
-        for (at_ms, stream_ms) in [(5_000, 5_000), (5_100, 5_100), (4_000, 5_100), (5_099, 5_100), (5_200, 5_200)] {
-            assert_eq!(timeline.foresee(at_ms).map(|_| timeline.high_water_ms() <= stream_ms), Ok(true));
-            assert_eq!(timeline.follow(at_ms, []), Ok(stream_ms), "{at_ms}");
-        }
-        for wall_ms in [0, u64::MAX, 1_000_000] {
-            clock.set_wall_ms(wall_ms);
-            assert_eq!(timeline.now().time_ms, 5_200);
-            assert_eq!(timeline.follow(5_150, []), Ok(5_200));
-        }
-    }
-
-    #[test]
-    fn a_leap_goes_as_far_as_two_messages_in_a_row_say() {
-        let (_, timeline) = of_messages(5_000);
-        let refused = Err(Leap { stream_ms: 5_000, max_ahead_ms: 100, in_future: false });
-        assert_eq!(timeline.foresee(9_000), refused);
-        assert_eq!(timeline.follow(9_000, []), refused);
-        assert_eq!(timeline.follow(5_000, []), Ok(5_000), "so the other was a stray");
-        assert_eq!(timeline.follow(9_000, []), refused);
-        assert_eq!(timeline.follow(20_000, []), refused, "nobody else says so much");
-        assert_eq!(timeline.follow(4_500, []), Ok(5_000), "too old to say where the stream is");
-        assert_eq!(timeline.foresee(20_000), Ok(20_000), "noted, and not changed by looking");
-        assert_eq!(timeline.follow(9_000, []), Ok(9_000), "so much say both");
-        assert!(timeline.follow(20_101, []).is_err(), "more than a step beyond what was noted");
-        assert_eq!(timeline.follow(20_000, []), Ok(20_000));
-        assert_eq!(timeline.follow(20_100, []), Ok(20_100));
-    }
-
-    #[test]
-    fn a_leap_is_confirmed_by_the_next_that_came_with_it() {
-        let refused = |next: &[u64]| of_messages(5_000).1.follow(9_000, next.iter().copied()).is_err();
-        assert!(refused(&[]) && refused(&[5_050, 9_000]) && refused(&[8_899]));
-        assert!(!refused(&[8_900]) && !refused(&[30_000]) && !refused(&[4_500, 9_000]));
-        // What is of the future says nothing: neither for it nor against it.
-        assert!(refused(&[u64::MAX]) && !refused(&[u64::MAX, 9_000]));
-    }
-
-    #[test]
-    fn a_leap_beyond_the_wall_clock_waits_for_it() {
-        for high_water_ms in [0, 5_000] {
-            let (clock, timeline) = of_messages(high_water_ms);
-            for _ in 0..5 {
-                assert!(timeline.follow(1_000_101, []).is_err_and(|leap| leap.in_future));
-            }
-            clock.advance(Duration::from_millis(1));
-            let noted = timeline.follow(1_000_101, []);
-            assert_eq!(noted.is_ok(), high_water_ms == 0, "the first of all needs no second");
-            assert_eq!(timeline.follow(1_000_101, []), Ok(1_000_101));
-        }
+    fn the_system_has_a_clock_that_runs_across_processes() {
+        let (one, other) = (SystemClock::new().boot().unwrap(), SystemClock::new().boot().unwrap());
+        assert_eq!(one.id, other.id);
+        assert!(one.ms <= other.ms && other.ms - one.ms < 60_000, "{one:?}, {other:?}");
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+        let uptime_ms = uptime.split('.').next().unwrap().parse::<u64>().unwrap() * 1_000;
+        assert!(other.ms.abs_diff(uptime_ms) < 60_000, "{other:?}, up for {uptime_ms} ms");
     }
 }

@@ -1,9 +1,10 @@
-//! The bytes on disk: journal rows, bucket values, `meta` values, and typed results. Drawn in `docs/format.md`.
+//! The bytes on disk: journal rows, bucket values, and `meta` values. Drawn in `docs/format.md`.
 //!
 //! Every decoder returns `None` for bytes it did not write; none of them panics.
 
 use std::sync::Arc;
 
+use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
 use crate::config::{OnInterrupt, Span};
 use crate::entry::{Backoff, Done, Entry, Holder, Kept, Prior, Processing};
 use crate::key::Fingerprint;
@@ -95,6 +96,11 @@ impl<'a> Reader<'a> {
 
     pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         self.take(N)?.try_into().ok()
+    }
+
+    /// A time that a clock may show, or a distance of two: sums of them stay in range.
+    fn clock_ms(&mut self) -> Option<u64> {
+        self.array().map(u64::from_le_bytes).filter(|ms| *ms <= MAX_WALL_MS)
     }
 
     fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>> {
@@ -470,24 +476,65 @@ pub(crate) fn read_on_interrupt(bytes: &[u8]) -> Option<OnInterrupt> {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Typed results
-// ---------------------------------------------------------------------------------------------------------------
+const CLOCK_BOOT: u8 = 0b0001;
+const CLOCK_DEVIATES: u8 = 0b0010;
+const CLOCK_AHEAD: u8 = 0b0100;
+const CLOCK_FLAGS: u8 = CLOCK_BOOT | CLOCK_DEVIATES | CLOCK_AHEAD;
 
-/// A typed result as bytes: serde through bincode 2, in its standard configuration.
-pub(crate) fn encode_result<T: serde::Serialize>(result: &T) -> Result<Vec<u8>, String> {
-    bincode::serde::encode_to_vec(result, bincode::config::standard()).map_err(|error| error.to_string())
+/// `clock := flags (1) | [boot id (16) | boot time (8)] | lead (8) | [since (8) | least (8) | measured since (8) | wall then (8)] | step*`,
+/// `step := from (8) | to (8) | by (8)`
+pub(crate) fn put_clock(state: &ClockState) -> Vec<u8> {
+    let ClockState { boot, lead_ms, deviation, steps } = state;
+    let boot_flag = if boot.is_some() { CLOCK_BOOT } else { 0 };
+    let deviation_flags = match deviation {
+        None => 0,
+        Some(deviation) if deviation.is_ahead => CLOCK_DEVIATES | CLOCK_AHEAD,
+        Some(_) => CLOCK_DEVIATES,
+    };
+    let mut out = vec![boot_flag | deviation_flags];
+    if let Some(BootTime { id, ms }) = boot {
+        out.extend_from_slice(id);
+        out.extend_from_slice(&ms.to_le_bytes());
+    }
+    out.extend_from_slice(&lead_ms.to_le_bytes());
+    if let Some(Deviation { since_ms, least_ms, measured_since_ms, first_wall_ms, .. }) = deviation {
+        [since_ms, least_ms, measured_since_ms, first_wall_ms]
+            .iter()
+            .for_each(|ms| out.extend_from_slice(&ms.to_le_bytes()));
+    }
+    for Step { from_ms, to_ms, by_ms } in steps.iter() {
+        [from_ms, to_ms, by_ms].iter().for_each(|ms| out.extend_from_slice(&ms.to_le_bytes()));
+    }
+    out
 }
 
-/// A typed result from bytes, all of which must have been used.
-pub(crate) fn decode_result<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    // The limit keeps a length that was never written by us from reserving memory for it.
-    let config = bincode::config::standard().with_limit::<{ 64 << 20 }>();
-    match bincode::serde::decode_from_slice(bytes, config) {
-        Ok((result, used)) if used == bytes.len() => Ok(result),
-        Ok((_, used)) => Err(format!("{} bytes are left over", bytes.len().saturating_sub(used))),
-        Err(error) => Err(error.to_string()),
+pub(crate) fn read_clock(bytes: &[u8]) -> Option<ClockState> {
+    let mut reader = Reader::new(bytes);
+    let flags = reader.byte()?;
+    if flags & !CLOCK_FLAGS != 0 || flags & (CLOCK_DEVIATES | CLOCK_AHEAD) == CLOCK_AHEAD {
+        return None;
     }
+    let boot = match flags & CLOCK_BOOT {
+        0 => None,
+        _ => Some(BootTime { id: reader.array()?, ms: u64::from_le_bytes(reader.array()?) }),
+    };
+    let lead_ms = reader.clock_ms()?;
+    let deviation = match flags & CLOCK_DEVIATES {
+        0 => None,
+        _ => Some(Deviation {
+            is_ahead: flags & CLOCK_AHEAD != 0,
+            since_ms: reader.clock_ms()?,
+            least_ms: reader.clock_ms()?,
+            measured_since_ms: reader.clock_ms()?,
+            first_wall_ms: reader.clock_ms()?,
+        }),
+    };
+    let mut steps = Vec::new();
+    while !reader.is_empty() {
+        let step = Step { from_ms: reader.clock_ms()?, to_ms: reader.clock_ms()?, by_ms: reader.clock_ms()? };
+        (step.by_ms > 0).then(|| steps.push(step))?;
+    }
+    Some(ClockState { boot, lead_ms, deviation, steps: Steps::of(&steps)? })
 }
 
 #[cfg(test)]
@@ -605,7 +652,6 @@ mod tests {
             let _ = read_row(&bytes, |_, _| {});
             let _ = read_value(&bytes, start);
             let _ = read_span(&bytes);
-            let _ = decode_result::<Vec<String>>(&bytes);
         }
     }
 
@@ -710,10 +756,30 @@ mod tests {
     }
 
     #[test]
-    fn typed_results_come_back_and_others_are_refused() {
-        let bytes = encode_result(&("charge-1", 1_200_u64)).unwrap();
-        assert_eq!(decode_result::<(String, u64)>(&bytes), Ok(("charge-1".to_owned(), 1_200)));
-        assert!(decode_result::<(String, u64, u64)>(&bytes).is_err());
-        assert!(decode_result::<String>(&bytes).unwrap_err().contains("left over"));
+    fn the_state_of_the_clocks_is_read_back_and_numbers_out_of_range_are_refused() {
+        let ahead =
+            Deviation { is_ahead: true, since_ms: 5, least_ms: 6, measured_since_ms: 7, first_wall_ms: MAX_WALL_MS };
+        let boot = Some(BootTime { id: [7; 16], ms: u64::MAX });
+        let step = Step { from_ms: 1, to_ms: 2, by_ms: 3 };
+        for boot in [None, boot] {
+            for deviation in [None, Some(ahead), Some(Deviation { is_ahead: false, ..ahead })] {
+                for steps in [&[][..], &[step], &[step; 3]] {
+                    let state = ClockState { boot, lead_ms: 4, deviation, steps: Steps::of(steps).unwrap() };
+                    let bytes = put_clock(&state);
+                    assert_eq!(read_clock(&bytes), Some(state));
+                    for foreign in [&bytes[..bytes.len() - 1], &[&bytes[..], &[0]].concat()] {
+                        assert_eq!(read_clock(foreign), None, "{foreign:?}");
+                    }
+                }
+            }
+        }
+        let none = put_clock(&ClockState::default());
+        let four_steps = [none.clone(), [1_u64.to_le_bytes(); 12].concat()].concat();
+        let no_step = [none.clone(), vec![0; 24]].concat();
+        let too_late = put_clock(&ClockState { lead_ms: MAX_WALL_MS + 1, ..ClockState::default() });
+        let no_deviation = [&[CLOCK_AHEAD], &none[1..]].concat();
+        for foreign in [&[][..], &four_steps, &no_step, &too_late, &no_deviation, &[0xff; 9]] {
+            assert_eq!(read_clock(foreign), None, "{foreign:?}");
+        }
     }
 }

@@ -13,6 +13,8 @@ const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// Beyond what a machine has, and within what RocksDB's caches can be told.
 const MAX_MEMORY_BUDGET: usize = 1 << 44;
 const MIB: usize = 1024 * 1024;
+/// The longest key, with its scope, of any store.
+pub(crate) const MAX_KEY: usize = 65_535;
 
 /// When a finished call is safe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +44,7 @@ pub(crate) struct Options {
     pub(crate) window: Option<Duration>,
     pub(crate) bucket: Option<Duration>,
     pub(crate) lease: Duration,
+    pub(crate) renew_for: Option<Duration>,
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: Option<OnInterrupt>,
@@ -63,6 +66,7 @@ impl Default for Options {
             window: None,
             bucket: None,
             lease: Duration::from_secs(30),
+            renew_for: None,
             durability: Durability::Disk,
             sync_interval: Duration::from_secs(1),
             on_interrupt: None,
@@ -100,6 +104,8 @@ pub(crate) struct Span {
 pub(crate) struct Config {
     pub(crate) span: Span,
     pub(crate) lease_ms: u64,
+    /// How long after its claim a lease is renewed while its work runs.
+    pub(crate) renew_for_ms: u64,
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: OnInterrupt,
@@ -119,11 +125,12 @@ impl Options {
     /// cannot have the memory that it is told to take.
     pub(crate) fn check_bounds(&self) -> Result<()> {
         within("lease", self.lease, Duration::from_millis(1), YEAR)?;
+        within("renew_for", self.renew_for.unwrap_or(YEAR), Duration::from_millis(1), YEAR)?;
         within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;
         within("lock_wait", self.lock_wait, Duration::ZERO, Duration::from_secs(3_600))?;
         within("memory_budget", self.memory_budget, 32 * MIB, MAX_MEMORY_BUDGET)?;
         within("result_limit", self.result_limit, 0, 64 * MIB)?;
-        within("key_limit", self.key_limit, 1, 65_535)?;
+        within("key_limit", self.key_limit, 1, MAX_KEY)?;
         within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)?;
         within("held_limit", self.held_limit, 1, usize::MAX)
     }
@@ -166,6 +173,7 @@ impl Options {
         Ok(Config {
             span,
             lease_ms: millis(self.lease),
+            renew_for_ms: self.renew_for.map_or(u64::MAX, millis),
             durability: self.durability,
             sync_interval: self.sync_interval,
             on_interrupt,

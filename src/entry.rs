@@ -40,6 +40,14 @@ impl<B> Entry<B> {
             Self::Completed(done) => done.token,
         }
     }
+
+    /// The time by which it is filed: when it was completed, or its holder became what it is.
+    pub(crate) fn time_ms(&self) -> u64 {
+        match self {
+            Self::Processing(processing) => processing.since_ms,
+            Self::Completed(done) => done.completed_ms,
+        }
+    }
 }
 
 /// Somebody has, or had, the right to do the work.
@@ -86,7 +94,7 @@ impl Backoff {
     pub(crate) const NONE: Self = Self { until_monotonic_ms: 0, length_ms: 0 };
 
     /// A backoff from `now` on. It is at most a window long: nothing of a key is remembered longer.
-    pub(crate) fn from(now: Now, length: std::time::Duration, window_ms: u64) -> Self {
+    pub(crate) fn from(now: &Now, length: std::time::Duration, window_ms: u64) -> Self {
         match u32::try_from(millis(length).min(window_ms)).unwrap_or(u32::MAX) {
             0 => Self::NONE,
             length_ms => Self { until_monotonic_ms: now.monotonic_ms.saturating_add(u64::from(length_ms)), length_ms },
@@ -105,7 +113,7 @@ pub(crate) struct Done<B = Arc<[u8]>> {
 }
 
 impl<B> Done<B> {
-    /// G4: remembered if and only if `now < completed + window`.
+    /// G4: remembered if and only if `now < completed + window`, and not forgotten before.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
         is_live(self.completed_ms, now, window_ms)
     }
@@ -113,7 +121,7 @@ impl<B> Done<B> {
 
 /// G4, for what was completed at this time.
 pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
-    now.time_ms < completed_ms.saturating_add(window_ms)
+    now.remembers(completed_ms, window_ms)
 }
 
 /// What is kept of a result.
@@ -147,14 +155,6 @@ impl Entry<&[u8]> {
         match self {
             Self::Processing(processing) => Entry::Processing(processing.clone()),
             Self::Completed(done) => Entry::Completed(done.shared()),
-        }
-    }
-
-    /// The time by which it is filed: when it was completed, or its holder became what it is.
-    pub(crate) fn time_ms(&self) -> u64 {
-        match self {
-            Self::Processing(processing) => processing.since_ms,
-            Self::Completed(done) => done.completed_ms,
         }
     }
 }

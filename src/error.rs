@@ -85,11 +85,33 @@ pub enum Error {
         detail: String,
     },
 
-    /// An earlier write failed with an unknown outcome. Nothing was tried; reopen the store.
-    #[error("the store is poisoned by an earlier failed write ({reason}): reopen it")]
+    /// What must always hold did not: a bug in this crate, or memory that changed by itself. The store is poisoned, so that
+    /// nothing succeeds on top of it: report the message, and reopen the store, which reads all it needs from the disk.
+    #[error("broken invariant: {invariant} ({detail}); this is a bug in onlyonce: report it, and reopen the store")]
+    Broken {
+        /// What must hold, as in `docs/invariants.md`.
+        invariant: &'static str,
+        /// What was found instead.
+        detail: String,
+    },
+
+    /// An earlier write failed with an unknown outcome, or a broken invariant was met. Nothing was tried; reopen the store.
+    #[error("the store is poisoned by an earlier failure ({reason}): reopen it")]
     Poisoned {
         /// The first failure.
         reason: String,
+    },
+
+    /// The directory of an open store, or a file in it that is always there, was deleted or moved. The store refuses from
+    /// then on. Opening the path again would begin an empty store, which takes every duplicate for new.
+    #[error(
+        "{} was deleted or moved while the store was open, and what the store held is lost: restore the directory from a \
+         copy before you open it again, or it begins empty",
+        path.display()
+    )]
+    DirectoryGone {
+        /// What is gone: the store's directory, or a file in it.
+        path: PathBuf,
     },
 
     /// The store was closed. Nothing was tried.
@@ -97,13 +119,17 @@ pub enum Error {
     Closed,
 
     /// A key with no bytes.
-    #[error("the key is empty: give it at least one byte")]
-    KeyEmpty,
+    #[error("the key{} is empty: give it at least one byte", in_batch(place))]
+    KeyEmpty {
+        /// The key's place in its batch, from 0. `None` where the call has one key.
+        place: Option<usize>,
+    },
 
     /// A key, with its scope, that is longer than `key_limit`.
     #[error(
-        "the key {key} is {len} bytes long with its scope, over the limit of {limit}: \
-             use `Key::content` or raise `key_limit`"
+        "the key {key}{} is {len} bytes long with its scope, over the limit of {limit}: \
+             use `Key::content` or raise `key_limit`",
+        in_batch(place)
     )]
     KeyTooLong {
         /// The start of the key, escaped.
@@ -112,15 +138,19 @@ pub enum Error {
         len: usize,
         /// The limit, in bytes.
         limit: usize,
+        /// The key's place in its batch, from 0. `None` where the call has one key.
+        place: Option<usize>,
     },
 
     /// A scope longer than 255 bytes.
-    #[error("the scope {scope} is {len} bytes long, over the limit of 255")]
+    #[error("the scope {scope} of the key{} is {len} bytes long, over the limit of 255: shorten it", in_batch(place))]
     ScopeTooLong {
         /// The start of the scope, escaped.
         scope: String,
         /// Its length, in bytes.
         len: usize,
+        /// The key's place in its batch, from 0. `None` where the call has one key.
+        place: Option<usize>,
     },
 
     /// The key was used before with another payload. The caller reused an idempotency key by mistake: refuse the
@@ -135,7 +165,8 @@ pub enum Error {
     /// would have run out. Whether the work was ever done nobody can say: set the message aside for a decision.
     #[error(
         "the message of {key} is of {at_ms}, and the store remembers since {remembers_since_ms}: whether its work was \
-         done is not known, set it aside"
+         done is not known, set it aside{}",
+        unit_hint(*at_ms)
     )]
     TooOld {
         /// The key, escaped.
@@ -151,8 +182,9 @@ pub enum Error {
     /// wall clock comes within the bound, if it is in the future.
     #[error(
         "the message of {key} is of {at_ms}, more than {max_ahead:?} ahead of stream time, which is {stream_ms}{}: \
-         try it again later",
-        if *in_future { ", and of the wall clock: its producer's clock may be wrong" } else { "" }
+         try it again later{}",
+        if *in_future { ", and of the wall clock: its producer's clock may be wrong" } else { "" },
+        unit_hint(*at_ms)
     )]
     TooFarAhead {
         /// The key, escaped.
@@ -170,6 +202,18 @@ pub enum Error {
     /// The store runs on stream time, and was asked without a message's timestamp.
     #[error("the store runs on stream time: give the message's timestamp, as to `claim_at`")]
     TimestampMissing,
+
+    /// The timestamp of a queue's message, on a store that runs on stream time, is plainly in another unit than
+    /// milliseconds. Nothing was changed. No retry helps: reject the message, and correct its producer.
+    #[error("the message of {key} has timestamp {at_ms}, which looks like {unit}: give milliseconds since 1970")]
+    TimestampUnit {
+        /// The key, escaped.
+        key: String,
+        /// The message's timestamp, as it was read.
+        at_ms: u64,
+        /// What it is in, by the look of it.
+        unit: &'static str,
+    },
 
     /// The store runs on its clock, and was asked with a message's timestamp.
     #[error("the store runs on its clock: leave the timestamp out, or create a store with `Builder::stream_time`")]
@@ -286,7 +330,7 @@ impl Error {
     #[must_use]
     pub fn outcome(&self) -> Outcome {
         match self {
-            Self::WriteFailed { .. } => Outcome::Unknown,
+            Self::WriteFailed { .. } | Self::DirectoryGone { .. } | Self::Broken { .. } => Outcome::Unknown,
             _ => Outcome::NotWritten,
         }
     }
@@ -307,10 +351,40 @@ impl Error {
         )
     }
 
+    /// The same about the key in this place of a batch.
+    pub(crate) fn at(mut self, at: usize) -> Self {
+        if let Self::KeyEmpty { place } | Self::KeyTooLong { place, .. } | Self::ScopeTooLong { place, .. } = &mut self
+        {
+            *place = Some(at);
+        }
+        self
+    }
+
     /// An `Io` error about `path`.
     pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>, error: &dyn std::fmt::Display) -> Self {
         Self::Io { action, path: path.into(), detail: error.to_string() }
     }
+}
+
+/// Where a key is among those of its call.
+fn in_batch(place: &Option<usize>) -> String {
+    place.map(|place| format!(" at position {place} of the batch (from 0)")).unwrap_or_default()
+}
+
+/// The unit that a timestamp is plainly in, where that is not milliseconds. Each range is that of the years 1973 to 5138, so
+/// that no two of them meet.
+pub(crate) fn other_unit(at_ms: u64) -> Option<&'static str> {
+    match at_ms {
+        100_000_000..100_000_000_000 => Some("seconds"),
+        100_000_000_000_000..100_000_000_000_000_000 => Some("microseconds"),
+        100_000_000_000_000_000.. => Some("nanoseconds"),
+        _ => None,
+    }
+}
+
+fn unit_hint(at_ms: u64) -> String {
+    let hint = |unit| format!("; the timestamp looks like {unit}, and it must be in milliseconds");
+    other_unit(at_ms).map(hint).unwrap_or_default()
 }
 
 /// Bytes from a stranger, fit for a message: escaped, and cut where they are long.
@@ -326,4 +400,24 @@ pub(crate) fn printable(bytes: &[u8]) -> String {
         }
     }
     format!("\"{shown}{more}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timestamp_in_another_unit_is_named() {
+        // 1973-03-03 and 2023-11-14, and a year that nobody has messages of.
+        for seconds in [100_000_000_u64, 1_700_000_000, 99_999_999_999] {
+            assert_eq!(other_unit(seconds), Some("seconds"));
+            assert_eq!(other_unit(seconds * 1_000), None);
+            assert_eq!(other_unit(seconds * 1_000_000), Some("microseconds"));
+            assert_eq!(other_unit(seconds.saturating_mul(1_000_000_000)), Some("nanoseconds"));
+        }
+        assert_eq!((other_unit(0), other_unit(99_999_999), other_unit(u64::MAX)), (None, None, Some("nanoseconds")));
+        let key = "\"k\"".to_owned();
+        let too_old = Error::TooOld { key, at_ms: 1_700_000_000, remembers_since_ms: 1_600_000_000_000 };
+        assert!(too_old.to_string().contains("looks like seconds"), "{too_old}");
+    }
 }

@@ -58,7 +58,7 @@ impl Filter {
 
     /// Marks keys of a bucket.
     pub fn insert(&self, slot: u8, digests: &[u64]) {
-        self.0.insert(slot, digests.iter().copied());
+        assert!(self.0.insert(slot, digests.iter().copied()), "a bit is missing");
     }
 
     /// The buckets that may hold the keys.

@@ -82,6 +82,12 @@ impl<'a> Key<'a> {
         }
     }
 
+    /// The key of a payload whose BLAKE3 hash is known: [`Key::content`] of the payload, whose [`Key::as_bytes`] are the hash.
+    #[must_use]
+    pub fn content_hash(hash: [u8; 32]) -> Key<'static> {
+        Key { form: Form::Content, scope: Cow::Borrowed(&[]), body: Cow::Owned(hash.to_vec()), fingerprint: None }
+    }
+
     /// Puts the key into a scope, such as a tenant or a route: the same key in two scopes is two keys. At most 255
     /// bytes; an empty scope is no scope.
     #[must_use]
@@ -125,11 +131,11 @@ impl<'a> Key<'a> {
     /// Appends the encoded key, or says why it cannot be one.
     pub(crate) fn encode(&self, limit: usize, out: &mut Vec<u8>) -> Result<()> {
         if self.body.is_empty() {
-            return Err(Error::KeyEmpty);
+            return Err(Error::KeyEmpty { place: None });
         }
         let len = self.scope.len().saturating_add(self.body.len());
         if len > limit {
-            return Err(Error::KeyTooLong { key: printable(&self.body), len, limit });
+            return Err(Error::KeyTooLong { key: printable(&self.body), len, limit, place: None });
         }
         let tag = self.form as u8;
         if self.scope.is_empty() {
@@ -137,7 +143,7 @@ impl<'a> Key<'a> {
         } else {
             let Ok(scope_len) = u8::try_from(self.scope.len()) else {
                 // One byte holds its length.
-                return Err(Error::ScopeTooLong { scope: printable(&self.scope), len: self.scope.len() });
+                return Err(Error::ScopeTooLong { scope: printable(&self.scope), len: self.scope.len(), place: None });
             };
             out.push(tag | SCOPED);
             out.push(scope_len);
@@ -348,13 +354,21 @@ mod tests {
     #[test]
     fn keys_outside_the_limits_are_refused_by_name() {
         let mut out = Vec::new();
-        assert!(matches!(Key::from("").encode(8, &mut out), Err(Error::KeyEmpty)));
-        assert!(matches!(Key::composite::<&str>([]).encode(8, &mut out), Err(Error::KeyEmpty)));
+        assert!(matches!(Key::from("").encode(8, &mut out), Err(Error::KeyEmpty { .. })));
+        assert!(matches!(Key::composite::<&str>([]).encode(8, &mut out), Err(Error::KeyEmpty { .. })));
         assert!(Key::from("12345678").encode(8, &mut out).is_ok());
         let error = Key::from("123456789").encode(8, &mut out).unwrap_err();
         assert!(error.to_string().contains("123456789") && error.to_string().contains("limit of 8"), "{error}");
         let scope = "s".repeat(256);
         assert!(matches!(Key::from("k").scope(&scope).encode(1_024, &mut out), Err(Error::ScopeTooLong { .. })));
+    }
+
+    #[test]
+    fn a_content_key_comes_back_from_its_hash() {
+        let key = Key::content("payload");
+        let hash = key.as_bytes().try_into().unwrap();
+        assert_eq!(Key::content_hash(hash), key);
+        assert_eq!(encoded(&Key::content_hash(hash)), encoded(&key));
     }
 
     #[test]

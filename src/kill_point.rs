@@ -106,6 +106,8 @@ kill_points! {
     CloseBegun,
     /// Its time is written, in the log alone.
     CloseTimeWritten,
+    /// The tokens that nobody took are given back, in the log alone.
+    CloseTokensWritten,
     /// All is on the disk, and the database still open.
     CloseSynced,
     /// The database is closed, and its files are not noted.

@@ -10,6 +10,7 @@ use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::layer::{Columns, Layer, SHARDS};
 use crate::key::{Digester, Key};
 use crate::storage;
+use crate::typed_result;
 
 /// A journal row is refused, or says the same when it is written again.
 pub fn journal_row(bytes: &[u8]) {
@@ -61,6 +62,9 @@ pub fn notes(bytes: &[u8]) {
     if let Some(on_interrupt) = codec::read_on_interrupt(bytes) {
         assert_eq!(codec::put_on_interrupt(on_interrupt), bytes);
     }
+    if let Some(clock) = codec::read_clock(bytes) {
+        assert_eq!(codec::put_clock(&clock), bytes);
+    }
     let mut reader = Reader::new(bytes);
     if let Some(number) = reader.varint() {
         let mut written = Vec::new();
@@ -74,9 +78,9 @@ pub fn notes(bytes: &[u8]) {
         assert!(slice.start_ms < slice.end_ms());
     }
     type Typed = (String, Vec<Option<u32>>, std::collections::BTreeMap<u8, Vec<u8>>, Result<(), char>);
-    if let Ok(result) = codec::decode_result::<Typed>(bytes) {
-        let written = codec::encode_result(&result).unwrap_or_default();
-        assert_eq!(codec::decode_result::<Typed>(&written), Ok(result));
+    if let Ok(result) = typed_result::decode::<Typed>(bytes) {
+        let written = typed_result::encode(&result).unwrap_or_default();
+        assert_eq!(typed_result::decode::<Typed>(&written), Ok(result));
     }
     storage::laws::inventory(bytes);
 }
@@ -145,7 +149,7 @@ pub fn filter_file(path: &Path, bytes: &[u8]) {
     let key = FileKey::new(&FILTER_KEY);
     let good = GOOD.get_or_init(|| {
         let layer = Layer::new(Columns::All(32), 300);
-        layer.insert(7, (0..300_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        let _ = layer.insert(7, (0..300_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         let written = file::write(path, &key, BUCKET, &layer, 7, &Covered { keys: 300, runs: vec![11, 19] });
         written.and_then(|()| std::fs::read(path)).unwrap_or_default()
     });

@@ -24,6 +24,7 @@ pub mod http;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;
+mod invariant;
 mod key;
 mod kill_point;
 #[cfg(any(test, fuzzing))]
@@ -35,9 +36,10 @@ mod stats;
 mod storage;
 mod store;
 mod tx;
+mod typed_result;
 
-pub use claim::{Claim, CompleteError, Completed, InProgress, Lease};
-pub use clock::{Clock, ManualClock};
+pub use claim::{Claim, CompleteError, Completed, InProgress, KeepAlive, Lease};
+pub use clock::{BootTime, Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
 pub use entry::Prior;
 pub use error::{Error, Outcome, Result};

@@ -128,6 +128,33 @@ mod told {
         ("onlyonce.filter.false_positives", None, |counters| counters.filter_false_positives.get()),
         ("onlyonce.fail_open", None, |counters| counters.fail_open.get()),
     ];
+    /// As [`COUNTERS`], of `delivery`.
+    #[cfg(feature = "tokio")]
+    const OF_DELIVERIES: &[Figure] = &[
+        ("onlyonce.deliveries", Some(("outcome", "done")), |counters| counters.deliveries.done.get()),
+        ("onlyonce.deliveries", Some(("outcome", "duplicate")), |counters| counters.deliveries.duplicates()),
+        ("onlyonce.deliveries", Some(("outcome", "in_progress")), |counters| counters.deliveries.in_progress.get()),
+        ("onlyonce.deliveries", Some(("outcome", "failed")), |counters| counters.deliveries.failed.get()),
+        ("onlyonce.deliveries", Some(("outcome", "rejected")), |counters| counters.deliveries.rejected.get()),
+        ("onlyonce.deliveries", Some(("outcome", "superseded")), |counters| counters.deliveries.superseded.get()),
+        ("onlyonce.deliveries", Some(("outcome", "store_failed")), |counters| counters.deliveries.store_failed.get()),
+        ("onlyonce.deliveries.duplicates", Some(("key", "id")), |counters| counters.deliveries.duplicates_by_id.get()),
+        ("onlyonce.deliveries.duplicates", Some(("key", "position")), |counters| {
+            counters.deliveries.duplicates_by_position.get()
+        }),
+        ("onlyonce.deliveries.duplicates", Some(("key", "digest")), |counters| {
+            counters.deliveries.duplicates_by_digest.get()
+        }),
+        ("onlyonce.deliveries.without_id", None, |counters| counters.deliveries.without_id.get()),
+        ("onlyonce.deliveries.given_up", None, |counters| counters.deliveries.given_up.get()),
+        ("onlyonce.deliveries.unsettled", None, |counters| counters.deliveries.unsettled.get()),
+    ];
+    #[cfg(not(feature = "tokio"))]
+    const OF_DELIVERIES: &[Figure] = &[];
+
+    fn all_counters() -> impl Iterator<Item = &'static Figure> {
+        COUNTERS.iter().chain(OF_DELIVERIES)
+    }
     /// A gauge, and where its figure is.
     type Level = (Gauge, fn(&Levels) -> f64);
     const PRIORS: [(Prior, &str); 4] = [
@@ -137,7 +164,30 @@ mod told {
         (Prior::Crashed, "crashed"),
     ];
 
+    #[cfg(feature = "tokio")]
+    fn describe_deliveries() {
+        describe_counter!("onlyonce.deliveries", Unit::Count, "Deliveries of queues, by what was done with them");
+        describe_counter!(
+            "onlyonce.deliveries.duplicates",
+            Unit::Count,
+            "Duplicate deliveries, by what their keys are made of"
+        );
+        describe_counter!(
+            "onlyonce.deliveries.without_id",
+            Unit::Count,
+            "Deliveries that go by a digest of their content"
+        );
+        describe_counter!(
+            "onlyonce.deliveries.given_up",
+            Unit::Count,
+            "Deliveries rejected after they came back for too long without their work having run"
+        );
+        describe_counter!("onlyonce.deliveries.unsettled", Unit::Count, "Answers that a queue did not take");
+    }
+
     fn describe() {
+        #[cfg(feature = "tokio")]
+        describe_deliveries();
         describe_counter!("onlyonce.claims", Unit::Count, "Keys claimed or recorded, by what was answered");
         describe_counter!(
             "onlyonce.claims.repeated",
@@ -259,7 +309,7 @@ mod told {
                 attempt: histogram("onlyonce.claim.attempt", None),
                 repeated: PRIORS
                     .map(|(_, prior)| metrics::counter!("onlyonce.claims.repeated", labels(Some(("prior", prior))))),
-                counters: COUNTERS.iter().map(|(name, label, _)| metrics::counter!(*name, labels(*label))).collect(),
+                counters: all_counters().map(|(name, label, _)| metrics::counter!(*name, labels(*label))).collect(),
                 log_syncs: metrics::counter!("onlyonce.log.syncs", labels(None)),
                 levels: [
                     (gauge("onlyonce.keys.in_flight"), |levels| levels.in_flight as f64),
@@ -344,7 +394,7 @@ mod told {
 
         /// Differences, for the next opening counts from zero, and whoever listens goes on.
         fn tell_now(&self, told: &mut Told, counters: &Counters, levels: &Levels) {
-            let now: Vec<u64> = COUNTERS.iter().map(|(_, _, get)| get(counters)).collect();
+            let now: Vec<u64> = all_counters().map(|(_, _, get)| get(counters)).collect();
             let before = told.counters.iter().copied().chain(std::iter::repeat(0));
             for ((counter, now), before) in self.counters.iter().zip(&now).zip(before) {
                 counter.increment(now.saturating_sub(before));

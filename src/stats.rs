@@ -54,13 +54,13 @@ pub struct Stats {
     pub filter_bytes: u64,
     /// Bytes of all files in the store's directory.
     pub disk_bytes: u64,
-    /// The store's time, in milliseconds since the Unix epoch: its clock's, or stream time. 0 on a stream store that has
-    /// seen no message.
+    /// The store's time, in milliseconds since the Unix epoch: elapsed time, or stream time. It may differ from the wall clock, which
+    /// counts only when it was confirmed for 10 minutes. 0 on a stream store that has seen no message.
     pub now_ms: u64,
     /// How long a completed key is remembered.
     pub window: Duration,
-    /// The end of the oldest bucket's reach: a key completed at this time (milliseconds since the Unix epoch) or
-    /// later is remembered.
+    /// A key completed at this time (milliseconds since the Unix epoch) or later is remembered. It never goes back, also where the
+    /// window becomes wider or the store's time goes back.
     pub remembers_since_ms: u64,
     /// Why the store refuses, if it is poisoned.
     pub poisoned: Option<String>,
@@ -98,6 +98,36 @@ pub(crate) struct Counters {
     pub(crate) filter_checks: Counter,
     pub(crate) filter_hits: Counter,
     pub(crate) filter_false_positives: Counter,
+    #[cfg(feature = "tokio")]
+    pub(crate) deliveries: DeliveryCounters,
+}
+
+/// What became of deliveries: see `delivery::ProcessorStats`.
+#[cfg(feature = "tokio")]
+#[derive(Debug, Default)]
+pub(crate) struct DeliveryCounters {
+    pub(crate) done: Counter,
+    pub(crate) duplicates_by_id: Counter,
+    pub(crate) duplicates_by_position: Counter,
+    pub(crate) duplicates_by_digest: Counter,
+    pub(crate) without_id: Counter,
+    pub(crate) in_progress: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) rejected: Counter,
+    pub(crate) given_up: Counter,
+    pub(crate) superseded: Counter,
+    pub(crate) store_failed: Counter,
+    pub(crate) unguarded: Counter,
+    pub(crate) unsettled: Counter,
+}
+
+#[cfg(feature = "tokio")]
+impl DeliveryCounters {
+    /// All duplicates, whatever their keys are made of.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn duplicates(&self) -> u64 {
+        self.duplicates_by_id.get() + self.duplicates_by_position.get() + self.duplicates_by_digest.get()
+    }
 }
 
 /// A count that only grows.

@@ -10,6 +10,7 @@ use crate::codec::RowKind;
 use crate::config::{Durability, OnInterrupt, Options};
 use crate::entry::{Backoff, Entry, Kept, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::invariant::Invariant;
 use crate::key::Key;
 use crate::state::answer::{Answer, HeldKey, Settlement, Settler, display};
 use crate::state::engine::Engine;
@@ -41,7 +42,8 @@ pub struct Builder {
 
 impl Builder {
     /// How long a completed key is remembered. From 1 ms to 10 years; by default what the store was last opened with,
-    /// 24 hours for a new one. What a narrower window has let go of is gone for good.
+    /// 24 hours for a new one. Opening with a narrower window forgets older keys for good: a wider one later does not bring
+    /// them back, and does not claim to remember them ([`Stats::remembers_since_ms`](crate::Stats::remembers_since_ms)).
     pub fn window(mut self, window: Duration) -> Self {
         self.options.window = Some(window);
         self
@@ -57,6 +59,18 @@ impl Builder {
     /// How long a claim is safe from being taken over, unless renewed. From 1 ms to a year, 30 seconds by default.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.options.lease = lease;
+        self
+    }
+
+    /// How long after its claim a lease is renewed at most while its work runs: in [`Store::run`], under
+    /// [`Lease::keep_alive`], and by the layers for requests and deliveries. A key is in progress for that long at most, or
+    /// for one `lease` if that is longer; then the next claim gets it with prior
+    /// [`LeaseExpired`](crate::Prior::LeaseExpired), or it is held. The work itself is not stopped until then.
+    ///
+    /// From 1 ms to a year. Without it there is no limit: work that never ends keeps its key until its process ends.
+    /// [`Lease::renew`] is not limited.
+    pub fn renew_for(mut self, limit: Duration) -> Self {
+        self.options.renew_for = Some(limit);
         self
     }
 
@@ -115,7 +129,8 @@ impl Builder {
         self
     }
 
-    /// The longest key that is accepted, with its scope, in bytes. From 1 to 65,535, 1,024 by default.
+    /// The longest key that is accepted, with its scope, in bytes. From 1 to 65,535, 1,024 by default. Keys that were longer
+    /// when they were claimed can still be looked up, resolved and forgotten.
     pub fn key_limit(mut self, bytes: usize) -> Self {
         self.options.key_limit = bytes;
         self
@@ -144,7 +159,8 @@ impl Builder {
         self
     }
 
-    /// Where the time comes from: the system by default, a [`ManualClock`](crate::ManualClock) in tests.
+    /// Where the time comes from: the system by default, a [`ManualClock`](crate::ManualClock) in tests. The store's time runs on the
+    /// monotonic clock. A wall clock that differs from it by more than a second counts when every reading of 10 minutes said so.
     pub fn clock(mut self, clock: impl Clock) -> Self {
         self.options.clock = Arc::new(clock);
         self
@@ -462,7 +478,9 @@ impl Store {
     }
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
-    /// done before; releases the key where the work fails. A panic in the work drops the lease.
+    /// done before; releases the key where the work fails. A panic in the work drops the lease. The lease is renewed while
+    /// the work runs, as by [`Lease::keep_alive`]. Of a result over `result_limit` only the fact is kept
+    /// ([`Completed::is_omitted`]).
     ///
     /// An `Err` of the work says that it did nothing. Where it may have (a timeout after the charge was sent), claim and
     /// drop the lease yourself: the next holder is told then.
@@ -496,7 +514,10 @@ impl Store {
             Claim::Completed(first) => return Ok(Ran::Replayed(first)),
             Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
         };
-        match work(&mut lease) {
+        let renewal = lease.renewal();
+        let done = work(&mut lease);
+        drop(renewal);
+        match done {
             Ok(result) => lease.complete_and_keep(result).map(Ran::First).map_err(RunError::Complete),
             Err(error) => {
                 if let Err(error) = lease.release() {
@@ -674,9 +695,10 @@ impl std::fmt::Debug for Store {
     }
 }
 
-/// The answer to a request of one key.
+/// The answer to a request of one key. The engine has counted the answers, and poisons the store where one is missing.
 pub(crate) fn only<T>(mut answers: Vec<T>) -> Result<T> {
-    answers.pop().ok_or(Error::KeyEmpty)
+    let none = || Error::Broken { invariant: Invariant::AnswerForEachKey.text(), detail: "it has none".to_owned() };
+    answers.pop().ok_or_else(none)
 }
 
 /// When to ask again for a key in progress, at the latest.

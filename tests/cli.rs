@@ -179,7 +179,11 @@ fn the_sample_comes_out_as_its_distinct_lines_in_order_and_only_once() {
     assert_eq!(first.code, Some(0), "{}", first.err);
     assert_eq!(first.out, first_occurrences(&lines));
     assert_eq!((lines.lines().count(), first.out.lines().count()), (5_200, 4_892), "as its README says");
-    assert!(first.summary().starts_with("lines=5200 passed=4892 duplicates=308 missing=0 seconds="), "{}", first.err);
+    assert!(
+        first.summary().starts_with("lines=5200 passed=4892 duplicates=308 missing=0 blank=0 seconds="),
+        "{}",
+        first.err
+    );
 
     let second = cli.filter(&args, "");
     assert_eq!((second.code, second.out.as_str()), (Some(0), ""));
@@ -214,6 +218,66 @@ fn carriage_returns_stay() {
     let cli = Cli::new();
     assert_eq!(cli.passed(&[], "a\r\nb\r\na\r\n"), "a\r\nb\r\n");
     assert_eq!(cli.passed(&["--key", ".k"], "{\"k\":1}\r\n{\"k\":1}\n"), "{\"k\":1}\r\n", "JSON does not see them");
+}
+
+const MARK: &str = "\u{feff}";
+
+#[test]
+fn a_byte_order_mark_at_the_start_of_an_input_is_left_out() {
+    let cli = Cli::new();
+    let (one, two) =
+        (cli.file("one", format!("{MARK}{{\"k\":1}}\n")), cli.file("two", format!("{MARK}{{\"k\":2}}\r\n")));
+    let stdin = format!("{MARK}{{\"k\":3}}\n{{\"k\":1}}");
+    for on_missing_key in ["fail", "drop", "pass"] {
+        let cli = Cli::new();
+        let args = ["--key", ".k", "--on-missing-key", on_missing_key, &one, &two, "-"];
+        let ran = cli.filter(&args, &stdin);
+        assert_eq!((ran.code, ran.out.as_str()), (Some(0), "{\"k\":1}\n{\"k\":2}\r\n{\"k\":3}\n"), "{}", ran.err);
+        assert!(ran.summary().starts_with("lines=4 passed=3 duplicates=1 missing=0 blank=0 "), "{}", ran.err);
+    }
+    // What `cat` puts together.
+    let put_together = format!("{MARK}{{\"k\":1}}\n{MARK}{{\"k\":2}}\n{{\"k\":2}}\n");
+    assert_eq!(Cli::new().passed(&["--key", ".k"], put_together), "{\"k\":1}\n{\"k\":2}\n");
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_line_that_is_its_own_key() {
+    let cli = Cli::new();
+    assert_eq!(cli.passed(&["--max-line", "2"], format!("{MARK}ab\nb\nab\n")), "ab\nb\n");
+    // Within an input it is of the line.
+    assert_eq!(cli.passed(&[], format!("{MARK}ab\n{MARK}ab\n")), format!("{MARK}ab\n"));
+    assert_eq!(Cli::new().passed(&[], MARK), "", "it is no line");
+    Cli::new().filter(&["--max-line", "2"], format!("{MARK}abc")).is_refused(&["<stdin>:1: ", "longer than 2 bytes"]);
+}
+
+#[test]
+fn text_in_utf_16_is_refused_by_name() {
+    let mark_and_text = |big: bool| -> Vec<u8> {
+        let units = "\u{feff}{\"k\":1}\n".encode_utf16();
+        units.flat_map(|unit| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
+    };
+    for input in [mark_and_text(true), mark_and_text(false), b"\0\0\xfe\xff\0\0\0a".to_vec()] {
+        for args in [&["--key", ".k"][..], &["--key", ".k", "--on-missing-key", "drop"], &[]] {
+            let cli = Cli::new();
+            let ran = cli.filter(args, &input);
+            ran.is_refused(&["onlyonce: <stdin>:1: ", "UTF-16", "convert it to UTF-8"]);
+            assert_eq!(ran.out, "");
+        }
+    }
+}
+
+#[test]
+fn blank_lines_of_json_input_are_left_out_and_counted() {
+    for on_missing_key in ["fail", "drop", "pass"] {
+        let cli = Cli::new();
+        let input = format!("{MARK}\n\n{{\"k\":1}}\r\n\r\n \t \n{{\"k\":1}}\n{{\"k\":2}}\n  ");
+        let ran = cli.filter(&["--key", ".k", "--on-missing-key", on_missing_key], input);
+        assert_eq!((ran.code, ran.out.as_str()), (Some(0), "{\"k\":1}\r\n{\"k\":2}\n"), "{}", ran.err);
+        assert!(ran.summary().starts_with("lines=8 passed=2 duplicates=1 missing=0 blank=5 "), "{}", ran.err);
+    }
+    // The number of a line counts them, and where lines are their own keys they are lines.
+    Cli::new().filter(&["--key", ".k"], "\n\nno json\n").is_refused(&["<stdin>:3: "]);
+    assert_eq!(Cli::new().passed(&[], "\n\na\n \n"), "\na\n \n");
 }
 
 #[test]
@@ -285,7 +349,14 @@ fn a_key_is_found_by_its_path_whatever_else_a_line_holds() {
     ];
     let passed = cli.passed(&["--key", ".user.id", "--key", ".tags.1.n"], lines.join("\n"));
     assert_eq!(passed, [lines[0], lines[2]].join("\n") + "\n");
-    assert_eq!(cli.passed(&["--key", ".\"a.b\""], "{\"a.b\":1}\n{\"a\":{\"b\":2},\"a.b\":1}\n"), "{\"a.b\":1}\n");
+    for path in [".\"a.b\"", ".[\"a.b\"]"] {
+        let cli = Cli::new();
+        assert_eq!(cli.passed(&["--key", path], "{\"a.b\":1}\n{\"a\":{\"b\":2},\"a.b\":1}\n"), "{\"a.b\":1}\n");
+    }
+    for path in [".items[1].id", ".items.1.id", ".[\"items\"][1][\"id\"]"] {
+        let lines = "{\"items\":[{\"id\":1},{\"id\":2}]}\n{\"items\":[{\"id\":3},{\"id\":2}]}\n";
+        assert_eq!(Cli::new().passed(&["--key", path], lines), "{\"items\":[{\"id\":1},{\"id\":2}]}\n", "{path}");
+    }
 }
 
 #[test]
@@ -307,7 +378,7 @@ fn a_line_without_a_key_ends_it_with_its_number_and_all_before_it_recorded() {
         ("no json", "no JSON"),
         ("{\"k\":1", "no JSON"),
         ("{\"k\":1} 2", "no JSON"),
-        ("", "no JSON"),
+        ("\u{a0}", "no JSON"),
         ("{\"l\":1}", "it has no .k"),
         ("[{\"k\":1}]", "it has no .k"),
         ("{\"k\":null}", "its .k is null"),
@@ -388,7 +459,7 @@ fn the_summary_is_one_line_of_names_and_figures() {
     let ran = Cli::new().filter(&[], "a\nb\na\n");
     let line = ran.err.strip_suffix('\n').unwrap();
     let (counts, seconds) = line.split_once(" seconds=").unwrap();
-    assert_eq!(counts, "lines=3 passed=2 duplicates=1 missing=0");
+    assert_eq!(counts, "lines=3 passed=2 duplicates=1 missing=0 blank=0");
     assert!((0.0..30.0).contains(&seconds.parse::<f64>().unwrap()), "{line}");
 }
 
@@ -398,7 +469,7 @@ fn the_summary_is_one_json_object_if_asked_for() {
     let mut summary: Value = serde_json::from_str(&ran.err).unwrap();
     let seconds = summary.as_object_mut().unwrap().remove("seconds").unwrap();
     assert!(seconds.as_f64().unwrap() > 0.0);
-    assert_eq!(summary, json!({ "lines": 3, "passed": 1, "duplicates": 1, "missing": 1 }));
+    assert_eq!(summary, json!({ "lines": 3, "passed": 1, "duplicates": 1, "missing": 1, "blank": 0 }));
 }
 
 #[test]
@@ -417,7 +488,7 @@ fn bad_usage_is_named_and_touches_nothing() {
     for (args, says) in [
         (&["--key", "id"][..], "each field begins with a dot"),
         (&["--key", ".a..b"], "no name"),
-        (&["--key", ".a[0]"], ".list.0"),
+        (&["--key", ".a[x].b"], "at [x].b, byte 2: brackets hold a place in an array"),
         (&["--key", ".\"a"], "no quoted name"),
         (&["--key", ".a", "--content"], "cannot be used with"),
         (&["--batch", "0"], "0 is not in 1..="),
@@ -521,7 +592,7 @@ fn get_shows_what_a_program_stored() {
     assert_eq!(result(&long_key), (json!("none"), Value::Null));
 
     let crashed = cli.get(&["crashed"]);
-    assert_eq!(crashed["key"], "\"crashed\"");
+    assert_eq!((&crashed["key"], &crashed["scope"]), (&json!("crashed"), &Value::Null));
     assert_eq!((&crashed["state"], &crashed["attempt"]), (&json!("processing"), &json!(1)));
     assert_eq!((&crashed["phase"], &crashed["prior"]), (&json!("free"), &json!("crashed")));
     let released = cli.get(&["released"]);
@@ -530,6 +601,49 @@ fn get_shows_what_a_program_stored() {
 
     // Whoever works on it is nobody the filter knows of.
     assert_eq!(cli.passed(&["--key", ".k"], "{\"k\":\"text\"}\n{\"k\":\"new\"}\n"), "{\"k\":\"new\"}\n");
+}
+
+#[test]
+fn get_reads_back_the_keys_that_it_prints() {
+    let cli = Cli::new();
+    let store = Store::open(cli.store()).unwrap();
+    let parts: [&[u8]; 4] = [b"1", b"x\"),(\"", b"", b"\xff\0"];
+    let content = Key::content("a whole line");
+    let hash: String = content.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let keys = [
+        (Key::from("k"), json!("k")),
+        (Key::from("(\"1\", \"x\") in \"t1\""), json!("(\"1\", \"x\") in \"t1\"")),
+        (Key::from("[\"1\"]"), json!("[\"1\"]")),
+        (Key::from("\u{1b}[2J\n\0"), json!("\u{1b}[2J\n\0")),
+        (Key::from(b"\xff\0"), json!({ "hex": "ff00" })),
+        (Key::composite(["1", "x"]), json!(["1", "x"])),
+        (Key::composite(["1"]), json!(["1"])),
+        (Key::composite(parts), json!(["1", "x\"),(\"", "", { "hex": "ff00" }])),
+        (content, json!({ "content": hash })),
+    ];
+    let scopes: [(&[u8], Value); 3] = [(b"", Value::Null), (b"t1", json!("t1")), (b"\xff", json!({ "hex": "ff" }))];
+    for (key, _) in &keys {
+        for (scope, _) in &scopes {
+            store.record(key.clone().scope(*scope)).unwrap();
+        }
+    }
+    store.close().unwrap();
+    let mut tokens = HashSet::new();
+    for (key, json) in &keys {
+        for (scope, scope_json) in &scopes {
+            let named = json!({ "key": json, "scope": scope_json });
+            let printed = cli.get(&["--json", &named.to_string()]);
+            assert_eq!((&printed["key"], &printed["scope"]), (json, scope_json), "{key}");
+            assert!(tokens.insert(printed["token"].as_u64().unwrap()), "it is another key than those before");
+            assert_eq!(cli.get(&["--json", &printed.to_string()]), printed);
+            if let Ok(scope) = str::from_utf8(scope) {
+                assert_eq!(cli.get(&["--json", "--scope", scope, &json.to_string()]), printed);
+            }
+        }
+    }
+    assert_eq!(cli.get(&["--scope", "t1", "1", "x"])["key"], json!(["1", "x"]));
+    assert_eq!(cli.get(&["--content", "a whole line"])["key"], json!({ "content": hash }));
+    assert_eq!(cli.run("get", &["--json", "[\"1x\"]"], "").code, Some(1));
 }
 
 #[test]
@@ -551,6 +665,15 @@ fn get_with_bad_usage_is_refused() {
     cli.run("get", &[], "").is_refused(&["KEY"]);
     cli.run("get", &["--content", "a", "b"], "").is_refused(&["one KEY"]);
     cli.run("get", &[""], "").is_refused(&["the key is empty"]);
+    cli.run("get", &["--json", "a"], "").is_refused(&["KEY is no JSON"]);
+    cli.run("get", &["--json", "[\"a\", 1]"], "").is_refused(&["part 1 of KEY: 1 is no text"]);
+    cli.run("get", &["--json", "\"a\"", "\"b\""], "").is_refused(&["one KEY"]);
+    cli.run("get", &["--json", "--content", "a"], "").is_refused(&["cannot be used with"]);
+    for verb in ["get", "stats", "filter"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_onlyonce"));
+        command.args([verb, "--store", ""]).args((verb == "get").then_some("k")).stdin(Stdio::null());
+        Ran::from(command.output().unwrap()).is_refused(&["--store <DIR>"]);
+    }
 }
 
 #[test]
@@ -764,5 +887,5 @@ fn a_key_of_any_bytes_can_be_looked_up() {
     Store::open(cli.store()).unwrap().record(Key::from(b"\xff\xfe")).unwrap();
     let output = cli.command("get").arg(OsStr::from_bytes(b"\xff\xfe")).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["key"], "\"\\xff\\xfe\"");
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["key"], json!({ "hex": "fffe" }));
 }

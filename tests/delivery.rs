@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use common::{Bench, START_MS};
-use onlyonce::delivery::{Delivery, Failure, Job, OnStoreFailure, Processor, Settled, Unsettled};
+use onlyonce::delivery::{
+    Delivery, Failure, GivenUp, Job, KeyOrigin, NoId, OnStoreFailure, Processor, Settled, Unsettled,
+};
 use onlyonce::future::Store;
 use onlyonce::{Check, Claim, Key, OnInterrupt, Prior, Resolution};
 use rand::rngs::StdRng;
@@ -149,6 +151,75 @@ impl Delivery for Delivered {
     }
 }
 
+/// One with a timestamp, or without.
+struct Stamped(Delivered, Option<u64>);
+
+impl Delivery for Stamped {
+    type Error = Deaf;
+
+    fn key(&self) -> Key<'_> {
+        self.0.key()
+    }
+
+    fn timestamp_ms(&self) -> Option<u64> {
+        self.1
+    }
+
+    fn payload(&self) -> &[u8] {
+        self.0.payload()
+    }
+
+    async fn ack(self) -> Result<(), Deaf> {
+        self.0.ack().await
+    }
+
+    async fn retry_after(self, wait: Duration) -> Result<(), Deaf> {
+        self.0.retry_after(wait).await
+    }
+
+    async fn reject(self, why: &str) -> Result<(), Deaf> {
+        self.0.reject(why).await
+    }
+}
+
+/// One without an id, whose key is its body's digest or its position in the queue.
+struct Nameless(Delivered, KeyOrigin);
+
+impl Delivery for Nameless {
+    type Error = Deaf;
+
+    fn key(&self) -> Key<'_> {
+        match self.1 {
+            KeyOrigin::Digest => Key::content(&self.0.body),
+            _ => self.0.key(),
+        }
+    }
+
+    fn key_origin(&self) -> KeyOrigin {
+        self.1
+    }
+
+    fn id_place(&self) -> String {
+        "header `id` of topic `orders`".to_owned()
+    }
+
+    fn payload(&self) -> &[u8] {
+        self.0.payload()
+    }
+
+    async fn ack(self) -> Result<(), Deaf> {
+        self.0.ack().await
+    }
+
+    async fn retry_after(self, wait: Duration) -> Result<(), Deaf> {
+        self.0.retry_after(wait).await
+    }
+
+    async fn reject(self, why: &str) -> Result<(), Deaf> {
+        self.0.reject(why).await
+    }
+}
+
 /// A queue, a store whose clock stands still, and what settles by it: three attempts, backoffs of one second to three.
 struct Desk {
     queue: Queue,
@@ -173,6 +244,17 @@ impl Desk {
         self
     }
 
+    /// Takes the key over from a holder that is at work: all of its renewals come too late.
+    fn overtake(&self) -> onlyonce::Lease {
+        loop {
+            self.bench.advance_ms(1_000);
+            // A renewal may come between the two, every third of a second.
+            if let Claim::Acquired(lease) = self.bench.store().claim("a").unwrap() {
+                return lease;
+            }
+        }
+    }
+
     /// The process ends and begins again.
     fn restart(&mut self) {
         self.bench.reopen();
@@ -188,6 +270,18 @@ impl Desk {
 
     async fn settle(&self, work: impl AsyncFnOnce(&mut Job) -> Result<&'static str, Failure>) -> Settled {
         self.process(async |_, job| work(job).await).await.unwrap()
+    }
+
+    /// Delivers the next message with this timestamp.
+    async fn settle_at(&self, at_ms: u64) -> Settled {
+        let delivery = Stamped(self.queue.next(), Some(at_ms));
+        self.processor.process(delivery, async |_, _| Ok("receipt")).await.unwrap()
+    }
+
+    /// Delivers the next message without an id.
+    async fn settle_nameless(&self, origin: KeyOrigin) -> Settled {
+        let delivery = Nameless(self.queue.next(), origin);
+        self.processor.process(delivery, async |_, _| Ok("receipt")).await.unwrap()
     }
 
     async fn is_done_before(&self) {
@@ -514,8 +608,7 @@ async fn a_delivery_that_was_overtaken_is_not_acknowledged() {
     desk.queue.send("a");
     let settled = desk
         .settle(async |_| {
-            desk.bench.advance_ms(1_000);
-            desk.bench.acquire("a").complete("theirs").unwrap();
+            desk.overtake().complete("theirs").unwrap();
             Ok("mine, too late")
         })
         .await;
@@ -532,9 +625,7 @@ async fn work_whose_lease_is_lost_is_dropped_at_its_await() {
     let mut theirs = None;
     let settled = desk
         .settle(async |_| {
-            // The renewal comes too late.
-            desk.bench.advance_ms(1_000);
-            theirs = Some(desk.bench.acquire("a"));
+            theirs = Some(desk.overtake());
             std::future::pending().await
         })
         .await;
@@ -565,6 +656,76 @@ async fn work_that_is_longer_than_its_lease_keeps_it() {
     assert!(matches!(settled, Ok(Settled::Done)), "{settled:?}");
 }
 
+#[test]
+fn a_delivery_whose_work_blocks_the_only_thread_keeps_its_key() {
+    const LEASE: Duration = Duration::from_millis(300);
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().lease(LEASE).memory_budget(32 << 20);
+    let store = builder.open(dir.path().join("store")).unwrap();
+    let queue = Queue::default();
+    for id in ["a", "a"] {
+        queue.send(id);
+    }
+    let (first, second) = (queue.next(), queue.next());
+    let processor = Processor::new(Store::new(store.clone()).unwrap());
+    let (begun, has_begun) = std::sync::mpsc::channel();
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    std::thread::scope(|scope| {
+        let working = scope.spawn(|| {
+            let work = async |_: &Delivered, _: &mut Job| {
+                begun.send(()).unwrap();
+                std::thread::sleep(LEASE * 5);
+                Ok("receipt")
+            };
+            runtime().block_on(processor.process(first, work)).unwrap()
+        });
+        has_begun.recv().unwrap();
+        std::thread::sleep(LEASE * 5 / 2);
+        let twice = async |_: &Delivered, _: &mut Job| -> Result<&str, Failure> { panic!("it is worked on twice") };
+        let settled = runtime().block_on(processor.process(second, twice)).unwrap();
+        assert!(matches!(settled, Settled::InProgress { .. }), "{settled:?}");
+        assert!(matches!(working.join().unwrap(), Settled::Done));
+    });
+    assert_eq!((queue.acknowledged(), queue.come_back().len(), store.stats().superseded), (1, 1, 0));
+    store.close().unwrap();
+}
+
+#[tokio::test]
+async fn a_rejection_that_takes_longer_than_a_lease_keeps_its_key() {
+    /// Its dead letters are slow.
+    struct Slow(Store);
+    impl Delivery for Slow {
+        type Error = Infallible;
+        fn key(&self) -> Key<'_> {
+            Key::from("a")
+        }
+        fn payload(&self) -> &[u8] {
+            b"a"
+        }
+        async fn ack(self) -> Result<(), Infallible> {
+            Ok(())
+        }
+        async fn retry_after(self, _: Duration) -> Result<(), Infallible> {
+            Ok(())
+        }
+        async fn reject(self, _: &str) -> Result<(), Infallible> {
+            for _ in 0..25 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                let other = self.0.claim("a").await.unwrap();
+                assert!(matches!(other, onlyonce::future::Claim::InProgress(_)), "{other:?}");
+            }
+            Ok(())
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().lease(Duration::from_millis(150)).memory_budget(32 << 20);
+    let store = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let refused = async |_: &Slow, _: &mut Job| Err::<&str, _>(Failure::permanent("no such account"));
+    let settled = Processor::new(store.clone()).process(Slow(store.clone()), refused).await.unwrap();
+    assert!(matches!(settled, Settled::Rejected { .. }), "{settled:?}");
+    store.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn an_acknowledgement_that_is_not_taken_is_reported_and_the_next_delivery_is_a_duplicate() {
     let desk = Desk::new();
@@ -575,6 +736,22 @@ async fn an_acknowledgement_that_is_not_taken_is_reported_and_the_next_delivery_
     assert_eq!((unsettled.error, desk.queue.acknowledged()), (Deaf, 0));
     desk.is_done_before().await;
     assert_eq!(desk.queue.acknowledged(), 1);
+}
+
+#[tokio::test]
+async fn an_error_contains_the_error_of_the_queue_once() {
+    let desk = Desk::new();
+    desk.queue.send("a");
+    desk.queue.is_deaf_for(1);
+    let unsettled = desk.process(async |_, _| Ok("receipt")).await.unwrap_err();
+    // As programs print an error with its causes.
+    let mut said = unsettled.to_string();
+    let mut cause = std::error::Error::source(&unsettled);
+    while let Some(error) = cause {
+        said = format!("{said}: {error}");
+        cause = error.source();
+    }
+    assert_eq!(said, "the queue did not take the answer: the connection is gone");
 }
 
 #[tokio::test]
@@ -708,36 +885,6 @@ async fn a_delivery_whose_key_is_refused_is_rejected() {
 
 #[tokio::test]
 async fn on_stream_time_deliveries_go_by_their_timestamps() {
-    struct Stamped(Delivered, Option<u64>);
-
-    impl Delivery for Stamped {
-        type Error = Deaf;
-
-        fn key(&self) -> Key<'_> {
-            self.0.key()
-        }
-
-        fn timestamp_ms(&self) -> Option<u64> {
-            self.1
-        }
-
-        fn payload(&self) -> &[u8] {
-            self.0.payload()
-        }
-
-        async fn ack(self) -> Result<(), Deaf> {
-            self.0.ack().await
-        }
-
-        async fn retry_after(self, wait: Duration) -> Result<(), Deaf> {
-            self.0.retry_after(wait).await
-        }
-
-        async fn reject(self, why: &str) -> Result<(), Deaf> {
-            self.0.reject(why).await
-        }
-    }
-
     let desk = Desk::with(|builder| builder.stream_time(10 * SECOND)).fail_open();
     let settle = async |id: &str, at_ms: Option<u64>| {
         desk.queue.send(id);
@@ -756,6 +903,241 @@ async fn on_stream_time_deliveries_go_by_their_timestamps() {
     let timeless = settle("e", None).await;
     assert!(matches!(timeless, Settled::Rejected { attempts: 0, .. }), "{timeless:?}");
     assert_eq!((desk.queue.acknowledged(), desk.processor.unguarded()), (3, 0));
+}
+
+#[tokio::test]
+async fn a_timestamp_in_another_unit_is_rejected_at_once_and_named() {
+    let desk = Desk::with(|builder| builder.stream_time(10 * SECOND)).fail_open();
+    // Before anything has set stream time, and after.
+    for (round, at_ms) in [START_MS - 5_000, START_MS].into_iter().enumerate() {
+        for (unit, wrong) in
+            [("seconds", at_ms / 1_000), ("microseconds", at_ms * 1_000), ("nanoseconds", at_ms * 1_000_000)]
+        {
+            desk.queue.send("wrong");
+            let settled = desk.settle_at(wrong).await;
+            assert!(matches!(settled, Settled::Rejected { attempts: 0, .. }), "{settled:?}");
+            let why = desk.queue.redrive().remove(0);
+            assert!(why.contains(&format!("looks like {unit}")) && why.contains(&wrong.to_string()), "{why}");
+            drop(desk.queue.lock().ready.pop_front());
+        }
+        desk.queue.send(&format!("right {round}"));
+        assert!(matches!(desk.settle_at(at_ms).await, Settled::Done));
+    }
+    assert_eq!((desk.processor.unguarded(), desk.bench.store().stats().now_ms), (0, START_MS));
+}
+
+#[tokio::test]
+async fn a_timestamp_that_stays_too_far_ahead_is_given_up_with_the_reason() {
+    let mut desk = Desk::with(|builder| builder.stream_time(10 * SECOND)).fail_open();
+    desk.processor = desk.processor.give_up_after(Duration::ZERO);
+    desk.queue.send("first");
+    assert!(matches!(desk.settle_at(START_MS).await, Settled::Done));
+    // A redrive begins anew.
+    for _ in 0..2 {
+        desk.queue.send("ahead");
+        for _ in 0..3 {
+            let settled = desk.settle_at(START_MS + 900_000).await;
+            assert!(matches!(settled, Settled::StoreFailed { retry_after: LONGEST, .. }), "{settled:?}");
+            desk.queue.come_back();
+        }
+        let settled = desk.settle_at(START_MS + 900_000).await;
+        let Settled::Rejected { failure: Some(failure), attempts: 0 } = settled else { panic!("{settled:?}") };
+        let given_up = failure.error().downcast_ref::<GivenUp>().unwrap();
+        assert!(given_up.returns == 3 && given_up.reason.contains("ahead of stream time"), "{given_up:?}");
+        let why = desk.queue.lock().dead.remove(0).1;
+        assert!(why.starts_with("given up after 3 returns") && why.contains("ahead of stream time"), "{why}");
+    }
+    let stats = desk.processor.stats();
+    assert_eq!((stats.done, stats.store_failed, stats.rejected, stats.given_up), (1, 6, 2, 2), "{stats:?}");
+}
+
+#[tokio::test]
+async fn a_key_that_stays_in_progress_or_held_is_given_up_with_the_reason() {
+    for on_interrupt in [OnInterrupt::Rerun, OnInterrupt::Hold] {
+        let is_held = on_interrupt == OnInterrupt::Hold;
+        let mut desk = Desk::new();
+        if is_held {
+            desk = Desk::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
+        }
+        desk.processor = desk.processor.give_up_after(Duration::ZERO);
+        let mut lease = Some(desk.bench.acquire("a"));
+        if is_held {
+            drop(lease.take());
+        }
+        desk.queue.send("a");
+        for _ in 0..3 {
+            let settled = desk.settle(async |_| panic!("it is in progress")).await;
+            assert!(matches!(settled, Settled::InProgress { .. }), "{settled:?}");
+            desk.queue.come_back();
+        }
+        let settled = desk.settle(async |_| panic!("it is in progress")).await;
+        assert!(matches!(settled, Settled::Rejected { attempts: 0, .. }), "{settled:?}");
+        let said = if is_held { "\"a\" is held: resolve it" } else { "\"a\" is still in progress (attempt 1)" };
+        let why = desk.queue.redrive().remove(0);
+        assert!(why.contains(said), "{why}");
+        // What was decided meanwhile is what the letter finds when it is delivered again.
+        match lease {
+            Some(lease) => lease.complete("receipt").unwrap(),
+            None => desk.bench.store().resolve("a", Resolution::Completed(b"by hand".to_vec())).unwrap(),
+        }
+        desk.is_done_before().await;
+    }
+}
+
+#[tokio::test]
+async fn returns_are_counted_until_the_work_runs_and_the_time_must_be_over_too() {
+    let mut desk = Desk::new();
+    desk.queue.send("a");
+    for _ in 0..20 {
+        let lease = desk.bench.acquire("a");
+        let settled = desk.settle(async |_| panic!("it is in progress")).await;
+        assert!(matches!(settled, Settled::InProgress { .. }), "an hour is not over: {settled:?}");
+        lease.release().unwrap();
+        desk.queue.come_back();
+    }
+    desk.processor = desk.processor.give_up_after(Duration::ZERO).attempts(100);
+    for _ in 0..20 {
+        assert!(matches!(desk.settle(refused).await, Settled::Failed { .. }));
+        desk.bench.advance_ms(3_000);
+        desk.queue.come_back();
+    }
+    desk.processor = desk.processor.attempts(21);
+    let lease = desk.bench.acquire("a");
+    let settled = desk.settle(async |_| panic!("it is in progress")).await;
+    assert!(matches!(settled, Settled::InProgress { .. }), "its work has run since: {settled:?}");
+    drop(lease);
+}
+
+#[tokio::test]
+async fn a_store_that_fails_gives_no_delivery_up() {
+    let mut desk = Desk::with(|builder| builder.in_flight_limit(1));
+    desk.processor = desk.processor.give_up_after(Duration::ZERO).attempts(1);
+    desk.queue.send("a");
+    let other = desk.bench.acquire("other");
+    for full in [true, false] {
+        for _ in 0..10 {
+            let settled = desk.settle(async |_| panic!("nothing would remember it")).await;
+            assert!(matches!(settled, Settled::StoreFailed { .. }), "{settled:?}");
+            desk.queue.come_back();
+        }
+        if full {
+            desk.bench.store().close().unwrap();
+        }
+    }
+    drop(other);
+    assert_eq!(desk.processor.stats().store_failed, 20);
+}
+
+#[tokio::test]
+async fn work_that_fails_without_a_store_is_given_up_too() {
+    let mut desk = Desk::new().fail_open();
+    desk.processor = desk.processor.give_up_after(Duration::ZERO);
+    desk.bench.store().close().unwrap();
+    desk.queue.send("a");
+    for _ in 0..3 {
+        assert!(matches!(desk.settle(refused).await, Settled::Failed { .. }));
+        desk.queue.come_back();
+    }
+    assert!(matches!(desk.settle(refused).await, Settled::Rejected { .. }));
+    assert!(desk.queue.redrive()[0].ends_with("the card was refused"));
+}
+
+#[tokio::test]
+async fn duplicates_by_digest_are_told_from_duplicates_by_id_and_by_position() {
+    let desk = Desk::new();
+    for (origin, count) in [(KeyOrigin::Digest, 3), (KeyOrigin::Position, 2)] {
+        for _ in 0..=count {
+            desk.queue.send(&format!("{origin:?}"));
+            assert!(desk.settle_nameless(origin).await.is_acknowledged());
+        }
+    }
+    for _ in 0..=4 {
+        desk.queue.send("a");
+        assert!(desk.settle(charged).await.is_acknowledged());
+    }
+    // A key of the caller's choice is an id.
+    desk.queue.send("Digest");
+    let delivery = Nameless(desk.queue.next(), KeyOrigin::Digest).with_key("a");
+    let settled = desk.processor.process(delivery, async |_, _| Ok("receipt")).await.unwrap();
+    assert!(matches!(settled, Settled::Duplicate(_)), "{settled:?}");
+    desk.queue.send("a");
+    desk.queue.is_deaf_for(1);
+    desk.process(async |_, _| Ok("receipt")).await.unwrap_err();
+    let stats = desk.processor.clone().stats();
+    let duplicates = [stats.duplicates_by_digest, stats.duplicates_by_position, stats.duplicates_by_id];
+    assert_eq!((duplicates, stats.without_id, stats.done, stats.unsettled), ([3, 2, 6], 4, 3, 1), "{stats:?}");
+}
+
+#[tokio::test]
+async fn a_processor_that_requires_ids_rejects_what_has_none() {
+    let mut desk = Desk::new();
+    desk.processor = desk.processor.require_ids();
+    for _ in 0..2 {
+        desk.queue.send("a");
+        let delivery = Nameless(desk.queue.next(), KeyOrigin::Digest);
+        let work = async |_: &Nameless, _: &mut Job| -> Result<&str, Failure> { panic!("it has no id") };
+        let settled = desk.processor.process(delivery, work).await.unwrap();
+        let Settled::Rejected { failure: Some(failure), attempts: 0 } = settled else { panic!("{settled:?}") };
+        assert_eq!(failure.error().downcast_ref::<NoId>().unwrap().place, "header `id` of topic `orders`");
+    }
+    let why = desk.queue.redrive();
+    assert_eq!(why[0], "the message has no id (header `id` of topic `orders`), and ids are required");
+    // With an id, or a place in its queue, it passes.
+    assert!(matches!(desk.settle(charged).await, Settled::Done));
+    assert!(matches!(desk.settle_nameless(KeyOrigin::Position).await, Settled::Duplicate(_)));
+    assert_eq!((desk.processor.stats().without_id, desk.processor.stats().rejected), (2, 2));
+}
+
+/// Counts warnings of deliveries that name what was expected.
+#[derive(Clone, Default)]
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
+        tracing::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Expected(Option<String>);
+
+        impl tracing::field::Visit for Expected {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "expected" {
+                    self.0 = Some(format!("{value:?}"));
+                }
+            }
+        }
+
+        let mut expected = Expected(None);
+        event.record(&mut expected);
+        self.0.lock().unwrap().extend(expected.0);
+    }
+
+    fn enter(&self, _: &tracing::Id) {}
+
+    fn exit(&self, _: &tracing::Id) {}
+}
+
+#[tokio::test]
+async fn the_first_message_without_an_id_is_warned_about_and_no_further_one() {
+    let warnings = Warnings::default();
+    let _listens = tracing::subscriber::set_default(warnings.clone());
+    let desk = Desk::new();
+    for message in 0..3 {
+        desk.queue.send(&format!("{message}"));
+        assert!(desk.settle_nameless(KeyOrigin::Digest).await.is_acknowledged());
+        desk.queue.send(&format!("{message}"));
+        assert!(desk.settle_nameless(KeyOrigin::Position).await.is_acknowledged());
+    }
+    assert_eq!(*warnings.0.lock().unwrap(), ["\"header `id` of topic `orders`\""]);
 }
 
 #[tokio::test]

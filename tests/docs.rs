@@ -1,4 +1,4 @@
-//! Every test that `docs/guarantees.md` and `SECURITY.md` name is there.
+//! Every test that `docs/guarantees.md`, `docs/invariants.md` and `SECURITY.md` name is there.
 
 use std::fs;
 use std::path::Path;
@@ -22,6 +22,11 @@ fn every_test_that_the_guarantees_name_exists() {
 #[test]
 fn every_test_that_the_security_policy_names_exists() {
     every_test_exists("SECURITY.md", 20);
+}
+
+#[test]
+fn every_test_that_the_invariants_name_exists() {
+    every_test_exists("docs/invariants.md", 10);
 }
 
 fn every_test_exists(page: &str, at_least: usize) {

@@ -342,10 +342,10 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         std::fs::remove_dir_all(&path).unwrap();
         // What is in memory and in open files is there, and nothing is invented.
         ledger.check(&store, true);
-        let place = path.display().to_string();
         let is_named = |error: &Error| match error {
             Error::Io { path: at, .. } => at.starts_with(&path),
-            Error::WriteFailed { detail: said } | Error::Poisoned { reason: said } => said.contains(&place),
+            // The database is deleted at once, and the directory with it.
+            Error::DirectoryGone { path: at } => *at == path,
             _ => false,
         };
         let later = ledger.record(&store, 10);
@@ -356,7 +356,15 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         }
         let refused = store.seal();
         assert!(refused.as_ref().is_err_and(is_named), "{refused:?}");
-        assert!(matches!(store.check("a key"), Err(Error::Poisoned { .. })));
+        let refused = store.check("a key").unwrap_err();
+        assert!(matches!(&refused, Error::DirectoryGone { path: at } if *at == path), "{refused:?}");
+        let said = refused.to_string();
+        assert_eq!(said.matches("deleted or moved").count(), 1, "{said}");
+        assert_eq!(said.matches(path.to_str().unwrap()).count(), 1, "{said}");
+        for part in ["what the store held is lost", "restore the directory", "before you open it again"] {
+            assert!(said.contains(part), "{said}");
+        }
+        assert!(store.stats().poisoned.is_some_and(|reason| reason.contains("deleted or moved")));
         drop(store.close());
         assert!(!path.exists(), "nothing comes back of a store that was deleted");
     }
@@ -377,8 +385,7 @@ fn a_store_that_was_deleted_in_part_is_not_closed_as_if_nothing_had_happened() {
             std::fs::remove_file(&gone).unwrap()
         }
         let closed = store.close();
-        let place = gone.display().to_string();
-        let is_named = |error: &Error| matches!(error, Error::WriteFailed { detail } if detail.contains(&place));
+        let is_named = |error: &Error| matches!(error, Error::DirectoryGone { path: at } if at.starts_with(&gone));
         assert!(closed.as_ref().is_err_and(is_named), "{closed:?}");
     }
 }

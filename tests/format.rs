@@ -1,8 +1,8 @@
 //! The format on disk: a store that an earlier version wrote must open, and answer, for ever.
 //!
-//! `tests/fixtures/store-v1` was written by `write_the_fixture` below when format 1 was made, and `store-v2`, which runs on
-//! stream time, by `write_the_stream_fixture` when format 2 was. They are never written again; a new format gets a fixture
-//! of its own beside them.
+//! `tests/fixtures/store-v3` was written by `write_the_fixture` below when format 3 was made, and `store-v4`, which runs on
+//! stream time, by `write_the_stream_fixture` when format 4 was. From the first release on they are never written again; a
+//! new format gets a fixture of its own beside them.
 
 mod common;
 
@@ -18,11 +18,11 @@ fn builder(now_ms: u64) -> Builder {
 }
 
 fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v1")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v3")
 }
 
 fn stream_fixture() -> PathBuf {
-    fixture().with_file_name("store-v2")
+    fixture().with_file_name("store-v4")
 }
 
 /// Copies the files of a store, without RocksDB's own lock and log of events.
@@ -63,6 +63,7 @@ fn write_the_fixture() {
     complete(Key::content("a payload"), b"by content");
     complete(Key::from("guarded").fingerprint("12 EUR"), b"receipt");
     store.record("recorded").unwrap();
+    drop(store.claim(Key::from("dropped").fingerprint("5 EUR")).unwrap());
     store.seal().unwrap();
     clock.advance(Duration::from_secs(700));
     complete(Key::from("later"), b"in the second bucket");
@@ -79,7 +80,7 @@ fn write_the_fixture() {
 }
 
 #[test]
-fn a_store_of_format_1_answers_as_on_the_day_it_was_written() {
+fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&fixture(), &path);
@@ -109,6 +110,10 @@ fn a_store_of_format_1_answers_as_on_the_day_it_was_written() {
         other => panic!("{other:?}"),
     }
     assert!(matches!(store.claim(Key::from("crashed").fingerprint("1 EUR")), Err(Error::PayloadMismatch { .. })));
+    assert!(matches!(store.claim(Key::from("dropped").fingerprint("1 EUR")), Err(Error::PayloadMismatch { .. })));
+    let Claim::Acquired(lease) = store.claim("dropped").unwrap() else { panic!("it was dropped") };
+    assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Dropped)));
+    lease.release().unwrap();
     let Claim::Acquired(lease) = store.claim("crashed").unwrap() else { panic!("its process is gone") };
     assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Crashed)));
     assert!(lease.token() > sealed.token() && lease.token() > later.token());
@@ -150,7 +155,7 @@ fn write_the_stream_fixture() {
 }
 
 #[test]
-fn a_stream_store_of_format_2_answers_as_on_the_day_it_was_written() {
+fn a_stream_store_of_format_4_answers_as_on_the_day_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&stream_fixture(), &path);

@@ -77,7 +77,7 @@ fn the_verbs_answer_as_those_that_block() {
         bench.advance_ms(500);
         let lease = acquire(&store, "k").await;
         assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
-        lease.complete_as(&("charged", 12)).await.unwrap();
+        lease.complete_as(&("charged".to_owned(), 12)).await.unwrap();
         let Claim::Completed(first) = store.claim("k").await.unwrap() else { panic!("k is completed") };
         assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
         assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));
@@ -94,7 +94,7 @@ fn the_verbs_answer_as_those_that_block() {
 
         assert_eq!(store.record("r").await.unwrap(), Recorded::First);
         assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
-        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty)));
+        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty { .. })));
         drop(store.claim(Key::from("g").fingerprint("hers")).await.unwrap());
         let his = store.claim(Key::from("g").fingerprint("his")).await;
         assert!(matches!(his, Err(Error::PayloadMismatch { .. })));
@@ -334,6 +334,195 @@ async fn a_lease_that_is_kept_alive_outlasts_its_length() {
     assert_eq!(store.blocking().stats().superseded, 0, "nothing is renewed after the end");
 }
 
+/// Runs on a thread of its own, in a runtime that has no other.
+fn on_one_thread<F: Future<Output: Send>>(future: impl FnOnce() -> F + Send) -> F::Output {
+    std::thread::scope(|scope| {
+        let work = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future());
+        scope.spawn(work).join().unwrap()
+    })
+}
+
+/// Work that blocks its thread for several leases, while others ask for its key.
+struct Blocking<'a> {
+    store: &'a onlyonce::Store,
+    begun: std::sync::mpsc::Sender<()>,
+    runs: &'a AtomicUsize,
+}
+
+impl Blocking<'_> {
+    const LEASE: Duration = Duration::from_millis(300);
+
+    /// Nobody gets the key while `work` runs, which is given what blocks. Its result is there afterwards.
+    fn keeps_its_key(work: impl FnOnce(Blocking<'_>) + Send) {
+        let dir = tempfile::tempdir().unwrap();
+        let builder = onlyonce::Store::builder().lease(Self::LEASE).durability(Durability::Process);
+        let store = builder.memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+        let (begun, has_begun) = std::sync::mpsc::channel();
+        let runs = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let working = scope.spawn(|| work(Blocking { store: &store, begun, runs: &runs }));
+            has_begun.recv().unwrap();
+            while !working.is_finished() {
+                match store.claim("k").unwrap() {
+                    onlyonce::Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
+                    onlyonce::Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
+                    onlyonce::Claim::Completed(_) => break,
+                }
+            }
+        });
+        let claim = store.claim("k").unwrap();
+        assert!(matches!(claim, onlyonce::Claim::Completed(first) if first.result() == Some(b"done")));
+        assert_eq!((runs.into_inner(), store.stats().superseded), (1, 0));
+        store.close().unwrap();
+    }
+
+    fn block(&self) -> &'static str {
+        self.runs.fetch_add(1, Ordering::SeqCst);
+        self.begun.send(()).unwrap();
+        std::thread::sleep(Self::LEASE * 5);
+        "done"
+    }
+}
+
+#[test]
+fn a_lease_is_renewed_while_its_work_blocks_the_only_thread() {
+    Blocking::keeps_its_key(|blocking| {
+        on_one_thread(async || {
+            let store = Store::new(blocking.store.clone()).unwrap();
+            let mut lease = acquire(&store, "k").await;
+            let result = lease.keep_alive().during(async { blocking.block() }).await.unwrap();
+            lease.complete(result).await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_lease_of_run_is_renewed_while_its_work_blocks_the_only_thread() {
+    Blocking::keeps_its_key(|blocking| {
+        on_one_thread(async || {
+            let store = Store::new(blocking.store.clone()).unwrap();
+            let work = async |_: &mut Lease| Ok::<_, Error>(blocking.block().into());
+            assert!(matches!(store.run("k", work).await, Ok(Ran::First(_))));
+        });
+    });
+}
+
+#[test]
+fn a_lease_is_renewed_while_a_call_that_blocks_works() {
+    Blocking::keeps_its_key(|blocking| {
+        let work = |lease: &mut onlyonce::Lease| {
+            let result = blocking.block();
+            assert!(!lease.remaining().is_zero(), "it knows of its renewals");
+            Ok::<_, Error>(result.into())
+        };
+        assert!(matches!(blocking.store.run("k", work), Ok(Ran::First(_))));
+    });
+    Blocking::keeps_its_key(|blocking| {
+        let onlyonce::Claim::Acquired(mut lease) = blocking.store.claim("k").unwrap() else { panic!("k is new") };
+        let alive = lease.keep_alive();
+        let result = blocking.block();
+        assert!(alive.lost().is_none());
+        drop(alive);
+        lease.complete(result).unwrap();
+    });
+}
+
+#[test]
+fn a_lease_is_renewed_no_longer_than_is_allowed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (lease, limit) = (Duration::from_millis(100), Duration::from_millis(400));
+    let builder = onlyonce::Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
+    let store = builder.open(dir.path().join("store")).unwrap();
+    let onlyonce::Claim::Acquired(mut hangs) = store.claim("k").unwrap() else { panic!("k is new") };
+    let claimed = Instant::now();
+    let alive = hangs.keep_alive();
+    let next = loop {
+        match store.claim("k").unwrap() {
+            onlyonce::Claim::Acquired(next) => break next,
+            _ => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    assert!(claimed.elapsed() >= limit - Duration::from_millis(50), "after {:?}", claimed.elapsed());
+    assert_eq!(next.prior(), Some(Prior::LeaseExpired));
+    // It is told, though it is not renewed any more.
+    let deadline = Instant::now() + LONG;
+    while alive.lost().is_none() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(matches!(alive.lost(), Some(Error::Superseded { .. })));
+    drop(alive);
+    assert!(matches!(hangs.complete("late").unwrap_err().error(), Error::Superseded { .. }));
+    for refused in [Duration::ZERO, Duration::MAX] {
+        let error = onlyonce::Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
+        assert!(matches!(error, Error::Config { option: "renew_for", .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_renewal_reports_that_its_store_was_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, Duration::from_millis(100));
+    on_one_thread(async || {
+        let mut lease = acquire(&store, "k").await;
+        let mut alive = lease.keep_alive();
+        store.close().await.unwrap();
+        let lost = tokio::time::timeout(LONG, alive.lost()).await.unwrap();
+        assert!(matches!(lost, Error::Closed), "{lost}");
+    });
+}
+
+#[test]
+fn work_that_is_cancelled_is_renewed_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, Durability::Process, Duration::from_millis(90));
+    on_one_thread(async || {
+        for key in ["kept alive", "run"] {
+            let hangs = async {
+                if key == "run" {
+                    drop(store.run(key, async |_| std::future::pending::<Result<Vec<u8>, Error>>().await).await);
+                } else {
+                    let mut lease = acquire(&store, key).await;
+                    let _ = lease.keep_alive().during(std::future::pending::<()>()).await;
+                }
+            };
+            assert!(tokio::time::timeout(Duration::from_millis(200), hangs).await.is_err());
+            for attempt in [2, 3] {
+                let next = acquire(&store, key).await;
+                assert_eq!((next.attempt(), next.prior()), (attempt, Some(Prior::Dropped)), "{key}");
+                drop(next);
+                // Time for a renewal that should not be.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    });
+    assert_eq!(store.blocking().stats().superseded, 0);
+    store.blocking().close().unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn one_thread_renews_for_all_stores() {
+    let named = |name: &str| {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let comm =
+            |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.unwrap().path().join("comm"));
+        // Threads of other tests end meanwhile.
+        tasks.filter_map(|task| comm(task).ok()).filter(|comm| comm.trim_end() == name).count()
+    };
+    let dirs: Vec<_> = (0..5).map(|_| tempfile::tempdir().unwrap()).collect();
+    let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG).blocking()).collect();
+    let mut leases: Vec<_> = stores
+        .iter()
+        .map(|store| if let Ok(onlyonce::Claim::Acquired(lease)) = store.claim("k") { lease } else { panic!("new") })
+        .collect();
+    let alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
+    assert!(named("onlyonce-keeper") >= stores.len());
+    assert_eq!(named("onlyonce-renew"), 1);
+    drop(alive);
+    stores.iter().for_each(|store| store.close().unwrap());
+}
+
 #[test]
 fn a_lease_that_is_lost_stops_the_work() {
     let bench = Bench::new();
@@ -458,7 +647,10 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
     let (item, lease) = once.next().await.unwrap().unwrap();
     assert_eq!((item, lease.prior()), ("soon", Some(Prior::Released)));
     assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: Why::InProgress(_) }))));
-    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty) }))));
+    assert!(matches!(
+        once.next().await,
+        Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty { place: None }) }))
+    ));
     assert_eq!(once.next().await.unwrap().unwrap().0, "new");
     assert!(once.next().await.is_none());
     holder.await.unwrap();

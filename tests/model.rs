@@ -537,9 +537,25 @@ impl Round {
     }
 
     fn advance(&mut self) {
+        if self.rng.random_bool(0.3) {
+            self.look_at_a_wrong_clock();
+        }
         let ms = *[1, 10, 400, 999, 1_000, 3_000, 9_999, 25_000].choose(&mut self.rng).unwrap();
         self.bench.advance_ms(ms);
         self.model.now_ms += ms;
+    }
+
+    /// One reading of the wall clock that is wrong changes nothing.
+    fn look_at_a_wrong_clock(&mut self) {
+        let right_ms = self.model.now_ms;
+        let wrong_ms =
+            *[0, right_ms - 3_600_000, right_ms + 3_600_000, 4_080_000_000_000].choose(&mut self.rng).unwrap();
+        self.bench.clock.set_wall_ms(wrong_ms);
+        self.bench.store().check("somebody asks").unwrap();
+        if self.rng.random_bool(0.2) {
+            self.bench.store().seal().unwrap();
+        }
+        self.bench.clock.set_wall_ms(right_ms);
     }
 
     fn reopen(&mut self) {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
@@ -87,6 +88,74 @@ fn a_path_that_is_no_store_is_left_alone() {
     }
     assert!(matches!(Store::open(&theirs), Err(Error::NotAStore { .. })));
     assert!(["runs", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
+}
+
+#[test]
+fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
+    let dir = tempfile::tempdir().unwrap();
+    // What the empty path would be to some calls of the system.
+    let here = || fs::read_dir(".").unwrap().map(|entry| entry.unwrap().file_name()).collect::<BTreeSet<_>>();
+    let before = here();
+    for (path, says) in [("", "option `path` is empty"), ("a\0b", "option `path` is \"a\\0b\"")] {
+        let error = Store::open(path).unwrap_err();
+        assert!(matches!(error, Error::Config { option: "path", .. }), "{error:?}");
+        assert!(error.to_string().contains(says), "{error}");
+    }
+    assert_eq!(here(), before);
+
+    let file = dir.path().join("file");
+    fs::write(&file, "text").unwrap();
+    let fifo = dir.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let (broken, around) = (dir.path().join("broken"), dir.path().join("around"));
+    std::os::unix::fs::symlink("nowhere", &broken).unwrap();
+    std::os::unix::fs::symlink("around", &around).unwrap();
+    let text = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    for (path, reason) in [
+        (file.clone(), "it is a file".to_owned()),
+        (file.join("store"), format!("{} is a file", text(&file))),
+        (file.join("a/store"), format!("{} is a file", text(&file))),
+        (fifo, "it is no directory".to_owned()),
+        (broken.clone(), "it is a link to nowhere, which is not there".to_owned()),
+        (broken.join("a/store"), format!("{} is a link to nowhere, which is not there", text(&broken))),
+    ] {
+        let error = Store::open(&path).unwrap_err();
+        assert!(matches!(&error, Error::NotAStore { reason: said, .. } if *said == reason), "{path:?}: {error}");
+        assert!(error.to_string().starts_with(&text(&path)), "{error}");
+    }
+    let error = Store::open(&around).unwrap_err();
+    assert!(matches!(&error, Error::Io { path, .. } if *path == around), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_error_about_an_unwritable_directory_says_what_is_needed() {
+    // Where even root may create nothing.
+    let path = std::path::Path::new("/sys/onlyonce-store");
+    let error = Store::open(path).unwrap_err();
+    assert!(matches!(&error, Error::Io { path: at, .. } if at == path), "{error:?}");
+    assert!(error.to_string().ends_with("the process needs to read and write the store's directory"), "{error}");
+}
+
+#[test]
+fn a_path_of_any_bytes_and_one_through_a_link_are_stores() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"\xff \n\x1b[2J"));
+    let link = dir.path().join("link");
+    fs::create_dir(dir.path().join("real")).unwrap();
+    std::os::unix::fs::symlink("real", &link).unwrap();
+    for path in [&odd, &link] {
+        for expected in [Recorded::First, Recorded::Duplicate { in_flight: false }] {
+            let store = Store::open(path).unwrap();
+            assert_eq!(store.record("k").unwrap(), expected);
+            store.seal().unwrap();
+            store.close().unwrap();
+        }
+    }
+    assert!(dir.path().join("real/onlyonce.lock").exists());
 }
 
 #[test]
@@ -349,7 +418,7 @@ fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
     copy_store(&bench.path(), &copy);
     bench.clock.set_wall_ms(common::START_MS + 1_000);
     let store = bench.builder().open(&copy).unwrap();
-    assert_eq!(store.stats().now_ms, common::START_MS + 86_400_000, "time stands still until the clock catches up");
+    assert_eq!(store.stats().now_ms, common::START_MS + 86_400_000, "whatever the clock shows");
     assert_eq!(store.check("k").unwrap(), Check::New);
 }
 
@@ -382,7 +451,7 @@ fn a_lease_of_another_store_is_given_back_unharmed() {
 fn limits_refuse_by_name_and_change_nothing() {
     let bench = Bench::with(|builder| builder.key_limit(8).in_flight_limit(2));
     let store = bench.store();
-    assert!(matches!(store.claim(""), Err(Error::KeyEmpty)));
+    assert!(matches!(store.claim(""), Err(Error::KeyEmpty { .. })));
     let error = store.record_batch(["fits", "far too long"]).unwrap_err();
     assert!(matches!(error, Error::KeyTooLong { len: 12, limit: 8, .. }), "{error}");
     assert_eq!(store.check("fits").unwrap(), Check::New, "a refused batch records nothing");

@@ -148,6 +148,57 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
 }
 
 #[test]
+fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
+    const HOUR_MS: u64 = 3_600_000;
+    for (dropped, narrow_again) in [(true, false), (false, false), (true, true)] {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(TODAY_MS));
+        let path = dir.path().join("store");
+        let open = |hours: u32| {
+            let hour = Duration::from_secs(3_600);
+            builder(&clock).window(hour * hours).bucket(hour * hours / 24).stream_time(hour).open(&path).unwrap()
+        };
+        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store.claim_at(key, at_ms) {
+            Err(Error::TooOld { remembers_since_ms, .. }) => {
+                assert_eq!(remembers_since_ms, store.stats().remembers_since_ms);
+                true
+            }
+            Ok(Claim::Acquired(lease)) => {
+                lease.release().unwrap();
+                false
+            }
+            other => panic!("{key} of {at_ms}: {other:?}"),
+        };
+        let store = open(24);
+        store.record_at("done", START_MS).unwrap();
+        for hour in 1..=5 {
+            store.record_at(format!("tick {hour}"), START_MS + hour * HOUR_MS).unwrap();
+        }
+        store.close().unwrap();
+        let store = open(1);
+        let since_ms = START_MS + 4 * HOUR_MS + 1;
+        assert_eq!(store.stats().remembers_since_ms, since_ms);
+        assert!(is_too_old(&store, "done", START_MS));
+        if dropped {
+            store.seal().unwrap();
+        }
+        store.close().unwrap();
+        if narrow_again {
+            open(3).close().unwrap();
+        }
+        let store = open(24);
+        let told = format!("dropped {dropped}, narrow again {narrow_again}");
+        assert_eq!(store.stats().remembers_since_ms, since_ms, "{told}");
+        assert!(is_too_old(&store, "done", START_MS), "{told}: it was done and forgotten");
+        assert!(
+            is_too_old(&store, "never seen", since_ms - 1) && !is_too_old(&store, "never seen", since_ms),
+            "{told}"
+        );
+        assert!(matches!(store.check_at("tick 5", START_MS + 5 * HOUR_MS), Ok(Check::Completed(_))), "{told}");
+        assert!(matches!(store.check_at("tick 4", START_MS + 4 * HOUR_MS), Err(Error::TooOld { .. })), "{told}");
+    }
+}
+
+#[test]
 fn a_check_says_what_a_claim_of_its_message_would_find_and_moves_nothing() {
     let stream = Stream::new();
     stream.complete("k", START_MS);

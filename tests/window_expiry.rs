@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::{Bench, START_MS};
-use onlyonce::{Check, Key, Store};
+use onlyonce::{Check, Key, Recorded, Store};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
 
 const WINDOW_MS: u64 = 10_000;
 
@@ -115,15 +118,15 @@ fn a_clock_that_goes_back_brings_nothing_back_and_forgets_nothing() {
     assert!(!is_completed(bench.store(), "old"));
     assert!(is_completed(bench.store(), "new"));
     bench.reopen();
-    assert!(!is_completed(bench.store(), "old"), "the high-water mark survives");
+    assert!(!is_completed(bench.store(), "old"), "also after a restart");
     assert!(is_completed(bench.store(), "new"));
     assert_eq!(bench.store().stats().now_ms, START_MS + WINDOW_MS);
 
-    bench.store().record("while it stood still").unwrap();
-    bench.clock.set_wall_ms(START_MS + WINDOW_MS + WINDOW_MS - 1);
-    assert!(is_completed(bench.store(), "while it stood still"));
-    bench.clock.set_wall_ms(START_MS + WINDOW_MS + WINDOW_MS);
-    assert!(!is_completed(bench.store(), "while it stood still"));
+    bench.store().record("at a wrong time").unwrap();
+    bench.advance_ms(WINDOW_MS - 1);
+    assert!(is_completed(bench.store(), "at a wrong time"));
+    bench.advance_ms(1);
+    assert!(!is_completed(bench.store(), "at a wrong time"), "the time goes on, whatever the clock shows");
 }
 
 #[test]
@@ -174,4 +177,112 @@ fn a_store_keeps_its_window_when_it_is_opened_without_one() {
     wider.open(bench.path()).unwrap().close().unwrap();
     let reopened = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
     assert_eq!(reopened.stats().window, Duration::from_millis(2 * WINDOW_MS), "the last that it was told");
+}
+
+#[test]
+fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
+    const HOUR_MS: u64 = 3_600_000;
+    for (dropped, crashed) in [(true, false), (false, false), (false, true)] {
+        let mut bench =
+            Bench::with(|builder| builder.window(Duration::from_secs(24 * 3_600)).bucket(Duration::from_secs(3_600)));
+        bench.store().record("forgotten").unwrap();
+        bench.store().seal().unwrap();
+        bench.advance_ms(9 * HOUR_MS / 2);
+        // Of one bucket, and as far apart as can be.
+        bench.store().record("just forgotten").unwrap();
+        bench.advance_ms(1);
+        bench.store().record("just known").unwrap();
+        bench.advance_ms(HOUR_MS / 2 - 1);
+        bench.store().record("known").unwrap();
+        bench.advance_ms(HOUR_MS / 2);
+        bench.store().seal().unwrap();
+        bench.store().close().unwrap();
+        let hour = Duration::from_secs(3_600);
+        let narrow = bench.builder().window(hour).bucket(hour / 4).open(bench.path()).unwrap();
+        let since_ms = narrow.stats().remembers_since_ms;
+        assert_eq!(since_ms, START_MS + 5 * HOUR_MS + HOUR_MS / 2 - HOUR_MS + 1);
+        assert!(!is_completed(&narrow, "forgotten") && is_completed(&narrow, "known"));
+        assert!(!is_completed(&narrow, "just forgotten") && is_completed(&narrow, "just known"));
+        if dropped {
+            narrow.seal().unwrap();
+        }
+        if crashed {
+            // As a crash would leave it, before anything else was written.
+            let left = tempfile::tempdir().unwrap();
+            copy_store(&bench.path(), &left.path().join("store"));
+            let wide = bench.builder().open(left.path().join("store")).unwrap();
+            assert_eq!(wide.stats().remembers_since_ms, since_ms);
+            assert!(!is_completed(&wide, "forgotten"));
+        }
+        narrow.close().unwrap();
+        bench.reopen();
+        let told = format!("dropped {dropped}, crashed {crashed}");
+        assert_eq!(bench.store().stats().remembers_since_ms, since_ms, "{told}");
+        assert!(!is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
+        assert!(!is_completed(bench.store(), "just forgotten") && is_completed(bench.store(), "just known"), "{told}");
+        assert_eq!(bench.store().record("forgotten").unwrap(), Recorded::First, "{told}");
+        bench.advance_ms(20 * HOUR_MS);
+        assert!(is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
+        assert_eq!(bench.store().stats().remembers_since_ms, since_ms, "{told}: the wide window is not full yet");
+        bench.advance_ms(4 * HOUR_MS);
+        assert_eq!(bench.store().stats().remembers_since_ms, bench.store().stats().now_ms - 24 * HOUR_MS + 1, "{told}");
+    }
+}
+
+fn copy_store(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let to = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy_store(&path, &to);
+        } else {
+            std::fs::copy(&path, &to).unwrap();
+        }
+    }
+}
+
+#[test]
+fn random_windows_are_answered_as_a_plain_map_would() {
+    let seed = rand::rng().random();
+    eprintln!("seed {seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    for _ in 0..8 {
+        let bench = Bench::new();
+        let mut store = bench.builder().open(bench.path().with_file_name("windows")).unwrap();
+        let (mut window_ms, mut floor_ms, mut now_ms) = (WINDOW_MS, 0, START_MS);
+        let mut completed_ms: BTreeMap<String, u64> = BTreeMap::new();
+        for step in 0..150 {
+            match rng.random_range(0..10) {
+                0..=3 => {
+                    let key = format!("key-{step}");
+                    store.record(&key).unwrap();
+                    completed_ms.insert(key, now_ms);
+                }
+                4..=6 => {
+                    let ms = rng.random_range(0..3_000);
+                    bench.advance_ms(ms);
+                    now_ms += ms;
+                }
+                7 => store.seal().unwrap(),
+                _ => {
+                    floor_ms = floor_ms.max(now_ms + 1 - window_ms);
+                    window_ms = *[3_000, WINDOW_MS, 30_000].choose(&mut rng).unwrap();
+                    store.close().unwrap();
+                    let window = Duration::from_millis(window_ms);
+                    let builder = bench.builder().window(window).bucket(Duration::from_secs(1));
+                    store = builder.open(bench.path().with_file_name("windows")).unwrap();
+                }
+            }
+            let since_ms = floor_ms.max(now_ms + 1 - window_ms);
+            assert_eq!(store.stats().remembers_since_ms, since_ms, "step {step}");
+            for (key, completed_ms) in &completed_ms {
+                assert_eq!(
+                    is_completed(&store, key),
+                    *completed_ms >= since_ms,
+                    "{key} of {completed_ms} at step {step}"
+                );
+            }
+        }
+    }
 }

@@ -186,7 +186,7 @@ impl Filters {
     }
 
     /// Removes the files of buckets that are gone, and what a crash left of one that was being written.
-    fn remove_passed(&self, set: &BucketSet) -> Result<()> {
+    pub(crate) fn remove_passed(&self, set: &BucketSet) -> Result<()> {
         let buckets = set.view().newest_first();
         let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
         self.kept.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));
@@ -221,6 +221,7 @@ mod tests {
     use super::*;
     use crate::bucket::seal::{Row, Rows, seal};
     use crate::bucket::window::Slice;
+    use crate::clock::Now;
     use crate::config::Span;
     use crate::entry::{Done, Entry, Kept};
     use crate::storage::directory::Directory;
@@ -258,7 +259,7 @@ mod tests {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
         let filters = Filters::find(&db, &SECRET, &families).unwrap();
-        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 64 << 20, filters.geometry()).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &Now::default(), 0, 64 << 20, filters.geometry()).unwrap();
         (db, filters, set)
     }
 
@@ -441,7 +442,7 @@ mod tests {
         fs::write(filters_dir.join("torn.new"), b"x").unwrap();
         fs::write(filters_dir.join("somebody's"), b"x").unwrap();
         let oldest = set.view().newest_first().pop().unwrap();
-        set.remove(&db, &oldest);
+        set.remove(&db, &oldest, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         let left = || {
             let names = fs::read_dir(&filters_dir).unwrap().map(|entry| entry.unwrap().file_name());
             let mut left: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
@@ -451,7 +452,7 @@ mod tests {
         keep(&db, &filters, &set, 2_500);
         assert_eq!(left(), [format!("{}.filter", slice(1).family()), "somebody's".to_owned()]);
         for bucket in set.view().newest_first() {
-            set.remove(&db, &bucket);
+            set.remove(&db, &bucket, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         }
         keep(&db, &filters, &set, 2_500);
         assert_eq!(left(), ["somebody's"], "also where no bucket is left");

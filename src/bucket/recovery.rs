@@ -19,6 +19,8 @@ pub(crate) struct Replayed {
     pub(crate) bytes: u64,
     /// The newest time in it.
     pub(crate) time_ms: u64,
+    /// When the oldest of its rows was written.
+    pub(crate) oldest_ms: Option<u64>,
     /// The highest number in it.
     pub(crate) last_number: u64,
 }
@@ -40,7 +42,14 @@ pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Rep
         replayed.rows += 1;
         replayed.bytes += row.len() as u64;
         replayed.time_ms = replayed.time_ms.max(time_ms).max(newest_ms);
-        replayed.last_number = replayed.last_number.max(number);
+        replayed.oldest_ms = Some(replayed.oldest_ms.map_or(time_ms, |oldest_ms| oldest_ms.min(time_ms)));
+        if number <= replayed.last_number {
+            return Err(Error::Corrupt {
+                place: format!("the journal's row {number}"),
+                detail: format!("it comes after row {}", replayed.last_number),
+            });
+        }
+        replayed.last_number = number;
         Ok(())
     })?;
     Ok(replayed)
@@ -143,6 +152,6 @@ mod tests {
         })
         .unwrap();
         assert_eq!((events, replayed.rows, replayed.bytes), (3, 3, bytes));
-        assert_eq!((replayed.time_ms, replayed.last_number), (900, 7));
+        assert_eq!((replayed.time_ms, replayed.oldest_ms, replayed.last_number), (900, Some(100), 7));
     }
 }

@@ -4,22 +4,24 @@ use std::sync::atomic::Ordering;
 
 use super::set::BucketSet;
 use super::window::Slice;
+use crate::clock::Now;
 use crate::config::Span;
 use crate::error::Result;
 use crate::storage::db::Db;
 
 /// Whether there are buckets whose keys are all forgotten.
-pub(crate) fn has_passed(set: &BucketSet, span: Span, now_ms: u64) -> bool {
-    set.has_passed() || set.view().newest_first().iter().any(|bucket| !bucket.slice.is_live(now_ms, span.window_ms))
+pub(crate) fn has_passed(set: &BucketSet, span: Span, now: &Now) -> bool {
+    set.has_passed() || set.view().newest_first().iter().any(|bucket| !bucket.slice.is_live(now, span.window_ms))
 }
 
-/// Drops every bucket whose keys are all forgotten. Costs a change of the manifest each, however many keys it has.
-pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now_ms: u64) {
-    set.remove_passed(db);
+/// Drops every bucket whose keys are all forgotten, as long as `go_on` says so. Costs a change of the manifest each, however
+/// many keys it has.
+pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now: &Now, go_on: &impl Fn() -> bool) {
+    set.remove_passed(db, now, span.window_ms, go_on);
     let view = set.view();
-    for bucket in view.newest_first() {
-        if !bucket.slice.is_live(now_ms, span.window_ms) {
-            set.remove(db, &bucket);
+    for bucket in view.newest_first().into_iter().rev() {
+        if !bucket.slice.is_live(now, span.window_ms) && go_on() {
+            set.remove(db, &bucket, now, span.window_ms);
         }
     }
 }
@@ -50,8 +52,12 @@ mod tests {
     fn open(dir: &tempfile::TempDir, now_ms: u64) -> (Db, BucketSet) {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
-        let set = BucketSet::open(&db, &families, SPAN, now_ms, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &at(now_ms), 0, 1 << 20, None).unwrap();
         (db, set)
+    }
+
+    fn at(time_ms: u64) -> Now {
+        Now { time_ms, ..Now::default() }
     }
 
     fn seconds(set: &BucketSet) -> Vec<u64> {
@@ -62,18 +68,18 @@ mod tests {
     fn the_next_bucket_is_there_when_half_of_one_with_keys_is_over() {
         let dir = tempfile::tempdir().unwrap();
         let (db, set) = open(&dir, 0);
-        let at = |now_ms| {
+        let prepared = |now_ms| {
             prepare_next(&db, &set, SPAN, now_ms).unwrap();
             seconds(&set)
         };
-        assert!(at(5_900).is_empty(), "there is nothing to remember");
+        assert!(prepared(5_900).is_empty(), "there is nothing to remember");
         let bucket = set.ensure(&db, Slice::containing(5_000, 1_000)).unwrap();
-        assert_eq!(at(5_900), [5], "nor is there now");
+        assert_eq!(prepared(5_900), [5], "nor is there now");
         set.mark(&bucket, &[77]);
-        assert_eq!(at(5_499), [5]);
-        assert_eq!(at(5_500), [5, 6]);
-        assert_eq!(at(5_600), [5, 6]);
-        assert_eq!(at(6_900), [5, 6]);
+        assert_eq!(prepared(5_499), [5]);
+        assert_eq!(prepared(5_500), [5, 6]);
+        assert_eq!(prepared(5_600), [5, 6]);
+        assert_eq!(prepared(6_900), [5, 6]);
     }
 
     #[test]
@@ -85,17 +91,19 @@ mod tests {
         }
         for (now_ms, passed, left) in [(4_998, false, &[0, 1, 2][..]), (4_999, true, &[1, 2]), (5_998, false, &[1, 2])]
         {
-            assert_eq!(has_passed(&set, SPAN, now_ms), passed, "{now_ms}");
-            drop_passed(&db, &set, SPAN, now_ms);
+            assert_eq!(has_passed(&set, SPAN, &at(now_ms)), passed, "{now_ms}");
+            drop_passed(&db, &set, SPAN, &at(now_ms), &|| true);
             assert_eq!(seconds(&set), left, "{now_ms}");
         }
         db.close().unwrap();
 
         let (db, set) = open(&dir, 5_999);
         assert_eq!(seconds(&set), [2]);
-        assert!(has_passed(&set, SPAN, 5_999), "it is still on the disk");
-        drop_passed(&db, &set, SPAN, 5_999);
-        assert!(!has_passed(&set, SPAN, 5_999));
+        assert!(has_passed(&set, SPAN, &at(5_999)), "it is still on the disk");
+        drop_passed(&db, &set, SPAN, &at(5_999), &|| false);
+        assert!(has_passed(&set, SPAN, &at(5_999)), "there was no time for it");
+        drop_passed(&db, &set, SPAN, &at(5_999), &|| true);
+        assert!(!has_passed(&set, SPAN, &at(5_999)));
         db.close().unwrap();
         let (_db, set) = open(&dir, 0);
         assert_eq!(seconds(&set), [2], "and now it is gone");

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::window::Slice;
+use crate::clock::Now;
 use crate::codec::{read_value, row_key};
 use crate::concurrency::{ArcSwap, AtomicU64, Guard, Mutex};
 use crate::config::Span;
@@ -11,6 +12,7 @@ use crate::entry::Entry;
 use crate::error::{Error, Result};
 use crate::filter::layer::{Geometry, Layer, SLOTS, Slot};
 use crate::filter::stack::Stack;
+use crate::invariant::{Invariant, Poison};
 use crate::kill_point::KillPoint;
 use crate::storage::db::Db;
 
@@ -92,16 +94,26 @@ pub(crate) struct BucketSet {
     expected_keys: u64,
     /// Families of buckets that had passed when the store was opened, to be dropped.
     passed: Mutex<Vec<String>>,
+    poison: Arc<Poison>,
 }
 
 impl BucketSet {
+    /// Has it end the store where an invariant is broken.
+    pub(crate) fn of(self, poison: &Arc<Poison>) -> Self {
+        Self { poison: Arc::clone(poison), ..self }
+    }
+
+    pub(super) fn poison(&self) -> &Poison {
+        &self.poison
+    }
+
     /// The buckets with these family names, none of them covered by a filter yet. Its base is of `geometry`, if it may
     /// be, and else for buckets of `expected_keys`, or of as many as those that are there.
     pub(crate) fn open(
         db: &Db,
         families: &[String],
         span: Span,
-        now_ms: u64,
+        now: &Now,
         expected_keys: u64,
         filter_budget: u64,
         geometry: Option<Geometry>,
@@ -113,7 +125,7 @@ impl BucketSet {
                 place: format!("the column family `{}`", family.escape_default()),
                 detail: "it is no bucket".to_owned(),
             })?;
-            if slice.is_live(now_ms, span.window_ms) {
+            if slice.is_live(now, span.window_ms) {
                 slices.push((slice, db.estimate_keys(family)?));
             } else {
                 passed.push(family.clone());
@@ -141,7 +153,8 @@ impl BucketSet {
             }
         }
         let passed = Mutex::new(passed);
-        Ok(Self { view: ArcSwap::from_pointee(view), change: Mutex::new(()), expected_keys, passed })
+        let (view, change, poison) = (ArcSwap::from_pointee(view), Mutex::new(()), Arc::default());
+        Ok(Self { view, change, expected_keys, passed, poison })
     }
 
     pub(crate) fn view(&self) -> Guard<Arc<View>> {
@@ -187,20 +200,31 @@ impl BucketSet {
         // Not only to make room: an empty layer is removed with the next bucket that goes, unless it is seen in use.
         let _change = self.change.lock();
         let view = self.view.load();
-        match view.stack.with_room(bucket.slot, expected) {
+        let marked = match view.stack.with_room(bucket.slot, expected) {
             None => view.stack.insert(bucket.slot, digests.iter().copied()),
             Some(stack) => {
                 tracing::debug!(bucket = %bucket.slice, keys = expected, bytes = stack.bytes(), "filter grown");
-                stack.insert(bucket.slot, digests.iter().copied());
+                let marked = stack.insert(bucket.slot, digests.iter().copied());
                 self.view.store(Arc::new(View { stack, ..View::clone(&view) }));
+                marked
             }
+        };
+        // A bucket that the filter has no column for is always asked on disk.
+        if !marked && view.stack.covers(bucket.slot) {
+            self.unmarked(bucket.slice);
         }
+    }
+
+    fn unmarked(&self, of: impl std::fmt::Display) {
+        self.poison.broken(Invariant::FilterBits, format_args!("not so for keys of {of}"));
     }
 
     /// Adds kept columns to a layer of the filter.
     pub(crate) fn add_columns(&self, layer: &Layer, shard: usize, columns: &[(Slot, Vec<u8>)]) {
         let _change = self.change.lock();
-        layer.add_columns(shard, columns);
+        if !layer.add_columns(shard, columns) {
+            self.unmarked("a filter file");
+        }
     }
 
     /// As [`BucketSet::set_filtered`], where a layer got the bucket's column from a file: `keys` keys. Not if the layer
@@ -212,7 +236,9 @@ impl BucketSet {
                 return;
             }
             // A layer without keys passes for empty, and the number may be RocksDB's guess.
-            layer.count(bucket.slot, keys.max(1));
+            if !layer.count(bucket.slot, keys.max(1)) {
+                self.unmarked(bucket.slice);
+            }
         }
         self.set_filtered(bucket);
     }
@@ -236,7 +262,9 @@ impl BucketSet {
     /// Notes digests of keys that move to a layer.
     pub(crate) fn move_in(&self, bucket: &Bucket, home: &Layer, digests: &[u64]) {
         let _change = self.change.lock();
-        home.insert(bucket.slot, digests.iter().copied());
+        if !home.insert(bucket.slot, digests.iter().copied()) {
+            self.unmarked(bucket.slice);
+        }
     }
 
     /// All keys of the bucket have moved: its older layers are asked no more.
@@ -250,11 +278,25 @@ impl BucketSet {
         }
     }
 
-    /// Drops the buckets that had passed before this opening.
-    pub(crate) fn remove_passed(&self, db: &Db) {
-        for family in std::mem::take(&mut *self.passed.lock()) {
-            drop_or_leave(db, &family);
+    /// Drops the buckets that had passed before this opening, as long as `go_on` says so.
+    pub(crate) fn remove_passed(&self, db: &Db, now: &Now, window_ms: u64, go_on: &impl Fn() -> bool) {
+        while go_on() {
+            // Not in the loop's condition, which would keep the lock.
+            let Some(family) = self.passed.lock().pop() else { return };
+            if Slice::of_family(&family).is_some_and(|slice| self.may_go(slice, now, window_ms)) {
+                drop_or_leave(db, &family);
+            }
         }
+    }
+
+    /// Whether a bucket that is about to be dropped has passed indeed.
+    fn may_go(&self, slice: Slice, now: &Now, window_ms: u64) -> bool {
+        let is_live = slice.is_live(now, window_ms);
+        if is_live {
+            let detail = format_args!("{slice} at {}, with a window of {window_ms} ms", now.time_ms);
+            self.poison.broken(Invariant::OnlyPassedDropped, detail);
+        }
+        !is_live
     }
 
     /// Whether buckets are left that had passed before this opening.
@@ -262,8 +304,11 @@ impl BucketSet {
         !self.passed.lock().is_empty()
     }
 
-    /// Drops a bucket and frees its slot.
-    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>) {
+    /// Drops a bucket that has passed, and frees its slot.
+    pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>, now: &Now, window_ms: u64) {
+        if !self.may_go(bucket.slice, now, window_ms) {
+            return;
+        }
         let _change = self.change.lock();
         let mut view = View::clone(&self.view.load());
         if !view.has(bucket) {
@@ -357,9 +402,13 @@ pub(crate) fn look_up(
                 place: format!("a row of the bucket {}", bucket.slice),
                 detail: "its value is not in a format that this version writes".to_owned(),
             })?;
-            if let Some(probe) = here.get(at) {
-                found(probe.place, bucket, entry);
+            let corrupt =
+                |detail: String| Error::Corrupt { place: format!("a row of the bucket {}", bucket.slice), detail };
+            if !bucket.slice.contains(entry.time_ms()) {
+                return Err(corrupt(format!("its key has the time {}, outside the bucket", entry.time_ms())));
             }
+            let probe = here.get(at).ok_or_else(|| corrupt("nobody has asked for it".to_owned()))?;
+            found(probe.place, bucket, entry);
             Ok(())
         };
         match row_keys.as_slice() {
@@ -393,7 +442,7 @@ mod tests {
         (0..3).for_each(|i| db.create_bucket(&second(i).family()).unwrap());
         db.close().unwrap();
         let (db, families) = open(dir);
-        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         let buckets = [0, 1, 2].map(|i| set.ensure(&db, second(i)).unwrap());
         (db, set, buckets)
     }
@@ -429,21 +478,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (db, set, [first, gone, last]) = three_found(&dir);
         set.mark(&gone, &[77]);
-        set.remove(&db, &gone);
+        set.remove(&db, &gone, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         assert_eq!(asked(&set, 77), [0, 2]);
         let next = set.ensure(&db, second(3)).unwrap();
         assert_eq!(next.slot, gone.slot);
         assert_eq!(asked(&set, 77), [0, 2], "its filter is new and empty");
         set.mark(&next, &[99]);
         // Whoever still has the old one in hand.
-        set.remove(&db, &gone);
+        set.remove(&db, &gone, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         set.moved(&gone, set.view().base().unwrap());
         assert_eq!(asked(&set, 99), [0, 2, 3]);
         set.set_filtered(&first);
         set.set_filtered(&last);
         assert_eq!(asked(&set, 99), [3]);
         let passing = set.ensure(&db, second(9)).unwrap();
-        set.remove(&db, &passing);
+        set.remove(&db, &passing, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         assert_eq!((asked(&set, 99), asked(&set, 77)), (vec![3], vec![]), "the others keep their filters");
         // A home that has gone meanwhile has nobody's keys.
         let elsewhere = tempfile::tempdir().unwrap();
@@ -453,11 +502,11 @@ mod tests {
         db.close().unwrap();
         let (db, families) = open(&dir);
         assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
-        let set = BucketSet::open(&db, &families, SPAN, 0, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &families, SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         let buckets = [0, 2, 3].map(|i| set.ensure(&db, second(i)).unwrap());
-        set.remove(&db, &buckets[1]);
+        set.remove(&db, &buckets[1], &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         let newer = set.ensure(&db, second(4)).unwrap();
-        set.remove(&db, &newer);
+        set.remove(&db, &newer, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         set.set_filtered(&buckets[1]);
         assert_eq!(asked(&set, 99), [0, 3], "they have no filter yet");
     }
@@ -469,7 +518,8 @@ mod tests {
         let others: Vec<String> = (0..13).map(|i| Slice { start_ms: i * 500, width_ms: 500 }.family()).collect();
         others.iter().for_each(|family| db.create_bucket(family).unwrap());
         let span = Span { window_ms: 48_000, bucket_ms: 1_000 };
-        let open = |families: &[String]| BucketSet::open(&db, families, span, 0, 0, 1 << 20, None).map(|_| ());
+        let open =
+            |families: &[String]| BucketSet::open(&db, families, span, &Now::default(), 0, 1 << 20, None).map(|_| ());
         // 48 for the window, four around it, and the others, of which there is room for 12.
         open(&others[..12]).unwrap();
         let refused = open(&others).unwrap_err().to_string();
@@ -480,7 +530,7 @@ mod tests {
     fn a_bucket_beyond_the_filters_columns_is_asked_on_disk() {
         let dir = tempfile::tempdir().unwrap();
         let (db, _) = open(&dir);
-        let set = BucketSet::open(&db, &[], SPAN, 0, 0, 1 << 20, None).unwrap();
+        let set = BucketSet::open(&db, &[], SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         // Eight columns; nobody has dropped anything yet.
         for second in 0..12 {
             let bucket = set.ensure(&db, super::tests::second(second)).unwrap();
@@ -489,5 +539,48 @@ mod tests {
             assert_eq!(set.view().is_filtered(&bucket), second < 8, "bucket {second}");
             assert_ne!(set.view().candidates(second * 977) & 1 << bucket.slot, 0, "bucket {second}");
         }
+    }
+
+    #[test]
+    fn a_bucket_that_still_counts_is_not_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, set, [first, ..]) = three_found(&dir);
+        // Its newest possible key is of 999.
+        let (last_ms, window_ms) = (4_998, SPAN.window_ms);
+        let at = |time_ms| Now { time_ms, ..Now::default() };
+        set.remove(&db, &first, &at(last_ms), window_ms);
+        assert!(set.view().has(&first));
+        let reason = set.poison().reason().unwrap();
+        assert!(reason.contains("dropped only when all its keys have run out"), "{reason}");
+        assert!(reason.contains("bucket-0-1000 at 4998"), "{reason}");
+        db.close().unwrap();
+
+        let (db, families) = open(&dir);
+        let set = BucketSet::open(&db, &families, SPAN, &at(last_ms + 1), 0, 1 << 20, None).unwrap();
+        assert!(set.has_passed());
+        set.remove_passed(&db, &at(last_ms), window_ms, &|| true);
+        assert!(set.poison().unbroken().is_err());
+        db.close().unwrap();
+        assert_eq!(open(&dir).1.len(), 3, "nothing was dropped");
+    }
+
+    #[test]
+    fn a_filter_that_misses_a_bit_poisons_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_db, set, [first, ..]) = three_found(&dir);
+        set.mark(&first, &[1, 2, 3]);
+        let base = Arc::clone(set.view().base().unwrap());
+        set.add_columns(&base, 0, &[(first.slot, base.column(0, first.slot).unwrap())]);
+        set.move_in(&first, &base, &[4]);
+        set.poison().unbroken().unwrap();
+        set.add_columns(&base, 0, &[(first.slot, vec![0; 3])]);
+        let said = set.poison().unbroken().unwrap_err().to_string();
+        assert!(said.contains("sets all its bits (not so for keys of a filter file)"), "{said}");
+
+        // Slot 64 is none that a layer counts for.
+        let outside = Bucket { slice: second(9), slot: 64, family: "none".to_owned(), keys: AtomicU64::new(0) };
+        let (_db, set, _) = three_found(&tempfile::tempdir().unwrap());
+        set.move_in(&outside, &base, &[4]);
+        assert!(set.poison().unbroken().is_err());
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::clock::Now;
+
 /// A slice of time whose completions lie in one column family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Slice {
@@ -21,14 +23,18 @@ impl Slice {
         self.start_ms.saturating_add(self.width_ms)
     }
 
+    pub(crate) fn contains(self, time_ms: u64) -> bool {
+        time_ms.checked_sub(self.start_ms).is_some_and(|since_ms| since_ms < self.width_ms)
+    }
+
     pub(crate) fn next(self) -> Self {
         Self { start_ms: self.end_ms(), width_ms: self.width_ms }
     }
 
     /// Whether a key completed in it may still be remembered: its newest possible one, from `end - 1`, is until
     /// `end - 1 + window`.
-    pub(crate) fn is_live(self, now_ms: u64, window_ms: u64) -> bool {
-        now_ms < (self.end_ms() - 1).saturating_add(window_ms)
+    pub(crate) fn is_live(self, now: &Now, window_ms: u64) -> bool {
+        now.remembers_any(self.start_ms, self.end_ms() - 1, window_ms)
     }
 
     /// The column family's name.
@@ -58,15 +64,40 @@ impl fmt::Display for Slice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::{Step, Steps};
+
+    fn at(time_ms: u64) -> Now {
+        Now { time_ms, ..Now::default() }
+    }
 
     #[test]
     fn a_slice_is_dead_when_its_newest_key_is_forgotten() {
         let slice = Slice::containing(1_234, 100);
         assert_eq!(slice, Slice { start_ms: 1_200, width_ms: 100 });
         // Completed at 1,299, remembered while now < 1,299 + 500.
-        assert!(slice.is_live(1_798, 500));
-        assert!(!slice.is_live(1_799, 500));
-        assert!(Slice::containing(u64::MAX, 7).is_live(u64::MAX - 1, 500));
+        assert!(slice.is_live(&at(1_798), 500));
+        assert!(!slice.is_live(&at(1_799), 500));
+        assert!(Slice::containing(u64::MAX, 7).is_live(&at(u64::MAX - 1), 500));
+    }
+
+    #[test]
+    fn a_slice_below_the_retention_floor_is_dead_and_one_that_reaches_above_it_is_not() {
+        let slice = Slice { start_ms: 1_200, width_ms: 100 };
+        let after = |remembers_since_ms| Now { time_ms: 1_300, remembers_since_ms, ..Now::default() };
+        assert!(slice.is_live(&after(1_299), 500));
+        assert!(!slice.is_live(&after(1_300), 500), "also where the time went back");
+    }
+
+    #[test]
+    fn a_slice_whose_keys_a_step_carried_along_lives_as_long_as_they_do() {
+        let slice = Slice { start_ms: 1_200, width_ms: 100 };
+        let stepped = |from_ms, to_ms| Steps::of(&[Step { from_ms, to_ms, by_ms: 10_000 }]).unwrap();
+        for (steps, last_ms) in
+            [(stepped(1_299, 1_400), 11_798), (stepped(1_000, 1_210), 11_709), (stepped(1_300, 1_400), 1_798)]
+        {
+            assert!(slice.is_live(&Now { steps, ..at(last_ms) }, 500), "{steps:?}");
+            assert!(!slice.is_live(&Now { steps, ..at(last_ms + 1) }, 500), "{steps:?}");
+        }
     }
 
     #[test]

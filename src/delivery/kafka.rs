@@ -12,23 +12,19 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, RebalanceProtocol, StreamConsumer};
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::{Header, Headers, Message as _, OwnedHeaders, OwnedMessage};
+use rdkafka::message::{Header, Message as _, OwnedHeaders, OwnedMessage};
 use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::types::RDKafkaRespErr;
+use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 use rdkafka::{ClientConfig, ClientContext, Offset, TopicPartitionList};
 use tokio::sync::Notify;
 
-use super::message::{Delivery, key_of};
+use super::kafka_record::{Facts, Head, SHORT, With, identified, letter, readable};
+use super::message::{Delivery, KeyOrigin, key_of, reason_line};
 use super::partitions::{Given, Partitions, Revoked, Ticket};
+use super::setting::SettingError;
 use crate::key::Key;
 
-/// The headers that a dead letter has beside its own: its key's id, where it was (`TOPIC/PARTITION/OFFSET`), and why
-/// it is one.
-pub const DEAD_ID: &str = "onlyonce-id";
-/// See [`DEAD_ID`].
-pub const DEAD_FROM: &str = "onlyonce-from";
-/// See [`DEAD_ID`].
-pub const DEAD_WHY: &str = "onlyonce-why";
+pub use super::kafka_record::{DEAD_FROM, DEAD_ID, DEAD_OMITTED, DEAD_TIMESTAMP, DEAD_WHY, Id};
 
 const AHEAD: usize = 1_000;
 /// How long a dead letter waits for room in the producer's queue.
@@ -45,6 +41,9 @@ pub enum Error {
     /// What the client or the broker says.
     #[error(transparent)]
     Kafka(#[from] KafkaError),
+    /// A setting that does not fit.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     /// The partition was taken away while its record was worked on. Whoever has it now gets the record again.
     #[error("the partition is another consumer's by now, which gets the record again")]
     Revoked,
@@ -56,19 +55,7 @@ impl From<Revoked> for Error {
     }
 }
 
-/// Where the idempotency key of a record is. A record that has none there goes by the digest of its key and payload.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Id {
-    /// In this header, the last one of this name.
-    Header(String),
-    /// It is the record's key. Only where no two records that mean different work share one.
-    Key,
-    /// It is the record's partition and offset. What the broker delivers twice is one piece of work; what a producer
-    /// sends twice is two.
-    Position,
-}
-
-/// Reads topics as a member of a group, or partitions of one's own choice.
+/// Reads topics as a member of a group, or partitions of one's own choice. Made by a [`Builder`].
 pub struct Consumer {
     shared: Arc<Shared>,
 }
@@ -85,7 +72,7 @@ type StartFrom = dyn Fn(&str, i32) -> Option<u64> + Send + Sync;
 
 struct Context {
     partitions: Mutex<Partitions<Arc<OwnedMessage>>>,
-    start_from: Mutex<Option<Box<StartFrom>>>,
+    start_from: Option<Box<StartFrom>>,
 }
 
 impl ClientContext for Context {}
@@ -121,8 +108,7 @@ impl ConsumerContext for Context {
 
 impl Context {
     fn set_start(&self, assigned: &mut TopicPartitionList) -> KafkaResult<()> {
-        let start_from = self.start_from.lock();
-        let Some(start_from) = &*start_from else { return Ok(()) };
+        let Some(start_from) = &self.start_from else { return Ok(()) };
         for (topic, partition) in assigned.to_topic_map().into_keys() {
             if let Some(offset) = start_from(&topic, partition).and_then(|offset| i64::try_from(offset).ok()) {
                 assigned.set_partition_offset(&topic, partition, Offset::Offset(offset))?;
@@ -132,70 +118,47 @@ impl Context {
     }
 }
 
-impl Consumer {
-    /// Joins the group that the configuration names and reads these topics. Records go by the header `id`, or their
-    /// digest.
-    ///
-    /// The configuration is yours, but for `enable.auto.offset.store`, which is off here, and `enable.auto.commit`,
-    /// which is on: offsets are stored for the next commit when all before them is settled.
-    ///
-    /// # Errors
-    ///
-    /// What the client says of the configuration.
-    ///
-    /// # Panics
-    ///
-    /// Outside of a Tokio runtime.
-    pub fn subscribe(config: &ClientConfig, topics: &[&str]) -> Result<Self, Error> {
-        let made = Self::make(config)?;
-        made.shared.consumer.subscribe(topics)?;
-        Ok(made)
-    }
+enum Source {
+    Topics(Vec<String>),
+    Partitions(TopicPartitionList),
+}
 
-    /// Reads these partitions, whoever else does, from the offsets in the list; those of [`Offset::Stored`] from what
-    /// the group in the configuration has committed. Otherwise as [`subscribe`](Self::subscribe).
-    ///
-    /// # Errors
-    ///
-    /// What the client says of the configuration or the list.
-    ///
-    /// # Panics
-    ///
-    /// Outside of a Tokio runtime.
-    pub fn assign(config: &ClientConfig, partitions: &TopicPartitionList) -> Result<Self, Error> {
-        let made = Self::make(config)?;
-        made.shared.consumer.assign(partitions)?;
-        Ok(made)
-    }
+/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::subscribe`] or [`Consumer::assign`].
+#[must_use = "call `build` to get the consumer"]
+pub struct Builder {
+    config: ClientConfig,
+    source: Source,
+    id: Id,
+    dead: Option<(FutureProducer, String)>,
+    ahead: usize,
+    start_from: Option<Box<StartFrom>>,
+}
 
-    fn make(config: &ClientConfig) -> KafkaResult<Self> {
-        let mut config = config.clone();
-        config.set("enable.auto.commit", "true").set("enable.auto.offset.store", "false");
-        let context = Context { partitions: Mutex::new(Partitions::new(AHEAD)), start_from: Mutex::default() };
-        let consumer = config.create_with_context(context)?;
-        let shared = Shared { consumer, id: Id::Header("id".to_owned()), dead: None, changed: Notify::new() };
-        Ok(Self { shared: Arc::new(shared) })
+impl Builder {
+    fn new(config: &ClientConfig, source: Source) -> Self {
+        let id = Id::Header("id".to_owned());
+        Self { config: config.clone(), source, id, dead: None, ahead: AHEAD, start_from: None }
     }
 
     /// Where the idempotency key is: in the header `id` by default.
-    #[must_use]
-    pub fn id(self, id: Id) -> Self {
-        self.with(|shared| shared.id = id)
+    pub fn id(mut self, id: Id) -> Self {
+        self.id = id;
+        self
     }
 
     /// The topic for dead letters, and who sends them: a producer with `acks` of `all`, which is its default. Without
-    /// one, what is rejected is only left behind in its topic.
-    #[must_use]
-    pub fn dead_letters(self, producer: FutureProducer, topic: &str) -> Self {
-        self.with(|shared| shared.dead = Some((producer, topic.to_owned())))
+    /// one, what is rejected is only left behind in its topic. The topic must not be compacted: letters with one key would
+    /// replace each other, and one without a key would be refused.
+    pub fn dead_letters(mut self, producer: FutureProducer, topic: &str) -> Self {
+        self.dead = Some((producer, topic.to_owned()));
+        self
     }
 
     /// How many records of a partition are given out at most, counted from the first that is not settled: 1,000 by
     /// default. So many are delivered again after a crash, and lie in memory while one of them waits to come back.
     /// With 1 the records of a partition come one after the other: one that is to come back holds up those behind it.
-    #[must_use]
-    pub fn ahead(self, records: usize) -> Self {
-        self.shared.consumer.context().partitions.lock().set_ahead(records);
+    pub fn ahead(mut self, records: usize) -> Self {
+        self.ahead = records;
         self
     }
 
@@ -206,20 +169,75 @@ impl Consumer {
     /// Offsets that the work stores are right with [`ahead(1)`](Self::ahead) alone: with more records out, one that is done
     /// says with its offset that those before it are, too, and a restart would leave them out. One that is rejected stores
     /// none, so that a restart may read it again.
-    #[must_use]
-    pub fn start_from(self, offset: impl Fn(&str, i32) -> Option<u64> + Send + Sync + 'static) -> Self {
-        *self.shared.consumer.context().start_from.lock() = Some(Box::new(offset));
+    pub fn start_from(mut self, offset: impl Fn(&str, i32) -> Option<u64> + Send + Sync + 'static) -> Self {
+        self.start_from = Some(Box::new(offset));
         self
     }
 
-    fn with(mut self, change: impl FnOnce(&mut Shared)) -> Self {
-        if let Some(shared) = Arc::get_mut(&mut self.shared) {
-            change(shared);
+    /// The consumer. Begins to connect, and to join the group.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for a configuration that turns `enable.auto.commit` off or `enable.auto.offset.store` on, for no
+    /// topic or partition, for `ahead(0)`, and for dead letters that go to a topic that is read. Otherwise what the client
+    /// says of the configuration or the list.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime.
+    pub fn build(self) -> Result<Consumer, Error> {
+        self.check()?;
+        let Self { mut config, source, id, dead, ahead, start_from } = self;
+        config.set("enable.auto.commit", "true").set("enable.auto.offset.store", "false");
+        let context = Context { partitions: Mutex::new(Partitions::new(ahead)), start_from };
+        let consumer: StreamConsumer<Context> = config.create_with_context(context)?;
+        match &source {
+            Source::Topics(topics) => consumer.subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())?,
+            Source::Partitions(partitions) => consumer.assign(partitions)?,
         }
-        self
+        Ok(Consumer { shared: Arc::new(Shared { consumer, id, dead, changed: Notify::new() }) })
+    }
+
+    fn check(&self) -> Result<(), SettingError> {
+        // As the client reads them.
+        let is = |key, values: [&str; 3]| {
+            self.config.get(key).is_some_and(|set| values.iter().any(|value| set.eq_ignore_ascii_case(value)))
+        };
+        let (commit, store) = ("enable.auto.commit", "enable.auto.offset.store");
+        let (is_off, is_on) = (is(commit, ["false", "f", "0"]), is(store, ["true", "t", "1"]));
+        SettingError::unless(!is_off, commit, "false", "true: settled offsets are committed in the background")?;
+        SettingError::unless(!is_on, store, "true", "false: offsets are stored when all before are settled")?;
+        SettingError::unless(self.ahead > 0, "ahead", self.ahead, "at least 1")?;
+        let topics: Vec<String> = match &self.source {
+            Source::Topics(topics) => topics.clone(),
+            Source::Partitions(list) => list.elements().iter().map(|place| place.topic().to_owned()).collect(),
+        };
+        SettingError::unless(!topics.is_empty(), "topics", "empty", "at least one topic or partition")?;
+        let Some((_, dead)) = &self.dead else { return Ok(()) };
+        let is_other = !dead.is_empty() && !topics.contains(dead);
+        SettingError::unless(is_other, "dead_letters", format!("{dead:?}"), "another topic than those of the consumer")
+    }
+}
+
+impl Consumer {
+    /// Joins the group that the configuration names and reads these topics. Records go by the header `id`, or their
+    /// digest.
+    ///
+    /// The configuration is yours, but for `enable.auto.offset.store`, which is off here, and `enable.auto.commit`,
+    /// which is on: offsets are stored for the next commit when all before them is settled.
+    pub fn subscribe(config: &ClientConfig, topics: &[&str]) -> Builder {
+        Builder::new(config, Source::Topics(topics.iter().map(|topic| (*topic).to_owned()).collect()))
+    }
+
+    /// Reads these partitions, whoever else does, from the offsets in the list; those of [`Offset::Stored`] from what
+    /// the group in the configuration has committed. Otherwise as [`subscribe`](Self::subscribe).
+    pub fn assign(config: &ClientConfig, partitions: &TopicPartitionList) -> Builder {
+        Builder::new(config, Source::Partitions(partitions.clone()))
     }
 
     /// The next record: one that comes back, or a new one. Waits for it.
+    ///
+    /// A record whose headers cannot be read does not come: it is rejected, and the next one is given.
     ///
     /// To be called at least every `max.poll.interval.ms`, five minutes by default, or the group takes the partitions
     /// away. May be dropped: nothing is lost by it.
@@ -237,7 +255,17 @@ impl Consumer {
             }
             let given = partitions.lock().next(Instant::now());
             if let Some(given) = given {
-                return self.give(given);
+                let message = self.give(given)?;
+                if message.unreadable == 0 {
+                    return Ok(message);
+                }
+                let headers = message.unreadable;
+                let why = format!("{headers} of its headers have a name that is not UTF-8, and are left out here");
+                tracing::error!(place = message.place(), why, "a record cannot be read and is rejected");
+                match message.reject(&why).await {
+                    Ok(()) | Err(Error::Revoked) => continue,
+                    Err(error) => return Err(error),
+                }
             }
             if let Some(read) = self.shared.read(AWAY_MOST, due).await {
                 self.take(read?)?;
@@ -299,17 +327,21 @@ pub struct Message {
     ticket: Ticket,
     record: Arc<OwnedMessage>,
     id: Option<Vec<u8>>,
+    origin: KeyOrigin,
+    /// How many of its headers cannot be read.
+    unreadable: usize,
     answered: bool,
 }
 
 impl Message {
     fn new(shared: &Arc<Shared>, ticket: Ticket, record: Arc<OwnedMessage>) -> Self {
-        let id = header(&record, DEAD_ID).map(<[u8]>::to_vec).or_else(|| match &shared.id {
-            Id::Header(name) => header(&record, name).map(<[u8]>::to_vec),
-            Id::Key => record.key().map(<[u8]>::to_vec),
-            Id::Position => Some(format!("{}/{}", record.partition(), record.offset()).into_bytes()),
-        });
-        Self { shared: Arc::clone(shared), ticket, record, id, answered: false }
+        let (headers, unreadable) = record.headers().map(readable).unwrap_or_default();
+        let (id, origin) = identified(&shared.id, &record, &headers);
+        Self { shared: Arc::clone(shared), ticket, record, id, origin, unreadable, answered: false }
+    }
+
+    fn place(&self) -> String {
+        format!("{}/{}/{}", self.record.topic(), self.record.partition(), self.record.offset())
     }
 
     /// The record itself: its topic, partition and offset, its key and its headers.
@@ -331,26 +363,45 @@ impl Message {
         Ok(())
     }
 
+    /// Sends its copy: with our headers, with fewer of them where that is too large, and in the end without its value.
     async fn bury(&self, why: &str) -> Result<(), Error> {
         let Some((producer, topic)) = &self.shared.dead else { return Ok(()) };
-        let own = [DEAD_ID, DEAD_FROM, DEAD_WHY];
-        let mut headers = OwnedHeaders::new();
-        for header in self.record.headers().into_iter().flat_map(Headers::iter) {
-            if !own.contains(&header.key) {
-                headers = headers.insert(header);
+        let own = self.record.headers().map(readable).unwrap_or_default().0;
+        let (place, timestamp_ms) = (self.place(), self.record.timestamp().to_millis());
+        let facts = Facts { id: self.id.as_deref(), place: &place, timestamp_ms, why: &reason_line(why) };
+        for with in [With::All, With::Least] {
+            let headers = letter(&own, &facts, with);
+            match send(producer, topic, self.record.key(), self.record.payload(), &headers).await {
+                Err(error) if is_too_large(&error) => {}
+                sent => return Ok(sent?),
             }
         }
-        let from = format!("{}/{}/{}", self.record.topic(), self.record.partition(), self.record.offset());
-        headers = headers.insert(Header { key: DEAD_FROM, value: Some(&from) });
-        headers = headers.insert(Header { key: DEAD_WHY, value: Some(why) });
-        if let Some(id) = &self.id {
-            headers = headers.insert(Header { key: DEAD_ID, value: Some(id) });
-        }
-        let mut letter = FutureRecord::<[u8], [u8]>::to(topic).headers(headers);
-        (letter.key, letter.payload) = (self.record.key(), self.record.payload());
-        producer.send(letter, ROOM).await.map_err(|(error, _)| error)?;
-        Ok(())
+        tracing::error!(place, "a dead letter is too large and goes without its value, which stays in its topic");
+        let headers = letter(&[], &facts, With::Omitted(self.payload().len()));
+        let key = self.record.key().filter(|key| key.len() <= SHORT);
+        // An empty value and none are different things: this is no tombstone.
+        Ok(send(producer, topic, key, Some(&[]), &headers).await?)
     }
+}
+
+async fn send(
+    producer: &FutureProducer,
+    topic: &str,
+    key: Option<&[u8]>,
+    payload: Option<&[u8]>,
+    headers: &[Head],
+) -> KafkaResult<()> {
+    let add = |headers: OwnedHeaders, (key, value): &Head| headers.insert(Header { key, value: value.as_ref() });
+    let headers = headers.iter().fold(OwnedHeaders::new_with_capacity(headers.len()), add);
+    let mut letter = FutureRecord::<[u8], [u8]>::to(topic).headers(headers);
+    (letter.key, letter.payload) = (key, payload);
+    producer.send(letter, ROOM).await.map(drop).map_err(|(error, _)| error)
+}
+
+/// By the client, which knows its own limit, or by the broker or the topic.
+fn is_too_large(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{MessageBatchTooLarge, MessageSizeTooLarge};
+    matches!(error, KafkaError::MessageProduction(MessageSizeTooLarge | MessageBatchTooLarge))
 }
 
 impl Delivery for Message {
@@ -359,6 +410,19 @@ impl Delivery for Message {
     fn key(&self) -> Key<'_> {
         let all = Key::composite([self.record.key().unwrap_or_default(), self.payload()]);
         key_of(self.id.as_deref(), all.as_bytes(), self.record.topic())
+    }
+
+    fn key_origin(&self) -> KeyOrigin {
+        self.origin
+    }
+
+    fn id_place(&self) -> String {
+        let topic = self.record.topic();
+        match &self.shared.id {
+            Id::Header(name) => format!("header `{name}` of topic `{topic}`"),
+            Id::Key => format!("the key of records of topic `{topic}`"),
+            Id::Position => format!("the position in topic `{topic}`"),
+        }
     }
 
     /// When it was made, or, if the topic says so, when the broker stored it.
@@ -400,11 +464,6 @@ impl Drop for Message {
     }
 }
 
-fn header<'a>(record: &'a OwnedMessage, name: &str) -> Option<&'a [u8]> {
-    let mut found = record.headers()?.iter().filter(|header| header.key == name);
-    found.by_ref().filter_map(|header| header.value).last()
-}
-
 fn only(topic: &str, partition: i32) -> TopicPartitionList {
     let mut list = TopicPartitionList::with_capacity(1);
     list.add_partition(topic, partition);
@@ -426,5 +485,32 @@ impl fmt::Debug for Message {
             .field("partition", &partition)
             .field("offset", &offset)
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_that_cannot_be_is_an_error_that_names_it() {
+        let config = |key: &str, value: &str| {
+            let mut config = ClientConfig::new();
+            config.set("group.id", "g").set(key, value).clone()
+        };
+        let none = config("client.id", "test");
+        let named = |builder: Builder| match builder.build() {
+            Err(Error::Setting(error)) => error.setting,
+            other => panic!("{:?}", other.map(drop)),
+        };
+        let of = |config: &ClientConfig| Consumer::subscribe(config, &["orders"]);
+        assert_eq!(named(of(&config("enable.auto.commit", "false"))), "enable.auto.commit");
+        assert_eq!(named(of(&config("enable.auto.offset.store", "true"))), "enable.auto.offset.store");
+        assert_eq!(named(of(&none).ahead(0)), "ahead");
+        assert_eq!(named(Consumer::subscribe(&none, &[])), "topics");
+        assert_eq!(named(Consumer::assign(&none, &TopicPartitionList::new())), "topics");
+        let producer: FutureProducer = none.create().unwrap();
+        assert_eq!(named(of(&none).dead_letters(producer.clone(), "orders")), "dead_letters");
+        assert_eq!(named(of(&none).dead_letters(producer, "")), "dead_letters");
     }
 }

@@ -14,9 +14,13 @@
 //! | is completed | acknowledged: a duplicate |
 //! | is in progress | it comes back when the lease or backoff is over |
 //! | is held for a decision | it comes back after the longest wait |
+//! | is too far ahead of stream time | it comes back after the longest wait |
+//! | ... and one of these three goes on [for too long](Processor::give_up_after) | rejected |
 //! | cannot be one (empty, too long, or with a fingerprint of another payload) | rejected |
 //! | is too old for stream time, or has no timestamp there | rejected: nobody knows whether it was done |
-//! | is too far ahead of stream time, or one more than may be in flight | it comes back after the longest wait |
+//! | has a timestamp there that is plainly in seconds, microseconds or nanoseconds | rejected |
+//! | is a digest, because the message has no id, and [ids are required](Processor::require_ids) | rejected |
+//! | is one more than may be in flight | it comes back after the longest wait |
 //! | cannot be claimed: the store fails | [`OnStoreFailure`]: it comes back, or the work runs unguarded |
 //!
 //! Whatever the queue does not take, an acknowledgement for example, is an error of `process`. Nothing is lost by it:
@@ -96,29 +100,55 @@
 //! process dies between the rejection and that note, the delivery is rejected once more when it comes back, and runs
 //! when it comes back again.
 //!
+//! # What bounds the number of times a delivery comes back
+//!
+//! | it comes back because | bound |
+//! |---|---|
+//! | its work failed, panicked, was dropped, or died with its process | [`attempts`](Processor::attempts), counted by the store across restarts |
+//! | its lease was taken over | the same: the run counts as an attempt |
+//! | its key is in progress or held, or its timestamp is too far ahead | [`give_up_after`](Processor::give_up_after), counted in this process |
+//! | its work failed without the store, under [`OnStoreFailure::FailOpen`] | the same: the store counts no attempts then |
+//! | the store fails, or is at its `in_flight_limit` | none: the fault is not the delivery's, and all of them would be rejected for it |
+//! | the queue did not take the answer | none here: [`Unsettled`] reports it each time. A dead letter that is too large is made smaller by the adapter; its page in `docs/brokers` says how |
+//!
 //! # Dropped futures
 //!
 //! A `process` that is dropped drops its lease and its delivery: the next delivery runs, and its work is told. When
 //! that comes is the queue's affair, for it was told nothing.
 
+mod figures;
 #[cfg(feature = "kafka")]
 pub mod kafka;
+#[cfg(feature = "kafka")]
+mod kafka_record;
 mod message;
 #[cfg(feature = "nats")]
 pub mod nats;
+#[cfg(feature = "nats")]
+mod nats_letter;
 #[cfg(feature = "kafka")]
 mod partitions;
 mod processor;
 #[cfg(feature = "rabbitmq")]
 pub mod rabbitmq;
+#[cfg(feature = "rabbitmq")]
+mod rabbitmq_copy;
+#[cfg(feature = "redis-streams")]
+mod redis_reply;
 #[cfg(feature = "redis-streams")]
 pub mod redis_streams;
+mod returning;
+mod setting;
 mod settled;
 #[cfg(feature = "sqs")]
 pub mod sqs;
+#[cfg(feature = "sqs")]
+mod sqs_letter;
 mod work;
 
-pub use message::{Delivery, Keyed, key_of};
+pub use figures::ProcessorStats;
+pub use message::{Delivery, KeyOrigin, Keyed, key_of, reason_line};
 pub use processor::{OnStoreFailure, Processor};
-pub use settled::{Settled, Unsettled};
+pub use setting::SettingError;
+pub use settled::{GivenUp, NoId, Settled, Unsettled};
 pub use work::{Failure, Job};

@@ -9,71 +9,130 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::header::NATS_MESSAGE_ID;
-use async_nats::jetstream::consumer::{PullConsumer, pull};
-use async_nats::jetstream::{self, AckKind, Context};
+use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::stream::RetentionPolicy;
+use async_nats::jetstream::{self, AckKind, Context, ErrorCode};
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use futures_core::Stream;
 
-use super::message::{Delivery, key_of};
+use super::message::{Delivery, KeyOrigin, key_of, reason_line};
+use super::nats_letter::{Place, With, letter};
+use super::setting::SettingError;
 use crate::key::Key;
 
-/// The headers that a dead letter has beside its own: its key, its subject, and why it is one.
-pub const DEAD_ID: &str = "Onlyonce-Id";
-/// See [`DEAD_ID`].
-pub const DEAD_SUBJECT: &str = "Onlyonce-Subject";
-/// See [`DEAD_ID`].
-pub const DEAD_WHY: &str = "Onlyonce-Why";
+pub use super::nats_letter::{DEAD_ID, DEAD_OMITTED, DEAD_SUBJECT, DEAD_WHY};
 
-/// What the client or the server says.
+/// How long a message stays away whose dead letter is too large, and that must not be terminated.
+const PARKED: Duration = Duration::from_secs(3_600);
+
+/// Why the server did not take an answer, or gave no message.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Error(async_nats::Error);
+#[non_exhaustive]
+pub enum Error {
+    /// What the client or the server says.
+    #[error("{0}")]
+    Nats(async_nats::Error),
+    /// A setting, or the server's consumer, that does not fit.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
+    /// The dead letter is too large for its stream or the server, and terminating the message would lose its payload. It comes
+    /// back every hour, until the limit is raised or its stream forgets it.
+    #[error(
+        "the dead letter of message {sequence} of stream {stream} is too large for subject {subject}: raise the limit"
+    )]
+    LetterTooLarge {
+        /// The message's stream.
+        stream: String,
+        /// Its number there.
+        sequence: u64,
+        /// The subject for dead letters.
+        subject: String,
+    },
+}
 
-/// Reads a pull consumer.
+/// Reads a pull consumer. Made by a [`Builder`].
 pub struct Consumer {
     queue: Arc<Queue>,
     messages: pull::Stream,
 }
 
-#[derive(Clone)]
 struct Queue {
     context: Context,
     stream: String,
     id_header: HeaderName,
     dead: Option<String>,
+    /// Whether the stream keeps a message that was terminated.
+    keeps_terminated: bool,
+}
+
+/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+#[must_use = "call `build` to get the consumer"]
+pub struct Builder {
+    context: Context,
+    consumer: PullConsumer,
+    id_header: HeaderName,
+    dead: Option<String>,
+}
+
+impl Builder {
+    /// The header that holds the idempotency key, `Nats-Msg-Id` by default. Messages without it go by their payload's
+    /// digest.
+    pub fn id_header(mut self, header: HeaderName) -> Self {
+        self.id_header = header;
+        self
+    }
+
+    /// The subject for dead letters, which a stream must store. Without one, what is rejected is only terminated: the
+    /// server tells `$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED`, and a stream of work queue retention forgets it.
+    pub fn dead_letters(mut self, subject: &str) -> Self {
+        self.dead = Some(subject.to_owned());
+        self
+    }
+
+    /// The consumer. Asks for its stream's retention and begins to pull.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for a server's consumer that does not acknowledge explicitly or has messages without their
+    /// payloads, and for a subject that is empty or has a wildcard. Otherwise what the server says.
+    pub async fn build(self) -> Result<Consumer, Error> {
+        let Self { context, consumer, id_header, dead } = self;
+        let info = consumer.cached_info();
+        let config = &info.config;
+        let is_explicit = config.ack_policy == AckPolicy::Explicit;
+        SettingError::unless(is_explicit, "ack_policy", format!("{:?}", config.ack_policy), "explicit")?;
+        SettingError::unless(!config.headers_only, "headers_only", true, "false: payloads are needed")?;
+        if let Some(dead) = &dead {
+            let is_subject = !dead.is_empty() && !dead.contains(|c: char| c.is_whitespace() || c == '*' || c == '>');
+            SettingError::unless(is_subject, "dead_letters", format!("{dead:?}"), "a subject without wildcards")?;
+        }
+        if config.max_deliver > 0 {
+            tracing::warn!(
+                max_deliver = config.max_deliver,
+                "the server gives up a message after so many deliveries, without a dead letter: set max_deliver to -1"
+            );
+        }
+        let stream = info.stream_name.clone();
+        // Only to know what a dead letter without its payload would lose.
+        let keeps_terminated = match context.get_stream(&stream).await {
+            Ok(known) => known.cached_info().config.retention == RetentionPolicy::Limits,
+            Err(error) => {
+                tracing::warn!(%error, stream, "the retention of the stream is not known, and taken for that of a work queue");
+                false
+            }
+        };
+        let messages = consumer.messages().await.map_err(failed)?;
+        let queue = Queue { context, stream, id_header, dead, keeps_terminated };
+        Ok(Consumer { queue: Arc::new(queue), messages })
+    }
 }
 
 impl Consumer {
     /// Reads a consumer that is there. It must acknowledge explicitly, and deliver without a limit or more often than
     /// the processor makes attempts.
-    ///
-    /// # Errors
-    ///
-    /// What the server says.
-    pub async fn new(context: Context, consumer: &PullConsumer) -> Result<Self, Error> {
-        let messages = consumer.messages().await.map_err(failed)?;
-        let stream = consumer.cached_info().stream_name.clone();
-        let queue = Queue { context, stream, id_header: NATS_MESSAGE_ID, dead: None };
-        Ok(Self { queue: Arc::new(queue), messages })
-    }
-
-    /// The header that holds the idempotency key, `Nats-Msg-Id` by default. Messages without it go by their payload's
-    /// digest.
-    #[must_use]
-    pub fn id_header(self, header: HeaderName) -> Self {
-        self.with(|queue| queue.id_header = header)
-    }
-
-    /// The subject for dead letters, which a stream must store. Without one, what is rejected is only terminated: the
-    /// server tells `$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED`, and a stream of work queue retention forgets it.
-    #[must_use]
-    pub fn dead_letters(self, subject: &str) -> Self {
-        self.with(|queue| queue.dead = Some(subject.to_owned()))
-    }
-
-    fn with(mut self, change: impl FnOnce(&mut Queue)) -> Self {
-        change(Arc::make_mut(&mut self.queue));
-        self
+    pub fn builder(context: Context, consumer: &PullConsumer) -> Builder {
+        Builder { context, consumer: consumer.clone(), id_header: NATS_MESSAGE_ID, dead: None }
     }
 
     /// The next message. Waits for it. `None` when the consumer is gone.
@@ -107,24 +166,52 @@ impl Message {
         headers.get(DEAD_ID).or_else(|| headers.get(self.queue.id_header.clone()))
     }
 
-    /// The headers of its copy. Under an id of its own, or the server would take it for the message itself where one stream
-    /// stores both, and the same id each time, so that a copy that is made again is dropped.
-    fn dead_letter(&self, why: &str) -> Result<HeaderMap, Error> {
-        let value = |text: &str| text.parse::<HeaderValue>().map_err(failed);
-        let mut headers = self.message.headers.clone().unwrap_or_default();
-        // An empty one says that there was none.
-        headers.insert(DEAD_ID, self.id().cloned().map_or_else(|| value(""), Ok)?);
-        headers.insert(DEAD_SUBJECT, value(self.message.subject.as_str())?);
-        headers.insert(DEAD_WHY, value(&why.replace(char::is_control, " "))?);
-        let info = self.message.info().map_err(Error)?;
-        headers.insert(NATS_MESSAGE_ID, value(&format!("{}.{}.dead", info.stream, info.stream_sequence))?);
-        Ok(headers)
+    /// Publishes its copy: with our headers, with fewer of them where that is too large, and in the end without its payload.
+    async fn bury(&self, dead: &str, why: &str) -> Result<(), Error> {
+        let info = self.message.info().map_err(Error::Nats)?;
+        let place =
+            Place { stream: info.stream, sequence: info.stream_sequence, subject: self.message.subject.as_str() };
+        let own = self.message.headers.clone().unwrap_or_default();
+        for with in [With::All, With::Least] {
+            let headers = letter(&own, &self.queue.id_header, &place, why, with).map_err(failed)?;
+            match self.publish(dead, headers, true).await {
+                Err(error) if is_too_large(&error) => {}
+                stored => return stored.map_err(failed),
+            }
+        }
+        let (stream, sequence) = (place.stream, place.sequence);
+        if !self.queue.keeps_terminated {
+            self.answer(AckKind::Nak(Some(PARKED))).await?;
+            return Err(Error::LetterTooLarge { stream: stream.to_owned(), sequence, subject: dead.to_owned() });
+        }
+        tracing::error!(
+            stream,
+            sequence,
+            "a dead letter is too large and goes without its payload, which stays in the stream"
+        );
+        let mut id = HeaderMap::new();
+        self.id().into_iter().for_each(|value| id.insert(DEAD_ID, value.clone()));
+        let omitted = With::Omitted(self.message.payload.len());
+        let headers = letter(&id, &self.queue.id_header, &place, why, omitted).map_err(failed)?;
+        self.publish(dead, headers, false).await.map_err(failed)
+    }
+
+    async fn publish(&self, dead: &str, headers: HeaderMap, with_payload: bool) -> Result<(), PublishError> {
+        let payload = if with_payload { self.message.payload.clone() } else { Default::default() };
+        self.queue.context.publish_with_headers(dead.to_owned(), headers, payload).await?.await.map(drop)
     }
 
     /// Waits until the server has taken the answer: one way there and back.
     async fn answer(&self, kind: AckKind) -> Result<(), Error> {
-        self.message.double_ack_with(kind).await.map_err(Error)
+        self.message.double_ack_with(kind).await.map_err(Error::Nats)
     }
+}
+
+/// By the client, which knows the server's limit, or by the stream's limit.
+fn is_too_large(error: &PublishError) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<jetstream::Error>());
+    error.kind() == PublishErrorKind::MaxPayloadExceeded
+        || source.is_some_and(|error| error.error_code() == ErrorCode::STREAM_MESSAGE_EXCEEDS_MAXIMUM)
 }
 
 impl Delivery for Message {
@@ -132,6 +219,14 @@ impl Delivery for Message {
 
     fn key(&self) -> Key<'_> {
         key_of(self.id().map(|id| id.as_str().as_bytes()), &self.message.payload, &self.queue.stream)
+    }
+
+    fn key_origin(&self) -> KeyOrigin {
+        KeyOrigin::of(self.id().map(|id| id.as_str().as_bytes()))
+    }
+
+    fn id_place(&self) -> String {
+        format!("header `{}` of stream `{}`", self.queue.id_header, self.queue.stream)
     }
 
     /// When the server has stored it.
@@ -154,16 +249,14 @@ impl Delivery for Message {
 
     async fn reject(self, why: &str) -> Result<(), Error> {
         if let Some(dead) = &self.queue.dead {
-            let (headers, payload) = (self.dead_letter(why)?, self.message.payload.clone());
-            let stored = self.queue.context.publish_with_headers(dead.clone(), headers, payload).await;
-            stored.map_err(failed)?.await.map_err(failed)?;
+            self.bury(dead, &reason_line(why)).await?;
         }
         self.answer(AckKind::Term).await
     }
 }
 
 fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error(error.into())
+    Error::Nats(error.into())
 }
 
 impl fmt::Debug for Consumer {

@@ -68,10 +68,6 @@ impl<T> Partitions<T> {
         Self { by_place: HashMap::new(), returning: BTreeMap::new(), ahead, numbers: 0 }
     }
 
-    pub(super) fn set_ahead(&mut self, ahead: usize) {
-        self.ahead = ahead.max(1);
-    }
-
     /// A partition is assigned, or revoked: what is known of it is of an earlier assignment.
     pub(super) fn forget(&mut self, topic: &str, partition: i32) {
         let place = (topic.to_owned(), partition);

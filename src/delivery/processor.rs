@@ -6,12 +6,14 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::message::Delivery;
-use super::settled::{Settled, Unsettled};
+use super::figures::{Figures, ProcessorStats};
+use super::message::{Delivery, KeyOrigin};
+use super::returning::{Returned, Returning};
+use super::settled::{GivenUp, NoId, Settled, Unsettled};
 use super::work::{Failure, Job};
-use crate::claim::Claim;
+use crate::claim::{Claim, InProgress};
 use crate::error::Error;
 use crate::future::{Again, Lease, Store};
 use crate::tx::Tx;
@@ -20,6 +22,7 @@ const ATTEMPTS: u32 = 5;
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_MOST: Duration = Duration::from_secs(300);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const GIVE_UP_AFTER: Duration = Duration::from_secs(3_600);
 
 /// What becomes of a delivery when the store cannot answer for its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,13 +50,17 @@ pub struct Processor {
     backoff_most: Duration,
     longest_wait: Duration,
     patience: Duration,
+    give_up_after: Duration,
+    require_ids: bool,
     on_store_failure: OnStoreFailure,
     unguarded: Arc<AtomicU64>,
+    returning: Arc<Returning>,
+    figures: Arc<Figures>,
 }
 
 impl Processor {
-    /// Five attempts, a backoff of one second to five minutes, one minute as the longest wait, no patience, and
-    /// [`OnStoreFailure::FailClosed`].
+    /// Five attempts, a backoff of one second to five minutes, one minute as the longest wait, no patience, one hour until
+    /// a delivery that only comes back is given up, no ids required, and [`OnStoreFailure::FailClosed`].
     #[must_use]
     pub fn new(store: Store) -> Self {
         Self {
@@ -63,8 +70,12 @@ impl Processor {
             backoff_most: BACKOFF_MOST,
             longest_wait: LONGEST_WAIT,
             patience: Duration::ZERO,
+            give_up_after: GIVE_UP_AFTER,
+            require_ids: false,
             on_store_failure: OnStoreFailure::FailClosed,
             unguarded: Arc::default(),
+            returning: Arc::default(),
+            figures: Arc::default(),
         }
     }
 
@@ -101,6 +112,30 @@ impl Processor {
         self
     }
 
+    /// How long a delivery may come back without its work having run, one hour by default. Then, and when it was sent away
+    /// at least as often as there are [`attempts`](Self::attempts), it is rejected with [`GivenUp`] as the reason. It applies
+    /// to a key that is in progress or held, to a timestamp that is too far ahead, and to work that fails without the store
+    /// (under [`OnStoreFailure::FailOpen`]), whose attempts the store does not count. [`Duration::MAX`] waits for ever. Work
+    /// that may take longer needs a longer time, or its duplicates become dead letters.
+    ///
+    /// Counted in memory for each key, by all clones: a process that begins again counts again, and so does a key beyond
+    /// 65,536 others. A store that fails, or is at its `in_flight_limit`, is not counted: its deliveries would all be
+    /// rejected for one fault that is not theirs.
+    #[must_use]
+    pub fn give_up_after(mut self, time: Duration) -> Self {
+        self.give_up_after = time;
+        self
+    }
+
+    /// Rejects a delivery that has no id, with [`NoId`] as the reason. Without this it goes by a digest of its content
+    /// ([`KeyOrigin::Digest`]), so that two equal events are taken for one; the first such delivery of a consumer is logged
+    /// as a warning.
+    #[must_use]
+    pub fn require_ids(mut self) -> Self {
+        self.require_ids = true;
+        self
+    }
+
     /// What to do when the store fails.
     #[must_use]
     pub fn on_store_failure(mut self, policy: OnStoreFailure) -> Self {
@@ -115,6 +150,13 @@ impl Processor {
         self.unguarded.load(Ordering::Relaxed)
     }
 
+    /// The figures of this processor and its clones. With the feature `metrics` the `metrics` facade has them as well, summed
+    /// over all processors of a store.
+    #[must_use]
+    pub fn stats(&self) -> ProcessorStats {
+        self.figures.stats()
+    }
+
     /// The store it asks.
     #[must_use]
     pub fn store(&self) -> &Store {
@@ -124,8 +166,9 @@ impl Processor {
     /// Does the work of a delivery unless it was done, and tells the queue what became of it: see [the table](super).
     ///
     /// The work gets the delivery, and a [`Job`] with the facts of its attempt. It has as long as it needs: its lease
-    /// is renewed. Give it a time limit of its own, and make a timeout a [`Failure::unknown`]. Where the lease is lost,
-    /// the work is dropped at its await.
+    /// is renewed, also while it blocks its thread. Give it a time limit of its own, and make a timeout a
+    /// [`Failure::unknown`]; [`Builder::renew_for`](crate::Builder::renew_for) bounds how long the key of work that never
+    /// ends is in progress. Where the lease is lost, the work is dropped at its await.
     ///
     /// # Errors
     ///
@@ -141,21 +184,95 @@ impl Processor {
         delivery: D,
         work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
     ) -> Result<Settled, Unsettled<D::Error>> {
+        let origin = delivery.key_origin();
+        let answer = self.answer(delivery, origin, work).await;
+        let (settled, is_taken) = match &answer {
+            Ok(settled) => (settled, true),
+            Err(unsettled) => (&unsettled.settled, false),
+        };
+        self.figures.count(&self.store, settled, origin, is_taken);
+        answer
+    }
+
+    async fn answer<D: Delivery, R: Into<Vec<u8>>>(
+        &self,
+        delivery: D,
+        origin: KeyOrigin,
+        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        if origin == KeyOrigin::Digest {
+            let place = delivery.id_place();
+            if self.require_ids {
+                return self.refuse(delivery, NoId { place }).await;
+            }
+            self.warn_without_id(&place);
+        }
         let claim = self.store.claim_delivered(delivery.key(), delivery.timestamp_ms(), self.patience).await;
         let lease = match claim {
             Ok(Claim::Acquired(lease)) => lease,
-            Ok(Claim::Completed(first)) => return told(delivery.ack().await, Settled::Duplicate(first)),
-            Ok(Claim::InProgress(other)) => {
-                let retry_after = other.retry_after.map_or(self.longest_wait, |rest| rest.min(self.longest_wait));
-                return told(delivery.retry_after(retry_after).await, Settled::InProgress { retry_after });
+            Ok(Claim::Completed(first)) => {
+                self.returning.forget(&delivery.key());
+                return told(delivery.ack().await, Settled::Duplicate(first));
             }
+            Ok(Claim::InProgress(other)) => return self.send_away(delivery, other).await,
             Err(error) => return self.unclaimed(delivery, work, error).await,
         };
+        self.returning.forget(&delivery.key());
         if lease.attempt() > self.attempts {
             let attempts = lease.attempt().saturating_sub(1);
             return self.reject(delivery, lease, attempts, None).await;
         }
         self.work(delivery, lease, work).await
+    }
+
+    fn warn_without_id(&self, place: &str) {
+        if self.figures.is_first_without_id(place) {
+            tracing::warn!(
+                expected = place,
+                "a message has no id and goes by a digest of its content: two equal messages count as one. Further \
+                 messages without an id are only counted"
+            );
+        }
+    }
+
+    /// The key is in progress, or held.
+    async fn send_away<D: Delivery>(&self, delivery: D, other: InProgress) -> Result<Settled, Unsettled<D::Error>> {
+        if let Some(Returned { returns, over }) = self.is_enough(&delivery) {
+            let reason = match other.retry_after {
+                Some(_) => format!("its key {} is still in progress (attempt {})", delivery.key(), other.attempt),
+                None => format!("its key {} is held: resolve it, then deliver the message again", delivery.key()),
+            };
+            return self.refuse(delivery, GivenUp { returns, over, reason }).await;
+        }
+        let retry_after = other.retry_after.map_or(self.longest_wait, |rest| rest.min(self.longest_wait));
+        told(delivery.retry_after(retry_after).await, Settled::InProgress { retry_after })
+    }
+
+    /// The timestamp is further ahead than one message may push stream time.
+    async fn wait_for_time<D: Delivery>(&self, delivery: D, error: Error) -> Result<Settled, Unsettled<D::Error>> {
+        match self.is_enough(&delivery) {
+            Some(Returned { returns, over }) => {
+                let reason = error.to_string();
+                self.refuse(delivery, GivenUp { returns, over, reason }).await
+            }
+            None => self.lost(delivery, error).await,
+        }
+    }
+
+    fn is_enough<D: Delivery>(&self, delivery: &D) -> Option<Returned> {
+        self.returning.is_enough(&delivery.key(), self.attempts, self.give_up_after, Instant::now())
+    }
+
+    /// Rejects a delivery without an attempt.
+    async fn refuse<D: Delivery>(
+        &self,
+        delivery: D,
+        error: impl std::error::Error + Send + Sync + 'static,
+    ) -> Result<Settled, Unsettled<D::Error>> {
+        let why = error.to_string();
+        tracing::warn!(why, "a delivery was rejected without an attempt");
+        let rejected = delivery.reject(&why).await;
+        told(rejected, Settled::Rejected { failure: Some(Failure::permanent(error)), attempts: 0 })
     }
 
     async fn work<D: Delivery, R: Into<Vec<u8>>>(
@@ -222,11 +339,12 @@ impl Processor {
         };
         let in_doubt = failure.as_ref().is_some_and(Failure::is_unknown);
         // A queue may take its time over dead letters, and what the work has left of the lease may be little.
-        report(lease.renew());
+        let alive = lease.keep_alive();
         let rejected = delivery.reject(&why).await;
+        drop(alive);
         let again = if rejected.is_ok() { Again::Anew } else { Again::Counted };
         report(lease.fail(in_doubt, again, Duration::ZERO).await);
-        tracing::warn!(attempts, "a delivery was given up");
+        tracing::warn!(attempts, why, "a delivery was given up");
         told(rejected, Settled::Rejected { failure, attempts })
     }
 
@@ -250,20 +368,17 @@ impl Processor {
         match (&error, self.on_store_failure) {
             // It is the delivery that is at fault, and stays so.
             (
-                Error::KeyEmpty
+                Error::KeyEmpty { .. }
                 | Error::KeyTooLong { .. }
                 | Error::ScopeTooLong { .. }
                 | Error::PayloadMismatch { .. }
                 | Error::TimestampMissing
+                | Error::TimestampUnit { .. }
                 | Error::TooOld { .. },
                 _,
-            ) => {
-                let rejected = delivery.reject(&error.to_string()).await;
-                told(rejected, Settled::Rejected { failure: Some(Failure::permanent(error)), attempts: 0 })
-            }
-            (Error::TooManyInFlight { .. } | Error::TooFarAhead { .. }, _) | (_, OnStoreFailure::FailClosed) => {
-                self.lost(delivery, error).await
-            }
+            ) => self.refuse(delivery, error).await,
+            (Error::TooFarAhead { .. }, _) => self.wait_for_time(delivery, error).await,
+            (Error::TooManyInFlight { .. }, _) | (_, OnStoreFailure::FailClosed) => self.lost(delivery, error).await,
             (_, OnStoreFailure::FailOpen) => self.work_unguarded(delivery, work, error).await,
         }
     }
@@ -283,11 +398,18 @@ impl Processor {
                 let rejected = delivery.reject(&failure.to_string()).await;
                 told(rejected, Settled::Rejected { failure: Some(failure), attempts: 1 })
             }
-            Err(failure) => {
-                let retry_after = self.backoff_first;
-                let failed = Settled::Failed { failure, attempt: 1, retry_after };
-                told(delivery.retry_after(retry_after).await, failed)
-            }
+            // The store counts no attempts now.
+            Err(failure) => match self.is_enough(&delivery) {
+                Some(Returned { returns, over }) => {
+                    let reason = failure.to_string();
+                    self.refuse(delivery, GivenUp { returns, over, reason }).await
+                }
+                None => {
+                    let retry_after = self.backoff_first;
+                    let failed = Settled::Failed { failure, attempt: 1, retry_after };
+                    told(delivery.retry_after(retry_after).await, failed)
+                }
+            },
         }
     }
 

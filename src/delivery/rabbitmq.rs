@@ -16,9 +16,13 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Confirmation};
 
-use super::message::{Delivery, key_of};
+use super::message::{Delivery, KeyOrigin, key_of, reason_line};
+use super::rabbitmq_copy::copied;
+use super::setting::SettingError;
 use crate::clock::millis;
 use crate::key::Key;
+
+pub use super::rabbitmq_copy::DEAD_WHY;
 
 /// The shortest stay in a retry queue, and the longest: two to the 6th and to the 24th, in milliseconds.
 const STAYS_MS: std::ops::RangeInclusive<u64> = 64..=16_777_216;
@@ -39,25 +43,87 @@ pub enum Error {
         /// The name.
         name: String,
     },
-    /// The copy for the retry queue was refused. The delivery comes back at once.
-    #[error("the broker did not confirm the copy in the retry queue {queue}")]
+    /// A setting that does not fit.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
+    /// The copy for the retry queue, or for the dead letters, was refused. The delivery comes back at once.
+    #[error("the broker did not confirm the copy in queue {queue}: see that the queue is there and has room")]
     Unconfirmed {
-        /// The retry queue.
+        /// The queue of the copy.
         queue: String,
     },
 }
 
-/// Reads a queue.
+/// Reads a queue. Made by a [`Builder`].
 pub struct Consumer {
     queue: Arc<Queue>,
     deliveries: lapin::Consumer,
 }
 
-#[derive(Clone)]
 struct Queue {
     name: String,
     channel: Channel,
     retries: Retries,
+    dead: Option<String>,
+}
+
+/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+#[must_use = "call `build` to get the consumer"]
+pub struct Builder {
+    queue: Queue,
+    prefetch: u16,
+}
+
+impl Builder {
+    /// How many deliveries there are at most that are not answered yet, 100 by default, from 1.
+    pub fn prefetch(mut self, deliveries: u16) -> Self {
+        self.prefetch = deliveries;
+        self
+    }
+
+    /// Where deliveries stay until they come back, [`Retries::Queues`] by default.
+    pub fn retries(mut self, retries: Retries) -> Self {
+        self.queue.retries = retries;
+        self
+    }
+
+    /// The queue for dead letters: a rejected message is copied there with its reason in the header [`DEAD_WHY`], confirmed, and
+    /// then acknowledged. Without one, it is rejected, and the broker passes it to the dead letters that the queue was declared
+    /// with, which have no room for the reason; **a queue without them loses it**.
+    pub fn dead_letters(mut self, queue: &str) -> Self {
+        self.queue.dead = Some(queue.to_owned());
+        self
+    }
+
+    /// The consumer. Takes the channel for itself and turns its publisher confirms on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for a prefetch of none, a wait in the process of none, or dead letters that go to the queue itself.
+    /// Otherwise what the broker says.
+    pub async fn build(self) -> Result<Consumer, Error> {
+        let Self { queue, prefetch } = self;
+        SettingError::unless(!queue.name.is_empty(), "queue", "empty", "a name")?;
+        SettingError::unless(prefetch > 0, "prefetch", prefetch, "at least 1: 0 would be no limit")?;
+        let is_wait = queue.retries != Retries::InProcess(Duration::ZERO);
+        SettingError::unless(is_wait, "retries", "InProcess(0 s)", "a time longer than none")?;
+        if let Some(dead) = &queue.dead {
+            let accepted = !dead.is_empty() && *dead != queue.name;
+            SettingError::unless(
+                accepted,
+                "dead_letters",
+                format!("{dead:?}"),
+                "another queue than that of the consumer",
+            )?;
+            short(dead)?;
+        }
+        queue.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+        queue.channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let (tag, options) = (ShortString::default(), BasicConsumeOptions::default());
+        let name = short(&queue.name)?;
+        let deliveries = queue.channel.basic_consume(name, tag, options, FieldTable::default()).await?;
+        Ok(Consumer { queue: Arc::new(queue), deliveries })
+    }
 }
 
 /// Where a delivery is until it comes back.
@@ -87,26 +153,10 @@ impl Consumer {
         Ok(())
     }
 
-    /// Reads a queue that is there, with at most `prefetch` deliveries at a time that are not answered yet. Takes the
-    /// channel for itself and turns its publisher confirms on.
-    ///
-    /// # Errors
-    ///
-    /// What the broker says.
-    pub async fn new(channel: Channel, queue: &str, prefetch: u16) -> Result<Self, Error> {
-        channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let (tag, options) = (ShortString::default(), BasicConsumeOptions::default());
-        let deliveries = channel.basic_consume(short(queue)?, tag, options, FieldTable::default()).await?;
-        let queue = Queue { name: queue.to_owned(), channel, retries: Retries::Queues };
-        Ok(Self { queue: Arc::new(queue), deliveries })
-    }
-
-    /// Where deliveries stay until they come back: [`Retries::Queues`] unless something else is said.
-    #[must_use]
-    pub fn retries(mut self, retries: Retries) -> Self {
-        Arc::make_mut(&mut self.queue).retries = retries;
-        self
+    /// Reads a queue that is there.
+    pub fn builder(channel: Channel, queue: &str) -> Builder {
+        let queue = Queue { name: queue.to_owned(), channel, retries: Retries::Queues, dead: None };
+        Builder { queue, prefetch: 100 }
     }
 
     /// The next delivery. Waits for it. `None` when the broker has cancelled the consumer.
@@ -136,6 +186,24 @@ impl Message {
     async fn requeue(&self) -> Result<(), Error> {
         taken(self.delivery.nack(BasicNackOptions { requeue: true, ..BasicNackOptions::default() }).await)
     }
+
+    /// Puts a copy into another queue, and acknowledges the delivery when that is confirmed.
+    async fn move_to(self, queue: String, why: Option<&str>) -> Result<(), Error> {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let properties = copied(&self.delivery.properties, why);
+        let channel = &self.queue.channel;
+        let confirmed = channel
+            .basic_publish(ShortString::default(), short(&queue)?, options, &self.delivery.data, properties)
+            .await?
+            .await?;
+        match confirmed {
+            Confirmation::Ack(None) => self.ack().await,
+            _ => {
+                self.requeue().await?;
+                Err(Error::Unconfirmed { queue })
+            }
+        }
+    }
 }
 
 impl Delivery for Message {
@@ -145,6 +213,14 @@ impl Delivery for Message {
     fn key(&self) -> Key<'_> {
         let id = self.delivery.properties.message_id().as_ref().map(|id| id.as_str().as_bytes());
         key_of(id, &self.delivery.data, &self.queue.name)
+    }
+
+    fn key_origin(&self) -> KeyOrigin {
+        KeyOrigin::of(self.delivery.properties.message_id().as_ref().map(|id| id.as_str().as_bytes()))
+    }
+
+    fn id_place(&self) -> String {
+        format!("property `message_id` of queue `{}`", self.queue.name)
     }
 
     /// Its property `timestamp`, which has seconds.
@@ -172,24 +248,15 @@ impl Delivery for Message {
         arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(i64::try_from(stay_ms).unwrap_or(i64::MAX)));
         // Each time, so that a queue that somebody has deleted is there again.
         channel.queue_declare(short(&retries)?, QueueDeclareOptions::durable(), arguments).await?;
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let properties = self.delivery.properties.clone();
-        let confirmed = channel
-            .basic_publish(ShortString::default(), short(&retries)?, options, &self.delivery.data, properties)
-            .await?
-            .await?;
-        match confirmed {
-            Confirmation::Ack(None) => self.ack().await,
-            _ => {
-                self.requeue().await?;
-                Err(Error::Unconfirmed { queue: retries })
-            }
-        }
+        self.move_to(retries, None).await
     }
 
-    /// To the dead letters that the queue was declared with. They have no room for the reason.
-    async fn reject(self, _why: &str) -> Result<(), Error> {
-        taken(self.delivery.reject(BasicRejectOptions { requeue: false }).await)
+    /// To the queue that was set for dead letters, with the reason; else to those that the queue was declared with.
+    async fn reject(self, why: &str) -> Result<(), Error> {
+        match self.queue.dead.clone() {
+            Some(dead) => self.move_to(dead, Some(&reason_line(why))).await,
+            None => taken(self.delivery.reject(BasicRejectOptions { requeue: false }).await),
+        }
     }
 }
 

@@ -9,21 +9,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use redis::streams::{
-    StreamAutoClaimOptions, StreamAutoClaimReply, StreamClaimOptions, StreamId, StreamReadOptions, StreamReadReply,
-};
+use redis::streams::{StreamAutoClaimOptions, StreamClaimOptions, StreamReadOptions};
 use redis::{AsyncCommands, AsyncConnectionConfig, Client, RedisError, RedisResult, Value};
 
-use super::message::{Delivery, key_of};
+use super::message::{Delivery, KeyOrigin, key_of, reason_line};
+use super::redis_reply::{Found, Read, claimed, new};
+use super::setting::SettingError;
 use crate::clock::millis;
 use crate::key::Key;
 
 /// How long an answer of the server may take. A read may take as much longer as it blocks.
 const RESPONSE: Duration = Duration::from_secs(5);
 /// What begins the fields that a dead letter has beside its own.
-const ADDED: &str = "onlyonce.";
+const ADDED: &[u8] = b"onlyonce.";
+const WHY: &[u8] = b"onlyonce.why";
+const FROM: &[u8] = b"onlyonce.from";
 
-/// A member of a consumer group, which reads what is new and claims what others have left lying.
+/// A member of a consumer group, which reads what is new and claims what others have left lying. Made by a [`Builder`].
 pub struct Consumer {
     client: Client,
     queue: Arc<Queue>,
@@ -32,7 +34,7 @@ pub struct Consumer {
     block: Duration,
     connections: Option<Connections>,
     /// Where the next look at pending entries begins.
-    cursor: String,
+    cursor: Vec<u8>,
     ready: VecDeque<Entry>,
 }
 
@@ -42,7 +44,6 @@ struct Connections {
     answers: MultiplexedConnection,
 }
 
-#[derive(Clone)]
 struct Queue {
     stream: String,
     group: String,
@@ -52,69 +53,104 @@ struct Queue {
     idle_ms: usize,
 }
 
-impl Consumer {
-    /// A member of this name, which must differ from that of every other one that runs. Connects at the first
-    /// [`next`](Self::next), and makes the stream and the group where they are missing; the group begins with what is
-    /// in the stream.
-    #[must_use]
-    pub fn new(client: Client, stream: &str, group: &str, name: &str) -> Self {
-        let queue = Queue {
-            stream: stream.to_owned(),
-            group: group.to_owned(),
-            dead: format!("{stream}.dead"),
-            id_field: "id".to_owned(),
-            payload_field: "payload".to_owned(),
-            idle_ms: 60_000,
-        };
-        Self {
-            client,
-            queue: Arc::new(queue),
-            name: name.to_owned(),
-            batch: 100,
-            block: Duration::from_millis(500),
-            connections: None,
-            cursor: "0-0".to_owned(),
-            ready: VecDeque::new(),
-        }
-    }
+/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+#[must_use = "call `build` to get the consumer"]
+pub struct Builder {
+    client: Client,
+    stream: String,
+    group: String,
+    name: String,
+    dead: Option<String>,
+    id_field: String,
+    payload_field: String,
+    idle: Duration,
+    batch: usize,
+    block: Duration,
+}
 
+impl Builder {
     /// The field that holds the idempotency key, `id` by default. Entries without it go by the digest of their fields.
-    #[must_use]
-    pub fn id_field(self, field: &str) -> Self {
-        self.with(|queue| field.clone_into(&mut queue.id_field))
+    pub fn id_field(mut self, field: &str) -> Self {
+        field.clone_into(&mut self.id_field);
+        self
     }
 
     /// The field that is [`payload`](Delivery::payload), `payload` by default. [`Entry::field`] gives the others.
-    #[must_use]
-    pub fn payload_field(self, field: &str) -> Self {
-        self.with(|queue| field.clone_into(&mut queue.payload_field))
+    pub fn payload_field(mut self, field: &str) -> Self {
+        field.clone_into(&mut self.payload_field);
+        self
     }
 
     /// The stream for dead letters, by default that of the stream with `.dead` behind. On a cluster both must be in one
     /// slot.
-    #[must_use]
-    pub fn dead_letters(self, stream: &str) -> Self {
-        self.with(|queue| stream.clone_into(&mut queue.dead))
+    pub fn dead_letters(mut self, stream: &str) -> Self {
+        self.dead = Some(stream.to_owned());
+        self
     }
 
     /// After what time without an answer an entry is delivered again, one minute by default. Longer than the work
     /// usually takes, shorter than a crash may hold an entry up. No delivery stays away longer than this.
-    #[must_use]
-    pub fn idle(self, idle: Duration) -> Self {
-        self.with(|queue| queue.idle_ms = usize::try_from(millis(idle)).unwrap_or(usize::MAX))
+    pub fn idle(mut self, idle: Duration) -> Self {
+        self.idle = idle;
+        self
     }
 
     /// How many entries a read takes at most, 100 by default, and how long it waits for the first, half a second by
     /// default. Whatever is to come back comes back so much later.
-    #[must_use]
     pub fn reads(mut self, batch: usize, block: Duration) -> Self {
-        (self.batch, self.block) = (batch.max(1), block);
+        (self.batch, self.block) = (batch, block);
         self
     }
 
-    fn with(mut self, change: impl FnOnce(&mut Queue)) -> Self {
-        change(Arc::make_mut(&mut self.queue));
-        self
+    /// The consumer. Connects to nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// A name that is empty, a dead letter stream that is the stream itself, an idle time or a wait below one millisecond,
+    /// or a batch of none.
+    pub fn build(self) -> Result<Consumer, SettingError> {
+        let Self { client, stream, group, name, dead, id_field, payload_field, idle, batch, block } = self;
+        let dead = dead.unwrap_or_else(|| format!("{stream}.dead"));
+        let names = [
+            ("stream", &stream),
+            ("group", &group),
+            ("name", &name),
+            ("dead_letters", &dead),
+            ("id_field", &id_field),
+            ("payload_field", &payload_field),
+        ];
+        for (setting, name) in names {
+            SettingError::unless(!name.is_empty(), setting, "empty", "a name")?;
+        }
+        SettingError::unless(dead != stream, "dead_letters", &dead, "another stream than that of the consumer")?;
+        let millisecond = Duration::from_millis(1);
+        SettingError::unless(idle >= millisecond, "idle", format!("{idle:?}"), "1 ms or longer")?;
+        SettingError::unless(block >= millisecond, "reads", format!("{block:?}"), "a wait of 1 ms or longer")?;
+        SettingError::unless(batch > 0, "reads", batch, "a batch of at least one entry")?;
+        let idle_ms = usize::try_from(millis(idle)).unwrap_or(usize::MAX);
+        let queue = Arc::new(Queue { stream, group, dead, id_field, payload_field, idle_ms });
+        let (cursor, ready) = (b"0-0".to_vec(), VecDeque::new());
+        Ok(Consumer { client, queue, name, batch, block, connections: None, cursor, ready })
+    }
+}
+
+impl Consumer {
+    /// A member of this name, which must differ from that of every other one that runs. Connects at the first
+    /// [`next`](Self::next), and makes the stream and the group where they are missing; the group begins with what is
+    /// in the stream.
+    pub fn builder(client: Client, stream: &str, group: &str, name: &str) -> Builder {
+        Builder {
+            client,
+            stream: stream.to_owned(),
+            group: group.to_owned(),
+            name: name.to_owned(),
+            dead: None,
+            id_field: "id".to_owned(),
+            payload_field: "payload".to_owned(),
+            idle: Duration::from_secs(60),
+            batch: 100,
+            block: Duration::from_millis(500),
+        }
     }
 
     /// The next entry: one that lay idle, or a new one. Waits for it.
@@ -134,9 +170,15 @@ impl Consumer {
                 Some(connections) => connections,
                 None => self.connect().await?,
             };
-            let entries = self.read(&mut connections.reads).await?;
-            let entry = |entry: StreamId| Entry::new(entry, &self.queue, &self.name, &connections.answers);
-            self.ready.extend(entries.into_iter().map(entry));
+            let read = self.read(&mut connections).await?;
+            let entry = |read: Read| Entry {
+                queue: Arc::clone(&self.queue),
+                consumer: self.name.clone(),
+                answers: connections.answers.clone(),
+                id: read.id,
+                fields: read.fields,
+            };
+            self.ready.extend(read.into_iter().map(entry));
             self.connections = Some(connections);
         }
     }
@@ -153,19 +195,39 @@ impl Consumer {
         Ok(Connections { reads: self.client.get_multiplexed_async_connection_with_config(&reads).await?, answers })
     }
 
-    async fn read(&mut self, reads: &mut MultiplexedConnection) -> RedisResult<Vec<StreamId>> {
+    async fn read(&mut self, connections: &mut Connections) -> RedisResult<Vec<Read>> {
         let Queue { stream, group, idle_ms, .. } = &*self.queue;
+        let reads = &mut connections.reads;
         let options = StreamAutoClaimOptions::default().count(self.batch);
-        let idle: StreamAutoClaimReply =
-            reads.xautoclaim_options(stream, group, &self.name, *idle_ms, &self.cursor, options).await?;
-        self.cursor = idle.next_stream_id;
-        if !idle.claimed.is_empty() {
-            return Ok(idle.claimed);
+        // Replies are taken apart here: the client takes one with a field name that is no UTF-8 for no reply at all.
+        let reply: Value = reads.xautoclaim_options(stream, group, &self.name, *idle_ms, &self.cursor, options).await?;
+        let idle = claimed(reply)?;
+        self.cursor = idle.cursor;
+        if !idle.entries.is_empty() {
+            return self.sorted(idle.entries, connections).await;
         }
         let block_ms = usize::try_from(millis(self.block)).unwrap_or(usize::MAX).max(1);
         let options = StreamReadOptions::default().group(group, &self.name).count(self.batch).block(block_ms);
-        let new: Option<StreamReadReply> = reads.xread_options(&[stream], &[">"], &options).await?;
-        Ok(new.into_iter().flat_map(|new| new.keys).flat_map(|key| key.ids).collect())
+        let reply: Value = reads.xread_options(&[stream], &[">"], &options).await?;
+        self.sorted(new(reply)?, connections).await
+    }
+
+    /// The entries that can be handed out. What is left of the others is taken off the list of pending ones: an entry that
+    /// was deleted has nothing to deliver, and another shape than that of an entry cannot be stored in a stream.
+    async fn sorted(&self, found: Vec<Found>, connections: &mut Connections) -> RedisResult<Vec<Read>> {
+        let Queue { stream, group, .. } = &*self.queue;
+        let mut good = Vec::with_capacity(found.len());
+        for found in found {
+            match found {
+                Found::Entry(read) => good.push(read),
+                Found::Empty(id) => {
+                    tracing::warn!(stream, id, "a pending entry is no longer in its stream: acknowledged");
+                    let () = connections.answers.xack(stream, group, &[&id]).await?;
+                }
+                Found::Odd => tracing::error!(stream, "a reply has something in it that is no entry: left out"),
+            }
+        }
+        Ok(good)
     }
 }
 
@@ -175,42 +237,58 @@ pub struct Entry {
     consumer: String,
     answers: MultiplexedConnection,
     id: String,
-    /// In the order of their names.
-    fields: Vec<(String, Vec<u8>)>,
+    /// In the order in which they were added.
+    fields: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Entry {
-    fn new(entry: StreamId, queue: &Arc<Queue>, consumer: &str, answers: &MultiplexedConnection) -> Self {
-        let bytes = |(name, value)| match value {
-            Value::BulkString(bytes) => Some((name, bytes)),
-            _ => None,
-        };
-        let mut fields: Vec<_> = entry.map.into_iter().filter_map(bytes).collect();
-        fields.sort();
-        let (queue, answers) = (Arc::clone(queue), answers.clone());
-        Self { queue, consumer: consumer.to_owned(), answers, id: entry.id, fields }
-    }
-
     /// Its number in the stream: not its idempotency key, for a producer that sends again gets another one.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// The bytes of a field.
+    /// The bytes of a field, the first one of its name. Names may be any bytes.
     #[must_use]
-    pub fn field(&self, name: &str) -> Option<&[u8]> {
+    pub fn field(&self, name: impl AsRef<[u8]>) -> Option<&[u8]> {
+        let name = name.as_ref();
         self.fields.iter().find(|(field, _)| field == name).map(|(_, bytes)| &**bytes)
     }
+
+    /// All fields and their values, in the order in which they were added.
+    pub fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.fields.iter().map(|(name, bytes)| (&**name, &**bytes))
+    }
+}
+
+/// The fields of a dead letter: those of the entry in their order, and ours, which take the place of earlier ones. No field
+/// is a directive to Redis.
+fn letter<'a>(fields: &'a [(Vec<u8>, Vec<u8>)], from: &'a [u8], why: &'a [u8]) -> Vec<(&'a [u8], &'a [u8])> {
+    let own = fields.iter().filter(|(name, _)| !name.starts_with(ADDED));
+    own.map(|(name, bytes)| (&**name, &**bytes)).chain([(WHY, why), (FROM, from)]).collect()
+}
+
+/// What stands for an entry without an id: its fields, by name, without ours.
+fn content(fields: &[(Vec<u8>, Vec<u8>)]) -> Key<'static> {
+    let mut own: Vec<_> = fields.iter().filter(|(name, _)| !name.starts_with(ADDED)).collect();
+    own.sort();
+    Key::composite(own.into_iter().flat_map(|(name, bytes)| [name, bytes]))
 }
 
 impl Delivery for Entry {
     type Error = RedisError;
 
     fn key(&self) -> Key<'_> {
-        let own = self.fields.iter().filter(|(name, _)| !name.starts_with(ADDED));
-        let all = Key::composite(own.flat_map(|(name, bytes)| [name.as_bytes(), bytes]));
-        key_of(self.field(&self.queue.id_field), all.as_bytes(), &self.queue.stream)
+        let id = self.field(&self.queue.id_field);
+        key_of(id, content(&self.fields).as_bytes(), &self.queue.stream)
+    }
+
+    fn key_origin(&self) -> KeyOrigin {
+        KeyOrigin::of(self.field(&self.queue.id_field))
+    }
+
+    fn id_place(&self) -> String {
+        format!("field `{}` of stream `{}`", self.queue.id_field, self.queue.stream)
     }
 
     fn timestamp_ms(&self) -> Option<u64> {
@@ -234,15 +312,12 @@ impl Delivery for Entry {
     }
 
     async fn reject(mut self, why: &str) -> RedisResult<()> {
-        let (why_field, from_field) = (format!("{ADDED}why"), format!("{ADDED}from"));
-        let mut letter: Vec<(&str, &[u8])> =
-            self.fields.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-        letter.retain(|(name, _)| !name.starts_with(ADDED));
-        letter.extend([(why_field.as_str(), why.as_bytes()), (from_field.as_str(), self.id.as_bytes())]);
+        let why = reason_line(why);
+        let letter = letter(&self.fields, self.id.as_bytes(), why.as_bytes());
         let Queue { stream, group, dead, .. } = &*self.queue;
-        let mut both = redis::pipe();
-        both.atomic().xadd(dead, "*", &letter).ignore().xack(stream, group, &[&self.id]).ignore();
-        both.query_async(&mut self.answers).await
+        // One after the other: in a transaction the acknowledgement would be made, too, where the letter is refused.
+        let () = self.answers.xadd(dead, "*", &letter).await?;
+        self.answers.xack(stream, group, &[&self.id]).await
     }
 }
 
@@ -255,5 +330,46 @@ impl fmt::Debug for Consumer {
 impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Entry").field("stream", &self.queue.stream).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn builder() -> Builder {
+        Consumer::builder(Client::open("redis://127.0.0.1:1").unwrap(), "orders", "workers", "one")
+    }
+
+    #[test]
+    fn a_dead_letter_has_all_fields_of_its_entry_in_their_order_and_ours_once() {
+        let fields: Vec<(Vec<u8>, Vec<u8>)> = [
+            (&b"tag"[..], &b"1"[..]),
+            (b"onlyonce.why", b"an earlier rejection"),
+            (b"\xff", b"x"),
+            (b"onlyonce.from", b"0-1"),
+            (b"tag", b"2"),
+        ]
+        .map(|(name, value)| (name.to_vec(), value.to_vec()))
+        .into();
+        let expected: [(&[u8], &[u8]); 5] =
+            [(b"tag", b"1"), (b"\xff", b"x"), (b"tag", b"2"), (WHY, b"no such order"), (FROM, b"7-0")];
+        assert_eq!(letter(&fields, b"7-0", b"no such order"), expected);
+        // Back from there it has the key that it had, in whatever order its fields are added.
+        let own: Vec<_> = fields.iter().filter(|(name, _)| !name.starts_with(ADDED)).rev().cloned().collect();
+        assert_eq!(content(&fields), content(&own));
+        assert_ne!(content(&fields), content(&own[1..]));
+    }
+
+    #[test]
+    fn a_setting_that_cannot_be_is_an_error_that_names_it() {
+        let named = |builder: Builder| builder.build().err().unwrap().setting;
+        let block = Duration::from_secs(1);
+        assert_eq!(named(builder().idle(Duration::ZERO)), "idle");
+        assert_eq!(named(builder().reads(0, block)), "reads");
+        assert_eq!(named(builder().reads(1, Duration::from_nanos(1))), "reads");
+        assert_eq!(named(builder().id_field("")), "id_field");
+        assert_eq!(named(builder().dead_letters("orders")), "dead_letters");
+        assert_eq!(builder().build().unwrap().queue.dead, "orders.dead");
     }
 }

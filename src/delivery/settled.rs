@@ -30,9 +30,10 @@ pub enum Settled {
     },
     /// Went to the dead letters.
     Rejected {
-        /// What the last attempt said. `None` if it did not live to say something.
+        /// The error of the last attempt, or why there was none: the store's error, [`GivenUp`] or [`NoId`]. `None` if the
+        /// last attempt ended without one, as with its process.
         failure: Option<Failure>,
-        /// How many attempts were made. 0 where the key was refused.
+        /// How many attempts were made. 0 where the delivery was rejected without one.
         attempts: u32,
     },
     /// Somebody has taken over while the work ran. Not acknowledged; comes back after this time, and is then settled by
@@ -58,7 +59,36 @@ pub enum Settled {
     },
 }
 
+/// A delivery was rejected because it came back for too long without its work having run: see
+/// [`Processor::give_up_after`](super::Processor::give_up_after).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("given up after {returns} returns in {} s: {reason}", over.as_secs())]
+#[non_exhaustive]
+pub struct GivenUp {
+    /// How often it was sent away, counted in this process.
+    pub returns: u32,
+    /// The time since it was first sent away.
+    pub over: Duration,
+    /// Why it was to be sent away once more.
+    pub reason: String,
+}
+
+/// A delivery was rejected because it has no id, and
+/// [`Processor::require_ids`](super::Processor::require_ids) wants one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the message has no id ({place}), and ids are required")]
+#[non_exhaustive]
+pub struct NoId {
+    /// Where the id should be.
+    pub place: String,
+}
+
 impl Settled {
+    pub(super) fn is_given_up(&self) -> bool {
+        let Self::Rejected { failure: Some(failure), .. } = self else { return false };
+        failure.error().is::<GivenUp>()
+    }
+
     /// Whether the queue was told that the work is done.
     #[must_use]
     pub fn is_acknowledged(&self) -> bool {
@@ -73,7 +103,6 @@ impl Settled {
 pub struct Unsettled<E> {
     /// What was to be told, and what the store holds already.
     pub settled: Settled,
-    /// What the queue said.
-    #[source]
+    /// What the queue said. Its words are in this error's, so that it is no source of it.
     pub error: E,
 }

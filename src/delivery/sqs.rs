@@ -10,19 +10,19 @@ use std::time::Duration;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityError;
+use aws_sdk_sqs::operation::send_message::{SendMessageError, SendMessageOutput};
 use aws_sdk_sqs::types::{
     ChangeMessageVisibilityBatchRequestEntry, Message as Received, MessageAttributeValue, MessageSystemAttributeName,
 };
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use super::message::{Delivery, key_of};
+use super::message::{Delivery, KeyOrigin, key_of, reason_line};
+use super::setting::SettingError;
+use super::sqs_letter::letter;
 use crate::key::Key;
 
-/// The attribute of a dead letter that holds its key's id, where that was no attribute of the message.
-pub const DEAD_ID: &str = "Onlyonce-Id";
-/// The attribute of a dead letter that says why it is one.
-pub const DEAD_WHY: &str = "Onlyonce-Why";
+pub use super::sqs_letter::{DEAD_ID, DEAD_WHY};
 
 /// A message stays invisible for so long at most, counted from when it was received.
 const INVISIBLE_MOST: Duration = Duration::from_secs(43_200);
@@ -30,25 +30,36 @@ const INVISIBLE_MOST: Duration = Duration::from_secs(43_200);
 const BATCH_MOST: i32 = 10;
 /// What the name of such a queue ends with.
 const FIFO: &str = ".fifo";
-/// How many attributes a message may have.
-const ATTRIBUTES: usize = 10;
-/// Where a message has its reason appended, it is far from the service's limit for a whole message.
-const BODY_WITH_WHY: usize = 192 * 1_024;
-const WHY_CHARS: usize = 1_000;
+/// The longest wait of a poll.
+const POLL_MOST: Duration = Duration::from_secs(20);
 
-/// What the client or the service says.
+/// Why the service did not take an answer, or gave no message.
 #[derive(Debug, thiserror::Error)]
-#[error("{}", DisplayErrorContext(&**.0))]
-pub struct Error(#[source] Box<aws_sdk_sqs::Error>);
+#[non_exhaustive]
+pub enum Error {
+    /// What the client or the service says.
+    #[error("{}", DisplayErrorContext(&**.0))]
+    Service(Box<aws_sdk_sqs::Error>),
+    /// The queue for dead letters refuses the message even without the attributes of this adapter: the queue takes only
+    /// smaller messages, for example. The message was not deleted; it stays invisible for up to 12 hours, and comes back
+    /// until its retention is over or a redrive policy moves it.
+    #[error("the queue for dead letters {queue} refuses the message: {}; give it the limits of the queue", DisplayErrorContext(&**.error))]
+    LetterRefused {
+        /// The address of the queue for dead letters.
+        queue: String,
+        /// What the service says.
+        error: Box<aws_sdk_sqs::Error>,
+    },
+}
 
 fn failed<E>(error: E) -> Error
 where
     aws_sdk_sqs::Error: From<E>,
 {
-    Error(Box::new(error.into()))
+    Error::Service(Box::new(error.into()))
 }
 
-/// Polls a queue.
+/// Polls a queue. Made by a [`Builder`].
 pub struct Consumer {
     queue: Arc<Queue>,
     batch: i32,
@@ -74,19 +85,111 @@ enum Fallback {
 impl Queue {
     /// The last part of the address.
     fn name(&self) -> &str {
-        self.url.rsplit('/').next().unwrap_or_default()
+        name_in(&self.url)
+    }
+}
+
+fn name_in(url: &str) -> &str {
+    url.rsplit('/').next().unwrap_or_default()
+}
+
+fn is_fifo(url: &str) -> bool {
+    url.ends_with(FIFO)
+}
+
+/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+#[must_use = "call `build` to get the consumer"]
+pub struct Builder {
+    queue: Queue,
+    batch: usize,
+    poll: Duration,
+}
+
+impl Builder {
+    /// The message attribute that holds the idempotency key, `id` by default. Messages without it go by their
+    /// deduplication id, which those of a FIFO queue have, and then by their payload's digest.
+    pub fn id_attribute(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.queue.id_attribute);
+        self
     }
 
-    fn is_fifo(&self) -> bool {
-        self.url.ends_with(FIFO)
+    /// Messages with neither attribute nor deduplication id go by the id that the service gives them, not by their
+    /// payload's digest. Then two messages that say the same are two pieces of work, and so is what a producer sends
+    /// twice.
+    pub fn or_message_id(mut self) -> Self {
+        self.queue.falls_back = Fallback::MessageId;
+        self
+    }
+
+    /// The address of the queue for dead letters. Without one, what is rejected is deleted.
+    pub fn dead_letters(mut self, queue_url: &str) -> Self {
+        self.queue.dead = Some(queue_url.to_owned());
+        self
+    }
+
+    /// After what time a message comes back whose consumer has died, 30 seconds by default, from 1 to 43,200 seconds; the
+    /// service counts whole ones, and a fraction counts as one. It bounds neither the work nor the time for which a message
+    /// lies here before it: as long as a message is held in this process, its visibility is extended each third of this
+    /// time, up to 12 hours in all.
+    pub fn visibility(mut self, visibility: Duration) -> Self {
+        self.queue.visibility = visibility;
+        self
+    }
+
+    /// How long a poll waits for the first message, 20 seconds by default, which is the most; in whole seconds, and a
+    /// fraction counts as one.
+    pub fn poll(mut self, wait: Duration) -> Self {
+        self.poll = wait;
+        self
+    }
+
+    /// How many messages a poll takes at most, from 1 to 10: by default 10 of a standard queue, and 1 of a FIFO queue.
+    /// One by one, no message of a group comes before the one before it is settled. In batches they come together:
+    /// where one is to come back later, those behind it are already here.
+    pub fn batch(mut self, most: usize) -> Self {
+        self.batch = most;
+        self
+    }
+
+    /// The consumer. Asks the service for nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// A time or a batch beyond the bounds of the service, an address without a queue's name, an empty attribute name, or
+    /// dead letters that go to the queue itself.
+    pub fn build(self) -> Result<Consumer, SettingError> {
+        let Self { mut queue, batch, poll } = self;
+        SettingError::unless(
+            !queue.name().is_empty(),
+            "queue_url",
+            &queue.url,
+            "an address that ends with a queue's name",
+        )?;
+        SettingError::unless(!queue.id_attribute.is_empty(), "id_attribute", "empty", "a name")?;
+        if let Some(dead) = &queue.dead {
+            SettingError::unless(
+                !name_in(dead).is_empty(),
+                "dead_letters",
+                dead,
+                "an address that ends with a queue's name",
+            )?;
+            SettingError::unless(*dead != queue.url, "dead_letters", dead, "another queue than that of the consumer")?;
+        }
+        let visibility = queue.visibility;
+        let accepted = !visibility.is_zero() && visibility <= INVISIBLE_MOST;
+        SettingError::unless(accepted, "visibility", format!("{visibility:?}"), "from 1 s to 43,200 s")?;
+        queue.visibility = Duration::from_secs(u64::from(seconds(visibility).unsigned_abs()));
+        SettingError::unless(poll <= POLL_MOST, "poll", format!("{poll:?}"), "20 s at most")?;
+        let most = i32::try_from(batch).ok().filter(|most| (1..=BATCH_MOST).contains(most));
+        let batch = most.ok_or_else(|| SettingError::new("batch", batch, "from 1 to 10"))?;
+        Ok(Consumer { queue: Arc::new(queue), batch, poll, ready: VecDeque::new() })
     }
 }
 
 impl Consumer {
     /// Polls the queue with this address. The client is yours: its credentials, region, retries and way to speak HTTP.
     /// It needs the rights to receive, delete and change the visibility of messages, and to send dead letters.
-    #[must_use]
-    pub fn new(client: Client, queue_url: &str) -> Self {
+    pub fn builder(client: Client, queue_url: &str) -> Builder {
         let queue = Queue {
             client,
             url: queue_url.to_owned(),
@@ -95,61 +198,8 @@ impl Consumer {
             dead: None,
             visibility: Duration::from_secs(30),
         };
-        let batch = if queue.is_fifo() { 1 } else { BATCH_MOST };
-        Self { queue: Arc::new(queue), batch, poll: Duration::from_secs(20), ready: VecDeque::new() }
-    }
-
-    /// The message attribute that holds the idempotency key, `id` by default. Messages without it go by their
-    /// deduplication id, which those of a FIFO queue have, and then by their payload's digest.
-    #[must_use]
-    pub fn id_attribute(self, name: &str) -> Self {
-        self.with(|queue| name.clone_into(&mut queue.id_attribute))
-    }
-
-    /// Messages with neither attribute nor deduplication id go by the id that the service gives them, not by their
-    /// payload's digest. Then two messages that say the same are two pieces of work, and so is what a producer sends
-    /// twice.
-    #[must_use]
-    pub fn or_message_id(self) -> Self {
-        self.with(|queue| queue.falls_back = Fallback::MessageId)
-    }
-
-    /// The address of the queue for dead letters. Without one, what is rejected is deleted.
-    #[must_use]
-    pub fn dead_letters(self, queue_url: &str) -> Self {
-        self.with(|queue| queue.dead = Some(queue_url.to_owned()))
-    }
-
-    /// After what time a message comes back whose consumer has died, 30 seconds by default, in whole seconds from 1 to
-    /// 43,200. It bounds neither the work nor the time for which a message lies here before it: as long as a message is
-    /// held in this process, its visibility is extended each third of this time, up to 12 hours in all.
-    #[must_use]
-    pub fn visibility(self, visibility: Duration) -> Self {
-        let whole = Duration::from_secs(u64::from(seconds(visibility).unsigned_abs()));
-        self.with(|queue| queue.visibility = whole.max(Duration::from_secs(1)))
-    }
-
-    /// How long a poll waits for the first message, 20 seconds by default, which is the most, in whole seconds.
-    #[must_use]
-    pub fn poll(mut self, wait: Duration) -> Self {
-        self.poll = wait.min(Duration::from_secs(20));
-        self
-    }
-
-    /// How many messages a poll takes at most, from 1 to 10: by default 10 of a standard queue, and 1 of a FIFO queue.
-    /// One by one, no message of a group comes before the one before it is settled. In batches they come together:
-    /// where one is to come back later, those behind it are already here.
-    #[must_use]
-    pub fn batch(mut self, most: usize) -> Self {
-        self.batch = i32::try_from(most).unwrap_or(BATCH_MOST).clamp(1, BATCH_MOST);
-        self
-    }
-
-    fn with(mut self, change: impl FnOnce(&mut Queue)) -> Self {
-        if let Some(queue) = Arc::get_mut(&mut self.queue) {
-            change(queue);
-        }
-        self
+        let batch = if is_fifo(queue_url) { 1 } else { BATCH_MOST.unsigned_abs() as usize };
+        Builder { queue, batch, poll: POLL_MOST }
     }
 
     /// The next message. Waits for it.
@@ -181,14 +231,15 @@ impl Consumer {
                 .await
                 .map_err(failed)?;
             let gate = Arc::new(Mutex::new(()));
-            let message = |received: Received| Message {
-                queue: Arc::clone(&self.queue),
-                asked,
-                gate: Arc::clone(&gate),
-                handle: Arc::new(received.receipt_handle().unwrap_or_default().to_owned()),
-                received,
+            let message = |received: Received| {
+                let Some(handle) = received.receipt_handle() else {
+                    tracing::error!(id = received.message_id(), "a message came without a receipt handle: left out");
+                    return None;
+                };
+                let (queue, handle) = (Arc::clone(&self.queue), Arc::new(handle.to_owned()));
+                Some(Message { queue, asked, gate: Arc::clone(&gate), handle, received })
             };
-            self.ready.extend(received.messages.unwrap_or_default().into_iter().map(message));
+            self.ready.extend(received.messages.unwrap_or_default().into_iter().filter_map(message));
             if !self.ready.is_empty() {
                 let handles = self.ready.iter().map(|message| Arc::downgrade(&message.handle)).collect();
                 tokio::spawn(keep(Arc::clone(&self.queue), gate, handles, asked));
@@ -199,12 +250,11 @@ impl Consumer {
 
 /// Extends the visibility of those messages of a poll that are not answered yet.
 async fn keep(queue: Arc<Queue>, gate: Arc<Mutex<()>>, handles: Vec<Weak<String>>, asked: Instant) {
-    let until = asked + INVISIBLE_MOST;
     loop {
         tokio::time::sleep(queue.visibility / 3).await;
         let closed = gate.lock().await;
         let held: Vec<_> = handles.iter().filter_map(Weak::upgrade).collect();
-        let visibility = seconds(queue.visibility.min(until - Instant::now()));
+        let visibility = seconds(queue.visibility.min(invisible_rest(asked.elapsed())));
         if held.is_empty() || visibility == 0 {
             return;
         }
@@ -275,29 +325,86 @@ impl Message {
         (self.queue, handle, self.received)
     }
 
-    /// The attributes of its copy.
-    fn letter(&self, why: &str) -> HashMap<String, MessageAttributeValue> {
-        let mut attributes = self.received.message_attributes().cloned().unwrap_or_default();
-        attributes.remove(DEAD_WHY);
-        if self.own_id().is_none()
-            && let Some(id) = self.other_id()
-        {
-            attributes.extend(text(id).map(|id| (DEAD_ID.to_owned(), id)));
+    fn id(&self) -> Option<&[u8]> {
+        self.own_id().or_else(|| self.other_id().map(str::as_bytes))
+    }
+
+    /// Sends its copy to the queue for dead letters: with our attributes, with fewer of them where the queue refuses that, and
+    /// in the end as it was received.
+    async fn bury(&self, dead: &str, why: &str) -> Result<(), Buried> {
+        let none = HashMap::new();
+        let own = self.received.message_attributes().unwrap_or(&none);
+        let id = if self.own_id().is_none() { self.other_id() } else { None };
+        let mut refused = None;
+        let mut tried: Option<HashMap<_, _>> = None;
+        for ours in [(id, Some(why)), (id, None), (None, None)] {
+            let attributes = letter(own, self.payload().len(), ours.0, ours.1);
+            if tried.as_ref() == Some(&attributes) {
+                continue;
+            }
+            match self.send(dead, attributes.clone()).await {
+                Err(error) if is_refusal(&error) => refused = Some(Box::new(error.into())),
+                sent => return sent.map(drop).map_err(|error| Buried::Failed(failed(error))),
+            }
+            tried = Some(attributes);
         }
-        if attributes.len() < ATTRIBUTES && self.payload().len() <= BODY_WITH_WHY {
-            let why: String = why.chars().map(printable).take(WHY_CHARS).collect();
-            attributes.extend(text(&why).map(|why| (DEAD_WHY.to_owned(), why)));
+        refused.map_or(Ok(()), |error| Err(Buried::Refused(error)))
+    }
+
+    async fn send(
+        &self,
+        dead: &str,
+        attributes: HashMap<String, MessageAttributeValue>,
+    ) -> Result<SendMessageOutput, SdkError<SendMessageError>> {
+        let body = self.received.body().unwrap_or_default();
+        let mut letter = self.queue.client.send_message().queue_url(dead).message_body(body);
+        letter = letter.set_message_attributes(Some(attributes).filter(|attributes| !attributes.is_empty()));
+        if is_fifo(dead) {
+            let own = self.received.message_id().unwrap_or_default();
+            let group = self.system(&MessageSystemAttributeName::MessageGroupId);
+            // Once for each time that it is rejected, however often it is sent for that.
+            letter = letter.message_group_id(group.unwrap_or(own)).message_deduplication_id(own);
         }
-        attributes
+        letter.send().await
     }
 }
+
+enum Buried {
+    Refused(Box<aws_sdk_sqs::Error>),
+    Failed(Error),
+}
+
+/// The service does not take a message like this one, however often it is sent.
+fn is_refusal<E, R>(error: &SdkError<E, R>) -> bool
+where
+    E: ProvideErrorMetadata,
+{
+    let code = error.as_service_error().and_then(ProvideErrorMetadata::code).unwrap_or_default();
+    REFUSALS.iter().any(|refusal| code.ends_with(refusal))
+}
+
+/// Codes of errors about the form or the size of a message.
+const REFUSALS: &[&str] =
+    &["InvalidParameterValue", "InvalidAttributeValue", "InvalidMessageContents", "MessageTooLong"];
 
 impl Delivery for Message {
     type Error = Error;
 
     fn key(&self) -> Key<'_> {
-        let id = self.own_id().or_else(|| self.other_id().map(str::as_bytes));
-        key_of(id, self.payload(), self.queue.name())
+        key_of(self.id(), self.payload(), self.queue.name())
+    }
+
+    fn key_origin(&self) -> KeyOrigin {
+        let is_given =
+            self.own_id().is_some() || self.system(&MessageSystemAttributeName::MessageDeduplicationId).is_some();
+        match KeyOrigin::of(self.id()) {
+            KeyOrigin::Id if !is_given => KeyOrigin::Position,
+            origin => origin,
+        }
+    }
+
+    fn id_place(&self) -> String {
+        format!("message attribute `{}` of queue `{}`", self.queue.id_attribute, self.queue.name())
     }
 
     /// When it was sent.
@@ -317,7 +424,7 @@ impl Delivery for Message {
 
     /// In whole seconds, rounded up, and not beyond 12 hours after it was received.
     async fn retry_after(self, wait: Duration) -> Result<(), Error> {
-        let visibility = seconds(wait.min(INVISIBLE_MOST.saturating_sub(self.asked.elapsed())));
+        let visibility = seconds(wait.min(invisible_rest(self.asked.elapsed())));
         let (queue, handle, _) = self.closed().await;
         let change = queue.client.change_message_visibility().queue_url(&queue.url).receipt_handle(handle);
         match change.visibility_timeout(visibility).send().await {
@@ -327,17 +434,16 @@ impl Delivery for Message {
     }
 
     async fn reject(self, why: &str) -> Result<(), Error> {
-        if let Some(dead) = &self.queue.dead {
-            let mut letter =
-                self.queue.client.send_message().queue_url(dead).message_body(self.received.body().unwrap_or_default());
-            letter = letter.set_message_attributes(Some(self.letter(why)));
-            if dead.ends_with(FIFO) {
-                let own = self.received.message_id().unwrap_or_default();
-                let group = self.system(&MessageSystemAttributeName::MessageGroupId);
-                // Once for each time that it is rejected, however often it is sent for that.
-                letter = letter.message_group_id(group.unwrap_or(own)).message_deduplication_id(own);
+        if let Some(queue) = self.queue.dead.clone() {
+            match self.bury(&queue, &reason_line(why)).await {
+                Ok(()) => {}
+                Err(Buried::Failed(error)) => return Err(error),
+                Err(Buried::Refused(error)) => {
+                    // It would be refused again at once.
+                    self.retry_after(INVISIBLE_MOST).await?;
+                    return Err(Error::LetterRefused { queue, error });
+                }
             }
-            letter.send().await.map_err(failed)?;
         }
         self.ack().await
     }
@@ -352,19 +458,16 @@ fn is_no_longer_here<R>(error: &SdkError<ChangeMessageVisibilityError, R>) -> bo
         || error.code() == Some("InvalidParameterValue")
 }
 
+/// How much longer a message may stay invisible that was received so long ago. In whole seconds, one of them for the way to the
+/// service, which refuses more than the limit and changes nothing then.
+fn invisible_rest(since: Duration) -> Duration {
+    Duration::from_secs(INVISIBLE_MOST.saturating_sub(since).as_secs().saturating_sub(1))
+}
+
 /// Whole seconds, rounded up, as the service takes them.
 fn seconds(wait: Duration) -> i32 {
     let whole = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0));
     i32::try_from(whole.min(INVISIBLE_MOST.as_secs())).unwrap_or(i32::MAX)
-}
-
-fn text(value: &str) -> Option<MessageAttributeValue> {
-    MessageAttributeValue::builder().data_type("String").string_value(value).build().ok()
-}
-
-/// What the service takes in a text.
-fn printable(c: char) -> char {
-    if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') { ' ' } else { c }
 }
 
 impl fmt::Debug for Consumer {
@@ -389,5 +492,27 @@ mod tests {
         let of_ms = |ms| seconds(Duration::from_millis(ms));
         assert_eq!([0, 1, 999, 1_000, 1_001, 43_200_000, 43_200_001].map(of_ms), [0, 1, 1, 1, 2, 43_200, 43_200]);
         assert_eq!(seconds(Duration::MAX), 43_200);
+        let rest = |since_ms| seconds(Duration::MAX.min(invisible_rest(Duration::from_millis(since_ms))));
+        assert_eq!([0, 1, 1_000, 43_199_000, 50_000_000].map(rest), [43_199, 43_198, 43_198, 0, 0]);
+    }
+    fn builder() -> Builder {
+        let client = Client::from_conf(aws_sdk_sqs::Config::builder().behavior_version_latest().build());
+        Consumer::builder(client, "http://127.0.0.1:1/1/orders")
+    }
+
+    #[test]
+    fn a_setting_that_cannot_be_is_an_error_that_names_it() {
+        let named = |builder: Builder| builder.build().err().unwrap().setting;
+        assert_eq!(named(builder().visibility(Duration::ZERO)), "visibility");
+        assert_eq!(named(builder().visibility(Duration::from_secs(43_201))), "visibility");
+        assert_eq!(named(builder().poll(Duration::from_millis(20_001))), "poll");
+        assert_eq!(named(builder().batch(0)), "batch");
+        assert_eq!(named(builder().batch(11)), "batch");
+        assert_eq!(named(builder().id_attribute("")), "id_attribute");
+        assert_eq!(named(builder().dead_letters("http://127.0.0.1:1/1/orders")), "dead_letters");
+        let built =
+            builder().visibility(Duration::from_millis(1_500)).dead_letters("http://127.0.0.1:1/1/dead").build();
+        let queue = built.unwrap().queue;
+        assert_eq!((queue.visibility.as_secs(), queue.dead.as_deref()), (2, Some("http://127.0.0.1:1/1/dead")));
     }
 }

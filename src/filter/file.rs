@@ -103,7 +103,8 @@ pub(crate) fn write(
         if shard == SHARDS / 2 {
             KillPoint::FilterHalfWritten.pass();
         }
-        let column = layer.column(shard, slot);
+        let column =
+            layer.column(shard, slot).ok_or_else(|| io::Error::other("the layer has no such column to keep"))?;
         out.write_all(&column)?;
         out.write_all(&key.hash(&[&header_hash, &shard.to_le_bytes(), &column]))?;
     }
@@ -191,7 +192,7 @@ mod tests {
 
     fn written(dir: &tempfile::TempDir) -> (std::path::PathBuf, Layer, Covered) {
         let layer = Layer::new(Columns::All(32), 2_000);
-        layer.insert(7, (0..2_000_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        assert!(layer.insert(7, (0..2_000_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15))));
         let covered = Covered { keys: 2_000, runs: vec![11, 19] };
         let path = dir.path().join("bucket.filter");
         write(&path, &key(), "bucket", &layer, 7, &covered).unwrap();
@@ -210,7 +211,7 @@ mod tests {
         let (path, layer, covered) = written(&dir);
         let (read, columns) = read(&path, &key(), "bucket").unwrap();
         assert_eq!(read, covered);
-        assert!(columns.iter().enumerate().all(|(shard, column)| *column == layer.column(shard, 7)));
+        assert!(columns.iter().enumerate().all(|(shard, column)| Some(column) == layer.column(shard, 7).as_ref()));
         assert!(read.covers(&[19]) && read.covers(&[]) && !read.covers(&[11, 20]));
     }
 

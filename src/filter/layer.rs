@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::sizing::{LINE_BITS, LINES, capacity_of, rows_for};
+use crate::invariant::STRICT;
 
 /// Shards of a layer: each is an allocation of its own, so that none is too large to come by.
 pub(crate) const SHARDS: usize = 16;
@@ -128,13 +129,14 @@ impl Layer {
         }
     }
 
-    /// The bits of a slot's column in one shard, row after row, the lowest bit of a byte first.
-    pub(super) fn column(&self, shard: usize, slot: Slot) -> Vec<u8> {
-        let (Some(geometry), Some(column)) = (self.geometry(), self.columns.column(slot)) else { return Vec::new() };
+    /// The bits of a slot's column in one shard, row after row, the lowest bit of a byte first. `None` if this is no base,
+    /// or has no such column or shard.
+    pub(crate) fn column(&self, shard: usize, slot: Slot) -> Option<Vec<u8>> {
+        let (geometry, column) = (self.geometry()?, self.columns.column(slot)?);
         let rows_per_word = WORD_BITS / geometry.width;
         let line_bytes = geometry.column_line_bytes();
         let mut bytes = Vec::with_capacity(geometry.column_bytes() as usize);
-        for line in self.shards.get(shard).map_or(&[][..], Shard::lines) {
+        for line in self.shards.get(shard)?.lines() {
             // A column has 64 rows of a line at most.
             let mut rows = 0_u64;
             for (word, place) in line.iter().zip(0..) {
@@ -143,21 +145,25 @@ impl Layer {
                     rows |= ((word >> (row * geometry.width)) & 1) << (place * rows_per_word + row);
                 }
             }
-            bytes.extend_from_slice(rows.to_le_bytes().get(..line_bytes).unwrap_or_default());
+            bytes.extend_from_slice(rows.to_le_bytes().get(..line_bytes)?);
         }
-        bytes
+        Some(bytes)
     }
 
-    /// Adds columns, as [`Layer::column`] gave them, to one shard. They must be of this layer's geometry.
-    pub(crate) fn add_columns(&self, shard: usize, columns: &[(Slot, Vec<u8>)]) {
-        let Some(geometry) = self.geometry() else { return };
+    /// Adds columns, as [`Layer::column`] gave them, to one shard. False if one of them is not of this layer's geometry:
+    /// bits of it are missing then.
+    #[must_use]
+    pub(crate) fn add_columns(&self, shard: usize, columns: &[(Slot, Vec<u8>)]) -> bool {
+        let (Some(geometry), Some(shard)) = (self.geometry(), self.shards.get(shard)) else { return false };
         let rows_per_word = WORD_BITS / geometry.width;
         let line_bytes = geometry.column_line_bytes();
         let mut readers: Vec<_> = columns
             .iter()
             .filter_map(|(slot, bytes)| Some((self.columns.column(*slot)?, bytes.chunks_exact(line_bytes))))
             .collect();
-        for line in self.shards.get(shard).map_or(&[][..], Shard::lines) {
+        let column_bytes = geometry.column_bytes();
+        let fit = readers.len() == columns.len() && columns.iter().all(|(_, bytes)| bytes.len() as u64 == column_bytes);
+        for line in shard.lines() {
             for (column, lines) in &mut readers {
                 let mut rows = [0; 8];
                 let bytes = lines.next().unwrap_or_default();
@@ -174,6 +180,7 @@ impl Layer {
                 }
             }
         }
+        fit
     }
 
     /// Whether it has a column for the slot.
@@ -188,11 +195,9 @@ impl Layer {
         }
     }
 
-    /// Counts keys that came with a column.
-    pub(crate) fn count(&self, slot: Slot, keys: u64) {
-        if let Some(count) = self.keys.get(usize::from(slot)) {
-            count.fetch_add(keys, Ordering::Relaxed);
-        }
+    /// Counts keys that came with a column. False if there is no such slot.
+    pub(crate) fn count(&self, slot: Slot, keys: u64) -> bool {
+        self.keys.get(usize::from(slot)).map(|count| count.fetch_add(keys, Ordering::Relaxed)).is_some()
     }
 
     /// The memory that a layer takes.
@@ -308,26 +313,29 @@ impl Layer {
         self.shards.get((digest >> (u64::BITS - SHARD_BITS)) as usize).map_or(&[], Shard::lines)
     }
 
-    /// Notes that the slot's bucket holds keys with these digests. False if the layer has no column for the slot.
-    /// Quickest where the digests are sorted.
+    /// Notes that the slot's bucket holds keys with these digests. False if a bit of one of them could not be set, or the
+    /// layer has no column for the slot: then the layer must not answer for the bucket. Quickest where the digests are sorted.
+    #[must_use]
     pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) -> bool {
         let Some(column) = self.columns.column(slot) else { return false };
-        let mut inserted = 0;
+        let (mut inserted, mut whole, mut last) = (0, true, None);
         for digest in digests {
             match self.columns {
                 Columns::All(width) => {
                     for number in 0..LINES {
                         let place = Place::of(digest, number, width, self.lines_per_shard);
-                        let Some(line) = self.shard(digest).get(place.line) else { continue };
+                        let line = self.shard(digest).get(place.line).map_or(&[][..], |line| line.as_slice());
                         for (word, shift) in place.rows {
-                            if let Some(word) = line.get(word) {
-                                set(word, 1 << (shift + column));
+                            match line.get(word) {
+                                Some(word) => set(word, 1 << (shift + column)),
+                                None => whole = false,
                             }
                         }
                     }
                 }
                 Columns::One(_) => {
                     let (line, mut places) = self.line_of_one(digest);
+                    whole &= line.len() == LINE_WORDS;
                     for word in line {
                         set(word, 1 << (places & 63));
                         places >>= 6;
@@ -335,9 +343,18 @@ impl Layer {
                 }
             }
             inserted += 1;
+            if STRICT {
+                whole &= self.has(slot, digest);
+            }
+            last = Some(digest);
         }
-        self.count(slot, inserted);
-        true
+        // What was set is read back: of each call the last key, where not all are.
+        let is_read_back = last.is_none_or(|digest| self.has(slot, digest));
+        self.count(slot, inserted) && whole && is_read_back
+    }
+
+    fn has(&self, slot: Slot, digest: u64) -> bool {
+        self.slots(digest) & 1 << slot != 0
     }
 
     /// Empties a slot's column. It must not stand for a live bucket any more.
@@ -477,7 +494,7 @@ mod tests {
             let layer = Layer::new(columns, 25_000);
             let slot = if columns == Columns::One(3) { 3 } else { 0 };
             // Twice what it is made for, so that wrong answers are frequent enough to count.
-            layer.insert(slot, digests(0..50_000));
+            assert!(layer.insert(slot, digests(0..50_000)));
             let trials = 400_000;
             let wrong = digests(1_000_000..1_000_000 + trials).filter(|digest| layer.slots(*digest) != 0).count();
             let rate = wrong as f64 / trials as f64;
@@ -493,7 +510,7 @@ mod tests {
     fn clearing_a_slot_leaves_the_others() {
         let layer = Layer::new(Columns::All(8), 1_000);
         for slot in 0..8 {
-            layer.insert(slot, digests(u64::from(slot) * 100..u64::from(slot) * 100 + 100));
+            assert!(layer.insert(slot, digests(u64::from(slot) * 100..u64::from(slot) * 100 + 100)));
         }
         layer.clear(5);
         assert!(digests(500..600).all(|digest| layer.slots(digest) & 1 << 5 == 0));
@@ -515,13 +532,13 @@ mod tests {
             let layer = Layer::new(Columns::All(width), 3_000);
             let slots: Vec<Slot> = [0, 5, width as Slot - 1].into();
             for slot in &slots {
-                layer.insert(*slot, digests(u64::from(*slot) * 10_000..u64::from(*slot) * 10_000 + 3_000));
+                assert!(layer.insert(*slot, digests(u64::from(*slot) * 10_000..u64::from(*slot) * 10_000 + 3_000)));
             }
             let other = Layer::like(layer.geometry().unwrap());
             for shard in 0..SHARDS {
-                let columns: Vec<_> = slots.iter().map(|slot| (*slot, layer.column(shard, *slot))).collect();
+                let columns: Vec<_> = slots.iter().map(|slot| (*slot, layer.column(shard, *slot).unwrap())).collect();
                 assert_eq!(columns[0].1.len() as u64, layer.geometry().unwrap().column_bytes());
-                other.add_columns(shard, &columns);
+                assert!(other.add_columns(shard, &columns));
             }
             let words = |layer: &Layer| -> Vec<u64> {
                 layer.shards.iter().flat_map(Shard::words).map(|word| word.load(Ordering::Relaxed)).collect()
@@ -534,5 +551,24 @@ mod tests {
     fn a_slot_without_a_column_is_refused() {
         assert!(!Layer::new(Columns::All(8), 10).insert(8, [1]));
         assert!(!Layer::new(Columns::One(3), 10).insert(4, [1]));
+    }
+
+    #[test]
+    fn a_layer_that_cannot_set_every_bit_or_lacks_a_column_says_so() {
+        for columns in [Columns::All(8), Columns::One(3)] {
+            let mut layer = Layer::new(columns, 3_000);
+            assert!(layer.insert(3, digests(0..1_000)));
+            layer.shards[5] = Shard::new(0);
+            assert!(!layer.insert(3, digests(0..1_000)), "{columns:?}");
+            assert!(!layer.insert(9, digests(0..10)), "no column of {columns:?} is for it");
+        }
+        let layer = Layer::new(Columns::All(8), 3_000);
+        let column = layer.column(0, 3).unwrap();
+        assert!(layer.add_columns(0, &[(3, column.clone())]));
+        assert!(!layer.add_columns(0, &[(3, column[1..].to_vec())]), "a column that is too short");
+        assert!(!layer.add_columns(0, &[(9, column.clone())]), "of a slot that it has no column for");
+        assert!(!layer.add_columns(SHARDS, &[(3, column)]), "of a shard that it does not have");
+        assert!(layer.column(SHARDS, 3).is_none() && layer.column(0, 9).is_none());
+        assert!(!layer.count(64, 1));
     }
 }

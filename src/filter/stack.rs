@@ -156,11 +156,10 @@ impl Stack {
         Some(more)
     }
 
-    /// Notes the digests of keys that the slot's bucket holds.
-    pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) {
-        if let Some(layer) = self.top(slot) {
-            layer.insert(slot, digests);
-        }
+    /// Notes the digests of keys that the slot's bucket holds. False if a bit of one of them could not be set.
+    #[must_use]
+    pub(crate) fn insert(&self, slot: Slot, digests: impl IntoIterator<Item = u64>) -> bool {
+        self.top(slot).is_some_and(|layer| layer.insert(slot, digests))
     }
 
     /// A stack with a larger base, if a bucket of `keys` keys would not fit into the present one.
@@ -207,7 +206,7 @@ mod tests {
         if let Some(more) = stack.with_room(slot, digests.len() as u64) {
             *stack = more;
         }
-        stack.insert(slot, digests);
+        assert!(stack.insert(slot, digests));
     }
 
     #[test]
@@ -262,7 +261,7 @@ mod tests {
         for (slot, range) in [(0, 0..200_000), (1, 200_000..210_000)] {
             let before = stack.clone();
             let home = Arc::clone(stack.home_for(slot, range.end - range.start).unwrap());
-            home.insert(slot, digests(range.clone()));
+            assert!(home.insert(slot, digests(range.clone())));
             stack = stack.moved(slot, &home);
             assert!(stack.home_for(slot, 1).is_none(), "it is there");
             for stack in [&before, &stack] {

@@ -11,7 +11,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::claim::{self, Claim, CompleteError, Lease, Work, complete_all, release_all};
 use crate::error::{Error, Result};
+use crate::invariant::Invariant;
 use crate::state::answer::{Answer, Claimed};
+use crate::state::engine::Engine;
 use crate::state::keeper::{PoisonOnPanic, Running};
 use crate::state::request::Request;
 
@@ -95,9 +97,7 @@ impl Committer {
         let count = leases.len();
         let answers = submit(&self.settling, |reply| Job::Complete(Settle { leases, reply })).await;
         // The results went with the thread that had them.
-        answers.unwrap_or_else(|error| {
-            (0..count).map(|_| Err(CompleteError::new(error.clone(), Vec::new(), None))).collect()
-        })
+        answers.unwrap_or_else(|error| (0..count).map(|_| Err(CompleteError::lost(error.clone()))).collect())
     }
 
     pub(super) async fn release(&self, leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
@@ -243,8 +243,8 @@ impl Round {
         self.claims.retain(|ask| !ask.reply.is_closed());
         let claimed = together(&self.claims, |request| engine.claim(request));
         for (ask, (offset, answer)) in self.claims.into_iter().zip(claimed) {
-            let claims = answer.map(|claimed| {
-                let claimed = claimed.into_iter().map(|claimed| Ok(own(claimed?, &ask.request, offset)));
+            let claims = answer.and_then(|claimed| engine.answered(claimed, ask.request.len())).map(|claimed| {
+                let claimed = claimed.into_iter().map(|claimed| own(claimed?, &ask.request, offset, engine));
                 Undelivered(claimed.map(|claimed| Ok(claim::claim(claimed?, running))).collect())
             });
             // Where nobody takes them, they are taken back by being dropped.
@@ -255,7 +255,7 @@ impl Round {
         self.records.retain(|ask| !ask.reply.is_closed());
         let recorded = together(&self.records, |request| engine.record(request));
         for (ask, (_, answer)) in self.records.into_iter().zip(recorded) {
-            let _ = ask.reply.send(answer);
+            let _ = ask.reply.send(answer.and_then(|answers| engine.answered(answers, ask.request.len())));
         }
         settle(self.completions, one_by_one, complete_all);
         for call in self.calls {
@@ -302,14 +302,18 @@ fn key_bytes(lease: &Lease) -> usize {
 }
 
 /// Gives a grant the keys of its own call, so that a lease that lives long does not keep those of others in memory.
-fn own(claimed: Claimed, request: &Arc<Request>, offset: usize) -> Claimed {
+fn own(claimed: Claimed, request: &Arc<Request>, offset: usize, engine: &Engine) -> Result<Claimed> {
     match claimed {
         Claimed::Acquired(mut grant) if !Arc::ptr_eq(&grant.request, request) => {
-            grant.place -= offset;
+            let place = grant.place.checked_sub(offset).filter(|place| *place < request.len());
+            grant.place = place.ok_or_else(|| {
+                let detail = format_args!("key {} of all is none of those from {offset} on", grant.place);
+                engine.broken(Invariant::AnswerForEachKey, detail)
+            })?;
             grant.request = Arc::clone(request);
-            Claimed::Acquired(grant)
+            Ok(Claimed::Acquired(grant))
         }
-        claimed => claimed,
+        claimed => Ok(claimed),
     }
 }
 

@@ -2,25 +2,19 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
-
-use parking_lot::Mutex;
-use tokio::sync::oneshot;
-use tokio::task::AbortHandle;
-use tokio::time::{MissedTickBehavior, interval};
 
 use super::Lease;
 use crate::error::{Error, Result};
-
-/// Renewals in the length of a lease: two may come late, or be missed by a runtime that is busy.
-const RENEWALS: u64 = 3;
+use crate::state::renewal::Renewal;
 
 impl Lease {
-    /// Renews the lease while the work runs, three times in its length, until the guard is dropped.
+    /// Renews the lease at once, and then three times in its length until the guard is dropped, as
+    /// [`Lease::keep_alive`](crate::Lease::keep_alive): a thread renews, one for all stores of the process, also while the
+    /// work blocks its own thread, and where all threads of the runtime are busy.
     ///
-    /// A holder that hangs keeps its key as long as the guard lives: give the work a time limit of its own.
+    /// Work that never ends keeps its key as long as its process lives, or as long as
+    /// [`Builder::renew_for`](crate::Builder::renew_for) allows: give the work a time limit of its own.
     ///
     /// ```
     /// # use onlyonce::{Claim, future};
@@ -41,63 +35,20 @@ impl Lease {
     /// # Ok(runtime.block_on(store.close())?)
     /// # }
     /// ```
-    ///
-    /// # Panics
-    ///
-    /// Outside of a Tokio runtime, or in one without time: it spawns a task.
     pub fn keep_alive(&mut self) -> KeepAlive<'_> {
-        KeepAlive::start(self)
+        KeepAlive { renewal: self.lease.renewal(), lease: self }
     }
 }
 
 /// Renews a [`Lease`] until it is dropped. Made by [`Lease::keep_alive`].
 #[must_use = "renewal ends when this is dropped"]
 pub struct KeepAlive<'a> {
+    // Before the lease: it ends first.
+    renewal: Renewal,
     lease: &'a mut Lease,
-    shared: Arc<Mutex<Shared>>,
-    task: AbortHandle,
-    told: oneshot::Receiver<Error>,
-    lost: Option<Error>,
 }
 
-#[derive(Default)]
-struct Shared {
-    /// Looked at under the lock by each renewal, so that none comes after the end.
-    stopped: bool,
-    until_monotonic_ms: Option<u64>,
-}
-
-impl<'a> KeepAlive<'a> {
-    pub(super) fn start(lease: &'a mut Lease) -> Self {
-        let shared = Arc::new(Mutex::new(Shared::default()));
-        let (tell, told) = oneshot::channel();
-        let (grant, committer) = (lease.lease.grant().clone(), Arc::clone(&lease.committer));
-        let lease_ms = committer.running.engine.config().lease_ms;
-        let mut ticks = interval(Duration::from_millis((lease_ms / RENEWALS).max(1)));
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let renewals = Arc::clone(&shared);
-        let task = tokio::spawn(async move {
-            loop {
-                ticks.tick().await;
-                let mut shared = renewals.lock();
-                if shared.stopped {
-                    return;
-                }
-                let error = match committer.running.engine.renew(&grant) {
-                    Ok(Some(until_monotonic_ms)) => {
-                        shared.until_monotonic_ms = Some(until_monotonic_ms);
-                        continue;
-                    }
-                    Ok(None) => grant.superseded(),
-                    Err(error) => error,
-                };
-                let _ = tell.send(error);
-                return;
-            }
-        });
-        Self { lease, shared, task: task.abort_handle(), told, lost: None }
-    }
-
+impl KeepAlive<'_> {
     /// The fencing token of the lease that is renewed.
     #[must_use]
     pub fn token(&self) -> u64 {
@@ -123,28 +74,12 @@ impl<'a> KeepAlive<'a> {
     }
 
     /// Done when the lease could not be renewed: with [`Error::Superseded`] where somebody has taken over or decided that
-    /// the work runs again, with [`Error::Poisoned`] or [`Error::Closed`] where the store has ended. Stop working.
+    /// the work runs again, with [`Error::Poisoned`] or [`Error::Closed`] where the store has ended, with [`Error::Io`]
+    /// where the system gives no thread to renew. Stop working.
     ///
     /// May be dropped and called again.
     pub async fn lost(&mut self) -> Error {
-        if let Some(error) = &self.lost {
-            return error.clone();
-        }
-        // The task ends without a word only with its runtime.
-        let error = (&mut self.told).await.unwrap_or(Error::Closed);
-        self.lost.insert(error).clone()
-    }
-}
-
-impl Drop for KeepAlive<'_> {
-    fn drop(&mut self) {
-        let mut shared = self.shared.lock();
-        shared.stopped = true;
-        if let Some(until_monotonic_ms) = shared.until_monotonic_ms {
-            self.lease.lease.renewed(until_monotonic_ms);
-        }
-        drop(shared);
-        self.task.abort();
+        poll_fn(|context| self.renewal.poll_lost(context)).await
     }
 }
 

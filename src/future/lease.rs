@@ -3,15 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use super::committer::Committer;
 use super::{Claim, CompleteError};
-use crate::claim::{self, Claim as Claimed, Work};
-use crate::codec;
+use crate::claim::{self, Claim as Claimed, Work, unanswered};
 use crate::config::OnInterrupt;
 use crate::entry::Prior;
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::tx::Tx;
+use crate::typed_result;
 
 /// How the attempts after a failed one are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,17 +99,19 @@ impl Lease {
     pub(super) async fn finish(self, work: Work) -> Result<Vec<u8>, CompleteError> {
         let Self { lease, committer } = self;
         let mut answers = committer.complete(vec![(lease, work)]).await;
-        answers.pop().unwrap_or(Ok(Vec::new())).map_err(|error| failed(error, &committer))
+        let lost = || Err(claim::CompleteError::lost(unanswered(&committer.running)));
+        answers.pop().unwrap_or_else(lost).map_err(|error| failed(error, &committer))
     }
 
-    /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2. Read it back with
-    /// [`Completed::result_as`](crate::Completed::result_as).
+    /// As [`Lease::complete`], with a result that is encoded by serde and bincode 2 and read back once before it is stored, as
+    /// [`Lease::complete_as`](crate::Lease::complete_as).
     ///
     /// # Errors
     ///
-    /// As [`Lease::complete`], and [`Error::Encode`] if `T` cannot be encoded; the lease is given back then.
-    pub async fn complete_as<T: serde::Serialize>(self, result: &T) -> Result<(), CompleteError> {
-        match codec::encode_result(result) {
+    /// As [`Lease::complete`], and [`Error::Encode`] if the result would not come back as it is; the lease is given back
+    /// then.
+    pub async fn complete_as<T: Serialize + DeserializeOwned>(self, result: &T) -> Result<(), CompleteError> {
+        match typed_result::encode(result) {
             Ok(bytes) => self.complete(bytes).await,
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }
@@ -142,7 +147,8 @@ impl Lease {
     /// [`Error::Superseded`] if somebody has taken over.
     pub async fn release_after(self, backoff: Duration) -> Result<()> {
         let Self { lease, committer } = self;
-        committer.release(vec![(lease, backoff)]).await.pop().unwrap_or(Ok(()))
+        let mut released = committer.release(vec![(lease, backoff)]).await;
+        released.pop().unwrap_or_else(|| Err(unanswered(&committer.running)))
     }
 
     /// Ends an attempt that failed, and may have had its effect where that is in doubt. Under `Hold` such a doubt holds the

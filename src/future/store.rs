@@ -9,7 +9,7 @@ use super::committer::Committer;
 use super::lease::{claim, failed};
 use super::{Claim, CompleteError, Lease, RunError};
 use crate::claim::{Work, in_order, is_of, sort_out};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, other_unit};
 use crate::key::Key;
 use crate::state::request::Request;
 use crate::store::{self, Check, Ran, Recorded, Stored, checked, earlier, only, recorded};
@@ -131,7 +131,8 @@ impl Store {
         self.wait_for_one(&request, limit).await
     }
 
-    /// As [`Store::claim_wait`], for a delivery: its timestamp counts where the store runs on stream time.
+    /// As [`Store::claim_wait`], for a delivery: its timestamp counts where the store runs on stream time, and must be in
+    /// milliseconds there.
     pub(crate) async fn claim_delivered(
         &self,
         key: Key<'_>,
@@ -139,7 +140,10 @@ impl Store {
         limit: Duration,
     ) -> Result<Claim> {
         let request = match (self.one(key.clone()), timestamp_ms) {
-            (Err(Error::TimestampMissing), Some(timestamp_ms)) => self.one_at(key, timestamp_ms)?,
+            (Err(Error::TimestampMissing), Some(at_ms)) => match other_unit(at_ms) {
+                Some(unit) => return Err(Error::TimestampUnit { key: key.to_string(), at_ms, unit }),
+                None => self.one_at(key, at_ms)?,
+            },
             (request, _) => request?,
         };
         self.wait_for_one(&request, limit).await
@@ -223,11 +227,12 @@ impl Store {
 
     /// Claims the key, does the work and completes it with the result; gives the stored result where the work was
     /// done before; releases the key where the work fails. Where this future is dropped, or the work panics, while the
-    /// work runs, the lease is dropped: the next claim is told [`Prior::Dropped`](crate::Prior::Dropped).
+    /// work runs, the lease is dropped: the next claim is told [`Prior::Dropped`](crate::Prior::Dropped). The lease is
+    /// renewed while the work runs, as by [`Lease::keep_alive`]; where it is lost all the same, the work goes on, and its
+    /// completion is refused with [`Error::Superseded`].
     ///
     /// An `Err` of the work says that it did nothing. Where it may have (a timeout after the charge was sent), claim and
-    /// drop the lease yourself: the next holder is told then. Work that may take longer than a lease renews it:
-    /// [`Lease::keep_alive`].
+    /// drop the lease yourself: the next holder is told then.
     ///
     /// ```
     /// use onlyonce::{Ran, future};
@@ -265,7 +270,10 @@ impl Store {
             Claim::Completed(first) => return Ok(Ran::Replayed(first)),
             Claim::InProgress(other) => return Ok(Ran::InProgress(other)),
         };
-        match work(&mut lease).await {
+        let renewal = lease.lease.renewal();
+        let done = work(&mut lease).await;
+        drop(renewal);
+        match done {
             Ok(result) => lease.finish(result.into()).await.map(Ran::First).map_err(RunError::Complete),
             Err(error) => {
                 if let Err(error) = lease.release().await {
@@ -396,7 +404,7 @@ impl Store {
         let ours: Vec<_> = ours.into_iter().map(|(lease, work)| (lease.lease, work)).collect();
         let completed = if ours.is_empty() { Vec::new() } else { self.committer.complete(ours).await };
         let own = |answer: Result<_, _>| answer.map(drop).map_err(|error| failed(error, &self.committer));
-        in_order(answers, completed.into_iter().map(own))
+        in_order(answers, completed.into_iter().map(own), &self.committer.running, CompleteError::lost)
     }
 
     /// How far a partition of a stream was read, as [`Store::offset`](crate::Store::offset).
@@ -457,7 +465,7 @@ impl Store {
             }
         }
         let released = if ours.is_empty() { Vec::new() } else { self.committer.release(ours).await };
-        in_order(answers, released)
+        in_order(answers, released, &self.committer.running, |error| error)
     }
 
     /// Records each key, as [`Store::record_batch`](crate::Store::record_batch).
@@ -488,6 +496,11 @@ impl Store {
     async fn record_request(&self, request: Arc<Request>) -> Result<Vec<Result<Recorded>>> {
         let answers = self.committer.record(request).await?;
         Ok(answers.into_iter().map(|answer| answer.map(|answer| recorded(&answer))).collect())
+    }
+
+    /// What `delivery` counts, for the figures of the store.
+    pub(crate) fn delivery_counters(&self) -> &crate::stats::DeliveryCounters {
+        self.committer.running.engine.delivery_counters()
     }
 
     /// Counts a message that was let through without an answer, as [`Store::count_fail_open`](crate::Store::count_fail_open).

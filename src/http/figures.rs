@@ -1,6 +1,7 @@
 //! What a layer counts, and the handlers that it has at work.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 
@@ -17,9 +18,13 @@ pub struct Figures {
     pub stored: u64,
     /// Of those, requests whose answer was stored without its body, which was too large.
     pub bodies_not_kept: u64,
-    /// Requests whose key was released, because of their answer's [`Fate`](super::Fate).
+    /// Of the executed ones, requests whose answer went through as a stream.
+    pub streamed: u64,
+    /// Requests whose key was released, because of their answer's [`Fate`](super::Fate) or because they failed before their
+    /// work began.
     pub released: u64,
-    /// Requests whose outcome is open: by their answer's fate, a panic, an error of the handler, or a lost lease.
+    /// Requests whose outcome is unknown: by their answer's fate, a panic, an error of the handler, an answer that broke
+    /// off, or a lost lease.
     pub interrupted: u64,
     /// Requests that were answered with what an earlier one had got.
     pub replayed: u64,
@@ -43,6 +48,7 @@ pub(super) struct Counters {
     pub(super) executed: Counter,
     pub(super) stored: Counter,
     pub(super) bodies_not_kept: Counter,
+    pub(super) streamed: Counter,
     pub(super) released: Counter,
     pub(super) interrupted: Counter,
     pub(super) replayed: Counter,
@@ -59,6 +65,7 @@ impl Counters {
             executed: self.executed.get(),
             stored: self.stored.get(),
             bodies_not_kept: self.bodies_not_kept.get(),
+            streamed: self.streamed.get(),
             released: self.released.get(),
             interrupted: self.interrupted.get(),
             replayed: self.replayed.get(),
@@ -86,9 +93,12 @@ impl AtWork {
         Begun(Arc::clone(&self.0))
     }
 
-    pub(super) async fn none(&self) {
-        // It fails only when the sender is gone, and that is here.
-        let _ = self.0.subscribe().wait_for(|handlers| *handlers == 0).await;
+    /// Waits until there are none, for `limit` at most, and says how many there are then.
+    pub(super) async fn none(&self, limit: Duration) -> usize {
+        let mut handlers = self.0.subscribe();
+        // It fails when the time is over. The sender is here, and is not dropped meanwhile.
+        let _ = tokio::time::timeout(limit, handlers.wait_for(|handlers| *handlers == 0)).await;
+        *self.0.borrow()
     }
 }
 

@@ -7,11 +7,12 @@ use bytes::Bytes;
 use http::header::{self, HeaderName};
 use http::request;
 use http::response;
-use http::{Method, Response, StatusCode, Uri};
+use http::{Method, Response, Uri};
 
-use super::attempt::Fate;
 use super::body::Body;
+use super::fate::{self, Fate};
 use super::figures::{AtWork, Counters};
+use super::fingerprint::RequestFingerprint;
 use super::problem::Problem;
 use crate::future::Store;
 
@@ -19,8 +20,9 @@ use crate::future::Store;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnStoreFailure {
     /// They are answered with 503 and no handler runs. So is a request that was worked on and whose answer could not be
-    /// stored: the client retries with the same key, and the handler is told. No answer is given that a retry would not
-    /// get again.
+    /// stored: the client retries with the same key, and
+    /// [`Attempt::may_have_happened`](super::Attempt::may_have_happened) is true. No whole answer is given that a retry would
+    /// not get again.
     FailClosed,
     /// They run without protection, and each is counted in [`Figures::failed_open`](super::Figures::failed_open): a retry
     /// runs again, and two at once run both. An answer that could not be stored is given all the same.
@@ -28,17 +30,32 @@ pub enum OnStoreFailure {
 }
 
 pub(super) type Scope = Arc<dyn Fn(&request::Parts) -> Option<Vec<u8>> + Send + Sync>;
+pub(super) type KeyHook = Arc<dyn Fn(&request::Parts, &Bytes) -> Option<String> + Send + Sync>;
+pub(super) type FingerprintHook = Arc<dyn Fn(&request::Parts, &Bytes) -> Vec<u8> + Send + Sync>;
+pub(super) type ReplayHook = Arc<dyn Fn(&request::Parts, &Bytes, Response<Bytes>) -> Response<Bytes> + Send + Sync>;
+
+/// Where a request has its key.
+#[derive(Clone)]
+pub(super) enum KeyFrom {
+    Header(HeaderName),
+    Request(KeyHook),
+}
 
 #[derive(Clone)]
 pub(super) struct Options {
-    pub(super) key_header: HeaderName,
+    pub(super) key_from: KeyFrom,
     pub(super) key_limit: usize,
     pub(super) key_form: Arc<dyn Fn(&str) -> bool + Send + Sync>,
     pub(super) key_required: bool,
     pub(super) methods: Vec<Method>,
     pub(super) body_limit: usize,
     pub(super) headers: Vec<HeaderName>,
+    pub(super) fingerprint: FingerprintHook,
     pub(super) fate: Arc<dyn Fn(&response::Parts) -> Fate + Send + Sync>,
+    pub(super) explicit_begin: bool,
+    pub(super) replay: Option<ReplayHook>,
+    pub(super) stream_after: Duration,
+    pub(super) after_hang_up: Duration,
     pub(super) wait: Duration,
     pub(super) retry_after: Duration,
     pub(super) on_store_failure: OnStoreFailure,
@@ -48,7 +65,7 @@ pub(super) struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            key_header: HeaderName::from_static("idempotency-key"),
+            key_from: KeyFrom::Header(HeaderName::from_static("idempotency-key")),
             key_limit: 255,
             key_form: Arc::new(|_| true),
             key_required: true,
@@ -67,24 +84,17 @@ impl Default for Options {
                 header::LOCATION,
                 header::VARY,
             ],
-            fate: Arc::new(|response| fate_of(response.status)),
+            fingerprint: Arc::new(|request, body| RequestFingerprint::bytes().of(request, body).to_vec()),
+            fate: Arc::new(fate::by_default),
+            explicit_begin: false,
+            replay: None,
+            stream_after: Duration::from_secs(1),
+            after_hang_up: Duration::from_secs(10),
             wait: Duration::ZERO,
             retry_after: Duration::from_secs(5),
             on_store_failure: OnStoreFailure::FailClosed,
             documentation: None,
         }
-    }
-}
-
-/// What a status says of the work, where nothing else is said. A server's error says nothing: a charge may have been made
-/// before it.
-fn fate_of(status: StatusCode) -> Fate {
-    if status == StatusCode::TOO_MANY_REQUESTS {
-        Fate::Release
-    } else if status.is_server_error() {
-        Fate::Interrupted
-    } else {
-        Fate::Store
     }
 }
 
@@ -131,21 +141,5 @@ impl Guard {
 
     pub(super) fn problem(&self, problem: Problem) -> Response<Bytes> {
         problem.response(self.options.documentation.as_ref())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn by_default_all_is_stored_but_429_and_5xx() {
-        for status in [200, 201, 204, 302, 400, 402, 404, 408, 409, 422, 499] {
-            assert_eq!(fate_of(StatusCode::from_u16(status).unwrap()), Fate::Store, "{status}");
-        }
-        assert_eq!(fate_of(StatusCode::TOO_MANY_REQUESTS), Fate::Release);
-        for status in [500, 502, 503, 504, 599] {
-            assert_eq!(fate_of(StatusCode::from_u16(status).unwrap()), Fate::Interrupted, "{status}");
-        }
     }
 }

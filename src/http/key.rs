@@ -1,25 +1,34 @@
-//! The key of a request, out of its header.
+//! The key of a request.
 
 use std::borrow::Cow;
 
 use http::{HeaderMap, HeaderName};
 use sfv::{Parser, StringRef};
 
+use super::guard::Options;
 use super::problem::Problem;
 
-/// The key that a request carries: the characters that the client means, quoted or not.
-pub(super) fn key_of(headers: &HeaderMap, name: &HeaderName, limit: usize) -> Result<Option<String>, Problem> {
+/// The key in a header: the characters that the client means, quoted or not.
+pub(super) fn key_of(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(name).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {
-        return Err(Problem::KeyMalformed("There is more than one."));
+        return Err(Problem::KeyMalformed("The request has more than one key."));
     }
     let value = value.as_bytes().trim_ascii();
     let key = if value.starts_with(b"\"") { quoted(value)? } else { bare(value)? };
+    Ok(Some(key))
+}
+
+/// A key that is as the options want it.
+pub(super) fn checked(key: String, options: &Options) -> Result<String, Problem> {
     match key.len() {
-        0 => Err(Problem::KeyMalformed("It is empty.")),
-        len if len > limit => Err(Problem::KeyTooLong { limit }),
-        _ => Ok(Some(key)),
+        0 => Err(Problem::KeyMalformed("The key is empty.")),
+        len if len > options.key_limit => Err(Problem::KeyTooLong { limit: options.key_limit }),
+        _ if !(options.key_form)(&key) => {
+            Err(Problem::KeyMalformed("The key does not have the form that this service requires."))
+        }
+        _ => Ok(key),
     }
 }
 
@@ -27,7 +36,9 @@ pub(super) fn key_of(headers: &HeaderMap, name: &HeaderName, limit: usize) -> Re
 fn quoted(value: &[u8]) -> Result<String, Problem> {
     match Parser::new(value).parse_item::<Cow<'_, StringRef>>() {
         Ok(text) => Ok(text.as_str().to_owned()),
-        Err(_) => Err(Problem::KeyMalformed("It begins with a quote and is no string of RFC 9651.")),
+        Err(_) => {
+            Err(Problem::KeyMalformed("The key begins with a double quote and is not a valid string (RFC 9651)."))
+        }
     }
 }
 
@@ -36,7 +47,7 @@ fn bare(value: &[u8]) -> Result<String, Problem> {
     let fits = |byte: &u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b',');
     match std::str::from_utf8(value) {
         Ok(text) if value.iter().all(fits) => Ok(text.to_owned()),
-        _ => Err(Problem::KeyMalformed("It has characters that it must not have.")),
+        _ => Err(Problem::KeyMalformed("The key contains a character that is not allowed.")),
     }
 }
 
@@ -50,7 +61,8 @@ mod tests {
     fn key(value: &[u8]) -> Result<Option<String>, Problem> {
         let mut headers = HeaderMap::new();
         headers.insert(&NAME, HeaderValue::from_bytes(value).unwrap());
-        key_of(&headers, &NAME, 8)
+        let options = Options { key_limit: 8, ..Options::default() };
+        key_of(&headers, &NAME)?.map(|key| checked(key, &options)).transpose()
     }
 
     #[test]
@@ -61,7 +73,7 @@ mod tests {
         assert_eq!(key(br#""a\"b\\c""#), Ok(Some(r#"a"b\c"#.to_owned())));
         assert_eq!(key(b"\"a, b\""), Ok(Some("a, b".to_owned())));
         assert_eq!(key(b"a;b=c"), Ok(Some("a;b=c".to_owned())), "a bare key has no parameters");
-        assert_eq!(key_of(&HeaderMap::new(), &NAME, 8), Ok(None));
+        assert_eq!(key_of(&HeaderMap::new(), &NAME), Ok(None));
     }
 
     #[test]
@@ -91,6 +103,6 @@ mod tests {
         let mut two = HeaderMap::new();
         two.append(&NAME, HeaderValue::from_static("a"));
         two.append(&NAME, HeaderValue::from_static("a"));
-        assert!(matches!(key_of(&two, &NAME, 8), Err(Problem::KeyMalformed(_))));
+        assert!(matches!(key_of(&two, &NAME), Err(Problem::KeyMalformed(_))));
     }
 }

@@ -4,14 +4,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::request;
 use http::response;
-use http::{HeaderName, Method, Uri};
+use http::{HeaderName, Method, Response, Uri};
 use tower_layer::Layer;
 
-use super::attempt::Fate;
+use super::fate::Fate;
 use super::figures::Figures;
-use super::guard::{Guard, OnStoreFailure};
+use super::guard::{Guard, KeyFrom, OnStoreFailure};
 use super::service::Idempotent;
 use crate::future::Store;
 
@@ -19,7 +20,7 @@ use crate::future::Store;
 ///
 /// An idempotency key is a name that a client has chosen. Without a scope, one client's key finds another client's
 /// answer.
-#[must_use = "say whose keys they are"]
+#[must_use = "call `scope` or `one_scope_for_all_callers` to finish the layer"]
 pub struct NeedsScope {
     store: Store,
 }
@@ -49,8 +50,8 @@ impl NeedsScope {
         IdempotencyLayer { guard: Guard::new(self.store, Some(scope)) }
     }
 
-    /// Refuses a scope: whoever sends a key that somebody else has used with the same request gets the answer that was
-    /// theirs. For services with one client, or whose answers are no secret.
+    /// Uses one scope for all callers: a client that sends the key and the request of another client gets the answer of that
+    /// other client. For services with one client, or whose answers are no secret.
     pub fn one_scope_for_all_callers(self) -> IdempotencyLayer {
         IdempotencyLayer { guard: Guard::new(self.store, None) }
     }
@@ -92,9 +93,54 @@ impl IdempotencyLayer {
         self
     }
 
-    /// The header that holds the key. `Idempotency-Key` by default.
+    /// The header that holds the key. `Idempotency-Key` by default. Replaces [`IdempotencyLayer::key`].
     pub fn key_header(mut self, name: HeaderName) -> Self {
-        self.guard.options.key_header = name;
+        self.guard.options.key_from = KeyFrom::Header(name);
+        self
+    }
+
+    /// Takes the key from anywhere in the request, the body included, instead of from a header. `None` means that the
+    /// request has no key. The key may be any text; [`IdempotencyLayer::key_limit`] and [`IdempotencyLayer::key_form`] apply,
+    /// and an empty key gets 400. Replaces [`IdempotencyLayer::key_header`].
+    ///
+    /// The body is read before the key is known, so that a body over [`IdempotencyLayer::body_limit`] gets 413 also where a
+    /// key is optional and missing.
+    ///
+    /// ```
+    /// # fn layer(layer: onlyonce::http::IdempotencyLayer) -> onlyonce::http::IdempotencyLayer {
+    /// // JSON-RPC, where clients agree to send the key as a parameter.
+    /// layer.key(|_request, body| {
+    ///     let call: serde_json::Value = serde_json::from_slice(body).ok()?;
+    ///     Some(call.pointer("/params/idempotencyKey")?.as_str()?.to_owned())
+    /// })
+    /// # }
+    /// ```
+    pub fn key(mut self, key: impl Fn(&request::Parts, &Bytes) -> Option<String> + Send + Sync + 'static) -> Self {
+        self.guard.options.key_from = KeyFrom::Request(Arc::new(key));
+        self
+    }
+
+    /// What makes two requests under one key the same: requests whose fingerprints are equal. A retry that is another
+    /// request gets 422. By default [`RequestFingerprint::bytes`](super::RequestFingerprint::bytes): method, path, query and
+    /// body, byte by byte; [`RequestFingerprint`](super::RequestFingerprint) has other rules ready-made.
+    ///
+    /// The bytes may be of any length; the store keeps a hash of 16 bytes. Nothing but them is compared: a fingerprint
+    /// without the path takes one route for another. Requests that are wrongly taken for the same get the answer of the
+    /// first one, so leave out only what cannot change the work. Runs on the thread that handles the request.
+    ///
+    /// ```
+    /// # fn layer(layer: onlyonce::http::IdempotencyLayer) -> onlyonce::http::IdempotencyLayer {
+    /// use onlyonce::http::RequestFingerprint;
+    ///
+    /// let rule = RequestFingerprint::canonical_json();
+    /// layer.fingerprint(move |request, body| rule.of(request, body))
+    /// # }
+    /// ```
+    pub fn fingerprint<F: Into<Vec<u8>>>(
+        mut self,
+        fingerprint: impl Fn(&request::Parts, &Bytes) -> F + Send + Sync + 'static,
+    ) -> Self {
+        self.guard.options.fingerprint = Arc::new(move |request, body| fingerprint(request, body).into());
         self
     }
 
@@ -105,7 +151,7 @@ impl IdempotencyLayer {
         self
     }
 
-    /// Which keys are taken: by default all of visible ASCII. The draft recommends one form that is hard to guess, such as
+    /// Which keys are accepted: by default all of visible ASCII. The draft recommends one form that is hard to guess, such as
     /// UUIDs, and to refuse all else, 400. Gets the key without quotes and escapes.
     ///
     /// ```
@@ -141,18 +187,78 @@ impl IdempotencyLayer {
         self
     }
 
-    /// Which answers are stored, by their status and headers. A handler overrules it with a [`Fate`] among its response's
-    /// extensions.
+    /// What an answer means for its key, by its status and headers. A handler overrules it with a [`Fate`] among its
+    /// response's extensions.
     ///
-    /// By default 429 is [`Fate::Release`], 5xx is [`Fate::Interrupted`] (it does not say that nothing has happened), and
-    /// all else is [`Fate::Store`].
+    /// By default ([`Fate::Release`]) a status releases the key where its specification says that the request was not
+    /// processed: 307, 308, 401, 405, 407, 411 to 415, 417, 421, 423, 426, 428, 429, 431. It is [`Fate::Interrupted`] where
+    /// the effect may have happened before it: 406, 408, 424, 425, 460, 499, 500 and more, and any other 4xx with a
+    /// `Retry-After`. All else is [`Fate::Store`].
+    /// `docs/http.md` has the reasons.
+    ///
+    /// After [`Attempt::begin`](super::Attempt::begin) a `Release` of this rule counts as `Interrupted`.
     pub fn fate(mut self, fate: impl Fn(&response::Parts) -> Fate + Send + Sync + 'static) -> Self {
         self.guard.options.fate = Arc::new(fate);
         self
     }
 
-    /// Has a request wait so long for another one with its key, and answers with that one's result. Zero by default: it is
-    /// told to come back, 409, as the draft says.
+    /// Declares that the handlers inside this layer call [`Attempt::begin`](super::Attempt::begin) before their first
+    /// effect. Then an answer with 4xx or 5xx, or an error of the service, releases the key if `begin` was not called,
+    /// whatever its status: a malformed body, a missing permission, no free connection. What comes after `begin`, and every
+    /// 1xx, 2xx and 3xx, is decided as without this option.
+    ///
+    /// Do not set it for a handler that has an effect without `begin`: where that one fails, its retry has the effect again.
+    pub fn explicit_begin(mut self) -> Self {
+        self.guard.options.explicit_begin = true;
+        self
+    }
+
+    /// Changes a stored answer before a retry gets it. Gets the retry, its body, and the answer; problems of the layer are
+    /// not changed. For protocols whose answers name the request:
+    ///
+    /// ```
+    /// # fn layer(layer: onlyonce::http::IdempotencyLayer) -> onlyonce::http::IdempotencyLayer {
+    /// // The answer of JSON-RPC has the `id` of its request, and a retry has another one.
+    /// layer.adapt_replay(|_request, body, answer| {
+    ///     use serde_json::{Map, Value};
+    ///
+    ///     let call = serde_json::from_slice::<Map<String, Value>>(body);
+    ///     let result = serde_json::from_slice::<Map<String, Value>>(answer.body());
+    ///     let (Ok(call), Ok(mut result)) = (call, result) else { return answer };
+    ///     result.insert("id".to_owned(), call.get("id").cloned().unwrap_or_default());
+    ///     answer.map(|_| Value::Object(result).to_string().into())
+    /// })
+    /// # }
+    /// ```
+    pub fn adapt_replay(
+        mut self,
+        adapt: impl Fn(&request::Parts, &Bytes, Response<Bytes>) -> Response<Bytes> + Send + Sync + 'static,
+    ) -> Self {
+        self.guard.options.replay = Some(Arc::new(adapt));
+        self
+    }
+
+    /// How long an answer that is to be stored may take from its head to its end before the layer passes it on as it
+    /// comes. 1 second by default. An answer whose `Content-Type` declares a stream (`text/event-stream`,
+    /// `application/x-ndjson`, `application/jsonl`, `application/json-seq`, `multipart/x-mixed-replace`) is passed on at
+    /// once.
+    ///
+    /// The client gets the head and each piece when they come. The answer is stored when it ends, and only then the client
+    /// gets its end. Where it breaks off, the client's answer breaks off and the outcome of the request is unknown.
+    pub fn stream_after(mut self, limit: Duration) -> Self {
+        self.guard.options.stream_after = limit;
+        self
+    }
+
+    /// How long the layer reads on an answer that it passes on as it comes and whose client has hung up. 10 seconds by
+    /// default. If it ends in that time, it is stored; if not, it is dropped, and the outcome of the request is unknown.
+    pub fn after_hang_up(mut self, limit: Duration) -> Self {
+        self.guard.options.after_hang_up = limit;
+        self
+    }
+
+    /// How long a request waits for another one with its key, to be answered with the result of that one. Zero by default:
+    /// it gets 409 at once, as the draft says.
     pub fn wait(mut self, limit: Duration) -> Self {
         self.guard.options.wait = limit;
         self
@@ -183,10 +289,13 @@ impl IdempotencyLayer {
         self.guard.counters.figures()
     }
 
-    /// Done when no handler is at work, whether a client waits for it or not. Stop taking requests before, and close the
-    /// store afterwards.
-    pub async fn idle(&self) {
-        self.guard.at_work.none().await;
+    /// Waits until no handler is at work and no answer is on its way as a stream, whether a client waits for it or not.
+    /// Returns after `limit` at the latest, with the number of requests that are still at work: 0 if there are none.
+    ///
+    /// Stop taking requests before, and close the store afterwards: a request that is still at work then cannot store its
+    /// answer, and its outcome is unknown.
+    pub async fn idle(&self, limit: Duration) -> usize {
+        self.guard.at_work.none(limit).await
     }
 }
 

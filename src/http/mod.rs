@@ -1,7 +1,8 @@
-//! A layer for axum and other servers of tower's: each request under an `Idempotency-Key` is done once.
+//! A layer for axum and other servers that use tower's layers: each request under an `Idempotency-Key` is processed once.
 //!
-//! It does what the IETF's draft `draft-ietf-httpapi-idempotency-key-header` says, with Stripe's habits where the draft
-//! leaves a choice. `docs/http.md` has the table of every answer, and advice on windows and scopes.
+//! It follows the IETF draft `draft-ietf-httpapi-idempotency-key-header`, with Stripe's habits where the draft leaves a
+//! choice. `docs/http.md` has a table of every answer, of every status and what it means for the key, and advice on windows
+//! and scopes.
 //!
 //! ```
 //! use axum::{Extension, Router, routing::post};
@@ -29,26 +30,29 @@
 //!
 //! # What happens to a request
 //!
-//! 1. Its method is not guarded (by default all but POST and PATCH), or it has no key and needs none: it passes untouched.
+//! 1. Its method is not guarded (by default all but POST and PATCH), or it has no key and needs none: it passes unchanged.
 //! 2. Its key is read. `"k"`, a string of structured fields as the draft wants it, and `k`, as Stripe's clients send it, are
-//!    the same key; keys are compared byte by byte, upper and lower case apart.
-//! 3. Its body is read, up to a limit, and its method, path, query and body become the key's fingerprint.
-//! 4. The key is claimed. Done before: the stored answer, with `Idempotent-Replayed: true`. Being done: 409, with
+//!    the same key; keys are compared byte by byte, case-sensitive. A hook can take the key from the body
+//!    ([`IdempotencyLayer::key`]).
+//! 3. Its body is read, up to a limit, and its method, path, query and body become the key's fingerprint, byte by byte or by
+//!    another rule ([`RequestFingerprint`]).
+//! 4. The key is claimed. Completed before: the stored answer, with `Idempotent-Replayed: true`. In progress: 409, with
 //!    `Retry-After`. Used with another fingerprint: 422.
-//! 5. Otherwise the handler runs in a task of its own, under a lease that is kept alive. A client that hangs up changes
+//! 5. Otherwise the handler runs in a task of its own, under a lease that is renewed. A client that hangs up changes
 //!    nothing: the work ends, its answer is stored, the retry gets it.
-//! 6. The answer is stored, with the headers of a list, before the client gets it. What is not stored ([`Fate`]) frees the
-//!    key.
+//! 6. The answer is stored, with the headers of a list, before the client gets it. An answer that is a stream goes through as
+//!    it comes, and is stored before the client gets its end ([`IdempotencyLayer::stream_after`]). An answer that is not
+//!    stored ([`Fate`]) frees the key.
 //!
-//! Answers of the layer's own are `application/problem+json` (RFC 9457), with a `code` for programs.
+//! Answers of the layer itself are `application/problem+json` (RFC 9457), with a `code` for programs.
 //!
-//! # What is left open
+//! # Unknown outcomes
 //!
-//! A handler that panics, whose process dies, or that answers with 5xx may have done its work. The next attempt runs, and
-//! [`Attempt::prior`] tells the handler, which asks the other side before it repeats the effect. Where it must not run before
-//! somebody has decided, open the store with [`OnInterrupt::Hold`](crate::OnInterrupt::Hold): such a key is answered with 409
-//! without `Retry-After` until [`Store::resolve`](crate::Store::resolve) is called, with a [`StoredResponse`] where the work
-//! was done.
+//! A handler that panics, whose process stops, or that answers with a 5xx may have done its work. The next attempt runs, and
+//! [`Attempt::may_have_happened`] is true for it: the handler asks the other side before it repeats the effect. Where work
+//! must not run again before an operator has decided, open the store with
+//! [`OnInterrupt::Hold`](crate::OnInterrupt::Hold): such a key is answered with 409 without `Retry-After` until
+//! [`Store::resolve`](crate::Store::resolve) is called, with a [`StoredResponse`] where the work was done.
 //!
 //! # Panics
 //!
@@ -56,19 +60,24 @@
 
 mod attempt;
 mod body;
+mod fate;
 mod figures;
 mod fingerprint;
 mod guard;
+mod json;
 mod key;
 mod layer;
 mod problem;
 mod service;
 mod stored;
+mod stream;
 mod work;
 
-pub use attempt::{Attempt, Fate};
+pub use attempt::Attempt;
 pub use body::{Body, BoxError};
+pub use fate::Fate;
 pub use figures::Figures;
+pub use fingerprint::RequestFingerprint;
 pub use guard::OnStoreFailure;
 pub use layer::{IdempotencyLayer, NeedsScope};
 pub use service::Idempotent;

@@ -49,7 +49,7 @@ impl Problem {
             Self::Outstanding { .. } | Self::Held | Self::Overtaken => StatusCode::CONFLICT,
             Self::StoreFailed { .. } | Self::AnswerNotStored => StatusCode::SERVICE_UNAVAILABLE,
             Self::HandlerFailed | Self::AnswerUnreadable => StatusCode::INTERNAL_SERVER_ERROR,
-            // What is known of the first answer is said: who is told of an error may try again under another key.
+            // The status of the first answer, where it is known: a client that gets an error may retry with another key.
             Self::AnswerNotKept { status } => status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
         }
     }
@@ -80,50 +80,55 @@ impl Problem {
             Self::KeyMissing => "Idempotency-Key is missing",
             Self::KeyMalformed(_) => "Idempotency-Key is malformed",
             Self::KeyTooLong { .. } => "Idempotency-Key is too long",
-            Self::ScopeMissing => "The request belongs to nobody",
-            Self::BodyBroken => "The request's body did not arrive",
-            Self::BodyTooLarge { .. } => "The request's body is too large",
+            Self::ScopeMissing => "Request has no idempotency scope",
+            Self::BodyBroken => "Request body is incomplete",
+            Self::BodyTooLarge { .. } => "Request body is too large",
             Self::KeyReused => "Idempotency-Key is already used",
             Self::Outstanding { .. } => "A request is outstanding for this Idempotency-Key",
             Self::Held => "A request with this Idempotency-Key was interrupted",
-            Self::Overtaken => "Another request with this Idempotency-Key has taken over",
+            Self::Overtaken => "Another request with this Idempotency-Key took over",
             Self::StoreFailed { .. } => "Idempotency keys cannot be checked",
             Self::AnswerNotStored => "The outcome could not be stored",
             Self::HandlerFailed => "The request was interrupted",
-            Self::AnswerNotKept { .. } => "The request was done before, and its answer was not kept",
-            Self::AnswerUnreadable => "The request was done before, and its answer cannot be read",
+            Self::AnswerNotKept { .. } => "The request was processed before, and its answer was not kept",
+            Self::AnswerUnreadable => "The request was processed before, and its answer cannot be read",
         }
     }
 
     fn detail(self) -> Cow<'static, str> {
         match self {
-            Self::KeyMissing => "This operation needs a key, so that it can be retried.".into(),
-            Self::KeyMalformed(why) => {
-                format!("{why} Send one, in double quotes, or bare in visible ASCII without quotes and commas.").into()
-            }
-            Self::KeyTooLong { limit } => format!("A key has at most {limit} characters.").into(),
-            Self::ScopeMissing => "It is not clear whose key it is.".into(),
-            Self::BodyBroken => "Nothing was done. Send the request again with the same key.".into(),
-            Self::BodyTooLarge { limit } => format!("Nothing was done. A body has at most {limit} bytes.").into(),
-            Self::KeyReused => {
-                "The key was first used with another method, path, query or body. Use a new key for a new \
-                                request, and the very same request for a retry."
-                    .into()
-            }
-            Self::Outstanding { .. } => "It is being worked on. Send it again later with the same key.".into(),
-            Self::Held => "Whether it was done is not known. Its key waits for a decision by the service's operators. \
-                           Do not send it with another key before they have told you."
+            Self::KeyMissing => "This operation requires an idempotency key. Send the request again with a key.".into(),
+            Self::KeyMalformed(why) => format!(
+                "{why} Send a key in double quotes, or an unquoted key of visible ASCII characters without quotes and \
+                 commas."
+            )
+            .into(),
+            Self::KeyTooLong { limit } => format!("A key has at most {limit} bytes.").into(),
+            Self::ScopeMissing => "The service cannot determine which client the key belongs to. Check the credentials of \
+                                   the request."
                 .into(),
-            Self::Overtaken => "Send the request again with the same key to get its answer.".into(),
-            Self::StoreFailed { .. } => "Nothing was done. Send the request again later with the same key.".into(),
+            Self::BodyBroken => "The request was not processed. Send it again with the same key.".into(),
+            Self::BodyTooLarge { limit } => {
+                format!("The request was not processed. A request body has at most {limit} bytes.").into()
+            }
+            Self::KeyReused => "The key was used before for a different request. Use a new key for a new request. To retry, \
+                                send the original request unchanged."
+                .into(),
+            Self::Outstanding { .. } => "The request is being processed. Retry later with the same key.".into(),
+            Self::Held => {
+                "The outcome is unknown and requires manual resolution. Do not retry with a different key.".into()
+            }
+            Self::Overtaken => "Retry with the same key to get the answer of the other request.".into(),
+            Self::StoreFailed { .. } => "The request was not processed. Retry later with the same key.".into(),
             Self::AnswerNotStored | Self::HandlerFailed => {
-                "It may have been done. Send the request again later with the same key, not with another one.".into()
+                "The request may have been processed. Retry later with the same key, not with a different one.".into()
             }
             Self::AnswerNotKept { status: Some(_) } => {
-                "This is its status. Its body was too large to be stored. It was not done again.".into()
+                "The status is the original one. The body was too large to be stored. The request was not processed again."
+                    .into()
             }
             Self::AnswerNotKept { status: None } | Self::AnswerUnreadable => {
-                "It was not done again. Ask what came of it before you send it with another key.".into()
+                "The request was not processed again. Find out its outcome before you retry with a different key.".into()
             }
         }
     }
@@ -188,5 +193,61 @@ mod tests {
         let now = Problem::Outstanding { retry_after: Duration::ZERO }.response(None);
         assert_eq!(now.headers()[RETRY_AFTER], "1");
         assert!(Problem::Held.response(None).headers().get(RETRY_AFTER).is_none());
+    }
+
+    /// Every text that a client can get.
+    fn all() -> Vec<Problem> {
+        let status = Some(StatusCode::CREATED);
+        vec![
+            Problem::KeyMissing,
+            Problem::KeyMalformed("The key is empty."),
+            Problem::KeyTooLong { limit: 255 },
+            Problem::ScopeMissing,
+            Problem::BodyBroken,
+            Problem::BodyTooLarge { limit: 1_024 },
+            Problem::KeyReused,
+            Problem::Outstanding { retry_after: Duration::ZERO },
+            Problem::Held,
+            Problem::Overtaken,
+            Problem::StoreFailed { retryable: true },
+            Problem::AnswerNotStored,
+            Problem::HandlerFailed,
+            Problem::AnswerNotKept { status },
+            Problem::AnswerNotKept { status: None },
+            Problem::AnswerUnreadable,
+        ]
+    }
+
+    #[test]
+    fn what_clients_read_is_plain_and_says_what_to_do() {
+        let unclear = ["told", "tell", "nobody", "somebody", "whoever", "waits for a decision", "behind", "goes"];
+        for problem in all() {
+            let (title, detail) = (problem.title(), problem.detail());
+            for words in unclear {
+                assert!(!title.contains(words) && !detail.contains(words), "{words}: {title}: {detail}");
+            }
+            // A title names the matter, a detail is made of whole sentences.
+            assert!(!title.ends_with('.') && detail.ends_with('.'), "{title}: {detail}");
+            // What may have been done must not be done again under another key.
+            let retry = match problem {
+                Problem::AnswerNotKept { status: Some(_) } => "was not processed again",
+                Problem::Held | Problem::AnswerNotKept { .. } | Problem::AnswerUnreadable => "with a different key",
+                Problem::AnswerNotStored | Problem::HandlerFailed => "with the same key, not with a different one",
+                Problem::BodyBroken
+                | Problem::Outstanding { .. }
+                | Problem::Overtaken
+                | Problem::StoreFailed { .. } => "with the same key",
+                Problem::KeyMissing | Problem::KeyMalformed(_) => "end ",
+                Problem::KeyTooLong { .. } | Problem::BodyTooLarge { .. } => " at most ",
+                Problem::ScopeMissing => "Check the credentials",
+                Problem::KeyReused => "Use a new key for a new request",
+            };
+            assert!(detail.contains(retry), "{title}: {detail}");
+        }
+        assert_eq!(Problem::ScopeMissing.title(), "Request has no idempotency scope");
+        assert_eq!(
+            Problem::Held.detail(),
+            "The outcome is unknown and requires manual resolution. Do not retry with a different key."
+        );
     }
 }

@@ -8,15 +8,16 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
+use http::request::Parts;
 use http::{Request, Response};
+use tokio::sync::oneshot;
 use tower_service::Service;
 use tracing::Instrument;
 
 use super::attempt::Attempt;
 use super::body::{Body, BoxError, Read, read};
-use super::fingerprint::fingerprint;
-use super::guard::{Guard, OnStoreFailure};
-use super::key::key_of;
+use super::guard::{Guard, KeyFrom, OnStoreFailure, Options};
+use super::key::{checked, key_of};
 use super::problem::Problem;
 use super::stored::StoredResponse;
 use super::work::work;
@@ -69,6 +70,18 @@ where
     }
 }
 
+/// A request, as the layer sees it before it asks the store.
+enum Asked<B> {
+    /// It passes as it is.
+    Unguarded(Request<Body<B>>),
+    Guarded {
+        parts: Parts,
+        body: Bytes,
+        key: String,
+        scope: Vec<u8>,
+    },
+}
+
 async fn answer<S, B, R>(guard: Arc<Guard>, mut service: S, request: Request<B>) -> Result<Response<Body<R>>, S::Error>
 where
     S: Service<Request<Body<B>>, Response = Response<R>> + Send + 'static,
@@ -79,46 +92,21 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
+    let (parts, body, key, scope) = match asked(&guard, request).await {
+        Ok(Asked::Guarded { parts, body, key, scope }) => (parts, body, key, scope),
+        Ok(Asked::Unguarded(request)) => return Ok(service.call(request).await?.map(Body::untouched)),
+        Err(problem) => return Ok(guard.refuse(problem)),
+    };
     let options = &guard.options;
-    let key = if options.methods.contains(request.method()) {
-        match key_of(request.headers(), &options.key_header, options.key_limit) {
-            Ok(None) if options.key_required => return Ok(guard.refuse(Problem::KeyMissing)),
-            Ok(Some(key)) if !(options.key_form)(&key) => {
-                return Ok(guard.refuse(Problem::KeyMalformed("It has not the form that this service asks for.")));
-            }
-            Ok(key) => key,
-            Err(problem) => return Ok(guard.refuse(problem)),
-        }
-    } else {
-        None
-    };
-    let Some(key) = key else {
-        let response = service.call(request.map(Body::untouched)).await?;
-        return Ok(response.map(Body::untouched));
-    };
-    let (parts, body) = request.into_parts();
-    let scope = match &guard.scope {
-        None => Vec::new(),
-        Some(scope) => match scope(&parts) {
-            // An empty one would be no scope, and shared.
-            Some(scope) if (1..=MAX_SCOPE).contains(&scope.len()) => scope,
-            _ => return Ok(guard.refuse(Problem::ScopeMissing)),
-        },
-    };
-    let body = match read(body, options.body_limit).await {
-        Read::Whole(body) => body,
-        Read::TooLarge(_) => return Ok(guard.refuse(Problem::BodyTooLarge { limit: options.body_limit })),
-        Read::Broken(_) => return Ok(guard.refuse(Problem::BodyBroken)),
-    };
-    let asked = Key::from(&key).scope(&scope).fingerprint(fingerprint(&parts, &body));
-    let claim = guard.store.claim_wait(asked, options.wait).await;
-    let mut request = Request::from_parts(parts, Body::whole(body));
-    match claim {
+    let fingerprint = (options.fingerprint)(&parts, &body);
+    let asked = Key::from(&key).scope(&scope).fingerprint(fingerprint);
+    match guard.store.claim_wait(asked, options.wait).await {
         Ok(Claim::Acquired(lease)) => {
-            request.extensions_mut().insert(attempt(key, &lease));
+            let mut request = Request::from_parts(parts, Body::whole(body));
+            request.extensions_mut().insert(Attempt::new(key, &lease));
             in_its_own_task(Arc::clone(&guard), service, request, lease).await
         }
-        Ok(Claim::Completed(first)) => Ok(replay(&guard, &first)),
+        Ok(Claim::Completed(first)) => Ok(replay(&guard, &first, &parts, &body)),
         Ok(Claim::InProgress(other)) => Ok(guard.refuse(outstanding(&guard, other))),
         Err(Error::PayloadMismatch { .. }) => Ok(guard.refuse(Problem::KeyReused)),
         // The store's own limit is for key and scope together.
@@ -127,22 +115,73 @@ where
         }
         Err(error) => match options.on_store_failure {
             OnStoreFailure::FailClosed => {
-                tracing::error!(%error, "a request was not served: its key could not be claimed");
+                tracing::error!(%error, "claim failed, request refused (fail-closed)");
                 Ok(guard.refuse(Problem::StoreFailed { retryable: error.retryable() }))
             }
             OnStoreFailure::FailOpen => {
-                tracing::error!(%error, "a request is served without protection: its key could not be claimed");
+                tracing::error!(%error, "claim failed, request served without deduplication (fail-open)");
                 guard.count_fail_open();
-                let response = service.call(request).await?;
+                let response = service.call(Request::from_parts(parts, Body::whole(body))).await?;
                 Ok(response.map(Body::untouched))
             }
         },
     }
 }
 
-fn attempt(key: String, lease: &Lease) -> Attempt {
-    let (token, number, prior) = (lease.token(), lease.attempt(), lease.prior());
-    Attempt { key: key.into(), token, number, prior, tx: Arc::default() }
+/// Finds out whether a request is guarded, under which key, and reads the body of one that is.
+async fn asked<B>(guard: &Guard, request: Request<B>) -> Result<Asked<B>, Problem>
+where
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    let options = &guard.options;
+    if !options.methods.contains(request.method()) {
+        return Ok(Asked::Unguarded(request.map(Body::untouched)));
+    }
+    let (parts, body) = request.into_parts();
+    let without_key = |request| match options.key_required {
+        true => Err(Problem::KeyMissing),
+        false => Ok(Asked::Unguarded(request)),
+    };
+    match &options.key_from {
+        // Nothing is read of a request that is refused for its headers.
+        KeyFrom::Header(name) => {
+            let Some(key) = key_of(&parts.headers, name)? else {
+                return without_key(Request::from_parts(parts, Body::untouched(body)));
+            };
+            let (key, scope) = (checked(key, options)?, scope_of(guard, &parts)?);
+            let body = whole(options, body).await?;
+            Ok(Asked::Guarded { parts, body, key, scope })
+        }
+        KeyFrom::Request(hook) => {
+            let body = whole(options, body).await?;
+            let Some(key) = hook(&parts, &body) else {
+                return without_key(Request::from_parts(parts, Body::whole(body)));
+            };
+            let (key, scope) = (checked(key, options)?, scope_of(guard, &parts)?);
+            Ok(Asked::Guarded { parts, body, key, scope })
+        }
+    }
+}
+
+fn scope_of(guard: &Guard, parts: &Parts) -> Result<Vec<u8>, Problem> {
+    match &guard.scope {
+        None => Ok(Vec::new()),
+        // An empty one would be no scope, and shared.
+        Some(scope) => scope(parts).filter(|scope| (1..=MAX_SCOPE).contains(&scope.len())).ok_or(Problem::ScopeMissing),
+    }
+}
+
+async fn whole<B>(options: &Options, body: B) -> Result<Bytes, Problem>
+where
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    match read(body, options.body_limit).await {
+        Read::Whole(body) => Ok(body),
+        Read::TooLarge(_) => Err(Problem::BodyTooLarge { limit: options.body_limit }),
+        Read::Broken(_) => Err(Problem::BodyBroken),
+    }
 }
 
 /// Works in a task that goes on when the client hangs up.
@@ -163,14 +202,20 @@ where
     guard.counters.executed.add(1);
     let begun = guard.at_work.begin();
     let shared = Arc::clone(&guard);
+    let (head, early) = oneshot::channel();
     let task = async move {
         let _begun = begun;
-        work(&shared, service, request, lease).await
+        work(&shared, service, request, lease, head).await
     };
-    match tokio::spawn(task.in_current_span()).await {
-        Ok(answer) => answer,
+    let task = tokio::spawn(task.in_current_span());
+    if let Ok(response) = early.await {
+        return Ok(response);
+    }
+    // No head came early, and the task gives the answer.
+    match task.await {
+        Ok(answer) => Ok(answer?.unwrap_or_else(|| guard.refuse(Problem::HandlerFailed))),
         Err(_panic) => {
-            tracing::error!("a handler panicked: its request counts as interrupted work");
+            tracing::error!("the handler panicked: outcome unknown");
             Ok(guard.refuse(Problem::HandlerFailed))
         }
     }
@@ -185,11 +230,11 @@ fn outstanding(guard: &Guard, other: InProgress) -> Problem {
 }
 
 /// What the first request was answered.
-fn replay<R>(guard: &Guard, first: &Completed) -> Response<Body<R>> {
+fn replay<R>(guard: &Guard, first: &Completed, parts: &Parts, request_body: &Bytes) -> Response<Body<R>> {
     let answer = match first.result().map(StoredResponse::decode) {
         Some(Ok(answer)) => answer,
         Some(Err(error)) => {
-            tracing::error!(%error, "a stored answer cannot be read");
+            tracing::error!(%error, "failed to decode a stored answer");
             return guard.refuse(Problem::AnswerUnreadable);
         }
         None => return guard.refuse(Problem::AnswerNotKept { status: None }),
@@ -201,10 +246,13 @@ fn replay<R>(guard: &Guard, first: &Completed) -> Response<Body<R>> {
         return replayed(response);
     };
     guard.counters.replayed.add(1);
-    let mut response = Response::new(Body::whole(body));
+    let mut response = Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;
-    replayed(response)
+    if let Some(adapt) = &guard.options.replay {
+        response = adapt(parts, request_body, response);
+    }
+    replayed(response.map(Body::whole))
 }
 
 fn replayed<R>(mut response: Response<Body<R>>) -> Response<Body<R>> {

@@ -89,6 +89,11 @@ impl StoredResponse {
         Self { status: parts.status, headers: kept(&parts.headers, wanted), body: Some(body) }
     }
 
+    /// The same with another body.
+    pub(super) fn with_body(self, body: Bytes) -> Self {
+        Self { body: Some(body), ..self }
+    }
+
     /// The same without its body, and without the headers that are about a body.
     pub(super) fn without_body(mut self) -> Self {
         self.body = None;
@@ -156,14 +161,18 @@ impl StoredResponse {
         let refused = |detail: &str| Error::Decode { detail: format!("a stored HTTP answer: {detail}") };
         let mut reader = Reader::new(bytes);
         if reader.take(MAGIC.len()) != Some(MAGIC) {
-            return Err(refused("it does not begin like one"));
+            return Err(refused("it does not begin with \"OHR\""));
         }
         match reader.byte() {
             Some(VERSION) => {}
-            Some(newer) => return Err(refused(&format!("version {newer}, and this reads {VERSION}"))),
-            None => return Err(refused("it is cut off")),
+            Some(newer) => {
+                return Err(refused(&format!(
+                    "it has version {newer}, and the newest supported one is {VERSION}: upgrade onlyonce"
+                )));
+            }
+            None => return Err(refused("it is truncated")),
         }
-        body_of_version_1(reader).ok_or_else(|| refused("it is damaged"))
+        body_of_version_1(reader).ok_or_else(|| refused("it is corrupt"))
     }
 }
 

@@ -31,7 +31,6 @@ pub(crate) struct Grant {
     /// When it was claimed; on stream time, what the key's time is to be. What ends it is not earlier.
     pub(crate) at_ms: u64,
     pub(crate) claimed_monotonic_ms: u64,
-    pub(crate) until_monotonic_ms: u64,
 }
 
 impl Grant {
@@ -88,7 +87,7 @@ pub(super) fn payload_mismatch(asked: Asked<'_>) -> Error {
 
 #[cold]
 pub(super) fn too_old(asked: Asked<'_>, at_ms: Option<u64>, now: Now, window_ms: u64) -> Error {
-    let remembers_since_ms = now.time_ms.saturating_sub(window_ms).saturating_add(1);
+    let remembers_since_ms = now.remembers_since(window_ms);
     Error::TooOld { key: display(asked.key), at_ms: at_ms.unwrap_or(0), remembers_since_ms }
 }
 

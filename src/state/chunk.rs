@@ -60,9 +60,8 @@ impl Rows for Chunk {
                 a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key()))
             });
             for (digest, key) in &here {
-                if let Some(entry) = &key.entry() {
-                    visit(Row { digest: *digest, key: key.key(), entry })?;
-                }
+                let entry = &key.entry().ok_or_else(|| key.is_not())?;
+                visit(Row { digest: *digest, key: key.key(), entry })?;
             }
         }
         Ok(())

@@ -58,7 +58,6 @@ impl Engine {
                             fingerprint,
                             at_ms: since_ms,
                             claimed_monotonic_ms: now.monotonic_ms,
-                            until_monotonic_ms,
                         }))
                     }
                     Found::InProgress { retry_after_ms, attempt } => {
@@ -73,7 +72,7 @@ impl Engine {
         }
         self.append(open, row, self.config.sync_claims())?;
         self.count_claims(&claimed);
-        Ok(claimed)
+        self.answered(claimed, request.len())
     }
 
     /// Records every key that is free as completed, without a result. One row, whatever their number.
@@ -123,7 +122,7 @@ impl Engine {
         }
         self.count_records(&answers);
         self.wake_if_due();
-        Ok(answers)
+        self.answered(answers, request.len())
     }
 
     /// Room for one more key in flight, if it is none yet, and for its decision, should it come to one. Asked under a

@@ -12,35 +12,30 @@ use std::time::Duration;
 use super::along::{self, Along};
 use super::answer::too_far_ahead;
 use super::hot_table::{HotTable, Stripe};
+use super::notes::{
+    CLOCK, FLOOR, FORMAT, HIGH_WATER, ON_INTERRUPT, SECRET, SPAN, STREAM_TIME, TOKENS, corrupt_meta, meta,
+};
 use super::request::{Asked, Request, admit_bytes};
 use super::sequence::Sequence;
+use super::timekeeping::{self, TimeSaved};
 use super::transition::{self, Policy};
 use super::waiting::{Waiter, Waiting};
 use crate::bucket::filters::Filters;
 use crate::bucket::recovery::{self, Replayed};
 use crate::bucket::set::BucketSet;
-use crate::clock::{Now, Timeline};
+use crate::clock::{ClockState, Now, Timeline};
 use crate::codec::{self, Event, RowKind, RowWriter};
 use crate::concurrency::{AtomicBool, AtomicU64, Condvar, Mutex};
-use crate::config::{Config, Options, Stored};
+use crate::config::{Config, MAX_KEY, Options, Stored};
 use crate::entry::{Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::invariant::{Invariant, Poison};
 use crate::key::{Digester, Key};
 use crate::kill_point::KillPoint;
 use crate::meter::Meter;
 use crate::stats::Counters;
 use crate::storage::db::{self, Db};
 use crate::storage::directory::Directory;
-
-/// Names in `meta`.
-pub(super) const FORMAT: &str = "format";
-pub(super) const SECRET: &str = "secret";
-pub(super) const SPAN: &str = "span";
-pub(super) const ON_INTERRUPT: &str = "on-interrupt";
-pub(super) const TOKENS: &str = "tokens";
-pub(super) const HIGH_WATER: &str = "high-water";
-/// Only in a store that runs on stream time.
-pub(super) const STREAM_TIME: &str = "stream-time";
 
 /// What the filters may take of sixteen parts of the memory budget. The rest: four parts for keys that are not sealed, two
 /// for cached blocks, two for the journal's memtable, one for what was sealed lately.
@@ -61,6 +56,7 @@ pub(crate) struct Engine {
     pub(super) filters: Filters,
     pub(super) sequence: Sequence,
     pub(super) timeline: Timeline,
+    pub(super) time_saved: TimeSaved,
     pub(super) counters: Counters,
     pub(super) meter: Meter,
     /// Held while sealed keys change their place, and by whoever must not see them do so. The number of the last
@@ -79,8 +75,11 @@ pub(crate) struct Engine {
     pub(super) log_bytes: AtomicU64,
     /// Whether something was written that is not on the disk yet.
     pub(super) unsynced: AtomicBool,
+    /// What the journal held when it was opened.
+    pub(super) found: Replayed,
     digester: Digester,
-    poison: OnceLock<String>,
+    /// Shared with the hot table, the buckets and the sequence.
+    poison: Arc<Poison>,
     closed: AtomicBool,
 }
 
@@ -113,8 +112,12 @@ impl Engine {
                 (ON_INTERRUPT, codec::put_on_interrupt(config.on_interrupt)),
                 (TOKENS, 1_u64.to_le_bytes().to_vec()),
                 (HIGH_WATER, 0_u64.to_le_bytes().to_vec()),
+                (FLOOR, 0_u64.to_le_bytes().to_vec()),
             ];
-            notes.extend(config.max_ahead_ms.map(|ahead_ms| (STREAM_TIME, ahead_ms.to_le_bytes().to_vec())));
+            notes.push(match config.max_ahead_ms {
+                Some(ahead_ms) => (STREAM_TIME, ahead_ms.to_le_bytes().to_vec()),
+                None => (CLOCK, codec::put_clock(&ClockState::default())),
+            });
             Ok(notes)
         };
         let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
@@ -129,13 +132,13 @@ impl Engine {
         let span = meta::<16>(&db, SPAN)?;
         let span = codec::read_span(&span).ok_or_else(|| corrupt_meta(SPAN))?;
         let tokens = u64::from_le_bytes(meta(&db, TOKENS)?);
-        let high_water_ms = u64::from_le_bytes(meta(&db, HIGH_WATER)?);
         let on_interrupt =
             codec::read_on_interrupt(&meta::<1>(&db, ON_INTERRUPT)?).ok_or_else(|| corrupt_meta(ON_INTERRUPT))?;
         let config = options.check(Some(Stored { span, on_interrupt, max_ahead_ms }))?;
 
         let digester = Digester::new(&secret);
         let hot = HotTable::new(config.memory_budget / RECENT_SHARE);
+        let poison = Arc::clone(hot.poison());
         let replayed = recovery::replay(&db, |key, event| {
             let digest = digester.digest(key);
             apply(&mut hot.stripe(digest), digest, key, event);
@@ -146,22 +149,19 @@ impl Engine {
                 detail: format!("the journal has row {} where only {tokens} were reserved", replayed.last_number),
             });
         }
-        let (clock, high_water_ms) = (Arc::clone(&options.clock), high_water_ms.max(replayed.time_ms));
-        let timeline = match config.max_ahead_ms {
-            None => Timeline::new(clock, high_water_ms),
-            Some(ahead_ms) => Timeline::of_messages(clock, high_water_ms, ahead_ms, config.span.window_ms),
-        };
+        let timeline = timekeeping::resume(&db, &options.clock, &config, span, replayed.time_ms)?;
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
-        let now_ms = timeline.now().time_ms;
+        let now = timeline.now();
         let (span, expected) = (config.span, config.bucket_keys);
-        let buckets = BucketSet::open(&db, &families, span, now_ms, expected, filter_budget, filters.geometry())?;
+        let buckets = BucketSet::open(&db, &families, span, &now, expected, filter_budget, filters.geometry())?;
+        let buckets = buckets.of(&poison);
         let engine = Self {
             policy: Policy {
                 window_ms: config.span.window_ms,
                 on_interrupt: config.on_interrupt,
                 is_stream: timeline.is_stream(),
-                opened: timeline.now(),
+                opened: (&now).into(),
                 first_token: tokens,
             },
             config,
@@ -169,8 +169,9 @@ impl Engine {
             hot,
             buckets,
             filters,
-            sequence: Sequence::after(tokens),
+            sequence: Sequence::after(tokens).of(&poison),
             timeline,
+            time_saved: TimeSaved::default(),
             counters: Counters::default(),
             meter: Meter::new(&path),
             sealing: Mutex::new(replayed.last_number),
@@ -181,13 +182,14 @@ impl Engine {
             journal_bytes: AtomicU64::new(replayed.bytes),
             log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
+            found: replayed,
             digester,
-            poison: OnceLock::new(),
+            poison,
             closed: AtomicBool::new(false),
         };
         KillPoint::OpenReplayed.pass();
         engine.notice_crashes();
-        engine.begin(replayed)?;
+        engine.begin()?;
         Ok(engine)
     }
 
@@ -214,8 +216,11 @@ impl Engine {
         }
     }
 
-    /// Puts on the disk, before the first answer, what this opening changed: its options and its tokens.
-    fn begin(&self, replayed: Replayed) -> Result<()> {
+    /// Puts on the disk, before the first answer, what this opening changed: its options, the retention floor and its
+    /// tokens.
+    fn begin(&self) -> Result<()> {
+        self.unbroken()?;
+        self.timeline.ask_to_be_saved();
         self.write(true, |tx| {
             tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
             tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))?;
@@ -228,7 +233,7 @@ impl Engine {
         self.db.begin_log()?;
         tracing::info!(
             path = %self.db.directory().root().display(),
-            journal_rows = replayed.rows,
+            journal_rows = self.found.rows,
             unsealed = self.hot.flushable(),
             interrupted = self.hot.in_flight(),
             buckets = self.buckets.view().newest_first().len(),
@@ -237,7 +242,6 @@ impl Engine {
         Ok(())
     }
 
-    #[cfg(feature = "tokio")]
     pub(crate) fn path(&self) -> &std::path::Path {
         self.db.directory().root()
     }
@@ -255,18 +259,23 @@ impl Engine {
         self.waiting.enter(digest)
     }
 
-    /// Encodes and digests the keys of a call that is about them and not about work on them.
+    /// Encodes and digests the keys of a call that is about them and not about work on them: also those that were claimed
+    /// when `key_limit` was higher.
     pub(crate) fn request_about<'k, K: Into<Key<'k>>>(
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Arc<Request>> {
         self.ready()?;
-        Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
+        Ok(Arc::new(Request::new(keys, MAX_KEY, &self.digester)?))
     }
 
     /// Encodes and digests the keys of a call.
     pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
-        if self.timeline.is_stream() { Err(Error::TimestampMissing) } else { self.request_about(keys) }
+        if self.timeline.is_stream() {
+            return Err(Error::TimestampMissing);
+        }
+        self.ready()?;
+        Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
     }
 
     /// As [`Engine::request`], with the times of their messages.
@@ -287,12 +296,11 @@ impl Engine {
         if !self.timeline.is_stream() {
             return Err(Error::TimestampUnexpected);
         }
-        if !self.timeline.is_within_a_year(to_ms) {
+        if !self.timeline.advance(to_ms) {
             let bounds = "up to a year ahead of the wall clock or of stream time, in milliseconds".to_owned();
             return Err(Error::Config { option: "advance_stream_time", value: to_ms.to_string(), bounds });
         }
-        self.timeline.advance(to_ms);
-        self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))
+        self.save_time()
     }
 
     /// The moment at which a key is decided about: taken while its stripe is locked, so that it is not before the moment
@@ -304,9 +312,10 @@ impl Engine {
         }
     }
 
-    /// Since when a key is what it becomes now. On stream time a key's time is its message's, whatever becomes of it.
+    /// Since when a key is what it becomes now: never earlier than what it was, though the time may come back. On stream time a
+    /// key's time is its message's, whatever becomes of it.
     pub(super) fn left_at(&self, processing: &Processing, now: Now) -> u64 {
-        if self.timeline.is_stream() { processing.since_ms } else { now.time_ms }
+        if self.timeline.is_stream() { processing.since_ms } else { now.time_ms.max(processing.since_ms) }
     }
 
     /// A row whose items have the store's time, or times of their own.
@@ -319,40 +328,87 @@ impl Engine {
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
-        match self.poison.get() {
-            None => Ok(()),
-            Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
-        }
+        self.poison.error().map_or(Ok(()), Err)
     }
 
     pub(crate) fn poisoned(&self) -> Option<&str> {
-        self.poison.get().map(String::as_str)
+        self.poison.reason()
     }
 
     /// Refuses everything from now on: nobody knows any more what is on the disk.
     pub(crate) fn poison(&self, reason: &str) {
-        if self.poison.set(reason.to_owned()).is_ok() {
-            tracing::error!(reason, "store poisoned: it refuses until it is reopened");
+        self.refuse_with(reason.to_owned(), Error::Poisoned { reason: reason.to_owned() });
+    }
+
+    /// Poisons the store where a write failed so that nobody knows any more what is on the disk.
+    pub(super) fn poison_by(&self, error: &Error) {
+        match error {
+            Error::WriteFailed { detail } => self.poison(detail),
+            Error::DirectoryGone { .. } => self.refuse_with(error.to_string(), error.clone()),
+            _ => {}
         }
+    }
+
+    fn refuse_with(&self, reason: String, error: Error) {
+        let logged = reason.clone();
+        if self.poison.set_with(reason, error) {
+            tracing::error!(reason = logged, "store poisoned: it refuses until it is reopened");
+        }
+        self.wake_all();
+    }
+
+    /// Whoever waits for something looks again, and learns that the store has ended.
+    pub(super) fn wake_all(&self) {
         self.backlog.eased.notify_all();
         self.waiting.wake_all();
+    }
+
+    /// Fails, and poisons the store: something is not as it must be.
+    #[cold]
+    pub(crate) fn broken(&self, invariant: Invariant, detail: std::fmt::Arguments<'_>) -> Error {
+        let error = self.poison.broken(invariant, detail);
+        self.wake_all();
+        error
+    }
+
+    /// Fails where an invariant was broken. Before an answer: the table says nothing of it by itself.
+    pub(super) fn unbroken(&self) -> Result<()> {
+        self.poison.unbroken().inspect_err(|_| self.wake_all())
+    }
+
+    /// As many answers as a call has keys.
+    pub(crate) fn answered<T>(&self, answers: Vec<T>, keys: usize) -> Result<Vec<T>> {
+        if answers.len() == keys {
+            return Ok(answers);
+        }
+        Err(self.broken(Invariant::AnswerForEachKey, format_args!("{} answers to {keys} keys", answers.len())))
     }
 
     /// Writes to the database; poisons the store where the outcome is unknown.
     pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut db::Tx<'_>) -> Result<()>) -> Result<()> {
         self.ready()?;
+        let mut saving = None;
         let written = {
             let _timer = self.meter.commit(sync);
-            self.db.write(sync, fill)
+            self.db.write(sync, |tx| {
+                fill(tx)?;
+                saving = self.time_saved.put_changed(&self.timeline, tx)?;
+                Ok(())
+            })
         };
-        written.inspect_err(|error| {
-            if let Error::WriteFailed { detail } = error {
-                self.poison(detail);
-            }
-        })?;
+        written.inspect_err(|error| self.poison_by(error))?;
+        if let Some(saving) = saving {
+            saving.done();
+        }
         // Only after the write: whoever syncs takes the mark first, so that no write is left out.
         self.unsynced.fetch_or(!sync, Ordering::Release);
         Ok(())
+    }
+
+    /// Puts the store's time on the disk.
+    pub(super) fn save_time(&self) -> Result<()> {
+        self.timeline.ask_to_be_saved();
+        self.write(true, |_| Ok(()))
     }
 
     /// Makes sure that `count` tokens, and the numbers of some rows, can be taken.
@@ -370,13 +426,22 @@ impl Engine {
         self.waiting.wake_all();
         KillPoint::CloseBegun.pass();
         self.meter.end(&self.counters, || self.levels());
-        let high_water = self.timeline.high_water_ms().to_le_bytes();
-        let written = match self.poison.get() {
-            None => self.db.write(false, |tx| tx.put_meta(HIGH_WATER, &high_water)),
-            Some(reason) => Err(Error::Poisoned { reason: reason.clone() }),
+        let written = match self.poison.error() {
+            None => self.db.write(false, |tx| timekeeping::put(&self.timeline, tx).map(drop)),
+            Some(error) => Err(error),
         };
         KillPoint::CloseTimeWritten.pass();
-        let closed = self.db.close();
+        // A process that is over at once must not leave its tables to the next.
+        let merged = if self.poison.reason().is_none() { self.wait_for_merges() } else { Ok(()) };
+        if let Err(error) = merged {
+            tracing::warn!(%error, "nobody knows whether tables pile up");
+        }
+        // What was reserved and not taken is given back, or every open would cost four billion numbers: consumers may keep
+        // tokens in 53 bits. Nobody takes one any more that counts: the calls under way have ended.
+        let closed = self.db.close_with(|tx| match self.poison.reason() {
+            None => tx.put_meta(TOKENS, &self.sequence.untaken().to_le_bytes()),
+            Some(_) => Ok(()),
+        });
         tracing::info!(path = %self.db.directory().root().display(), "store closed");
         written.and(closed)
     }
@@ -441,6 +506,7 @@ impl Engine {
 
     /// As [`Engine::append`], with what its completions take along.
     pub(super) fn append_with(&self, open: OpenRow<'_>, row: RowWriter, taken: &[Along<'_>], sync: bool) -> Result<()> {
+        self.unbroken()?;
         if !row.is_empty() {
             let row = row.finish();
             self.write(sync, |tx| {
@@ -500,14 +566,6 @@ fn apply(stripe: &mut Stripe<'_>, digest: u64, key: &[u8], event: Event) {
         Event::Forgotten { token } if transition::replay_forgotten(stored, token) => stripe.remove(digest, key),
         _ => {}
     }
-}
-
-fn meta<const N: usize>(db: &Db, name: &'static str) -> Result<[u8; N]> {
-    db.meta(name)?.and_then(|value| value.try_into().ok()).ok_or_else(|| corrupt_meta(name))
-}
-
-fn corrupt_meta(name: &str) -> Error {
-    Error::Corrupt { place: format!("`{name}` in `meta`"), detail: "it is missing or of another form".to_owned() }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use crossbeam::utils::CachePadded;
 use super::page::{Page, Pending, Tally};
 use crate::concurrency::{ArcSwap, AtomicUsize, Mutex, MutexGuard};
 use crate::entry::{Entry, Processing};
+use crate::invariant::{Invariant, Poison};
 use crate::storage::journal::RowNumbers;
 
 /// Many more than there are cores, so that two threads seldom want the same one. Where races are looked for they are to want it.
@@ -29,7 +30,8 @@ struct Counts {
 }
 
 impl Counts {
-    fn add(&self, tally: Tally) {
+    #[inline]
+    fn add(&self, tally: Tally, poison: &Poison) {
         for (count, change) in [
             (&self.in_flight, tally.in_flight),
             (&self.held, tally.held),
@@ -38,14 +40,24 @@ impl Counts {
         ] {
             if change != 0 {
                 // Two's complement: adding a negative number wraps around to the difference.
-                count.fetch_add(change as usize, Ordering::Relaxed);
+                let before = count.fetch_add(change as usize, Ordering::Relaxed) as isize;
+                // What is taken away was added before, under the same stripe's lock.
+                if before.wrapping_add(change) < 0 {
+                    below_zero(poison, before, change);
+                }
             }
         }
     }
 }
 
+#[cold]
+#[inline(never)]
+fn below_zero(poison: &Poison, before: isize, change: isize) {
+    poison.broken(Invariant::CountsNotNegative, format_args!("{before} and {change}"));
+}
+
 /// The pages of one stripe.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Pages {
     /// What changes.
     young: Page,
@@ -65,18 +77,32 @@ pub(crate) struct HotTable {
     recent: ArcSwap<Recent>,
     /// The memory that it takes at least, once so much was sealed, and at most a chunk more.
     recent_bytes: usize,
+    poison: Arc<Poison>,
 }
 
 impl HotTable {
     /// An empty table that keeps about `recent_bytes` of what was sealed.
     pub(crate) fn new(recent_bytes: usize) -> Self {
+        let poison = Arc::<Poison>::default();
+        let pages = || Pages { young: Page::of(&poison), sealing: None };
         Self {
-            stripes: (0..STRIPES).map(|_| CachePadded::default()).collect(),
+            stripes: (0..STRIPES).map(|_| CachePadded::new(Mutex::new(pages()))).collect(),
             counts: Counts::default(),
-            rows: RowNumbers::default(),
+            rows: RowNumbers::of(&poison),
             recent: ArcSwap::from_pointee(vec![VecDeque::new(); STRIPES]),
             recent_bytes,
+            poison,
         }
+    }
+
+    /// What ends the store, where an invariant of the table is broken.
+    pub(crate) fn poison(&self) -> &Arc<Poison> {
+        &self.poison
+    }
+
+    #[inline]
+    fn count(&self, tally: Tally) {
+        self.counts.add(tally, &self.poison);
     }
 
     /// The rows that changes wait for.
@@ -121,7 +147,7 @@ impl HotTable {
         self.stripes()
             .filter_map(|mut stripe| {
                 let (sealed, tally) = stripe.pages.young.split(start, &self.rows, &mut keep);
-                self.counts.add(tally);
+                self.count(tally);
                 sealed.flushable().next()?;
                 let sealed = Arc::new(sealed);
                 stripe.pages.sealing = Some(Arc::clone(&sealed));
@@ -135,7 +161,7 @@ impl HotTable {
         for mut stripe in self.stripes() {
             if let Some(page) = stripe.pages.sealing.take() {
                 let tally = stripe.pages.young.absorb(&page);
-                self.counts.add(tally);
+                self.count(tally);
             }
         }
     }
@@ -168,7 +194,7 @@ impl HotTable {
             let sealed = stripe.pages.sealing.take();
             drop(stripe);
             if let Some(page) = sealed {
-                self.counts.add(Tally::default() - page.tally());
+                self.count(Tally::default() - page.tally());
             }
         }
     }
@@ -176,6 +202,12 @@ impl HotTable {
     /// What was sealed lately.
     pub(super) fn recent(&self) -> RecentKeys {
         RecentKeys(self.recent.load_full())
+    }
+
+    /// Breaks an invariant: the index of a digest's stripe keeps its entries, and the slots are gone.
+    #[cfg(test)]
+    pub(crate) fn lose_slots(&self, digest: u64) {
+        self.stripe(digest).pages.young.lose_slots();
     }
 
     /// Lets go of what is at hand of a key's bucket, where the bucket has changed.
@@ -223,19 +255,19 @@ impl Stripe<'_> {
     /// Puts an entry in the place of whatever was there.
     pub(crate) fn set(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>) {
         let tally = self.pages.young.set(digest, key, entry);
-        self.table.counts.add(tally);
+        self.table.count(tally);
     }
 
     /// As [`Stripe::set`], from the moment on at which a row is written.
     pub(crate) fn settle(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) {
         let tally = self.pages.young.settle(digest, key, entry, pending);
-        self.table.counts.add(tally);
+        self.table.count(tally);
     }
 
     /// Removes a key. Not while a seal is under way.
     pub(crate) fn remove(&mut self, digest: u64, key: &[u8]) {
         let tally = self.pages.young.remove(digest, key);
-        self.table.counts.add(tally);
+        self.table.count(tally);
     }
 
     /// Visits the keys in flight.
@@ -246,7 +278,7 @@ impl Stripe<'_> {
     /// Removes every key for which `keep` says false, of those that can change.
     pub(crate) fn retain(&mut self, keep: impl FnMut(&Entry) -> bool) {
         let tally = self.pages.young.retain(&self.table.rows, keep);
-        self.table.counts.add(tally);
+        self.table.count(tally);
     }
 }
 
@@ -464,7 +496,7 @@ mod tests {
                     table.stripe(digest).set(digest, &key, completed(i));
                     completed_below.store(i + 1, Ordering::Release);
                     table.split(u64::MAX, |_, _| true);
-                    filter.insert(1, [digest]);
+                    assert!(filter.insert(1, [digest]));
                     table.publish();
                     seals.fetch_add(1, Ordering::AcqRel);
                     table.retire();
@@ -514,5 +546,16 @@ mod tests {
         fn done_of(bytes: &[u8]) -> Done<&[u8]> {
             Done { token: 1, completed_ms: 5, fingerprint: Some([9; 16]), result: Kept::Stored(bytes) }
         }
+    }
+
+    #[test]
+    fn a_count_below_zero_breaks_an_invariant() {
+        let table = HotTable::new(0);
+        table.stripe(5).set(5, b"a", processing(1));
+        table.counts.in_flight.store(0, Ordering::Relaxed);
+        table.poison.unbroken().unwrap();
+        table.stripe(5).remove(5, b"a");
+        let said = table.poison.unbroken().unwrap_err().to_string();
+        assert!(said.contains("counts of the hot table are never negative"), "{said}");
     }
 }

@@ -38,8 +38,8 @@ impl Keeper {
             // Threads that a model does not know would go when they like.
             return Ok(keeper);
         }
-        // From now on, however late the thread begins.
-        let rounds = engine.rounds();
+        // The rounds begin here, however late the thread does.
+        let rounds = engine.catch_up()?;
         keeper.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| {
             keep(engine, rounds, &woken, stopped);
         })?;
@@ -134,6 +134,12 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
     let mut pause = TICK;
     // After a failure nobody may hurry it.
     let quiet = never();
+    // Before it may be told to stop: what the open has left would else be left by every process that is short.
+    if last.is_behind
+        && let Err(error) = engine.upkeep(&mut last)
+    {
+        tracing::warn!(%error, "upkeep failed, and will be tried again");
+    }
     loop {
         let woken = if pause == TICK { woken } else { &quiet };
         crossbeam::select! {
@@ -145,7 +151,7 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
         match engine.upkeep(&mut last) {
             Ok(()) => pause = TICK,
             Err(Error::Closed) => return,
-            Err(Error::Poisoned { .. }) => break,
+            Err(Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => break,
             Err(error) => {
                 tracing::warn!(%error, "upkeep failed, and will be tried again");
                 pause = PAUSE;

@@ -12,6 +12,7 @@ use crate::bucket::set::{Probe, View, look_up};
 use crate::clock::Now;
 use crate::entry::{Entry, Processing};
 use crate::error::Result;
+use crate::invariant::Invariant;
 use crate::meter::Call;
 
 /// What the buckets know of a request's keys, and as of which seal.
@@ -39,9 +40,18 @@ impl Engine {
         let digests: Vec<u64> = request.digests().collect();
         let mut slots = vec![0; digests.len()];
         view.candidates_of(&digests, &mut slots);
-        let asked = slots.iter().enumerate().filter(|(_, slots)| **slots != 0);
-        let asked = asked.filter_map(|(place, slots)| request.get(place).map(|asked| (asked, *slots)));
+        let mut lost = false;
+        let asked = slots.iter().enumerate().filter(|(_, slots)| **slots != 0).filter_map(|(place, slots)| {
+            let asked = request.get(place);
+            lost |= asked.is_none();
+            asked.map(|asked| (asked, *slots))
+        });
         let found = self.in_buckets(&view, asked)?;
+        if lost {
+            return Err(
+                self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
+            );
+        }
         self.counters.filter_checks.add(digests.len() as u64);
         Ok(OnDisk { seals, entries: found })
     }
@@ -94,6 +104,7 @@ impl Engine {
     ) -> Result<R> {
         let mut again;
         let mut on_disk = on_disk;
+        self.has_key(asked.key)?;
         loop {
             let mut stripe = self.hot.stripe(asked.digest);
             let hot = stripe.get(asked.digest, asked.key);
@@ -146,7 +157,19 @@ impl Engine {
     /// What `answer` makes of each key and what is stored of it.
     fn look_at<R>(&self, request: &Request, answer: impl Fn(Asked<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
         let on_disk = self.on_disk(request)?;
-        request.iter().map(|asked| self.decide(asked, &on_disk, |_, stored| answer(asked, stored))).collect()
+        let answers = request.iter().map(|asked| self.decide(asked, &on_disk, |_, stored| answer(asked, stored)));
+        let answers = answers.collect::<Result<Vec<R>>>()?;
+        self.unbroken()?;
+        self.answered(answers, request.len())
+    }
+
+    /// Fails where a request has lost a key: an encoded key has at least its first byte.
+    #[inline]
+    pub(super) fn has_key(&self, key: &[u8]) -> Result<()> {
+        if key.is_empty() {
+            return Err(self.broken(Invariant::KeyInRequest, format_args!("it has no bytes")));
+        }
+        Ok(())
     }
 
     /// How a key that is being processed stands.
@@ -170,6 +193,7 @@ impl Engine {
             }));
         }
         held.sort_by_key(|held: &HeldKey| held.processing.token);
+        self.unbroken()?;
         Ok(held)
     }
 }
@@ -178,9 +202,13 @@ impl Engine {
 mod tests {
     use std::time::Duration;
 
+    use super::super::answer::{Claimed, Grant, Settlement, Settler};
     use super::*;
     use crate::clock::ManualClock;
+    use crate::codec::RowKind;
     use crate::config::Options;
+    use crate::entry::{Backoff, Kept, Prior};
+    use crate::error::Error;
     use crate::storage::directory::Directory;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
@@ -228,5 +256,78 @@ mod tests {
         let stored = request.iter().map(|asked| engine.decide(asked, &on_disk, |_, stored| stored).unwrap());
         let stored: Vec<_> = stored.collect();
         assert!(matches!(stored[..], [None, Some(Entry::Completed(_)), Some(Entry::Completed(_))]), "{stored:?}");
+    }
+
+    fn assert_broken(engine: &Engine, name: &str, failed: Result<()>, said: &str) {
+        let error = failed.expect_err(name);
+        assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(said)), "{name}: {error}");
+        for refused in [engine.ready(), engine.seal(), engine.held().map(drop)] {
+            let error = refused.expect_err(name);
+            assert!(matches!(&error, Error::Poisoned { reason } if reason.contains(said)), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_meets_a_broken_invariant_fails_and_the_next_is_refused() {
+        type Call = fn(&Engine, &Arc<Request>, &Grant) -> Result<()>;
+        let calls: [(&str, Call); 9] = [
+            ("check", |engine, request, _| engine.check(request).map(drop)),
+            ("get", |engine, request, _| engine.get(request).map(drop)),
+            ("claim", |engine, request, _| engine.claim(request).map(drop)),
+            ("record", |engine, request, _| engine.record(request).map(drop)),
+            ("complete", |engine, _, grant| {
+                let done = Settlement::Completed(Kept::Absent, None);
+                engine.settle(RowKind::Completed, Settler::Holder, vec![(grant, done)]).map(drop)
+            }),
+            ("release", |engine, _, grant| {
+                let open = Settlement::Open { prior: Prior::Released, backoff: Backoff::NONE };
+                engine.settle(RowKind::Settled, Settler::Holder, vec![(grant, open)]).map(drop)
+            }),
+            ("renew", |engine, _, grant| engine.renew(grant).map(drop)),
+            ("held", |engine, request, _| engine.held_grant(request).map(drop)),
+            ("forget", |engine, request, _| engine.forget(request).map(drop)),
+        ];
+        for (name, call) in calls {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&dir, &Options::default());
+            let request = engine.request(["a"]).unwrap();
+            let Some(Ok(Claimed::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
+            engine.hot.lose_slots(grant.digest());
+            assert_broken(&engine, name, call(&engine, &request, &grant), "points to a slot");
+        }
+    }
+
+    #[test]
+    fn a_seal_of_a_page_in_disorder_moves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        engine.record(&request).unwrap();
+        engine.hot.lose_slots(request.digests().next().unwrap());
+        assert_broken(&engine, "seal", engine.seal(), "points to a slot");
+        engine.close().unwrap_err();
+        let engine = super::tests::engine(&dir, &Options::default());
+        let answer = engine.check(&engine.request(["a"]).unwrap()).unwrap().pop().unwrap();
+        assert!(matches!(answer, Ok(Answer::Completed(_))), "the journal has it: {answer:?}");
+    }
+
+    #[test]
+    fn a_key_without_bytes_is_neither_claimed_nor_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        let on_disk = engine.on_disk(&request).unwrap();
+        let asked = Asked { key: &[], ..request.get(0).unwrap() };
+        let decided = engine.decide(asked, &on_disk, |_, stored| stored);
+        assert_broken(&engine, "a lookup", decided.map(drop), "within the bytes of its request");
+
+        let dir = tempfile::tempdir().unwrap();
+        let engine = super::tests::engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        let Some(Ok(Claimed::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
+        let nobodys = Grant { place: 7, ..grant };
+        let done = Settlement::Completed(Kept::Absent, None);
+        let settled = engine.settle(RowKind::Completed, Settler::Holder, vec![(&nobodys, done)]);
+        assert_broken(&engine, "a completion", settled.map(drop), "within the bytes of its request");
     }
 }

@@ -6,9 +6,10 @@
 use std::sync::Arc;
 
 use hashbrown::HashTable;
-use hashbrown::hash_table::Entry as Place;
 
 use crate::entry::{Done, Entry, Holder, Kept, Processing};
+use crate::error::Error;
+use crate::invariant::{Invariant, Poison, STRICT};
 use crate::key::Fingerprint;
 use crate::storage::journal::RowNumbers;
 
@@ -167,6 +168,13 @@ impl<'a> Flushable<'a> {
     pub(super) fn entry(self) -> Option<Entry<&'a [u8]>> {
         self.page.at_rest(self.slot)
     }
+
+    /// What to fail with where it has nothing that it was completed with.
+    #[cold]
+    pub(super) fn is_not(self) -> Error {
+        let (token, state) = (self.slot.token, &self.slot.state);
+        self.page.poison.broken(Invariant::OnlyEndedSealed, format_args!("the key with token {token} is {state:?}"))
+    }
 }
 
 /// Keys of one stripe. Places of slots that are gone are used again by nobody: the next split leaves them behind.
@@ -177,9 +185,15 @@ pub(super) struct Page {
     heap: Vec<u8>,
     /// Bytes of what lies apart: large results, fingerprints.
     apart_bytes: usize,
+    poison: Arc<Poison>,
 }
 
 impl Page {
+    /// An empty page, which ends the store where an invariant is broken.
+    pub(super) fn of(poison: &Arc<Poison>) -> Self {
+        Self { poison: Arc::clone(poison), ..Self::default() }
+    }
+
     /// An empty page with room for what another holds.
     fn like(other: &Self) -> Self {
         Self {
@@ -187,7 +201,13 @@ impl Page {
             slots: Vec::with_capacity(other.places.len()),
             heap: Vec::with_capacity(other.heap.len()),
             apart_bytes: 0,
+            poison: Arc::clone(&other.poison),
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn lose_slots(&mut self) {
+        self.slots.clear();
     }
 
     /// The memory it takes.
@@ -195,13 +215,28 @@ impl Page {
         self.slots.len() * OVERHEAD_BYTES + self.heap.len() + self.apart_bytes
     }
 
+    // A part of few callers: as a call of its own it costs every key some thirty instructions.
+    #[inline(always)]
     fn find(&self, digest: u64, key: &[u8]) -> Option<&Slot> {
-        let place = self.places.find(spread(digest), |place| is(&self.slots, &self.heap, *place, digest, key))?;
-        self.slots.get(*place as usize)
+        let Self { slots, heap, poison, .. } = self;
+        let place = *self.places.find(spread(digest), |place| is(slots, heap, *place, digest, key))?;
+        let slot = slots.get(place as usize);
+        if slot.is_none_or(|slot| !lies_in(heap, slot)) {
+            lost(poison, slot, heap, place);
+            return None;
+        }
+        slot
     }
 
     fn key(&self, slot: &Slot) -> &[u8] {
-        key_of(&self.heap, slot)
+        self.bytes_at(slot.key_start, slot.key_len)
+    }
+
+    fn bytes_at(&self, start: usize, len: u32) -> &[u8] {
+        self.heap.get(start..start.wrapping_add(len as usize)).unwrap_or_else(|| {
+            no_bytes(&self.poison, start, len, self.heap.len());
+            &[]
+        })
     }
 
     /// What is known of a key.
@@ -229,8 +264,17 @@ impl Page {
         match (&slot.state, self.done(slot)) {
             (_, Some(done)) => Entry::Completed(done.shared()),
             (State::Processing(holder), None) => Entry::Processing(slot.processing(*holder)),
-            (_, None) => Entry::Processing(slot.before()),
+            (_, None) => {
+                self.is_gone();
+                Entry::Processing(slot.before())
+            }
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn is_gone(&self) {
+        self.poison.broken(Invariant::IndexedSlot, format_args!("it points to one whose key was removed"));
     }
 
     /// What a slot was completed with.
@@ -239,9 +283,7 @@ impl Page {
             State::Gone | State::Processing(_) => return None,
             State::Absent => Kept::Absent,
             State::Omitted => Kept::Omitted,
-            State::Heap { start, len } => {
-                Kept::Stored(self.heap.get(*start..start + *len as usize).unwrap_or_default())
-            }
+            State::Heap { start, len } => Kept::Stored(self.bytes_at(*start, *len)),
             State::Apart(bytes) => Kept::Stored(&**bytes),
         };
         let fingerprint = slot.fingerprint.as_deref().copied();
@@ -266,7 +308,7 @@ impl Page {
             }
         };
         self.apart_bytes += apart_bytes(&state, fingerprint.is_some());
-        let Self { places, slots, heap, .. } = self;
+        let Self { places, slots, heap, poison, .. } = self;
         let is = |place: &u32| is(slots, heap, *place, digest, key);
         let hash = |place: &u32| hash(slots, *place);
         let mut new = Slot {
@@ -281,16 +323,19 @@ impl Page {
             fingerprint: fingerprint.map(Box::new),
             state,
         };
-        match places.entry(spread(digest), is, hash) {
-            Place::Occupied(place) => {
-                let Some(slot) = slots.get_mut(*place.get() as usize) else { return Tally::default() };
+        match places.find(spread(digest), is).copied() {
+            Some(place) => {
+                let Some(slot) = slots.get_mut(place as usize).filter(|slot| lies_in(heap, slot)) else {
+                    lost(poison, slots.get(place as usize), heap, place);
+                    return Tally::default();
+                };
                 new.key_start = slot.key_start;
                 let tally = new.tally() - slot.tally();
                 *slot = new;
                 tally
             }
-            Place::Vacant(vacant) => {
-                vacant.insert(slots.len() as u32);
+            None => {
+                places.insert_unique(spread(digest), slots.len() as u32, hash);
                 heap.extend_from_slice(key);
                 let tally = new.tally();
                 slots.push(new);
@@ -313,11 +358,15 @@ impl Page {
     }
 
     pub(super) fn remove(&mut self, digest: u64, key: &[u8]) -> Tally {
-        let Self { places, slots, heap, .. } = self;
+        let Self { places, slots, heap, poison, .. } = self;
         let is = |place: &u32| is(slots, heap, *place, digest, key);
+        // A key that is not there was removed before.
         let Ok(found) = places.find_entry(spread(digest), is) else { return Tally::default() };
         let (place, _) = found.remove();
-        let Some(slot) = slots.get_mut(place as usize) else { return Tally::default() };
+        let Some(slot) = slots.get_mut(place as usize).filter(|slot| lies_in(heap, slot)) else {
+            lost(poison, slots.get(place as usize), heap, place);
+            return Tally::default();
+        };
         let before = slot.tally();
         slot.state = State::Gone;
         Tally::default() - before
@@ -347,10 +396,18 @@ impl Page {
         mut keep: impl FnMut(&[u8], &Processing) -> bool,
     ) -> (Self, Tally) {
         let empty = Self::like(self);
+        if STRICT {
+            self.assert_sound();
+        }
         let mut sealed = std::mem::replace(self, empty);
         let mut tally = Tally::default();
+        let (indexed, mut keys) = (sealed.places.len(), 0);
         for place in 0..sealed.slots.len() {
-            let Some(slot) = sealed.slots.get(place) else { break };
+            let Some(slot) = sealed.slots.get(place) else {
+                lost(&sealed.poison, None, &sealed.heap, place as u32);
+                break;
+            };
+            keys += usize::from(!matches!(slot.state, State::Gone));
             let stays = match slot.state {
                 State::Gone => continue,
                 _ if !slot.is_flushable() => true,
@@ -373,7 +430,23 @@ impl Page {
             }
             sealed.remove(digest, &key);
         }
+        if keys != indexed {
+            let detail = format_args!("{indexed} entries for {keys} keys");
+            sealed.poison.broken(Invariant::IndexedSlot, detail);
+        }
         (sealed, tally)
+    }
+
+    /// Fails where an invariant of a page is broken. Visits every key.
+    fn assert_sound(&self) {
+        let keys = self.slots.iter().filter(|slot| !matches!(slot.state, State::Gone));
+        for slot in keys {
+            let found = self.find(slot.digest, self.key(slot));
+            if !found.is_some_and(|found| std::ptr::eq(found, slot)) {
+                let detail = format_args!("the key with token {} is not found in its page", slot.token);
+                self.poison.broken(Invariant::IndexedSlot, detail);
+            }
+        }
     }
 
     /// Copies a slot of another page, which has no other here.
@@ -438,16 +511,40 @@ fn spread(digest: u64) -> u64 {
     digest.rotate_left(32)
 }
 
+/// Whether an entry of the index is of this key. One without a slot, or whose key lies outside the page, is taken for it, and
+/// found out by whoever looks at the slot: what calls nothing that can fail is part of its caller.
 fn is(slots: &[Slot], heap: &[u8], place: u32, digest: u64, key: &[u8]) -> bool {
-    slots.get(place as usize).is_some_and(|slot| slot.digest == digest && key_of(heap, slot) == key)
+    slots.get(place as usize).is_none_or(|slot| {
+        slot.digest == digest && heap.get(slot.key_start..key_end(slot)).is_none_or(|found| found == key)
+    })
 }
 
-fn key_of<'a>(heap: &'a [u8], slot: &Slot) -> &'a [u8] {
-    heap.get(slot.key_start..slot.key_start + slot.key_len as usize).unwrap_or_default()
+fn lies_in(heap: &[u8], slot: &Slot) -> bool {
+    slot.key_start <= key_end(slot) && key_end(slot) <= heap.len()
+}
+
+fn key_end(slot: &Slot) -> usize {
+    slot.key_start.wrapping_add(slot.key_len as usize)
 }
 
 fn hash(slots: &[Slot], place: u32) -> u64 {
     slots.get(place as usize).map_or(0, |slot| spread(slot.digest))
+}
+
+/// An entry of the index without a slot, or whose slot has no key.
+#[cold]
+#[inline(never)]
+fn lost(poison: &Poison, slot: Option<&Slot>, heap: &[u8], place: u32) {
+    match slot {
+        None => drop(poison.broken(Invariant::IndexedSlot, format_args!("there is no slot {place}"))),
+        Some(slot) => no_bytes(poison, slot.key_start, slot.key_len, heap.len()),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn no_bytes(poison: &Poison, start: usize, len: u32, heap: usize) {
+    poison.broken(Invariant::KeyInPage, format_args!("{len} bytes from {start} on, of {heap}"));
 }
 
 #[cfg(test)]
@@ -507,5 +604,52 @@ mod tests {
         assert_eq!((asked, tally), (vec![b"again".to_vec()], Tally::default()));
         assert_eq!((sealed.flushable().count(), page.in_flight(&rows).count()), (0, 1));
         assert!(page.get(1, b"gone", &rows).is_none());
+    }
+
+    fn leased_tally() -> Tally {
+        Tally { in_flight: 1, ..Tally::default() }
+    }
+
+    /// What a page whose parts were damaged says when it is used.
+    fn broken(damage: impl FnOnce(&mut Page), uses: impl FnOnce(&mut Page)) -> String {
+        let mut page = Page::default();
+        page.set(1, b"first", completed(1, b"its result"));
+        page.set(2, b"second", leased(2, None));
+        page.poison.unbroken().unwrap();
+        damage(&mut page);
+        uses(&mut page);
+        page.poison.unbroken().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_index_entry_without_a_slot_breaks_an_invariant_whatever_is_asked() {
+        type Use = fn(&mut Page);
+        let uses: [Use; 4] = [
+            |page| drop(page.get(2, b"second", &RowNumbers::default())),
+            |page| assert_ne!(page.set(2, b"second", completed(3, b"r")), leased_tally()),
+            |page| assert_eq!(page.remove(2, b"second"), Tally::default()),
+            |page| drop(page.split(9, &RowNumbers::default(), |_, _| true)),
+        ];
+        for uses in uses {
+            let said = broken(|page| page.slots.truncate(1), uses);
+            assert!(said.contains("points to a slot"), "{said}");
+        }
+        let gone = |page: &mut Page| page.slots[1].state = State::Gone;
+        let said = broken(gone, |page| drop(page.get(2, b"second", &RowNumbers::default())));
+        assert!(said.contains("points to a slot"), "{said}");
+    }
+
+    #[test]
+    fn a_key_or_a_result_outside_its_page_breaks_an_invariant() {
+        let get = |page: &mut Page| drop(page.get(1, b"first", &RowNumbers::default()));
+        let said = broken(|page| page.slots[0].key_start = 1_000, get);
+        assert!(said.contains("within the bytes of their page (5 bytes from 1000 on, of 21)"), "{said}");
+        let said = broken(|page| page.slots[0].key_start = usize::MAX, get);
+        assert!(said.contains("within the bytes of their page"), "{said}");
+        let said = broken(|page| page.slots[0].state = State::Heap { start: 5, len: 500 }, get);
+        assert!(said.contains("within the bytes of their page"), "{said}");
+        let said =
+            broken(|page| page.heap.truncate(3), |page| assert!(page.flushable().all(|here| here.key().is_empty())));
+        assert!(said.contains("within the bytes of their page"), "{said}");
     }
 }

@@ -6,6 +6,9 @@ use crate::key::{Digester, Fingerprint, Key};
 /// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
 const CALL_BYTES: usize = 1 << 30;
 
+/// The size of an iterator over the key of a call that has one.
+const ONE: (usize, Option<usize>) = (1, Some(1));
+
 /// The keys of a call, in the caller's order.
 #[derive(Debug)]
 pub(crate) struct Request {
@@ -37,17 +40,18 @@ pub(super) fn admit_bytes(bytes: usize) -> Result<()> {
 }
 
 impl Request {
-    /// Refuses all keys if one is empty or too long, or if they are too many: where they come from a stream, no more of
-    /// it is read.
+    /// Refuses all keys if one is empty or too long, which the error names by its place, or if they are too many: where
+    /// they come from a stream, no more of it is read.
     pub(crate) fn new<'k, K: Into<Key<'k>>>(
         keys: impl IntoIterator<Item = K>,
         key_limit: usize,
         digester: &Digester,
     ) -> Result<Self> {
         let keys = keys.into_iter();
+        let is_batch = keys.size_hint() != ONE;
         let mut request = Self::for_about(keys.size_hint().0);
         for key in keys {
-            request.push(&key.into(), key_limit, digester)?;
+            request.push(&key.into(), key_limit, digester).map_err(|error| request.placed(error, is_batch))?;
         }
         Ok(request)
     }
@@ -59,9 +63,10 @@ impl Request {
         digester: &Digester,
     ) -> Result<Self> {
         let messages = messages.into_iter();
+        let is_batch = messages.size_hint() != ONE;
         let mut request = Self::for_about(messages.size_hint().0);
         for (key, at_ms) in messages {
-            request.push(&key.into(), key_limit, digester)?;
+            request.push(&key.into(), key_limit, digester).map_err(|error| request.placed(error, is_batch))?;
             request.times_ms.push(at_ms);
         }
         Ok(request)
@@ -70,6 +75,12 @@ impl Request {
     fn for_about(keys: usize) -> Self {
         let keys = keys.min(1 << 16);
         Self { bytes: Vec::with_capacity(keys * 48), items: Vec::with_capacity(keys), times_ms: Vec::new() }
+    }
+
+    /// An error about the next key, which says where that is in a batch.
+    #[cold]
+    fn placed(&self, error: Error, is_batch: bool) -> Error {
+        if is_batch { error.at(self.items.len()) } else { error }
     }
 
     // A part of two loops over keys: as a call of its own it costs every key some sixty instructions.

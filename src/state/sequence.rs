@@ -1,9 +1,11 @@
 //! The numbers of tokens and journal rows: they only grow, also across restarts.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::concurrency::{AtomicU64, Mutex};
 use crate::error::{Error, Result};
+use crate::invariant::{Invariant, Poison};
 
 /// Numbers that are reserved on disk at a time: one synced write for so many.
 const BLOCK: u64 = 1 << 32;
@@ -17,12 +19,23 @@ pub(crate) struct Sequence {
     next: AtomicU64,
     reserved: AtomicU64,
     reserving: Mutex<()>,
+    poison: Arc<Poison>,
 }
 
 impl Sequence {
     /// Goes on behind all that was reserved before; the first block is reserved by [`Sequence::ensure`].
     pub(crate) fn after(reserved: u64) -> Self {
-        Self { next: AtomicU64::new(reserved), reserved: AtomicU64::new(reserved), reserving: Mutex::new(()) }
+        Self {
+            next: AtomicU64::new(reserved),
+            reserved: AtomicU64::new(reserved),
+            reserving: Mutex::new(()),
+            poison: Arc::default(),
+        }
+    }
+
+    /// Has it end the store where an invariant is broken.
+    pub(crate) fn of(self, poison: &Arc<Poison>) -> Self {
+        Self { poison: Arc::clone(poison), ..self }
     }
 
     /// Makes sure that `count` numbers can be taken. `reserve` puts a new limit on the disk before it returns; it is
@@ -47,13 +60,29 @@ impl Sequence {
         Ok(())
     }
 
+    /// The lowest number that nobody has taken. Once nobody can take more, the rest need not stay reserved.
+    pub(crate) fn untaken(&self) -> u64 {
+        self.next.load(Ordering::Acquire)
+    }
+
     fn left(&self) -> u64 {
         self.reserved.load(Ordering::Acquire).saturating_sub(self.next.load(Ordering::Acquire))
     }
 
     /// The next number. Call [`Sequence::ensure`] before.
     pub(crate) fn take(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::AcqRel)
+        let number = self.next.fetch_add(1, Ordering::AcqRel);
+        if number >= self.reserved.load(Ordering::Acquire) {
+            self.is_not_reserved(number);
+        }
+        number
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn is_not_reserved(&self, number: u64) {
+        let reserved = self.reserved.load(Ordering::Acquire);
+        self.poison.broken(Invariant::NumberReserved, format_args!("{number}, of {reserved} that are reserved"));
     }
 }
 
@@ -94,6 +123,18 @@ mod tests {
         sequence.next.fetch_add((1 << 32) - (1 << 28), Ordering::SeqCst);
         sequence.ensure(1, reserve).unwrap();
         assert_eq!(writes.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn a_number_that_is_not_reserved_breaks_an_invariant() {
+        let sequence = Sequence::after(7);
+        sequence.ensure(1, |_| Ok(())).unwrap();
+        sequence.take();
+        sequence.poison.unbroken().unwrap();
+        let sequence = Sequence::after(7);
+        sequence.take();
+        let said = sequence.poison.unbroken().unwrap_err().to_string();
+        assert!(said.contains("reserved on disk before it is used (7, of 7"), "{said}");
     }
 
     #[test]

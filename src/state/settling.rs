@@ -5,13 +5,14 @@ use std::sync::Arc;
 use super::answer::{Grant, Settlement, Settler, display};
 use super::engine::Engine;
 use super::page::Pending;
-use super::request::Request;
+use super::request::{Asked, Request};
 use super::transition::{self, Standing};
 use crate::bucket::set::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RowKind};
 use crate::entry::{Backoff, Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
+use crate::invariant::Invariant;
 use crate::kill_point::KillPoint;
 use crate::meter::Call;
 use crate::tx::Tx;
@@ -40,6 +41,7 @@ impl Engine {
             let follows = matches!(settlement, Settlement::Completed(_, Some(tx)) if tx.follows);
             unbroken |= !follows;
             let (digest, key) = (grant.digest(), grant.key());
+            self.has_key(key)?;
             let mut stripe = self.hot.stripe(digest);
             let stored = stripe.get(digest, key);
             let may = match (settler, &stored) {
@@ -93,24 +95,52 @@ impl Engine {
         }
         self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
         self.wake_if_due();
-        Ok(accepted)
+        self.answered(accepted, leases.len())
     }
 
-    /// Gives a lease its full time again. `None`: superseded. Costs no write: a lease ends with its process anyway.
-    pub(crate) fn renew(&self, grant: &Grant) -> Result<Option<u64>> {
+    /// Gives a lease its full time again. False: superseded. Costs no write: a lease ends with its process anyway.
+    pub(crate) fn renew(&self, grant: &Grant) -> Result<bool> {
+        self.renew_until(grant, u64::MAX)
+    }
+
+    /// As [`Engine::renew`], while the work runs: no longer than `renew_for` after the claim. After that it changes nothing,
+    /// and says whether the key is still the lease's.
+    pub(crate) fn keep_renewed(&self, grant: &Grant) -> Result<bool> {
+        self.renew_until(grant, grant.claimed_monotonic_ms.saturating_add(self.config.renew_for_ms))
+    }
+
+    fn renew_until(&self, grant: &Grant, limit_ms: u64) -> Result<bool> {
         self.ready()?;
         let now = self.now();
-        let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
+        let full_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
         let renewed = self.change_holder(grant, now, |holder| match holder {
-            Holder::Leased { .. } => Some(Holder::Leased { until_monotonic_ms }),
+            Holder::Leased { until_monotonic_ms } => {
+                Some(Holder::Leased { until_monotonic_ms: until_monotonic_ms.max(full_ms.min(limit_ms)) })
+            }
             // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it. Or
             // its lease was dropped.
             _ => None,
         });
+        self.unbroken()?;
         if !renewed {
             self.counters.superseded.add(1);
         }
-        Ok(renewed.then_some(until_monotonic_ms))
+        Ok(renewed)
+    }
+
+    /// How long nobody else can get the key of a lease.
+    pub(crate) fn remaining_ms(&self, grant: &Grant) -> u64 {
+        let now = self.now();
+        let stripe = self.hot.stripe(grant.digest());
+        match stripe.get(grant.digest(), grant.key()) {
+            Some(Entry::Processing(processing)) if processing.token == grant.token => {
+                match self.standing_at(&processing, now) {
+                    Standing::Alive { remaining_ms } => remaining_ms,
+                    _ => 0,
+                }
+            }
+            _ => 0,
+        }
     }
 
     /// Notes that a lease was dropped without a word. Costs no write.
@@ -133,10 +163,17 @@ impl Engine {
 
     fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
         let (digest, key) = (grant.digest(), grant.key());
+        if self.has_key(key).is_err() {
+            // The store is poisoned by it.
+            return false;
+        }
         let mut stripe = self.hot.stripe(digest);
         let stored = stripe.get(digest, key).filter(|stored| transition::may_settle(Some(stored), grant.token));
         let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
+        if holder == processing.holder {
+            return true;
+        }
         let since_ms = self.left_at(&processing, now);
         let fingerprint = match holder {
             Holder::Open { prior, .. } => transition::binding(processing.fingerprint, prior),
@@ -153,9 +190,11 @@ impl Engine {
     pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, Prior)>> {
         self.ready()?;
         let now = self.now();
-        let Some(asked) = request.iter().next() else { return Ok(None) };
+        let asked = self.only_key(request)?;
         let stripe = self.hot.stripe(asked.digest);
-        let Some(Entry::Processing(processing)) = stripe.get(asked.digest, asked.key) else { return Ok(None) };
+        let stored = stripe.get(asked.digest, asked.key);
+        self.unbroken()?;
+        let Some(Entry::Processing(processing)) = stored else { return Ok(None) };
         let Standing::Held(prior) = self.standing_at(&processing, now) else { return Ok(None) };
         let grant = Grant {
             request: Arc::clone(request),
@@ -166,9 +205,16 @@ impl Engine {
             fingerprint: processing.fingerprint,
             at_ms: processing.since_ms,
             claimed_monotonic_ms: 0,
-            until_monotonic_ms: 0,
         };
         Ok(Some((grant, prior)))
+    }
+
+    /// The key of a request that is about one.
+    fn only_key<'r>(&self, request: &'r Request) -> Result<Asked<'r>> {
+        let none = || self.broken(Invariant::KeyInRequest, format_args!("a request about one key has none"));
+        let asked = request.iter().next().ok_or_else(none)?;
+        self.has_key(asked.key)?;
+        Ok(asked)
     }
 
     /// Removes all that is stored of a key: true if there was something that counted.
@@ -176,7 +222,7 @@ impl Engine {
         // A seal under way would bring the key back into its bucket.
         let sealing = self.sealing.lock();
         self.reserve(1)?;
-        let Some(asked) = request.iter().next() else { return Ok(false) };
+        let asked = self.only_key(request)?;
         let now = self.now();
         let view = self.buckets.view();
         let slots = view.candidates(asked.digest);
@@ -214,6 +260,7 @@ impl Engine {
         let open = self.begin_row();
         let token = self.sequence.take();
         drop(stripe);
+        self.unbroken()?;
         if hot.is_none() && sealed.is_empty() {
             open.finish();
             return Ok(false);

@@ -14,10 +14,22 @@ pub(crate) struct Policy {
     pub(crate) on_interrupt: OnInterrupt,
     /// Whether the store's time is that of its messages.
     pub(crate) is_stream: bool,
-    /// When this process opened the store.
-    pub(crate) opened: Now,
+    pub(crate) opened: Opened,
     /// The lowest token that this process gives out: a lower one is of an earlier process.
     pub(crate) first_token: u64,
+}
+
+/// When this process opened the store.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Opened {
+    pub(crate) time_ms: u64,
+    pub(crate) monotonic_ms: u64,
+}
+
+impl From<&Now> for Opened {
+    fn from(now: &Now) -> Self {
+        Self { time_ms: now.time_ms, monotonic_ms: now.monotonic_ms }
+    }
 }
 
 impl Policy {
@@ -55,7 +67,7 @@ pub(crate) enum Standing {
 }
 
 pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Standing {
-    let is_over = |since_ms: u64| now.time_ms >= since_ms.saturating_add(policy.window_ms);
+    let is_over = |since_ms: u64| now.is_over(since_ms, policy.window_ms);
     let interrupted = |prior, is_over| match policy.on_interrupt {
         OnInterrupt::Hold => Standing::Held(prior),
         OnInterrupt::Rerun if is_over => Standing::Forgotten,
@@ -73,8 +85,10 @@ pub(crate) fn standing(processing: &Processing, now: Now, policy: Policy) -> Sta
             }
         },
         Holder::Interrupted(prior) => interrupted(prior, is_over(processing.since_ms)),
-        // Before the backoff is looked at: what is in a bucket goes with it.
-        Holder::Open { .. } | Holder::Resolved(_) if is_over(processing.since_ms) => Standing::Forgotten,
+        // Before the backoff is looked at, and as for a completion: what is in a bucket goes with it.
+        Holder::Open { .. } | Holder::Resolved(_) if !is_live(processing.since_ms, now, policy.window_ms) => {
+            Standing::Forgotten
+        }
         Holder::Resolved(prior) => Standing::Free(prior),
         Holder::Open { prior, backoff } => {
             let ends_at_ms = policy.backoff_ends_at(processing.token, processing.since_ms, backoff);
@@ -198,7 +212,7 @@ mod tests {
     use crate::entry::Kept;
 
     const WINDOW_MS: u64 = 1_000;
-    const OPENED: Now = Now { time_ms: 5_000, monotonic_ms: 0, backoff_ms: 0 };
+    const OPENED: Opened = Opened { time_ms: 5_000, monotonic_ms: 0 };
     const RERUN: Policy = Policy {
         window_ms: WINDOW_MS,
         on_interrupt: OnInterrupt::Rerun,
@@ -213,7 +227,7 @@ mod tests {
     const HIS: Option<&Fingerprint> = Some(&[2; 16]);
 
     fn at(wall_ms: u64) -> Now {
-        Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, backoff_ms: wall_ms }
+        Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, ..Now::default() }
     }
 
     fn standing_of(entry: &Entry, now: Now, policy: Policy) -> Standing {
@@ -309,7 +323,7 @@ mod tests {
     fn a_backoff_runs_on_monotonic_time_and_no_wall_clock_lengthens_it() {
         let waits = processing(backoff(300, 300));
         let ask = |time_ms, monotonic_ms| {
-            let now = Now { time_ms, monotonic_ms, backoff_ms: time_ms };
+            let now = Now { time_ms, monotonic_ms, ..Now::default() };
             find(Some(&waits), HERS, None, now, RERUN)
         };
         // The store's time stands still, or leaps inside the window.
@@ -322,9 +336,8 @@ mod tests {
         let of_earlier = |time_ms, length_ms, is_stream| {
             // Its end on the clock of a process that is gone says nothing.
             let waits = processing(backoff(1 << 50, length_ms));
-            let policy =
-                Policy { opened: Now { time_ms, monotonic_ms: 40, ..OPENED }, first_token: 8, is_stream, ..RERUN };
-            let at = |monotonic_ms| standing_of(&waits, Now { time_ms, monotonic_ms, ..OPENED }, policy);
+            let policy = Policy { opened: Opened { time_ms, monotonic_ms: 40 }, first_token: 8, is_stream, ..RERUN };
+            let at = |monotonic_ms| standing_of(&waits, Now { time_ms, monotonic_ms, ..Now::default() }, policy);
             (40..2_000).find(|ms| at(*ms) == Standing::Free(Prior::Released)).map(|ms| ms - 40)
         };
         assert_eq!(of_earlier(5_000, 300, false), Some(300));
@@ -336,11 +349,11 @@ mod tests {
 
     #[test]
     fn a_backoff_is_at_most_a_window_long() {
-        let from = |length| Backoff::from(OPENED, length, WINDOW_MS);
+        let from = |length| Backoff::from(&Now::default(), length, WINDOW_MS);
         assert_eq!(from(Duration::ZERO), Backoff::NONE);
         assert_eq!(from(Duration::from_millis(300)), Backoff { until_monotonic_ms: 300, length_ms: 300 });
         assert_eq!(from(Duration::MAX), Backoff { until_monotonic_ms: WINDOW_MS, length_ms: 1_000 });
-        let of_years = Backoff::from(OPENED, Duration::MAX, u64::MAX);
+        let of_years = Backoff::from(&Now::default(), Duration::MAX, u64::MAX);
         assert_eq!(of_years.length_ms, u32::MAX);
     }
 
@@ -389,7 +402,7 @@ mod tests {
     #[test]
     fn on_stream_time_what_is_known_answers_before_the_messages_age() {
         let ask = |stored: Option<&Entry>, at_ms, stream_ms| {
-            let now = Now { time_ms: stream_ms, monotonic_ms: 100, backoff_ms: 100 };
+            let now = Now { time_ms: stream_ms, monotonic_ms: 100, ..Now::default() };
             match find(stored, HERS, Some(at_ms), now, STREAM) {
                 Found::Completed(_) => "completed",
                 Found::InProgress { .. } => "in progress",

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::chunk::Chunk;
-use super::engine::{Engine, HIGH_WATER};
+use super::engine::Engine;
 use super::hot_table::Stripe;
 use super::transition::Standing;
 use crate::bucket::filters::Filters;
@@ -48,6 +48,8 @@ pub(super) struct Rounds {
     /// The slice of time in which the last one took place.
     sealed: Slice,
     purged_monotonic_ms: u64,
+    /// Whether an open has left something to the first of them.
+    pub(super) is_behind: bool,
 }
 
 impl Engine {
@@ -66,6 +68,8 @@ impl Engine {
 
     /// One round of all that is due.
     pub(super) fn upkeep(&self, last: &mut Rounds) -> Result<()> {
+        self.unbroken()?;
+        self.keep_time()?;
         let present = self.present_slice();
         self.db.take_inventory_if_due();
         // First, so that a seal finds room for its buckets.
@@ -76,7 +80,7 @@ impl Engine {
             self.purge();
         }
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
-        let ended = last.sealed != present && self.hot.flushable() > 0;
+        let ended = (last.sealed != present || last.is_behind) && self.hot.flushable() > 0;
         if ended || self.is_seal_due() {
             self.seal()?;
         }
@@ -86,12 +90,20 @@ impl Engine {
             self.cut_log(IDLE_CUT_BYTES)?;
         }
         last.sealed = present;
+        last.is_behind = false;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
+    }
+
+    /// Looks at the clocks, and writes what the next opening must know of them: a change at once, all else with a write
+    /// that comes anyway.
+    fn keep_time(&self) -> Result<()> {
+        self.time_saved.refresh(self.timeline.observe());
+        if self.time_saved.is_outdated(&self.timeline) { self.write(false, |_| Ok(())) } else { Ok(()) }
     }
 
     /// Where the rounds of upkeep begin.
     pub(super) fn rounds(&self) -> Rounds {
-        Rounds { sealed: self.present_slice(), purged_monotonic_ms: self.now().monotonic_ms }
+        Rounds { sealed: self.present_slice(), purged_monotonic_ms: self.now().monotonic_ms, is_behind: false }
     }
 
     fn present_slice(&self) -> Slice {
@@ -140,15 +152,17 @@ impl Engine {
             stays
         });
         KillPoint::SealSplit.pass();
+        self.unbroken()?;
         let chunk = Chunk::new(pages, now, window_ms, bucket_ms);
         if self.policy.is_stream {
             // It may have come far since the last round: there must be room for what counts as of now.
-            self.drop_passed_by(now)?;
+            self.drop_passed_by(now, &|| true)?;
         }
         // What the journal says of a key overrules its bucket at the next open. Should a power cut take rows that the
         // buckets are ahead of, an older state of the key would be left in it.
         self.sync_log()?;
         seal(&self.db, &self.buckets, &chunk)?;
+        self.unbroken()?;
         KillPoint::SealRunsIngested.pass();
         // Before the rows go: a manifest that has lost these runs must not pass for whole.
         self.db.take_inventory()?;
@@ -156,6 +170,7 @@ impl Engine {
 
         self.reserve(image.len())?;
         let mut written = Vec::with_capacity(image.len());
+        self.timeline.ask_to_be_saved();
         self.write(false, |tx| {
             tx.delete_rows_before(start);
             // Each row goes as soon as the transaction has it: where much is in flight, one copy fewer is a lot.
@@ -164,7 +179,7 @@ impl Engine {
                 tx.put_row(open.number(), &row);
                 written.push((open, row.len()));
             }
-            tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes())
+            Ok(())
         })?;
         KillPoint::SealJournalCut.pass();
         for (open, bytes) in written {
@@ -218,17 +233,24 @@ impl Engine {
 
     /// Drops the buckets that have passed. Not while keys are sealed or forgotten: a bucket must not go under them.
     fn drop_passed(&self) -> Result<()> {
-        let _sealing = self.sealing.lock();
-        self.drop_passed_by(self.now())
+        self.drop_passed_while(|| true).map(drop)
     }
 
-    fn drop_passed_by(&self, now: Now) -> Result<()> {
-        let (span, now_ms) = (self.config().span, now.time_ms);
-        if has_passed(&self.buckets, span, now_ms) {
+    /// As [`Engine::drop_passed`], as long as `go_on` says so. False if some are left.
+    pub(super) fn drop_passed_while(&self, go_on: impl Fn() -> bool) -> Result<bool> {
+        let _sealing = self.sealing.lock();
+        let now = self.now();
+        self.drop_passed_by(now, &go_on)?;
+        Ok(!has_passed(&self.buckets, self.config().span, &now))
+    }
+
+    fn drop_passed_by(&self, now: Now, go_on: &impl Fn() -> bool) -> Result<()> {
+        let span = self.config().span;
+        if has_passed(&self.buckets, span, &now) {
             KillPoint::BucketPassed.pass();
-            // A clock that was ahead by mistake must not bring back the time in which these keys counted.
-            self.write(true, |tx| tx.put_meta(HIGH_WATER, &self.timeline.high_water_ms().to_le_bytes()))?;
-            drop_passed(&self.db, &self.buckets, span, now_ms);
+            // The next opening must not take these keys for remembered.
+            self.save_time()?;
+            drop_passed(&self.db, &self.buckets, span, &now, go_on);
         }
         Ok(())
     }
@@ -266,11 +288,7 @@ impl Engine {
 
     pub(super) fn sync_log(&self) -> Result<()> {
         self.ready()?;
-        self.db.sync_log().inspect_err(|error| {
-            if let Error::WriteFailed { detail } = error {
-                self.poison(detail);
-            }
-        })
+        self.db.sync_log().inspect_err(|error| self.poison_by(error))
     }
 
     /// Brings back the filter of every bucket that has none, as long as `go_on` says so.
@@ -278,6 +296,7 @@ impl Engine {
         let begun = std::time::Instant::now();
         self.filters.load(&self.buckets, go_on);
         Filters::rebuild(&self.db, &self.buckets, go_on)?;
+        self.unbroken()?;
         tracing::info!(elapsed = ?begun.elapsed(), "filters complete");
         Ok(())
     }
@@ -285,12 +304,20 @@ impl Engine {
     /// Tidies the filters of buckets that have ended, and keeps them on disk.
     pub(super) fn keep_filters(&self, go_on: impl Fn() -> bool) -> Result<()> {
         Filters::tidy(&self.db, &self.buckets, self.now().time_ms, &go_on)?;
+        // A column that lacks bits must not be kept.
+        self.unbroken()?;
         let runs = || {
             // While a seal is between a run and its marks, the run must not pass for one that is marked.
             let _sealing = self.sealing.lock();
             self.db.runs()
         };
         self.filters.keep(&self.buckets, self.now().time_ms, runs, go_on)
+    }
+
+    /// What `delivery` counts.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn delivery_counters(&self) -> &crate::stats::DeliveryCounters {
+        &self.counters.deliveries
     }
 
     /// Counts a message that was let through without an answer.
@@ -335,7 +362,7 @@ impl Engine {
 
     /// The store's figures. Visits the hot table and the directory: not for every request.
     pub(crate) fn stats(&self) -> Stats {
-        let now = self.now();
+        let now = self.timeline.observe();
         let view = self.buckets.view();
         let bucket_stats = |bucket: &Arc<Bucket>| BucketStats {
             start_ms: bucket.slice.start_ms,
@@ -372,7 +399,7 @@ impl Engine {
             disk_bytes: self.db.directory().bytes(),
             now_ms: now.time_ms,
             window: Duration::from_millis(window_ms),
-            remembers_since_ms: now.time_ms.saturating_sub(window_ms).saturating_add(1),
+            remembers_since_ms: now.remembers_since(window_ms),
             poisoned: self.poisoned().map(str::to_owned),
         }
     }
@@ -508,7 +535,7 @@ mod tests {
         clock.advance(Duration::from_millis(1_100));
         let alive = claim(&engine, "alive");
         assert_eq!(round_after(0), 1, "and never what is alive");
-        assert!(engine.renew(&alive).unwrap().is_some());
+        assert!(engine.renew(&alive).unwrap());
     }
 
     #[test]
@@ -608,7 +635,7 @@ mod tests {
         clock.advance(Duration::from_secs(1));
         let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
         // Between the two steps of a resolution.
-        assert!(engine.renew(&grant).unwrap().is_some());
+        assert!(engine.renew(&grant).unwrap());
         let rerun = vec![(&held, Settlement::Open { prior, backoff: Backoff::NONE })];
         assert_eq!(engine.settle(RowKind::Settled, Settler::Operator, rerun).unwrap(), [false]);
         assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claimed::InProgress { .. }))));

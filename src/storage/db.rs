@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rocksdb::{
     ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Direction, FlushOptions,
-    IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions,
+    IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions, properties,
 };
 
 use super::chain::Chain;
@@ -29,6 +29,9 @@ const META: &str = "meta";
 const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How long to wait between two tries to open a database whose files a dying process still has.
 const OPEN_POLL: Duration = Duration::from_millis(20);
+
+/// How long to sleep between two looks whether tables are merged.
+const MERGE_POLL: Duration = Duration::from_millis(1);
 
 /// A row of one key and its mark need no more: room for them is made once.
 const SMALL_BATCH_BYTES: usize = 256;
@@ -170,8 +173,9 @@ impl Db {
         let written_below = self.chain.written_below();
         KillPoint::SyncBegun.pass();
         rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
-        if let Some(file) = self.directory.deleted() {
-            return Err(self.write_failed(&format!("{} was deleted while the store was open", file.display())));
+        if let Some(path) = self.directory.deleted() {
+            self.in_doubt.store(true, Ordering::Release);
+            return Err(Error::DirectoryGone { path });
         }
         self.chain.synced(written_below);
         KillPoint::SyncDone.pass();
@@ -180,7 +184,10 @@ impl Db {
 
     fn write_failed(&self, error: &impl ToString) -> Error {
         self.in_doubt.store(true, Ordering::Release);
-        Error::WriteFailed { detail: error.to_string() }
+        match self.directory.deleted() {
+            Some(path) => Error::DirectoryGone { path },
+            None => Error::WriteFailed { detail: error.to_string() },
+        }
     }
 
     /// Reads a value of the store's own, or one that callers put beside them.
@@ -319,7 +326,7 @@ impl Db {
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
         let keys = rocks
-            .property_int_value_cf(&family, rocksdb::properties::ESTIMATE_NUM_KEYS)
+            .property_int_value_cf(&family, properties::ESTIMATE_NUM_KEYS)
             .map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
         Ok(keys.unwrap_or(0))
     }
@@ -394,9 +401,8 @@ impl Db {
         let cannot_flush = |error| failed("cannot flush", &self.directory.database(), &error);
         let mut families = vec![rows, meta];
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
-            let entries = rocks
-                .property_int_value_cf(&bucket, rocksdb::properties::NUM_ENTRIES_ACTIVE_MEM_TABLE)
-                .map_err(cannot_flush)?;
+            let entries =
+                rocks.property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE).map_err(cannot_flush)?;
             if entries.is_some_and(|entries| entries > 0) {
                 families.push(bucket);
             }
@@ -408,10 +414,48 @@ impl Db {
         self.take_inventory()
     }
 
-    /// Waits for the calls under way, puts everything on the disk and closes. Later calls get [`Error::Closed`].
+    /// Waits for RocksDB's merges, as long as one of the families has more than `most` tables that are to be merged. False if
+    /// that is so after `limit`.
+    pub(crate) fn wait_for_merges<'a>(
+        &self,
+        buckets: impl Iterator<Item = &'a str>,
+        most: u64,
+        limit: Duration,
+    ) -> Result<bool> {
+        let begun = Instant::now();
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        for family in [JOURNAL, META].into_iter().chain(buckets) {
+            // A bucket that was dropped meanwhile has none.
+            while let Some(family) = rocks.cf_handle(family)
+                && let Ok(Some(tables)) = rocks.property_int_value_cf(&family, properties::num_files_at_level(0))
+                && tables > most
+            {
+                if begun.elapsed() >= limit {
+                    return Ok(false);
+                }
+                std::thread::sleep(MERGE_POLL);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As [`Db::close_with`], with nothing to add.
+    #[cfg(test)]
     pub(crate) fn close(&self) -> Result<()> {
+        self.close_with(|_| Ok(()))
+    }
+
+    /// Waits for the calls under way, writes what `last` adds, puts everything on the disk and closes. Later calls get
+    /// [`Error::Closed`].
+    pub(crate) fn close_with(&self, last: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
         let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
-        let synced = self.sync(&rocks);
+        let mut tx = Tx { rocks: &rocks, batch: WriteBatch::default() };
+        let filled = last(&mut tx);
+        let batch = tx.batch;
+        let written = filled.and_then(|()| if batch.is_empty() { Ok(()) } else { self.write_batch(&rocks, batch) });
+        KillPoint::CloseTokensWritten.pass();
+        let synced = written.and_then(|()| self.sync(&rocks));
         KillPoint::CloseSynced.pass();
         rocks.cancel_all_background_work(true);
         drop(rocks);
@@ -491,4 +535,57 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
 
 fn missing_family(name: &str) -> Error {
     Error::Corrupt { place: format!("the column family `{name}`"), detail: "it is missing".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &tempfile::TempDir) -> Db {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap().0
+    }
+
+    #[test]
+    fn tables_that_have_piled_up_are_waited_for_and_no_longer_than_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = open(&dir);
+        let flush = |number: u64| {
+            db.write(false, |tx| {
+                tx.put_row(number, b"a row");
+                Ok(())
+            })
+            .unwrap();
+            db.flush_journal(std::iter::empty()).unwrap();
+        };
+        (1..=60).for_each(flush);
+        assert!(db.wait_for_merges(std::iter::empty(), 8, Duration::from_secs(60)).unwrap());
+        let tables: usize = db.runs().unwrap().values().map(Vec::len).sum();
+        assert!(tables <= 20, "{tables} of 120 tables are left");
+        let mut rows = 0;
+        db.for_each_row(|_, _| {
+            rows += 1;
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(rows, 60);
+        // A merge may just have taken the last one away.
+        let waited_in_vain = (61..100).any(|number| {
+            flush(number);
+            let begun = Instant::now();
+            let merged = db.wait_for_merges(std::iter::empty(), 0, Duration::from_millis(20)).unwrap();
+            assert!(merged || begun.elapsed() >= Duration::from_millis(20));
+            !merged
+        });
+        assert!(waited_in_vain, "one table is not merged with itself");
+    }
+
+    #[test]
+    fn what_is_written_last_is_there_at_the_next_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = open(&dir);
+        db.close_with(|tx| tx.put_meta("last", b"word")).unwrap();
+        assert!(matches!(db.close_with(|_| panic!("it is closed")), Ok(())));
+        assert_eq!(open(&dir).meta("last").unwrap().as_deref(), Some(&b"word"[..]));
+    }
 }

@@ -10,13 +10,15 @@
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::kill_point::KillPoint;
 
 const LOCK: &str = "onlyonce.lock";
@@ -43,6 +45,7 @@ impl Directory {
     /// Makes the directory ours. Creates it, readable by its owner alone, where there is none; waits up to `wait`
     /// for another process to let go: a killed one holds its locks until the kernel has torn it down.
     pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
+        refuse_impossible(root)?;
         refuse_foreign(root)?;
         make_private(root)?;
         let path = root.join(LOCK);
@@ -53,7 +56,7 @@ impl Directory {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(|error| Error::io("cannot open", &path, &error))?;
+            .map_err(|error| refused("cannot open", &path, &error))?;
         let start = Instant::now();
         loop {
             match lock.try_lock() {
@@ -99,15 +102,18 @@ impl Directory {
         drop(self.lock.lock().take());
     }
 
-    /// What somebody has deleted of an open store, if it is one of two files that are always there: files that are open go
-    /// on taking what is written, and nothing of it stays.
+    /// What somebody has deleted of an open store, if it is one of two files that are always there, or the whole directory:
+    /// files that are open go on taking what is written, and nothing of it stays.
     pub(super) fn deleted(&self) -> Option<PathBuf> {
+        let is_gone = |path: &Path| matches!(path.try_exists(), Ok(false));
         let is_nameless = |lock: &File| lock.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
-        if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
-            return Some(self.root.join(LOCK));
-        }
-        // RocksDB puts a new one in its place in one step.
-        Some(self.database().join("CURRENT")).filter(|current| matches!(current.try_exists(), Ok(false)))
+        let gone = if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
+            self.root.join(LOCK)
+        } else {
+            // RocksDB puts a new one in its place in one step.
+            Some(self.database().join("CURRENT")).filter(|current| is_gone(current))?
+        };
+        Some(if is_gone(&self.root) { self.root.clone() } else { gone })
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -175,16 +181,32 @@ impl Directory {
     }
 }
 
-/// Refuses a path that is a file, or a directory that holds something and was never a store: the lock file is the first
-/// thing that is created in one.
+/// Refuses what no file system takes for a path. The empty one would be the working directory to some calls, and nothing to
+/// others.
+fn refuse_impossible(root: &Path) -> Result<()> {
+    let bytes = root.as_os_str().as_bytes();
+    let (value, bounds) = if bytes.is_empty() {
+        ("empty".to_owned(), "the path of a directory")
+    } else if bytes.contains(&0) {
+        (printable(bytes), "a path without NUL bytes")
+    } else {
+        return Ok(());
+    };
+    Err(Error::Config { option: "path", value, bounds: bounds.to_owned() })
+}
+
+/// Refuses a path that is or goes through a file or a broken link, or a directory that holds something and was never a
+/// store: the lock file is the first thing that is created in one.
 fn refuse_foreign(root: &Path) -> Result<()> {
     let entries = match fs::read_dir(root) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            return Err(Error::NotAStore { path: root.to_owned(), reason: "it is a file".to_owned() });
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return match in_the_way(root) {
+                None => Ok(()),
+                Some(reason) => Err(Error::NotAStore { path: root.to_owned(), reason }),
+            };
         }
-        Err(error) => return Err(Error::io("cannot read", root, &error)),
+        Err(error) => return Err(refused("cannot read", root, &error)),
     };
     let mut found = None;
     for entry in entries {
@@ -203,8 +225,37 @@ fn refuse_foreign(root: &Path) -> Result<()> {
     }
 }
 
+/// Why there is no directory where a path leads, and none can be created.
+fn in_the_way(path: &Path) -> Option<String> {
+    for part in path.ancestors() {
+        let Ok(found) = fs::symlink_metadata(part) else { continue };
+        let name = if part == path { "it".to_owned() } else { part.display().to_string() };
+        return match (found.is_symlink(), fs::metadata(part)) {
+            (true, Err(_)) => {
+                let target = fs::read_link(part).unwrap_or_default();
+                Some(format!("{name} is a link to {}, which is not there", target.display()))
+            }
+            (_, Ok(found)) if found.is_file() => Some(format!("{name} is a file")),
+            (_, Ok(found)) if !found.is_dir() => Some(format!("{name} is no directory")),
+            _ => None,
+        };
+    }
+    None
+}
+
 fn make_private(path: &Path) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| Error::io("cannot create", path, &error))
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| refused("cannot create", path, &error))
+}
+
+/// An error of the file system, with what to do where it lets this process not write.
+fn refused(action: &'static str, path: &Path, error: &std::io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            let detail = format_args!("{error}; the process needs to read and write the store's directory");
+            Error::io(action, path, &detail)
+        }
+        _ => Error::io(action, path, error),
+    }
 }
 
 /// A run that a crash left before the database had it, and nothing else that somebody may have put beside it.
@@ -234,7 +285,7 @@ fn remove_files(dir: &Path, left: impl Fn(&Path) -> bool) -> Result<()> {
 
 fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove", path, &error)),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", path, &error)),
         _ => Ok(()),
     }
 }

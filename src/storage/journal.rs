@@ -1,10 +1,12 @@
 //! The journal's rows: one a batch, in the order of their numbers, in the default column family.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rocksdb::WriteBatch;
 
 use crate::concurrency::{AtomicU64, Mutex};
+use crate::invariant::{Invariant, Poison};
 
 /// The key of a row: its number, so that rows lie in the order they were written.
 fn key(number: u64) -> [u8; 8] {
@@ -36,6 +38,7 @@ pub(crate) struct RowNumbers {
     open: Mutex<Open>,
     /// Every row below this one is settled. Spares most readers the lock.
     settled: AtomicU64,
+    poison: Arc<Poison>,
 }
 
 #[derive(Debug, Default)]
@@ -45,10 +48,18 @@ struct Open {
 }
 
 impl RowNumbers {
+    /// Has them end the store where an invariant is broken.
+    pub(crate) fn of(poison: &Arc<Poison>) -> Self {
+        Self { poison: Arc::clone(poison), ..Self::default() }
+    }
+
     /// Takes a number from `next`, which must only grow, and keeps it open until it is finished.
     pub(crate) fn begin(&self, next: impl FnOnce() -> u64) -> u64 {
         let mut open = self.open.lock();
         let number = next();
+        if number <= open.last {
+            self.poison.broken(Invariant::RowNumbersRise, format_args!("row {number} after row {}", open.last));
+        }
         open.numbers.push(number);
         open.last = number;
         number
@@ -57,8 +68,13 @@ impl RowNumbers {
     /// The row is written, or never will be.
     pub(crate) fn finish(&self, number: u64) {
         let mut open = self.open.lock();
+        let before = open.numbers.len();
         open.numbers.retain(|other| *other != number);
         let settled = open.numbers.first().copied().unwrap_or(open.last + 1);
+        if open.numbers.len() + 1 != before || settled < self.settled.load(Ordering::Relaxed) {
+            let detail = format_args!("row {number} of {before} that are open; settled below {settled}");
+            self.poison.broken(Invariant::RowFinishedOnce, detail);
+        }
         self.settled.store(settled, Ordering::Release);
     }
 
@@ -70,7 +86,14 @@ impl RowNumbers {
     /// Every row numbered below the answer is finished; `next` gives a number for where none is open.
     pub(crate) fn settled_below(&self, next: impl FnOnce() -> u64) -> u64 {
         let open = self.open.lock();
-        open.numbers.first().copied().unwrap_or_else(next)
+        if let Some(first) = open.numbers.first() {
+            return *first;
+        }
+        let number = next();
+        if number <= open.last {
+            self.poison.broken(Invariant::RowNumbersRise, format_args!("{number} after row {}", open.last));
+        }
+        number
     }
 }
 
@@ -105,5 +128,27 @@ mod tests {
         numbers.finish(5);
         assert_eq!(settled(6), 6);
         assert!(numbers.is_settled(5));
+        numbers.poison.unbroken().unwrap();
+    }
+
+    #[test]
+    fn a_row_number_that_does_not_rise_and_a_row_that_is_finished_twice_break_an_invariant() {
+        let broken = |act: &dyn Fn(&RowNumbers)| {
+            let numbers = RowNumbers::default();
+            numbers.begin(|| 5);
+            act(&numbers);
+            numbers.poison.unbroken().unwrap_err().to_string()
+        };
+        for again in [4, 5] {
+            let said = broken(&|numbers| assert_eq!(numbers.begin(|| again), again));
+            assert!(said.contains("rows strictly rise"), "{said}");
+        }
+        let said = broken(&|numbers| [5, 5].iter().for_each(|number| numbers.finish(*number)));
+        assert!(said.contains("finished once"), "{said}");
+        let said = broken(&|numbers| {
+            numbers.finish(5);
+            numbers.settled_below(|| 5);
+        });
+        assert!(said.contains("rows strictly rise"), "{said}");
     }
 }

@@ -1,11 +1,16 @@
 //! Every tuning value, with its reason.
 
 use rocksdb::{
-    BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, DBRecoveryMode, LogLevel, Options,
-    UniversalCompactOptions,
+    BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, DBRecoveryMode, InfoLogger, LogLevel,
+    Options, UniversalCompactOptions,
 };
 
 const MIB: usize = 1 << 20;
+/// The length from which on a manifest may be written afresh.
+const MANIFEST_BYTES: usize = MIB / 4;
+/// Tables of the journal or of `meta`, and runs of a bucket, that are merged into one.
+const MERGED_TABLES: i32 = 4;
+const MERGED_RUNS: i32 = 8;
 
 /// The options of one database: one set a kind of column family, so that none is left to RocksDB's defaults.
 pub(super) struct Tuning {
@@ -52,9 +57,13 @@ impl Tuning {
         options.set_max_file_opening_threads(1);
         // Runs and flushed tables reach the disk bit by bit, so that the log's syncs do not queue behind them.
         options.set_bytes_per_sync(MIB as u64);
+        // A manifest grows with every seal, flush and bucket until it is written afresh: at this length, or at six times what
+        // is needed. RocksDB's own limit is a gigabyte.
+        options.set_max_manifest_file_size(MANIFEST_BYTES);
+        // In the place of a file of RocksDB's own, which notes some hundred lines for each bucket, keeps all of them in memory
+        // as well, and writes them once more whenever it begins a new file.
         options.set_log_level(LogLevel::Warn);
-        options.set_keep_log_file_num(2);
-        options.set_max_log_file_size(4 * MIB);
+        options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Warn, tell));
         options.set_stats_dump_period_sec(0);
         options.set_stats_persist_period_sec(0);
         options
@@ -66,6 +75,10 @@ impl Tuning {
         options.set_write_buffer_size(self.memtable_bytes);
         options.set_max_write_buffer_number(4);
         options.set_block_based_table_factory(&self.table());
+        // Tables of the journal do not overlap. In levels each would be moved down as it is and stay: one for each open that
+        // found rows.
+        options.set_compaction_style(DBCompactionStyle::Universal);
+        options.set_level_zero_file_num_compaction_trigger(MERGED_TABLES);
         never_stall(&mut options);
         options
     }
@@ -77,6 +90,9 @@ impl Tuning {
         options.set_write_buffer_size(self.memtable_bytes / 4);
         options.set_max_write_buffer_number(4);
         options.set_block_based_table_factory(&self.table());
+        // Each open leaves a small table. Merged among themselves, they leave a large one with an outbox alone.
+        options.set_compaction_style(DBCompactionStyle::Universal);
+        options.set_level_zero_file_num_compaction_trigger(MERGED_TABLES);
         never_stall(&mut options);
         options
     }
@@ -98,10 +114,10 @@ impl Tuning {
         // Eight runs become one: each key is rewritten once for every eightfold growth of its bucket.
         options.set_compaction_style(DBCompactionStyle::Universal);
         let mut universal = UniversalCompactOptions::default();
-        universal.set_min_merge_width(8);
+        universal.set_min_merge_width(MERGED_RUNS);
         universal.set_max_size_amplification_percent(1_000_000);
         options.set_universal_compaction_options(&universal);
-        options.set_level_zero_file_num_compaction_trigger(8);
+        options.set_level_zero_file_num_compaction_trigger(MERGED_RUNS);
         never_stall(&mut options);
         options
     }
@@ -114,6 +130,17 @@ impl Tuning {
         table.set_pin_l0_filter_and_index_blocks_in_cache(false);
         table
     }
+}
+
+/// What RocksDB says of itself goes where the rest of the store's events go.
+fn tell(level: LogLevel, said: &str) {
+    // A subscriber that panics must not unwind into RocksDB, which ends the process.
+    let _ = std::panic::catch_unwind(|| match level {
+        LogLevel::Error | LogLevel::Fatal => tracing::warn!(target: "onlyonce::rocksdb", "{}", said.trim_end()),
+        LogLevel::Warn => tracing::info!(target: "onlyonce::rocksdb", "{}", said.trim_end()),
+        // Options, whatever the level.
+        LogLevel::Header | LogLevel::Info | LogLevel::Debug => {}
+    });
 }
 
 /// Tables that wait for a merge hold nobody up. What is written is a few tables a seal, and a merge that cannot be done,

@@ -1,7 +1,7 @@
 //! Group commit: callers that wait for the disk at the same time share one sync.
 
 use crate::concurrency::{Condvar, Mutex, MutexGuard, yield_now};
-use crate::error::{Error, Result};
+use crate::error::{Error, Outcome, Result};
 
 /// How often whoever is going to sync lets others go first, as long as more of them come.
 const MAX_YIELDS: usize = 16;
@@ -24,7 +24,7 @@ struct State {
     /// Syncs that were made.
     syncs: u64,
     /// Why a sync failed. Nobody knows what is on the disk since: a sync that succeeds after it proves nothing.
-    failed: Option<String>,
+    failed: Option<Error>,
 }
 
 impl SyncGroup {
@@ -35,8 +35,8 @@ impl SyncGroup {
         state.written += 1;
         let mine = state.written;
         loop {
-            if let Some(detail) = &state.failed {
-                return Err(Error::WriteFailed { detail: detail.clone() });
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
             }
             if state.synced >= mine {
                 return Ok(());
@@ -64,7 +64,7 @@ impl SyncGroup {
                     state.synced = covered;
                     state.syncs += 1;
                 }
-                Err(error) => state.failed = Some(error.to_string()),
+                Err(error) => state.failed = Some(of_made_writes(error)),
             }
             self.synced.notify_all();
         }
@@ -73,6 +73,14 @@ impl SyncGroup {
     /// Syncs that callers waited for.
     pub(crate) fn syncs(&self) -> u64 {
         self.state.lock().syncs
+    }
+}
+
+/// The error of a sync for those who wait: their writes are made, whatever kept them from being synced.
+fn of_made_writes(error: Error) -> Error {
+    match error.outcome() {
+        Outcome::Unknown => error,
+        Outcome::NotWritten => Error::WriteFailed { detail: error.to_string() },
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use harness::{Broker, Intake, address};
-use onlyonce::delivery::kafka::{Consumer, DEAD_FROM, DEAD_WHY, Error, Id, Message};
+use onlyonce::delivery::kafka::{
+    Builder, Consumer, DEAD_FROM, DEAD_OMITTED, DEAD_TIMESTAMP, DEAD_WHY, Error, Id, Message,
+};
 use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
 use parking_lot::Mutex;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -64,7 +66,7 @@ impl Kafka {
     }
 
     /// The dead letters that nobody has put back, and a consumer that may commit that somebody has.
-    fn letters(&self) -> (Vec<OwnedMessage>, BaseConsumer, TopicPartitionList) {
+    fn all_letters(&self) -> (Vec<OwnedMessage>, BaseConsumer, TopicPartitionList) {
         let consumer: BaseConsumer = reader("redrive").set("enable.auto.commit", "false").create().unwrap();
         let (mut from, mut to, mut left) = (TopicPartitionList::new(), TopicPartitionList::new(), 0);
         for (partition, (low, high)) in Self::rest(&consumer, &self.dead) {
@@ -73,14 +75,17 @@ impl Kafka {
             left += high - low;
         }
         consumer.assign(&from).unwrap();
-        // A record that is rejected, and delivered again because its consumer has died before the next commit, is
-        // rejected once more. Its letters say that they are of one record.
-        let mut letters = BTreeMap::new();
-        for _ in 0..left {
-            let letter = consumer.poll(WAIT).expect("a letter").unwrap().detach();
-            letters.insert(header(&letter, DEAD_FROM), letter);
-        }
-        (letters.into_values().collect(), consumer, to)
+        let letter = |_| consumer.poll(WAIT).expect("a letter").unwrap().detach();
+        ((0..left).map(letter).collect(), consumer, to)
+    }
+
+    /// As [`all_letters`](Self::all_letters). A record that is rejected, and delivered again because its consumer has died
+    /// before the next commit, is rejected once more. Its letters say that they are of one record.
+    fn letters(&self) -> (Vec<OwnedMessage>, BaseConsumer, TopicPartitionList) {
+        let (letters, consumer, to) = self.all_letters();
+        let by_record: BTreeMap<_, _> =
+            letters.into_iter().map(|letter| (header(&letter, DEAD_FROM), letter)).collect();
+        (by_record.into_values().collect(), consumer, to)
     }
 
     async fn put(&self, key: &[u8], body: &[u8], headers: OwnedHeaders) {
@@ -88,8 +93,14 @@ impl Kafka {
         self.producer.send(record, WAIT).await.unwrap();
     }
 
-    fn member(&self, group: &str) -> Consumer {
-        Consumer::subscribe(&reader(group), &[&self.topic]).unwrap()
+    fn member(&self, group: &str) -> Builder {
+        Consumer::subscribe(&reader(group), &[&self.topic])
+    }
+
+    /// Not as a member, for a group waits for a dead one until its session is over.
+    fn reader(&self) -> Builder {
+        let consumer = Consumer::assign(&reader(&self.group()), &all(&self.topic, Offset::Stored));
+        consumer.dead_letters(self.producer.clone(), &self.dead)
     }
 
     /// Of this topic alone: who is no member may not commit for a group that has members.
@@ -98,9 +109,13 @@ impl Kafka {
     }
 }
 
+fn value(record: &OwnedMessage, name: &str) -> Option<String> {
+    let found = record.headers()?.iter().find(|header| header.key == name);
+    Some(String::from_utf8(found?.value?.to_vec()).unwrap())
+}
+
 fn header(record: &OwnedMessage, name: &str) -> String {
-    let found = record.headers().unwrap().iter().find(|header| header.key == name);
-    String::from_utf8(found.unwrap().value.unwrap().to_vec()).unwrap()
+    value(record, name).unwrap()
 }
 
 impl Broker for Kafka {
@@ -141,10 +156,8 @@ impl Broker for Kafka {
         self.put(id.unwrap_or(body).as_bytes(), body.as_bytes(), headers).await;
     }
 
-    /// Not as a member, for a group waits for a dead one until its session is over.
     async fn intake(&self) -> Consumer {
-        let consumer = Consumer::assign(&reader(&self.group()), &all(&self.topic, Offset::Stored)).unwrap();
-        consumer.dead_letters(self.producer.clone(), &self.dead)
+        self.reader().build().unwrap()
     }
 
     async fn unsettled(&self) -> u64 {
@@ -255,7 +268,7 @@ async fn what_is_at_work_when_its_partition_is_taken_away_is_done_once_and_comes
     let processor = Processor::new(store(dir.path())).longest_wait(Duration::from_millis(300));
     let (day, may_end) = (Arc::new(Day::default()), Arc::new(Semaphore::new(0)));
     let member = || {
-        let consumer = broker.member(&broker.group());
+        let consumer = broker.member(&broker.group()).build().unwrap();
         tokio::spawn(work(consumer, processor.clone(), Arc::clone(&day), Arc::clone(&may_end), QUIET))
     };
     let seen = |what: &str| day.settled.lock().get(what).copied().unwrap_or_default();
@@ -302,7 +315,7 @@ async fn with_one_ahead_a_partition_waits_for_what_is_to_come_back() {
     }
     let dir = tempfile::tempdir().unwrap();
     let processor = Processor::new(store(dir.path())).backoff(Duration::from_millis(50), Duration::from_millis(50));
-    let mut consumer = broker.intake().await.ahead(1);
+    let mut consumer = broker.reader().ahead(1).build().unwrap();
     let mut done = Vec::new();
     while done.len() < 150 {
         let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
@@ -346,7 +359,7 @@ async fn a_consumer_goes_on_at_the_offsets_in_its_store() {
         let store = store(dir.path());
         let offsets = store.blocking().clone();
         let start = move |topic: &str, partition: i32| offsets.offset(topic, partition.unsigned_abs()).unwrap();
-        let mut consumer = broker.member(group).ahead(1).id(Id::Position).start_from(start);
+        let mut consumer = broker.member(group).ahead(1).id(Id::Position).start_from(start).build().unwrap();
         let processor = Processor::new(store);
         for _ in 0..records {
             let message = timeout(Duration::from_secs(30), consumer.next()).await.expect("a record").unwrap();
@@ -368,4 +381,132 @@ async fn a_consumer_goes_on_at_the_offsets_in_its_store() {
     effects.sort();
     effects.dedup();
     assert_eq!(effects.len(), 100);
+}
+
+/// One record in microseconds would be too far ahead for ever, and its partition would stop when so many are read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_with_a_timestamp_in_another_unit_does_not_stop_its_partition() {
+    let broker = Kafka::open(&name("units")).await;
+    const NOW_MS: i64 = 1_700_000_000_000;
+    for message in 0..10 {
+        let at_ms = if message == 2 { NOW_MS * 1_000 } else { NOW_MS + message };
+        let body = message.to_string();
+        let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(&body).timestamp(at_ms);
+        broker.producer.send(record, WAIT).await.unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let builder = onlyonce::Store::builder().memory_budget(32 << 20).stream_time(Duration::from_secs(3_600));
+    let store = onlyonce::future::Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let processor = Processor::new(store);
+    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    let mut rejected = 0;
+    for _ in 0..10 {
+        let message = timeout(Duration::from_secs(30), consumer.next()).await.expect("the partition stands").unwrap();
+        match processor.process(message, async |_, _| Ok("")).await.unwrap() {
+            Settled::Done => {}
+            Settled::Rejected { attempts: 0, .. } => rejected += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    drop(consumer);
+    assert_eq!((rejected, broker.unsettled().await), (1, 0));
+    let (letters, ..) = broker.letters();
+    assert_eq!(letters[0].payload(), Some(&b"2"[..]));
+    assert!(header(&letters[0], DEAD_WHY).contains("looks like microseconds"));
+    assert_eq!(header(&letters[0], DEAD_TIMESTAMP), (NOW_MS * 1_000).to_string());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_is_deleted_twice_is_deleted_twice() {
+    let broker = Kafka::open(&name("tombstones")).await;
+    for payload in [Some("v"), None, Some("w"), None] {
+        let mut record = FutureRecord::<str, str>::to(&broker.topic).partition(0).key("k");
+        record.payload = payload;
+        broker.producer.send(record, WAIT).await.unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let processor = Processor::new(store(dir.path()));
+    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    for _ in 0..4 {
+        let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
+        let settled = processor.process(message, async |_, _| Ok("")).await.unwrap();
+        assert!(matches!(settled, Settled::Done), "{settled:?}");
+    }
+    assert_eq!(processor.stats().without_id, 2, "the values");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_letter_that_is_too_large_goes_with_less_and_in_the_end_without_its_value() {
+    let broker = Kafka::open(&name("large")).await;
+    let narrow: FutureProducer = config().set("linger.ms", "0").set("message.max.bytes", "2000").create().unwrap();
+    let mut consumer = broker.reader().dead_letters(narrow, &broker.dead).build().unwrap();
+    for (bytes, omitted) in [(1_400, None), (5_000, Some("5000"))] {
+        broker.send(Some("order-1"), &"x".repeat(bytes)).await;
+        let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
+        message.reject(&"why ".repeat(250)).await.unwrap();
+        let (letters, reader, to) = broker.all_letters();
+        let letter = &letters[0];
+        assert_eq!(letter.payload().unwrap().len(), if omitted.is_some() { 0 } else { bytes });
+        assert_eq!(value(letter, "id").is_some(), omitted.is_none(), "the record's own");
+        assert_eq!(value(letter, DEAD_WHY).is_some(), omitted.is_some());
+        assert_eq!(value(letter, DEAD_OMITTED).as_deref(), omitted);
+        reader.commit(&to, CommitMode::Sync).unwrap();
+    }
+    drop(consumer);
+    assert_eq!(broker.unsettled().await, 0);
+}
+
+/// A record with a header whose name is `name`, as bytes: a batch of one, in the second version of the format.
+fn raw_batch(name: &[u8], payload: &[u8]) -> Vec<u8> {
+    // Lengths are below 64 here: one byte of a varint, in zigzag.
+    let prefixed = |bytes: &[u8]| [&[bytes.len() as u8 * 2], bytes].concat();
+    let none = [1];
+    let body = [&[0, 0, 0][..], &none, &prefixed(payload), &[2], &prefixed(name), &prefixed(b"value")].concat();
+    let record = prefixed(&body);
+    let now_ms = 1_700_000_000_000_i64.to_be_bytes();
+    let (attributes, last, producer) = ([0; 2], [0; 4], [0xff; 14]);
+    let count = 1_i32.to_be_bytes();
+    let checked = [&attributes[..], &last, &now_ms, &now_ms, &producer, &count, &record].concat();
+    let checksum = crc32c::crc32c(&checked).to_be_bytes();
+    let length = (4 + 1 + 4 + checked.len() as i32).to_be_bytes();
+    [&[0; 8][..], &length, &[0xff; 4], &[2], &checksum, &checked].concat()
+}
+
+/// Produces a batch over a socket of its own, for no client sends a header name that is not UTF-8.
+async fn produce_raw(topic: &str, partition: i32, batch: &[u8]) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let text = |text: &str| [&(text.len() as i16).to_be_bytes()[..], text.as_bytes()].concat();
+    let (one, timeout_ms, size) = (1_i32.to_be_bytes(), 5_000_i32.to_be_bytes(), (batch.len() as i32).to_be_bytes());
+    let head = [&[0, 0, 0, 3][..], &one, &text("raw"), &[0xff, 0xff], &[0, 1], &timeout_ms].concat();
+    let request = [&head[..], &one, &text(topic), &one, &partition.to_be_bytes(), &size, batch].concat();
+    let mut broker = tokio::net::TcpStream::connect(address("ONLYONCE_KAFKA")).await.unwrap();
+    broker.write_all(&[&(request.len() as i32).to_be_bytes()[..], &request].concat()).await.unwrap();
+    let mut answer = vec![0; broker.read_i32().await.unwrap() as usize];
+    broker.read_exact(&mut answer).await.unwrap();
+    // After the request's number, one topic with its name and one partition with its number.
+    let at = 4 + 4 + 2 + topic.len() + 4 + 4;
+    assert_eq!(answer[at..at + 2], [0, 0], "the broker has refused it: {answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_with_a_header_that_cannot_be_read_takes_no_other_along() {
+    let broker = Kafka::open(&name("headers")).await;
+    let send = async |body: &str| {
+        let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(body);
+        broker.producer.send(record, WAIT).await.unwrap();
+    };
+    send("first").await;
+    produce_raw(&broker.topic, 1, &raw_batch(b"\xff\xfe", b"odd")).await;
+    produce_raw(&broker.topic, 1, &raw_batch(b"tenant", b"second")).await;
+    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    for body in ["first", "second"] {
+        let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
+        assert_eq!(message.payload(), body.as_bytes());
+        message.ack().await.unwrap();
+    }
+    drop(consumer);
+    assert_eq!(broker.unsettled().await, 0);
+    let (letters, ..) = broker.letters();
+    assert_eq!(letters[0].payload(), Some(&b"odd"[..]));
+    assert!(header(&letters[0], DEAD_WHY).contains("not UTF-8"));
 }

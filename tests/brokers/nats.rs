@@ -10,7 +10,8 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{Config, Stream};
 use async_nats::jetstream::{self, Context};
 use harness::{Broker, Intake, address};
-use onlyonce::delivery::nats::{Consumer, DEAD_SUBJECT, DEAD_WHY, Message};
+use onlyonce::delivery::nats::{Consumer, DEAD_ID, DEAD_OMITTED, DEAD_SUBJECT, DEAD_WHY, Error, Message};
+use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
 
 struct Nats {
     context: Context,
@@ -71,8 +72,8 @@ impl Broker for Nats {
     }
 
     async fn intake(&self) -> Consumer {
-        let consumer = Consumer::new(self.context.clone(), &self.consumer).await.unwrap();
-        consumer.dead_letters(&format!("{}-dead", self.queue))
+        let builder = Consumer::builder(self.context.clone(), &self.consumer);
+        builder.dead_letters(&format!("{}-dead", self.queue)).build().await.unwrap()
     }
 
     async fn unsettled(&self) -> u64 {
@@ -110,3 +111,106 @@ tests_of!(
     what_is_at_work_is_not_begun_again,
     keys_waits_and_figures_are_right,
 );
+
+async fn rejects(message: Message) -> Settled {
+    let dir = tempfile::tempdir().unwrap();
+    let store = onlyonce::Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap());
+    let work = async |_: &Message, _: &mut Job| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
+    processor.process(message, work).await.unwrap()
+}
+
+/// Each of these headers would make the server refuse the copy, each time that it is sent.
+#[tokio::test]
+async fn a_message_with_directives_to_the_server_reaches_the_dead_letters() {
+    let broker = Nats::open(&format!("directives-{}", std::process::id())).await;
+    let mut headers = HeaderMap::new();
+    headers.insert("Nats-Msg-Id", "order-1");
+    headers.insert("Nats-Expected-Stream", broker.queue.as_str());
+    headers.insert("Nats-Expected-Last-Sequence", "0");
+    headers.insert("Tenant", "a");
+    broker.publish(headers, "charge").await;
+    // The stream of the dead letters is at another number.
+    let other = broker.context.publish(format!("{}-dead", broker.queue), "another".into());
+    other.await.unwrap().await.unwrap();
+    let message = broker.intake().await.next().await.unwrap().unwrap();
+    assert!(matches!(rejects(message).await, Settled::Rejected { .. }));
+    let letter = broker.letters().await.pop().unwrap();
+    let header = |name: &str| letter.headers.get(name).map(|value| value.as_str().to_owned());
+    assert_eq!(header(DEAD_ID).as_deref(), Some("order-1"));
+    assert_eq!(header("Tenant").as_deref(), Some("a"));
+    assert_eq!(header("Onlyonce-Nats-Expected-Stream").as_deref(), Some(broker.queue.as_str()));
+    assert_eq!(header("Nats-Expected-Stream"), None);
+    assert_eq!(broker.unsettled().await, 0);
+}
+
+/// A stream that takes smaller messages than the queue.
+async fn narrow(broker: &Nats) -> (Stream, String) {
+    let name = format!("{}-narrow", broker.queue);
+    let config =
+        Config { name: name.clone(), subjects: vec![name.clone()], max_message_size: 1_000, ..Config::default() };
+    (broker.context.get_or_create_stream(config).await.unwrap(), name)
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_is_too_large_goes_without_its_payload_where_the_stream_keeps_it() {
+    let broker = Nats::open(&format!("large-{}", std::process::id())).await;
+    let (dead, subject) = narrow(&broker).await;
+    let mut consumer =
+        Consumer::builder(broker.context.clone(), &broker.consumer).dead_letters(&subject).build().await.unwrap();
+    broker.send(Some("order-1"), &"x".repeat(5_000)).await;
+    let message = consumer.next().await.unwrap().unwrap();
+    assert!(matches!(rejects(message).await, Settled::Rejected { .. }));
+    let letter = dead.get_raw_message(1).await.unwrap();
+    assert!(letter.payload.is_empty());
+    let omitted = letter.headers.get(DEAD_OMITTED).unwrap().as_str();
+    assert_eq!(omitted, format!("{}/1, 5000 bytes", broker.queue));
+    assert!(letter.headers.get(DEAD_WHY).unwrap().as_str().contains("no such order"));
+    assert_eq!(broker.unsettled().await, 0);
+    // What is a little smaller has no room for our headers, and goes whole.
+    broker.send(Some("order-2"), &"x".repeat(850)).await;
+    let message = consumer.next().await.unwrap().unwrap();
+    message.reject(&"why ".repeat(200)).await.unwrap();
+    let letter = dead.get_raw_message(2).await.unwrap();
+    assert_eq!((letter.payload.len(), letter.headers.get(DEAD_ID).unwrap().as_str()), (850, "order-2"));
+    assert!(letter.headers.get(DEAD_WHY).is_none());
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_is_too_large_keeps_its_message_on_a_work_queue() {
+    let broker = Nats::open(&format!("base-{}", std::process::id())).await;
+    let (_, subject) = narrow(&broker).await;
+    let name = format!("work-{}", std::process::id());
+    let config = Config {
+        name: name.clone(),
+        subjects: vec![name.clone()],
+        retention: jetstream::stream::RetentionPolicy::WorkQueue,
+        ..Config::default()
+    };
+    let stream = broker.context.get_or_create_stream(config).await.unwrap();
+    let durable = pull::Config { durable_name: Some("workers".to_owned()), ..pull::Config::default() };
+    let workers: PullConsumer = stream.get_or_create_consumer("workers", durable).await.unwrap();
+    let mut consumer =
+        Consumer::builder(broker.context.clone(), &workers).dead_letters(&subject).build().await.unwrap();
+    broker.context.publish(name.clone(), "x".repeat(5_000).into()).await.unwrap().await.unwrap();
+    let message = consumer.next().await.unwrap().unwrap();
+    let refused = message.reject("no such order").await.unwrap_err();
+    assert!(matches!(refused, Error::LetterTooLarge { sequence: 1, .. }), "{refused}");
+    assert_eq!(stream.get_info().await.unwrap().state.messages, 1, "its payload is nowhere else");
+}
+
+#[tokio::test]
+async fn a_consumer_of_the_server_that_does_not_fit_is_an_error() {
+    let broker = Nats::open(&format!("settings-{}", std::process::id())).await;
+    let stream = broker.context.get_stream(&broker.queue).await.unwrap();
+    for (name, ack_policy, headers_only) in [("none", AckPolicy::None, false), ("heads", AckPolicy::Explicit, true)] {
+        let durable = Some(name.to_owned());
+        let config = pull::Config { durable_name: durable, ack_policy, headers_only, ..pull::Config::default() };
+        let consumer: PullConsumer = stream.create_consumer(config).await.unwrap();
+        let refused = Consumer::builder(broker.context.clone(), &consumer).build().await.unwrap_err().to_string();
+        let setting = if headers_only { "`headers_only`" } else { "`ack_policy`" };
+        assert!(refused.contains(setting), "{refused}");
+    }
+    let refused = Consumer::builder(broker.context.clone(), &broker.consumer).dead_letters("a.*").build().await;
+    assert!(refused.unwrap_err().to_string().contains("`dead_letters`"));
+}

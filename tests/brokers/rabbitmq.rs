@@ -9,10 +9,10 @@ use lapin::message::BasicGetMessage;
 use lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
 };
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use onlyonce::Store;
-use onlyonce::delivery::rabbitmq::{Consumer, Message, Retries};
+use onlyonce::delivery::rabbitmq::{Consumer, DEAD_WHY, Message, Retries};
 use onlyonce::delivery::{Failure, Processor, Settled};
 
 struct Rabbit {
@@ -79,7 +79,7 @@ impl Broker for Rabbit {
     async fn intake(&self) -> Reader {
         let connection = connect().await;
         let channel = connection.create_channel().await.unwrap();
-        let consumer = Consumer::new(channel, &self.queue, 16).await.unwrap();
+        let consumer = Consumer::builder(channel, &self.queue).prefetch(16).build().await.unwrap();
         Reader { consumer, _connection: connection }
     }
 
@@ -138,7 +138,8 @@ async fn a_consumer_that_may_not_declare_queues_keeps_a_delivery_back_in_its_pro
     broker.send(Some("order-1"), "charge").await;
     let channel = broker.connection.create_channel().await.unwrap();
     let most = Duration::from_millis(300);
-    let mut consumer = Consumer::new(channel, &broker.queue, 1).await.unwrap().retries(Retries::InProcess(most));
+    let mut consumer =
+        Consumer::builder(channel, &broker.queue).prefetch(1).retries(Retries::InProcess(most)).build().await.unwrap();
     let dir = tempfile::tempdir().unwrap();
     let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
     let processor = Processor::new(onlyonce::future::Store::new(store).unwrap()).backoff(most * 2, most * 2);
@@ -168,7 +169,7 @@ async fn an_acknowledgement_on_a_closed_channel_is_reported_and_the_redelivery_i
     let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
     let processor = Processor::new(onlyonce::future::Store::new(store).unwrap());
     let channel = broker.connection.create_channel().await.unwrap();
-    let mut consumer = Consumer::new(channel.clone(), &broker.queue, 1).await.unwrap();
+    let mut consumer = Consumer::builder(channel.clone(), &broker.queue).prefetch(1).build().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
     let work = async |_: &Message, _: &mut onlyonce::delivery::Job| {
         channel.close(200, "in the middle of the work".into()).await?;
@@ -177,10 +178,103 @@ async fn an_acknowledgement_on_a_closed_channel_is_reported_and_the_redelivery_i
     let unsettled = processor.process(message, work).await.unwrap_err();
     assert!(matches!(unsettled.settled, Settled::Done), "{unsettled:?}");
 
-    let mut consumer =
-        Consumer::new(broker.connection.create_channel().await.unwrap(), &broker.queue, 1).await.unwrap();
+    let channel = broker.connection.create_channel().await.unwrap();
+    let mut consumer = Consumer::builder(channel, &broker.queue).prefetch(1).build().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
     let work = async |_: &Message, _: &mut onlyonce::delivery::Job| -> Result<&str, Failure> { panic!("it was done") };
     let settled = processor.process(message, work).await.unwrap();
     assert!(matches!(settled, Settled::Duplicate(_)), "{settled:?}");
+}
+
+fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in entries {
+        table.insert((*name).into(), value.clone());
+    }
+    table
+}
+
+fn text(text: &str) -> AMQPValue {
+    AMQPValue::LongString(text.into())
+}
+
+/// Fails twice, and then goes to the dead letters, each time after its backoff. The letter.
+async fn fails_three_times(broker: &Rabbit, properties: BasicProperties) -> BasicGetMessage {
+    let channel = broker.connection.create_channel().await.unwrap();
+    let dead = format!("{}.dead", broker.queue);
+    let mut consumer = Consumer::builder(channel, &broker.queue).prefetch(1).dead_letters(&dead).build().await.unwrap();
+    broker.publish(properties, b"charge").await;
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+    let backoff = Duration::from_millis(900);
+    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap()).attempts(3).backoff(backoff, backoff);
+    let mut settled = Vec::new();
+    while !matches!(settled.last(), Some(Settled::Rejected { .. })) {
+        let next = tokio::time::timeout(Duration::from_secs(20), consumer.next());
+        let message = next.await.expect("the broker has dropped the copy").unwrap().unwrap();
+        let work = async |_: &Message, _: &mut onlyonce::delivery::Job| Err::<&str, _>(Failure::from("no such order"));
+        settled.push(processor.process(message, work).await.unwrap());
+    }
+    assert!(
+        matches!(settled[..], [Settled::Failed { .. }, Settled::Failed { .. }, Settled::Rejected { attempts: 3, .. }]),
+        "none came back before its time: {settled:?}"
+    );
+    let channel = broker.connection.create_channel().await.unwrap();
+    let mut letters = broker.letters(&channel).await;
+    assert_eq!(letters.len(), 1);
+    let letter = letters.remove(0);
+    letter.delivery.ack(BasicAckOptions::default()).await.unwrap();
+    letter
+}
+
+/// Copied as they are, these would send each retry copy to another queue, and have the broker take its way back for a cycle,
+/// and drop it.
+#[tokio::test]
+async fn a_retry_copy_does_not_repeat_directives_to_the_broker() {
+    let broker = Rabbit::open(&format!("directives-{}", std::process::id())).await;
+    let audit = format!("{}.audit", broker.queue);
+    let (name, options) = (audit.as_str().into(), QueueDeclareOptions::durable());
+    broker.channel.queue_declare(name, options, FieldTable::default()).await.unwrap();
+    let death = table(&[
+        ("queue", text(&broker.queue)),
+        ("reason", text("expired")),
+        ("count", AMQPValue::LongLongInt(1)),
+        ("exchange", text("")),
+        ("routing-keys", AMQPValue::FieldArray(vec![text(&broker.queue)].into())),
+        ("time", AMQPValue::Timestamp(1_700_000_000)),
+    ]);
+    let headers = table(&[
+        ("CC", AMQPValue::FieldArray(vec![text(&audit)].into())),
+        ("x-death", AMQPValue::FieldArray(vec![AMQPValue::FieldTable(death)].into())),
+        ("tenant", text("a")),
+    ]);
+    let properties = BasicProperties::default().with_message_id("order-1".into()).with_headers(headers);
+    let letter = fails_three_times(&broker, properties.with_user_id("guest".into())).await;
+    assert_eq!(broker.ready(&audit).await, 1, "what the producer has sent there");
+    let headers = letter.delivery.properties.headers().clone().unwrap();
+    assert_eq!(headers.inner().get(DEAD_WHY), Some(&text("attempt 3: no such order")));
+    assert_eq!(headers.inner().get("tenant"), Some(&text("a")));
+    assert_eq!(headers.inner().get("onlyonce-user-id"), Some(&text("guest")));
+    assert_eq!(letter.delivery.properties.user_id(), &None);
+}
+
+#[tokio::test]
+async fn a_message_that_expires_waits_as_long_as_any_other() {
+    let broker = Rabbit::open(&format!("expires-{}", std::process::id())).await;
+    let properties = BasicProperties::default().with_message_id("order-1".into()).with_expiration("200".into());
+    let letter = fails_three_times(&broker, properties).await;
+    assert_eq!(letter.delivery.properties.expiration(), &None);
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_is_not_confirmed_keeps_its_message() {
+    let broker = Rabbit::open(&format!("unconfirmed-{}", std::process::id())).await;
+    broker.send(Some("order-1"), "charge").await;
+    let channel = broker.connection.create_channel().await.unwrap();
+    let builder = Consumer::builder(channel, &broker.queue).prefetch(1).dead_letters("nowhere");
+    let mut consumer = builder.build().await.unwrap();
+    let message = consumer.next().await.unwrap().unwrap();
+    let refused = onlyonce::delivery::Delivery::reject(message, "no such order").await.unwrap_err().to_string();
+    assert!(refused.contains("queue nowhere"), "{refused}");
+    assert!(consumer.next().await.unwrap().unwrap().delivery().redelivered);
 }

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_sqs::types::{Message as Received, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName};
 use aws_sdk_sqs::{Client, Config};
-use aws_smithy_http_client::Builder;
 use harness::{Broker, Intake, address};
-use onlyonce::delivery::sqs::{Consumer, DEAD_WHY, Message};
+use onlyonce::delivery::sqs::{Builder, Consumer, DEAD_ID, DEAD_WHY, Error, Message};
 use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
 use tokio::time::timeout;
 
@@ -26,7 +25,7 @@ type Fifo = Sqs<true>;
 fn client() -> Client {
     let config = Config::builder()
         .behavior_version(BehaviorVersion::latest())
-        .http_client(Builder::new().build_http())
+        .http_client(aws_smithy_http_client::Builder::new().build_http())
         .endpoint_url(address("ONLYONCE_SQS"))
         .region(Region::new("eu-central-1"))
         .credentials_provider(Credentials::new("key", "secret", None, None, "test"));
@@ -45,11 +44,15 @@ impl<const FIFO: bool> Sqs<FIFO> {
         create.send().await.unwrap().queue_url.unwrap()
     }
 
-    fn consumer(&self) -> Consumer {
-        Consumer::new(self.client.clone(), &self.url)
+    fn builder(&self) -> Builder {
+        Consumer::builder(self.client.clone(), &self.url)
             .dead_letters(&self.dead)
             .visibility(Duration::from_secs(2))
             .poll(Duration::from_secs(1))
+    }
+
+    fn consumer(&self) -> Consumer {
+        self.builder().build().unwrap()
     }
 
     async fn letters(&self, visibility: i32) -> Vec<Received> {
@@ -208,7 +211,7 @@ async fn by_message_ids_two_messages_that_say_the_same_are_two_pieces_of_work() 
     let broker = Standard::open(&format!("ids-{}", std::process::id())).await;
     let dir = tempfile::tempdir().unwrap();
     let processor = processor(dir.path());
-    let mut by_id = broker.consumer().or_message_id();
+    let mut by_id = broker.builder().or_message_id().build().unwrap();
     let mut settled = Vec::new();
     for _ in 0..2 {
         broker.send(None, "refund 12").await;
@@ -229,4 +232,38 @@ async fn by_message_ids_two_messages_that_say_the_same_are_two_pieces_of_work() 
     let stats = processor.store().blocking().stats();
     assert_eq!((stats.acquired, stats.completed, stats.duplicates), (4, 2, 0), "{stats:?}");
     assert_eq!((broker.counts().await, broker.dead().await), ([0, 0], Vec::new()));
+}
+
+/// The service takes ten attributes, and refuses an eleventh each time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_with_ten_attributes_reaches_the_dead_letters_with_all_of_them() {
+    for attributes in [8, 9, 10] {
+        let broker = Standard::open(&format!("attributes-{attributes}-{}", std::process::id())).await;
+        let mut send = broker.client.send_message().queue_url(&broker.url).message_body("charge");
+        for attribute in 0..attributes {
+            let value = MessageAttributeValue::builder().data_type("String").string_value("v").build().unwrap();
+            send = send.message_attributes(format!("tenant-{attribute}"), value);
+        }
+        send.send().await.unwrap();
+        let message = broker.builder().or_message_id().build().unwrap().next().await.unwrap();
+        message.reject("no such order").await.unwrap();
+        let letter = broker.letters(0).await.pop().unwrap().message_attributes.unwrap();
+        let own = letter.keys().filter(|name| name.starts_with("tenant-")).count();
+        let ours = [DEAD_ID, DEAD_WHY].map(|name| letter.contains_key(name));
+        assert_eq!((own, ours), (attributes, [attributes < 10, attributes < 9]));
+        assert_eq!(broker.counts().await, [0, 0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_the_dead_letters_refuse_is_neither_deleted_nor_tried_at_once() {
+    let broker = Standard::open(&format!("narrow-{}", std::process::id())).await;
+    let narrow = broker.client.set_queue_attributes().queue_url(&broker.dead);
+    narrow.attributes(QueueAttributeName::MaximumMessageSize, "1024").send().await.unwrap();
+    let mut consumer = broker.consumer();
+    broker.send(Some("order-1"), &"x".repeat(2_000)).await;
+    let refused = consumer.next().await.unwrap().reject("no such order").await.unwrap_err();
+    assert!(matches!(&refused, Error::LetterRefused { queue, .. } if *queue == broker.dead), "{refused}");
+    assert_eq!(broker.counts().await, [0, 1]);
+    assert!(timeout(Duration::from_secs(3), consumer.next()).await.is_err(), "longer than it is invisible by itself");
 }

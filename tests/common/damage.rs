@@ -98,7 +98,7 @@ const SECTOR: usize = 512;
 
 /// The kinds of files, by their endings or the beginnings of their names, and how many of a hundred damages each gets:
 /// most go where the answers come from, and every kind gets its share, however few files or bytes it has.
-pub const KINDS: [(&str, u32); 11] = [
+pub const KINDS: [(&str, u32); 10] = [
     ("sst", 25),
     ("log", 20),
     ("MANIFEST", 15),
@@ -106,8 +106,7 @@ pub const KINDS: [(&str, u32); 11] = [
     ("files", 8),
     ("CURRENT", 5),
     ("lock", 4),
-    ("OPTIONS", 4),
-    ("LOG", 3),
+    ("OPTIONS", 7),
     ("IDENTITY", 2),
     ("LOCK", 2),
 ];

@@ -58,7 +58,9 @@ impl Bench {
     /// Closes the store and opens it again. Leases that are left belong to a process that is no more.
     pub fn reopen(&mut self) {
         self.store().close().unwrap();
-        self.store = Some(self.open().unwrap());
+        // Tests beside this one start processes, which have its lock for a moment.
+        let builder = self.builder().lock_wait(Duration::from_secs(10));
+        self.store = Some(builder.open(self.path()).unwrap());
     }
 
     pub fn advance_ms(&self, ms: u64) {

@@ -39,13 +39,16 @@ pub(crate) enum Command {
 /// Lines are written byte for byte and in order; a line ends at "\n", and a "\r" before it is part of the line. Only
 /// where the last line of a file has no "\n" and another line follows, one is put between them.
 ///
+/// A UTF-8 byte order mark at the start of an input (with --key, of any line) is left out of the key and of the output.
+/// Text in UTF-16 is refused. With --key, blank lines are left out and counted: those of spaces, tabs and "\r" alone.
+///
 /// A batch's lines are written and flushed before their keys are recorded: killed at any moment and run again on the
 /// same input, it repeats at most the lines of one batch, and loses none. Ctrl-C finishes the batch under way; a second
 /// one ends at once. When nobody reads the output any more it ends with exit code 0, and what could not be written is not
 /// recorded; what was written and never read from the pipe is.
 ///
-/// At the end a summary goes to standard error: `lines=N passed=N duplicates=N missing=N seconds=S`. A key that another
-/// program holds in progress counts as a duplicate.
+/// At the end a summary goes to standard error: `lines=N passed=N duplicates=N missing=N blank=N seconds=S`. A key that
+/// another program holds in progress counts as a duplicate.
 #[derive(clap::Args)]
 pub(crate) struct Filter {
     /// The store's directory; made where there is none
@@ -61,8 +64,10 @@ pub(crate) struct Filter {
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) bucket: Option<Duration>,
 
-    /// The key is this field of the JSON line, such as .id, .user.id, .items.0 or ."a.b"; several make a composite key
+    /// The key is this field of the JSON line, such as .id, .user.id, .items[0].id or .["a b"]; several make a composite key
     ///
+    /// Paths are those of jq that name one field: .items.0 is .items[0], ."a b" is .["a b"]. A place in an array counts from
+    /// 0.
     /// Text counts by its characters, numbers and booleans by their JSON text as it stands: "1" and 1 are the same key,
     /// 1 and 1.0 are not. A field that is absent, null, an object or an array is missing. Of a name that stands twice,
     /// the last counts.
@@ -104,6 +109,10 @@ pub(crate) struct Filter {
 
 /// Print what is stored of a key, as JSON; exit 1 where nothing is
 ///
+/// Its members "key" and "scope" name the key so that `get --json` reads it back: "key" is text, an array of the parts of a
+/// composite key, or {"content": HASH} of a whole line; bytes that are no text are {"hex": DIGITS}. "scope" is null where
+/// there is none.
+///
 /// Nobody else may have the store open meanwhile, and its directory must be writable.
 #[derive(clap::Args)]
 pub(crate) struct Get {
@@ -118,6 +127,10 @@ pub(crate) struct Get {
     /// KEY is a whole line, as `filter --content` reads it
     #[arg(long)]
     pub(crate) content: bool,
+
+    /// KEY is JSON: what `get` printed, with its scope, or the value of its "key" alone
+    #[arg(long, conflicts_with = "content")]
+    pub(crate) json: bool,
 
     /// The key; several are the parts of a composite key, in the order of `filter --key`
     #[arg(value_name = "KEY", required = true)]

@@ -8,7 +8,7 @@ use onlyonce::Key;
 /// Bounds the memory of a batch, whatever its lines are like: with so many bytes it is full.
 const FULL_BYTES: usize = 1 << 20;
 
-/// Lines in the order of the input, each with its key if it has one.
+/// Lines in the order of the input, each with what it is about.
 #[derive(Default)]
 pub(crate) struct Batch {
     bytes: Vec<u8>,
@@ -17,13 +17,22 @@ pub(crate) struct Batch {
 
 struct Line {
     end: usize,
-    key: Option<Key<'static>>,
+    subject: Subject,
+}
+
+/// What a line is about.
+pub(crate) enum Subject {
+    Key(Key<'static>),
+    /// It should have a key and has none.
+    Missing,
+    /// It holds nothing.
+    Blank,
 }
 
 impl Batch {
-    pub(crate) fn push(&mut self, line: &[u8], key: Option<Key<'static>>) {
+    pub(crate) fn push(&mut self, line: &[u8], subject: Subject) {
         self.bytes.extend_from_slice(line);
-        self.lines.push(Line { end: self.bytes.len(), key });
+        self.lines.push(Line { end: self.bytes.len(), subject });
     }
 
     pub(crate) fn append(&mut self, other: Self) {
@@ -50,15 +59,15 @@ impl Batch {
     }
 
     pub(crate) fn keys(&self) -> impl Iterator<Item = &Key<'static>> {
-        self.lines.iter().filter_map(|line| line.key.as_ref())
+        self.lines.iter().filter_map(|line| if let Subject::Key(key) = &line.subject { Some(key) } else { None })
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], Option<&Key<'static>>)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], &Subject)> {
         let mut start = 0;
         self.lines.iter().map(move |line| {
             let bytes = self.bytes.get(start..line.end).unwrap_or_default();
             start = line.end;
-            (bytes, line.key.as_ref())
+            (bytes, &line.subject)
         })
     }
 }
@@ -117,7 +126,7 @@ mod tests {
 
     fn batch(lines: &[&str]) -> Batch {
         let mut batch = Batch::default();
-        lines.iter().for_each(|line| batch.push(line.as_bytes(), None));
+        lines.iter().for_each(|line| batch.push(line.as_bytes(), Subject::Missing));
         batch
     }
 

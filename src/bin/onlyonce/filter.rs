@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use onlyonce::{Check, Durability, Store};
 
 use crate::args::{self, OnMissingKey};
-use crate::batch::{Batch, Intake, Taken};
+use crate::batch::{Batch, Intake, Subject, Taken};
 use crate::input::{self, Reading};
 use crate::line_key::LineKey;
 use crate::summary::Summary;
@@ -157,14 +157,18 @@ impl Filter<'_> {
         let mut output = Vec::with_capacity(batch.len_bytes());
         let mut new = HashSet::new();
         let mut checks = self.store.check_batch(batch.keys())?.into_iter();
-        for (line, key) in batch.iter() {
+        for (line, subject) in batch.iter() {
             summary.lines += 1;
-            let passes = match key {
-                None => {
+            let passes = match subject {
+                Subject::Blank => {
+                    summary.blank += 1;
+                    false
+                }
+                Subject::Missing => {
                     summary.missing += 1;
                     self.pass_missing
                 }
-                Some(key) => {
+                Subject::Key(key) => {
                     let check = checks.next().context("the store left a key unanswered")??;
                     let first = check == Check::New && new.insert(key);
                     summary.duplicates += u64::from(!first);

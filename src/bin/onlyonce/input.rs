@@ -10,8 +10,13 @@ use anyhow::{Context, bail, ensure};
 use crossbeam::channel::Sender;
 
 use crate::args::OnMissingKey;
-use crate::batch::Batch;
+use crate::batch::{Batch, Subject};
 use crate::line_key::LineKey;
+
+/// The byte order mark of UTF-8. It is no part of the text that it stands before.
+const MARK: &[u8] = b"\xef\xbb\xbf";
+/// Those of UTF-16 and UTF-32, in which a "\n" is more than one byte.
+const FOREIGN_MARKS: [&[u8]; 3] = [b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"];
 
 /// How much is read at a time. A pipe gives a quarter of it.
 const READ_BYTES: usize = 256 * 1024;
@@ -94,20 +99,33 @@ impl Reading {
     fn fill(&self, batch: &mut Batch, lines: &mut Lines<impl Read>) -> anyhow::Result<bool> {
         while !batch.is_full(self.batch) {
             let Some(line) = lines.next(self.max_line)? else { return Ok(false) };
-            let key = match self.line_key.of(line.strip_suffix(b"\n").unwrap_or(line)) {
-                Ok(key) => Some(key),
+            // Also within an input, which may be of several that `cat` has put together.
+            let line = if self.line_key.is_json() { without_mark(line) } else { line };
+            let text = line.strip_suffix(b"\n").unwrap_or(line);
+            let subject = match self.line_key.of(text) {
+                Err(_) if self.line_key.is_json() && is_blank(text) => Subject::Blank,
+                Ok(key) => Subject::Key(key),
                 Err(why) if self.on_missing_key == OnMissingKey::Fail => {
                     bail!("{why} (`--on-missing-key pass` or `drop` would go on)")
                 }
-                Err(_) => None,
+                Err(_) => Subject::Missing,
             };
-            batch.push(line, key);
+            batch.push(line, subject);
             if !lines.has_next() {
                 break;
             }
         }
         Ok(true)
     }
+}
+
+fn without_mark(line: &[u8]) -> &[u8] {
+    line.strip_prefix(MARK).unwrap_or(line)
+}
+
+/// Whether a line holds nothing but what JSON calls white space.
+fn is_blank(line: &[u8]) -> bool {
+    line.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r'))
 }
 
 /// The lines of one source.
@@ -119,16 +137,25 @@ struct Lines<R> {
 }
 
 impl<R: Read> Lines<R> {
-    /// The next line, with its "\n" if it has one.
+    /// The next line, with its "\n" if it has one, and without the byte order mark of its input.
     fn next(&mut self, max_line: u64) -> anyhow::Result<Option<&[u8]>> {
         self.line.clear();
         self.number += 1;
-        let read = self.input.by_ref().take(max_line + 1).read_until(b'\n', &mut self.line)?;
+        let most = max_line + 1 + if self.number == 1 { MARK.len() as u64 } else { 0 };
+        self.input.by_ref().take(most).read_until(b'\n', &mut self.line)?;
+        let mut line = self.line.as_slice();
+        if self.number == 1 {
+            ensure!(
+                !FOREIGN_MARKS.iter().any(|mark| line.starts_with(mark)),
+                "it is text in UTF-16 or UTF-32: convert it to UTF-8, as with `iconv -f UTF-16 -t UTF-8`"
+            );
+            line = without_mark(line);
+        }
         ensure!(
-            self.line.ends_with(b"\n") || read as u64 <= max_line,
+            line.strip_suffix(b"\n").unwrap_or(line).len() as u64 <= max_line,
             "it is longer than {max_line} bytes (`--max-line` sets the limit)"
         );
-        Ok((read > 0).then_some(&self.line))
+        Ok((!line.is_empty()).then_some(line))
     }
 
     /// Whether the next line is here already.

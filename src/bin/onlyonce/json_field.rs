@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-/// Where a field stands in a line: `.a.b`, `.list.0`, `."a.b"`.
+/// Where a field stands in a line, in the forms of jq: `.a.b`, `.list[0]`, `.["a b"]`; also `.list.0` and `."a b"`.
 #[derive(Debug, Clone)]
 pub(crate) struct FieldPath {
     text: String,
@@ -17,8 +17,9 @@ pub(crate) struct FieldPath {
 
 #[derive(Debug, Clone)]
 struct Step {
-    name: String,
-    /// The name as a place in an array.
+    /// The name of a field. None for a place in brackets.
+    name: Option<String>,
+    /// The place in an array. None for a quoted name.
     index: Option<usize>,
 }
 
@@ -29,26 +30,62 @@ impl FromStr for FieldPath {
         let mut steps = Vec::new();
         let mut rest = text;
         while !rest.is_empty() || steps.is_empty() {
-            rest = rest.strip_prefix('.').ok_or("each field begins with a dot, as in .user.id")?;
-            let name = if rest.starts_with('"') {
-                let (quoted, after) = rest.split_at_checked(value_len(rest.as_bytes())).unwrap_or((rest, ""));
-                rest = after;
-                serde_json::from_str(quoted).map_err(|_| format!("{quoted} is no quoted name, as in .\"a.b\""))?
-            } else {
-                let (name, after) = rest.split_at_checked(rest.find('.').unwrap_or(rest.len())).unwrap_or((rest, ""));
-                rest = after;
-                if name.is_empty() {
-                    return Err("a field has no name".to_owned());
-                }
-                if name.contains(['"', '[', ']']) {
-                    return Err(format!("write .list.0 for an element, and .\"…\" for a name such as {name}"));
-                }
-                name.to_owned()
-            };
-            let index = name.parse().ok();
-            steps.push(Step { name, index });
+            let (step, after) = Step::cut(rest, steps.is_empty()).map_err(|why| match rest {
+                "" => format!("at its end: {why}"),
+                _ => format!("at {rest}, byte {}: {why}", text.len() - rest.len()),
+            })?;
+            steps.push(step);
+            rest = after;
         }
         Ok(Self { text: text.to_owned(), steps })
+    }
+}
+
+impl Step {
+    /// Cuts the first step off a path.
+    fn cut(path: &str, is_first: bool) -> Result<(Self, &str), String> {
+        let after_dot = path.strip_prefix('.');
+        // A dot may stand before a bracket, and must at the beginning.
+        let in_brackets = after_dot.or((!is_first).then_some(path)).and_then(|path| path.strip_prefix('['));
+        if let Some(inside) = in_brackets {
+            return Self::cut_brackets(skip_space(inside));
+        }
+        let path = after_dot.ok_or("each field begins with a dot, as in .user.id")?;
+        if path.starts_with('"') {
+            return Self::cut_quoted(path);
+        }
+        let (name, after) = path.split_at_checked(path.find(['.', '[']).unwrap_or(path.len())).unwrap_or((path, ""));
+        if name.is_empty() {
+            return Err("a field has no name".to_owned());
+        }
+        // What jq would take for an operator is more likely one than a part of the name.
+        if name.contains(['"', ']', '|', '?', ',', '(', ')']) {
+            return Err(format!("a path names one field; a name such as {name} is quoted, as in .[\"a|b\"]"));
+        }
+        Ok((Self { name: Some(name.to_owned()), index: name.parse().ok() }, after))
+    }
+
+    fn cut_quoted(path: &str) -> Result<(Self, &str), String> {
+        let (quoted, after) = path.split_at_checked(value_len(path.as_bytes())).unwrap_or((path, ""));
+        let name = serde_json::from_str(quoted)
+            .map_err(|_| format!("{quoted} is no quoted name, as in .\"a.b\" or .[\"a b\"]"))?;
+        Ok((Self { name: Some(name), index: None }, after))
+    }
+
+    /// `inside` is what follows the opening bracket.
+    fn cut_brackets(inside: &str) -> Result<(Self, &str), String> {
+        let (step, after) = if inside.starts_with('"') {
+            Self::cut_quoted(inside)?
+        } else {
+            let digits = inside.find(|char: char| !char.is_ascii_digit()).unwrap_or(inside.len());
+            let (place, after) = inside.split_at_checked(digits).unwrap_or((inside, ""));
+            let index = place.parse().map_err(|_| {
+                "brackets hold a place in an array, as in [0], or a quoted name, as in [\"a b\"]".to_owned()
+            })?;
+            (Self { name: None, index: Some(index) }, after)
+        };
+        let after = skip_space(after).strip_prefix(']').ok_or("the bracket is not closed after one place or name")?;
+        Ok((step, after))
     }
 }
 
@@ -109,7 +146,7 @@ enum Name<'l> {
 impl Name<'_> {
     fn is(&self, step: &Step) -> bool {
         match self {
-            Self::Field(quoted) => string(quoted).is_some_and(|name| name == step.name),
+            Self::Field(quoted) => step.name.is_some() && string(quoted).as_deref() == step.name.as_deref(),
             Self::Index(index) => step.index == Some(*index),
         }
     }
@@ -243,7 +280,7 @@ pub(crate) fn law(bytes: &[u8]) {
     // It may be JSON and still hold what serde_json makes no value of, such as half a character.
     let Ok(value) = value else { return };
     let expected = path.steps.iter().try_fold(&value, |value, step| match value {
-        Value::Object(members) => members.get(&step.name),
+        Value::Object(members) => members.get(step.name.as_ref()?),
         Value::Array(elements) => elements.get(step.index?),
         _ => None,
     });
@@ -290,8 +327,8 @@ mod tests {
         })
     }
 
-    /// Every path there is in a value, and what it leads to.
-    fn paths(value: &Value, path: &str, found: &mut Vec<(String, Value)>) {
+    /// Every path there is in a value, and what it leads to; in brackets or not.
+    fn paths(value: &Value, path: &str, brackets: bool, found: &mut Vec<(String, Value)>) {
         let members: Vec<(String, &Value)> = match value {
             Value::Object(map) => {
                 map.iter().map(|(name, value)| (Value::from(name.as_str()).to_string(), value)).collect()
@@ -300,19 +337,20 @@ mod tests {
             _ => Vec::new(),
         };
         for (step, member) in members {
-            let path = format!("{path}.{step}");
+            let dot = if path.is_empty() { "." } else { "" };
+            let path = if brackets { format!("{path}{dot}[{step}]") } else { format!("{path}.{step}") };
             found.push((path.clone(), member.clone()));
-            paths(member, &path, found);
+            paths(member, &path, brackets, found);
         }
     }
 
     proptest! {
         #[test]
-        fn every_path_leads_where_serde_json_says(value in json(), pretty in any::<bool>()) {
+        fn every_path_leads_where_serde_json_says(value in json(), pretty: bool, brackets: bool) {
             let line = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) }.unwrap();
             let (mut names, mut values) = (Vec::new(), Vec::new());
             let mut all = Vec::new();
-            paths(&value, "", &mut all);
+            paths(&value, "", brackets, &mut all);
             for (path, value) in all {
                 names.push(path.parse::<FieldPath>().unwrap());
                 values.push(value);
@@ -344,6 +382,16 @@ mod tests {
             (".\"\"", Some("0")),
             (".b", None),
             (".a.b.c", None),
+            (".a.c[1].d", Some("-1.50e3")),
+            (".a.c.[1][\"d\"]", Some("-1.50e3")),
+            (".[\"a\"].c[ 0 ]", Some("1")),
+            (".[\"x.y\"]", Some("true")),
+            (".[\"\"]", Some("0")),
+            (".a[0]", None),
+            (".a.c[\"0\"]", None),
+            (".a.c.\"0\"", None),
+            (".a.c[3]", None),
+            (".[0]", None),
         ] {
             assert_eq!(at(path, line), value, "{path}");
         }
@@ -392,9 +440,47 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_path_is_refused() {
-        for path in ["", ".", "a", ".a.", ".a..b", ".a[0]", ".\"a", ".\"a\"b", "..", ".a\"b\"", ".a b.\"\\x\""] {
-            assert!(path.parse::<FieldPath>().is_err(), "{path}");
+    fn names_and_places_are_not_taken_for_each_other() {
+        assert_eq!(at(".[1]", "[5,6]"), Some("6"));
+        assert_eq!(at(".1", "[5,6]"), Some("6"));
+        assert_eq!(at(".[\"1\"]", "[5,6]"), None);
+        assert_eq!(at(".[1]", r#"{"1":7}"#), None);
+        assert_eq!(at(".1", r#"{"1":7}"#), Some("7"));
+        assert_eq!(at(".[\"1\"]", r#"{"1":7}"#), Some("7"));
+        assert_eq!(at(".a-b.@c.d e", r#"{"a-b":{"@c":{"d e":7}}}"#), Some("7"));
+    }
+
+    #[test]
+    fn a_bad_path_is_refused_at_its_place() {
+        for (path, place, why) in [
+            ("", "at its end: ", "begins with a dot"),
+            (".", "at ., byte 0: ", "has no name"),
+            ("a", "at a, byte 0: ", "begins with a dot"),
+            (".a.", "at ., byte 2: ", "has no name"),
+            (".a..b", "at ..b, byte 2: ", "has no name"),
+            ("..", "at .., byte 0: ", "has no name"),
+            (".\"a", "at .\"a, byte 0: ", "\"a is no quoted name"),
+            (".\"a\"b", "at b, byte 4: ", "begins with a dot"),
+            (".a\"b\"", "at .a\"b\", byte 0: ", "is quoted"),
+            (".a b.\"\\x\"", "at .\"\\x\", byte 4: ", "no quoted name"),
+            ("[0]", "at [0], byte 0: ", "begins with a dot"),
+            (".a[]", "at [], byte 2: ", "a place in an array"),
+            (".a[-1].b", "at [-1].b, byte 2: ", "a place in an array"),
+            (".a[x]", "at [x], byte 2: ", "a quoted name"),
+            (".a['x']", "at ['x'], byte 2: ", "a quoted name"),
+            (".a[99999999999999999999999]", "at [9", "a place in an array"),
+            (".a[1:2]", "at [1:2], byte 2: ", "not closed"),
+            (".a[0", "at [0, byte 2: ", "not closed"),
+            (".a[\"b\"", "at [\"b\", byte 2: ", "not closed"),
+            (".[\"a b]", "at .[\"a b], byte 0: ", "no quoted name"),
+            (".[\"\\ud800\"]", "at .[", "no quoted name"),
+            (".a]", "at .a], byte 0: ", "is quoted"),
+            (".a | .b", "at .a | .b, byte 0: ", "names one field"),
+            (".a?", "at .a?, byte 0: ", "names one field"),
+            (".a,.b", "at .a,.b, byte 0: ", "names one field"),
+        ] {
+            let error = path.parse::<FieldPath>().unwrap_err();
+            assert!(error.starts_with(place) && error.contains(why), "{path}: {error}");
         }
     }
 }

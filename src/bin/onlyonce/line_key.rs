@@ -16,9 +16,14 @@ pub(crate) struct LineKey {
 }
 
 impl LineKey {
+    /// Whether lines are JSON.
+    pub(crate) fn is_json(&self) -> bool {
+        !self.paths.is_empty()
+    }
+
     /// The key of a line, which is given without its "\n".
     pub(crate) fn of(&self, line: &[u8]) -> Result<Key<'static>, NoKey<'_>> {
-        let key = if self.paths.is_empty() { Key::content(line) } else { self.of_fields(line)? };
+        let key = if self.is_json() { self.of_fields(line)? } else { Key::content(line) };
         Ok(key.scope(self.scope))
     }
 

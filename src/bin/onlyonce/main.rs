@@ -6,6 +6,7 @@ mod filter;
 mod input;
 mod json_field;
 mod line_key;
+mod named_key;
 mod opening;
 mod progress;
 mod report;

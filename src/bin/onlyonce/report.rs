@@ -1,35 +1,34 @@
 //! `onlyonce get` and `stats`: what a store holds, for people and tools.
 
 use std::io::{ErrorKind, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use humantime::{format_duration, format_rfc3339_millis};
 use indicatif::{HumanBytes, HumanCount};
-use onlyonce::{Completed, Key, Phase, Prior, Stats, Stored};
-use serde_json::{Value, json};
+use onlyonce::{Completed, Phase, Prior, Stats, Stored};
+use serde_json::{Map, Value, json};
 
+use crate::named_key::{NamedKey, hex};
 use crate::{NOTHING, args, opening};
 
 /// Prints what is stored of a key.
 pub(crate) fn get(args: &args::Get) -> anyhow::Result<u8> {
-    let key = match args.keys.as_slice() {
-        [line] if args.content => Key::content(line.as_bytes()),
-        _ if args.content => bail!("with --content there is one KEY, the whole line"),
-        [key] => Key::from(key.as_bytes()),
-        parts => Key::composite(parts.iter().map(|part| part.as_bytes())),
-    };
-    let key = key.scope(args.scope.as_bytes());
+    let named = NamedKey::of(args)?;
+    let key = named.key();
     let store = opening::existing(&args.store)?;
     let stored = store.get(&key)?;
     store.close()?;
     let Some(stored) = stored else {
-        let hint = if args.content { "" } else { "; a line that was filtered without --key is found with --content" };
+        let hint = if args.content || args.json {
+            ""
+        } else {
+            "; a line that was filtered without --key is found with --content"
+        };
         let _ = writeln!(std::io::stderr(), "onlyonce: nothing is stored of {key}{hint}");
         return Ok(NOTHING);
     };
-    print(&harmless(&described(&key, &stored)))?;
+    print(&harmless(&Value::Object(described(&named, &stored))))?;
     Ok(0)
 }
 
@@ -47,12 +46,12 @@ pub(crate) fn stats(args: &args::Stats) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn described(key: &Key<'_>, stored: &Stored) -> Value {
-    match stored {
+fn described(named: &NamedKey, stored: &Stored) -> Map<String, Value> {
+    let mut members = named.members();
+    let described = match stored {
         Stored::Completed(completed) => {
             let (form, result) = result(completed);
             json!({
-                "key": key.to_string(),
                 "state": "completed",
                 "completed_at": time(completed.completed_at_ms()),
                 "completed_at_ms": completed.completed_at_ms(),
@@ -69,7 +68,6 @@ fn described(key: &Key<'_>, stored: &Stored) -> Value {
                 Phase::Held(prior) => ("held", Some(prior), None),
             };
             json!({
-                "key": key.to_string(),
                 "state": "processing",
                 "token": token,
                 "attempt": attempt,
@@ -78,8 +76,12 @@ fn described(key: &Key<'_>, stored: &Stored) -> Value {
                 "remaining_ms": remaining.map(millis),
             })
         }
-        _ => json!({ "key": key.to_string(), "state": "unknown to this version" }),
+        _ => json!({ "state": "unknown to this version" }),
+    };
+    if let Value::Object(described) = described {
+        members.extend(described);
     }
+    members
 }
 
 /// A value as JSON that does nothing to a terminal: the control characters that JSON lets stand, which can only be in its
@@ -103,7 +105,7 @@ fn result(completed: &Completed) -> (&'static str, Value) {
         None => ("none", Value::Null),
         Some(bytes) => match str::from_utf8(bytes) {
             Ok(text) => ("text", text.into()),
-            Err(_) => ("hex", bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into()),
+            Err(_) => ("hex", hex(bytes).into()),
         },
     }
 }

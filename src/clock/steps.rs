@@ -1,0 +1,134 @@
+//! Confirmed steps of the wall clock, and the completions that they carry along.
+
+/// How many steps are kept at a time.
+const KEPT: usize = 3;
+
+/// The store's time moved forward by `by_ms`, after the wall clock had said so for a while. Completions of that while, from
+/// `from_ms` to `to_ms`, have a time of before the step and count as completed `by_ms` later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Step {
+    pub(crate) from_ms: u64,
+    pub(crate) to_ms: u64,
+    pub(crate) by_ms: u64,
+}
+
+impl Step {
+    /// Whether all completions that it carries are forgotten at this time.
+    fn is_obsolete(self, time_ms: u64, window_ms: u64) -> bool {
+        time_ms >= self.to_ms.saturating_add(self.by_ms).saturating_add(window_ms)
+    }
+
+    /// One step for the completions of two, and of the time between them.
+    fn merged(self, other: Self) -> Self {
+        Self {
+            from_ms: self.from_ms.min(other.from_ms),
+            to_ms: self.to_ms.max(other.to_ms),
+            by_ms: self.by_ms.max(other.by_ms),
+        }
+    }
+}
+
+/// The steps whose completions are still remembered, the oldest first. Small, because each call copies it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Steps([Step; KEPT]);
+
+impl Steps {
+    /// `None` where there are more than are ever kept.
+    pub(crate) fn of(steps: &[Step]) -> Option<Self> {
+        let mut all = Self::default();
+        all.0.get_mut(..steps.len())?.copy_from_slice(steps);
+        Some(all)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Step> {
+        self.0.iter().copied().filter(|step| step.by_ms > 0)
+    }
+
+    /// When something of this time counts as having happened.
+    #[inline]
+    pub(crate) fn counted_ms(&self, at_ms: u64) -> u64 {
+        // Most stores have none.
+        if self.0[0].by_ms == 0 { at_ms } else { self.newest_counted_ms(at_ms, at_ms) }
+    }
+
+    /// When the newest that may have happened from `first_ms` to `last_ms` counts as having happened.
+    pub(crate) fn newest_counted_ms(&self, first_ms: u64, last_ms: u64) -> u64 {
+        let overlapping = self.iter().filter(|step| step.from_ms <= last_ms && first_ms <= step.to_ms);
+        let counted = overlapping.map(|step| last_ms.min(step.to_ms).saturating_add(step.by_ms));
+        counted.fold(last_ms, u64::max)
+    }
+
+    /// The steps without those that are obsolete.
+    pub(crate) fn pruned(&self, time_ms: u64, window_ms: u64) -> Self {
+        let mut kept = Self::default();
+        let living = self.iter().filter(|step| !step.is_obsolete(time_ms, window_ms));
+        kept.0.iter_mut().zip(living).for_each(|(place, step)| *place = step);
+        kept
+    }
+
+    /// The steps with one more. Where there is no room, two of at most `mergeable_ms` become one, which remembers
+    /// some completions for so much longer. `None` where none are as small.
+    pub(crate) fn with(&self, step: Step, mergeable_ms: u64) -> Option<Self> {
+        let mut steps: Vec<Step> = self.iter().chain([step]).collect();
+        if steps.len() > KEPT {
+            let largest = |pair: &[Step]| pair.iter().map(|step| step.by_ms).max().unwrap_or(u64::MAX);
+            let (place, by_ms) = steps.windows(2).map(largest).enumerate().min_by_key(|(_, by_ms)| *by_ms)?;
+            if by_ms > mergeable_ms {
+                return None;
+            }
+            let later = steps.remove(place + 1);
+            let earlier = steps.get_mut(place)?;
+            *earlier = earlier.merged(later);
+        }
+        Self::of(&steps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(from_ms: u64, to_ms: u64, by_ms: u64) -> Step {
+        Step { from_ms, to_ms, by_ms }
+    }
+
+    #[test]
+    fn a_step_carries_the_completions_of_its_while_and_no_others() {
+        let steps = Steps::of(&[step(100, 200, 1_000)]).unwrap();
+        for (at_ms, counted_ms) in [(99, 99), (100, 1_100), (200, 1_200), (201, 201)] {
+            assert_eq!(steps.counted_ms(at_ms), counted_ms, "{at_ms}");
+            assert_eq!(Steps::default().counted_ms(at_ms), at_ms);
+        }
+        for ((first_ms, last_ms), newest_ms) in
+            [((0, 99), 99), ((0, 150), 1_150), ((150, 500), 1_200), ((150, 5_000), 5_000), ((201, 300), 300)]
+        {
+            assert_eq!(steps.newest_counted_ms(first_ms, last_ms), newest_ms, "{first_ms} to {last_ms}");
+        }
+        let overlapping = Steps::of(&[step(100, 200, 1_000), step(150, 300, 500)]).unwrap();
+        assert_eq!(overlapping.counted_ms(160), 1_160, "never less than one of them says");
+        assert_eq!(overlapping.counted_ms(250), 750);
+    }
+
+    #[test]
+    fn a_step_is_kept_until_its_last_completion_is_forgotten() {
+        let steps = Steps::of(&[step(100, 200, 1_000), step(5_000, 5_100, 50)]).unwrap();
+        assert_eq!(steps.pruned(6_199, 5_000), steps);
+        let left = steps.pruned(6_200, 5_000);
+        assert_eq!(left.iter().collect::<Vec<_>>(), [step(5_000, 5_100, 50)]);
+        assert_eq!(left.counted_ms(5_050), 5_100, "the one that is left has its place");
+        assert_eq!(steps.pruned(u64::MAX, u64::MAX), Steps::default());
+    }
+
+    #[test]
+    fn a_fourth_step_is_merged_with_a_neighbour_or_has_no_room() {
+        let three = [step(100, 200, 50), step(1_000, 1_100, 70), step(2_000, 2_100, 900)];
+        let steps = Steps::of(&three).unwrap();
+        let fourth = step(3_000, 3_100, 60);
+        assert_eq!(steps.with(fourth, 69), None);
+        let merged = steps.with(fourth, 70).unwrap();
+        assert_eq!(merged.iter().collect::<Vec<_>>(), [step(100, 1_100, 70), three[2], fourth]);
+        let only_one = Steps::default().with(fourth, 0).unwrap();
+        assert_eq!(only_one.iter().collect::<Vec<_>>(), [fourth]);
+        assert_eq!(Steps::of(&[fourth; 4]), None);
+    }
+}

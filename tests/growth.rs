@@ -1,0 +1,346 @@
+//! What must not grow: with opens, closes and crashes, idle hours, forgotten keys and buckets that come and go. Stores here
+//! live on a file system in memory where there is one, so that thousands of opens do not wait for a disk; what is looked at is
+//! how much there is, not how safe it is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use onlyonce::{Builder, Check, Claim, Durability, ManualClock, Recorded, Store};
+use tempfile::TempDir;
+
+const START_MS: u64 = 1_700_000_000_000;
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// What a store takes of its directory.
+#[derive(Debug, Clone, Copy, Default)]
+struct Footprint {
+    files: usize,
+    tables: usize,
+    bytes: u64,
+    manifest: u64,
+}
+
+impl Footprint {
+    fn of(path: &Path) -> Self {
+        let mut here = Self::default();
+        for entry in fs::read_dir(path).unwrap() {
+            let entry = entry.unwrap();
+            // A file that goes meanwhile takes nothing.
+            let Ok(metadata) = entry.metadata() else { continue };
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if metadata.is_dir() {
+                here = here.plus(Self::of(&entry.path()));
+                continue;
+            }
+            let is_manifest = name.starts_with("MANIFEST-");
+            here = here.plus(Self {
+                files: 1,
+                tables: usize::from(name.ends_with(".sst")),
+                bytes: metadata.len(),
+                manifest: if is_manifest { metadata.len() } else { 0 },
+            });
+        }
+        here
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            files: self.files + other.files,
+            tables: self.tables + other.tables,
+            bytes: self.bytes + other.bytes,
+            manifest: self.manifest + other.manifest,
+        }
+    }
+
+    /// The larger of each.
+    fn or(self, other: Self) -> Self {
+        Self {
+            files: self.files.max(other.files),
+            tables: self.tables.max(other.tables),
+            bytes: self.bytes.max(other.bytes),
+            manifest: self.manifest.max(other.manifest),
+        }
+    }
+
+    /// Fails where it is more than `before`, and the little that tables come and go by.
+    fn assert_no_more_than(self, before: Self) {
+        assert!(self.files <= before.files + 8, "{self:?} after {before:?}");
+        assert!(self.tables <= before.tables + 8, "{self:?} after {before:?}");
+        assert!(self.bytes <= before.bytes + before.bytes / 4 + 100_000, "{self:?} after {before:?}");
+        assert!(self.manifest <= 2 * before.manifest + 4_096, "{self:?} after {before:?}");
+    }
+}
+
+/// A directory whose files wait for no disk, if there is one.
+fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
+/// A store that is opened over and over.
+struct Cron {
+    dir: TempDir,
+    clock: ManualClock,
+    window: Duration,
+    bucket: Duration,
+    runs: u64,
+}
+
+impl Cron {
+    fn new(window: Duration, bucket: Duration) -> Self {
+        Self { dir: scratch(), clock: ManualClock::at(START_MS), window, bucket, runs: 0 }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn builder(&self) -> Builder {
+        let durability = if self.runs.is_multiple_of(2) { Durability::Disk } else { Durability::Process };
+        Store::builder()
+            .window(self.window)
+            .bucket(self.bucket)
+            .durability(durability)
+            .memory_budget(32 << 20)
+            .lock_wait(Duration::ZERO)
+            .clock(self.clock.clone())
+    }
+
+    /// One short process, and what it leaves behind.
+    fn run(&mut self, work: impl FnOnce(&Store, u64)) -> Footprint {
+        let store = self.builder().open(self.path()).unwrap();
+        work(&store, self.runs);
+        store.close().unwrap();
+        self.runs += 1;
+        Footprint::of(&self.path())
+    }
+
+    /// As [`Cron::run`], where the process is killed: what it had written is there, and nobody has closed the store.
+    fn run_and_die(&mut self, work: impl FnOnce(&Store, u64)) -> Footprint {
+        let store = self.builder().open(self.path()).unwrap();
+        work(&store, self.runs);
+        let left = self.dir.path().join("left");
+        // RocksDB may remove a file just when it is to be copied: then all of it is copied again.
+        while !copy(&self.path(), &left) {
+            fs::remove_dir_all(&left).unwrap();
+        }
+        store.close().unwrap();
+        fs::remove_dir_all(self.path()).unwrap();
+        fs::rename(left, self.path()).unwrap();
+        self.runs += 1;
+        Footprint::of(&self.path())
+    }
+}
+
+/// Copies a directory, unless one of its files goes meanwhile.
+fn copy(from: &Path, to: &Path) -> bool {
+    fs::create_dir_all(to).unwrap();
+    fs::read_dir(from).unwrap().all(|entry| {
+        let Ok(entry) = entry else { return false };
+        let to = to.join(entry.file_name());
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => copy(&entry.path(), &to),
+            _ => fs::copy(entry.path(), to).is_ok(),
+        }
+    })
+}
+
+/// How long an open takes: the middle of three.
+fn open_time(builder: &impl Fn() -> Builder, path: &Path) -> Duration {
+    let mut times = [(); 3].map(|()| {
+        let begun = Instant::now();
+        let store = builder().open(path).unwrap();
+        let time = begun.elapsed();
+        store.close().unwrap();
+        time
+    });
+    times.sort_unstable();
+    times[1]
+}
+
+#[test]
+fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() {
+    let mut cron = Cron::new(60 * MINUTE, 10 * MINUTE);
+    let early_copy = cron.dir.path().join("early");
+    let (mut early, mut late) = (Footprint::default(), Footprint::default());
+    for run in 0..2_000 {
+        let left = cron.run(|store, run| {
+            assert_eq!(store.record(format!("job {run}")).unwrap(), Recorded::First);
+            if run > 0 {
+                let again = store.record(format!("job {}", run - 1)).unwrap();
+                assert_eq!(again, Recorded::Duplicate { in_flight: false });
+            }
+        });
+        cron.clock.advance(Duration::from_secs(20));
+        match run {
+            300..600 => early = early.or(left),
+            1_700.. => late = late.or(left),
+            _ => {}
+        }
+        if run == 619 {
+            // As far into a bucket as the last run will be.
+            assert!(copy(&cron.path(), &early_copy));
+        }
+    }
+    late.assert_no_more_than(early);
+    assert!(late.files < 100 && late.manifest < 50_000, "{late:?}");
+    // Side by side, so that what else the machine does counts for both.
+    let builder = || cron.builder();
+    let mut slower = Vec::new();
+    for _ in 0..9 {
+        let (late, early) = (open_time(&builder, &cron.path()), open_time(&builder, &early_copy));
+        slower.push(late.as_secs_f64() / early.as_secs_f64());
+    }
+    slower.sort_unstable_by(f64::total_cmp);
+    assert!(slower[4] < 1.6, "an open takes so many times as long as it did: {slower:?}");
+}
+
+#[test]
+fn keys_of_short_runs_are_sealed_and_go_when_they_have_run_out() {
+    let mut cron = Cron::new(MINUTE, Duration::from_secs(2));
+    let mut most = Footprint::default();
+    for _ in 0..112 {
+        most = most.or(cron.run(|store, run| {
+            store.record(format!("line {run}")).unwrap();
+        }));
+        cron.clock.advance(Duration::from_millis(1_300));
+    }
+    cron.run(|store, runs| {
+        let live = MINUTE.as_millis() as u64 / 1_300;
+        let stats = store.stats();
+        assert!(stats.unsealed <= 2, "{} keys are not sealed", stats.unsealed);
+        let kept: u64 = stats.buckets.iter().map(|bucket| bucket.keys).sum();
+        assert!((live - 2..live + 6).contains(&kept), "{kept} of {runs} keys are kept, {live} count");
+        let known = |run: u64| matches!(store.check(format!("line {run}")).unwrap(), Check::Completed(_));
+        assert!(known(runs - 1) && known(runs - live) && !known(runs - live - 2));
+    });
+    cron.clock.advance(2 * MINUTE);
+    cron.run(|store, runs| {
+        let stats = store.stats();
+        assert_eq!((stats.unsealed, stats.buckets.len()), (0, 0), "a minute after the last window");
+        for run in 0..runs {
+            assert!(matches!(store.check(format!("line {run}")).unwrap(), Check::New));
+        }
+    });
+    // The options and the manifest of the run that dropped them go with the next.
+    let left = cron.run(|_, _| {});
+    let fresh = Cron::new(MINUTE, Duration::from_secs(2)).run(|_, _| {});
+    assert!(most.files < 80, "{most:?}");
+    left.assert_no_more_than(fresh);
+}
+
+#[test]
+fn runs_that_are_killed_leave_no_more_than_runs_that_end() {
+    let mut cron = Cron::new(MINUTE, Duration::from_secs(10));
+    let (mut early, mut late) = (Footprint::default(), Footprint::default());
+    for run in 0..240 {
+        let left = cron.run_and_die(|store, run| {
+            store.record(format!("done {run}")).unwrap();
+            let Claim::Acquired(lease) = store.claim(format!("begun {run}")).unwrap() else { panic!("it is new") };
+            // The process dies at it.
+            std::mem::drop(lease);
+        });
+        cron.clock.advance(Duration::from_secs(3));
+        match run {
+            40..120 => early = early.or(left),
+            160.. => late = late.or(left),
+            _ => {}
+        }
+    }
+    late.assert_no_more_than(early);
+    // A crash is remembered for a window from the open that notices it.
+    for _ in 0..2 {
+        cron.clock.advance(3 * MINUTE);
+        cron.run(|_, _| {});
+    }
+    cron.run(|store, _| {
+        let stats = store.stats();
+        assert_eq!((stats.in_flight, stats.unsealed, stats.buckets.len()), (0, 0, 0), "all have run out");
+    });
+}
+
+#[test]
+fn forgotten_keys_leave_nothing_behind_in_short_runs_nor_in_a_long_one() {
+    let mut cron = Cron::new(60 * 24 * MINUTE, 60 * MINUTE);
+    cron.run(|store, _| {
+        let keys = (0..2_000).map(|i| format!("key {i}"));
+        assert!(store.record_batch(keys).unwrap().iter().all(Result::is_ok));
+        store.seal().unwrap();
+    });
+    let (mut early, mut late) = (Footprint::default(), Footprint::default());
+    for run in 0..200 {
+        let left = cron.run(|store, run| assert!(store.forget(format!("key {run}")).unwrap()));
+        if run < 60 {
+            early = early.or(left);
+        } else {
+            late = late.or(left);
+        }
+    }
+    late.assert_no_more_than(early);
+    let left = cron.run(|store, run| {
+        for i in run..2_000 {
+            assert!(store.forget(format!("key {i}")).unwrap());
+            if i % 50 == 0 {
+                store.seal().unwrap();
+            }
+        }
+    });
+    // A manifest is written afresh by the next open.
+    Footprint { manifest: 0, ..left }.assert_no_more_than(early);
+    cron.run(|store, _| assert!(matches!(store.check("key 7").unwrap(), Check::New)));
+}
+
+#[test]
+fn buckets_that_come_and_go_and_idle_hours_leave_nothing_behind_in_a_long_run() {
+    let mut cron = Cron::new(Duration::from_secs(4), Duration::from_secs(1));
+    let (clock, path) = (cron.clock.clone(), cron.path());
+    let (mut early, mut late) = (Footprint::default(), Footprint::default());
+    cron.run(|store, _| {
+        for second in 0..600 {
+            store.record(format!("second {second}")).unwrap();
+            clock.advance(Duration::from_secs(1));
+            store.seal().unwrap();
+            assert!(store.stats().buckets.len() <= 7);
+            let here = Footprint::of(&path);
+            match second {
+                50..150 => early = early.or(here),
+                500.. => late = late.or(here),
+                _ => {}
+            }
+        }
+        assert!(late.files <= early.files + 8 && late.bytes <= early.bytes + 600_000, "{late:?} after {early:?}");
+        assert!(late.manifest < 400_000, "{late:?}");
+        let rested = late;
+        for _ in 0..200 {
+            clock.advance(60 * MINUTE);
+            store.seal().unwrap();
+        }
+        let idle = Footprint::of(&path);
+        assert!(idle.files <= rested.files && idle.bytes <= rested.bytes, "{idle:?} after {rested:?}");
+        assert_eq!(store.stats().buckets.len(), 0);
+    });
+}
+
+#[test]
+fn an_open_and_a_close_cost_no_more_tokens_than_are_taken() {
+    let mut cron = Cron::new(60 * MINUTE, 10 * MINUTE);
+    let mut last = 0;
+    for _ in 0..20 {
+        cron.run(|store, run| {
+            let Claim::Acquired(lease) = store.claim(format!("job {run}")).unwrap() else { panic!("it is new") };
+            assert!(lease.token() > last, "tokens rise over restarts");
+            last = lease.token();
+            lease.complete("done").unwrap();
+        });
+    }
+    assert!(last < 1_000, "20 leases came to token {last}");
+    // A process that dies has given back none.
+    cron.run_and_die(|store, _| {
+        let Claim::Acquired(lease) = store.claim("the last one").unwrap() else { panic!("it is new") };
+        last = lease.token();
+    });
+    cron.run(|store, _| {
+        let Claim::Acquired(lease) = store.claim("the last one").unwrap() else { panic!("it was not completed") };
+        assert!(lease.token() > last);
+    });
+}
