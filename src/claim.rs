@@ -204,6 +204,11 @@ impl Lease {
         self.complete_and_keep(result.into()).map(drop)
     }
 
+    #[cfg(feature = "tokio")]
+    pub(crate) fn result_limit(&self) -> usize {
+        self.running.engine.config().result_limit
+    }
+
     /// As [`Lease::complete`], and gives the result back where that worked, too.
     pub(crate) fn complete_and_keep(self, result: Vec<u8>) -> Result<Vec<u8>, CompleteError> {
         complete_one(self, result.into())
@@ -222,7 +227,7 @@ impl Lease {
     /// not read what it writes. The lease is given back then. Encode such a result yourself, as JSON for example, and give the
     /// bytes to [`Lease::complete`].
     pub fn complete_as<T: Serialize + DeserializeOwned>(self, result: &T) -> Result<(), CompleteError> {
-        match typed_result::encode(result) {
+        match typed_result::encode(result, self.running.engine.config().result_limit) {
             Ok(bytes) => self.complete(bytes),
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }

@@ -481,7 +481,7 @@ const CLOCK_DEVIATES: u8 = 0b0010;
 const CLOCK_AHEAD: u8 = 0b0100;
 const CLOCK_FLAGS: u8 = CLOCK_BOOT | CLOCK_DEVIATES | CLOCK_AHEAD;
 
-/// `clock := flags (1) | [boot id (16) | boot time (8)] | lead (8) | [since (8) | least (8) | measured since (8) | wall then (8)] | step*`,
+/// `clock := flags (1) | [boot id (16) | boot time (8)] | lead (8) | [since (8) | least (8) | measured since (8) | wall then (8) | grown since (8)] | step*`,
 /// `step := from (8) | to (8) | by (8)`
 pub(crate) fn put_clock(state: &ClockState) -> Vec<u8> {
     let ClockState { boot, lead_ms, deviation, steps } = state;
@@ -497,8 +497,8 @@ pub(crate) fn put_clock(state: &ClockState) -> Vec<u8> {
         out.extend_from_slice(&ms.to_le_bytes());
     }
     out.extend_from_slice(&lead_ms.to_le_bytes());
-    if let Some(Deviation { since_ms, least_ms, measured_since_ms, first_wall_ms, .. }) = deviation {
-        [since_ms, least_ms, measured_since_ms, first_wall_ms]
+    if let Some(Deviation { since_ms, least_ms, measured_since_ms, first_wall_ms, grown_since_ms, .. }) = deviation {
+        [since_ms, least_ms, measured_since_ms, first_wall_ms, grown_since_ms]
             .iter()
             .for_each(|ms| out.extend_from_slice(&ms.to_le_bytes()));
     }
@@ -527,6 +527,7 @@ pub(crate) fn read_clock(bytes: &[u8]) -> Option<ClockState> {
             least_ms: reader.clock_ms()?,
             measured_since_ms: reader.clock_ms()?,
             first_wall_ms: reader.clock_ms()?,
+            grown_since_ms: reader.clock_ms()?,
         }),
     };
     let mut steps = Vec::new();
@@ -757,8 +758,14 @@ mod tests {
 
     #[test]
     fn the_state_of_the_clocks_is_read_back_and_numbers_out_of_range_are_refused() {
-        let ahead =
-            Deviation { is_ahead: true, since_ms: 5, least_ms: 6, measured_since_ms: 7, first_wall_ms: MAX_WALL_MS };
+        let ahead = Deviation {
+            is_ahead: true,
+            since_ms: 5,
+            least_ms: 6,
+            measured_since_ms: 7,
+            first_wall_ms: MAX_WALL_MS,
+            grown_since_ms: 8,
+        };
         let boot = Some(BootTime { id: [7; 16], ms: u64::MAX });
         let step = Step { from_ms: 1, to_ms: 2, by_ms: 3 };
         for boot in [None, boot] {

@@ -79,7 +79,7 @@ pub fn notes(bytes: &[u8]) {
     }
     type Typed = (String, Vec<Option<u32>>, std::collections::BTreeMap<u8, Vec<u8>>, Result<(), char>);
     if let Ok(result) = typed_result::decode::<Typed>(bytes) {
-        let written = typed_result::encode(&result).unwrap_or_default();
+        let written = typed_result::encode(&result, usize::MAX).unwrap_or_default();
         assert_eq!(typed_result::decode::<Typed>(&written), Ok(result));
     }
     storage::laws::inventory(bytes);

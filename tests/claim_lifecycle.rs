@@ -692,6 +692,16 @@ fn held_keys_are_counted_and_limited_apart_from_those_in_flight() {
 }
 
 #[test]
+fn decided_keys_are_in_nobodys_way() {
+    let bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold).held_limit(3));
+    end_each(&bench, 3, drop);
+    assert!(matches!(bench.store().claim("new"), Err(Error::TooManyHeld { .. })));
+    (0..3).for_each(|i| bench.store().resolve(format!("ended-{i}"), Resolution::Rerun).unwrap());
+    assert!(bench.store().held().unwrap().is_empty());
+    bench.acquire("new").release().unwrap();
+}
+
+#[test]
 fn what_ended_attempts_left_is_remembered_on_disk_for_a_window_and_no_longer() {
     for flushes in [false, true] {
         for reopens in [false, true] {

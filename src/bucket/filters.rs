@@ -78,7 +78,7 @@ impl Filters {
             .newest_first()
             .into_iter()
             .filter_map(|bucket| found.remove(&bucket.family).map(|file| (bucket, file)))
-            .filter(|(_, file)| base.geometry() == Some(file.geometry))
+            .filter(|(bucket, file)| base.geometry() == Some(file.geometry) && view.has_column(bucket))
             .collect();
         let damaged: Vec<Mutex<Option<io::Error>>> = files.iter().map(|_| Mutex::new(None)).collect();
         let next = AtomicUsize::new(0);

@@ -17,7 +17,7 @@ pub(crate) fn has_passed(set: &BucketSet, span: Span, now: &Now) -> bool {
 /// Drops every bucket whose keys are all forgotten, as long as `go_on` says so. Costs a change of the manifest each, however
 /// many keys it has.
 pub(crate) fn drop_passed(db: &Db, set: &BucketSet, span: Span, now: &Now, go_on: &impl Fn() -> bool) {
-    set.remove_passed(db, now, span.window_ms, go_on);
+    set.remove_passed(db, go_on);
     let view = set.view();
     for bucket in view.newest_first().into_iter().rev() {
         if !bucket.slice.is_live(now, span.window_ms) && go_on() {

@@ -13,18 +13,15 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    /// Whether all completions that it carries are forgotten at this time.
-    fn is_obsolete(self, time_ms: u64, window_ms: u64) -> bool {
-        time_ms >= self.to_ms.saturating_add(self.by_ms).saturating_add(window_ms)
+    fn carries(self, at_ms: u64) -> bool {
+        (self.from_ms..=self.to_ms).contains(&at_ms)
     }
 
     /// One step for the completions of two, and of the time between them.
     fn merged(self, other: Self) -> Self {
-        Self {
-            from_ms: self.from_ms.min(other.from_ms),
-            to_ms: self.to_ms.max(other.to_ms),
-            by_ms: self.by_ms.max(other.by_ms),
-        }
+        let overlap = self.from_ms <= other.to_ms && other.from_ms <= self.to_ms;
+        let by_ms = if overlap { self.by_ms.saturating_add(other.by_ms) } else { self.by_ms.max(other.by_ms) };
+        Self { from_ms: self.from_ms.min(other.from_ms), to_ms: self.to_ms.max(other.to_ms), by_ms }
     }
 }
 
@@ -44,24 +41,29 @@ impl Steps {
         self.0.iter().copied().filter(|step| step.by_ms > 0)
     }
 
-    /// When something of this time counts as having happened.
+    /// When something of this time counts as having happened. Every step that carries it along counts: where the clock stepped again
+    /// before the first step was confirmed, what came between them is carried by both.
     #[inline]
     pub(crate) fn counted_ms(&self, at_ms: u64) -> u64 {
         // Most stores have none.
-        if self.0[0].by_ms == 0 { at_ms } else { self.newest_counted_ms(at_ms, at_ms) }
+        if self.0[0].by_ms == 0 { at_ms } else { self.carried_ms(at_ms) }
+    }
+
+    fn carried_ms(&self, at_ms: u64) -> u64 {
+        self.iter().filter(|step| step.carries(at_ms)).fold(at_ms, |ms, step| ms.saturating_add(step.by_ms))
     }
 
     /// When the newest that may have happened from `first_ms` to `last_ms` counts as having happened.
     pub(crate) fn newest_counted_ms(&self, first_ms: u64, last_ms: u64) -> u64 {
-        let overlapping = self.iter().filter(|step| step.from_ms <= last_ms && first_ms <= step.to_ms);
-        let counted = overlapping.map(|step| last_ms.min(step.to_ms).saturating_add(step.by_ms));
-        counted.fold(last_ms, u64::max)
+        let ends = self.iter().map(|step| step.to_ms).filter(|to_ms| (first_ms..=last_ms).contains(to_ms));
+        ends.chain([last_ms]).map(|ms| self.carried_ms(ms)).fold(last_ms, u64::max)
     }
 
-    /// The steps without those that are obsolete.
+    /// The steps without those whose completions are all forgotten at this time.
     pub(crate) fn pruned(&self, time_ms: u64, window_ms: u64) -> Self {
         let mut kept = Self::default();
-        let living = self.iter().filter(|step| !step.is_obsolete(time_ms, window_ms));
+        let newest_ms = |step: &Step| self.newest_counted_ms(step.from_ms, step.to_ms);
+        let living = self.iter().filter(|step| time_ms < newest_ms(step).saturating_add(window_ms));
         kept.0.iter_mut().zip(living).for_each(|(place, step)| *place = step);
         kept
     }
@@ -71,7 +73,10 @@ impl Steps {
     pub(crate) fn with(&self, step: Step, mergeable_ms: u64) -> Option<Self> {
         let mut steps: Vec<Step> = self.iter().chain([step]).collect();
         if steps.len() > KEPT {
-            let largest = |pair: &[Step]| pair.iter().map(|step| step.by_ms).max().unwrap_or(u64::MAX);
+            let largest = |pair: &[Step]| match *pair {
+                [earlier, later] => earlier.merged(later).by_ms,
+                _ => u64::MAX,
+            };
             let (place, by_ms) = steps.windows(2).map(largest).enumerate().min_by_key(|(_, by_ms)| *by_ms)?;
             if by_ms > mergeable_ms {
                 return None;
@@ -105,8 +110,9 @@ mod tests {
             assert_eq!(steps.newest_counted_ms(first_ms, last_ms), newest_ms, "{first_ms} to {last_ms}");
         }
         let overlapping = Steps::of(&[step(100, 200, 1_000), step(150, 300, 500)]).unwrap();
-        assert_eq!(overlapping.counted_ms(160), 1_160, "never less than one of them says");
-        assert_eq!(overlapping.counted_ms(250), 750);
+        assert_eq!(overlapping.counted_ms(160), 1_660, "both carry it");
+        assert_eq!((overlapping.counted_ms(140), overlapping.counted_ms(250)), (1_140, 750));
+        assert_eq!(overlapping.newest_counted_ms(100, 300), 1_700);
     }
 
     #[test]
@@ -130,5 +136,8 @@ mod tests {
         let only_one = Steps::default().with(fourth, 0).unwrap();
         assert_eq!(only_one.iter().collect::<Vec<_>>(), [fourth]);
         assert_eq!(Steps::of(&[fourth; 4]), None);
+        let nested = Steps::of(&[step(1_000, 1_100, 30), step(1_000, 1_200, 40), three[2]]).unwrap();
+        let merged = nested.with(step(9_000, 9_100, 950), 100).unwrap();
+        assert_eq!(merged.iter().next(), Some(step(1_000, 1_200, 70)), "never less than both say");
     }
 }

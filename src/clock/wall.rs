@@ -38,11 +38,31 @@ pub(crate) struct Deviation {
     pub(crate) measured_since_ms: u64,
     /// The wall clock at that reading.
     pub(crate) first_wall_ms: u64,
+    /// The store's time when the wall clock may have stepped further ahead. 0 if it has not.
+    pub(crate) grown_since_ms: u64,
 }
 
 impl Deviation {
-    fn begun(is_ahead: bool, by_ms: u64, time_ms: u64, wall_ms: u64) -> Self {
-        Self { is_ahead, since_ms: time_ms, least_ms: by_ms, measured_since_ms: time_ms, first_wall_ms: wall_ms }
+    fn begun(is_ahead: bool, by_ms: u64, since_ms: u64, time_ms: u64, wall_ms: u64) -> Self {
+        Self {
+            is_ahead,
+            since_ms,
+            least_ms: by_ms,
+            measured_since_ms: time_ms,
+            first_wall_ms: wall_ms,
+            grown_since_ms: 0,
+        }
+    }
+
+    /// The same with another reading, in the same direction.
+    fn with(self, by_ms: u64, since_ms: u64) -> Self {
+        let grown_since_ms = match self.grown_since_ms {
+            // All that was read before was more.
+            _ if by_ms.saturating_add(TOLERANCE_MS) < self.least_ms => self.since_ms,
+            0 if by_ms > self.least_ms.saturating_add(TOLERANCE_MS) => since_ms,
+            grown_since_ms => grown_since_ms,
+        };
+        Self { least_ms: self.least_ms.min(by_ms), grown_since_ms, ..self }
     }
 }
 
@@ -115,7 +135,8 @@ impl Anchor {
     }
 
     fn at(&self, monotonic_ms: u64) -> Now {
-        let time_ms = time_ms(self.offset_ms, monotonic_ms);
+        // A reading of before the time went back to the floor is not below it.
+        let time_ms = time_ms(self.offset_ms, monotonic_ms).max(self.floor_ms);
         Now { time_ms, monotonic_ms, remembers_since_ms: self.floor_ms, steps: self.steps }
     }
 }
@@ -134,6 +155,8 @@ struct Course {
     /// How far the wall clock was followed since this time.
     followed_ms: u64,
     following_since_ms: u64,
+    /// Where this process went on.
+    resumed_ms: u64,
     /// When the boot clock and the monotonic one were compared last.
     compared: Option<(BootTime, u64)>,
 }
@@ -154,6 +177,7 @@ impl Course {
             deviation: state.deviation,
             followed_ms: 0,
             following_since_ms: 0,
+            resumed_ms: 0,
             compared: None,
         };
         let resumed_ms = match saved.time_ms {
@@ -165,6 +189,7 @@ impl Course {
         let is_near = wall_ms.abs_diff(resumed_ms) <= TOLERANCE_MS;
         let begins_ms = if is_near { wall_ms.max(saved.time_ms) } else { resumed_ms };
         course.set(begins_ms.max(saved.floor_ms), reading);
+        course.resumed_ms = course.time_ms(reading);
         course.observe(reading);
         if elapsed_ms.is_none() {
             course.confirm_by_two_openings(state.deviation, reading);
@@ -198,20 +223,39 @@ impl Course {
         let deviation = match before {
             // A clock that falls further behind stands still, or is slow: it says nothing of what time it is.
             Some(known) if known.is_ahead == is_ahead && (is_ahead || by_ms <= known.least_ms + TOLERANCE_MS) => {
-                Deviation { least_ms: known.least_ms.min(by_ms), ..known }
+                known.with(by_ms, self.since_ms(time_ms))
             }
             _ => {
-                report_deviation(is_ahead, by_ms);
-                Deviation::begun(is_ahead, by_ms, time_ms, reading.wall_ms)
+                // A clock that stands still begins again and again.
+                if before.is_none_or(|known| known.is_ahead != is_ahead) {
+                    report_deviation(is_ahead, by_ms);
+                }
+                Deviation::begun(is_ahead, by_ms, self.since_ms(time_ms), time_ms, reading.wall_ms)
             }
         };
         self.deviation = Some(deviation);
         let measured_ms = time_ms.saturating_sub(deviation.measured_since_ms);
         if measured_ms >= CONFIRMED_AFTER_MS && self.confirm(deviation, by_ms, reading) {
-            self.observe(reading);
+            self.observe_rest(deviation, reading);
             return true;
         }
         before != self.deviation
+    }
+
+    /// Goes on after a deviation was confirmed. Where the wall clock is still ahead, it stepped again meanwhile: the next step
+    /// carries along what came after that, too.
+    fn observe_rest(&mut self, confirmed: Deviation, reading: &Reading) {
+        self.observe(reading);
+        let is_rest = |rest: &&mut Deviation| rest.is_ahead && confirmed.is_ahead && confirmed.grown_since_ms > 0;
+        if let Some(rest) = self.deviation.as_mut().filter(is_rest) {
+            rest.since_ms = confirmed.grown_since_ms;
+        }
+    }
+
+    /// Since when the wall clock may have been as it is read now. A completion that waited for the disk when the clock stepped is
+    /// acknowledged after it; none did before this process began.
+    fn since_ms(&self, time_ms: u64) -> u64 {
+        time_ms.saturating_sub(TOLERANCE_MS).max(self.resumed_ms).min(time_ms)
     }
 
     /// Adds the time for which the machine was suspended, and its monotonic clock stood still.
@@ -251,8 +295,7 @@ impl Course {
         if !deviation.is_ahead {
             self.go_back(deviation.least_ms, time_ms, reading);
         } else if !self.step_forward(deviation, time_ms, reading) {
-            let measured_anew = Deviation::begun(true, by_ms, time_ms, reading.wall_ms);
-            self.deviation = Some(Deviation { since_ms: deviation.since_ms, ..measured_anew });
+            self.deviation = Some(Deviation::begun(true, by_ms, deviation.since_ms, time_ms, reading.wall_ms));
             return false;
         }
         self.deviation = None;
@@ -314,7 +357,7 @@ impl Course {
         let is_apart = reading.wall_ms.saturating_sub(deviation.first_wall_ms) >= CONFIRMED_AFTER_MS;
         let by_ms = ahead_ms(reading.wall_ms, self.lead_ms, self.time_ms(reading)).unsigned_abs();
         if is_the_same && is_apart && deviation.least_ms <= millis(YEAR) && self.confirm(deviation, by_ms, reading) {
-            self.observe(reading);
+            self.observe_rest(deviation, reading);
         }
     }
 
@@ -322,7 +365,9 @@ impl Course {
         let far = i64::MAX;
         let (least_ahead_ms, most_ahead_ms, until_ms) = match self.deviation {
             None => (-(TOLERANCE_MS as i64), 0, u64::MAX),
-            Some(Deviation { is_ahead, measured_since_ms, least_ms, .. }) => {
+            Some(Deviation { is_ahead, measured_since_ms, least_ms, grown_since_ms, .. }) => {
+                // A second step is to be noticed when it comes.
+                let far = if grown_since_ms == 0 { (least_ms as i64).saturating_add(TOLERANCE_MS as i64) } else { far };
                 let least_ms = least_ms as i64;
                 let until_ms = measured_since_ms.saturating_add(CONFIRMED_AFTER_MS);
                 let behind_ms = -least_ms - TOLERANCE_MS as i64;
@@ -524,10 +569,11 @@ mod tests {
 
     fn any_saved() -> impl Strategy<Value = (Saved, ClockState)> {
         let ms = || prop_oneof![0..=MAX_WALL_MS, START_MS..START_MS + 10_000_000, Just(0)];
-        let deviation = (any::<bool>(), ms(), ms(), ms(), ms());
-        let deviation = deviation.prop_map(|(is_ahead, since_ms, least_ms, measured_since_ms, first_wall_ms)| {
-            Deviation { is_ahead, since_ms, least_ms, measured_since_ms, first_wall_ms }
-        });
+        let deviation = (any::<bool>(), ms(), ms(), ms(), ms(), ms());
+        let deviation =
+            deviation.prop_map(|(is_ahead, since_ms, least_ms, measured_since_ms, first_wall_ms, grown_since_ms)| {
+                Deviation { is_ahead, since_ms, least_ms, measured_since_ms, first_wall_ms, grown_since_ms }
+            });
         let step = (ms(), ms(), 1..=MAX_WALL_MS).prop_map(|(from_ms, to_ms, by_ms)| Step { from_ms, to_ms, by_ms });
         let steps = proptest::collection::vec(step, 0..=3);
         let boot = proptest::option::of((0_u8..2, any::<u64>()).prop_map(|(id, ms)| BootTime { id: [id; 16], ms }));

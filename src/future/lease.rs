@@ -111,7 +111,7 @@ impl Lease {
     /// As [`Lease::complete`], and [`Error::Encode`] if the result would not come back as it is; the lease is given back
     /// then.
     pub async fn complete_as<T: Serialize + DeserializeOwned>(self, result: &T) -> Result<(), CompleteError> {
-        match typed_result::encode(result) {
+        match typed_result::encode(result, self.lease.result_limit()) {
             Ok(bytes) => self.complete(bytes).await,
             Err(detail) => Err(CompleteError::new(Error::Encode { detail }, Vec::new(), Some(self))),
         }

@@ -137,7 +137,7 @@ impl Engine {
             return Err(Error::TooManyInFlight { in_flight, limit });
         }
         let (held, limit) = (self.hot.held(), self.config.held_limit);
-        if held >= limit && !matches!(holder, Some(Holder::Resolved(_))) {
+        if held >= limit {
             return Err(Error::TooManyHeld { held, limit });
         }
         Ok(())

@@ -127,7 +127,7 @@ impl HotTable {
         self.counts.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Keys that wait for a decision, or were decided to run again, and for the next claim.
+    /// Keys that wait for a decision because their holder is gone.
     pub(crate) fn held(&self) -> usize {
         self.counts.held.load(Ordering::Relaxed)
     }

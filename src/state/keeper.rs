@@ -151,7 +151,11 @@ fn keep(engine: &Engine, mut last: Rounds, woken: &Receiver<()>, stopped: &Recei
         match engine.upkeep(&mut last) {
             Ok(()) => pause = TICK,
             Err(Error::Closed) => return,
-            Err(Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => break,
+            Err(Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => {
+                // What a part of the store noted has woken nobody yet.
+                engine.wake_all();
+                break;
+            }
             Err(error) => {
                 tracing::warn!(%error, "upkeep failed, and will be tried again");
                 pause = PAUSE;

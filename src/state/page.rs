@@ -24,7 +24,7 @@ pub(super) const OVERHEAD_BYTES: usize = 112;
 pub(super) struct Tally {
     /// Keys that somebody works on.
     pub(super) in_flight: isize,
-    /// Keys that wait for a decision, or were decided to run again.
+    /// Keys that wait for a decision.
     pub(super) held: isize,
     /// Keys that a flush moves to their buckets: completed ones, and those whose attempt has ended.
     pub(super) flushable: isize,
@@ -107,9 +107,9 @@ impl Slot {
     fn tally(&self) -> Tally {
         let result = match &self.state {
             State::Gone => return Tally::default(),
-            State::Processing(Holder::Interrupted(_) | Holder::Resolved(_)) => {
-                return Tally { held: 1, ..Tally::default() };
-            }
+            State::Processing(Holder::Interrupted(_)) => return Tally { held: 1, ..Tally::default() },
+            // An operator has decided already: it is in nobody's way.
+            State::Processing(Holder::Resolved(_)) => return Tally::default(),
             State::Processing(Holder::Leased { .. } | Holder::Settling | Holder::Recording) => {
                 return Tally { in_flight: 1, ..Tally::default() };
             }

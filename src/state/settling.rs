@@ -10,7 +10,7 @@ use super::transition::{self, Standing};
 use crate::bucket::set::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RowKind};
-use crate::entry::{Backoff, Done, Entry, Holder, Prior, Processing};
+use crate::entry::{Done, Entry, Holder, Prior, Processing};
 use crate::error::{Error, Result};
 use crate::invariant::Invariant;
 use crate::kill_point::KillPoint;
@@ -148,11 +148,11 @@ impl Engine {
         self.leave(grant, transition::interrupted(Prior::Dropped, self.policy.on_interrupt));
     }
 
-    /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that after a crash it counts
-    /// as one that did.
+    /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that the next opening counts it as
+    /// one that crashed, unless a flush came between.
     #[cfg(feature = "tokio")]
     pub(crate) fn take_back(&self, grant: &Grant) {
-        self.leave(grant, Holder::Open { prior: grant.prior.unwrap_or(Prior::Released), backoff: Backoff::NONE });
+        self.leave(grant, Holder::Open { prior: grant.prior.unwrap_or(Prior::Released), backoff: Default::default() });
     }
 
     fn leave(&self, grant: &Grant, left: Holder) {
@@ -310,7 +310,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Durability, OnInterrupt, Options};
-    use crate::entry::Kept;
+    use crate::entry::{Backoff, Kept};
     use crate::state::answer::Claimed;
     use crate::storage::directory::Directory;
 
