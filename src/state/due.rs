@@ -14,8 +14,8 @@ use crate::error::{Error, Result};
 
 /// How long an open drops buckets; one that it has begun with is finished, which takes some milliseconds.
 const DROP_TIME: Duration = Duration::from_millis(250);
-/// What an open seals by itself, in bytes of completed keys: about as long as they took to be read.
-const SEAL_BYTES: usize = 8 << 20;
+/// What an open seals by itself, in bytes of journal: it takes about as long as they took to be read.
+const SEAL_BYTES: u64 = 8 << 20;
 /// How long an open or a close waits for merges.
 const MERGE_TIME: Duration = Duration::from_secs(1);
 /// Tables of a column family beyond which they wait: what RocksDB merges by itself, unless it is stopped half way each
@@ -52,7 +52,7 @@ impl Engine {
         let ended = self.found.oldest_ms.is_some_and(|oldest_ms| {
             Slice::containing(oldest_ms, bucket_ms) != Slice::containing(self.now().time_ms, bucket_ms)
         });
-        if ended && self.hot.flushable_bytes() <= SEAL_BYTES {
+        if ended && self.found.bytes <= SEAL_BYTES {
             self.seal()?;
         } else {
             rounds.is_behind |= ended;

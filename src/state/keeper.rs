@@ -198,7 +198,11 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::clock::ManualClock;
+    use crate::codec::RowKind;
     use crate::config::Options;
+    use crate::entry::Kept;
+    use crate::state::answer::{Claimed, Settlement, Settler};
     use crate::storage::directory::Directory;
 
     fn start(dir: &tempfile::TempDir, options: &Options) -> Running {
@@ -213,6 +217,26 @@ mod tests {
         assert_eq!(Arc::strong_count(&running.engine), 4, "each of them has it");
         running.close().unwrap();
         assert_eq!(Arc::strong_count(&running.engine), 1);
+    }
+
+    #[test]
+    fn what_an_open_leaves_to_the_keeper_is_done_also_where_the_store_is_closed_at_once() {
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let options = Options { clock: Arc::new(clock.clone()), result_limit: 4 << 20, ..Options::default() };
+        let running = start(&dir, &options);
+        let large = vec![7; 3 << 20];
+        for key in ["a", "b", "c"] {
+            let request = running.engine.request([key]).unwrap();
+            let Some(Ok(Claimed::Acquired(grant))) = running.engine.claim(&request).unwrap().pop() else {
+                panic!("{key} is new")
+            };
+            let done = vec![(&grant, Settlement::Completed(Kept::Stored(&large), None))];
+            assert_eq!(running.engine.settle(RowKind::Completed, Settler::Holder, done).unwrap(), [true]);
+        }
+        running.close().unwrap();
+        clock.advance(Duration::from_secs(3 * 60 * 60));
+        start(&dir, &options).close().unwrap();
+        assert_eq!(start(&dir, &options).engine.hot.completed(), 0);
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl Engine {
             self.purge();
         }
         // A bucket that has ended is sealed to its end, so that its keys leave memory and the journal.
-        let ended = (last.sealed != present || last.is_behind) && self.hot.flushable() > 0;
+        let ended = last.is_behind || (last.sealed != present && self.hot.flushable() > 0);
         if ended || self.is_seal_due() {
             self.seal()?;
         }
