@@ -243,6 +243,7 @@ pub(crate) struct Timeline {
     asked: AtomicU64,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one for each store")]
 enum Driver {
     Clocks(WallTime),
     Messages(StreamTime),

@@ -236,7 +236,7 @@ mod tests {
         running.close().unwrap();
         clock.advance(Duration::from_secs(3 * 60 * 60));
         start(&dir, &options).close().unwrap();
-        assert_eq!(start(&dir, &options).engine.hot.completed(), 0);
+        assert_eq!(start(&dir, &options).engine.hot.flushable(), 0);
     }
 
     #[test]
