@@ -285,7 +285,8 @@ impl Lease {
     }
 
     /// As [`Lease::release`], but nobody gets the key before `backoff` is over. It runs on the monotonic clock, in whole
-    /// milliseconds, and is at most the store's window, nor longer than 49 days. After a restart it goes on with what was
+    /// milliseconds, and is at most half the store's window, nor longer than 49 days: for at least as long what this attempt
+    /// left is remembered after it. After a restart it goes on with what was
     /// left of it by the store's time; on stream time it ends with the process.
     ///
     /// # Errors

@@ -93,9 +93,10 @@ pub(crate) struct Backoff {
 impl Backoff {
     pub(crate) const NONE: Self = Self { until_monotonic_ms: 0, length_ms: 0 };
 
-    /// A backoff from `now` on. It is at most a window long: nothing of a key is remembered longer.
+    /// A backoff from `now` on. It is at most half a window long: nothing of a key is remembered longer than a window, and the
+    /// attempt that follows the backoff must find what the last one left.
     pub(crate) fn from(now: &Now, length: std::time::Duration, window_ms: u64) -> Self {
-        match u32::try_from(millis(length).min(window_ms)).unwrap_or(u32::MAX) {
+        match u32::try_from(millis(length).min(window_ms / 2)).unwrap_or(u32::MAX) {
             0 => Self::NONE,
             length_ms => Self { until_monotonic_ms: now.monotonic_ms.saturating_add(u64::from(length_ms)), length_ms },
         }

@@ -105,8 +105,8 @@ pub enum Error {
     /// The directory of an open store, or a file in it that is always there, was deleted or moved. The store refuses from
     /// then on. Opening the path again would begin an empty store, which takes every duplicate for new.
     #[error(
-        "{} was deleted or moved while the store was open, and what the store held is lost: restore the directory from a \
-         copy before you open it again, or it begins empty",
+        "{} was deleted or moved while the store was open: move it back, or restore the directory from a copy, before you \
+         open it again, or it begins empty",
         path.display()
     )]
     DirectoryGone {

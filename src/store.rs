@@ -594,7 +594,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] if somebody works on it.
+    /// [`Error::InUse`] while a holder works on it; [`Error::Undecided`] while it waits for a decision.
     pub fn forget<'k>(&self, key: impl Into<Key<'k>>) -> Result<bool> {
         let request = self.about(key)?;
         self.running.engine.forget(&request)
@@ -722,7 +722,7 @@ fn phase(standing: Standing) -> Phase {
     match standing {
         Standing::Alive { remaining_ms } => Phase::Leased(Duration::from_millis(remaining_ms)),
         Standing::Settling => Phase::Leased(Duration::ZERO),
-        Standing::Backoff { remaining_ms } => Phase::Backoff(Duration::from_millis(remaining_ms), Prior::Released),
+        Standing::Backoff { remaining_ms, prior } => Phase::Backoff(Duration::from_millis(remaining_ms), prior),
         Standing::Free(prior) => Phase::Free(prior),
         Standing::Held(prior) => Phase::Held(prior),
         // It ran out between two readings of the clock.

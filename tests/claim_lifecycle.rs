@@ -807,18 +807,41 @@ fn a_release_without_doubt_forgets_the_payload_and_one_in_doubt_keeps_it() {
 }
 
 #[test]
-fn a_backoff_is_at_most_a_window_and_no_jump_of_the_clock_lengthens_it() {
+fn a_backoff_is_at_most_half_a_window_and_no_jump_of_the_clock_lengthens_it() {
     let bench = Bench::new();
     bench.acquire("for ever").release_after(Duration::MAX).unwrap();
-    assert_eq!(bench.in_progress("for ever").retry_after, Some(Duration::from_secs(10)));
+    assert_eq!(bench.in_progress("for ever").retry_after, Some(Duration::from_secs(5)));
     bench.acquire("k").release_after(Duration::from_secs(1)).unwrap();
     bench.clock.set_wall_ms(START_MS - 3_600_000);
     assert_eq!(bench.in_progress("k").retry_after, Some(Duration::from_secs(1)));
     bench.advance_ms(1_000);
     assert_eq!(bench.acquire("k").attempt(), 2);
     bench.clock.set_wall_ms(START_MS + 1_000);
-    bench.advance_ms(9_000);
-    assert_eq!(bench.acquire("for ever").attempt(), 1);
+    bench.advance_ms(4_000);
+    assert_eq!(bench.acquire("for ever").attempt(), 2);
+}
+
+#[test]
+fn a_doubt_outlasts_a_release_however_long_its_backoff_is() {
+    for on_interrupt in [OnInterrupt::Rerun, OnInterrupt::Hold] {
+        let bench = match on_interrupt {
+            OnInterrupt::Rerun => Bench::new(),
+            OnInterrupt::Hold => held_bench(),
+        };
+        drop(bench.acquire("k"));
+        if on_interrupt == OnInterrupt::Hold {
+            bench.store().resolve("k", Resolution::Rerun).unwrap();
+        }
+        bench.acquire("k").release_after(Duration::MAX).unwrap();
+        let Some(Stored::Processing { phase: Phase::Backoff(left, prior), .. }) = bench.store().get("k").unwrap()
+        else {
+            panic!("its backoff is not over")
+        };
+        assert_eq!((left, prior), (Duration::from_secs(5), Prior::Dropped), "an operator reads it, too");
+        bench.advance_ms(5_000);
+        let again = bench.acquire("k");
+        assert_eq!((again.attempt(), again.prior()), (3, Some(Prior::Dropped)));
+    }
 }
 
 #[test]

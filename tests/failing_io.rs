@@ -361,7 +361,7 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         let said = refused.to_string();
         assert_eq!(said.matches("deleted or moved").count(), 1, "{said}");
         assert_eq!(said.matches(path.to_str().unwrap()).count(), 1, "{said}");
-        for part in ["what the store held is lost", "restore the directory", "before you open it again"] {
+        for part in ["move it back", "restore the directory", "before you open it again"] {
             assert!(said.contains(part), "{said}");
         }
         assert!(store.stats().poisoned.is_some_and(|reason| reason.contains("deleted or moved")));

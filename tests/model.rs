@@ -343,8 +343,8 @@ impl Round {
                 assert_ne!(expected, Some(false), "{}", held.key);
                 let now_ms = self.model.now_ms;
                 if let Some(Known::Processing { holder, payload, .. }) = self.model.known.get_mut(&held.key) {
-                    // Nothing of a key is remembered longer than a window.
-                    let not_before_ms = now_ms + backoff_ms.min(WINDOW_MS);
+                    // What it left must outlive it.
+                    let not_before_ms = now_ms + backoff_ms.min(WINDOW_MS / 2);
                     // A doubt persists across releases, and with it the payload.
                     let prior = doubt.unwrap_or(Prior::Released);
                     if prior == Prior::Released {

@@ -12,7 +12,7 @@
 //! # let dir = tempfile::tempdir()?;
 //! # let path = dir.path().join("store");
 //! let store = onlyonce::future::Store::new(onlyonce::Store::open(path)?)?;
-//! let layer = IdempotencyLayer::builder(store)
+//! let layer = IdempotencyLayer::builder(store.clone())
 //!     // Whose key it is. Take it from what has authenticated the request.
 //!     .scope(|request| request.headers.get("x-tenant").map(|tenant| tenant.as_bytes().to_vec()));
 //!
@@ -24,6 +24,8 @@
 //! }
 //!
 //! let app: Router = Router::new().route("/charges", post(charge)).route_layer(layer);
+//! # drop(app);
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(store.close())?;
 //! # Ok(())
 //! # }
 //! ```

@@ -46,6 +46,8 @@ impl Directory {
     /// for another process to let go: a killed one holds its locks until the kernel has torn it down.
     pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
         refuse_impossible(root)?;
+        // A process that changes its working directory, as services do, must not lose its store.
+        let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, &error))?;
         refuse_foreign(root)?;
         make_private(root)?;
         let path = root.join(LOCK);
@@ -292,4 +294,17 @@ fn remove_dir(path: &Path) -> Result<()> {
 
 pub(super) fn sync_dir(path: &Path) -> Result<()> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relative_path_is_made_absolute_so_that_a_process_may_change_its_directory() {
+        let dir = tempfile::tempdir_in(".").unwrap();
+        let relative = Path::new(dir.path().file_name().unwrap()).join("store");
+        let directory = Directory::acquire(&relative, Duration::ZERO).unwrap();
+        assert!(directory.root().is_absolute() && directory.root().ends_with(&relative));
+    }
 }
