@@ -83,9 +83,8 @@ fn boot_id() -> Option<[u8; 16]> {
 
 #[cfg(target_os = "linux")]
 fn since_boot_ms() -> Option<u64> {
-    // The other form panics where a sandbox knows no such clock.
-    let now = rustix::time::clock_gettime_dynamic(rustix::time::DynamicClockId::Boottime).ok()?;
-    let (seconds, nanos) = (u64::try_from(now.tv_sec).ok()?, u64::try_from(now.tv_nsec).ok()?);
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).ok()?;
+    let (seconds, nanos) = (u64::try_from(now.tv_sec()).ok()?, u64::try_from(now.tv_nsec()).ok()?);
     seconds.checked_mul(1_000)?.checked_add(nanos / 1_000_000)
 }
 
