@@ -657,7 +657,7 @@ fn ended_work_takes_no_place_among_the_keys_in_flight() {
         ("dropped", drop),
     ];
     for (what, end) in ends {
-        let bench = Bench::with(|builder| builder.in_flight_limit(10));
+        let bench = Bench::with(|builder| builder.in_flight_limit(10).held_limit(5));
         end_each(&bench, 25, end);
         assert_eq!(bench.store().stats().in_flight, 0, "{what}");
         let running: Vec<Lease> = (0..10).map(|i| bench.acquire(&format!("running-{i}"))).collect();
