@@ -285,9 +285,8 @@ impl Lease {
     }
 
     /// As [`Lease::release`], but nobody gets the key before `backoff` is over. It runs on the monotonic clock, in whole
-    /// milliseconds, and is at most half the store's window, nor longer than 49 days: for at least as long what this attempt
-    /// left is remembered after it. After a restart it goes on with what was
-    /// left of it by the store's time; on stream time it ends with the process.
+    /// milliseconds, and is at most half the store's window, nor longer than 49 days: the attempt is remembered for at least
+    /// as long after it. After a restart the rest of it counts by the store's time; on stream time it ends with the process.
     ///
     /// # Errors
     ///

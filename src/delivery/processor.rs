@@ -88,7 +88,8 @@ impl Processor {
     }
 
     /// How long a delivery stays away after its first failed attempt, which is doubled with each further one, and the
-    /// most that it comes to.
+    /// most that it comes to. It is at most half the store's window
+    /// ([`Lease::release_after`](crate::Lease::release_after)), so that attempts are counted across it.
     #[must_use]
     pub fn backoff(mut self, first: Duration, most: Duration) -> Self {
         (self.backoff_first, self.backoff_most) = (first, most);

@@ -44,8 +44,8 @@ impl RequestFingerprint {
     /// different bodies equal: a member that occurs twice in one object, minus zero, or a number that a 64-bit float does not
     /// hold exactly as written (most integers over 2⁵³, more than 17 digits).
     ///
-    /// Costs about 6 microseconds for a body of 160 bytes and 50 milliseconds for one of 1 MiB, on the thread that handles
-    /// the request; [`IdempotencyLayer::body_limit`](super::IdempotencyLayer::body_limit) bounds it.
+    /// Costs a parse of the whole body and a sort of its members, on the thread that handles the request;
+    /// [`IdempotencyLayer::body_limit`](super::IdempotencyLayer::body_limit) bounds it.
     #[must_use]
     pub fn canonical_json() -> Self {
         Self { json: Some(Vec::new()), headers: Vec::new() }
