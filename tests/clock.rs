@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::START_MS;
+use common::{START_MS, copy_store};
 use onlyonce::{BootTime, Check, Claim, Clock, Durability, Lease, Prior, Store};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -160,7 +160,7 @@ impl Bench {
     /// What a crash would leave of the store, opened.
     fn crash(&self) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        copy_dir(&self.path(), &dir.path().join("store"));
+        copy_store(&self.path(), &dir.path().join("store"));
         let store = self.clocks.open(&dir.path().join("store"), self.window_ms);
         Self { store, clocks: self.clocks.clone(), window_ms: self.window_ms, dir }
     }
@@ -192,18 +192,6 @@ impl Bench {
         for passed_ms in (0..ms).step_by(MINUTE_MS as usize) {
             pass(&self.clocks, MINUTE_MS.min(ms - passed_ms));
             self.now_ms();
-        }
-    }
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let to = to.join(path.file_name().unwrap());
-        match path.is_dir() {
-            true => copy_dir(&path, &to),
-            false => drop(std::fs::copy(&path, &to).unwrap()),
         }
     }
 }

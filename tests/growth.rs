@@ -2,10 +2,13 @@
 //! live on a file system in memory where there is one, so that thousands of opens do not wait for a disk; what is looked at is
 //! how much there is, not how safe it is.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use common::copy_store;
 use onlyonce::{Builder, Check, Claim, Durability, ManualClock, Recorded, Store};
 use tempfile::TempDir;
 
@@ -120,29 +123,13 @@ impl Cron {
         let store = self.builder().open(self.path()).unwrap();
         work(&store, self.runs);
         let left = self.dir.path().join("left");
-        // RocksDB may remove a file just when it is to be copied: then all of it is copied again.
-        while !copy(&self.path(), &left) {
-            fs::remove_dir_all(&left).unwrap();
-        }
+        copy_store(&self.path(), &left);
         store.close().unwrap();
         fs::remove_dir_all(self.path()).unwrap();
         fs::rename(left, self.path()).unwrap();
         self.runs += 1;
         Footprint::of(&self.path())
     }
-}
-
-/// Copies a directory, unless one of its files goes meanwhile.
-fn copy(from: &Path, to: &Path) -> bool {
-    fs::create_dir_all(to).unwrap();
-    fs::read_dir(from).unwrap().all(|entry| {
-        let Ok(entry) = entry else { return false };
-        let to = to.join(entry.file_name());
-        match entry.file_type() {
-            Ok(kind) if kind.is_dir() => copy(&entry.path(), &to),
-            _ => fs::copy(entry.path(), to).is_ok(),
-        }
-    })
 }
 
 /// How long an open takes: the middle of three.
@@ -179,7 +166,7 @@ fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() 
         }
         if run == 619 {
             // As far into a bucket as the last run will be.
-            assert!(copy(&cron.path(), &early_copy));
+            copy_store(&cron.path(), &early_copy);
         }
     }
     late.assert_no_more_than(early);

@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use common::Bench;
+use common::{Bench, copy_store};
 use onlyonce::{Check, Claim, Error, Outcome, Recorded, Store};
 
 #[test]
@@ -275,19 +275,6 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
         assert!((0..98).all(remembered), "only the end may be missing: {what}");
         store.close().unwrap();
         fs::remove_dir_all(&copy).unwrap();
-    }
-}
-
-/// Copies a store as it lies on disk, as a crash at this moment would leave it.
-fn copy_store(from: &std::path::Path, to: &std::path::Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.path().is_dir() {
-            copy_store(&entry.path(), &to.join(entry.file_name()));
-        } else {
-            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-        }
     }
 }
 

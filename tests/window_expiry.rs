@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Bench, START_MS};
+use common::{Bench, START_MS, copy_store};
 use onlyonce::{Check, Key, Recorded, Store};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -226,19 +226,6 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
         assert_eq!(bench.store().stats().remembers_since_ms, since_ms, "{told}: the wide window is not full yet");
         bench.advance_ms(4 * HOUR_MS);
         assert_eq!(bench.store().stats().remembers_since_ms, bench.store().stats().now_ms - 24 * HOUR_MS + 1, "{told}");
-    }
-}
-
-fn copy_store(from: &std::path::Path, to: &std::path::Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let to = to.join(path.file_name().unwrap());
-        if path.is_dir() {
-            copy_store(&path, &to);
-        } else {
-            std::fs::copy(&path, &to).unwrap();
-        }
     }
 }
 

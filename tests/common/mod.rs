@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use onlyonce::{Builder, Claim, InProgress, Lease, ManualClock, Store};
@@ -88,4 +90,29 @@ impl Bench {
             other => panic!("{key} should be completed, but is {other:?}"),
         }
     }
+}
+
+/// Copies the directory of a store, open or not, as a crash at this moment would leave it. RocksDB may remove a file
+/// between listing and copying: then the whole copy starts over.
+pub fn copy_store(from: &Path, to: &Path) {
+    while !try_copy(from, to) {
+        fs::remove_dir_all(to).unwrap();
+    }
+}
+
+/// False if a file was removed during the copy. Any other failure panics.
+fn try_copy(from: &Path, to: &Path) -> bool {
+    fs::create_dir_all(to).unwrap();
+    fs::read_dir(from).unwrap().all(|entry| {
+        let path = entry.unwrap().path();
+        let to = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            return try_copy(&path, &to);
+        }
+        match fs::copy(&path, &to) {
+            Ok(_) => true,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) => panic!("cannot copy {}: {error}", path.display()),
+        }
+    })
 }
