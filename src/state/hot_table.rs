@@ -17,7 +17,7 @@ use crate::invariant::{Invariant, Poison};
 use crate::storage::journal::RowNumbers;
 
 /// Many more than there are cores, so that two threads seldom want the same one. Where races are looked for they are to want it.
-const STRIPES: usize = if cfg!(any(feature = "shuttle", miri)) { 2 } else { 256 };
+const STRIPES: usize = if cfg!(any(shuttle, miri)) { 2 } else { 256 };
 const STRIPE_BITS: u32 = STRIPES.trailing_zeros();
 
 /// How much the table holds.
