@@ -73,12 +73,7 @@ impl Completion {
 
     /// Also puts a message into the outbox. A publisher reads it from there and removes it.
     #[must_use]
-    pub fn message(
-        mut self,
-        topic: impl Into<Vec<u8>>,
-        key: impl Into<Vec<u8>>,
-        payload: impl Into<Vec<u8>>,
-    ) -> Self {
+    pub fn message(mut self, topic: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>, payload: impl Into<Vec<u8>>) -> Self {
         let message = NewMessage { topic: topic.into(), key: key.into(), payload: payload.into() };
         self.side_writes_mut().messages.push(message);
         self

@@ -324,7 +324,9 @@ pub enum TimestampError {
     },
     /// The timestamp of a queue's message is plainly not in milliseconds. No retry helps: reject the message, and fix its
     /// producer.
-    #[error("message {key} has timestamp {at}, which looks like {unit}: the producer must send milliseconds since 1970")]
+    #[error(
+        "message {key} has timestamp {at}, which looks like {unit}: the producer must send milliseconds since 1970"
+    )]
     WrongUnit {
         /// The key, escaped.
         key: String,

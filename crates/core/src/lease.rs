@@ -73,9 +73,10 @@ impl EngineLease {
         let answer = self.engine.finish(vec![(Arc::clone(&self.grant), finish)]).await.pop();
         let answer = answer.unwrap_or(Err(Error::Closed));
         // Nothing is left to abandon where the write happened, or may have.
-        self.finished = answer.as_ref().err().is_none_or(|error| {
-            matches!(error, Error::Superseded { .. }) || error.outcome() == Outcome::Unknown
-        });
+        self.finished = answer
+            .as_ref()
+            .err()
+            .is_none_or(|error| matches!(error, Error::Superseded { .. }) || error.outcome() == Outcome::Unknown);
         answer
     }
 
