@@ -209,6 +209,11 @@ impl Now {
         newest_ms >= self.remembers_since_ms && self.time_ms < newest_ms.saturating_add(window_ms)
     }
 
+    /// The first moment at which a completion of this time is a window old.
+    pub(crate) fn remembered_until_ms(&self, completed_ms: u64, window_ms: u64) -> u64 {
+        self.steps.counted_ms(completed_ms).saturating_add(window_ms)
+    }
+
     /// A completion at this time, or later, is remembered.
     pub(crate) fn remembers_since(&self, window_ms: u64) -> u64 {
         wall::floor_ms(self.remembers_since_ms, self.time_ms, window_ms)

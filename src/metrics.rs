@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use crate::entry::Prior;
+use onlyonce_core::PriorAttempt;
 use crate::stats::Counters;
 
 /// What somebody called for.
@@ -48,7 +48,7 @@ pub(crate) use enabled::Metrics;
 
 #[cfg(not(feature = "metrics"))]
 mod disabled {
-    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, Prior};
+    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, PriorAttempt};
 
     /// Nobody listens.
     #[derive(Debug)]
@@ -77,7 +77,7 @@ mod disabled {
         }
 
         #[inline(always)]
-        pub(crate) fn repeated(&self, _prior: Prior, _attempt: u32) {}
+        pub(crate) fn repeated(&self, _prior: PriorAttempt, _attempt: u32) {}
 
         #[inline(always)]
         pub(crate) fn processed(&self, _ms: impl FnOnce() -> u64) {}
@@ -103,7 +103,7 @@ mod enabled {
     use metrics::{Counter, Gauge, Histogram, Label, Unit, describe_counter, describe_gauge, describe_histogram};
     use tracing::span::EnteredSpan;
 
-    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, Prior};
+    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, PriorAttempt};
     use crate::testing::sync_shim::Mutex;
 
     /// How often counters and levels are told, and those that take long to find out.
@@ -157,11 +157,11 @@ mod enabled {
     }
     /// A gauge, and where its figure is.
     type GaugeSource = (Gauge, fn(&Gauges) -> f64);
-    const PRIORS: [(Prior, &str); 4] = [
-        (Prior::Released, "released"),
-        (Prior::LeaseExpired, "lease_expired"),
-        (Prior::Dropped, "dropped"),
-        (Prior::Crashed, "crashed"),
+    const PRIORS: [(PriorAttempt, &str); 4] = [
+        (PriorAttempt::Released, "released"),
+        (PriorAttempt::LeaseExpired, "lease_expired"),
+        (PriorAttempt::Dropped, "dropped"),
+        (PriorAttempt::Crashed, "crashed"),
     ];
 
     #[cfg(feature = "tokio")]
@@ -353,7 +353,7 @@ mod enabled {
         }
 
         /// A claim that goes on with unfinished work.
-        pub(crate) fn repeated(&self, prior: Prior, attempt: u32) {
+        pub(crate) fn repeated(&self, prior: PriorAttempt, attempt: u32) {
             self.attempt.record(attempt);
             for ((this, _), counter) in PRIORS.iter().zip(&self.repeated) {
                 counter.increment(u64::from(*this == prior));

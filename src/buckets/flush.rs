@@ -4,7 +4,7 @@ use super::range::BucketRange;
 use super::registry::BucketRegistry;
 use crate::codec::{put_entry_key, put_value};
 use crate::entry::Entry;
-use crate::error::Result;
+use onlyonce_core::Result;
 use crate::invariant::Invariant;
 use crate::rocks::db::Db;
 
@@ -70,8 +70,9 @@ mod tests {
     use crate::buckets::registry::{Probe, look_up};
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::{CompletedEntry, StoredResult};
-    use crate::error::Error;
+    use crate::entry::CompletedEntry;
+    use onlyonce_core::StoredResult;
+    use onlyonce_core::Error;
     use crate::fs::directory::Directory;
 
     const RANGE: BucketRange = BucketRange { start_ms: 5_000, width_ms: 1_000 };

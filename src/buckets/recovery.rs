@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::registry::{Bucket, BucketRegistry};
 use crate::codec::{Event, digest_of_entry_key, read_record};
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
 
@@ -130,7 +130,8 @@ mod tests {
 
     use super::*;
     use crate::codec::{RecordKind, RecordWriter};
-    use crate::entry::{CompletedEntry, StoredResult};
+    use crate::entry::CompletedEntry;
+    use onlyonce_core::StoredResult;
     use crate::fs::directory::Directory;
 
     #[test]

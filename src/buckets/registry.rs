@@ -8,7 +8,7 @@ use crate::clock::Now;
 use crate::codec::{put_entry_key, read_value};
 use crate::config::Span;
 use crate::entry::Entry;
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 use crate::filter::matrix::{ColumnId, FilterMatrix, Geometry, MAX_COLUMNS};
 use crate::filter::stack::FilterStack;
 use crate::invariant::{Invariant, Poison};

@@ -6,7 +6,7 @@ use super::range::BucketRange;
 use super::registry::BucketRegistry;
 use crate::clock::Now;
 use crate::config::Span;
-use crate::error::Result;
+use onlyonce_core::Result;
 use crate::rocks::db::Db;
 
 /// Whether there are buckets whose keys are all forgotten.

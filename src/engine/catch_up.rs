@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::core::Engine;
 use super::maintenance::MaintenanceState;
 use crate::buckets::range::BucketRange;
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 
 /// How long an open drops buckets; one that it has begun with is finished, which takes some milliseconds.
 const DROP_TIME: Duration = Duration::from_millis(250);

@@ -16,7 +16,7 @@ use crate::clock::Now;
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::{OnInterrupt, Span};
 use crate::entry::{Entry, Processing};
-use crate::error::{Error, Result};
+use onlyonce_core::Result;
 use crate::memtable::frozen::FrozenSet;
 use crate::memtable::table::Shard;
 use crate::metrics::{ExpensiveGauges, Gauges};
@@ -124,7 +124,7 @@ impl Engine {
         let mut last_checkpoint = self.flush_lock.lock();
         self.ready()?;
         let flushed = self.flush_locked(&mut last_checkpoint).inspect_err(|_| self.memtable.restore());
-        *self.backlog.failure.lock() = flushed.as_ref().err().map(Error::to_string);
+        *self.backlog.failure.lock() = flushed.as_ref().err().cloned();
         self.backlog.eased.notify_all();
         flushed?;
         // Should this fail, memory is free all the same.
@@ -417,7 +417,8 @@ mod tests {
     use crate::config::Options;
     use crate::engine::response::Grant;
     use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy, Response};
-    use crate::entry::{Backoff, CompletedEntry, Holder, StoredResult};
+    use crate::entry::{Backoff, CompletedEntry, Holder};
+    use onlyonce_core::StoredResult;
     use crate::fs::directory::Directory;
     use crate::memtable::arena::{OVERHEAD_BYTES, Pending};
 

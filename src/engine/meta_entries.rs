@@ -1,6 +1,6 @@
 //! What a store knows of itself: names in `meta`, and how their values are read.
 
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 use crate::rocks::db::Db;
 
 pub(super) const FORMAT: &str = "format";

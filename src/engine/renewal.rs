@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::core::Engine;
 use super::response::Grant;
-use crate::error::Error;
+use onlyonce_core::Error;
 
 /// Renewals in the length of a lease: two may be late.
 const RENEWALS: u64 = 3;
@@ -57,7 +57,7 @@ impl Renewal {
             && !cfg!(shuttle)
             && let Err(error) = RENEWER.add(&renewal.entry)
         {
-            let error = Error::io("cannot start a thread for", engine.path(), &error);
+            let error = Error::io("cannot start a thread for", engine.path(), error);
             tracing::error!(%error, "a lease is not renewed while its work runs");
             renewal.entry.state.lock().lost = Some(error);
         }

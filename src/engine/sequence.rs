@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 use crate::invariant::{Invariant, Poison};
 use crate::testing::sync_shim::{AtomicU64, Mutex};
 

@@ -9,7 +9,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
 use super::core::Engine;
 use super::maintenance::MaintenanceState;
 use crate::config::Durability;
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 use crate::testing::sync_shim::Mutex;
 
 /// How often the keeper looks whether a bucket has ended or passed.
@@ -66,7 +66,7 @@ impl BackgroundWorkers {
                 work(&engine, &stopped);
                 drop(guard);
             })
-            .map_err(|error| Error::io("cannot start a thread for", path, &error))?;
+            .map_err(|error| Error::io("cannot start a thread for", path, error))?;
         self.threads.lock().push(thread);
         Ok(())
     }

@@ -465,7 +465,7 @@ impl Shard {
 mod tests {
     use super::*;
     use crate::filter::sizing::{false_positive_rate, false_positive_rate_in_line};
-    use crate::key::Digester;
+    use crate::digest::Digester;
 
     fn digests(range: std::ops::Range<u64>) -> impl Iterator<Item = u64> {
         let digester = Digester::new(&[1; 16]);

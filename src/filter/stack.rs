@@ -195,7 +195,7 @@ impl FilterStack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::Digester;
+    use crate::digest::Digester;
 
     fn digests(range: std::ops::Range<u64>) -> Vec<u64> {
         let digester = Digester::new(&[2; 16]);

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 
-use crate::entry::{CompletedEntry, Entry, Holder, Processing, StoredResult};
-use crate::error::Error;
+use crate::entry::{CompletedEntry, Entry, Holder, Processing};
+use onlyonce_core::StoredResult;
+use onlyonce_core::Error;
 use crate::invariant::{Invariant, Poison, STRICT};
 use crate::journal::numbers::RecordNumbers;
-use crate::key::Fingerprint;
+use onlyonce_core::Fingerprint;
 
 /// Results up to this size lie in the heap; a larger one would be copied each time the heap grows.
 const HEAP_RESULT_BYTES: usize = 1_024;

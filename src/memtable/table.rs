@@ -287,7 +287,8 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
-    use crate::entry::{CompletedEntry, Holder, StoredResult};
+    use crate::entry::{CompletedEntry, Holder};
+    use onlyonce_core::StoredResult;
     use crate::filter::matrix::{Columns, FilterMatrix};
 
     const RECENT_BYTES: usize = 1 << 20;

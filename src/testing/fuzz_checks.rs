@@ -8,7 +8,8 @@ use crate::buckets::range::BucketRange;
 use crate::codec::{self, Event, Reader, RecordKind, RecordWriter};
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
-use crate::key::{Digester, Key};
+use crate::digest::Digester;
+use onlyonce_core::Key;
 use crate::rocks;
 use crate::typed_result;
 
