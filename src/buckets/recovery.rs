@@ -142,8 +142,8 @@ mod tests {
             |completed_ms| CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
         let mut bytes = 0;
         // On stream time a row may be older than its keys, and than the row before it.
-        for (number, row_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
-            let mut record = RecordWriter::new(RecordKind::Completed, row_ms, 0);
+        for (number, record_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
+            let mut record = RecordWriter::new(RecordKind::Completed, record_ms, 0);
             record.completed(b"k", &done(completed_ms));
             let record = record.finish();
             bytes += record.len() as u64;

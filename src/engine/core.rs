@@ -202,7 +202,7 @@ impl Engine {
                 .in_flight()
                 .filter_map(|(digest, key, processing)| {
                     let (prior, since_ms) = match processing.holder {
-                        Holder::Leased { .. } => (Prior::Crashed, self.left_at(&processing, now)),
+                        Holder::Leased { .. } => (Prior::Crashed, self.next_since_ms(&processing, now)),
                         Holder::Interrupted(prior) => (prior, processing.since_ms),
                         _ => return None,
                     };
@@ -314,7 +314,7 @@ impl Engine {
 
     /// Since when a key is what it becomes now: never earlier than what it was, though the time may come back. On stream time a
     /// key's time is its message's, whatever becomes of it.
-    pub(super) fn left_at(&self, processing: &Processing, now: Now) -> u64 {
+    pub(super) fn next_since_ms(&self, processing: &Processing, now: Now) -> u64 {
         if self.timeline.is_stream() { processing.since_ms } else { now.time_ms.max(processing.since_ms) }
     }
 

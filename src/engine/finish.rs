@@ -182,7 +182,7 @@ impl Engine {
         if holder == processing.holder {
             return true;
         }
-        let since_ms = self.left_at(&processing, now);
+        let since_ms = self.next_since_ms(&processing, now);
         let fingerprint = match holder {
             Holder::Released { prior, .. } => transition::binding(processing.fingerprint, prior),
             _ => processing.fingerprint,
@@ -278,13 +278,13 @@ impl Engine {
         let mut record = self.record_writer(RecordKind::Forgotten, now, key_ref.key.len() + 16);
         record.forgotten(key_ref.key, token);
         let record = record.finish();
-        let mut row_key = Vec::new();
-        codec::put_entry_key(key_ref.digest, key_ref.key, &mut row_key);
+        let mut entry_key = Vec::new();
+        codec::put_entry_key(key_ref.digest, key_ref.key, &mut entry_key);
         Failpoint::ForgetBegun.pass();
         self.write(self.config.sync_results(), |tx| {
             tx.put_record(open.number(), &record);
             for bucket in &flushed {
-                tx.delete_key(&bucket.family, &row_key);
+                tx.delete_key(&bucket.family, &entry_key);
             }
             Ok(())
         })?;

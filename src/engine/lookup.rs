@@ -41,14 +41,14 @@ impl Engine {
         let mut column_bits = vec![0; digests.len()];
         snapshot.candidates_of(&digests, &mut column_bits);
         let mut lost = false;
-        let key_ref = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
+        let key_refs = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
             |(index, column_bits)| {
                 let key_ref = request.get(index);
                 lost |= key_ref.is_none();
                 key_ref.map(|key_ref| (key_ref, *column_bits))
             },
         );
-        let found = self.in_buckets(&snapshot, key_ref)?;
+        let found = self.in_buckets(&snapshot, key_refs)?;
         if lost {
             return Err(
                 self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
@@ -71,13 +71,13 @@ impl Engine {
     fn in_buckets<'a>(
         &self,
         snapshot: &Snapshot,
-        key_ref: impl Iterator<Item = (KeyRef<'a>, u64)>,
+        key_refs: impl Iterator<Item = (KeyRef<'a>, u64)>,
     ) -> Result<Vec<(usize, Entry)>> {
         let recent = self.memtable.recent();
         let mut found = Vec::new();
         let mut probes = Vec::new();
         let mut hits = 0;
-        for (key_ref, column_bits) in key_ref {
+        for (key_ref, column_bits) in key_refs {
             hits += 1;
             // What the hot table has beside that does not count here: a seal may be about to remove it.
             match recent.get(key_ref.digest, key_ref.key) {

@@ -654,13 +654,13 @@ mod tests {
         let slow = engine.begin_record();
         let checkpoint = engine.sequence.take();
         assert!(slow.number() < checkpoint);
-        let (send, cut) = std::sync::mpsc::channel();
+        let (send, truncated) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(|| send.send(engine.first_open_record(checkpoint).unwrap()));
-            let early = cut.recv_timeout(Duration::from_millis(50));
+            let early = truncated.recv_timeout(Duration::from_millis(50));
             assert!(early.is_err(), "the journal would be cut at {early:?}, below the image {checkpoint}");
             slow.finish();
-            assert!(cut.recv().unwrap() > checkpoint);
+            assert!(truncated.recv().unwrap() > checkpoint);
         });
     }
 

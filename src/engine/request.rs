@@ -51,7 +51,7 @@ impl Request {
         let is_batch = keys.size_hint() != ONE;
         let mut request = Self::for_about(keys.size_hint().0);
         for key in keys {
-            request.push(&key.into(), key_limit, digester).map_err(|error| request.placed(error, is_batch))?;
+            request.push(&key.into(), key_limit, digester).map_err(|error| request.at_index(error, is_batch))?;
         }
         Ok(request)
     }
@@ -66,7 +66,7 @@ impl Request {
         let is_batch = messages.size_hint() != ONE;
         let mut request = Self::for_about(messages.size_hint().0);
         for (key, at_ms) in messages {
-            request.push(&key.into(), key_limit, digester).map_err(|error| request.placed(error, is_batch))?;
+            request.push(&key.into(), key_limit, digester).map_err(|error| request.at_index(error, is_batch))?;
             request.times_ms.push(at_ms);
         }
         Ok(request)
@@ -79,7 +79,7 @@ impl Request {
 
     /// An error about the next key, which says where that is in a batch.
     #[cold]
-    fn placed(&self, error: Error, is_batch: bool) -> Error {
+    fn at_index(&self, error: Error, is_batch: bool) -> Error {
         if is_batch { error.at(self.items.len()) } else { error }
     }
 
