@@ -1,6 +1,6 @@
 //! The engine: a store's parts, its health, and the way its rows go to the journal.
 //!
-//! A claim takes its place in the hot table before its row is written, so that nobody else can (`claiming.rs`); a
+//! A claim takes its place in the hot table before its row is written, so that nobody else can (`claim.rs`); a
 //! completion takes effect only when its row is written, so that nobody relies on what a crash would undo
 //! (`committing.rs`). No lock is held while the disk is read or written.
 

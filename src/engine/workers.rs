@@ -40,7 +40,7 @@ impl BackgroundWorkers {
         }
         // The rounds begin here, however late the thread does.
         let maintenance_state = engine.catch_up()?;
-        workers.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| {
+        workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
             run_workers(engine, maintenance_state, &woken, stopped);
         })?;
         workers.spawn(engine, &stopped, "onlyonce-filter", persist_filters)?;

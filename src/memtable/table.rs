@@ -421,7 +421,7 @@ mod tests {
         }
     }
 
-    /// As `Engine::decide` and a seal do it, with the filter in the place of the disk.
+    /// As `Engine::with_locked_key` and a seal do it, with the filter in the place of the disk.
     #[test]
     fn whoever_looks_for_a_completed_key_finds_it_while_seals_move_it() {
         const KEYS: u64 = if cfg!(miri) { 8 } else { 2_000 };
