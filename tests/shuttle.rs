@@ -1,12 +1,14 @@
 //! Races under a model checker: shuttle runs one thread at a time and chooses, at every lock and atomic of the store, who
 //! is next. The store is the real one, with its database, but for its own threads: a model's thread seals.
 //!
-//!     cargo test --release --features shuttle --test shuttle
+//!     cargo test --config .cargo/shuttle.toml --release --features internals --test shuttle
 //!
 //! `ONLYONCE_SHUTTLE_ROUNDS` schedules a model instead of a few hundred, `ONLYONCE_SHUTTLE_SEED` for others. A failure prints
 //! its schedule; with `ONLYONCE_SHUTTLE_SCHEDULE` set to it and the test's name, it is repeated.
 //!
 //! Memory is as strong here as it gets: what a processor reorders is not seen. `races.rs` is for that.
+
+#![cfg(shuttle)]
 
 mod common;
 #[path = "common/oracle.rs"]

@@ -101,7 +101,7 @@ impl Engine {
             let config = options.check(None)?;
             let mut secret = codec::Secret::default();
             // A model that is repeated must find its keys in the same stripes.
-            if !cfg!(feature = "shuttle") {
+            if !cfg!(shuttle) {
                 getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", &path, &error))?;
             }
             let format = if config.max_ahead_ms.is_some() { codec::STREAM_FORMAT } else { codec::FORMAT };

@@ -54,7 +54,7 @@ impl Renewal {
         let renewal = Self { entry: Arc::new(entry) };
         // The model checker does not schedule the thread.
         if renewal.entry.renew()
-            && !cfg!(feature = "shuttle")
+            && !cfg!(shuttle)
             && let Err(error) = RENEWER.add(&renewal.entry)
         {
             let error = Error::io("cannot start a thread for", engine.path(), &error);

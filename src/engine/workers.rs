@@ -34,7 +34,7 @@ impl BackgroundWorkers {
         // Set once: an engine has one keeper.
         let _ = engine.backlog.wake.set(wake);
         let workers = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
-        if cfg!(feature = "shuttle") {
+        if cfg!(shuttle) {
             // Threads that a model does not know would go when they like.
             return Ok(workers);
         }

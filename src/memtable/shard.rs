@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::arena::ShardArena;
 
 /// Many more than there are cores, so that two threads rarely contend for one. Model checkers look for races: there they contend.
-pub(super) const SHARDS: usize = if cfg!(any(feature = "shuttle", miri)) { 2 } else { 256 };
+pub(super) const SHARDS: usize = if cfg!(any(shuttle, miri)) { 2 } else { 256 };
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 
 /// The top bits of a digest, so that shards in order hold digests in order, as an SST needs them.

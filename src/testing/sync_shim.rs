@@ -3,12 +3,12 @@
 //!
 //! What decides nothing between threads stays outside: figures, clocks, the filter's bits.
 
-#[cfg(feature = "shuttle")]
+#[cfg(shuttle)]
 pub(crate) use modelled::*;
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(shuttle))]
 pub(crate) use real::*;
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(shuttle))]
 mod real {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
     pub(crate) use std::thread::{Thread, current, park, park_timeout, sleep, yield_now};
@@ -17,7 +17,7 @@ mod real {
     pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 }
 
-#[cfg(feature = "shuttle")]
+#[cfg(shuttle)]
 mod modelled {
     use std::sync::Arc;
     use std::time::Duration;
