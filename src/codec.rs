@@ -7,9 +7,9 @@ use std::sync::Arc;
 use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
 use crate::config::{OnInterrupt, Span};
 use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing};
-use onlyonce_core::{PriorAttempt, StoredResult};
 use onlyonce_core::Fingerprint;
 pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
+use onlyonce_core::{PriorAttempt, StoredResult};
 
 /// The version of everything in this file. A store says which one it was created with.
 pub(crate) const FORMAT: u32 = 3;
@@ -499,7 +499,12 @@ mod tests {
     }
 
     fn any_prior() -> impl Strategy<Value = PriorAttempt> {
-        prop_oneof![Just(PriorAttempt::Released), Just(PriorAttempt::LeaseExpired), Just(PriorAttempt::Dropped), Just(PriorAttempt::Crashed)]
+        prop_oneof![
+            Just(PriorAttempt::Released),
+            Just(PriorAttempt::LeaseExpired),
+            Just(PriorAttempt::Dropped),
+            Just(PriorAttempt::Crashed)
+        ]
     }
 
     fn any_holder() -> impl Strategy<Value = Holder> {

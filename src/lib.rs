@@ -59,8 +59,8 @@ mod stats;
 mod testing;
 
 pub use api::{
-    Builder, Call, Claim, ClaimKey, Complete, CompleteError, KeepAlive, Lease, Operation, Release, RunError, RunOutcome,
-    Store,
+    Builder, Call, Claim, ClaimKey, Complete, CompleteError, KeepAlive, Lease, Operation, Release, RunError,
+    RunOutcome, Store,
 };
 #[cfg(feature = "tokio")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]

@@ -246,10 +246,12 @@ impl Round {
         self.claims.retain(|ask| !ask.reply.is_closed());
         let claimed = together(&self.claims, |request| engine.claim(request));
         for (ask, (offset, answer)) in self.claims.into_iter().zip(claimed) {
-            let claims = answer.and_then(|claims| engine.check_response_count(claims, ask.request.len())).map(|claims| {
-                let claims = claims.into_iter().map(|claim| own_request(claim?, &ask.request, offset, engine)).collect();
-                Undelivered { claims, engine: Arc::clone(engine) }
-            });
+            let claims =
+                answer.and_then(|claims| engine.check_response_count(claims, ask.request.len())).map(|claims| {
+                    let claims =
+                        claims.into_iter().map(|claim| own_request(claim?, &ask.request, offset, engine)).collect();
+                    Undelivered { claims, engine: Arc::clone(engine) }
+                });
             // If the caller is gone, dropping the claims takes them back.
             let _ = ask.reply.send(claims);
         }
@@ -305,12 +307,7 @@ fn key_bytes(lease: &Lease) -> usize {
 }
 
 /// Points a grant to the request of its own call, so that a long lease does not keep the keys of other calls in memory.
-fn own_request(
-    claim: Claim<Grant>,
-    request: &Arc<Request>,
-    offset: usize,
-    engine: &Engine,
-) -> Result<Claim<Grant>> {
+fn own_request(claim: Claim<Grant>, request: &Arc<Request>, offset: usize, engine: &Engine) -> Result<Claim<Grant>> {
     match claim {
         Claim::Acquired(mut grant) if !Arc::ptr_eq(&grant.request, request) => {
             let index = grant.index.checked_sub(offset).filter(|index| *index < request.len());

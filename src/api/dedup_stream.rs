@@ -123,9 +123,7 @@ impl<S: Stream, K: FnMut(&S::Item) -> Key<'_>> Stream for DedupStream<S, K> {
                         }
                         continue;
                     }
-                    Ok(Claim::InProgress(other)) => {
-                        Err(Unclaimed { item, reason: UnclaimedReason::InProgress(other) })
-                    }
+                    Ok(Claim::InProgress(other)) => Err(Unclaimed { item, reason: UnclaimedReason::InProgress(other) }),
                     Err(error) => Err(Unclaimed { item, reason: UnclaimedReason::Failed(error) }),
                 }));
             }

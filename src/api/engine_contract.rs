@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use onlyonce_core::{
     Answers, AttemptInfo, BoxFuture, Claim, Completion, EngineStats, Error, FencingToken, Finish, Grant, HeldKey,
-    KeepAlive, Key, KeyStatus, Limits, Message, MessageId, RecordOutcome, Release, Resolution,
-    Result, StoredKey, Timestamp,
+    KeepAlive, Key, KeyStatus, Limits, Message, MessageId, RecordOutcome, Release, Resolution, Result, StoredKey,
+    Timestamp,
 };
 
 use super::awaited::grant_waiting;

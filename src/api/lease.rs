@@ -10,8 +10,8 @@ use crate::codec::RecordKind;
 use crate::engine::renewal::Renewal;
 use crate::engine::response::{FinishKind, FinishedBy, Grant};
 use crate::entry::Backoff;
-use onlyonce_core::StoredResult;
 use crate::invariant::Invariant;
+use onlyonce_core::StoredResult;
 
 /// The right to work on a key, until [`Lease::remaining`] is zero, or longer if no other caller claims the key.
 ///
@@ -417,7 +417,11 @@ pub(crate) fn complete_calls(calls: Vec<Vec<(Lease, Completion)>>) -> Vec<Result
             .zip(accepted)
             .map(|((mut lease, completion), accepted)| {
                 lease.finished = true;
-                if accepted { Ok(completion) } else { Err(CompleteError::new(lease.grant.superseded(), completion, None)) }
+                if accepted {
+                    Ok(completion)
+                } else {
+                    Err(CompleteError::new(lease.grant.superseded(), completion, None))
+                }
             })
             .collect(),
         Err(error) => leases

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use onlyonce_core::{
-    Completion, Error, HeldKey, Key, KeyStatus, Message, MessageId, RecordOutcome, Resolution, Result,
-    StoredKey, StoredResult, Timestamp,
+    Completion, Error, HeldKey, Key, KeyStatus, Message, MessageId, RecordOutcome, Resolution, Result, StoredKey,
+    StoredResult, Timestamp,
 };
 
-use super::builder::Builder;
 use super::Claim;
+use super::builder::Builder;
 use super::call::{Call, Operation, Queue, Task};
 use super::lease::{CompleteError, Lease};
 use super::operations::{ClaimBatch, ClaimKey, Close, CompleteBatch, RecordBatch, RecordKey, ReleaseBatch, only};

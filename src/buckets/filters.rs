@@ -13,11 +13,11 @@ use parking_lot::Mutex;
 use super::recovery::{move_filter, rebuild_filter};
 use super::registry::{Bucket, BucketRegistry};
 use crate::codec::Secret;
-use onlyonce_core::{Error, Result};
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Geometry, SHARDS};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Error, Result};
 
 /// Threads that read files, or the keys of buckets, at a time.
 const THREADS: usize = 2;
@@ -234,8 +234,8 @@ mod tests {
     use crate::clock::Now;
     use crate::config::Span;
     use crate::entry::{CompletedEntry, Entry};
-    use onlyonce_core::StoredResult;
     use crate::fs::directory::Directory;
+    use onlyonce_core::StoredResult;
     use std::time::Duration;
 
     const SECRET: Secret = [5; 16];

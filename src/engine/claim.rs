@@ -9,11 +9,11 @@ use super::transition::{self, Decision};
 use crate::clock::Now;
 use crate::codec::RecordKind;
 use crate::entry::{CompletedEntry, Entry, Holder, Processing};
-use onlyonce_core::{PriorAttempt, StoredResult};
-use onlyonce_core::{Claim, Error, RecordOutcome, Result, TimestampError};
-use onlyonce_core::Fingerprint;
 use crate::memtable::arena::Pending;
 use crate::metrics::Call;
+use onlyonce_core::Fingerprint;
+use onlyonce_core::{Claim, Error, RecordOutcome, Result, TimestampError};
+use onlyonce_core::{PriorAttempt, StoredResult};
 
 impl Engine {
     /// Claims every key that is free. One row, whatever their number.

@@ -1,6 +1,6 @@
 //! The engine: a store's parts, its health, and the way its rows go to the journal.
 //!
-//! A claim takes its place in the hot table before its row is written, so that nobody else can (`claiming.rs`); a
+//! A claim takes its place in the hot table before its row is written, so that nobody else can (`claim.rs`); a
 //! completion takes effect only when its row is written, so that nobody relies on what a crash would undo
 //! (`committing.rs`). No lock is held while the disk is read or written.
 
@@ -25,19 +25,19 @@ use crate::buckets::registry::BucketRegistry;
 use crate::clock::{ClockState, Now, Timeline};
 use crate::codec::{self, Event, RecordKind, RecordWriter};
 use crate::config::{Config, MAX_KEY, Options, Stored};
+use crate::digest::Digester;
 use crate::entry::{Entry, Holder, Processing};
-use onlyonce_core::PriorAttempt;
-use onlyonce_core::{Error, Result, TimestampError};
 use crate::fs::directory::Directory;
 use crate::invariant::{Invariant, Poison};
-use crate::digest::Digester;
-use onlyonce_core::Key;
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::{self, Db};
 use crate::stats::Counters;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Condvar, Mutex};
+use onlyonce_core::Key;
+use onlyonce_core::PriorAttempt;
+use onlyonce_core::{Error, Result, TimestampError};
 
 /// What the filters may take of sixteen parts of the memory budget. The rest: four parts for keys that are not sealed, two
 /// for cached blocks, two for the journal's memtable, one for what was sealed lately.
@@ -104,7 +104,8 @@ impl Engine {
             let mut secret = codec::Secret::default();
             // A model that is repeated must find its keys in the same stripes.
             if !cfg!(shuttle) {
-                getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", &path, error.to_string()))?;
+                getrandom::fill(&mut secret)
+                    .map_err(|error| Error::io("cannot draw a secret for", &path, error.to_string()))?;
             }
             let format = if config.max_ahead_ms.is_some() { codec::STREAM_FORMAT } else { codec::FORMAT };
             let mut meta_entries = vec![
@@ -204,7 +205,7 @@ impl Engine {
                 .in_flight()
                 .filter_map(|(digest, key, processing)| {
                     let (prior, since_ms) = match processing.holder {
-                        Holder::Leased { .. } => (PriorAttempt::Crashed, self.left_at(&processing, now)),
+                        Holder::Leased { .. } => (PriorAttempt::Crashed, self.next_since_ms(&processing, now)),
                         Holder::Interrupted(prior) => (prior, processing.since_ms),
                         _ => return None,
                     };
@@ -318,7 +319,7 @@ impl Engine {
 
     /// Since when a key is what it becomes now: never earlier than what it was, though the time may come back. On stream time a
     /// key's time is its message's, whatever becomes of it.
-    pub(super) fn left_at(&self, processing: &Processing, now: Now) -> u64 {
+    pub(super) fn next_since_ms(&self, processing: &Processing, now: Now) -> u64 {
         if self.timeline.is_stream() { processing.since_ms } else { now.time_ms.max(processing.since_ms) }
     }
 
@@ -587,7 +588,7 @@ mod tests {
 
     fn engine(dir: &tempfile::TempDir) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let clock = Arc::new(ManualClock::at(1_000_000));
+        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
     }
 

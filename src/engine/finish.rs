@@ -10,12 +10,12 @@ use crate::buckets::registry::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RecordKind};
 use crate::entry::{CompletedEntry, Entry, Holder, Processing};
-use onlyonce_core::PriorAttempt;
-use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 use crate::invariant::Invariant;
 use crate::memtable::arena::Pending;
 use crate::metrics::Call;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::PriorAttempt;
+use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 
 impl Engine {
     /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
@@ -182,7 +182,7 @@ impl Engine {
         if holder == processing.holder {
             return true;
         }
-        let since_ms = self.left_at(&processing, now);
+        let since_ms = self.next_since_ms(&processing, now);
         let fingerprint = match holder {
             Holder::Released { prior, .. } => transition::binding(processing.fingerprint, prior),
             _ => processing.fingerprint,
@@ -245,11 +245,17 @@ impl Engine {
         if let Some(Entry::Processing(processing)) = &in_memory {
             match self.lease_state_at(processing, now) {
                 LeaseState::Active { .. } | LeaseState::Committing => {
-                    return Err(Error::InUse { key: Key::display_encoded(key_ref.key), token: FencingToken::new(processing.token) });
+                    return Err(Error::InUse {
+                        key: Key::display_encoded(key_ref.key),
+                        token: FencingToken::new(processing.token),
+                    });
                 }
                 // Without its entry the next claim would not learn that its effect may have happened.
                 LeaseState::Held(_) => {
-                    return Err(Error::Undecided { key: Key::display_encoded(key_ref.key), token: FencingToken::new(processing.token) });
+                    return Err(Error::Undecided {
+                        key: Key::display_encoded(key_ref.key),
+                        token: FencingToken::new(processing.token),
+                    });
                 }
                 _ => {}
             }
@@ -278,13 +284,13 @@ impl Engine {
         let mut record = self.record_writer(RecordKind::Forgotten, now, key_ref.key.len() + 16);
         record.forgotten(key_ref.key, token);
         let record = record.finish();
-        let mut row_key = Vec::new();
-        codec::put_entry_key(key_ref.digest, key_ref.key, &mut row_key);
+        let mut entry_key = Vec::new();
+        codec::put_entry_key(key_ref.digest, key_ref.key, &mut entry_key);
         Failpoint::ForgetBegun.pass();
         self.write(self.config.sync_results(), |tx| {
             tx.put_record(open.number(), &record);
             for bucket in &flushed {
-                tx.delete_key(&bucket.family, &row_key);
+                tx.delete_key(&bucket.family, &entry_key);
             }
             Ok(())
         })?;
@@ -324,8 +330,8 @@ mod tests {
     use crate::config::{Durability, OnInterrupt, Options};
     use crate::engine::response::ClaimResponse;
     use crate::entry::Backoff;
-    use onlyonce_core::StoredResult;
     use crate::fs::directory::Directory;
+    use onlyonce_core::StoredResult;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();

@@ -10,10 +10,10 @@ use super::transition::{self, Decision, LeaseState};
 use crate::buckets::registry::{Probe, Snapshot, look_up};
 use crate::clock::Now;
 use crate::entry::{Entry, Processing};
-use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
 use crate::invariant::Invariant;
 use crate::memtable::table::Shard;
 use crate::metrics::Call;
+use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
 
 /// What the buckets know of a request's keys, and as of which seal.
 pub(super) struct DiskLookup {
@@ -41,14 +41,14 @@ impl Engine {
         let mut column_bits = vec![0; digests.len()];
         snapshot.candidates_of(&digests, &mut column_bits);
         let mut lost = false;
-        let key_ref = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
+        let key_refs = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
             |(index, column_bits)| {
                 let key_ref = request.get(index);
                 lost |= key_ref.is_none();
                 key_ref.map(|key_ref| (key_ref, *column_bits))
             },
         );
-        let found = self.in_buckets(&snapshot, key_ref)?;
+        let found = self.in_buckets(&snapshot, key_refs)?;
         if lost {
             return Err(
                 self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
@@ -71,13 +71,13 @@ impl Engine {
     fn in_buckets<'a>(
         &self,
         snapshot: &Snapshot,
-        key_ref: impl Iterator<Item = (KeyRef<'a>, u64)>,
+        key_refs: impl Iterator<Item = (KeyRef<'a>, u64)>,
     ) -> Result<Vec<(usize, Entry)>> {
         let recent = self.memtable.recent();
         let mut found = Vec::new();
         let mut probes = Vec::new();
         let mut hits = 0;
-        for (key_ref, column_bits) in key_ref {
+        for (key_ref, column_bits) in key_refs {
             hits += 1;
             // What the hot table has beside that does not count here: a seal may be about to remove it.
             match recent.get(key_ref.digest, key_ref.key) {
@@ -241,9 +241,9 @@ mod tests {
     use crate::codec::RecordKind;
     use crate::config::Options;
     use crate::entry::Backoff;
-    use onlyonce_core::{PriorAttempt, StoredResult};
-    use onlyonce_core::Error;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Error;
+    use onlyonce_core::{PriorAttempt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
         let dir = tempfile::tempdir().unwrap();
-        let clock = ManualClock::at(1 << 40);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40));
         let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
         let engine = engine(&dir, &options);
         // Each in a bucket of its own.

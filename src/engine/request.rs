@@ -1,7 +1,7 @@
 //! The keys of one call, encoded and digested once for everything that follows.
 
-use onlyonce_core::{Error, Result, TimestampError};
 use crate::digest::Digester;
+use onlyonce_core::{Error, Result, TimestampError};
 use onlyonce_core::{Fingerprint, Key};
 
 /// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
@@ -193,7 +193,8 @@ mod tests {
         let request = Request::new(KEYS, TimeSource::Clock, 1_024, &digester()).unwrap();
         assert_is_of(&request, &KEYS);
         assert_eq!((request.at_ms(0), request.timestamps_after(0).count()), (None, 0));
-        let request = Request::new(timed(KEYS.into_iter().zip([7, 5, 9])), TimeSource::Stream, 1_024, &digester()).unwrap();
+        let request =
+            Request::new(timed(KEYS.into_iter().zip([7, 5, 9])), TimeSource::Stream, 1_024, &digester()).unwrap();
         assert_is_of(&request, &KEYS);
         assert_eq!([0, 1, 2, 3].map(|index| request.at_ms(index)), [Some(7), Some(5), Some(9), None]);
         assert_eq!(request.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
@@ -205,7 +206,8 @@ mod tests {
     #[test]
     fn several_calls_in_one_have_all_their_keys_and_times() {
         let calls = [&[("a", 7)][..], &[], &[("longer", 5), ("a", 9)]];
-        let calls = calls.map(|call| Request::new(timed(call.iter().copied()), TimeSource::Stream, 1_024, &digester()).unwrap());
+        let calls = calls
+            .map(|call| Request::new(timed(call.iter().copied()), TimeSource::Stream, 1_024, &digester()).unwrap());
         let all = Request::concat(calls.iter());
         assert_is_of(&all, &KEYS);
         assert_eq!(all.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);

@@ -49,8 +49,5 @@ pub(super) fn message_name(id: MessageId) -> [u8; 13] {
 pub(super) fn message_id(name: &[u8]) -> Option<MessageId> {
     let name: &[u8; 12] = name.strip_prefix(&[MESSAGE])?.try_into().ok()?;
     let (record, index) = name.split_at(8);
-    Some(MessageId::new(
-        u64::from_be_bytes(record.try_into().ok()?),
-        u32::from_be_bytes(index.try_into().ok()?),
-    ))
+    Some(MessageId::new(u64::from_be_bytes(record.try_into().ok()?), u32::from_be_bytes(index.try_into().ok()?)))
 }

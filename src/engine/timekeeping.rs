@@ -7,9 +7,9 @@ use super::meta_entries::{CLOCK, FLOOR, HIGH_WATER, corrupt_meta, meta};
 use crate::clock::{Clock, MAX_WALL_MS, Now, Saved, Timeline};
 use crate::codec;
 use crate::config::{Config, Span};
-use onlyonce_core::Result;
 use crate::rocks::db::{Db, Tx};
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, MutexGuard};
+use onlyonce_core::Result;
 
 /// How much of the store's time may pass before the next write takes it along.
 const SAVED_EVERY_MS: u64 = 10_000;

@@ -5,8 +5,8 @@
 use crate::clock::Now;
 use crate::config::OnInterrupt;
 use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing, is_live};
-use onlyonce_core::PriorAttempt;
 use onlyonce_core::Fingerprint;
+use onlyonce_core::PriorAttempt;
 
 /// The options that decide.
 #[derive(Debug, Clone, Copy)]
@@ -442,18 +442,18 @@ mod tests {
     #[test]
     fn replay_follows_the_tokens() {
         let claimed = processing(Holder::Interrupted(PriorAttempt::Crashed));
-        for (token, claim, settle, complete, forget) in
+        for (token, claim, release, complete, forget) in
             [(6, false, false, false, false), (7, false, true, true, false), (8, true, true, true, true)]
         {
             assert_eq!(replay_claimed(Some(&claimed), token), claim, "claimed {token}");
-            assert_eq!(replay_released(Some(&claimed), token), settle, "settled {token}");
+            assert_eq!(replay_released(Some(&claimed), token), release, "released {token}");
             assert_eq!(replay_completed(Some(&claimed), token), complete, "completed {token}");
             assert_eq!(replay_forgotten(Some(&claimed), token), forget, "forgotten {token}");
         }
-        for (token, settle) in [(6, false), (7, false), (8, true)] {
+        for (token, release) in [(6, false), (7, false), (8, true)] {
             assert_eq!(
                 replay_released(Some(&completed()), token),
-                settle,
+                release,
                 "only a later holder settles again: {token}"
             );
         }

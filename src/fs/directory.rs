@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use onlyonce_core::{Cause, Error, Result, printable};
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Cause, Error, Result, printable};
 
 const LOCK: &str = "onlyonce.lock";
 const FILES: &str = "onlyonce.files";

@@ -1,7 +1,7 @@
 //! Group commit: callers that wait for the disk at the same time share one sync.
 
-use onlyonce_core::{Error, Outcome, Result};
 use crate::testing::sync_shim::{Condvar, Mutex, MutexGuard, yield_now};
+use onlyonce_core::{Error, Outcome, Result};
 
 /// How often whoever is going to sync lets others go first, as long as more of them come.
 const MAX_YIELDS: usize = 16;

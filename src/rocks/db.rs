@@ -14,11 +14,11 @@ use super::lsn::LsnTracker;
 use super::options::Tuning;
 use super::sst::SstWriter;
 use super::{cause, failed, file_manifest, journal_cf, sst, unreadable};
-use onlyonce_core::{Error, Result};
 use crate::fs::directory::Directory;
 use crate::fs::sync_group::SyncGroup;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, RwLock, RwLockReadGuard};
+use onlyonce_core::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
 

@@ -18,9 +18,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::wal;
-use onlyonce_core::{Error, Result};
 use crate::fs::directory::sync_dir;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Error, Result};
 
 /// What was in use when it was noted.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]

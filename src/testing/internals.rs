@@ -6,13 +6,13 @@ use std::hint::black_box;
 
 use crate::codec::{Event, RecordKind, RecordWriter, read_record};
 use crate::entry::{CompletedEntry, Entry};
-use onlyonce_core::StoredResult;
 use crate::filter::matrix::{Columns, FilterMatrix};
 use crate::fs::sync_group;
 use crate::journal::numbers;
-use onlyonce_core::{self, Key};
 use crate::memtable::table;
 pub use crate::testing::failpoint::Failpoint;
+use onlyonce_core::StoredResult;
+use onlyonce_core::{self, Key};
 
 /// Digests keys as a store does.
 pub struct Digester(crate::digest::Digester);
