@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use onlyonce::internals::Failpoint;
-use onlyonce::{Durability, ManualClock, Store};
+use onlyonce::{Durability, ManualClock, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
@@ -101,11 +101,11 @@ impl Victim {
 
     /// Opens the store and asks for every key; then nothing may be left that the store does not need.
     fn check(&mut self, durability: Durability, quietly: bool) {
-        let clock = ManualClock::at(self.oracle.clock_ms);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(self.oracle.clock_ms));
         let store = open(&self.path(), &clock, durability).unwrap();
-        self.oracle.check(&store);
+        self.oracle.check(&store).wait();
         if quietly {
-            store.seal().unwrap();
+            store.flush().unwrap();
             let begun = Instant::now();
             loop {
                 let left = left_over(&store, &self.path());
@@ -116,7 +116,7 @@ impl Victim {
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
 }
 
@@ -194,9 +194,9 @@ fn a_process_killed_between_any_two_steps_leaves_a_store_that_keeps_its_word_and
                 victim.kill_at(opening, 1, durability, &mut rng);
                 (kills, again) = (kills + 1, again + 1);
             }
-            victim.check(durability, rng.random_bool(0.3));
+            victim.check(durability, rng.random_bool(0.3)).wait();
         }
-        victim.check(Durability::Process, true);
+        victim.check(Durability::Process, true).wait();
         acknowledged += victim.oracle.acknowledged;
     }
     eprintln!(

@@ -10,8 +10,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use common::Bench;
-use onlyonce::future::{Claim, Lease, RunError, Store, Unclaimed, Why};
-use onlyonce::{Check, Durability, Error, Key, Phase, Prior, Ran, Recorded, Stored, Tx};
+use onlyonce::future::{Claim, Lease, RunError, Store, Unclaimed, UnclaimedReason};
+use onlyonce::{Completion, Durability, Error, Key, KeyError, KeyStatus, LeaseState, PriorAttempt, RecordOutcome, RunOutcome, StoredKey};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_stream::StreamExt;
@@ -62,39 +62,39 @@ fn the_verbs_answer_as_those_that_block() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let store = Store::new(bench.store().clone()).unwrap();
-        assert_eq!(store.check("k").await.unwrap(), Check::New);
+        assert_eq!(store.check("k").await.unwrap(), KeyStatus::New);
         let mut lease = acquire(&store, "k").await;
-        assert_eq!((lease.key(), lease.attempt(), lease.prior()), (Key::from("k"), 1, None));
+        assert_eq!((lease.key(), lease.attempt().number(), lease.attempt().prior()), (Key::from("k"), 1, None));
         bench.advance_ms(400);
         assert_eq!(lease.remaining(), Duration::from_millis(600));
         lease.renew().unwrap();
         assert_eq!(lease.remaining(), Duration::from_secs(1));
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(other) if other.attempt == 1));
         let stored = store.get("k").await.unwrap();
-        assert!(matches!(stored, Some(Stored::Processing { phase: Phase::Leased(_), .. })), "{stored:?}");
-        lease.release_after(Duration::from_millis(500)).await.unwrap();
+        assert!(matches!(stored, Some(StoredKey::Processing { phase: LeaseState::Leased(_), .. })), "{stored:?}");
+        lease.release().after(Duration::from_millis(500)).await.unwrap();
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)));
         bench.advance_ms(500);
         let lease = acquire(&store, "k").await;
-        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
-        lease.complete_as(&("charged".to_owned(), 12)).await.unwrap();
+        assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
+        lease.complete(Completion::encode(&("charged".to_owned(), 12)).unwrap()).await.unwrap();
         let Claim::Completed(first) = store.claim("k").await.unwrap() else { panic!("k is completed") };
         assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
-        assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));
+        assert!(matches!(store.check("k").await.unwrap(), KeyStatus::Completed(_)));
 
-        acquire(&store, "o").await.complete_with("", |tx| tx.set_offset("orders", 3, 9)).await.unwrap();
+        acquire(&store, "o").await.complete_with("", |tx| tx.set_offset("orders", 3, 9).wait()).await.unwrap();
         assert_eq!(store.offset("orders", 3).await.unwrap(), Some(9));
         store.set_offset("orders", 3, 10).await.unwrap();
         assert_eq!(store.offset("orders", 3).await.unwrap(), Some(10));
         acquire(&store, "m").await.complete_with("", |tx| tx.enqueue("mails", "m", "hello")).await.unwrap();
         let outbox = store.outbox(10).await.unwrap();
         assert_eq!((outbox.len(), &outbox[0].bytes[..]), (1, &b"hello"[..]));
-        store.delivered([outbox[0].id]).await.unwrap();
+        store.remove_messages([outbox[0].id]).await.unwrap();
         assert!(store.outbox(10).await.unwrap().is_empty());
 
-        assert_eq!(store.record("r").await.unwrap(), Recorded::First);
-        assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
-        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty { .. })));
+        assert_eq!(store.record("r").await.unwrap(), RecordOutcome::First);
+        assert_eq!(store.record("r").await.unwrap(), RecordOutcome::Duplicate { in_flight: false });
+        assert!(matches!(store.claim("").await, Err(Error::Key(KeyError::Empty { .. }))));
         drop(store.claim(Key::from("g").fingerprint("hers")).await.unwrap());
         let his = store.claim(Key::from("g").fingerprint("his")).await;
         assert!(matches!(his, Err(Error::PayloadMismatch { .. })));
@@ -105,7 +105,7 @@ fn the_verbs_answer_as_those_that_block() {
         assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.result() == b"late");
         drop(taken);
     });
-    assert_eq!(bench.acquire("late").prior(), Some(Prior::Dropped), "and both faces are of one store");
+    assert_eq!(bench.acquire("late").prior(), Some(PriorAttempt::Dropped), "and both faces are of one store");
 }
 
 #[test]
@@ -129,14 +129,14 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
         let released = store.release_batch([(mine, Duration::ZERO), (foreign.unwrap(), Duration::ZERO)]).await;
         assert!(released.iter().all(Result::is_ok), "{released:?}");
         for (store, key) in [(&store, "c"), (&other, "f")] {
-            assert_eq!(acquire(store, key).await.prior(), Some(Prior::Released), "{key}");
+            assert_eq!(acquire(store, key).await.prior(), Some(PriorAttempt::Released), "{key}");
         }
         let recorded = store.record_batch(["a", "n", "n"]).await.unwrap();
         let recorded: Vec<_> = recorded.into_iter().map(Result::unwrap).collect();
-        let duplicate = Recorded::Duplicate { in_flight: false };
-        assert_eq!(recorded, [duplicate, Recorded::First, duplicate]);
+        let duplicate = RecordOutcome::Duplicate { in_flight: false };
+        assert_eq!(recorded, [duplicate, RecordOutcome::First, duplicate]);
         let checked = store.check_batch(["a", "never"]).await.unwrap();
-        assert!(matches!(checked[..], [Ok(Check::Completed(_)), Ok(Check::New)]));
+        assert!(matches!(checked[..], [Ok(KeyStatus::Completed(_)), Ok(KeyStatus::New)]));
         assert!(store.complete_batch(Vec::<(Lease, Vec<u8>)>::new()).await.is_empty());
     });
 }
@@ -204,7 +204,7 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                     let key = format!("key-{i}");
                     let claim = Box::pin(async {
                         if wait {
-                            store.claim_wait(&key, Duration::from_millis(2)).await
+                            store.claim(&key).wait_up_to(Duration::from_millis(2)).await
                         } else {
                             store.claim(&key).await
                         }
@@ -219,13 +219,13 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                     holders[i].fetch_sub(1, Ordering::SeqCst);
                     match end {
                         0 => {
-                            let done = Cut { future: Box::pin(lease.complete(key.clone())), polls: second }.await;
+                            let done = Cut { future: Box::pin(lease.complete(key.clone()).wait()), polls: second }.await;
                             match done {
                                 Some(done) => completed[i].fetch_add(usize::from(done.is_ok()), Ordering::SeqCst),
                                 None => cut.fetch_add(1, Ordering::Relaxed),
                             };
                         }
-                        1 => drop(Cut { future: Box::pin(lease.release()), polls: second }.await),
+                        1 => drop(Cut { future: Box::pin(lease.release().wait()), polls: second }.await),
                         _ => drop(lease),
                     }
                 }
@@ -239,7 +239,7 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
         let key = format!("key-{i}");
         let acknowledged = completed.load(Ordering::SeqCst);
         assert!(acknowledged <= 1, "{key} was completed {acknowledged} times");
-        match store.claim_wait(&key, Duration::from_secs(20)).await.unwrap() {
+        match store.claim(&key).wait_up_to(Duration::from_secs(20)).await.unwrap() {
             Claim::Completed(first) => assert_eq!(first.result(), Some(key.as_bytes())),
             Claim::Acquired(_) => assert_eq!(acknowledged, 0, "{key} was completed and is forgotten"),
             Claim::InProgress(_) => panic!("{key} is stuck"),
@@ -258,7 +258,7 @@ async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
     let waiters: Vec<_> = (0..50)
         .map(|_| {
             let store = store.clone();
-            tokio::spawn(async move { store.claim_wait("k", LONG).await.unwrap() })
+            tokio::spawn(async move { store.claim("k").wait_up_to(LONG).await.unwrap() })
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -275,11 +275,11 @@ async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(500));
     let begun = Instant::now();
-    for (end, prior) in [("release", Prior::Released), ("drop", Prior::Dropped), ("nothing", Prior::LeaseExpired)] {
+    for (end, prior) in [("release", PriorAttempt::Released), ("drop", PriorAttempt::Dropped), ("nothing", PriorAttempt::LeaseExpired)] {
         let lease = acquire(&store, end).await;
         let waiter = {
             let store = store.clone();
-            tokio::spawn(async move { store.claim_wait(end, LONG).await.unwrap() })
+            tokio::spawn(async move { store.claim(end).wait_up_to(LONG).await.unwrap() })
         };
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!waiter.is_finished());
@@ -307,10 +307,10 @@ async fn a_wait_beyond_its_limit_finds_the_key_in_progress() {
     let store = open(&dir, Durability::Process, LONG);
     let _lease = acquire(&store, "k").await;
     let begun = Instant::now();
-    let answer = store.claim_wait("k", Duration::from_millis(100)).await.unwrap();
+    let answer = store.claim("k").wait_up_to(Duration::from_millis(100)).await.unwrap();
     assert!(matches!(answer, Claim::InProgress(_)), "{answer:?}");
     assert!((Duration::from_millis(100)..Duration::from_secs(20)).contains(&begun.elapsed()));
-    let at_once = store.claim_wait("k", Duration::ZERO).await.unwrap();
+    let at_once = store.claim("k").wait_up_to(Duration::ZERO).await.unwrap();
     assert!(matches!(at_once, Claim::InProgress(_)));
 }
 
@@ -363,17 +363,17 @@ impl Blocking<'_> {
             let working = scope.spawn(|| work(Blocking { store: &store, begun, runs: &runs }));
             has_begun.recv().unwrap();
             while !working.is_finished() {
-                match store.claim("k").unwrap() {
+                match store.claim("k").wait().unwrap() {
                     onlyonce::Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
                     onlyonce::Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
                     onlyonce::Claim::Completed(_) => break,
                 }
             }
         });
-        let claim = store.claim("k").unwrap();
+        let claim = store.claim("k").wait().unwrap();
         assert!(matches!(claim, onlyonce::Claim::Completed(first) if first.result() == Some(b"done")));
         assert_eq!((runs.into_inner(), store.stats().superseded), (1, 0));
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
 
     fn block(&self) -> &'static str {
@@ -402,7 +402,7 @@ fn a_lease_of_run_is_renewed_while_its_work_blocks_the_only_thread() {
         on_one_thread(async || {
             let store = Store::new(blocking.store.clone()).unwrap();
             let work = async |_: &mut Lease| Ok::<_, Error>(blocking.block().into());
-            assert!(matches!(store.run("k", work).await, Ok(Ran::First(_))));
+            assert!(matches!(store.run("k", work).await, Ok(RunOutcome::First(_))));
         });
     });
 }
@@ -415,15 +415,15 @@ fn a_lease_is_renewed_while_a_call_that_blocks_works() {
             assert!(!lease.remaining().is_zero(), "it knows of its renewals");
             Ok::<_, Error>(result.into())
         };
-        assert!(matches!(blocking.store.run("k", work), Ok(Ran::First(_))));
+        assert!(matches!(blocking.store.run("k", work), Ok(RunOutcome::First(_))));
     });
     Blocking::keeps_its_key(|blocking| {
-        let onlyonce::Claim::Acquired(mut lease) = blocking.store.claim("k").unwrap() else { panic!("k is new") };
+        let onlyonce::Claim::Acquired(mut lease) = blocking.store.claim("k").wait().unwrap() else { panic!("k is new") };
         let alive = lease.keep_alive();
         let result = blocking.block();
         assert!(alive.lost().is_none());
         drop(alive);
-        lease.complete(result).unwrap();
+        lease.complete(result).wait().unwrap();
     });
 }
 
@@ -433,17 +433,17 @@ fn a_lease_is_renewed_no_longer_than_is_allowed() {
     let (lease, limit) = (Duration::from_millis(100), Duration::from_millis(400));
     let builder = onlyonce::Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
     let store = builder.open(dir.path().join("store")).unwrap();
-    let onlyonce::Claim::Acquired(mut hangs) = store.claim("k").unwrap() else { panic!("k is new") };
+    let onlyonce::Claim::Acquired(mut hangs) = store.claim("k").wait().unwrap() else { panic!("k is new") };
     let claimed = Instant::now();
     let alive = hangs.keep_alive();
     let next = loop {
-        match store.claim("k").unwrap() {
+        match store.claim("k").wait().unwrap() {
             onlyonce::Claim::Acquired(next) => break next,
             _ => std::thread::sleep(Duration::from_millis(5)),
         }
     };
     assert!(claimed.elapsed() >= limit - Duration::from_millis(50), "after {:?}", claimed.elapsed());
-    assert_eq!(next.prior(), Some(Prior::LeaseExpired));
+    assert_eq!(next.prior(), Some(PriorAttempt::LeaseExpired));
     // It is told, though it is not renewed any more.
     let deadline = Instant::now() + LONG;
     while alive.lost().is_none() {
@@ -452,7 +452,7 @@ fn a_lease_is_renewed_no_longer_than_is_allowed() {
     }
     assert!(matches!(alive.lost(), Some(Error::Superseded { .. })));
     drop(alive);
-    assert!(matches!(hangs.complete("late").unwrap_err().error(), Error::Superseded { .. }));
+    assert!(matches!(hangs.complete("late").wait().unwrap_err().error(), Error::Superseded { .. }));
     for refused in [Duration::ZERO, Duration::MAX] {
         let error = onlyonce::Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
         assert!(matches!(error, Error::Config { option: "renew_for", .. }), "{error}");
@@ -489,7 +489,7 @@ fn work_that_is_cancelled_is_renewed_no_more() {
             assert!(tokio::time::timeout(Duration::from_millis(200), hangs).await.is_err());
             for attempt in [2, 3] {
                 let next = acquire(&store, key).await;
-                assert_eq!((next.attempt(), next.prior()), (attempt, Some(Prior::Dropped)), "{key}");
+                assert_eq!((next.attempt(), next.prior()), (attempt, Some(PriorAttempt::Dropped)), "{key}");
                 drop(next);
                 // Time for a renewal that should not be.
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -497,7 +497,7 @@ fn work_that_is_cancelled_is_renewed_no_more() {
         }
     });
     assert_eq!(store.blocking().stats().superseded, 0);
-    store.blocking().close().unwrap();
+    store.blocking().close().wait().unwrap();
 }
 
 #[cfg(target_os = "linux")]
@@ -514,13 +514,13 @@ fn one_thread_renews_for_all_stores() {
     let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG).blocking()).collect();
     let mut leases: Vec<_> = stores
         .iter()
-        .map(|store| if let Ok(onlyonce::Claim::Acquired(lease)) = store.claim("k") { lease } else { panic!("new") })
+        .map(|store| if let Ok(onlyonce::Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
         .collect();
     let alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
     assert!(named("onlyonce-worker") >= stores.len());
     assert_eq!(named("onlyonce-renew"), 1);
     drop(alive);
-    stores.iter().for_each(|store| store.close().unwrap());
+    stores.iter().for_each(|store| store.close().wait().unwrap());
 }
 
 #[test]
@@ -570,7 +570,7 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
         let work = async move {
             let mut token = 0;
             let ran = store.run("k", async |lease: &mut Lease| {
-                assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
                 tokio::task::yield_now().await;
                 lease.renew().unwrap();
                 token = lease.token();
@@ -580,12 +580,12 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
         };
         tokio::spawn(work).await.unwrap()
     };
-    assert!(matches!(again, Ran::First(result) if result == b"receipt"));
+    assert!(matches!(again, RunOutcome::First(result) if result == b"receipt"));
     let replayed = store.run("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
-    assert!(matches!(replayed, Ran::Replayed(first) if first.token() == token));
+    assert!(matches!(replayed, RunOutcome::Replayed(first) if first.token() == token));
     let _lease = acquire(&store, "held").await;
     let other = store.run("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
-    assert!(matches!(other, Ran::InProgress(_)));
+    assert!(matches!(other, RunOutcome::InProgress(_)));
 }
 
 #[tokio::test]
@@ -603,7 +603,7 @@ async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
     assert!(panicking.await.is_err());
     for key in ["cancelled", "panicked"] {
         let lease = acquire(&store, key).await;
-        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Dropped)), "{key}");
+        assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Dropped)), "{key}");
     }
 }
 
@@ -623,9 +623,9 @@ async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
     let mut passed = Vec::new();
     while let Some(next) = once.next().await {
         let (item, lease) = next.unwrap();
-        passed.push((item, lease.attempt()));
+        passed.push((item, lease.attempt().number()));
         match item {
-            "fails" if lease.attempt() == 1 => drop(lease),
+            "fails" if lease.attempt().number() == 1 => drop(lease),
             _ => lease.complete("done").await.unwrap(),
         }
     }
@@ -645,11 +645,11 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
         soon.release().await.unwrap();
     });
     let (item, lease) = once.next().await.unwrap().unwrap();
-    assert_eq!((item, lease.prior()), ("soon", Some(Prior::Released)));
-    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: Why::InProgress(_) }))));
+    assert_eq!((item, lease.attempt().prior()), ("soon", Some(PriorAttempt::Released)));
+    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: UnclaimedReason::InProgress(_) }))));
     assert!(matches!(
         once.next().await,
-        Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty { place: None }) }))
+        Some(Err(Unclaimed { item: "", why: UnclaimedReason::Failed(Error::Key(KeyError::Empty { index: None })) }))
     ));
     assert_eq!(once.next().await.unwrap().unwrap().0, "new");
     assert!(once.next().await.is_none());
@@ -685,7 +685,7 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
                 let store = store.clone();
                 tokio::spawn(async move {
                     let leases = leases.into_iter().map(|(lease, offset)| {
-                        (lease, "done", move |tx: &mut Tx| tx.set_offset("orders", batch, offset))
+                        (lease, "done", move |tx: &mut Tx| tx.set_offset("orders", batch, offset).wait())
                     });
                     store.complete_batch_with(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
                 })

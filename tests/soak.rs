@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use onlyonce::{Check, Claim, Clock, Completed, Durability, ManualClock, Store};
+use onlyonce::{Claim, Clock, Completed, Durability, KeyStatus, ManualClock, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use torture::number;
@@ -62,13 +62,13 @@ fn open(path: &Path, clock: &ManualClock, window_ms: u64) -> Store {
         .open(path)
         .unwrap();
     // Answers are checked by the wall clock, which must not be tolerated beside the store's time.
-    clock.set_wall_ms(store.stats().now_ms);
+    clock.set_wall_ms(store.stats().now.as_unix_ms());
     store
 }
 
 fn clock() -> ManualClock {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-    ManualClock::at(u64::try_from(now.as_millis()).unwrap())
+    ManualClock::at(Timestamp::from_unix_ms(u64::try_from(now.as_millis()).unwrap()))
 }
 
 /// Deliveries `first..first + BATCH` of a worker, completed between these two times.
@@ -167,7 +167,7 @@ impl Worker<'_> {
         let name = key(self.number, delivery);
         assert!(before_ms < batch.ended_ms + self.window_ms, "G4: {name} is remembered too long: {batch:?}");
         assert_eq!(completed.result(), Some(&result(self.number, delivery)[..]), "G1: {name} has another result");
-        let at_ms = completed.completed_at_ms();
+        let at_ms = completed.completed_at().as_unix_ms();
         assert!((batch.started_ms..=batch.ended_ms).contains(&at_ms), "G1: {name}: {at_ms} is not in {batch:?}");
     }
 
@@ -181,11 +181,11 @@ impl Worker<'_> {
     /// Looks at every key of a batch.
     fn check(&self, batch: Batch) {
         let before_ms = self.clock.wall_ms();
-        for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).unwrap()) {
+        for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).wait().unwrap()) {
             match check.unwrap() {
-                Check::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
-                Check::New => self.check_passed(batch, delivery),
-                Check::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
+                KeyStatus::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
+                KeyStatus::New => self.check_passed(batch, delivery),
+                KeyStatus::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
             }
         }
     }
@@ -194,7 +194,7 @@ impl Worker<'_> {
     fn claim_again(&self, batch: Batch, keys: usize) {
         let before_ms = self.clock.wall_ms();
         let keys = self.keys(batch).into_iter().take(keys);
-        for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).unwrap()) {
+        for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).wait().unwrap()) {
             match claim.unwrap() {
                 Claim::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
                 // Dropped: nobody completes it again.
@@ -208,17 +208,17 @@ impl Worker<'_> {
     fn settle_doubt(&mut self) {
         let Some(first) = self.ledger.doubtful.take() else { return };
         let batch = Batch { first, started_ms: 0, ended_ms: u64::MAX / 2 };
-        let checks: Vec<Check> =
-            self.store.check_batch(self.keys(batch)).unwrap().into_iter().map(Result::unwrap).collect();
+        let checks: Vec<KeyStatus> =
+            self.store.check_batch(self.keys(batch)).wait().unwrap().into_iter().map(Result::unwrap).collect();
         let completed: Vec<&Completed> = checks
             .iter()
-            .filter_map(|check| if let Check::Completed(completed) = check { Some(completed) } else { None })
+            .filter_map(|check| if let KeyStatus::Completed(completed) = check { Some(completed) } else { None })
             .collect();
         match completed.first() {
-            None => assert!(checks.iter().all(|check| matches!(check, Check::New)), "G2: {checks:?}"),
+            None => assert!(checks.iter().all(|check| matches!(check, KeyStatus::New)), "G2: {checks:?}"),
             Some(one) => {
                 assert_eq!(completed.len() as u64, BATCH, "half of {batch:?} is completed");
-                let at_ms = one.completed_at_ms();
+                let at_ms = one.completed_at().as_unix_ms();
                 let batch = Batch { first, started_ms: at_ms, ended_ms: at_ms };
                 for (delivery, completed) in (first..).zip(completed) {
                     self.check_completed(batch, delivery, 0, completed);
@@ -236,14 +236,14 @@ impl Worker<'_> {
         file.write_all(format!("try {first}\n").as_bytes()).unwrap();
         let mut leases = Vec::with_capacity(BATCH as usize);
         let mut last_token = tokens_before;
-        for (delivery, claim) in (first..).zip(self.store.claim_batch(self.keys(batch)).unwrap()) {
+        for (delivery, claim) in (first..).zip(self.store.claim_batch(self.keys(batch)).wait().unwrap()) {
             let Claim::Acquired(lease) = claim.unwrap() else { panic!("G2: {delivery} of {batch:?} is new") };
             assert!(lease.token() > last_token, "G3: {} after {last_token}", lease.token());
             last_token = lease.token();
             leases.push((lease, result(self.number, delivery)));
         }
         batch.started_ms = self.clock.wall_ms();
-        let completed = self.store.complete_batch(leases);
+        let completed = self.store.complete_batch(leases).wait();
         assert!(completed.iter().all(Result::is_ok), "{completed:?}");
         batch.ended_ms = self.clock.wall_ms();
         file.write_all(done_line(&batch, last_token).as_bytes()).unwrap();
@@ -270,11 +270,11 @@ impl Worker<'_> {
         } else if rng.random_bool(0.05) {
             self.claim_again(batch, 8);
         } else {
-            self.check(batch);
+            self.check(batch).wait();
         }
         let never = (0..32).map(|_| key(self.number, rng.random_range(1 << 50..1 << 51)));
-        for check in self.store.check_batch(never).unwrap() {
-            assert!(matches!(check, Ok(Check::New)), "G5: {check:?} of a key that was never delivered");
+        for check in self.store.check_batch(never).wait().unwrap() {
+            assert!(matches!(check, Ok(KeyStatus::New)), "G5: {check:?} of a key that was never delivered");
         }
         BATCH
     }
@@ -310,7 +310,7 @@ fn child() {
                 let mut worker = Worker { number, store, clock, window_ms, ledger: Ledger::read(&path) };
                 worker.settle_doubt();
                 // What was acknowledged last is what a crash is most likely to lose.
-                worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch));
+                worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch).wait());
                 worker.ledger.trim(clock.wall_ms(), window_ms);
                 let mut file = worker.ledger.rewrite(&path);
                 let mut tokens = tokens_before;
@@ -466,11 +466,11 @@ impl Soak {
             let mut worker = Worker { number, store: &store, clock: &clock, window_ms: self.window_ms, ledger };
             worker.settle_doubt();
             for batch in &worker.ledger.known {
-                worker.check(*batch);
+                worker.check(*batch).wait();
                 checked += BATCH;
             }
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
         checked
     }
 

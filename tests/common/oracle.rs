@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use onlyonce::{Check, Claim, Clock, Completed, Error, Lease, ManualClock, Prior, Recorded, Store};
+use onlyonce::{Claim, Clock, Completed, Error, KeyStatus, Lease, ManualClock, PriorAttempt, RecordOutcome, Store};
 
 /// A store whose every answer is judged.
 pub struct Oracle {
@@ -155,7 +155,7 @@ impl Oracle {
 
     fn judge_completed(&self, key: usize, before: &Before, answer: &Completed) {
         let mut history = self.history(key);
-        let (token, at_ms) = (answer.token(), answer.completed_at_ms());
+        let (token, at_ms) = (answer.token(), answer.completed_at().as_unix_ms());
         let name = name(key);
         if let Some(result) = answer.result() {
             assert!(result == self.result(key, token), "{name}: the result of {token} is another's");
@@ -208,9 +208,9 @@ impl Oracle {
         }
         history.holders.push(ours);
         drop(history);
-        assert_eq!(lease.attempt() == 1, lease.prior().is_none(), "{name}: {:?}", lease.prior());
+        assert_eq!(lease.attempt().number() == 1, lease.attempt().prior().is_none(), "{name}: {:?}", lease.attempt().prior());
         count(&self.seen.acquired);
-        if lease.prior() == Some(Prior::LeaseExpired) {
+        if lease.attempt().prior() == Some(PriorAttempt::LeaseExpired) {
             count(&self.seen.taken_over);
         }
         Work { key, lease }
@@ -230,24 +230,24 @@ impl Oracle {
 
     pub fn claim(&self, key: usize) -> Option<Work> {
         let before = self.before(key);
-        let claim = self.store.claim(name(key)).unwrap();
+        let claim = self.store.claim(name(key)).wait().unwrap();
         self.judge_claim(key, &before, claim)
     }
 
     pub fn claim_batch(&self, keys: &BTreeSet<usize>) -> Vec<Work> {
         let before: Vec<Before> = keys.iter().map(|key| self.before(*key)).collect();
         let names: Vec<String> = keys.iter().map(|key| name(*key)).collect();
-        let claims = self.store.claim_batch(&names).unwrap();
+        let claims = self.store.claim_batch(&names).wait().unwrap();
         let judged = keys.iter().zip(&before).zip(claims);
         judged.filter_map(|((key, before), claim)| self.judge_claim(*key, before, claim.unwrap())).collect()
     }
 
     pub fn check(&self, key: usize) {
         let before = self.before(key);
-        match self.store.check(name(key)).unwrap() {
-            Check::New => self.judge_unfinished(key, &before, "new"),
-            Check::InProgress(_) => self.judge_unfinished(key, &before, "in progress"),
-            Check::Completed(answer) => self.judge_completed(key, &before, &answer),
+        match self.store.check(name(key)).wait().unwrap() {
+            KeyStatus::New => self.judge_unfinished(key, &before, "new"),
+            KeyStatus::InProgress(_) => self.judge_unfinished(key, &before, "in progress"),
+            KeyStatus::Completed(answer) => self.judge_completed(key, &before, &answer),
         }
     }
 
@@ -299,7 +299,7 @@ impl Oracle {
         let alive_until_ms = self.alive_until_ms(&work);
         let before = self.let_go(&work);
         let (key, token) = (work.key, work.lease.token());
-        let outcome = work.lease.complete(self.result(key, token)).map_err(|error| error.into_parts().0);
+        let outcome = work.lease.complete(self.result(key, token)).wait().map_err(|error| error.into_parts().0);
         self.judge_completion(key, &before, token, alive_until_ms, outcome)
     }
 
@@ -327,7 +327,7 @@ impl Oracle {
             begun.push((key, token, alive_until_ms, self.let_go(&work)));
             leases.push((work.lease, self.result(key, token)));
         }
-        let outcomes = self.store.complete_batch(leases);
+        let outcomes = self.store.complete_batch(leases).wait();
         for ((key, token, alive_until_ms, before), outcome) in begun.into_iter().zip(outcomes) {
             let outcome = outcome.map_err(|error| error.into_parts().0);
             self.judge_completion(key, &before, token, alive_until_ms, outcome);
@@ -337,7 +337,7 @@ impl Oracle {
     pub fn release(&self, work: Work) {
         let alive_until_ms = self.alive_until_ms(&work);
         self.let_go(&work);
-        if self.judge_settled(work.key, alive_until_ms, work.lease.release()) {
+        if self.judge_settled(work.key, alive_until_ms, work.lease.release().wait()) {
             count(&self.seen.released);
         }
     }
@@ -364,9 +364,9 @@ impl Oracle {
         Some(work)
     }
 
-    fn judge_record(&self, key: usize, before: &Before, recorded: Recorded) {
+    fn judge_record(&self, key: usize, before: &Before, recorded: RecordOutcome) {
         match recorded {
-            Recorded::First => {
+            RecordOutcome::First => {
                 self.judge_unfinished(key, before, "recorded");
                 let now_ms = self.clock.monotonic_ms();
                 let history = self.history(key);
@@ -378,21 +378,21 @@ impl Oracle {
                 self.note_done(key, before, None);
                 count(&self.seen.recorded);
             }
-            Recorded::Duplicate { in_flight: true } => self.judge_unfinished(key, before, "in flight"),
-            Recorded::Duplicate { in_flight: false } => count(&self.seen.duplicates),
+            RecordOutcome::Duplicate { in_flight: true } => self.judge_unfinished(key, before, "in flight"),
+            RecordOutcome::Duplicate { in_flight: false } => count(&self.seen.duplicates),
         }
     }
 
     pub fn record(&self, key: usize) {
         let before = self.before(key);
-        let recorded = self.store.record(name(key)).unwrap();
+        let recorded = self.store.record(name(key)).wait().unwrap();
         self.judge_record(key, &before, recorded);
     }
 
     pub fn record_batch(&self, keys: &BTreeSet<usize>) {
         let before: Vec<Before> = keys.iter().map(|key| self.before(*key)).collect();
         let names: Vec<String> = keys.iter().map(|key| name(*key)).collect();
-        let recorded = self.store.record_batch(&names).unwrap();
+        let recorded = self.store.record_batch(&names).wait().unwrap();
         for ((key, before), recorded) in keys.iter().zip(&before).zip(recorded) {
             self.judge_record(*key, before, recorded.unwrap());
         }
@@ -405,7 +405,7 @@ impl Oracle {
         history.forgets += 1;
         history.forgetting += 1;
         drop(history);
-        let forgotten = self.store.forget(name(key));
+        let forgotten = self.store.forget(name(key)).wait();
         let mut history = self.history(key);
         history.forgetting -= 1;
         match forgotten {
@@ -426,19 +426,19 @@ impl Oracle {
         match pick(20) {
             0..=6 => {
                 let key = pick(keys);
-                held.extend(self.claim(key));
+                held.extend(self.claim(key).wait());
             }
             7..=9 => {
                 let keys = (0..=pick(4)).map(|_| pick(keys)).collect();
-                held.extend(self.claim_batch(&keys));
+                held.extend(self.claim_batch(&keys).wait());
             }
-            10 | 11 => self.check(pick(keys)),
-            12 => self.record(pick(keys)),
+            10 | 11 => self.check(pick(keys)).wait(),
+            12 => self.record(pick(keys)).wait(),
             13 => {
                 let keys = (0..=pick(4)).map(|_| pick(keys)).collect();
-                self.record_batch(&keys);
+                self.record_batch(&keys).wait();
             }
-            14 => self.forget(pick(keys)),
+            14 => self.forget(pick(keys)).wait(),
             15 if !held.is_empty() => {
                 let work = held.swap_remove(pick(held.len()));
                 held.extend(self.renew(work));
@@ -447,11 +447,11 @@ impl Oracle {
         }
         while !held.is_empty() && (held.len() > 8 || pick(3) > 0) {
             match pick(8) {
-                0 => self.release(held.swap_remove(pick(held.len()))),
+                0 => self.release(held.swap_remove(pick(held.len()))).wait(),
                 1 => self.abandon(held.swap_remove(pick(held.len()))),
-                2 | 3 => self.complete_batch(std::mem::take(held)),
+                2 | 3 => self.complete_batch(std::mem::take(held)).wait(),
                 _ => {
-                    self.complete(held.swap_remove(pick(held.len())));
+                    self.complete(held.swap_remove(pick(held.len()))).wait();
                 }
             }
         }
