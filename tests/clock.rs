@@ -159,8 +159,13 @@ impl Bench {
 
     /// What a crash would leave of the store, opened.
     fn crash(&self) -> Self {
+        self.crash_after(|_| ())
+    }
+
+    fn crash_after(&self, crashed: impl FnOnce(&Clocks)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_store(&self.path(), &dir.path().join("store"));
+        crashed(&self.clocks);
         let store = self.clocks.open(&dir.path().join("store"), self.window_ms);
         Self { store, clocks: self.clocks.clone(), window_ms: self.window_ms, dir }
     }
@@ -392,6 +397,53 @@ fn completions_before_a_pause_is_confirmed_are_remembered_for_their_window() {
         bench.store.seal().unwrap();
         assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0, "{told}");
     }
+}
+
+#[test]
+fn work_that_ends_before_a_pause_is_confirmed_is_remembered_also_where_it_began_at_a_wrong_time() {
+    for flushed in [false, true] {
+        let mut bench = Bench::new(Clocks::without_a_boot_clock(), 5 * HOUR_MS);
+        bench.clocks.pause(2 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        let leases = ["completed", "dropped", "crashed"].map(|key| acquire(&bench.store, key));
+        let claimed_ms = bench.now_ms();
+        bench.clocks.set_wall(bench.clocks.wall_ms() - 2 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        assert!(bench.now_ms() < claimed_ms, "the time went back");
+        bench.clocks.pause(3 * DAY_MS);
+        bench.live(CONFIRMED_AFTER_MS / 2);
+        let [completed, dropped, crashed] = leases;
+        completed.complete("r").unwrap();
+        drop(dropped);
+        if flushed {
+            bench.store.seal().unwrap();
+        }
+        bench.reopen();
+        drop(crashed);
+        bench.live(CONFIRMED_AFTER_MS / 2);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "the pause is confirmed");
+        bench.store.seal().unwrap();
+        assert!(bench.knows("completed"), "flushed {flushed}");
+        for key in ["dropped", "crashed"] {
+            assert_eq!(acquire(&bench.store, key).attempt(), 2, "{key}, flushed {flushed}");
+        }
+        bench.live(8 * HOUR_MS);
+        assert!(!bench.knows("completed"), "flushed {flushed}");
+    }
+}
+
+#[test]
+fn a_step_that_two_openings_confirm_forgets_no_completion_before_the_crash() {
+    let mut bench = Bench::new(Clocks::without_a_boot_clock(), HOUR_MS);
+    bench.reopen_after(|clocks| clocks.pause(DAY_MS));
+    // Less than what may pass until the next write saves the time.
+    bench.clocks.pass(9 * SECOND_MS);
+    bench.record("k");
+    let crashed = bench.crash_after(|clocks| clocks.pass(CONFIRMED_AFTER_MS));
+    assert_eq!(crashed.now_ms(), START_MS + DAY_MS, "the pause is confirmed");
+    assert!(crashed.knows("k"), "it is some minutes old");
+    crashed.live(HOUR_MS + MINUTE_MS);
+    assert!(!crashed.knows("k"));
 }
 
 #[test]
