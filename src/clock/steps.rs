@@ -61,9 +61,15 @@ impl Steps {
 
     /// The steps without those whose completions are all forgotten at this time.
     pub(crate) fn pruned(&self, time_ms: u64, window_ms: u64) -> Self {
+        self.pruned_before(Step { from_ms: u64::MAX, ..Step::default() }, time_ms, window_ms)
+    }
+
+    /// The same, where `next` is about to be added: a step stays if `next` carries some of its completions further.
+    pub(crate) fn pruned_before(&self, next: Step, time_ms: u64, window_ms: u64) -> Self {
         let mut kept = Self::default();
         let newest_ms = |step: &Step| self.newest_counted_ms(step.from_ms, step.to_ms);
-        let living = self.iter().filter(|step| time_ms < newest_ms(step).saturating_add(window_ms));
+        let is_living = |step: &Step| time_ms < newest_ms(step).saturating_add(window_ms);
+        let living = self.iter().filter(|step| next.from_ms <= step.to_ms || is_living(step));
         kept.0.iter_mut().zip(living).for_each(|(place, step)| *place = step);
         kept
     }

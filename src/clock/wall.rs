@@ -318,7 +318,7 @@ impl Course {
             // read its clocks a moment ago and use what it read a moment later.
             let to_ms = time_ms.max(self.newest_ms).saturating_add(TOLERANCE_MS).min(MAX_WALL_MS);
             let step = Step { from_ms: deviation.since_ms, to_ms, by_ms };
-            let others = self.steps.pruned(stepped_ms, self.span.window_ms);
+            let others = self.steps.pruned_before(step, stepped_ms, self.span.window_ms);
             let Some(steps) = others.with(step, self.span.bucket_ms) else { return false };
             self.steps = steps;
         }
@@ -340,6 +340,7 @@ impl Course {
         self.floor_ms = floor_ms;
         self.newest_ms = self.newest_ms.max(time_ms);
         self.lead_ms = back_to_ms.saturating_sub(wall_ms);
+        self.resumed_ms = self.resumed_ms.min(back_to_ms);
         self.set(back_to_ms, reading);
         let (back_ms, ahead_ms) = (time_ms - back_to_ms, self.lead_ms);
         if ahead_ms == 0 {
@@ -460,7 +461,10 @@ impl WallTime {
         let time_ms = course.time_ms(&reading);
         let floor_ms = floor_ms(course.floor_ms, time_ms, course.span.window_ms);
         let Course { lead_ms, deviation, steps, .. } = *course;
-        (Saved { time_ms, floor_ms, newest_ms: course.newest_ms }, ClockState { boot: reading.boot, lead_ms, deviation, steps })
+        (
+            Saved { time_ms, floor_ms, newest_ms: course.newest_ms },
+            ClockState { boot: reading.boot, lead_ms, deviation, steps },
+        )
     }
 }
 
