@@ -122,6 +122,14 @@ mod tests {
     }
 
     #[test]
+    fn a_step_is_kept_where_the_next_one_carries_its_completions_further() {
+        let steps = Steps::of(&[step(100, 200, 1_000)]).unwrap();
+        for (from_ms, kept) in [(150, steps), (200, steps), (201, Steps::default())] {
+            assert_eq!(steps.pruned_before(step(from_ms, 300, 9_000), 10_000, 500), kept, "from {from_ms}");
+        }
+    }
+
+    #[test]
     fn a_step_is_kept_until_its_last_completion_is_forgotten() {
         let steps = Steps::of(&[step(100, 200, 1_000), step(5_000, 5_100, 50)]).unwrap();
         assert_eq!(steps.pruned(6_199, 5_000), steps);
