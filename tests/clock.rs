@@ -844,10 +844,12 @@ struct Rule {
     tally: BTreeMap<&'static str, u32>,
 }
 
-/// The store's time, and how much time had elapsed.
+/// When the wall clock began to deviate.
 #[derive(Debug, Clone, Copy)]
 struct Moment {
+    /// The store's time, less how long a completion may have waited for the disk.
     time_ms: u64,
+    /// How much time had elapsed at the first reading.
     elapsed_ms: u64,
 }
 
@@ -1012,7 +1014,7 @@ impl Rule {
         }
         // What waited for the disk in this process when the clock stepped was acknowledged after it.
         let since_ms = (time_ms - TOLERANCE_MS).max(self.resumed_ms).min(time_ms);
-        let since = Moment { time_ms: since_ms, elapsed_ms: self.elapsed_ms - (time_ms - since_ms) };
+        let since = Moment { time_ms: since_ms, elapsed_ms: self.elapsed_ms };
         if self.readings.is_empty() {
             self.since = since;
             self.grown_since = None;
