@@ -7,7 +7,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -159,8 +159,13 @@ impl Bench {
 
     /// What a crash would leave of the store, opened.
     fn crash(&self) -> Self {
+        self.crash_after(|_| ())
+    }
+
+    fn crash_after(&self, crashed: impl FnOnce(&Clocks)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_store(&self.path(), &dir.path().join("store"));
+        crashed(&self.clocks);
         let store = self.clocks.open(&dir.path().join("store"), self.window_ms);
         Self { store, clocks: self.clocks.clone(), window_ms: self.window_ms, dir }
     }
@@ -395,6 +400,53 @@ fn completions_before_a_pause_is_confirmed_are_remembered_for_their_window() {
 }
 
 #[test]
+fn work_that_ends_before_a_pause_is_confirmed_is_remembered_also_where_it_began_at_a_wrong_time() {
+    for flushed in [false, true] {
+        let mut bench = Bench::new(Clocks::without_a_boot_clock(), 5 * HOUR_MS);
+        bench.clocks.pause(2 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        let leases = ["completed", "dropped", "crashed"].map(|key| acquire(&bench.store, key));
+        let claimed_ms = bench.now_ms();
+        bench.clocks.set_wall(bench.clocks.wall_ms() - 2 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        assert!(bench.now_ms() < claimed_ms, "the time went back");
+        bench.clocks.pause(3 * DAY_MS);
+        bench.live(CONFIRMED_AFTER_MS / 2);
+        let [completed, dropped, crashed] = leases;
+        completed.complete("r").unwrap();
+        drop(dropped);
+        if flushed {
+            bench.store.seal().unwrap();
+        }
+        bench.reopen();
+        drop(crashed);
+        bench.live(CONFIRMED_AFTER_MS / 2);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "the pause is confirmed");
+        bench.store.seal().unwrap();
+        assert!(bench.knows("completed"), "flushed {flushed}");
+        for key in ["dropped", "crashed"] {
+            assert_eq!(acquire(&bench.store, key).attempt(), 2, "{key}, flushed {flushed}");
+        }
+        bench.live(8 * HOUR_MS);
+        assert!(!bench.knows("completed"), "flushed {flushed}");
+    }
+}
+
+#[test]
+fn a_step_that_two_openings_confirm_forgets_no_completion_before_the_crash() {
+    let mut bench = Bench::new(Clocks::without_a_boot_clock(), HOUR_MS);
+    bench.reopen_after(|clocks| clocks.pause(DAY_MS));
+    // Less than what may pass until the next write saves the time.
+    bench.clocks.pass(9 * SECOND_MS);
+    bench.record("k");
+    let crashed = bench.crash_after(|clocks| clocks.pass(CONFIRMED_AFTER_MS));
+    assert_eq!(crashed.now_ms(), START_MS + DAY_MS, "the pause is confirmed");
+    assert!(crashed.knows("k"), "it is some minutes old");
+    crashed.live(HOUR_MS + MINUTE_MS);
+    assert!(!crashed.knows("k"));
+}
+
+#[test]
 fn a_crash_loses_neither_a_step_nor_a_deviation() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("before");
@@ -438,31 +490,43 @@ fn many_pauses_lose_no_key_and_delay_expiry_by_little_more_than_a_window() {
 
 #[test]
 fn a_second_pause_before_the_first_is_confirmed_forgets_nothing_early() {
-    let bench = Bench::new(Clocks::new(), DAY_MS);
-    bench.clocks.pause(HOUR_MS);
-    bench.live(3 * MINUTE_MS);
-    bench.record("between");
-    bench.live(2 * MINUTE_MS);
-    bench.clocks.pause(60 * HOUR_MS);
-    bench.live(2 * MINUTE_MS);
-    bench.record("k");
-    bench.live(2 * CONFIRMED_AFTER_MS);
-    assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "both are confirmed");
-    assert!(bench.knows("k"), "it is some minutes old");
-    assert!(!bench.knows("between"), "it is older than a day");
-    bench.live(DAY_MS);
-    assert!(!bench.knows("k"));
+    for first_ms in [HOUR_MS, 3 * DAY_MS] {
+        let bench = Bench::new(Clocks::new(), DAY_MS);
+        bench.clocks.pause(first_ms);
+        bench.live(3 * MINUTE_MS);
+        bench.record("between");
+        bench.live(2 * MINUTE_MS);
+        bench.clocks.pause(60 * HOUR_MS);
+        bench.live(2 * MINUTE_MS);
+        bench.record("k");
+        bench.live(2 * CONFIRMED_AFTER_MS);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "both are confirmed");
+        assert!(bench.knows("k"), "it is some minutes old, after a pause of {first_ms} ms");
+        assert!(!bench.knows("between"), "it is older than a day");
+        bench.live(DAY_MS);
+        assert!(!bench.knows("k"));
+    }
 }
 
 #[test]
 fn a_completion_that_waited_for_the_disk_when_the_clock_stepped_is_remembered() {
-    let bench = Bench::new(Clocks::new(), DAY_MS);
-    bench.record("acknowledged after the pause");
-    bench.clocks.pass(900);
-    bench.clocks.pause(60 * HOUR_MS);
-    bench.live(CONFIRMED_AFTER_MS);
-    assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
-    assert!(bench.knows("acknowledged after the pause"));
+    for went_back in [false, true] {
+        let mut bench = Bench::new(Clocks::new(), DAY_MS);
+        if went_back {
+            bench.clocks.pause(HOUR_MS);
+            bench.live(CONFIRMED_AFTER_MS);
+            bench.reopen();
+            bench.clocks.set_wall(bench.clocks.wall_ms() - HOUR_MS);
+            bench.live(CONFIRMED_AFTER_MS + MINUTE_MS);
+        }
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
+        bench.record("acknowledged after the pause");
+        bench.clocks.pass(900);
+        bench.clocks.pause(60 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
+        assert!(bench.knows("acknowledged after the pause"), "the time went back: {went_back}");
+    }
 }
 
 #[test]
@@ -758,21 +822,35 @@ struct Rule {
     time_ms: u64,
     floor_ms: u64,
     lead_ms: u64,
-    /// The store's time when the wall clock began to deviate in one direction, and the readings since, or since a step found no
-    /// room.
-    since_ms: u64,
+    /// The latest time before it went back.
+    newest_ms: u64,
+    /// Elapsed time as the store knows it, which never goes back.
+    elapsed_ms: u64,
+    /// When the wall clock began to deviate in one direction, and the readings since, or since a step found no room.
+    since: Moment,
     /// Whether what was confirmed last was ahead.
     was_ahead: bool,
     /// When the clock may have stepped further ahead.
-    grown_since_ms: u64,
+    grown_since: Option<Moment>,
     resumed_ms: u64,
     readings: Vec<Seen>,
     /// Completions from, to, and by how much later they count.
     steps: Vec<(u64, u64, u64)>,
+    /// All confirmed steps: since how much elapsed time the wall clock said so, and their sizes.
+    confirmed: Vec<(u64, u64)>,
     followed: (u64, u64),
     seen: Ticks,
     /// What happened how often.
     tally: BTreeMap<&'static str, u32>,
+}
+
+/// When the wall clock began to deviate.
+#[derive(Debug, Clone, Copy)]
+struct Moment {
+    /// The store's time, less how long a completion may have waited for the disk.
+    time_ms: u64,
+    /// How much time had elapsed at the first reading.
+    elapsed_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -812,12 +890,15 @@ impl Rule {
             time_ms,
             floor_ms: 0,
             lead_ms: 0,
-            since_ms: 0,
+            newest_ms: 0,
+            elapsed_ms: 0,
+            since: Moment { time_ms, elapsed_ms: 0 },
             was_ahead: false,
-            grown_since_ms: 0,
+            grown_since: None,
             resumed_ms: time_ms,
             readings,
             steps,
+            confirmed: Vec::new(),
             followed: (0, 0),
             seen,
             tally: BTreeMap::new(),
@@ -859,6 +940,13 @@ impl Rule {
         self.counted(completed_ms) >= self.floor_ms && !self.is_over(completed_ms)
     }
 
+    /// How long ago something happened, whatever time the store gave it: the elapsed time since, and the steps of a wall clock that
+    /// began to deviate after it.
+    fn age_ms(&self, happened_elapsed_ms: u64) -> u64 {
+        let later = self.confirmed.iter().filter(|(since_ms, _)| *since_ms >= happened_elapsed_ms);
+        self.elapsed_ms - happened_elapsed_ms + later.map(|(_, by_ms)| by_ms).sum::<u64>()
+    }
+
     fn reopen(&mut self, clocks: &Clocks) {
         let seen = Ticks::of(clocks);
         let elapsed_ms = seen.since(&self.seen);
@@ -872,6 +960,7 @@ impl Rule {
         }
         self.time_ms = self.time_ms.max(self.floor_ms);
         self.resumed_ms = self.time_ms;
+        self.elapsed_ms += self.time_ms - saved_ms;
         self.followed = (0, 0);
         let first = self.readings.first().copied();
         self.read(clocks.wall_ms());
@@ -890,7 +979,9 @@ impl Rule {
 
     fn observe(&mut self, clocks: &Clocks) {
         let seen = Ticks::of(clocks);
-        self.time_ms += seen.since(&self.seen).unwrap_or(seen.monotonic_ms - self.seen.monotonic_ms);
+        let elapsed_ms = seen.since(&self.seen).unwrap_or(seen.monotonic_ms - self.seen.monotonic_ms);
+        self.time_ms += elapsed_ms;
+        self.elapsed_ms += elapsed_ms;
         self.seen = seen;
         self.read(clocks.wall_ms());
     }
@@ -910,6 +1001,7 @@ impl Rule {
                 self.followed = (followed.0 + deviation_ms.unsigned_abs(), followed.1);
                 self.count("followed");
                 self.time_ms += deviation_ms.unsigned_abs();
+                self.elapsed_ms += deviation_ms.unsigned_abs();
                 return self.readings.clear();
             }
         } else if deviation_ms >= -(TOLERANCE_MS as i64) {
@@ -922,13 +1014,14 @@ impl Rule {
         }
         // What waited for the disk in this process when the clock stepped was acknowledged after it.
         let since_ms = (time_ms - TOLERANCE_MS).max(self.resumed_ms).min(time_ms);
+        let since = Moment { time_ms: since_ms, elapsed_ms: self.elapsed_ms };
         if self.readings.is_empty() {
-            self.since_ms = since_ms;
-            self.grown_since_ms = 0;
+            self.since = since;
+            self.grown_since = None;
         } else if deviation_ms.unsigned_abs() + TOLERANCE_MS < self.least_deviation_ms() {
-            self.grown_since_ms = self.since_ms;
-        } else if self.grown_since_ms == 0 && deviation_ms.unsigned_abs() > self.least_deviation_ms() + TOLERANCE_MS {
-            self.grown_since_ms = since_ms;
+            self.grown_since = Some(self.since);
+        } else if deviation_ms.unsigned_abs() > self.least_deviation_ms() + TOLERANCE_MS {
+            self.grown_since = self.grown_since.or(Some(since));
         }
         self.readings.push(Seen { time_ms, wall_ms, deviation_ms });
         if time_ms - self.readings[0].time_ms >= CONFIRMED_AFTER_MS && self.confirm() {
@@ -938,10 +1031,10 @@ impl Rule {
 
     /// Where the clock is still ahead after a step, the next one carries along what this one does.
     fn read_rest(&mut self, wall_ms: u64) {
-        let (grown_since_ms, was_ahead) = (self.grown_since_ms, self.was_ahead);
+        let grown_since = self.grown_since.filter(|_| self.was_ahead);
         self.read(wall_ms);
-        if was_ahead && grown_since_ms > 0 && self.readings.first().is_some_and(|rest| rest.deviation_ms > 0) {
-            self.since_ms = grown_since_ms;
+        if self.readings.first().is_some_and(|rest| rest.deviation_ms > 0) {
+            self.since = grown_since.unwrap_or(self.since);
         }
     }
 
@@ -951,6 +1044,7 @@ impl Rule {
         if first.deviation_ms < 0 {
             let wall_ms = time_ms - self.lead_ms - least_ms;
             self.floor_ms = self.forgotten_below();
+            self.newest_ms = self.newest_ms.max(time_ms);
             if wall_ms >= self.floor_ms {
                 self.time_ms = wall_ms;
                 self.count("back to the wall clock");
@@ -961,6 +1055,7 @@ impl Rule {
                 self.count("not back once more");
             }
             self.lead_ms = self.time_ms - wall_ms;
+            self.resumed_ms = self.resumed_ms.min(self.time_ms);
         } else if least_ms <= self.lead_ms {
             self.lead_ms -= least_ms;
             self.count("nearer");
@@ -968,8 +1063,10 @@ impl Rule {
             let by_ms = least_ms - self.lead_ms;
             if by_ms > TOLERANCE_MS {
                 let after_ms = time_ms + by_ms;
-                let mut steps = Self::living(&self.steps, after_ms, self.window_ms);
-                steps.push((self.since_ms, time_ms + TOLERANCE_MS, by_ms));
+                let mut steps = self.steps.clone();
+                // Work that began before the time went back keeps its later time when it ends.
+                steps.push((self.since.time_ms, time_ms.max(self.newest_ms) + TOLERANCE_MS, by_ms));
+                steps = Self::living(&steps, after_ms, self.window_ms);
                 if steps.len() > 3 {
                     let by = |pair: &[(u64, u64, u64)]| {
                         let overlap = pair[0].0 <= pair[1].1 && pair[1].0 <= pair[0].1;
@@ -979,7 +1076,7 @@ impl Rule {
                         steps.windows(2).map(by).enumerate().min_by_key(|(_, by_ms)| *by_ms).unwrap();
                     if largest_ms > self.window_ms / 10 {
                         self.readings.drain(..self.readings.len() - 1);
-                        self.grown_since_ms = 0;
+                        self.grown_since = None;
                         self.count("no room");
                         return false;
                     }
@@ -987,7 +1084,10 @@ impl Rule {
                     *into = (into.0.min(other.0), into.1.max(other.1), largest_ms);
                 }
                 self.steps = steps;
+                self.confirmed.push((self.since.elapsed_ms, by_ms));
                 self.count("a step");
+            } else {
+                self.elapsed_ms += by_ms;
             }
             self.time_ms += by_ms;
             self.lead_ms = 0;
@@ -998,12 +1098,12 @@ impl Rule {
     }
 }
 
-/// A time that depends on what was flushed when: from the first to the second.
-type Range = (u64, u64);
+/// A time that depends on what was flushed when: one of these.
+type OneOf = BTreeSet<u64>;
 
 /// The later of the two.
-fn not_before(time_ms: u64, range: Range) -> Range {
-    (range.0.max(time_ms), range.1.max(time_ms))
+fn not_before(time_ms: u64, times: &OneOf) -> OneOf {
+    times.iter().map(|other_ms| time_ms.max(*other_ms)).collect()
 }
 
 /// What should be known of a key.
@@ -1017,7 +1117,7 @@ enum Known {
         token: u64,
         attempt: u32,
         /// What ends it is not earlier, though the time may come back.
-        since: Range,
+        since: OneOf,
         until_monotonic_ms: u64,
     },
     /// Dropped, crashed or released at this time. Across a restart a dropped lease may be told as crashed.
@@ -1025,9 +1125,9 @@ enum Known {
         attempt: u32,
         priors: Vec<Prior>,
         /// When it ended.
-        since: Range,
+        since: OneOf,
         /// When it was claimed: from there the next opening begins, where the end was not flushed.
-        claimed: Range,
+        claimed: OneOf,
         /// Whether it may have been a window old once: then it may be forgotten, though the time went back.
         was_over: bool,
     },
@@ -1038,6 +1138,8 @@ struct Walk {
     bench: Bench,
     rule: Rule,
     known: BTreeMap<String, Known>,
+    /// How much time had elapsed when the last attempt at a key ended, or its process.
+    ended: BTreeMap<String, u64>,
     leases: Vec<(String, Lease)>,
     last_token: u64,
 }
@@ -1046,7 +1148,7 @@ impl Walk {
     fn new(clocks: Clocks, window_ms: u64) -> Self {
         let bench = Bench::new(clocks, window_ms);
         let rule = Rule::new(&bench.clocks, window_ms);
-        Self { bench, rule, known: BTreeMap::new(), leases: Vec::new(), last_token: 0 }
+        Self { bench, rule, known: BTreeMap::new(), ended: BTreeMap::new(), leases: Vec::new(), last_token: 0 }
     }
 
     fn monotonic_ms(&self) -> u64 {
@@ -1068,7 +1170,7 @@ impl Walk {
         assert_eq!(stats.remembers_since_ms, self.rule.forgotten_below(), "{:?}", self.rule);
         for known in self.known.values_mut() {
             if let Known::Left { since, was_over, .. } = known {
-                *was_over |= !self.rule.remembers(since.0);
+                *was_over |= !since.iter().all(|since_ms| self.rule.remembers(*since_ms));
             }
         }
     }
@@ -1140,6 +1242,7 @@ impl Walk {
             }
             _ => panic!("{key} is {expected:?}, and was answered {claim:?}"),
         }
+        self.is_not_forgotten_early(key, &claim, matches!(expected, Some(Known::Completed { .. })));
         if let Claim::Acquired(lease) = claim {
             assert!(lease.token() > self.last_token, "{key}");
             self.last_token = lease.token();
@@ -1147,13 +1250,26 @@ impl Walk {
             let until_monotonic_ms = monotonic_ms + LEASE_MS;
             let since = match expected {
                 Some(Known::Left { since, .. } | Known::Leased { since, .. }) if lease.prior().is_some() => {
-                    not_before(self.rule.time_ms, since)
+                    not_before(self.rule.time_ms, &since)
                 }
-                _ => (self.rule.time_ms, self.rule.time_ms),
+                _ => OneOf::from([self.rule.time_ms]),
             };
             self.known.insert(key.to_owned(), Known::Leased { token, attempt, since, until_monotonic_ms });
             self.leases.push((key.to_owned(), lease));
         }
+    }
+
+    /// Whatever times the store gives to what it knows: it is remembered for a window from its end on.
+    fn is_not_forgotten_early(&mut self, key: &str, claim: &Claim, was_completed: bool) {
+        let Claim::Acquired(lease) = claim else { return };
+        let Some(ended_ms) = self.ended.remove(key) else { return };
+        let age_ms = self.rule.age_ms(ended_ms);
+        let is_known = !was_completed && lease.prior().is_some();
+        assert!(
+            is_known || age_ms >= self.rule.window_ms,
+            "{key} is forgotten {age_ms} ms after its end: {:?}",
+            self.rule
+        );
     }
 
     fn end_a_lease(&mut self, rng: &mut StdRng) {
@@ -1168,13 +1284,16 @@ impl Walk {
             _ => None,
         };
         let (attempt, before) = (lease.attempt(), lease.prior());
-        let now = (self.rule.time_ms, self.rule.time_ms);
+        let now_ms = self.rule.time_ms;
         let claimed = match self.known.get(&key) {
-            Some(Known::Leased { since, .. }) => *since,
-            _ => now,
+            Some(Known::Leased { since, .. }) => since.clone(),
+            _ => OneOf::from([now_ms]),
         };
-        let since = not_before(now.0, claimed);
-        let left = |priors, was_over| Known::Left { attempt, priors, since, claimed, was_over };
+        let since = not_before(now_ms, &claimed);
+        let left = |priors, was_over| {
+            let (since, claimed) = (since.clone(), claimed.clone());
+            Known::Left { attempt, priors, since, claimed, was_over }
+        };
         let (accepted, after) = match rng.random_range(0..4) {
             0 => {
                 drop(lease);
@@ -1193,10 +1312,10 @@ impl Walk {
                 let at_ms = match self.bench.store.check(&key).unwrap() {
                     Check::Completed(first) if accepted => {
                         let at_ms = first.completed_at_ms();
-                        assert!((since.0..=since.1).contains(&at_ms), "{key} was completed at {at_ms}: {since:?}");
+                        assert!(since.contains(&at_ms), "{key} was completed at {at_ms}: {since:?}");
                         at_ms
                     }
-                    _ => now.0,
+                    _ => now_ms,
                 };
                 (accepted, Known::Completed { at_ms, result })
             }
@@ -1207,6 +1326,10 @@ impl Walk {
             Some(true) if !accepted => drop(self.known.remove(&key)),
             Some(_) => {
                 assert!(accepted, "{key} was still its holder's");
+                match &after {
+                    Known::Left { was_over: true, .. } => self.ended.remove(&key),
+                    _ => self.ended.insert(key.clone(), self.rule.elapsed_ms),
+                };
                 self.known.insert(key, after);
             }
         }
@@ -1214,7 +1337,7 @@ impl Walk {
 
     /// Closes the store, lets time pass and sets the clock while nobody looks, and opens it again.
     fn reopen(&mut self, rng: &mut StdRng) {
-        let closed_at_ms = self.monotonic_ms();
+        let (closed_at_ms, closed_elapsed_ms) = (self.monotonic_ms(), self.rule.elapsed_ms);
         self.bench.store.close().unwrap();
         self.leases.clear();
         let off_ms = rng.random_range(0..20 * MINUTE_MS);
@@ -1230,20 +1353,22 @@ impl Walk {
             clocks.set_wall(if forward { wall_ms + far_ms } else { wall_ms.saturating_sub(far_ms) });
         });
         self.rule.reopen(&self.bench.clocks);
-        for known in self.known.values_mut() {
+        for (key, known) in &mut self.known {
             match known {
                 Known::Leased { attempt, until_monotonic_ms, since, .. } => {
                     let priors = vec![Prior::Crashed, Prior::LeaseExpired];
                     // One that had run out a window before may have been forgotten.
                     let was_over = closed_at_ms >= *until_monotonic_ms + self.rule.window_ms;
-                    let claimed = *since;
-                    let since = not_before(self.rule.time_ms, claimed);
+                    if !was_over {
+                        self.ended.insert(key.clone(), closed_elapsed_ms);
+                    }
+                    let claimed = since.clone();
+                    let since = not_before(self.rule.time_ms, &claimed);
                     *known = Known::Left { attempt: *attempt, priors, since, claimed, was_over };
                 }
                 Known::Left { priors, since, claimed, .. } => {
                     priors.push(Prior::Crashed);
-                    let again = not_before(self.rule.time_ms, *claimed);
-                    *since = (since.0.min(again.0), since.1.max(again.1));
+                    since.extend(not_before(self.rule.time_ms, claimed));
                 }
                 Known::Completed { .. } => {}
             }
