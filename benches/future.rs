@@ -103,7 +103,6 @@ fn blocking(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<
 /// Tasks that do the same with futures.
 fn awaited(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let store = Store::new(store.clone())?;
     runtime.block_on(async {
         let workers: Vec<_> = (0..workers)
             .map(|worker| {

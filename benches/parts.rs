@@ -65,7 +65,7 @@ fn hot_table_complete(bencher: Bencher<'_, '_>) {
     let (keys, digests) = (encoded(0, 100_000), digests(0, 100_000));
     bencher.counter(ItemsCount::new(keys.len())).with_inputs(MemTable::new).bench_local_refs(|table| {
         for ((key, digest), token) in keys.iter().zip(&digests).zip(1..) {
-            table.complete(*digest, key, token).wait();
+            table.complete(*digest, key, token);
         }
     });
 }
@@ -74,7 +74,7 @@ fn hot_table_complete(bencher: Bencher<'_, '_>) {
 fn hot_table_absent(bencher: Bencher<'_, '_>) {
     let table = MemTable::new();
     for ((key, digest), token) in encoded(0, 100_000).iter().zip(digests(0, 100_000)).zip(1..) {
-        table.complete(digest, key, token).wait();
+        table.complete(digest, key, token);
     }
     let (keys, digests) = (encoded(1 << 40, BATCH), digests(1 << 40, BATCH));
     bencher

@@ -109,7 +109,7 @@ async fn deliver(order: String, lost_acknowledgements: u32, queue: mpsc::Sender<
 
 async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
     // Reading the journal back blocks, and nothing else runs yet.
-    let store = Store::new(onlyonce::Store::open(directory)?)?;
+    let store = Store::open(directory)?;
     let shop = Arc::new(Shop::default());
     let (queue, mut deliveries) = mpsc::channel(100);
     for i in 0..ORDERS {

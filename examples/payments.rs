@@ -60,13 +60,13 @@ fn handle(store: &Store, provider: &Provider, message: &Message) -> Result<Handl
         Claim::InProgress(_) => return Ok(Handled::Later),
     };
     // From here on, a `?` that fails drops the lease: "outcome unknown". The next attempt learns that, and asks.
-    if let Some(prior) = lease.attempt().prior().filter(|prior| prior.attempt().may_have_happened())
-        && let Some(receipt) = provider.charge_of(message.order, lease.token())?
+    if let Some(prior) = lease.attempt().prior().filter(|prior| prior.may_have_happened())
+        && let Some(receipt) = provider.charge_of(message.order, lease.token().get())?
     {
         lease.complete(Completion::encode(&receipt).unwrap()).wait()?;
         return Ok(Handled::Recovered(prior, receipt));
     }
-    let receipt = provider.charge(message.order, message.cents, lease.token())?;
+    let receipt = provider.charge(message.order, message.cents, lease.token().get())?;
     lease.complete(Completion::encode(&receipt).unwrap()).wait()?;
     Ok(Handled::Charged(receipt))
 }

@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Bench, START_MS};
-use onlyonce::{Claim, Completion, Error, Key, KeyStatus, Lease, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome, Resolution, ResultError, RunError, RunOutcome, Store, StoredKey};
+use onlyonce::{Claim, Completion, Error, Key, KeyStatus, Lease, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome, Resolution, ResultError, RunError, RunOutcome, Store, StoredKey, Timestamp};
 use serde::{Deserialize, Serialize};
 
 fn held_bench() -> Bench {
@@ -39,11 +39,11 @@ fn a_lease_that_ran_out_is_taken_over() {
     assert_eq!(first.remaining(), Duration::ZERO);
     let second = bench.acquire("k");
     assert_eq!((second.attempt().number(), second.attempt().prior()), (2, Some(PriorAttempt::LeaseExpired)));
-    assert!(second.token() > first.token());
+    assert!(second.token().get() > first.token().get());
 
     let error = first.complete("late").wait().unwrap_err();
     assert!(matches!(error.error(), Error::Superseded { .. }), "{error}");
-    assert_eq!((error.result(), error.outcome()), (&b"late"[..], Outcome::NotWritten));
+    assert_eq!((error.completion().result(), error.outcome()), (&b"late"[..], Outcome::NotWritten));
     second.complete("in time").wait().unwrap();
     assert_eq!(bench.completed("k").unwrap(), b"in time");
     assert_eq!(bench.store().stats().superseded, 1);
@@ -54,7 +54,7 @@ fn a_dropped_lease_frees_its_key_and_is_told() {
     let bench = Bench::new();
     drop(bench.acquire("k"));
     let again = bench.acquire("k");
-    assert_eq!((again.attempt(), again.prior()), (2, Some(PriorAttempt::Dropped)));
+    assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(PriorAttempt::Dropped)));
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn a_dropped_lease_is_told_for_a_window_from_its_drop_on() {
         drop(lease);
         bench.advance_ms(later_ms);
         let again = bench.acquire("k");
-        assert_eq!((again.attempt(), again.prior()), told, "{later_ms} ms later");
+        assert_eq!((again.attempt().number(), again.attempt().prior()), told, "{later_ms} ms later");
     }
 }
 
@@ -79,7 +79,7 @@ fn a_panic_in_the_work_is_a_dropped_lease() {
     })
     .join();
     assert!(panicked.is_err());
-    assert_eq!(bench.acquire("k").prior(), Some(PriorAttempt::Dropped));
+    assert_eq!(bench.acquire("k").attempt().prior(), Some(PriorAttempt::Dropped));
 }
 
 #[test]
@@ -88,8 +88,8 @@ fn a_key_whose_process_died_is_acquired_again_and_the_crash_is_told() {
     let lease = bench.acquire("k");
     bench.reopen();
     let again = bench.acquire("k");
-    assert_eq!((again.attempt(), again.prior()), (2, Some(PriorAttempt::Crashed)));
-    assert!(again.token() > lease.token());
+    assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
+    assert!(again.token().get() > lease.token().get());
     let error = lease.complete("from the grave").wait().unwrap_err();
     assert!(matches!(error.error(), Error::Closed), "{error}");
 }
@@ -103,7 +103,7 @@ fn a_crash_is_told_however_long_the_work_had_been_going_on() {
         lease.renew().unwrap();
     }
     bench.reopen();
-    assert_eq!(bench.acquire("k").prior(), Some(PriorAttempt::Crashed), "27 s of work in a window of 10 s");
+    assert_eq!(bench.acquire("k").attempt().prior(), Some(PriorAttempt::Crashed), "27 s of work in a window of 10 s");
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn under_hold_an_interrupted_key_waits_for_its_resolution() {
     let mut bench = held_bench();
     let dropped_token = {
         let lease = bench.acquire("dropped");
-        lease.token()
+        lease.token().get()
     };
     let expired = bench.acquire("expired");
     let crashed = bench.acquire("crashed");
@@ -127,12 +127,12 @@ fn under_hold_an_interrupted_key_waits_for_its_resolution() {
     let keys: Vec<_> = held.iter().map(|held| held.key.clone()).collect();
     assert_eq!(keys, [Key::from("dropped"), Key::from("expired"), Key::from("crashed")]);
     assert!(held.iter().all(|held| held.attempt == 1 && held.prior == PriorAttempt::Crashed));
-    assert_eq!(held[0].token, dropped_token);
+    assert_eq!(held[0].token.get(), dropped_token);
     assert_eq!(bench.store().stats().held, 3);
 
     bench.store().resolve(&held[0].key, Resolution::Rerun).wait().unwrap();
     let again = bench.acquire("dropped");
-    assert_eq!((again.attempt(), again.prior()), (2, Some(PriorAttempt::Crashed)));
+    assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
     bench.store().resolve("expired", Resolution::Completed(b"it did happen".to_vec())).wait().unwrap();
     assert_eq!(bench.completed("expired").unwrap(), b"it did happen");
     let twice = bench.store().resolve("expired", Resolution::Rerun).wait();
@@ -147,7 +147,7 @@ fn under_hold_a_resolution_survives_a_restart() {
     drop(bench.acquire("k"));
     bench.store().resolve("k", Resolution::Rerun).wait().unwrap();
     bench.reopen();
-    assert_eq!(bench.acquire("k").prior(), Some(PriorAttempt::Dropped));
+    assert_eq!(bench.acquire("k").attempt().prior(), Some(PriorAttempt::Dropped));
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn a_released_key_is_acquired_again() {
     let bench = Bench::new();
     bench.acquire("k").release().wait().unwrap();
     let again = bench.acquire("k");
-    assert_eq!((again.attempt(), again.prior()), (2, Some(PriorAttempt::Released)));
+    assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(PriorAttempt::Released)));
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn a_release_and_its_backoff_survive_a_restart() {
     let other = bench.in_progress("k");
     assert_eq!((other.retry_after, other.attempt), (Some(Duration::from_secs(2)), 1));
     bench.advance_ms(2_000);
-    assert_eq!(bench.acquire("k").prior(), Some(PriorAttempt::Released));
+    assert_eq!(bench.acquire("k").attempt().prior(), Some(PriorAttempt::Released));
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn a_holder_cannot_renew_what_was_resolved_to_run_again() {
     bench.store().resolve("k", Resolution::Rerun).wait().unwrap();
     assert!(matches!(late.renew(), Err(Error::Superseded { .. })));
     assert_eq!(bench.store().stats().superseded, 1);
-    assert_eq!(bench.acquire("k").attempt(), 2, "the next one gets it, as was resolved");
+    assert_eq!(bench.acquire("k").attempt().number(), 2, "the next one gets it, as was resolved");
 }
 
 #[test]
@@ -310,8 +310,8 @@ fn tokens_increase_over_keys_and_restarts() {
     for round in 0..6 {
         for key in ["a", "b", "c"] {
             let lease = bench.acquire(&format!("{key}{round}"));
-            assert!(lease.token() > last, "round {round}");
-            last = lease.token();
+            assert!(lease.token().get() > last, "round {round}");
+            last = lease.token().get();
             if round < 3 { lease.release().wait().unwrap() } else { lease.complete("r").wait().unwrap() }
         }
         if round % 2 == 0 {
@@ -456,7 +456,7 @@ fn forget_makes_a_key_new_wherever_it_lies() {
         bench.reopen();
         bench.store().flush().unwrap();
     }
-    assert_eq!(bench.acquire("sealed").attempt(), 1);
+    assert_eq!(bench.acquire("sealed").attempt().number(), 1);
     assert_eq!(bench.completed("busy").unwrap(), b"r");
 }
 
@@ -479,9 +479,9 @@ fn a_key_forgotten_and_completed_again_answers_with_the_second_result() {
 #[test]
 fn get_tells_what_is_stored() {
     let bench = Bench::new();
-    assert_eq!(bench.store().get("k").unwrap(), None);
-    let phase = || match bench.store().get("k").unwrap() {
-        Some(StoredKey::Processing { attempt, phase, .. }) => (attempt, phase),
+    assert_eq!(bench.store().inspect("k").wait().unwrap(), None);
+    let phase = || match bench.store().inspect("k").wait().unwrap() {
+        Some(StoredKey::Processing { attempt, state, .. }) => (attempt, state),
         other => panic!("{other:?}"),
     };
     let lease = bench.acquire("k");
@@ -491,17 +491,17 @@ fn get_tells_what_is_stored() {
     bench.advance_ms(50);
     assert_eq!(phase(), (1, LeaseState::Free(PriorAttempt::Released)));
     let lease = bench.acquire("k");
-    let token = lease.token();
+    let token = lease.token().get();
     lease.complete("done").wait().unwrap();
-    match bench.store().get("k").unwrap() {
+    match bench.store().inspect("k").wait().unwrap() {
         Some(StoredKey::Completed(completed)) => {
-            assert_eq!((completed.token(), completed.result()), (token, Some(&b"done"[..])));
+            assert_eq!((completed.token().get(), completed.result()), (token, Some(&b"done"[..])));
             assert_eq!(completed.completed_at().as_unix_ms(), common::START_MS + 50);
         }
         other => panic!("{other:?}"),
     }
     bench.advance_ms(10_000);
-    assert_eq!(bench.store().get("k").unwrap(), None);
+    assert_eq!(bench.store().inspect("k").wait().unwrap(), None);
 }
 
 #[test]
@@ -540,8 +540,8 @@ fn a_batch_of_releases_answers_for_each_lease_after_its_own_backoff() {
         (later, backoff),
     ]).wait();
     assert!(matches!(released[..], [Ok(()), Err(Error::Superseded { .. }), Ok(()), Ok(())]), "{released:?}");
-    assert_eq!(bench.acquire("at once").prior(), Some(PriorAttempt::Released));
-    assert_eq!(elsewhere.acquire("foreign").prior(), Some(PriorAttempt::Released));
+    assert_eq!(bench.acquire("at once").attempt().prior(), Some(PriorAttempt::Released));
+    assert_eq!(elsewhere.acquire("foreign").attempt().prior(), Some(PriorAttempt::Released));
     assert_eq!(bench.in_progress("later").retry_after, Some(backoff));
     assert_eq!(bench.store().stats().released, 2);
 }
@@ -635,7 +635,7 @@ fn the_figures_count_what_each_call_was_answered() {
     store.flush().unwrap();
     let stats = store.stats();
     let second = |second: u64| common::START_MS + second * 1_000;
-    let figures = stats.buckets.iter().map(|it| (it.start_ms, it.end_ms, it.keys)).collect::<Vec<_>>();
+    let figures = stats.buckets.iter().map(|it| (it.start.as_unix_ms(), it.end.as_unix_ms(), it.keys)).collect::<Vec<_>>();
     assert_eq!(figures, [(second(0), second(1), 8), (second(1), second(2), 1)], "the oldest first");
     assert_eq!((stats.in_flight, stats.unflushed), (1, 0));
 }
@@ -670,8 +670,8 @@ fn a_crash_leaves_nothing_in_flight() {
     end_each(&bench, 10, std::mem::forget);
     bench.reopen();
     assert_eq!(bench.store().stats().in_flight, 0);
-    assert_eq!(bench.acquire("another").prior(), None);
-    assert_eq!(bench.acquire("ended-3").prior(), Some(PriorAttempt::Crashed));
+    assert_eq!(bench.acquire("another").attempt().prior(), None);
+    assert_eq!(bench.acquire("ended-3").attempt().prior(), Some(PriorAttempt::Crashed));
 }
 
 #[test]
@@ -685,7 +685,7 @@ fn held_keys_are_counted_and_limited_apart_from_those_in_flight() {
     bench.store().resolve("ended-0", Resolution::Completed(Vec::new())).wait().unwrap();
     bench.acquire("new").release().wait().unwrap();
     bench.store().resolve("ended-1", Resolution::Rerun).wait().unwrap();
-    assert_eq!(bench.acquire("ended-1").prior(), Some(PriorAttempt::Dropped), "its decision makes room for itself");
+    assert_eq!(bench.acquire("ended-1").attempt().prior(), Some(PriorAttempt::Dropped), "its decision makes room for itself");
 }
 
 #[test]
@@ -731,7 +731,7 @@ fn what_ended_attempts_left_is_remembered_on_disk_for_a_window_and_no_longer() {
             }
             // Each was claimed and dropped once more.
             bench.advance_ms(8_999);
-            assert_eq!(bench.acquire("released").attempt(), 3, "{case}");
+            assert_eq!(bench.acquire("released").attempt().number(), 3, "{case}");
             bench.advance_ms(1_001);
             assert_eq!(told("dropped"), (1, None, false), "{case}");
         }
@@ -748,7 +748,7 @@ fn an_attempt_on_disk_is_overruled_by_what_came_later_also_in_another_bucket() {
     bench.advance_ms(2_500);
     bench.acquire("completed").complete("r").wait().unwrap();
     let again = bench.acquire("released");
-    assert_eq!(again.attempt(), 2);
+    assert_eq!(again.attempt().number(), 2);
     again.release().wait().unwrap();
     assert!(bench.store().forget("forgotten").wait().unwrap(), "it was there");
     bench.store().flush().unwrap();
@@ -809,13 +809,13 @@ fn a_backoff_is_at_most_half_a_window_and_no_jump_of_the_clock_lengthens_it() {
     bench.acquire("for ever").release().after(Duration::MAX).wait().unwrap();
     assert_eq!(bench.in_progress("for ever").retry_after, Some(Duration::from_secs(5)));
     bench.acquire("k").release().after(Duration::from_secs(1)).wait().unwrap();
-    bench.clock.set_wall_ms(START_MS - 3_600_000);
+    bench.clock.set_wall(Timestamp::from_unix_ms(START_MS - 3_600_000));
     assert_eq!(bench.in_progress("k").retry_after, Some(Duration::from_secs(1)));
     bench.advance_ms(1_000);
-    assert_eq!(bench.acquire("k").attempt(), 2);
-    bench.clock.set_wall_ms(START_MS + 1_000);
+    assert_eq!(bench.acquire("k").attempt().number(), 2);
+    bench.clock.set_wall(Timestamp::from_unix_ms(START_MS + 1_000));
     bench.advance_ms(4_000);
-    assert_eq!(bench.acquire("for ever").attempt(), 2);
+    assert_eq!(bench.acquire("for ever").attempt().number(), 2);
 }
 
 #[test]
@@ -830,14 +830,14 @@ fn a_doubt_outlasts_a_release_however_long_its_backoff_is() {
             bench.store().resolve("k", Resolution::Rerun).wait().unwrap();
         }
         bench.acquire("k").release().after(Duration::MAX).wait().unwrap();
-        let Some(StoredKey::Processing { phase: LeaseState::Backoff(left, prior), .. }) = bench.store().get("k").unwrap()
+        let Some(StoredKey::Processing { state: LeaseState::Backoff(left, prior), .. }) = bench.store().inspect("k").wait().unwrap()
         else {
             panic!("its backoff is not over")
         };
         assert_eq!((left, prior), (Duration::from_secs(5), PriorAttempt::Dropped), "an operator reads it, too");
         bench.advance_ms(5_000);
         let again = bench.acquire("k");
-        assert_eq!((again.attempt(), again.prior()), (3, Some(PriorAttempt::Dropped)));
+        assert_eq!((again.attempt().number(), again.attempt().prior()), (3, Some(PriorAttempt::Dropped)));
     }
 }
 
@@ -852,7 +852,7 @@ fn a_key_that_waits_for_a_decision_is_not_forgotten_without_one() {
     assert_eq!(bench.store().held().wait().unwrap().len(), 1, "its decision is still open");
     bench.store().resolve("k", Resolution::Completed(Vec::new())).wait().unwrap();
     assert!(bench.store().forget("k").wait().unwrap());
-    assert_eq!(bench.acquire("k").prior(), None);
+    assert_eq!(bench.acquire("k").attempt().prior(), None);
 }
 
 #[test]
@@ -875,5 +875,5 @@ fn a_renewal_does_not_bring_back_a_dropped_lease() {
     assert!(matches!(lease.renew(), Err(Error::Superseded { .. })));
     drop(other);
     assert!(matches!(lease.renew(), Err(Error::Superseded { .. })));
-    assert_eq!(bench.acquire("k").attempt(), 3);
+    assert_eq!(bench.acquire("k").attempt().number(), 3);
 }

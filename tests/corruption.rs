@@ -40,10 +40,10 @@ enum State {
 
 impl State {
     fn of(store: &Store, key: &str) -> onlyonce::Result<Self> {
-        Ok(match store.get(key)? {
+        Ok(match store.inspect(key).wait()? {
             None => Self::Absent,
-            Some(StoredKey::Processing { token, attempt, phase, .. }) => {
-                Self::Processing { token, attempt, released: phase == LeaseState::Free(PriorAttempt::Released) }
+            Some(StoredKey::Processing { token, attempt, state, .. }) => {
+                Self::Processing { token: token.get(), attempt, released: state == LeaseState::Free(PriorAttempt::Released) }
             }
             Some(StoredKey::Completed(completed)) => Self::Completed(completed),
             Some(other) => panic!("{other:?}"),
@@ -103,11 +103,8 @@ fn complete(store: &Store, key: &str) {
 
 /// Completes with an offset and a message that says the same.
 fn complete_with(lease: Lease, result: &str, offset: u64) {
-    let with = |tx: &mut Tx| {
-        tx.set_offset("orders", 3, offset).wait();
-        tx.enqueue("topic", "key", format!("message {offset}"));
-    };
-    lease.complete_with(result, with).unwrap();
+    let message = format!("message {offset}");
+    lease.complete(Completion::new(result).offset("orders", 3, offset).message("topic", "key", message)).wait().unwrap();
 }
 
 /// Claims, and lets nobody know that the work was dropped: its process is going to die.
@@ -211,7 +208,7 @@ impl Base {
         let vouched = log_bytes(&log);
         let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").wait().unwrap() else { panic!("its process is gone") };
         note("in-flight-1-0-0");
-        let last_token = lease.token();
+        let last_token = lease.token().get();
         lease.complete("at the second attempt").wait().unwrap();
         note("in-flight-1-0-0");
         if closed {
@@ -242,7 +239,7 @@ impl Base {
 }
 
 fn clock_ms(clock: &ManualClock) -> u64 {
-    onlyonce::Clock::wall_ms(clock)
+    onlyonce::Clock::wall(clock).as_unix_ms()
 }
 
 /// What a store said when it was asked about everything.
@@ -306,7 +303,7 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
     let along: Vec<u64> = base.along.iter().filter(|(after, _)| *after <= events).map(|(_, offset)| *offset).collect();
     match store.outbox(usize::MAX).wait() {
         Ok(messages) => {
-            let said: Vec<&[u8]> = messages.iter().map(|message| &*message.bytes).collect();
+            let said: Vec<&[u8]> = messages.iter().map(|message| &*message.payload).collect();
             let sent: Vec<String> = along.iter().map(|offset| format!("message {offset}")).collect();
             if !said.iter().copied().eq(sent.iter().map(String::as_bytes)) {
                 return Err(format!("the outbox has {messages:?}, and had {sent:?}"));
@@ -321,7 +318,7 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
     }
     // Tokens go on, whatever was lost.
     match store.claim("a new one").wait() {
-        Ok(Claim::Acquired(lease)) if lease.token() > base.last_token => drop(lease.release().wait()),
+        Ok(Claim::Acquired(lease)) if lease.token().get() > base.last_token => drop(lease.release().wait()),
         Ok(other) => return Err(format!("a new key after token {}: {other:?}", base.last_token)),
         Err(error) => refused.push(error),
     }
@@ -449,7 +446,8 @@ impl Named {
             }
             Error::Corrupt { .. } => true,
             // A merge in the background had found it, and RocksDB writes no more.
-            Error::WriteFailed { detail } | Error::Poisoned { reason: detail } => detail.contains(&*file),
+            Error::WriteFailed { source } => source.to_string().contains(&*file),
+            Error::Poisoned { reason } => reason.contains(&*file),
             // Without its lock file a store is no store.
             Error::NotAStore { .. } => file == "onlyonce.lock",
             _ => false,

@@ -65,8 +65,8 @@ impl Ledger {
     fn work(&mut self, store: &Store, rng: &mut StdRng, steps: u64) -> Option<Error> {
         (0..steps).find_map(|_| match rng.random_range(0..20) {
             0 => store.flush().err(),
-            1..=5 => self.record(store, rng.random_range(1..200)).wait(),
-            _ => self.complete(store, rng.random_range(0..30_000)).wait(),
+            1..=5 => self.record(store, rng.random_range(1..200)),
+            _ => self.complete(store, rng.random_range(0..30_000)),
         })
     }
 
@@ -113,7 +113,7 @@ impl Ledger {
                 None
             }
             Err(error) => {
-                assert_eq!(error.result(), result, "the result comes back");
+                assert_eq!(error.completion().result(), result, "the result comes back");
                 let unknown = error.outcome() == Outcome::Unknown;
                 let (error, _, lease) = error.into_parts();
                 assert_eq!(lease.is_none(), unknown, "a lease that is still good comes back: {error}");
@@ -174,7 +174,7 @@ fn work_until_refused(ledger: &mut Ledger, store: &Store, rng: &mut StdRng) -> E
         match ledger.work(store, rng, 100_000) {
             Some(Error::Io { .. }) => {}
             // The keeper's write was the one that failed.
-            Some(Error::Poisoned { reason }) => return Error::WriteFailed { detail: reason },
+            Some(Error::Poisoned { reason }) => return Error::WriteFailed { source: reason.into() },
             Some(error @ (Error::WriteFailed { .. } | Error::FlushFailed { .. })) => return error,
             other => panic!("{other:?}"),
         }
@@ -194,7 +194,7 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
             ledger = Ledger::default();
         }
         let store = builder().open(&path).unwrap();
-        ledger.check(&store, false).wait();
+        ledger.check(&store, false);
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         let filler = fill(&disk.root(), rng.random_range(0..12 << 20));
         let error = work_until_refused(&mut ledger, &store, &mut rng);
@@ -203,7 +203,7 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
             // Nothing was written that could have failed: no reopening is needed.
             std::fs::remove_file(filler).unwrap();
             store.flush().unwrap();
-            ledger.check(&store, false).wait();
+            ledger.check(&store, false);
             assert!(ledger.work(&store, &mut rng, 20).is_none());
             continue;
         }
@@ -211,13 +211,13 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
         drop(store);
         // It may open where there is no space; then it knows everything.
         match builder().open(&path) {
-            Ok(store) => ledger.check(&store, true).wait(),
+            Ok(store) => ledger.check(&store, true),
             Err(error) => assert!(matches!(error, Error::Io { .. } | Error::WriteFailed { .. }), "{error:?}"),
         }
         std::fs::remove_file(filler).unwrap();
     }
     let store = builder().open(&path).unwrap();
-    ledger.check(&store, false).wait();
+    ledger.check(&store, false);
     assert!(ledger.work(&store, &mut rng, 20).is_none());
 }
 
@@ -240,7 +240,7 @@ fn a_disk_that_cannot_keep_what_it_took_poisons_the_store() {
         disk.repair();
         assert!(disk.mount(5));
         let store = builder().open(&path).unwrap();
-        ledger.check(&store, false).wait();
+        ledger.check(&store, false);
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         drop(store);
     }
@@ -254,20 +254,20 @@ fn a_disk_that_goes_away_poisons_the_store_and_has_what_was_acknowledged() {
     let mut ledger = Ledger::default();
     for _ in 0..rounds() {
         let store = builder().open(&path).unwrap();
-        ledger.check(&store, false).wait();
+        ledger.check(&store, false);
         let steps = rng.random_range(1..200);
         assert!(ledger.work(&store, &mut rng, steps).is_none());
         let Claim::Acquired(lease) = store.claim("under way").wait().unwrap() else { panic!("it was released") };
         disk.cut();
         // The lease is still in hand: its completion fails first, and gives back what it brought.
         let failed = lease.complete("lost").wait().unwrap_err();
-        assert_eq!((failed.outcome(), failed.result()), (Outcome::Unknown, &b"lost"[..]));
+        assert_eq!((failed.outcome(), failed.completion().result()), (Outcome::Unknown, &b"lost"[..]));
         assert_poisoned(&store, failed.error());
         drop(store.close().wait());
         drop(store);
         assert!(disk.unmount() && disk.mount(5));
         let store = builder().open(&path).unwrap();
-        ledger.check(&store, false).wait();
+        ledger.check(&store, false);
         match store.claim("under way").wait().unwrap() {
             Claim::Acquired(lease) => lease.release().wait().unwrap(),
             other => panic!("nothing was acknowledged: {other:?}"),
@@ -292,7 +292,7 @@ fn a_read_only_file_system_is_an_error_of_its_own_and_changes_nothing() {
     assert!(matches!(new, Err(Error::Io { .. })), "{new:?}");
     assert!(disk.set_read_only(false));
     let store = builder().open(&path).unwrap();
-    ledger.check(&store, false).wait();
+    ledger.check(&store, false);
 }
 
 /// Forbids everybody, root too, to create or remove files in a directory.
@@ -310,12 +310,12 @@ fn a_directory_that_takes_no_new_file_stops_seals_and_not_claims() {
     assert!(ledger.work(&store, &mut rng, 50).is_none());
     store.flush().unwrap();
     for dir in ["runs", "db"] {
-        assert!(ledger.record(&store, 10).wait().is_none());
+        assert!(ledger.record(&store, 10).is_none());
         assert!(freeze(&path.join(dir), true));
         let refused = store.flush();
         // What is written needs no new file.
-        let after = (ledger.record(&store, 10).wait(), ledger.complete(&store, 100).wait());
-        ledger.check(&store, false).wait();
+        let after = (ledger.record(&store, 10), ledger.complete(&store, 100));
+        ledger.check(&store, false);
         assert!(freeze(&path.join(dir), false));
         assert!(matches!(&refused, Err(Error::Io { .. })), "{dir}: {refused:?}");
         assert!(matches!(&after, (None, None)), "{dir}: {after:?}");
@@ -324,7 +324,7 @@ fn a_directory_that_takes_no_new_file_stops_seals_and_not_claims() {
     store.close().wait().unwrap();
     drop(store);
     let store = builder().open(&path).unwrap();
-    ledger.check(&store, false).wait();
+    ledger.check(&store, false);
     store.flush().unwrap();
 }
 
@@ -341,14 +341,14 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         std::fs::remove_dir_all(&path).unwrap();
         // What is in memory and in open files is there, and nothing is invented.
-        ledger.check(&store, true).wait();
+        ledger.check(&store, true);
         let is_named = |error: &Error| match error {
             Error::Io { path: at, .. } => at.starts_with(&path),
             // The database is deleted at once, and the directory with it.
             Error::DirectoryGone { path: at } => *at == path,
             _ => false,
         };
-        let later = ledger.record(&store, 10).wait();
+        let later = ledger.record(&store, 10);
         match &later {
             // Nothing is acknowledged that is not on a disk. RocksDB may have met it first, in the background.
             Some(error) => assert!(is_named(error), "{error:?}"),
@@ -417,7 +417,7 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
     let store = builder().open(&path).unwrap();
     assert!(ledger.work(&store, &mut rng, 200).is_none());
     // A running store meets the limit.
-    assert!(ledger.record(&store, 10).wait().is_none());
+    assert!(ledger.record(&store, 10).is_none());
     let plugs = leave_files(0);
     let refused = store.flush();
     drop(plugs);
@@ -426,10 +426,10 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
     drop(store);
     for left in 0..8 {
         let store = builder().open(&path).unwrap();
-        ledger.check(&store, false).wait();
+        ledger.check(&store, false);
         let plugs = leave_files(left);
         let error = ledger.work(&store, &mut rng, 60);
-        ledger.check(&store, true).wait();
+        ledger.check(&store, true);
         drop(plugs);
         let ours = |error| matches!(error, Error::Io { .. } | Error::WriteFailed { .. } | Error::Poisoned { .. });
         assert!(error.clone().is_none_or(ours), "{left}: {error:?}");
@@ -443,7 +443,7 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
         match &store {
             Ok(store) => {
                 opened += 1;
-                ledger.check(store, true).wait();
+                ledger.check(store, true);
             }
             Err(error) => assert!(matches!(error, Error::Io { .. } | Error::WriteFailed { .. }), "{left}: {error:?}"),
         }
@@ -452,5 +452,5 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
     }
     assert!((1..80).contains(&opened), "{opened} of 80 opened");
     let store = builder().open(&path).unwrap();
-    ledger.check(&store, false).wait();
+    ledger.check(&store, false);
 }

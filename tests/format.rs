@@ -116,7 +116,7 @@ fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
     lease.release().wait().unwrap();
     let Claim::Acquired(lease) = store.claim("crashed").wait().unwrap() else { panic!("its process is gone") };
     assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
-    assert!(lease.token() > sealed.token() && lease.token() > later.token());
+    assert!(lease.token().get() > sealed.token().get() && lease.token().get() > later.token().get());
     lease.release().wait().unwrap();
     store.close().wait().unwrap();
 
@@ -187,7 +187,7 @@ fn a_stream_store_of_format_4_answers_as_on_the_day_it_was_written() {
     let bound_ms = START_MS + 800_000 + 1_800_000;
     assert!(matches!(store.record(Key::from("too far").at(Timestamp::from_unix_ms(bound_ms + 1))).wait(), Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
     assert_eq!(store.record(Key::from("far").at(Timestamp::from_unix_ms(bound_ms))).wait().unwrap(), RecordOutcome::First);
-    store.advance_stream_time(START_MS + 3_600_000).wait().unwrap();
+    store.advance_stream_time(Timestamp::from_unix_ms(START_MS + 3_600_000)).wait().unwrap();
     assert!(matches!(store.check(Key::from("sealed").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))));
     assert!(matches!(store.check(Key::from("late").at(Timestamp::from_unix_ms(START_MS + 300_000))).wait(), Ok(KeyStatus::Completed(_))));
 }

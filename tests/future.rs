@@ -10,8 +10,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use common::Bench;
-use onlyonce::future::{Claim, Lease, RunError, Store, Unclaimed, UnclaimedReason};
-use onlyonce::{Completion, Durability, Error, Key, KeyError, KeyStatus, LeaseState, PriorAttempt, RecordOutcome, RunOutcome, StoredKey};
+use onlyonce::{Claim, Completion, Durability, Error, Key, KeyError, KeyStatus, Lease, LeaseState, PriorAttempt, RecordOutcome, RunError, RunOutcome, Store, StoredKey, Unclaimed, UnclaimedReason};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_stream::StreamExt;
@@ -19,8 +18,8 @@ use tokio_stream::StreamExt;
 const LONG: Duration = Duration::from_secs(60);
 
 fn open(dir: &tempfile::TempDir, durability: Durability, lease: Duration) -> Store {
-    let builder = onlyonce::Store::builder().durability(durability).lease(lease).memory_budget(32 << 20);
-    Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap()
+    let builder = Store::builder().durability(durability).lease(lease).memory_budget(32 << 20);
+    builder.open(dir.path().join("store")).unwrap()
 }
 
 async fn acquire(store: &Store, key: &str) -> Lease {
@@ -71,7 +70,7 @@ fn the_verbs_answer_as_those_that_block() {
         assert_eq!(lease.remaining(), Duration::from_secs(1));
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(other) if other.attempt == 1));
         let stored = store.get("k").await.unwrap();
-        assert!(matches!(stored, Some(StoredKey::Processing { phase: LeaseState::Leased(_), .. })), "{stored:?}");
+        assert!(matches!(stored, Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })), "{stored:?}");
         lease.release().after(Duration::from_millis(500)).await.unwrap();
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)));
         bench.advance_ms(500);
@@ -102,10 +101,10 @@ fn the_verbs_answer_as_those_that_block() {
         bench.advance_ms(1_000);
         let taken = acquire(&store, "late").await;
         let failed = late.complete("late").await.unwrap_err();
-        assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.result() == b"late");
+        assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.completion().result() == b"late");
         drop(taken);
     });
-    assert_eq!(bench.acquire("late").prior(), Some(PriorAttempt::Dropped), "and both faces are of one store");
+    assert_eq!(bench.acquire("late").attempt().prior(), Some(PriorAttempt::Dropped), "and both faces are of one store");
 }
 
 #[test]
@@ -129,7 +128,7 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
         let released = store.release_batch([(mine, Duration::ZERO), (foreign.unwrap(), Duration::ZERO)]).await;
         assert!(released.iter().all(Result::is_ok), "{released:?}");
         for (store, key) in [(&store, "c"), (&other, "f")] {
-            assert_eq!(acquire(store, key).await.prior(), Some(PriorAttempt::Released), "{key}");
+            assert_eq!(acquire(store, key).await.attempt().prior(), Some(PriorAttempt::Released), "{key}");
         }
         let recorded = store.record_batch(["a", "n", "n"]).await.unwrap();
         let recorded: Vec<_> = recorded.into_iter().map(Result::unwrap).collect();
@@ -295,7 +294,7 @@ async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
             _ => Some(lease),
         };
         let got = acquired(waiter.await.unwrap());
-        assert_eq!((got.attempt(), got.prior()), (2, Some(prior)), "{end}");
+        assert_eq!((got.attempt().number(), got.attempt().prior()), (2, Some(prior)), "{end}");
         drop((held, got));
     }
     assert!(begun.elapsed() < Duration::from_secs(10), "woken, not by the limit");
@@ -355,7 +354,7 @@ impl Blocking<'_> {
     /// Nobody gets the key while `work` runs, which is given what blocks. Its result is there afterwards.
     fn keeps_its_key(work: impl FnOnce(Blocking<'_>) + Send) {
         let dir = tempfile::tempdir().unwrap();
-        let builder = onlyonce::Store::builder().lease(Self::LEASE).durability(Durability::Process);
+        let builder = Store::builder().lease(Self::LEASE).durability(Durability::Process);
         let store = builder.memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
         let (begun, has_begun) = std::sync::mpsc::channel();
         let runs = AtomicUsize::new(0);
@@ -364,14 +363,14 @@ impl Blocking<'_> {
             has_begun.recv().unwrap();
             while !working.is_finished() {
                 match store.claim("k").wait().unwrap() {
-                    onlyonce::Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
-                    onlyonce::Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
-                    onlyonce::Claim::Completed(_) => break,
+                    Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
+                    Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
+                    Claim::Completed(_) => break,
                 }
             }
         });
         let claim = store.claim("k").wait().unwrap();
-        assert!(matches!(claim, onlyonce::Claim::Completed(first) if first.result() == Some(b"done")));
+        assert!(matches!(claim, Claim::Completed(first) if first.result() == Some(b"done")));
         assert_eq!((runs.into_inner(), store.stats().superseded), (1, 0));
         store.close().wait().unwrap();
     }
@@ -418,10 +417,10 @@ fn a_lease_is_renewed_while_a_call_that_blocks_works() {
         assert!(matches!(blocking.store.run("k", work), Ok(RunOutcome::First(_))));
     });
     Blocking::keeps_its_key(|blocking| {
-        let onlyonce::Claim::Acquired(mut lease) = blocking.store.claim("k").wait().unwrap() else { panic!("k is new") };
+        let Claim::Acquired(mut lease) = blocking.store.claim("k").wait().unwrap() else { panic!("k is new") };
         let alive = lease.keep_alive();
         let result = blocking.block();
-        assert!(alive.lost().is_none());
+        assert!(alive.error().is_none());
         drop(alive);
         lease.complete(result).wait().unwrap();
     });
@@ -431,30 +430,30 @@ fn a_lease_is_renewed_while_a_call_that_blocks_works() {
 fn a_lease_is_renewed_no_longer_than_is_allowed() {
     let dir = tempfile::tempdir().unwrap();
     let (lease, limit) = (Duration::from_millis(100), Duration::from_millis(400));
-    let builder = onlyonce::Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
+    let builder = Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
     let store = builder.open(dir.path().join("store")).unwrap();
-    let onlyonce::Claim::Acquired(mut hangs) = store.claim("k").wait().unwrap() else { panic!("k is new") };
+    let Claim::Acquired(mut hangs) = store.claim("k").wait().unwrap() else { panic!("k is new") };
     let claimed = Instant::now();
     let alive = hangs.keep_alive();
     let next = loop {
         match store.claim("k").wait().unwrap() {
-            onlyonce::Claim::Acquired(next) => break next,
+            Claim::Acquired(next) => break next,
             _ => std::thread::sleep(Duration::from_millis(5)),
         }
     };
     assert!(claimed.elapsed() >= limit - Duration::from_millis(50), "after {:?}", claimed.elapsed());
-    assert_eq!(next.prior(), Some(PriorAttempt::LeaseExpired));
+    assert_eq!(next.attempt().prior(), Some(PriorAttempt::LeaseExpired));
     // It is told, though it is not renewed any more.
     let deadline = Instant::now() + LONG;
-    while alive.lost().is_none() {
+    while alive.error().is_none() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(5));
     }
-    assert!(matches!(alive.lost(), Some(Error::Superseded { .. })));
+    assert!(matches!(alive.error(), Some(Error::Superseded { .. })));
     drop(alive);
     assert!(matches!(hangs.complete("late").wait().unwrap_err().error(), Error::Superseded { .. }));
     for refused in [Duration::ZERO, Duration::MAX] {
-        let error = onlyonce::Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
+        let error = Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
         assert!(matches!(error, Error::Config { option: "renew_for", .. }), "{error}");
     }
 }
@@ -489,7 +488,7 @@ fn work_that_is_cancelled_is_renewed_no_more() {
             assert!(tokio::time::timeout(Duration::from_millis(200), hangs).await.is_err());
             for attempt in [2, 3] {
                 let next = acquire(&store, key).await;
-                assert_eq!((next.attempt(), next.prior()), (attempt, Some(PriorAttempt::Dropped)), "{key}");
+                assert_eq!((next.attempt().number(), next.attempt().prior()), (attempt, Some(PriorAttempt::Dropped)), "{key}");
                 drop(next);
                 // Time for a renewal that should not be.
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -514,7 +513,7 @@ fn one_thread_renews_for_all_stores() {
     let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG).blocking()).collect();
     let mut leases: Vec<_> = stores
         .iter()
-        .map(|store| if let Ok(onlyonce::Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
+        .map(|store| if let Ok(Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
         .collect();
     let alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
     assert!(named("onlyonce-worker") >= stores.len());
@@ -573,7 +572,7 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
                 tokio::task::yield_now().await;
                 lease.renew().unwrap();
-                token = lease.token();
+                token = lease.token().get();
                 Ok::<_, Error>(b"receipt".to_vec())
             });
             (ran.await.unwrap(), token)
@@ -582,7 +581,7 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
     };
     assert!(matches!(again, RunOutcome::First(result) if result == b"receipt"));
     let replayed = store.run("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
-    assert!(matches!(replayed, RunOutcome::Replayed(first) if first.token() == token));
+    assert!(matches!(replayed, RunOutcome::Replayed(first) if first.token().get() == token));
     let _lease = acquire(&store, "held").await;
     let other = store.run("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
     assert!(matches!(other, RunOutcome::InProgress(_)));
@@ -685,9 +684,9 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
                 let store = store.clone();
                 tokio::spawn(async move {
                     let leases = leases.into_iter().map(|(lease, offset)| {
-                        (lease, "done", move |tx: &mut Tx| tx.set_offset("orders", batch, offset).wait())
+                        (lease, Completion::new("done").offset("orders", batch, offset))
                     });
-                    store.complete_batch_with(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
+                    store.complete_batch(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
                 })
             })
             .collect();
@@ -708,7 +707,7 @@ async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
     drop(store);
     // The lease is the last one.
     drop(lease);
-    let builder = onlyonce::Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
+    let builder = Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
     let again = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
     assert!(matches!(again.claim("done").await.unwrap(), Claim::Completed(_)));
     again.close().await.unwrap();

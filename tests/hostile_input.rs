@@ -124,13 +124,13 @@ fn the_secret_of_a_store_is_in_nothing_that_it_says() {
     say(&claim);
     say(&store.claim("k").wait());
     say(&store.claim(Key::from("k").fingerprint("q")).wait());
-    say(&store.get("k"));
+    say(&store.inspect("k").wait());
     drop(claim);
     say(&store.held().wait());
     say(&store.check_batch(["k", "new"]).wait());
     say(&store.resolve("k", Resolution::Completed(b"r".to_vec())).wait());
     say(&store.resolve("k", Resolution::Rerun).wait());
-    say(&store.get("k"));
+    say(&store.inspect("k").wait());
     say(&store.record_batch(["k", "other"]).wait());
     say(&store.claim("").wait());
     say(&store.claim("k".repeat(2_000)).wait());
@@ -214,8 +214,8 @@ fn a_gigabyte_of_result_is_not_kept_and_not_copied() {
             let refused = refused.unwrap_err();
             assert!(matches!(refused.error(), Error::BatchTooLarge { limit, .. } if *limit == 1 << 30), "{refused}");
             assert_eq!(refused.outcome(), Outcome::NotWritten);
-            let (_, result, lease) = refused.into_parts();
-            assert_eq!(result.len(), 64 << 20);
+            let (_, completion, lease) = refused.into_parts();
+            assert_eq!(completion.result().len(), 64 << 20);
             lease.expect("it is still good").complete("small").wait().unwrap();
         }
         assert!(keys.iter().all(|key| bench.completed(key).unwrap() == b"small"));
@@ -315,7 +315,7 @@ fn a_call_of_a_million_keys_is_one_call_and_one_without_an_end_is_refused_unread
 
     let long = "k".repeat(65_535);
     let read = std::cell::Cell::new(0);
-    let endless = || std::iter::repeat_with(|| long.as_str()).inspect(|_| read.set(read.get() + 1)).wait();
+    let endless = || std::iter::repeat_with(|| long.as_str()).inspect(|_| read.set(read.get() + 1));
     let too_large = |error| matches!(error, Error::BatchTooLarge { limit, .. } if limit == 1 << 30);
     assert!(too_large(bench.store().record_batch(endless()).wait().unwrap_err()));
     assert!(too_large(bench.store().claim_batch(endless()).wait().unwrap_err()));
@@ -347,12 +347,12 @@ fn every_verb_takes_keys_of_any_bytes() {
     let result = |key: &Key<'_>| [key.as_bytes(), b"\0\xff"].concat();
     let store = bench.store();
     for key in &keys {
-        assert_eq!(store.get(key).unwrap(), None);
+        assert_eq!(store.inspect(key).wait().unwrap(), None);
         assert_eq!(store.check(key).wait().unwrap(), KeyStatus::New);
         let Claim::Acquired(mut lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
         lease.renew().unwrap();
         assert!(matches!(store.check(key).wait().unwrap(), KeyStatus::InProgress(other) if other.attempt == 1));
-        assert!(matches!(store.get(key).unwrap(), Some(StoredKey::Processing { phase: LeaseState::Leased(_), .. })));
+        assert!(matches!(store.inspect(key).wait().unwrap(), Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })));
         assert_eq!(store.record(key).wait().unwrap(), RecordOutcome::Duplicate { in_flight: true });
         assert!(matches!(store.forget(key).wait(), Err(Error::InUse { .. })));
         lease.release().wait().unwrap();
@@ -471,7 +471,7 @@ fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
     // In progress there is new here, with any payload; whatever is done here changes nothing there.
     for scope in ["ours", "", "their", "theirs\0", "theirs2"] {
         assert_eq!(store.check(key(scope)).wait().unwrap(), KeyStatus::New, "{scope}");
-        assert_eq!(store.get(key(scope)).unwrap(), None, "{scope}");
+        assert_eq!(store.inspect(key(scope)).wait().unwrap(), None, "{scope}");
         assert!(!store.forget(key(scope)).wait().unwrap());
         assert!(matches!(store.resolve(key(scope), Resolution::Rerun).wait(), Err(Error::NotHeld { .. })));
         let Claim::Acquired(lease) = store.claim(key(scope).fingerprint("ours")).wait().unwrap() else { panic!("{scope}") };
@@ -541,11 +541,11 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
             assert!(is_refused(store.record(&key).wait().unwrap_err()));
             // It may have been claimed when the limit was higher, though there is one for all stores.
             if limit == 65_535 {
-                assert!(is_refused(store.get(&key).unwrap_err()));
+                assert!(is_refused(store.inspect(&key).wait().unwrap_err()));
                 assert!(is_refused(store.forget(&key).wait().unwrap_err()));
                 assert!(is_refused(store.resolve(&key, Resolution::Rerun).wait().unwrap_err()));
             } else {
-                assert_eq!(store.get(&key).unwrap(), None);
+                assert_eq!(store.inspect(&key).wait().unwrap(), None);
                 assert!(!store.forget(&key).wait().unwrap());
                 assert!(matches!(store.resolve(&key, Resolution::Rerun).wait(), Err(Error::NotHeld { .. })));
             }
@@ -565,7 +565,7 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
         lease.complete("r").wait().unwrap();
         store.flush().unwrap();
         assert_eq!(store.record(&most).wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
-        assert!(matches!(store.get(&most).unwrap(), Some(StoredKey::Completed(_))));
+        assert!(matches!(store.inspect(&most).wait().unwrap(), Some(StoredKey::Completed(_))));
         assert!(store.forget(&most).wait().unwrap());
     }
 }
@@ -626,10 +626,10 @@ fn keys_and_results_that_are_over_a_limit_by_now_are_still_read() {
     let store = open(10, 10);
     let listed = store.held().wait().unwrap();
     assert_eq!(listed.iter().map(|held| held.key.as_bytes()).collect::<Vec<_>>(), [held.as_bytes()]);
-    assert!(matches!(store.get(&held).unwrap(), Some(StoredKey::Processing { phase: LeaseState::Held(_), .. })));
+    assert!(matches!(store.inspect(&held).wait().unwrap(), Some(StoredKey::Processing { state: LeaseState::Held(_), .. })));
     store.resolve(&listed[0].key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
     for (key, result) in [(&held, &b"by hand"[..]), (&done, &[7; 3_000])] {
-        let stored = store.get(key).unwrap();
+        let stored = store.inspect(key).wait().unwrap();
         assert!(matches!(&stored, Some(StoredKey::Completed(first)) if first.result() == Some(result)), "{stored:?}");
         assert!(store.forget(key).wait().unwrap());
     }
@@ -642,23 +642,21 @@ fn offsets_and_messages_with_names_of_any_length_are_read_back() {
     let names = [Vec::new(), vec![0], vec![0xff; 300], vec![b'n'; 100_000], vec![0x80; 9 << 20]];
     for (i, name) in names.iter().enumerate() {
         let lease = bench.acquire(&i.to_string());
-        lease
-            .complete_with("r", |tx| {
-                tx.set_offset(name, u32::MAX, i as u64).wait();
-                tx.enqueue(name, name, name);
-            })
-            .unwrap();
-        bench.store().set_offset(name, 0, u64::MAX).wait().unwrap();
+        let completion = Completion::new("r")
+            .offset(name.as_slice(), u32::MAX, i as u64)
+            .message(name.as_slice(), name.as_slice(), name.as_slice());
+        lease.complete(completion).wait().unwrap();
+        bench.store().set_offset(name.as_slice(), 0, u64::MAX).wait().unwrap();
     }
     for round in 0..3 {
         for (i, name) in names.iter().enumerate() {
-            assert_eq!(bench.store().offset(name, u32::MAX).wait().unwrap(), Some(i as u64), "{round}");
-            assert_eq!(bench.store().offset(name, 0).wait().unwrap(), Some(u64::MAX));
-            assert_eq!(bench.store().offset(name, 1).wait().unwrap(), None);
+            assert_eq!(bench.store().offset(name.as_slice(), u32::MAX).wait().unwrap(), Some(i as u64), "{round}");
+            assert_eq!(bench.store().offset(name.as_slice(), 0).wait().unwrap(), Some(u64::MAX));
+            assert_eq!(bench.store().offset(name.as_slice(), 1).wait().unwrap(), None);
         }
         let outbox = bench.store().outbox(10).wait().unwrap();
         assert_eq!(outbox.len(), names.len());
-        assert!(outbox.iter().zip(&names).all(|(it, name)| &it.topic == name && &it.key == name && &it.bytes == name));
+        assert!(outbox.iter().zip(&names).all(|(it, name)| &it.topic == name && &it.key == name && &it.payload == name));
         if round == 0 { bench.store().flush().unwrap() } else { bench.reopen() }
     }
 }

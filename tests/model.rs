@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::{Bench, START_MS};
-use onlyonce::{Claim, Error, Key, KeyStatus, Lease, OnInterrupt, PriorAttempt, RecordOutcome, Resolution};
+use onlyonce::{Claim, Error, Key, KeyStatus, Lease, OnInterrupt, PriorAttempt, RecordOutcome, Resolution, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};
@@ -130,7 +130,7 @@ impl Model {
         self.known.insert(
             key.to_owned(),
             Known::Processing {
-                token: lease.token(),
+                token: lease.token().get(),
                 attempt: lease.attempt().number(),
                 payload: payload.or(stored),
                 holder: Holder::Leased { until_ms: self.now_ms + LEASE_MS },
@@ -188,19 +188,19 @@ impl Round {
 
     fn step(&mut self) {
         match self.rng.random_range(0..100) {
-            0..22 => self.claim().wait(),
-            22..28 => self.claim_batch().wait(),
-            28..38 => self.complete().wait(),
-            38..41 => self.complete_batch().wait(),
-            41..46 => self.release().wait(),
+            0..22 => self.claim(),
+            22..28 => self.claim_batch(),
+            28..38 => self.complete(),
+            38..41 => self.complete_batch(),
+            41..46 => self.release(),
             46..50 => self.drop_lease(),
             50..55 => self.renew(),
-            55..61 => self.record().wait(),
-            61..65 => self.record_batch().wait(),
-            65..71 => self.check().wait(),
-            71..75 => self.forget().wait(),
-            75..79 => self.resolve().wait(),
-            79..82 => self.held().wait(),
+            55..61 => self.record(),
+            61..65 => self.record_batch(),
+            65..71 => self.check(),
+            71..75 => self.forget(),
+            75..79 => self.resolve(),
+            79..82 => self.held(),
             82..92 => self.advance(),
             92..97 => self.bench.store().flush().unwrap(),
             _ => self.reopen(),
@@ -247,8 +247,8 @@ impl Round {
     }
 
     fn acquired(&mut self, key: &str, payload: Option<u8>, lease: Lease) {
-        assert!(lease.token() > self.model.last_token, "tokens increase");
-        self.model.last_token = lease.token();
+        assert!(lease.token().get() > self.model.last_token, "tokens increase");
+        self.model.last_token = lease.token().get();
         self.model.acquired(key, payload, &lease);
         self.leases.push(HeldKey { key: key.to_owned(), lease });
     }
@@ -271,7 +271,7 @@ impl Round {
     /// The answer that settling a lease should get, where only one is right.
     fn settles(&self, held: &HeldKey) -> Option<bool> {
         match self.model.known.get(&held.key) {
-            Some(Known::Processing { token, .. }) if *token == held.lease.token() => {
+            Some(Known::Processing { token, .. }) if *token == held.lease.token().get() => {
                 if self.model.may_be_forgotten(&held.key) { None } else { Some(true) }
             }
             _ => Some(false),
@@ -300,7 +300,7 @@ impl Round {
             Err(error) => {
                 assert_ne!(expected, Some(true), "{key}: {error}");
                 assert!(matches!(error.error(), Error::Superseded { .. }), "{error}");
-                assert_eq!(error.result(), result, "the result comes back");
+                assert_eq!(error.completion().result(), result, "the result comes back");
             }
         }
     }
@@ -363,7 +363,7 @@ impl Round {
     fn drop_lease(&mut self) {
         let Some(held) = self.lease() else { return };
         let HeldKey { key, lease } = held;
-        let token = lease.token();
+        let token = lease.token().get();
         drop(lease);
         let now_ms = self.model.now_ms;
         if let Some(Known::Processing { token: current, holder, .. }) = self.model.known.get_mut(&key)
@@ -550,12 +550,12 @@ impl Round {
         let right_ms = self.model.now_ms;
         let wrong_ms =
             *[0, right_ms - 3_600_000, right_ms + 3_600_000, 4_080_000_000_000].choose(&mut self.rng).unwrap();
-        self.bench.clock.set_wall_ms(wrong_ms);
+        self.bench.clock.set_wall(Timestamp::from_unix_ms(wrong_ms));
         self.bench.store().check("somebody asks").wait().unwrap();
         if self.rng.random_bool(0.2) {
             self.bench.store().flush().unwrap();
         }
-        self.bench.clock.set_wall_ms(right_ms);
+        self.bench.clock.set_wall(Timestamp::from_unix_ms(right_ms));
     }
 
     fn reopen(&mut self) {

@@ -63,9 +63,9 @@ fn a_closed_store_refuses_and_gives_back_what_it_was_given() {
     assert!(matches!(bench.store().flush(), Err(Error::Closed)));
     let error = lease.complete("result").wait().unwrap_err();
     assert!(matches!(error.error(), Error::Closed));
-    assert_eq!((error.outcome(), error.result()), (Outcome::NotWritten, &b"result"[..]));
-    let (_, result, lease) = error.into_parts();
-    assert_eq!((result, lease.map(|lease| lease.attempt().number())), (b"result".to_vec(), Some(1)));
+    assert_eq!((error.outcome(), error.completion().result()), (Outcome::NotWritten, &b"result"[..]));
+    let (_, completion, lease) = error.into_parts();
+    assert_eq!((completion.into_result(), lease.map(|lease| lease.attempt().number())), (b"result".to_vec(), Some(1)));
 }
 
 #[test]
@@ -316,14 +316,14 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
     assert!(matches!(bench.store().claim("dropped").wait(), Err(Error::TooManyInFlight { .. })), "it would be one more");
     bench.advance_ms(1_000);
     let taken_over = bench.acquire("running");
-    assert_eq!(taken_over.attempt(), 2, "what has run out adds none");
+    assert_eq!(taken_over.attempt().number(), 2, "what has run out adds none");
     assert!(running.complete("late").wait().is_err());
     taken_over.complete("r").wait().unwrap();
     assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate is answered");
     assert_eq!(bench.store().record("recorded").wait().unwrap(), RecordOutcome::First, "a record leaves nothing in flight");
     bench.reopen();
     let again = bench.acquire("dropped");
-    assert_eq!(again.attempt(), 2, "what was interrupted can be claimed again");
+    assert_eq!(again.attempt().number(), 2, "what was interrupted can be claimed again");
     let batch = bench.store().claim_batch(["done", "new", "dropped"]).wait().unwrap();
     assert!(
         matches!(
@@ -364,7 +364,7 @@ fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
     assert_eq!((stats.in_flight, stats.held), (0, 20_000));
     bench.store().resolve(&keys[12_345], onlyonce::Resolution::Rerun).wait().unwrap();
     let again = bench.acquire(&keys[12_345]);
-    assert_eq!((again.attempt(), again.prior()), (2, Some(onlyonce::PriorAttempt::Crashed)));
+    assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(onlyonce::PriorAttempt::Crashed)));
     drop(again);
     bench.store().close().wait().unwrap();
 }
@@ -403,7 +403,7 @@ fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
     bench.store().flush().unwrap();
     let copy = bench.path().join("../copy");
     copy_store(&bench.path(), &copy);
-    bench.clock.set_wall_ms(common::START_MS + 1_000);
+    bench.clock.set_wall(Timestamp::from_unix_ms(common::START_MS + 1_000));
     let store = bench.builder().open(&copy).unwrap();
     assert_eq!(store.stats().now.as_unix_ms(), common::START_MS + 86_400_000, "whatever the clock shows");
     assert_eq!(store.check("k").wait().unwrap(), KeyStatus::New);
@@ -427,9 +427,9 @@ fn a_lease_of_another_store_is_given_back_unharmed() {
     assert_eq!(lease.key(), onlyonce::Key::from("k"));
     let mut answers = bench.store().complete_batch([(lease, "r"), (bench.acquire("ours"), "r")]).wait();
     assert!(answers.pop().unwrap().is_ok());
-    let (error, result, lease) = answers.pop().unwrap().unwrap_err().into_parts();
+    let (error, completion, lease) = answers.pop().unwrap().unwrap_err().into_parts();
     assert!(matches!(error, Error::ForeignLease { .. }), "{error}");
-    assert_eq!(result, b"r");
+    assert_eq!(completion.result(), b"r");
     lease.unwrap().complete("r").wait().unwrap();
     assert_eq!(other.completed("k").unwrap(), b"r");
 }
@@ -500,7 +500,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
                 .claim(format!("key-{i}")).wait()
                 .and_then(|claim| match claim {
                     Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).wait().map_err(|error| {
-                        assert_eq!(error.result().len(), 4_096, "the result comes back");
+                        assert_eq!(error.completion().result().len(), 4_096, "the result comes back");
                         error.into_parts().0
                     }),
                     other => panic!("{other:?}"),

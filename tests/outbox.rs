@@ -20,19 +20,16 @@ const OPEN: &str = "the store is open";
 fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
     let mut bench = Bench::new();
     assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), None);
-    bench
-        .acquire("a")
-        .complete_with("done", |tx| {
-            tx.set_offset("orders", 0, 17).wait();
-            tx.set_offset("orders", 300, 4).wait();
-            tx.enqueue("charges", "a", "12 EUR");
-            tx.enqueue("mails", "", "");
-        })
-        .unwrap();
-    bench.acquire("b").complete_with("", |tx| tx.set_offset("orders", 0, 16).wait()).unwrap();
-    // Behind what were duplicates.
+    let completion = Completion::new("done")
+        .offset("orders", 0, 17)
+        .offset("orders", 300, 4)
+        .message("charges", "a", "12 EUR")
+        .message("mails", "", "");
+    bench.acquire("a").complete(completion).wait().unwrap();
+    bench.acquire("b").complete(Completion::new("").offset("orders", 0, 16)).wait().unwrap();
+    // After a run of duplicates.
     bench.store().set_offset("orders", 0, 18).wait().unwrap();
-    bench.acquire("c").complete_with("", |tx| tx.enqueue("charges", "c", "7 EUR")).unwrap();
+    bench.acquire("c").complete(Completion::new("").message("charges", "c", "7 EUR")).wait().unwrap();
     for restarted in [false, true] {
         let store = bench.store();
         assert!(store.outbox(0).wait().unwrap().is_empty(), "and none of them is stepped over");
@@ -40,7 +37,7 @@ fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
         assert_eq!(store.offset("orders", 300).wait().unwrap(), Some(4));
         assert_eq!(store.offset("order", 0).wait().unwrap(), None);
         let outbox = store.outbox(10).wait().unwrap();
-        let shown: Vec<_> = outbox.iter().map(|it| (&it.topic[..], &it.key[..], &it.bytes[..])).collect();
+        let shown: Vec<_> = outbox.iter().map(|it| (&it.topic[..], &it.key[..], &it.payload[..])).collect();
         let expected: [(&[u8], &[u8], &[u8]); 3] =
             [(b"charges", b"a", b"12 EUR"), (b"mails", b"", b""), (b"charges", b"c", b"7 EUR")];
         assert_eq!(shown, expected, "restarted: {restarted}");
@@ -55,7 +52,8 @@ fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
         bench.reopen();
     }
     assert!(bench.store().outbox(10).wait().unwrap().is_empty());
-    bench.acquire("d").complete_with("", |tx| (0..5).for_each(|i| tx.enqueue("charges", i.to_string(), ""))).unwrap();
+    let messages = (0..5).fold(Completion::new(""), |all, i| all.message("charges", i.to_string(), ""));
+    bench.acquire("d").complete(messages).wait().unwrap();
     let keys = bench.store().outbox(10).wait().unwrap().into_iter().map(|message| message.key);
     assert_eq!(keys.collect::<Vec<_>>(), [b"0", b"1", b"2", b"3", b"4"]);
 }
@@ -66,10 +64,7 @@ fn nothing_comes_with_a_completion_that_was_overtaken() {
     let late = bench.acquire("k");
     bench.advance_ms(1_000);
     let _taken = bench.acquire("k");
-    let failed = late.complete_with("late", |tx| {
-        tx.set_offset("orders", 0, 1).wait();
-        tx.enqueue("charges", "k", "");
-    });
+    let failed = late.complete(Completion::new("late").offset("orders", 0, 1).message("charges", "k", "")).wait();
     assert!(matches!(failed.unwrap_err().error(), Error::Superseded { .. }));
     assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), None);
     assert!(bench.store().outbox(10).wait().unwrap().is_empty());
@@ -81,15 +76,11 @@ fn behind_an_overtaken_lease_of_its_batch_no_offset_is_stored_and_messages_are()
     let late = bench.acquire("b");
     bench.advance_ms(1_000);
     let _taken = bench.acquire("b");
-    let with = |number: u64| {
-        move |tx: &mut Tx| {
-            tx.set_offset("orders", 0, number).wait();
-            tx.enqueue("charges", number.to_string(), "");
-        }
-    };
+    let done =
+        |number: u64| Completion::new("done").offset("orders", 0, number).message("charges", number.to_string(), "");
     let complete = |batch: Vec<(Lease, u64)>| -> Vec<bool> {
-        let batch = batch.into_iter().map(|(lease, number)| (lease, "done", with(number)));
-        bench.store().complete_batch_with(batch).iter().map(Result::is_ok).collect()
+        let batch = batch.into_iter().map(|(lease, number)| (lease, done(number)));
+        bench.store().complete_batch(batch).wait().iter().map(Result::is_ok).collect()
     };
     let batch = vec![(bench.acquire("a"), 1), (late, 2), (bench.acquire("c"), 3), (bench.acquire("d"), 4)];
     assert_eq!(complete(batch), [true, false, true, true]);
@@ -120,7 +111,7 @@ fn a_message_whose_completion_took_longer_is_not_stepped_over() {
             scope.spawn(move || {
                 for i in thread * EACH..(thread + 1) * EACH {
                     let Claim::Acquired(lease) = store.claim(i.to_string()).wait().unwrap() else { panic!("{i} is new") };
-                    lease.complete_with("", |tx| tx.enqueue("t", i.to_string(), "")).unwrap();
+                    lease.complete(Completion::new("").message("t", i.to_string(), "")).wait().unwrap();
                 }
             });
         }
@@ -154,12 +145,10 @@ fn child() {
         let Claim::Acquired(lease) = store.claim(format!("order-{next}")).wait().unwrap() else {
             panic!("{next} was met twice")
         };
-        lease
-            .complete_with("charged", |tx| {
-                tx.set_offset("orders", 0, next + 1).wait();
-                tx.enqueue("charges", next.to_string(), format!("charge of {next}"));
-            })
-            .unwrap();
+        let completion = Completion::new("charged")
+            .offset("orders", 0, next + 1)
+            .message("charges", next.to_string(), format!("charge of {next}"));
+        lease.complete(completion).wait().unwrap();
         if next % 16 == 0 {
             let messages = store.outbox(100).wait().unwrap();
             let mut lines = String::new();

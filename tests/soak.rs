@@ -62,7 +62,7 @@ fn open(path: &Path, clock: &ManualClock, window_ms: u64) -> Store {
         .open(path)
         .unwrap();
     // Answers are checked by the wall clock, which must not be tolerated beside the store's time.
-    clock.set_wall_ms(store.stats().now.as_unix_ms());
+    clock.set_wall(Timestamp::from_unix_ms(store.stats().now.as_unix_ms()));
     store
 }
 
@@ -173,14 +173,14 @@ impl Worker<'_> {
 
     /// What counts as new must be past its window.
     fn check_passed(&self, batch: Batch, delivery: u64) {
-        let now_ms = self.clock.wall_ms();
+        let now_ms = self.clock.wall().as_unix_ms();
         let name = key(self.number, delivery);
         assert!(now_ms >= batch.started_ms + self.window_ms, "G1: {name} is forgotten at {now_ms}: {batch:?}");
     }
 
     /// Looks at every key of a batch.
     fn check(&self, batch: Batch) {
-        let before_ms = self.clock.wall_ms();
+        let before_ms = self.clock.wall().as_unix_ms();
         for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).wait().unwrap()) {
             match check.unwrap() {
                 KeyStatus::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
@@ -192,7 +192,7 @@ impl Worker<'_> {
 
     /// Claims keys of a batch again, as a duplicate would.
     fn claim_again(&self, batch: Batch, keys: usize) {
-        let before_ms = self.clock.wall_ms();
+        let before_ms = self.clock.wall().as_unix_ms();
         let keys = self.keys(batch).into_iter().take(keys);
         for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).wait().unwrap()) {
             match claim.unwrap() {
@@ -238,14 +238,14 @@ impl Worker<'_> {
         let mut last_token = tokens_before;
         for (delivery, claim) in (first..).zip(self.store.claim_batch(self.keys(batch)).wait().unwrap()) {
             let Claim::Acquired(lease) = claim.unwrap() else { panic!("G2: {delivery} of {batch:?} is new") };
-            assert!(lease.token() > last_token, "G3: {} after {last_token}", lease.token());
-            last_token = lease.token();
+            assert!(lease.token().get() > last_token, "G3: {} after {last_token}", lease.token().get());
+            last_token = lease.token().get();
             leases.push((lease, result(self.number, delivery)));
         }
-        batch.started_ms = self.clock.wall_ms();
+        batch.started_ms = self.clock.wall().as_unix_ms();
         let completed = self.store.complete_batch(leases).wait();
         assert!(completed.iter().all(Result::is_ok), "{completed:?}");
-        batch.ended_ms = self.clock.wall_ms();
+        batch.ended_ms = self.clock.wall().as_unix_ms();
         file.write_all(done_line(&batch, last_token).as_bytes()).unwrap();
         self.ledger.last_token = last_token;
         self.ledger.known.push_back(batch);
@@ -253,7 +253,7 @@ impl Worker<'_> {
 
     /// The batch whose window ends about now, if there is one.
     fn ending(&self) -> Option<Batch> {
-        let began_ms = self.clock.wall_ms().checked_sub(self.window_ms)?;
+        let began_ms = self.clock.wall().as_unix_ms().checked_sub(self.window_ms)?;
         let place = self.ledger.known.partition_point(|batch| batch.ended_ms < began_ms);
         self.ledger.known.get(place).copied()
     }
@@ -264,13 +264,13 @@ impl Worker<'_> {
         let drawn = known[rng.random_range(0..known.len())];
         let batch = if rng.random_bool(0.3) { self.ending().unwrap_or(drawn) } else { drawn };
         // What it acquires is dropped, and stays in memory for a window: few of those.
-        let passed = self.clock.wall_ms() >= batch.started_ms + self.window_ms;
+        let passed = self.clock.wall().as_unix_ms() >= batch.started_ms + self.window_ms;
         if rng.random_bool(0.5) && !passed {
             self.claim_again(batch, BATCH as usize);
         } else if rng.random_bool(0.05) {
             self.claim_again(batch, 8);
         } else {
-            self.check(batch).wait();
+            self.check(batch);
         }
         let never = (0..32).map(|_| key(self.number, rng.random_range(1 << 50..1 << 51)));
         for check in self.store.check_batch(never).wait().unwrap() {
@@ -310,14 +310,14 @@ fn child() {
                 let mut worker = Worker { number, store, clock, window_ms, ledger: Ledger::read(&path) };
                 worker.settle_doubt();
                 // What was acknowledged last is what a crash is most likely to lose.
-                worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch).wait());
-                worker.ledger.trim(clock.wall_ms(), window_ms);
+                worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch));
+                worker.ledger.trim(clock.wall().as_unix_ms(), window_ms);
                 let mut file = worker.ledger.rewrite(&path);
                 let mut tokens = tokens_before;
                 loop {
                     worker.deliver(&mut file, tokens);
                     tokens = worker.ledger.last_token;
-                    worker.ledger.trim(clock.wall_ms(), window_ms);
+                    worker.ledger.trim(clock.wall().as_unix_ms(), window_ms);
                     let asked = if rng.random_bool(0.3) { worker.ask(&mut rng) } else { 0 };
                     let said = format!("@{BATCH} {asked}\n");
                     std::io::stdout().lock().write_all(said.as_bytes()).unwrap();
@@ -466,7 +466,7 @@ impl Soak {
             let mut worker = Worker { number, store: &store, clock: &clock, window_ms: self.window_ms, ledger };
             worker.settle_doubt();
             for batch in &worker.ledger.known {
-                worker.check(*batch).wait();
+                worker.check(*batch);
                 checked += BATCH;
             }
         }

@@ -124,7 +124,7 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
             let mut stream = Stream::new();
             stream.tick(START_MS);
             let at_ms = START_MS - 123;
-            stream.complete("k", at_ms).wait();
+            stream.complete("k", at_ms);
             if sealed {
                 stream.store().flush().unwrap();
             }
@@ -155,8 +155,8 @@ fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
             builder(&clock).window(hour * hours).bucket(hour * hours / 24).stream_time(hour).open(&path).unwrap()
         };
         let is_too_old = |store: &Store, key: &str, at_ms: u64| match store.claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait() {
-            Err(Error::Timestamp(TimestampError::TooOld { remembers_since_ms, .. })) => {
-                assert_eq!(remembers_since_ms, store.stats().remembers_since.as_unix_ms());
+            Err(Error::Timestamp(TimestampError::TooOld { remembers_since, .. })) => {
+                assert_eq!(remembers_since, store.stats().remembers_since);
                 true
             }
             Ok(Claim::Acquired(lease)) => {
@@ -198,14 +198,14 @@ fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
 #[test]
 fn a_check_says_what_a_claim_of_its_message_would_find_and_moves_nothing() {
     let stream = Stream::new();
-    stream.complete("k", START_MS).wait();
+    stream.complete("k", START_MS);
     stream.tick(START_MS + WINDOW_MS / 2);
     // A claim of this message would take stream time along, by as much as it may.
     let ahead_ms = START_MS + WINDOW_MS;
     assert_eq!((stream.answer("k", ahead_ms - 1), stream.answer("k", ahead_ms)), ("completed", "new"));
     assert_eq!((stream.now_ms(), stream.answer("k", START_MS)), (START_MS + WINDOW_MS / 2, "completed"));
     let claimed = stream.acquire("k", ahead_ms);
-    assert_eq!((claimed.attempt(), stream.now_ms()), (1, ahead_ms));
+    assert_eq!((claimed.attempt().number(), stream.now_ms()), (1, ahead_ms));
     assert_eq!(stream.answer("k", START_MS), "in progress");
 }
 
@@ -219,7 +219,7 @@ fn the_work_may_take_longer_than_the_window_and_the_key_still_gets_its_messages_
     assert_eq!(stream.answer("k", START_MS), "in progress", "however far the stream has come");
     lease.complete("r").wait().unwrap();
     assert_eq!(stream.answer("k", START_MS), "too old");
-    assert_eq!(stream.store().get("k").unwrap(), None);
+    assert_eq!(stream.store().inspect("k").wait().unwrap(), None);
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
     stream.store().flush().unwrap();
     let bucket = late_ms - late_ms % 1_000;
     let buckets = stream.store().stats().buckets;
-    assert!(buckets.iter().any(|stats| stats.start_ms == bucket && stats.keys == 1), "{buckets:?}");
+    assert!(buckets.iter().any(|stats| stats.start.as_unix_ms() == bucket && stats.keys == 1), "{buckets:?}");
     stream.reopen();
     assert_eq!(stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
     stream.tick(late_ms + WINDOW_MS - 1);
@@ -245,7 +245,7 @@ fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
     assert_eq!(stream.answer("late", late_ms), "too old");
     stream.tick(bucket + 1_000 + WINDOW_MS);
     stream.store().flush().unwrap();
-    assert!(stream.store().stats().buckets.iter().all(|stats| stats.start_ms > bucket));
+    assert!(stream.store().stats().buckets.iter().all(|stats| stats.start.as_unix_ms() > bucket));
 }
 
 #[test]
@@ -259,8 +259,8 @@ fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate()
         stream.store().check(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
         stream.store().claim_batch(([("old", old_ms)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap().pop().unwrap().map(drop),
     ] {
-        let Err(Error::Timestamp(TimestampError::TooOld { key, at_ms, remembers_since_ms })) = answer else { panic!("{answer:?}") };
-        assert_eq!((key.as_str(), at_ms, remembers_since_ms), ("\"old\"", old_ms, old_ms + 1));
+        let Err(Error::Timestamp(TimestampError::TooOld { key, at, remembers_since })) = answer else { panic!("{answer:?}") };
+        assert_eq!((key.as_str(), at.as_unix_ms(), remembers_since.as_unix_ms()), ("\"old\"", old_ms, old_ms + 1));
     }
     assert_eq!(stream.answer("old", old_ms + 1), "new");
     assert_eq!((stream.store().stats().too_old, stream.now_ms()), (3, START_MS), "a check counts nothing");
@@ -269,7 +269,7 @@ fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate()
 #[test]
 fn what_is_known_answers_before_the_age_of_the_message() {
     let stream = Stream::with(OnInterrupt::Hold);
-    stream.complete("done", START_MS).wait();
+    stream.complete("done", START_MS);
     drop(stream.acquire("held", START_MS));
     let alive = stream.acquire("alive", START_MS);
     stream.tick(START_MS + AHEAD_MS);
@@ -278,7 +278,7 @@ fn what_is_known_answers_before_the_age_of_the_message() {
     assert_eq!(stream.answer("held", old_ms), "in progress");
     assert_eq!(stream.answer("alive", old_ms), "in progress");
     alive.release().wait().unwrap();
-    assert_eq!(stream.acquire("alive", old_ms).attempt(), 2, "work that is known not to be done");
+    assert_eq!(stream.acquire("alive", old_ms).attempt().number(), 2, "work that is known not to be done");
     stream.tick(START_MS + 2 * AHEAD_MS);
     assert_eq!(stream.answer("done", START_MS), "too old");
     assert_eq!(stream.answer("held", START_MS), "in progress", "a decision does not run out");
@@ -329,7 +329,7 @@ fn last_year_is_replayed_as_it_was_lived() {
 fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
     let mut stream = Stream::new();
     for second in 0..60 {
-        stream.complete(&format!("k{second}"), START_MS + second * 1_000).wait();
+        stream.complete(&format!("k{second}"), START_MS + second * 1_000);
     }
     stream.store().close().wait().unwrap();
     stream.clock.advance(Duration::from_millis(DAY_MS));
@@ -338,13 +338,13 @@ fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
     for second in 51..60 {
         assert_eq!(stream.answer(&format!("k{second}"), START_MS + second * 1_000), "completed");
     }
-    stream.complete("k60", START_MS + 60_000).wait();
+    stream.complete("k60", START_MS + 60_000);
 }
 
 #[test]
 fn one_stray_message_takes_nothing_along() {
     let stream = Stream::new();
-    stream.complete("k", START_MS).wait();
+    stream.complete("k", START_MS);
     for round in 1..50 {
         let stray = ["a", "b", "c"][round % 3];
         let stray_ms = START_MS + [DAY_MS, 30 * DAY_MS, AHEAD_MS + 1_000][round % 3];
@@ -356,12 +356,12 @@ fn one_stray_message_takes_nothing_along() {
     assert_eq!(stream.now_ms(), START_MS + 49);
     assert_eq!(stream.answer("k", START_MS), "completed");
     assert_eq!(stream.store().stats().too_far_ahead, 49);
-    let Err(Error::Timestamp(TimestampError::TooFarAhead { key, at_ms, stream_ms, max_ahead, in_future })) =
+    let Err(Error::Timestamp(TimestampError::TooFarAhead { key, at, stream_time, max_ahead, in_future })) =
         stream.store().claim(Key::from("a").at(Timestamp::from_unix_ms(START_MS + DAY_MS))).wait()
     else {
         panic!("it is still a stray")
     };
-    assert_eq!((key.as_str(), at_ms, stream_ms), ("\"a\"", START_MS + DAY_MS, START_MS + 49));
+    assert_eq!((key.as_str(), at.as_unix_ms(), stream_time.as_unix_ms()), ("\"a\"", START_MS + DAY_MS, START_MS + 49));
     assert_eq!((max_ahead, in_future), (Duration::from_millis(AHEAD_MS), false));
 }
 
@@ -380,7 +380,7 @@ fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
 #[test]
 fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() {
     let stream = Stream::new();
-    stream.complete("k", START_MS).wait();
+    stream.complete("k", START_MS);
     let monday_ms = START_MS + 3 * DAY_MS;
     assert!(stream.is_too_far_ahead("first", monday_ms));
     assert!(!stream.is_too_far_ahead("second", monday_ms + 700));
@@ -463,17 +463,17 @@ fn messages_of_the_future_stay_out_however_many_they_are() {
 #[test]
 fn an_operator_can_take_stream_time_along() {
     let mut stream = Stream::new();
-    stream.complete("k", START_MS).wait();
+    stream.complete("k", START_MS);
     let future_ms = TODAY_MS + DAY_MS;
     assert!(stream.is_too_far_ahead("future", future_ms));
-    stream.store().advance_stream_time(future_ms - 1_000).wait().unwrap();
+    stream.store().advance_stream_time(Timestamp::from_unix_ms(future_ms - 1_000)).wait().unwrap();
     assert!(!stream.is_too_far_ahead("future", future_ms));
     assert_eq!(stream.answer("k", START_MS), "too old");
-    stream.store().advance_stream_time(START_MS).wait().unwrap();
+    stream.store().advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait().unwrap();
     assert_eq!(stream.now_ms(), future_ms, "it never goes back");
-    stream.store().advance_stream_time(future_ms + 5).wait().unwrap();
+    stream.store().advance_stream_time(Timestamp::from_unix_ms(future_ms + 5)).wait().unwrap();
     for another_unit in [future_ms * 1_000, u64::MAX] {
-        let refused = stream.store().advance_stream_time(another_unit).wait();
+        let refused = stream.store().advance_stream_time(Timestamp::from_unix_ms(another_unit)).wait();
         assert!(matches!(refused, Err(Error::Config { option: "advance_stream_time", .. })), "{refused:?}");
     }
     stream.reopen();
@@ -483,9 +483,9 @@ fn an_operator_can_take_stream_time_along() {
 #[test]
 fn the_wall_clock_ages_nothing_and_brings_nothing_back() {
     let mut stream = Stream::new();
-    stream.complete("k", START_MS).wait();
+    stream.complete("k", START_MS);
     for wall_ms in [0, TODAY_MS, START_MS - 1, TODAY_MS + 10_000 * DAY_MS, u64::MAX, 5] {
-        stream.clock.set_wall_ms(wall_ms);
+        stream.clock.set_wall(Timestamp::from_unix_ms(wall_ms));
         assert_eq!((stream.answer("k", START_MS), stream.now_ms()), ("completed", START_MS), "at {wall_ms}");
         stream.reopen();
         stream.store().flush().unwrap();
@@ -503,7 +503,7 @@ fn leases_and_backoffs_run_on_monotonic_time() {
     let mut stream = Stream::new();
     let _lease = stream.acquire("leased", START_MS);
     stream.acquire("released", START_MS).release().after(Duration::from_secs(5)).wait().unwrap();
-    stream.clock.set_wall_ms(0);
+    stream.clock.set_wall(Timestamp::from_unix_ms(0));
     stream.tick(START_MS + AHEAD_MS);
     let retry_after = |key: &str| match stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS))).wait().unwrap() {
         Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
@@ -530,14 +530,14 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
     stream.tick(START_MS + 3_000);
     stream.reopen();
     drop(crashed);
-    let since: Vec<u64> = stream.store().held().wait().unwrap().iter().map(|held| held.since_ms).collect();
+    let since: Vec<u64> = stream.store().held().wait().unwrap().iter().map(|held| held.since.as_unix_ms()).collect();
     assert_eq!(since, [START_MS + 100, START_MS + 200]);
     for key in ["crashed", "dropped"] {
         stream.store().resolve(key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
     }
     stream.store().flush().unwrap();
     let completed_at = |key, at_ms| match stream.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
-        KeyStatus::Completed(completed) => Completed::completed_at_ms(&completed),
+        KeyStatus::Completed(completed) => completed.completed_at().as_unix_ms(),
         other => panic!("{key}: {other:?}"),
     };
     assert_eq!(completed_at("crashed", START_MS + 100), START_MS + 100);
@@ -562,8 +562,8 @@ fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
     assert!(matches!(store.claim_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert!(matches!(store.record_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert!(matches!(store.check_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
-    stream.complete("k", START_MS).wait();
-    assert!(store.get("k").unwrap().is_some() && store.forget("k").wait().unwrap(), "which are not about messages");
+    stream.complete("k", START_MS);
+    assert!(store.inspect("k").wait().unwrap().is_some() && store.forget("k").wait().unwrap(), "which are not about messages");
     store.close().wait().unwrap();
     // It stays what it is, and keeps its bound.
     let store = builder(&stream.clock).open(stream.path()).unwrap();
@@ -577,7 +577,7 @@ fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
     assert!(matches!(store.claim(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
     assert!(matches!(store.check(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
     assert!(matches!(store.record_batch(([("k", START_MS)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
-    assert!(matches!(store.advance_stream_time(START_MS).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
+    assert!(matches!(store.advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
     store.close().wait().unwrap();
     let refused = builder(&stream.clock).stream_time(Duration::from_secs(1)).open(&path);
     assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
@@ -713,8 +713,8 @@ impl Model {
         });
         let context = format!("{key} of {at_ms} at {now_ms}, which is {known:?}");
         let taken_at_ms = match (is_let_in, known, claim) {
-            (false, _, Err(Error::Timestamp(TimestampError::TooFarAhead { stream_ms, in_future: false, .. }))) => {
-                assert_eq!(stream_ms, now_ms, "{context}");
+            (false, _, Err(Error::Timestamp(TimestampError::TooFarAhead { stream_time, in_future: false, .. }))) => {
+                assert_eq!(stream_time.as_unix_ms(), now_ms, "{context}");
                 return;
             }
             (true, Some(Known::Completed { at_ms, result }), Ok(Claim::Completed(first))) => {
@@ -729,9 +729,9 @@ impl Model {
                 assert_eq!(lease.attempt().number(), attempt + 1, "{context}");
                 (lease, at_ms.max(*left_ms))
             }
-            (true, None, Err(Error::Timestamp(TimestampError::TooOld { at_ms: said_ms, remembers_since_ms, .. }))) => {
+            (true, None, Err(Error::Timestamp(TimestampError::TooOld { at, remembers_since, .. }))) => {
                 assert!(!counts(at_ms), "{context}");
-                assert_eq!((said_ms, remembers_since_ms), (at_ms, now_ms - WINDOW_MS + 1), "{context}");
+                assert_eq!((at.as_unix_ms(), remembers_since.as_unix_ms()), (at_ms, now_ms - WINDOW_MS + 1), "{context}");
                 return;
             }
             (true, None, Ok(Claim::Acquired(lease))) => {
@@ -742,7 +742,7 @@ impl Model {
             (_, _, other) => panic!("{context}, was answered {other:?}"),
         };
         let (lease, at_ms) = taken_at_ms;
-        let (token, attempt) = (lease.token(), lease.attempt().number());
+        let (token, attempt) = (lease.token().get(), lease.attempt().number());
         self.known.insert(key.to_owned(), Known::Leased { token, attempt, at_ms });
         self.leases.push((key.to_owned(), lease));
     }
@@ -753,7 +753,7 @@ impl Model {
         }
         let (key, lease) = self.leases.swap_remove(rng.random_range(0..self.leases.len()));
         let Some(Known::Leased { token, attempt, at_ms }) = self.known.get(&key).cloned() else { panic!("{key}") };
-        assert_eq!(token, lease.token());
+        assert_eq!(token, lease.token().get());
         let after = match rng.random_range(0..5) {
             0 => {
                 drop(lease);
@@ -802,11 +802,11 @@ fn random_streams_are_answered_as_a_plain_map_would() {
             match rng.random_range(0..100) {
                 0..=63 => {
                     let key = keys.choose(&mut rng).unwrap();
-                    model.claim(&mut rng, key).wait();
+                    model.claim(&mut rng, key);
                 }
                 64..=89 => model.end_a_lease(&mut rng),
                 90..=94 => model.stream.store().flush().unwrap(),
-                95..=97 => model.stream.clock.set_wall_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS)),
+                95..=97 => model.stream.clock.set_wall(Timestamp::from_unix_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS))),
                 _ => model.reopen(),
             }
         }

@@ -176,7 +176,7 @@ impl Chronicle {
         let Claim::Acquired(lease) = store.claim("nobody spoke of this").wait().unwrap() else {
             panic!("G2: a key is blocked")
         };
-        found.token = lease.token();
+        found.token = lease.token().get();
         lease.release().wait().unwrap();
         found
     }

@@ -136,7 +136,7 @@ impl Oracle {
     fn before(&self, key: usize) -> Before {
         let history = self.history(key);
         Before {
-            wall_ms: self.clock.wall_ms(),
+            wall_ms: self.clock.wall().as_unix_ms(),
             monotonic_ms: self.clock.monotonic_ms(),
             newest_token: self.newest_token.load(Ordering::SeqCst),
             done: history.done,
@@ -150,12 +150,12 @@ impl Oracle {
     /// The completion that the answer of a call must tell of, if there is one.
     fn must_tell(&self, history: &History, before: &Before) -> Option<Done> {
         let done = before.done.filter(|_| history.forgets == before.forgets)?;
-        (self.clock.wall_ms() < done.from_ms + self.window_ms).then_some(done)
+        (self.clock.wall().as_unix_ms() < done.from_ms + self.window_ms).then_some(done)
     }
 
     fn judge_completed(&self, key: usize, before: &Before, answer: &Completed) {
         let mut history = self.history(key);
-        let (token, at_ms) = (answer.token(), answer.completed_at().as_unix_ms());
+        let (token, at_ms) = (answer.token().get(), answer.completed_at().as_unix_ms());
         let name = name(key);
         if let Some(result) = answer.result() {
             assert!(result == self.result(key, token), "{name}: the result of {token} is another's");
@@ -186,7 +186,7 @@ impl Oracle {
 
     fn judge_acquired(&self, key: usize, before: &Before, lease: Lease) -> Work {
         self.judge_unfinished(key, before, "acquired");
-        let (name, token, now_ms) = (name(key), lease.token(), self.clock.monotonic_ms());
+        let (name, token, now_ms) = (name(key), lease.token().get(), self.clock.monotonic_ms());
         assert!(token > before.newest_token, "G3: {name}: {token} after {}", before.newest_token);
         self.newest_token.fetch_max(token, Ordering::SeqCst);
         let ours = Holder { token, alive_until_ms: before.monotonic_ms + self.lease_ms };
@@ -254,7 +254,7 @@ impl Oracle {
     /// From here on others may come by the key.
     fn let_go(&self, work: &Work) -> Before {
         let before = self.before(work.key);
-        let token = work.lease.token();
+        let token = work.lease.token().get();
         self.history(work.key).holders.retain(|holder| holder.token != token);
         before
     }
@@ -273,7 +273,7 @@ impl Oracle {
     }
 
     fn note_done(&self, key: usize, before: &Before, token: Option<u64>) {
-        let done = Done { token, from_ms: before.wall_ms, to_ms: self.clock.wall_ms() };
+        let done = Done { token, from_ms: before.wall_ms, to_ms: self.clock.wall().as_unix_ms() };
         let mut history = self.history(key);
         if before.forgetting > 0 || history.forgets != before.forgets {
             // Whether it or the forgetting came last is open.
@@ -290,7 +290,7 @@ impl Oracle {
     }
 
     fn alive_until_ms(&self, work: &Work) -> u64 {
-        let token = work.lease.token();
+        let token = work.lease.token().get();
         let history = self.history(work.key);
         history.holders.iter().find(|holder| holder.token == token).unwrap().alive_until_ms
     }
@@ -298,7 +298,7 @@ impl Oracle {
     pub fn complete(&self, work: Work) -> bool {
         let alive_until_ms = self.alive_until_ms(&work);
         let before = self.let_go(&work);
-        let (key, token) = (work.key, work.lease.token());
+        let (key, token) = (work.key, work.lease.token().get());
         let outcome = work.lease.complete(self.result(key, token)).wait().map_err(|error| error.into_parts().0);
         self.judge_completion(key, &before, token, alive_until_ms, outcome)
     }
@@ -323,7 +323,7 @@ impl Oracle {
         let mut begun = Vec::new();
         let mut leases = Vec::new();
         for work in works {
-            let (key, token, alive_until_ms) = (work.key, work.lease.token(), self.alive_until_ms(&work));
+            let (key, token, alive_until_ms) = (work.key, work.lease.token().get(), self.alive_until_ms(&work));
             begun.push((key, token, alive_until_ms, self.let_go(&work)));
             leases.push((work.lease, self.result(key, token)));
         }
@@ -352,7 +352,7 @@ impl Oracle {
     pub fn renew(&self, mut work: Work) -> Option<Work> {
         let alive_until_ms = self.alive_until_ms(&work);
         let now_ms = self.clock.monotonic_ms();
-        let token = work.lease.token();
+        let token = work.lease.token().get();
         if !self.judge_settled(work.key, alive_until_ms, work.lease.renew()) {
             self.let_go(&work);
             return None;
@@ -426,19 +426,19 @@ impl Oracle {
         match pick(20) {
             0..=6 => {
                 let key = pick(keys);
-                held.extend(self.claim(key).wait());
+                held.extend(self.claim(key));
             }
             7..=9 => {
                 let keys = (0..=pick(4)).map(|_| pick(keys)).collect();
-                held.extend(self.claim_batch(&keys).wait());
+                held.extend(self.claim_batch(&keys));
             }
-            10 | 11 => self.check(pick(keys)).wait(),
-            12 => self.record(pick(keys)).wait(),
+            10 | 11 => self.check(pick(keys)),
+            12 => self.record(pick(keys)),
             13 => {
                 let keys = (0..=pick(4)).map(|_| pick(keys)).collect();
-                self.record_batch(&keys).wait();
+                self.record_batch(&keys);
             }
-            14 => self.forget(pick(keys)).wait(),
+            14 => self.forget(pick(keys)),
             15 if !held.is_empty() => {
                 let work = held.swap_remove(pick(held.len()));
                 held.extend(self.renew(work));
@@ -447,11 +447,11 @@ impl Oracle {
         }
         while !held.is_empty() && (held.len() > 8 || pick(3) > 0) {
             match pick(8) {
-                0 => self.release(held.swap_remove(pick(held.len()))).wait(),
+                0 => self.release(held.swap_remove(pick(held.len()))),
                 1 => self.abandon(held.swap_remove(pick(held.len()))),
-                2 | 3 => self.complete_batch(std::mem::take(held)).wait(),
+                2 | 3 => self.complete_batch(std::mem::take(held)),
                 _ => {
-                    self.complete(held.swap_remove(pick(held.len()))).wait();
+                    self.complete(held.swap_remove(pick(held.len())));
                 }
             }
         }

@@ -235,7 +235,7 @@ pub fn child() {
         let store = builder.open(variable(STORE)).unwrap();
         // Somebody may have died here whose last words did not count, and the store knows their time.
         // The listener knows nothing of the store's time: it goes by the wall clock, which must not be tolerated beside it.
-        clock.set_wall_ms(store.stats().now.as_unix_ms());
+        clock.set_wall(Timestamp::from_unix_ms(store.stats().now.as_unix_ms()));
         say("@open\n");
         let seed = seed + opening;
         let stage = &Stage {
@@ -307,7 +307,7 @@ impl Stage<'_> {
     }
 
     fn now_ms(&self) -> u64 {
-        onlyonce::Clock::wall_ms(self.clock)
+        onlyonce::Clock::wall(self.clock).as_unix_ms()
     }
 
     /// A claim of one key, said where it was given.
@@ -319,7 +319,7 @@ impl Stage<'_> {
 
     fn say_got(&self, key: &str, lease: &Lease) {
         let prior = lease.attempt().prior().map_or("none".to_owned(), |prior| format!("{prior:?}"));
-        say(&format!("@got {key} {} {prior} {}\n", lease.token(), self.now_ms()));
+        say(&format!("@got {key} {} {prior} {}\n", lease.token().get(), self.now_ms()));
     }
 
     /// Completes leases of these keys with padded results, and says so before and after. One alone takes a message and an
@@ -327,19 +327,17 @@ impl Stage<'_> {
     fn complete(&self, leases: Vec<(String, Lease)>, padding: usize) {
         let started = self.now_ms();
         let tried: String =
-            leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token())).collect();
+            leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token().get())).collect();
         say(&tried);
-        let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
+        let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token().get())).collect();
         let (keys, mut leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
         let completed = if let (1, [key], [result]) = (leases.len(), &keys[..], &results[..]) {
             let lease = leases.remove(0);
-            let token = lease.token();
+            let token = lease.token().get();
             let padded = format!("{result}{}{WITH_MORE}", ".".repeat(padding));
-            let completed = lease.complete_with(padded, |tx| {
-                tx.set_offset(key, 0, token).wait();
-                tx.enqueue("torture", key, result);
-            });
-            vec![completed]
+            let completion =
+                Completion::new(padded).offset(key.as_str(), 0, token).message("torture", key.as_str(), result.as_str());
+            vec![lease.complete(completion).wait()]
         } else {
             let padded = results.iter().map(|result| format!("{result}{}", ".".repeat(padding)));
             self.store.complete_batch(leases.into_iter().zip(padded)).wait()
@@ -371,7 +369,7 @@ pub type Messages = BTreeSet<(String, String)>;
 
 pub fn messages(store: &Store) -> Messages {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    store.outbox(usize::MAX).wait().unwrap().into_iter().map(|message| (text(message.key), text(message.bytes))).collect()
+    store.outbox(usize::MAX).wait().unwrap().into_iter().map(|message| (text(message.key), text(message.payload))).collect()
 }
 
 /// What a completion took along must be there with it.
@@ -384,9 +382,9 @@ pub fn has_come_along(store: &Store, messages: &Messages, key: &str, first: &Com
         return Err(format!("G1: {key} is completed with {result}, and its message is not there"));
     }
     // Under `Disk` each question syncs.
-    if first.token().is_multiple_of(16) {
+    if first.token().get().is_multiple_of(16) {
         let offset = store.offset(key, 0).wait().unwrap();
-        if offset != Some(first.token()) {
+        if offset != Some(first.token().get()) {
             return Err(format!("G1: {key} is completed with {result}, and its offset is {offset:?}"));
         }
     }
@@ -463,7 +461,7 @@ fn work(stage: &Stage<'_>, mut rng: StdRng, worker: &str) {
             _ => {
                 // Now and then over several pages and blocks of the log.
                 let padding = if rng.random_bool(0.01) { rng.random_range(0..100_000) } else { 0 };
-                stage.complete(leases, padding).wait();
+                stage.complete(leases, padding);
             }
         }
     }
@@ -473,11 +471,11 @@ fn work(stage: &Stage<'_>, mut rng: StdRng, worker: &str) {
 fn forget_own(stage: &Stage<'_>, rng: &mut StdRng, own: &mut VecDeque<String>) {
     let key = if rng.random_bool(0.5) { own.pop_front() } else { own.pop_back() };
     let Some(key) = key else { return };
-    stage.forget(&key).wait();
+    stage.forget(&key);
     if rng.random_bool(0.5) {
         let lease = stage.acquire(&key).expect("a forgotten key is free");
         assert_eq!(lease.attempt().prior(), None, "and its next claim is its first");
-        stage.complete(vec![(key.clone(), lease)], 0).wait();
+        stage.complete(vec![(key.clone(), lease)], 0);
         own.push_back(key);
     }
 }
@@ -488,9 +486,9 @@ fn forget_fought_over(stage: &Stage<'_>, rng: &mut StdRng) {
     let key = format!("h{}", rng.random_range(0..4));
     let Some(lease) = stage.acquire(&key) else { return };
     let _standing_still = stage.standing_still.lock().unwrap();
-    stage.complete(vec![(key.clone(), lease)], 0).wait();
+    stage.complete(vec![(key.clone(), lease)], 0);
     if rng.random_bool(0.9) {
-        stage.forget(&key).wait();
+        stage.forget(&key);
     }
 }
 
@@ -685,9 +683,9 @@ impl Oracle {
         let left = self.said.iter().find(|(_, said)| **said == Said::Left).map(|(key, _)| key.clone());
         if let Some(key) = left {
             let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("G2: {key} can be claimed") };
-            assert!(lease.token() > self.last_token, "G3: {} after {}", lease.token(), self.last_token);
+            assert!(lease.token().get() > self.last_token, "G3: {} after {}", lease.token().get(), self.last_token);
             assert_ne!(lease.attempt().prior(), Some(PriorAttempt::LeaseExpired));
-            self.last_token = lease.token();
+            self.last_token = lease.token().get();
             lease.release().wait().unwrap();
         }
     }
