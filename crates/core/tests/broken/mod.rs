@@ -8,8 +8,8 @@ use onlyonce_core::conformance::{Factory, Setup, Subject};
 use onlyonce_core::testing::MemoryStore;
 use onlyonce_core::{
     Answers, AttemptInfo, BoxFuture, Claim, Completion, Engine, EngineStats, Error, FencingToken, Finish, Grant,
-    HeldKey, KeepAlive, Key, KeyStatus, Limits, Message, MessageId, OnInterrupt, RecordOutcome, Resolution, Result,
-    StoredKey, Timestamp,
+    HeldKey, KeepAlive, Key, KeyStatus, Limits, Message, MessageId, OnInterrupt, RecordOutcome, Release, Resolution,
+    Result, SideWrites, StoredKey, Timestamp,
 };
 
 use crate::PausedClock;
@@ -18,13 +18,16 @@ use crate::PausedClock;
 pub(crate) enum Rule {
     ALeasedKeyIsAcquired,
     AnswersAreReversed,
+    CallsWithoutKeysFail,
     TokensAreReused,
     AttemptsAreNotCounted,
     ResultsAreEmpty,
+    EmptyResultsAreLeftOut,
+    SideWritesComeFirst,
     LateFinishersSucceed,
     LateCompletionsAreRejected,
     RepeatedCompletionsAreRejected,
-    RepeatedCompletionsStoreOffsets,
+    RepeatedCompletionsStoreSideWrites,
     OffsetsAreStoredAfterARejection,
     MessagesOfARejectionAreStored,
     DropsAreIgnored,
@@ -37,9 +40,12 @@ pub(crate) enum Rule {
     DroppedClaimsKeepTheirLease,
     LeasesAreNotKept,
     LossesAreNotReported,
+    LossesAreReportedAtOnce,
     RenewalsOfDroppedLeasesSucceed,
     PayloadsAreIgnored,
     OwnWindowsAreIgnored,
+    WindowsNeverEnd,
+    WindowsAreHalved,
     WindowsAreAMillisecondLonger,
     WindowsAreAMillisecondShorter,
     DuplicatesInABatchAreRecorded,
@@ -56,65 +62,99 @@ pub(crate) enum Rule {
     InvalidKeysFailAlone,
     StraysAdvanceStreamTime,
     StreamTimeIsMissing,
+    TimestampsAreIgnored,
     StatsAreZero,
     CallsPanic,
     CallsHang,
 }
 
-/// Each rule, and the check that must fail.
-pub(crate) const RULES: &[(Rule, &str)] = &[
-    (Rule::ALeasedKeyIsAcquired, "one_of_racing_claims_acquires_the_key"),
-    (Rule::AnswersAreReversed, "answers_follow_the_order_of_the_keys"),
-    (Rule::TokensAreReused, "every_lease_has_a_higher_token_than_the_leases_before_it"),
-    (Rule::AttemptsAreNotCounted, "a_released_key_is_acquired_again"),
-    (Rule::ResultsAreEmpty, "a_completed_key_answers_with_its_result"),
-    (Rule::LateFinishersSucceed, "a_lease_that_was_taken_over_is_superseded"),
-    (Rule::LateFinishersSucceed, "after_a_resolution_as_completed_the_old_holder_is_superseded"),
-    (Rule::LateCompletionsAreRejected, "a_late_completion_is_accepted_if_no_claim_came_first"),
-    (Rule::LateCompletionsAreRejected, "a_late_completion_of_a_held_key_is_accepted"),
-    (Rule::RepeatedCompletionsAreRejected, "a_repeated_completion_succeeds_and_changes_nothing"),
-    (Rule::RepeatedCompletionsStoreOffsets, "a_repeated_completion_succeeds_and_changes_nothing"),
-    (Rule::OffsetsAreStoredAfterARejection, "after_a_rejected_completion_its_call_stores_messages_and_no_offsets"),
-    (Rule::MessagesOfARejectionAreStored, "a_rejected_completion_stores_no_side_writes"),
-    (Rule::DropsAreIgnored, "a_dropped_lease_frees_its_key"),
-    (Rule::DropsAreIgnored, "a_drop_ends_a_wait"),
-    (Rule::DropsEndOtherLeases, "a_drop_after_a_takeover_changes_nothing"),
-    (Rule::ReleasesForgetTheDoubt, "a_release_reports_that_the_effect_may_have_happened"),
-    (Rule::ReleasesForgetTheDoubt, "a_release_in_doubt_keeps_the_payload"),
-    (Rule::ReleasesKeepTheAttempts, "a_release_can_reset_the_attempts"),
-    (Rule::BackoffsAreIgnored, "a_released_key_is_in_progress_until_its_backoff_is_over"),
-    (Rule::WaitsDoNotEndEarly, "a_completion_ends_a_wait"),
-    (Rule::WaitsDoNotEndEarly, "the_end_of_a_lease_ends_a_wait"),
-    (Rule::WaitsDoNotWait, "a_wait_ends_at_its_limit"),
-    (Rule::DroppedClaimsKeepTheirLease, "a_claim_that_was_dropped_gives_its_lease_back"),
-    (Rule::LeasesAreNotKept, "a_kept_lease_does_not_expire"),
-    (Rule::LossesAreNotReported, "a_lease_that_was_taken_over_is_lost"),
-    (Rule::RenewalsOfDroppedLeasesSucceed, "a_dropped_lease_is_not_renewed"),
-    (Rule::PayloadsAreIgnored, "another_payload_is_rejected_while_the_key_is_leased_or_completed"),
-    (Rule::OwnWindowsAreIgnored, "a_key_with_a_shorter_window_is_forgotten_earlier"),
-    (Rule::WindowsAreAMillisecondLonger, "a_completed_key_is_forgotten_when_its_window_is_over"),
-    (Rule::WindowsAreAMillisecondShorter, "a_completed_key_is_forgotten_when_its_window_is_over"),
-    (Rule::DuplicatesInABatchAreRecorded, "a_key_that_occurs_twice_in_a_batch_is_recorded_once"),
-    (Rule::RecordsOfLeasedKeysSucceed, "a_leased_key_is_not_recorded"),
-    (Rule::ChecksClaim, "an_absent_key_is_acquired_as_the_first_attempt"),
-    (Rule::HeldKeysAreListedInReverse, "an_interrupted_key_is_held"),
-    (Rule::HeldKeysAreFreed, "a_held_key_is_not_forgotten_by_time"),
-    (Rule::HeldKeysAreForgotten, "a_held_key_can_be_forgotten_only_after_its_resolution"),
-    (Rule::LeasedKeysAreForgotten, "a_leased_key_is_not_forgotten"),
-    (Rule::MessagesAreListedInReverse, "messages_are_listed_in_the_order_of_their_completions"),
-    (Rule::MessagesAreNotRemoved, "removed_messages_are_gone_and_unknown_ids_are_ignored"),
-    (Rule::OffsetsNeverGoBack, "an_offset_can_be_stored_without_a_completion"),
-    (Rule::LimitsAreIgnored, "keys_in_progress_are_limited"),
-    (Rule::LimitsAreIgnored, "held_keys_are_limited"),
-    (Rule::LimitsAreIgnored, "a_result_over_the_limit_is_too_large"),
-    (Rule::LimitsAreIgnored, "keys_outside_the_limits_are_rejected_by_every_call"),
-    (Rule::InvalidKeysFailAlone, "an_invalid_key_fails_its_batch_and_changes_nothing"),
-    (Rule::StraysAdvanceStreamTime, "a_message_far_ahead_is_rejected_until_a_second_one_confirms_it"),
-    (Rule::StreamTimeIsMissing, "a_key_needs_the_timestamp_of_its_message"),
-    (Rule::StatsAreZero, "stats_count_the_keys_in_progress"),
-    (Rule::CallsPanic, "a_key_is_recorded_once"),
-    (Rule::CallsHang, "a_key_is_recorded_once"),
+/// Each rule, and the checks that must fail.
+pub(crate) const RULES: &[(Rule, &[&str])] = &[
+    (Rule::ALeasedKeyIsAcquired, &["one_of_racing_claims_acquires_the_key"]),
+    (Rule::AnswersAreReversed, &["answers_follow_the_order_of_the_keys"]),
+    (Rule::CallsWithoutKeysFail, &["a_call_without_keys_has_no_answers"]),
+    (Rule::TokensAreReused, &["every_lease_has_a_higher_token_than_the_leases_before_it"]),
+    (Rule::AttemptsAreNotCounted, &["a_released_key_is_acquired_again"]),
+    (Rule::ResultsAreEmpty, &["a_completed_key_answers_with_its_result"]),
+    (
+        Rule::LateFinishersSucceed,
+        &[
+            "a_lease_that_was_taken_over_is_superseded",
+            "a_completion_and_a_takeover_never_both_win",
+            "after_a_resolution_as_completed_the_old_holder_is_superseded",
+        ],
+    ),
+    (Rule::EmptyResultsAreLeftOut, &["an_empty_result_is_a_result"]),
+    (Rule::SideWritesComeFirst, &["a_completion_that_was_dropped_happened_or_did_not"]),
+    (
+        Rule::LateCompletionsAreRejected,
+        &["a_late_completion_is_accepted_if_no_claim_came_first", "a_late_completion_of_a_held_key_is_accepted"],
+    ),
+    (Rule::RepeatedCompletionsAreRejected, &["a_repeated_completion_succeeds_and_changes_nothing"]),
+    (
+        Rule::RepeatedCompletionsStoreSideWrites,
+        &[
+            "a_repeated_completion_succeeds_and_changes_nothing",
+            "a_lease_that_occurs_twice_in_a_call_is_completed_once",
+        ],
+    ),
+    (Rule::OffsetsAreStoredAfterARejection, &["after_a_rejected_completion_its_call_stores_messages_and_no_offsets"]),
+    (Rule::MessagesOfARejectionAreStored, &["a_rejected_completion_stores_no_side_writes"]),
+    (Rule::DropsAreIgnored, &["a_dropped_lease_frees_its_key", "a_drop_ends_a_wait"]),
+    (Rule::DropsEndOtherLeases, &["a_drop_after_a_takeover_changes_nothing"]),
+    (
+        Rule::ReleasesForgetTheDoubt,
+        &["a_release_reports_that_the_effect_may_have_happened", "a_release_in_doubt_keeps_the_payload"],
+    ),
+    (Rule::ReleasesKeepTheAttempts, &["a_release_can_reset_the_attempts"]),
+    (Rule::BackoffsAreIgnored, &["a_released_key_is_in_progress_until_its_backoff_is_over"]),
+    (Rule::WaitsDoNotEndEarly, &["a_completion_ends_a_wait", "the_end_of_a_lease_ends_a_wait"]),
+    (Rule::WaitsDoNotWait, &["a_wait_ends_at_its_limit"]),
+    (Rule::DroppedClaimsKeepTheirLease, &["a_claim_that_was_dropped_gives_its_lease_back"]),
+    (Rule::LeasesAreNotKept, &["a_kept_lease_does_not_expire"]),
+    (Rule::LossesAreNotReported, &["a_lease_that_was_taken_over_is_lost"]),
+    (Rule::LossesAreReportedAtOnce, &["a_renewal_that_is_not_lost_is_pending"]),
+    (Rule::RenewalsOfDroppedLeasesSucceed, &["a_dropped_lease_is_not_renewed"]),
+    (Rule::PayloadsAreIgnored, &["another_payload_is_rejected_while_the_key_is_leased_or_completed"]),
+    (Rule::OwnWindowsAreIgnored, &["a_key_with_a_shorter_window_is_forgotten_earlier"]),
+    (Rule::WindowsNeverEnd, &["an_expired_payload_binds_no_later_call"]),
+    (Rule::WindowsAreHalved, &["the_window_begins_with_the_completion"]),
+    (Rule::WindowsAreAMillisecondLonger, &["a_completed_key_is_forgotten_when_its_window_is_over"]),
+    (Rule::WindowsAreAMillisecondShorter, &["a_completed_key_is_forgotten_when_its_window_is_over"]),
+    (Rule::DuplicatesInABatchAreRecorded, &["a_key_that_occurs_twice_in_a_batch_is_recorded_once"]),
+    (Rule::RecordsOfLeasedKeysSucceed, &["a_leased_key_is_not_recorded"]),
+    (Rule::ChecksClaim, &["an_absent_key_is_acquired_as_the_first_attempt"]),
+    (Rule::HeldKeysAreListedInReverse, &["an_interrupted_key_is_held"]),
+    (Rule::HeldKeysAreFreed, &["a_held_key_is_not_forgotten_by_time"]),
+    (Rule::HeldKeysAreForgotten, &["a_held_key_can_be_forgotten_only_after_its_resolution"]),
+    (Rule::LeasedKeysAreForgotten, &["a_leased_key_is_not_forgotten"]),
+    (Rule::MessagesAreListedInReverse, &["messages_are_listed_in_the_order_of_their_completions"]),
+    (Rule::MessagesAreNotRemoved, &["removed_messages_are_gone_and_unknown_ids_are_ignored"]),
+    (Rule::OffsetsNeverGoBack, &["an_offset_can_be_stored_without_a_completion"]),
+    (
+        Rule::LimitsAreIgnored,
+        &[
+            "keys_in_progress_are_limited",
+            "held_keys_are_limited",
+            "a_result_over_the_limit_is_too_large",
+            "keys_outside_the_limits_are_rejected_by_every_call",
+        ],
+    ),
+    (Rule::InvalidKeysFailAlone, &["an_invalid_key_fails_its_batch_and_changes_nothing"]),
+    (Rule::StraysAdvanceStreamTime, &["a_message_far_ahead_is_rejected_until_a_second_one_confirms_it"]),
+    (Rule::StreamTimeIsMissing, &["a_key_needs_the_timestamp_of_its_message"]),
+    (Rule::TimestampsAreIgnored, &["a_store_on_its_clock_rejects_timestamps"]),
+    (Rule::StatsAreZero, &["stats_count_the_keys_in_progress"]),
+    (Rule::CallsPanic, &["a_key_is_recorded_once"]),
+    (Rule::CallsHang, &["a_key_is_recorded_once"]),
 ];
+
+impl Rule {
+    /// True if no call succeeds, so that all checks fail.
+    pub(crate) fn stops_every_call(self) -> bool {
+        matches!(self, Self::CallsPanic | Self::CallsHang)
+    }
+}
 
 pub(crate) struct BrokenFactory(pub(crate) Rule);
 
@@ -123,6 +163,8 @@ impl Factory for BrokenFactory {
         let rule = self.0;
         let millisecond = Duration::from_millis(1);
         match rule {
+            Rule::WindowsNeverEnd => setup.window = Duration::from_secs(1 << 28),
+            Rule::WindowsAreHalved => setup.window /= 2,
             Rule::WindowsAreAMillisecondLonger => setup.window += millisecond,
             Rule::WindowsAreAMillisecondShorter => setup.window -= millisecond,
             Rule::StreamTimeIsMissing => setup.max_ahead = None,
@@ -143,6 +185,13 @@ impl Factory for BrokenFactory {
     }
 }
 
+/// The key without payload, timestamp and window; as it is, if it is not valid.
+fn bare(key: &Key<'static>) -> Key<'static> {
+    let mut encoded = Vec::new();
+    let encoded = key.encode(usize::MAX, &mut encoded).map(|()| encoded);
+    encoded.ok().and_then(|encoded| Key::decode(&encoded)).unwrap_or_else(|| key.clone())
+}
+
 struct Broken {
     inner: MemoryStore,
     rule: Rule,
@@ -156,11 +205,8 @@ impl Broken {
     fn key(&self, key: Key<'static>) -> Key<'static> {
         match self.rule {
             Rule::OwnWindowsAreIgnored => key.window(Duration::MAX),
-            Rule::PayloadsAreIgnored if key.payload_fingerprint().is_some() => {
-                let mut encoded = Vec::new();
-                key.encode(usize::MAX, &mut encoded).unwrap();
-                Key::decode(&encoded).unwrap()
-            }
+            Rule::PayloadsAreIgnored if key.payload_fingerprint().is_some() => bare(&key),
+            Rule::TimestampsAreIgnored if !self.inner.limits().is_stream_time => bare(&key),
             _ => key,
         }
     }
@@ -194,6 +240,9 @@ impl Broken {
 
     async fn claim_all(&self, keys: Vec<Key<'static>>) -> Answers<Claim<Grant>> {
         let keys = self.keys(keys);
+        if keys.is_empty() && self.is(Rule::CallsWithoutKeysFail) {
+            return Err(Error::Closed);
+        }
         let answers = match self.rule {
             Rule::InvalidKeysFailAlone => {
                 let mut answers = Vec::new();
@@ -232,10 +281,20 @@ impl Broken {
                     return Err(grant.superseded());
                 }
             }
-            (Rule::RepeatedCompletionsStoreOffsets, Finish::Complete(completion)) => {
-                for offset in completion.side_writes().iter().flat_map(|it| &it.offsets) {
-                    self.inner.set_offset(&offset.stream, offset.partition, offset.offset).await?;
+            (Rule::RepeatedCompletionsStoreSideWrites, Finish::Complete(completion)) => {
+                if let Ok(Some(StoredKey::Completed(_))) = self.inner.inspect(grant.key.clone()).await {
+                    self.store(completion.side_writes().cloned()).await?;
                 }
+            }
+            (Rule::SideWritesComeFirst, Finish::Complete(completion)) => {
+                self.store(completion.side_writes().cloned()).await?;
+                tokio::task::yield_now().await;
+            }
+            (Rule::EmptyResultsAreLeftOut, Finish::Complete(completion)) if completion.result().is_empty() => {
+                let released = vec![(Arc::clone(&grant), Finish::Release(Release::default()))];
+                self.inner.finish(released).await.remove(0)?;
+                self.inner.record(vec![grant.key.clone()]).await?.remove(0)?;
+                return Ok(());
             }
             (Rule::OffsetsNeverGoBack, Finish::Complete(completion)) => {
                 for offset in completion.side_writes().iter().flat_map(|it| &it.offsets) {
@@ -271,15 +330,23 @@ impl Broken {
         match (self.rule, &answer) {
             (Rule::LateFinishersSucceed, Err(Error::Superseded { .. })) => Ok(()),
             (Rule::MessagesOfARejectionAreStored, Err(Error::Superseded { .. })) => {
-                let other = self.inner.claim(vec!["of the broken engine".into()]).await?.remove(0)?;
-                if let (Claim::Acquired(other), Some(side_writes)) = (other, side_writes) {
-                    let completion = Completion::new("").with_side_writes(side_writes);
-                    self.inner.finish(vec![(Arc::new(other), Finish::Complete(completion))]).await.remove(0)?;
-                }
+                self.store(side_writes).await?;
                 answer
             }
             _ => answer,
         }
+    }
+
+    /// Stores side writes with a key of the broken engine's own.
+    async fn store(&self, side_writes: Option<SideWrites>) -> Result<()> {
+        let key = Key::from("of the broken engine");
+        let claim = self.inner.claim(vec![key.clone()]).await?.remove(0)?;
+        if let (Claim::Acquired(other), Some(side_writes)) = (claim, side_writes) {
+            let completion = Completion::new("").with_side_writes(side_writes);
+            self.inner.finish(vec![(Arc::new(other), Finish::Complete(completion))]).await.remove(0)?;
+        }
+        self.inner.forget(key).await?;
+        Ok(())
     }
 
     /// True if the rule changes how single leases are finished.
@@ -291,9 +358,11 @@ impl Broken {
                 | Rule::LateFinishersSucceed
                 | Rule::LateCompletionsAreRejected
                 | Rule::RepeatedCompletionsAreRejected
-                | Rule::RepeatedCompletionsStoreOffsets
+                | Rule::RepeatedCompletionsStoreSideWrites
                 | Rule::OffsetsNeverGoBack
                 | Rule::ResultsAreEmpty
+                | Rule::EmptyResultsAreLeftOut
+                | Rule::SideWritesComeFirst
                 | Rule::ReleasesForgetTheDoubt
                 | Rule::ReleasesKeepTheAttempts
                 | Rule::BackoffsAreIgnored
@@ -318,6 +387,15 @@ struct Silent {
 impl KeepAlive for Silent {
     fn lost<'a>(&'a mut self) -> BoxFuture<'a, Error> {
         Box::pin(pending())
+    }
+}
+
+/// Renews a lease, and reports a loss at once.
+struct Hasty(Arc<Grant>);
+
+impl KeepAlive for Hasty {
+    fn lost<'a>(&'a mut self) -> BoxFuture<'a, Error> {
+        Box::pin(std::future::ready(self.0.superseded()))
     }
 }
 
@@ -387,6 +465,7 @@ impl Engine for Broken {
     fn keep_alive(&self, grant: &Arc<Grant>) -> Box<dyn KeepAlive> {
         match self.rule {
             Rule::LeasesAreNotKept => Box::new(Idle),
+            Rule::LossesAreReportedAtOnce => Box::new(Hasty(Arc::clone(grant))),
             Rule::LossesAreNotReported => Box::new(Silent { _inner: self.inner.keep_alive(grant) }),
             _ => self.inner.keep_alive(grant),
         }
