@@ -203,7 +203,7 @@ async fn run_one(factory: &dyn Factory, check: &Check, policy: OnInterrupt) -> O
     let setup = (check.setup)(Setup::of(policy, factory.time_unit()));
     let Some(subject) = factory.start(setup).await else { return Outcome::Skipped };
     let bench = Bench::new(subject, setup);
-    let run = AssertPanicFree((check.run)(&bench));
+    let run = CatchPanic((check.run)(&bench));
     match tokio::time::timeout(TIME_LIMIT, run).await {
         Ok(Ok(())) => Outcome::Passed,
         Ok(Err(Stop(reason))) => Outcome::Failed(reason),
@@ -212,9 +212,9 @@ async fn run_one(factory: &dyn Factory, check: &Check, policy: OnInterrupt) -> O
 }
 
 /// Fails a check that panics, so that the others still run.
-struct AssertPanicFree<'a>(BoxFuture<'a, Verdict>);
+struct CatchPanic<'a>(BoxFuture<'a, Verdict>);
 
-impl Future for AssertPanicFree<'_> {
+impl Future for CatchPanic<'_> {
     type Output = Verdict;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<Verdict> {

@@ -17,7 +17,7 @@ use crate::key::Key;
 
 /// An engine in memory, for tests. Clones share it.
 ///
-/// Its answers are the local store's, but that it survives no crash. It is a map behind a lock: nothing is written, no
+/// Its answers are the local store's, but it survives no crash. It is a map with a lock: nothing is written, no
 /// thread runs, and memory grows until it is dropped. Its time is Tokio's: `tokio::time::pause` and `advance` move leases,
 /// backoffs and windows. [`Engine::claim_wait`] with a limit needs a Tokio runtime with time enabled.
 ///
@@ -238,27 +238,27 @@ impl Engine for MemoryStore {
     }
 
     fn offset<'a>(&'a self, stream: &'a [u8], partition: u32) -> BoxFuture<'a, Result<Option<u64>>> {
-        let of = move |state: &mut State| state.side_effects.offsets.get(&(stream.to_vec(), partition)).copied();
+        let of = move |state: &mut State| state.side_writes.offsets.get(&(stream.to_vec(), partition)).copied();
         Box::pin(async move { self.call(|state| Ok(of(state))) })
     }
 
     fn set_offset<'a>(&'a self, stream: &'a [u8], partition: u32, offset: u64) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
             self.call(|state| {
-                state.side_effects.offsets.insert((stream.to_vec(), partition), offset);
+                state.side_writes.offsets.insert((stream.to_vec(), partition), offset);
                 Ok(())
             })
         })
     }
 
     fn outbox(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Message>>> {
-        Box::pin(async move { self.call(|state| Ok(state.side_effects.outbox(limit))) })
+        Box::pin(async move { self.call(|state| Ok(state.side_writes.outbox(limit))) })
     }
 
     fn remove_messages(&self, ids: Vec<MessageId>) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             self.call(|state| {
-                state.side_effects.remove_messages(&ids);
+                state.side_writes.remove_messages(&ids);
                 Ok(())
             })
         })

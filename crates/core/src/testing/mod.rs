@@ -75,9 +75,10 @@
 mod builder;
 mod entry;
 mod failure;
+mod finishing;
 mod keep_alive;
 mod memory_store;
-mod side_effects;
+mod side_writes;
 mod state;
 mod stream_time;
 

@@ -1,7 +1,6 @@
-//! The store itself: one map, and one function a verb. The caller holds the lock.
+//! The store itself: one map, and one function a verb. The caller holds the lock. `finishing.rs` has the verbs of leases.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
@@ -9,13 +8,11 @@ use tokio::time::Instant;
 use super::builder::Config;
 use super::entry::{Done, Entry, Holder, Lease, Now, Policy, Processing, window_of};
 use super::failure::Failure;
-use super::side_effects::{Batch, SideEffects};
+use super::side_writes::StoredSideWrites;
 use super::stream_time::{StreamTime, TooFarAhead};
-use crate::answer::{Claim, Completed, HeldKey, InProgress, KeyStatus, LeaseState, RecordOutcome, Resolution};
-use crate::answer::{StoredKey, StoredResult};
+use crate::answer::{Claim, Completed, InProgress, KeyStatus, LeaseState, RecordOutcome, StoredKey, StoredResult};
 use crate::attempt::{AttemptInfo, FencingToken, PriorAttempt};
-use crate::completion::Completion;
-use crate::engine::{Answers, EngineStats, Finish, Grant, Limits, Release};
+use crate::engine::{Answers, EngineStats, Grant, Limits};
 use crate::error::{Error, Result, TimestampError};
 use crate::key::Key;
 use crate::timestamp::Timestamp;
@@ -23,9 +20,9 @@ use crate::timestamp::Timestamp;
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) config: Config,
-    policy: Policy,
+    pub(super) policy: Policy,
     pub(super) failure: Failure,
-    pub(super) side_effects: SideEffects,
+    pub(super) side_writes: StoredSideWrites,
     pub(super) fail_open: u64,
     pub(super) keys: HashMap<Key<'static>, Entry>,
     stream: Option<StreamTime>,
@@ -52,7 +49,7 @@ impl State {
         Self {
             policy,
             failure: Failure::default(),
-            side_effects: SideEffects::default(),
+            side_writes: StoredSideWrites::default(),
             fail_open: 0,
             keys: HashMap::new(),
             stream: config.max_ahead.map(|max_ahead| StreamTime::new(max_ahead, config.window)),
@@ -63,7 +60,7 @@ impl State {
         }
     }
 
-    fn monotonic_ms(&self) -> u64 {
+    pub(super) fn monotonic_ms(&self) -> u64 {
         millis(self.started.elapsed())
     }
 
@@ -76,7 +73,7 @@ impl State {
         Now { time, monotonic_ms: self.monotonic_ms() }
     }
 
-    fn next_token(&mut self) -> FencingToken {
+    pub(super) fn next_token(&mut self) -> FencingToken {
         self.last_token += 1;
         FencingToken::new(self.last_token)
     }
@@ -94,7 +91,7 @@ impl State {
         Ok(())
     }
 
-    fn check_key(&self, key: &Key<'_>) -> Result<()> {
+    pub(super) fn check_key(&self, key: &Key<'_>) -> Result<()> {
         Ok(key.encode(self.config.key_limit, &mut Vec::new())?)
     }
 
@@ -218,7 +215,7 @@ impl State {
         })
     }
 
-    fn processing(&self) -> impl Iterator<Item = (&Key<'static>, &Processing)> {
+    pub(super) fn processing(&self) -> impl Iterator<Item = (&Key<'static>, &Processing)> {
         self.keys.iter().filter_map(|(key, entry)| match entry {
             Entry::Processing(processing) => Some((key, processing)),
             Entry::Completed(_) => None,
@@ -282,183 +279,6 @@ impl State {
         })
     }
 
-    pub(super) fn renew(&mut self, grant: &Grant) -> Result<()> {
-        let until_ms = self.monotonic_ms().saturating_add(millis(self.policy.lease));
-        let lease = self.lease_of(grant).ok_or_else(|| grant.superseded())?;
-        lease.until_ms = lease.until_ms.max(until_ms);
-        Ok(())
-    }
-
-    /// The lease of a grant, also if it expired. `None` if it was finished, dropped, taken over or resolved.
-    pub(super) fn lease_of(&mut self, grant: &Grant) -> Option<&mut Lease> {
-        match self.keys.get_mut(&grant.key) {
-            Some(Entry::Processing(Processing { token, holder: Holder::Leased(lease), .. }))
-                if *token == grant.token() =>
-            {
-                Some(lease)
-            }
-            _ => None,
-        }
-    }
-
-    pub(super) fn finish(&mut self, leases: Vec<(Arc<Grant>, Finish)>) -> Vec<Result<()>> {
-        let mut batch = self.side_effects.begin();
-        leases.into_iter().map(|(grant, finish)| self.finish_one(&grant, finish, &mut batch)).collect()
-    }
-
-    /// The token decides, never the clock: to reject a late holder that no other has overtaken would only cause a duplicate.
-    fn finish_one(&mut self, grant: &Grant, finish: Finish, batch: &mut Batch) -> Result<()> {
-        let now = self.now();
-        match (self.keys.get(&grant.key), finish) {
-            (Some(Entry::Processing(processing)), finish) if processing.token == grant.token() => {
-                let processing = processing.clone();
-                match finish {
-                    Finish::Complete(completion) => self.complete(grant, &processing, completion, now, batch),
-                    Finish::Release(release) => self.release(grant, processing, release, now),
-                }
-                Ok(())
-            }
-            // Repeated: it is stored already, and so are its side writes.
-            (Some(Entry::Completed(done)), Finish::Complete(_)) if done.token == grant.token() && done.is_live(now) => {
-                Ok(())
-            }
-            (_, finish) => {
-                if matches!(finish, Finish::Complete(_)) {
-                    batch.hold_back_offsets();
-                }
-                Err(grant.superseded())
-            }
-        }
-    }
-
-    fn complete(&mut self, grant: &Grant, p: &Processing, completion: Completion, now: Now, batch: &mut Batch) {
-        if let Some(side_writes) = completion.side_writes() {
-            self.side_effects.store(side_writes, batch);
-        }
-        let done = Done {
-            token: p.token,
-            completed_at: if self.policy.is_stream { grant.claimed_at } else { now.time.max(grant.claimed_at) },
-            fingerprint: p.fingerprint,
-            window: p.window,
-            result: self.stored_result(completion.into_result()),
-        };
-        self.keys.insert(grant.key.clone(), Entry::Completed(done));
-    }
-
-    fn stored_result(&self, result: Vec<u8>) -> StoredResult {
-        match result.len() > self.config.result_limit {
-            true => StoredResult::TooLarge,
-            false => StoredResult::Bytes(result.into()),
-        }
-    }
-
-    fn release(&mut self, grant: &Grant, mut processing: Processing, release: Release, now: Now) {
-        // This attempt may have had no effect: whether an earlier one had is still open.
-        let doubt = grant.attempt.prior().filter(|prior| prior.may_have_happened());
-        let prior = doubt.unwrap_or(match release.may_have_happened {
-            true => PriorAttempt::Dropped,
-            false => PriorAttempt::Released,
-        });
-        // The attempt that follows must find this one: it is remembered for a window.
-        let backoff_ms = millis(release.backoff).min(millis(self.policy.window) / 2);
-        let until_ms = if backoff_ms == 0 { 0 } else { now.monotonic_ms.saturating_add(backoff_ms) };
-        processing.since = processing.left_at(now, self.policy);
-        processing.fingerprint = processing.fingerprint.filter(|_| prior.may_have_happened());
-        processing.attempt = if release.reset_attempts { 0 } else { processing.attempt };
-        processing.holder = Holder::Open { prior, until_ms };
-        self.keys.insert(grant.key.clone(), Entry::Processing(processing));
-    }
-
-    pub(super) fn abandon(&mut self, grant: &Grant) {
-        let (now, policy) = (self.now(), self.policy);
-        if let Some(Entry::Processing(processing)) = self.keys.get_mut(&grant.key)
-            && processing.token == grant.token()
-        {
-            processing.interrupt(now, policy);
-        }
-    }
-
-    pub(super) fn held(&self) -> Vec<HeldKey> {
-        let now = self.now();
-        let mut held: Vec<HeldKey> = self
-            .processing()
-            .filter_map(|(key, it)| match it.state(now, self.policy) {
-                Some(LeaseState::Held(prior)) => Some(HeldKey::new(key.clone(), it.token, it.attempt, prior, it.since)),
-                _ => None,
-            })
-            .collect();
-        held.sort_by_key(|held| held.token);
-        held
-    }
-
-    pub(super) fn resolve(&mut self, key: Key<'static>, resolution: Resolution) -> Result<()> {
-        self.check_key(&key)?;
-        let now = self.now();
-        let Some(Entry::Processing(processing)) = self.keys.get(&key) else {
-            return Err(Error::NotHeld { key: key.to_string() });
-        };
-        let Some(LeaseState::Held(prior)) = processing.state(now, self.policy) else {
-            return Err(Error::NotHeld { key: key.to_string() });
-        };
-        let (processing, since) = (processing.clone(), processing.left_at(now, self.policy));
-        let entry = match resolution {
-            Resolution::Rerun => Entry::Processing(Processing { since, holder: Holder::Resolved(prior), ..processing }),
-            // With a token of its own, so that the old holder's late completion fails.
-            Resolution::Completed(result) => Entry::Completed(Done {
-                token: self.next_token(),
-                completed_at: since,
-                fingerprint: processing.fingerprint,
-                window: processing.window,
-                result: self.stored_result(result),
-            }),
-        };
-        self.keys.insert(key, entry);
-        Ok(())
-    }
-
-    pub(super) fn forget(&mut self, key: &Key<'static>) -> Result<bool> {
-        self.check_key(key)?;
-        let now = self.now();
-        let counted = match self.keys.get(key) {
-            None => false,
-            Some(Entry::Completed(done)) => done.is_live(now),
-            Some(Entry::Processing(processing)) => {
-                let token = processing.token;
-                match processing.state(now, self.policy) {
-                    Some(LeaseState::Leased(_)) => return Err(Error::InUse { key: key.to_string(), token }),
-                    Some(LeaseState::Held(_)) => return Err(Error::Undecided { key: key.to_string(), token }),
-                    state => state.is_some(),
-                }
-            }
-        };
-        self.keys.remove(key);
-        Ok(counted)
-    }
-
-    /// Ends the lease of a key, and its renewal. False if it has none.
-    pub(super) fn expire_lease(&mut self, key: &Key<'static>) -> bool {
-        let monotonic_ms = self.monotonic_ms();
-        match self.keys.get_mut(key) {
-            Some(Entry::Processing(Processing { holder: Holder::Leased(lease), .. })) => {
-                *lease = Lease { until_ms: lease.until_ms.min(monotonic_ms), keepers: Vec::new() };
-                true
-            }
-            _ => false,
-        }
-    }
-
-    /// Ends the renewal of all leases.
-    pub(super) fn stop_renewals(&mut self) {
-        let until_ms = self.monotonic_ms().saturating_add(millis(self.policy.lease));
-        for entry in self.keys.values_mut() {
-            if let Entry::Processing(Processing { holder: Holder::Leased(lease), .. }) = entry
-                && !lease.keepers.is_empty()
-            {
-                *lease = Lease { until_ms, keepers: Vec::new() };
-            }
-        }
-    }
-
     pub(super) fn limits(&self) -> Limits {
         Limits::new(self.config.result_limit, self.config.key_limit, self.policy.is_stream)
     }
@@ -486,6 +306,6 @@ fn too_far_ahead(key: &Key<'_>, at: Timestamp, stream: &StreamTime, error: TooFa
     TimestampError::TooFarAhead { key: key.to_string(), at, stream_time, max_ahead, in_future: error.in_future }.into()
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -69,7 +69,7 @@ impl StreamTime {
         Ok(self.now.max(at))
     }
 
-    /// A message that is too far ahead is accepted if a neighbour confirms it: one that is as far ahead, or at most a step behind.
+    /// A message that is too far ahead is accepted if a neighbour confirms it: one that is as far ahead, or at most a step earlier.
     fn leap(&self, at: Timestamp, later: &[Timestamp], wall: Timestamp) -> Result<(), TooFarAhead> {
         let latest = wall.saturating_add(self.max_ahead);
         if at > latest {

@@ -1,5 +1,7 @@
 //! Engines that break one rule each.
 
+mod rules;
+
 use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,149 +14,8 @@ use onlyonce_core::{
     Result, SideWrites, StoredKey, Timestamp,
 };
 
+pub(crate) use self::rules::{RULES, Rule};
 use crate::PausedClock;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rule {
-    ALeasedKeyIsAcquired,
-    AnswersAreReversed,
-    CallsWithoutKeysFail,
-    TokensAreReused,
-    AttemptsAreNotCounted,
-    ResultsAreEmpty,
-    EmptyResultsAreLeftOut,
-    SideWritesComeFirst,
-    LateFinishersSucceed,
-    LateCompletionsAreRejected,
-    RepeatedCompletionsAreRejected,
-    RepeatedCompletionsStoreSideWrites,
-    OffsetsAreStoredAfterARejection,
-    MessagesOfARejectionAreStored,
-    DropsAreIgnored,
-    DropsEndOtherLeases,
-    ReleasesForgetTheDoubt,
-    ReleasesKeepTheAttempts,
-    BackoffsAreIgnored,
-    WaitsDoNotEndEarly,
-    WaitsDoNotWait,
-    DroppedClaimsKeepTheirLease,
-    LeasesAreNotKept,
-    LossesAreNotReported,
-    LossesAreReportedAtOnce,
-    RenewalsOfDroppedLeasesSucceed,
-    PayloadsAreIgnored,
-    OwnWindowsAreIgnored,
-    WindowsNeverEnd,
-    WindowsAreHalved,
-    WindowsAreAMillisecondLonger,
-    WindowsAreAMillisecondShorter,
-    DuplicatesInABatchAreRecorded,
-    RecordsOfLeasedKeysSucceed,
-    ChecksClaim,
-    HeldKeysAreListedInReverse,
-    HeldKeysAreFreed,
-    HeldKeysAreForgotten,
-    LeasedKeysAreForgotten,
-    MessagesAreListedInReverse,
-    MessagesAreNotRemoved,
-    OffsetsNeverGoBack,
-    LimitsAreIgnored,
-    InvalidKeysFailAlone,
-    StraysAdvanceStreamTime,
-    StreamTimeIsMissing,
-    TimestampsAreIgnored,
-    StatsAreZero,
-    CallsPanic,
-    CallsHang,
-}
-
-/// Each rule, and the checks that must fail.
-pub(crate) const RULES: &[(Rule, &[&str])] = &[
-    (Rule::ALeasedKeyIsAcquired, &["one_of_racing_claims_acquires_the_key"]),
-    (Rule::AnswersAreReversed, &["answers_follow_the_order_of_the_keys"]),
-    (Rule::CallsWithoutKeysFail, &["a_call_without_keys_has_no_answers"]),
-    (Rule::TokensAreReused, &["every_lease_has_a_higher_token_than_the_leases_before_it"]),
-    (Rule::AttemptsAreNotCounted, &["a_released_key_is_acquired_again"]),
-    (Rule::ResultsAreEmpty, &["a_completed_key_answers_with_its_result"]),
-    (
-        Rule::LateFinishersSucceed,
-        &[
-            "a_lease_that_was_taken_over_is_superseded",
-            "a_completion_and_a_takeover_never_both_win",
-            "after_a_resolution_as_completed_the_old_holder_is_superseded",
-        ],
-    ),
-    (Rule::EmptyResultsAreLeftOut, &["an_empty_result_is_a_result"]),
-    (Rule::SideWritesComeFirst, &["a_completion_that_was_dropped_happened_or_did_not"]),
-    (
-        Rule::LateCompletionsAreRejected,
-        &["a_late_completion_is_accepted_if_no_claim_came_first", "a_late_completion_of_a_held_key_is_accepted"],
-    ),
-    (Rule::RepeatedCompletionsAreRejected, &["a_repeated_completion_succeeds_and_changes_nothing"]),
-    (
-        Rule::RepeatedCompletionsStoreSideWrites,
-        &[
-            "a_repeated_completion_succeeds_and_changes_nothing",
-            "a_lease_that_occurs_twice_in_a_call_is_completed_once",
-        ],
-    ),
-    (Rule::OffsetsAreStoredAfterARejection, &["after_a_rejected_completion_its_call_stores_messages_and_no_offsets"]),
-    (Rule::MessagesOfARejectionAreStored, &["a_rejected_completion_stores_no_side_writes"]),
-    (Rule::DropsAreIgnored, &["a_dropped_lease_frees_its_key", "a_drop_ends_a_wait"]),
-    (Rule::DropsEndOtherLeases, &["a_drop_after_a_takeover_changes_nothing"]),
-    (
-        Rule::ReleasesForgetTheDoubt,
-        &["a_release_reports_that_the_effect_may_have_happened", "a_release_in_doubt_keeps_the_payload"],
-    ),
-    (Rule::ReleasesKeepTheAttempts, &["a_release_can_reset_the_attempts"]),
-    (Rule::BackoffsAreIgnored, &["a_released_key_is_in_progress_until_its_backoff_is_over"]),
-    (Rule::WaitsDoNotEndEarly, &["a_completion_ends_a_wait", "the_end_of_a_lease_ends_a_wait"]),
-    (Rule::WaitsDoNotWait, &["a_wait_ends_at_its_limit"]),
-    (Rule::DroppedClaimsKeepTheirLease, &["a_claim_that_was_dropped_gives_its_lease_back"]),
-    (Rule::LeasesAreNotKept, &["a_kept_lease_does_not_expire"]),
-    (Rule::LossesAreNotReported, &["a_lease_that_was_taken_over_is_lost"]),
-    (Rule::LossesAreReportedAtOnce, &["a_renewal_that_is_not_lost_is_pending"]),
-    (Rule::RenewalsOfDroppedLeasesSucceed, &["a_dropped_lease_is_not_renewed"]),
-    (Rule::PayloadsAreIgnored, &["another_payload_is_rejected_while_the_key_is_leased_or_completed"]),
-    (Rule::OwnWindowsAreIgnored, &["a_key_with_a_shorter_window_is_forgotten_earlier"]),
-    (Rule::WindowsNeverEnd, &["an_expired_payload_binds_no_later_call"]),
-    (Rule::WindowsAreHalved, &["the_window_begins_with_the_completion"]),
-    (Rule::WindowsAreAMillisecondLonger, &["a_completed_key_is_forgotten_when_its_window_is_over"]),
-    (Rule::WindowsAreAMillisecondShorter, &["a_completed_key_is_forgotten_when_its_window_is_over"]),
-    (Rule::DuplicatesInABatchAreRecorded, &["a_key_that_occurs_twice_in_a_batch_is_recorded_once"]),
-    (Rule::RecordsOfLeasedKeysSucceed, &["a_leased_key_is_not_recorded"]),
-    (Rule::ChecksClaim, &["an_absent_key_is_acquired_as_the_first_attempt"]),
-    (Rule::HeldKeysAreListedInReverse, &["an_interrupted_key_is_held"]),
-    (Rule::HeldKeysAreFreed, &["a_held_key_is_not_forgotten_by_time"]),
-    (Rule::HeldKeysAreForgotten, &["a_held_key_can_be_forgotten_only_after_its_resolution"]),
-    (Rule::LeasedKeysAreForgotten, &["a_leased_key_is_not_forgotten"]),
-    (Rule::MessagesAreListedInReverse, &["messages_are_listed_in_the_order_of_their_completions"]),
-    (Rule::MessagesAreNotRemoved, &["removed_messages_are_gone_and_unknown_ids_are_ignored"]),
-    (Rule::OffsetsNeverGoBack, &["an_offset_can_be_stored_without_a_completion"]),
-    (
-        Rule::LimitsAreIgnored,
-        &[
-            "keys_in_progress_are_limited",
-            "held_keys_are_limited",
-            "a_result_over_the_limit_is_too_large",
-            "keys_outside_the_limits_are_rejected_by_every_call",
-        ],
-    ),
-    (Rule::InvalidKeysFailAlone, &["an_invalid_key_fails_its_batch_and_changes_nothing"]),
-    (Rule::StraysAdvanceStreamTime, &["a_message_far_ahead_is_rejected_until_a_second_one_confirms_it"]),
-    (Rule::StreamTimeIsMissing, &["a_key_needs_the_timestamp_of_its_message"]),
-    (Rule::TimestampsAreIgnored, &["a_store_on_its_clock_rejects_timestamps"]),
-    (Rule::StatsAreZero, &["stats_count_the_keys_in_progress"]),
-    (Rule::CallsPanic, &["a_key_is_recorded_once"]),
-    (Rule::CallsHang, &["a_key_is_recorded_once"]),
-];
-
-impl Rule {
-    /// True if no call succeeds, so that all checks fail.
-    pub(crate) fn stops_every_call(self) -> bool {
-        matches!(self, Self::CallsPanic | Self::CallsHang)
-    }
-}
 
 pub(crate) struct BrokenFactory(pub(crate) Rule);
 

@@ -6,7 +6,7 @@ use crate::answer::{Message, MessageId};
 use crate::completion::SideWrites;
 
 #[derive(Debug, Default)]
-pub(super) struct SideEffects {
+pub(super) struct StoredSideWrites {
     pub(super) offsets: BTreeMap<(Vec<u8>, u32), u64>,
     outbox: BTreeMap<MessageId, Message>,
     records: u64,
@@ -27,7 +27,7 @@ impl Batch {
     }
 }
 
-impl SideEffects {
+impl StoredSideWrites {
     pub(super) fn begin(&mut self) -> Batch {
         self.records += 1;
         Batch { record: self.records, messages: 0, stores_offsets: true }
