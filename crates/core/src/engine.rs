@@ -58,6 +58,9 @@ pub trait Engine: Send + Sync + 'static {
     fn check<'a>(&'a self, keys: Vec<Key<'static>>) -> BoxFuture<'a, Answers<KeyStatus>>;
 
     /// Returns everything that is stored about a key. `None` if a claim would be its first.
+    ///
+    /// This call, [`Engine::resolve`] and [`Engine::forget`] accept keys over the engine's limit, which was higher when they were
+    /// stored, and ignore a key's timestamp.
     fn inspect<'a>(&'a self, key: Key<'static>) -> BoxFuture<'a, Result<Option<StoredKey>>>;
 
     /// Restarts the time of each lease, also of an expired one that no other holder has claimed.
@@ -161,7 +164,8 @@ pub enum Finish {
 pub struct Release {
     /// The key cannot be claimed before this time is over. An engine may shorten it, to half its window at most.
     pub backoff: Duration,
-    /// True if the attempt may have had its effect: the next claim reports it.
+    /// True if the attempt may have had its effect: the next claim reports it. Under [`OnInterrupt::Hold`](crate::OnInterrupt::Hold)
+    /// the key is held instead, as if the lease was dropped.
     pub may_have_happened: bool,
     /// True if the attempts count from 1 again, for example after the delivery was rejected.
     pub reset_attempts: bool,

@@ -1,6 +1,7 @@
 use super::bench::{Bench, Setup, Verdict, ensure, ensure_eq, ensure_matches, ensure_superseded};
 use crate::answer::{Claim, KeyStatus, LeaseState, RecordOutcome, Resolution, StoredKey};
 use crate::attempt::PriorAttempt;
+use crate::engine::{Finish, Release};
 use crate::error::Error;
 use crate::key::Key;
 
@@ -32,6 +33,16 @@ pub(super) async fn an_interrupted_key_is_held(bench: &Bench) -> Verdict {
         (dropped.key.clone(), dropped.token(), 1, PriorAttempt::Dropped),
     ];
     ensure_eq!(listed, expected, "the held keys, the oldest first");
+    Ok(())
+}
+
+pub(super) async fn a_release_in_doubt_holds_the_key(bench: &Bench) -> Verdict {
+    let grant = bench.acquire("k").await?;
+    let in_doubt = Release { backoff: bench.unit(), may_have_happened: true, reset_attempts: true };
+    bench.finish(&grant, Finish::Release(in_doubt)).await??;
+    ensure_eq!(bench.in_progress("k").await?.retry_after, None, "when to claim again");
+    bench.engine.resolve("k".into(), Resolution::Rerun).await?;
+    bench.acquire_as("k", 2, Some(PriorAttempt::Dropped)).await?;
     Ok(())
 }
 

@@ -8,23 +8,42 @@ pub(super) fn setup(setup: Setup) -> Setup {
     Setup { in_flight_limit: 3, held_limit: 3, ..setup }
 }
 
-pub(super) async fn keys_outside_the_limits_are_rejected_by_every_call(bench: &Bench) -> Verdict {
+pub(super) async fn keys_outside_the_limits_are_rejected(bench: &Bench) -> Verdict {
     let long = "k".repeat(bench.setup.key_limit);
-    let scope = "s".repeat(256);
-    type Is = fn(&KeyError) -> bool;
-    let invalid: [(Key<'static>, Is); 4] = [
-        (Key::from(""), |error| matches!(error, KeyError::Empty { .. })),
-        (Key::from(format!("{long}k")), |error| matches!(error, KeyError::TooLong { .. })),
-        (Key::from(long.clone()).scope("s"), |error| matches!(error, KeyError::TooLong { .. })),
-        (Key::from("k").scope(&scope).into_owned(), |error| matches!(error, KeyError::ScopeTooLong { .. })),
-    ];
-    for (key, is_expected) in invalid {
-        let engine = &bench.engine;
+    let too_long: Is = |error| matches!(error, KeyError::TooLong { .. });
+    for (key, is_expected) in invalid_keys()
+        .into_iter()
+        .chain([(Key::from(format!("{long}k")), too_long), (Key::from(long.clone()).scope("s"), too_long)])
+    {
         let errors = [
             ("claim", bench.claim(key.clone()).await?.err()),
-            ("claim_wait", engine.claim_wait(key.clone(), bench.unit()).await.err()),
+            ("claim_wait", bench.engine.claim_wait(key.clone(), bench.unit()).await.err()),
             ("record", bench.record(key.clone()).await?.err()),
             ("check", bench.check(key.clone()).await?.err()),
+        ];
+        for (call, error) in errors {
+            ensure_matches!(error, Some(Error::Key(error)) if is_expected(error), "{call} of {key}");
+        }
+    }
+    bench.acquire(long).await?;
+    Ok(())
+}
+
+type Is = fn(&KeyError) -> bool;
+
+/// Keys that are not valid, whatever the limit, and their errors.
+fn invalid_keys() -> [(Key<'static>, Is); 2] {
+    let scope = "s".repeat(256);
+    [
+        (Key::from(""), |error| matches!(error, KeyError::Empty { .. })),
+        (Key::from("k").scope(&scope).into_owned(), |error| matches!(error, KeyError::ScopeTooLong { .. })),
+    ]
+}
+
+pub(super) async fn calls_about_stored_keys_reject_invalid_keys_and_accept_long_ones(bench: &Bench) -> Verdict {
+    let engine = &bench.engine;
+    for (key, is_expected) in invalid_keys() {
+        let errors = [
             ("inspect", engine.inspect(key.clone()).await.err()),
             ("resolve", engine.resolve(key.clone(), Resolution::Rerun).await.err()),
             ("forget", engine.forget(key.clone()).await.err()),
@@ -33,7 +52,12 @@ pub(super) async fn keys_outside_the_limits_are_rejected_by_every_call(bench: &B
             ensure_matches!(error, Some(Error::Key(error)) if is_expected(error), "{call} of {key}");
         }
     }
-    bench.acquire(long).await?;
+    // It may have been stored under a higher limit.
+    let long = || Key::from("k".repeat(bench.setup.key_limit + 1));
+    ensure_eq!(engine.inspect(long()).await?, None, "what is stored about a long key");
+    ensure!(!engine.forget(long()).await?, "there was something about a long key");
+    let resolved = engine.resolve(long(), Resolution::Rerun).await;
+    ensure_matches!(resolved, Err(Error::NotHeld { .. }), "the resolution of a long key");
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 use super::bench::{Bench, Setup, Verdict, ensure_eq, ensure_matches};
-use crate::answer::{KeyStatus, StoredKey};
+use crate::answer::{KeyStatus, Resolution, StoredKey};
 use crate::attempt::PriorAttempt;
 use crate::engine::{Finish, Release};
 use crate::error::Error;
@@ -76,4 +76,14 @@ pub(super) async fn a_dropped_lease_keeps_its_payload_for_later_attempts(bench: 
     ensure_mismatch(bench, "other", "leased").await?;
     bench.complete(&second, "r").await??;
     ensure_mismatch(bench, "other", "completed").await
+}
+
+pub(super) async fn a_held_key_keeps_its_payload(bench: &Bench) -> Verdict {
+    let first = bench.acquire(key("first")).await?;
+    bench.abandon(&first);
+    ensure_mismatch(bench, "other", "held").await?;
+    bench.engine.resolve("k".into(), Resolution::Rerun).await?;
+    ensure_mismatch(bench, "other", "resolved").await?;
+    bench.acquire_as(key("first"), 2, Some(PriorAttempt::Dropped)).await?;
+    Ok(())
 }

@@ -68,8 +68,6 @@ const CHECKS: &[Check] = checks! {
         a_released_key_is_acquired_again,
         a_released_key_is_in_progress_until_its_backoff_is_over,
         a_backoff_of_any_length_is_accepted,
-        a_release_reports_that_the_effect_may_have_happened,
-        a_doubt_persists_across_releases,
         a_release_can_reset_the_attempts,
         a_late_completion_is_accepted_if_no_claim_came_first,
         a_repeated_completion_succeeds_and_changes_nothing,
@@ -78,6 +76,10 @@ const CHECKS: &[Check] = checks! {
         a_lease_that_occurs_twice_in_a_call_is_completed_once,
         an_unknown_token_is_superseded_and_changes_nothing,
         a_batch_answers_for_each_lease,
+    }
+    RERUN finishing {
+        a_release_reports_that_the_effect_may_have_happened,
+        a_doubt_persists_across_releases,
     }
     RERUN interrupting {
         an_expired_lease_is_taken_over,
@@ -91,6 +93,7 @@ const CHECKS: &[Check] = checks! {
     }
     HOLD holding {
         an_interrupted_key_is_held,
+        a_release_in_doubt_holds_the_key,
         a_key_resolved_to_rerun_is_acquired_by_the_next_claim,
         a_key_resolved_as_completed_answers_with_its_result,
         only_a_held_key_can_be_resolved,
@@ -102,7 +105,8 @@ const CHECKS: &[Check] = checks! {
     }
     HOLD limits { held_keys_are_limited }
     EITHER limits {
-        keys_outside_the_limits_are_rejected_by_every_call,
+        keys_outside_the_limits_are_rejected,
+        calls_about_stored_keys_reject_invalid_keys_and_accept_long_ones,
         an_invalid_key_fails_its_batch_and_changes_nothing,
         keys_in_progress_are_limited,
         the_limits_are_those_of_the_engine,
@@ -130,9 +134,12 @@ const CHECKS: &[Check] = checks! {
         another_payload_is_rejected_while_the_key_is_leased_or_completed,
         a_call_without_a_payload_is_not_compared,
         a_release_without_doubt_forgets_the_payload,
-        a_release_in_doubt_keeps_the_payload,
     }
-    RERUN payloads { a_dropped_lease_keeps_its_payload_for_later_attempts }
+    RERUN payloads {
+        a_release_in_doubt_keeps_the_payload,
+        a_dropped_lease_keeps_its_payload_for_later_attempts,
+    }
+    HOLD payloads { a_held_key_keeps_its_payload }
     EITHER waiting {
         a_limit_of_zero_does_not_wait,
         a_wait_ends_at_its_limit,

@@ -5,6 +5,9 @@ use super::state::State;
 use crate::answer::OnInterrupt;
 use crate::error::{Error, Result};
 
+/// The longest key with its scope, whatever the limit, in bytes.
+pub(super) const MAX_KEY: usize = 65_535;
+
 /// Builds a [`MemoryStore`]. Its defaults and bounds are the local store's.
 #[derive(Debug, Clone)]
 #[must_use = "call `build` to make the store"]
@@ -106,7 +109,7 @@ impl MemoryStoreBuilder {
         within("window", window, MILLISECOND, YEAR * 10)?;
         within("lease", lease, MILLISECOND, YEAR)?;
         within("result_limit", result_limit, 0, 64 << 20)?;
-        within("key_limit", key_limit, 1, 65_535)?;
+        within("key_limit", key_limit, 1, MAX_KEY)?;
         within("in_flight_limit", in_flight_limit, 1, usize::MAX)?;
         within("held_limit", held_limit, 1, usize::MAX)?;
         if let Some(max_ahead) = max_ahead {

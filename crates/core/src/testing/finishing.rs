@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::entry::{Done, Entry, Holder, Lease, Now, Processing};
 use super::side_writes::Batch;
 use super::state::{State, millis};
-use crate::answer::{HeldKey, LeaseState, Resolution, StoredResult};
+use crate::answer::{HeldKey, LeaseState, OnInterrupt, Resolution, StoredResult};
 use crate::attempt::PriorAttempt;
 use crate::completion::Completion;
 use crate::engine::{Finish, Grant, Release};
@@ -71,19 +71,19 @@ impl State {
             completed_at: if self.policy.is_stream { grant.claimed_at } else { now.time.max(grant.claimed_at) },
             fingerprint: p.fingerprint,
             window: p.window,
-            result: self.stored_result(completion.into_result()),
+            result: self.stored_result(completion.result()),
         };
         self.keys.insert(grant.key.clone(), Entry::Completed(done));
     }
 
-    fn stored_result(&self, result: Vec<u8>) -> StoredResult {
-        match result.len() > self.config.result_limit {
-            true => StoredResult::TooLarge,
-            false => StoredResult::Bytes(result.into()),
-        }
+    fn stored_result(&self, result: &[u8]) -> StoredResult {
+        StoredResult::within(result, self.config.result_limit).to_shared()
     }
 
     fn release(&mut self, grant: &Grant, mut processing: Processing, release: Release, now: Now) {
+        if release.may_have_happened && self.policy.on_interrupt == OnInterrupt::Hold {
+            return self.abandon(grant);
+        }
         // This attempt may have had no effect: whether an earlier one had is still open.
         let doubt = grant.attempt.prior().filter(|prior| prior.may_have_happened());
         let prior = doubt.unwrap_or(match release.may_have_happened {
@@ -123,7 +123,7 @@ impl State {
     }
 
     pub(super) fn resolve(&mut self, key: Key<'static>, resolution: Resolution) -> Result<()> {
-        self.check_key(&key)?;
+        self.check_stored_key(&key)?;
         let now = self.now();
         let Some(Entry::Processing(processing)) = self.keys.get(&key) else {
             return Err(Error::NotHeld { key: key.to_string() });
@@ -140,7 +140,7 @@ impl State {
                 completed_at: since,
                 fingerprint: processing.fingerprint,
                 window: processing.window,
-                result: self.stored_result(result),
+                result: self.stored_result(&result),
             }),
         };
         self.keys.insert(key, entry);
@@ -148,7 +148,7 @@ impl State {
     }
 
     pub(super) fn forget(&mut self, key: &Key<'static>) -> Result<bool> {
-        self.check_key(key)?;
+        self.check_stored_key(key)?;
         let now = self.now();
         let counted = match self.keys.get(key) {
             None => false,

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::builder::Config;
+use super::builder::{Config, MAX_KEY};
 use super::entry::{Done, Entry, Holder, Lease, Now, Policy, Processing, window_of};
 use super::failure::Failure;
 use super::side_writes::StoredSideWrites;
@@ -91,8 +91,13 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn check_key(&self, key: &Key<'_>) -> Result<()> {
+    fn check_key(&self, key: &Key<'_>) -> Result<()> {
         Ok(key.encode(self.config.key_limit, &mut Vec::new())?)
+    }
+
+    /// Rejects a key that no store can hold. A stored key may be over the limit of today.
+    pub(super) fn check_stored_key(&self, key: &Key<'_>) -> Result<()> {
+        Ok(key.encode(MAX_KEY, &mut Vec::new())?)
     }
 
     /// Advances stream time to the message of a key. `later` are the timestamps that follow it in its call.
@@ -169,7 +174,8 @@ impl State {
             holder: Holder::Leased(Lease { until_ms, keepers: Vec::new() }),
         };
         let info = AttemptInfo::new(processing.token, attempt, prior);
-        let grant = Grant::new(key.clone(), info, processing.since, now.monotonic_ms);
+        let grant =
+            Grant::new(key.clone().with_fingerprint(processing.fingerprint), info, processing.since, now.monotonic_ms);
         self.keys.insert(key, Entry::Processing(processing));
         Ok(Claim::Acquired(grant))
     }
@@ -268,7 +274,7 @@ impl State {
     }
 
     pub(super) fn inspect(&self, key: &Key<'_>) -> Result<Option<StoredKey>> {
-        self.check_key(key)?;
+        self.check_stored_key(key)?;
         let now = self.now();
         Ok(match self.keys.get(key) {
             Some(Entry::Completed(done)) => done.is_live(now).then(|| StoredKey::Completed(done.to_completed())),

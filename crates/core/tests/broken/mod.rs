@@ -310,7 +310,13 @@ impl Engine for Broken {
     }
 
     fn inspect<'a>(&'a self, key: Key<'static>) -> BoxFuture<'a, Result<Option<StoredKey>>> {
-        self.inner.inspect(key)
+        let limit = self.inner.limits().key_bytes;
+        Box::pin(async move {
+            if self.is(Rule::LongStoredKeysAreRejected) {
+                key.encode(limit, &mut Vec::new())?;
+            }
+            self.inner.inspect(key).await
+        })
     }
 
     fn renew<'a>(&'a self, grants: Vec<Arc<Grant>>) -> BoxFuture<'a, Answers<()>> {
