@@ -52,7 +52,11 @@ impl Factory for OnRealTime {
     }
 
     fn time_unit(&self) -> Duration {
-        Duration::from_millis(25)
+        Duration::from_millis(100)
+    }
+
+    fn checks_at_a_time(&self) -> usize {
+        200
     }
 }
 

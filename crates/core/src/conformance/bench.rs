@@ -21,6 +21,12 @@ pub trait Factory: Sync {
     fn time_unit(&self) -> Duration {
         Duration::from_millis(50)
     }
+
+    /// How many checks run at a time, each on an engine of its own. More than one saves time where checks sleep. They run one
+    /// after the other by default.
+    fn checks_at_a_time(&self) -> usize {
+        1
+    }
 }
 
 /// The options of an engine that a check needs.

@@ -1,6 +1,6 @@
 //! The table of the checks, and the loop that runs them.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::task::Poll;
@@ -193,17 +193,44 @@ const CHECKS: &[Check] = checks! {
 
 /// Runs all checks, each on an engine of its own.
 pub async fn run(factory: &dyn Factory) -> Report {
+    let runs: Vec<_> =
+        CHECKS.iter().flat_map(|check| check.policies.iter().map(move |policy| (check, *policy))).collect();
     let mut outcomes = Vec::new();
-    for check in CHECKS {
-        for policy in check.policies {
-            let name = match check.policies {
-                [_] => check.name.to_owned(),
-                _ => format!("{} ({policy:?})", check.name),
-            };
-            outcomes.push((name, run_one(factory, check, *policy).await));
-        }
+    for runs in runs.chunks(factory.checks_at_a_time().max(1)) {
+        let of_runs = runs.iter().map(|(check, policy)| run_one(factory, check, *policy));
+        let names = runs.iter().map(|(check, policy)| check.name(*policy));
+        outcomes.extend(names.zip(join_all(of_runs).await));
     }
     Report { outcomes }
+}
+
+impl Check {
+    fn name(&self, policy: OnInterrupt) -> String {
+        match self.policies {
+            [_] => self.name.to_owned(),
+            _ => format!("{} ({policy:?})", self.name),
+        }
+    }
+}
+
+/// The outputs of all futures, which run at the same time on this task.
+async fn join_all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let mut futures: Vec<_> = futures.map(Box::pin).collect();
+    let mut outputs: Vec<Option<F::Output>> = futures.iter().map(|_| None).collect();
+    poll_fn(|context| {
+        let mut is_pending = false;
+        for (future, output) in futures.iter_mut().zip(&mut outputs) {
+            if output.is_none() {
+                match future.as_mut().poll(context) {
+                    Poll::Ready(ready) => *output = Some(ready),
+                    Poll::Pending => is_pending = true,
+                }
+            }
+        }
+        if is_pending { Poll::Pending } else { Poll::Ready(()) }
+    })
+    .await;
+    outputs.into_iter().flatten().collect()
 }
 
 async fn run_one(factory: &dyn Factory, check: &Check, policy: OnInterrupt) -> Outcome {
