@@ -7,6 +7,7 @@ use std::time::Duration;
 use onlyonce_core::testing::MemoryStore;
 use onlyonce_core::{
     Claim, Completion, Engine, EngineLease, Error, Key, KeyStatus, OnInterrupt, Outcome, PriorAttempt, Release,
+    Timestamp,
 };
 
 const LEASE: Duration = Duration::from_secs(30);
@@ -171,4 +172,16 @@ async fn clones_share_a_store_and_count_fail_open_work() {
     acquire(&engine, "k").await.complete("r").await.unwrap();
     assert_eq!(store.fail_open_count(), 1);
     assert!(matches!(check(&store.clone(), "k").await, KeyStatus::Completed(_)));
+}
+
+#[tokio::test]
+async fn a_later_attempt_never_gets_an_earlier_time() {
+    let store = MemoryStore::builder().stream_time(Duration::from_secs(60)).build().unwrap();
+    let at = |at_s: u64| vec![Key::from("k").at(Timestamp::from_unix_s(1_600_000_000 + at_s))];
+    for (at_s, expected_s) in [(5, 5), (0, 5), (7, 7)] {
+        let Ok(Claim::Acquired(grant)) = store.claim(at(at_s)).await.unwrap().remove(0) else { panic!() };
+        assert_eq!(grant.claimed_at, Timestamp::from_unix_s(1_600_000_000 + expected_s));
+        let release = onlyonce_core::Finish::Release(Release::default());
+        store.finish(vec![(Arc::new(grant), release)]).await.remove(0).unwrap();
+    }
 }

@@ -89,9 +89,11 @@ fn in_doubt() -> Release {
 }
 
 pub(super) async fn a_release_reports_that_the_effect_may_have_happened(bench: &Bench) -> Verdict {
-    let grant = bench.acquire("k").await?;
-    bench.finish(&grant, Finish::Release(in_doubt())).await??;
-    let again = bench.acquire_as("k", 2, Some(PriorAttempt::Dropped)).await?;
+    let first = bench.acquire("k").await?;
+    bench.release(&first).await??;
+    let second = bench.acquire_as("k", 2, Some(PriorAttempt::Released)).await?;
+    bench.finish(&second, Finish::Release(in_doubt())).await??;
+    let again = bench.acquire_as("k", 3, Some(PriorAttempt::Dropped)).await?;
     ensure!(again.attempt.may_have_happened(), "the effect may have happened");
     Ok(())
 }

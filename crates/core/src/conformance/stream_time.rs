@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use super::bench::{Bench, Setup, Verdict, ensure, ensure_eq, ensure_matches};
 use crate::answer::{Claim, KeyStatus, RecordOutcome};
+use crate::attempt::PriorAttempt;
 use crate::error::{Error, TimestampError};
 use crate::key::Key;
 use crate::timestamp::Timestamp;
@@ -12,7 +13,7 @@ const MAX_AHEAD: Duration = Duration::from_secs(10);
 const START_MS: u64 = 1_600_000_000_000;
 
 pub(super) fn setup(setup: Setup) -> Setup {
-    Setup { window: WINDOW, max_ahead: Some(MAX_AHEAD), ..setup }
+    Setup { window: WINDOW, max_ahead: Some(MAX_AHEAD), ..setup.short_lease() }
 }
 
 fn at(key: &'static str, after_start_ms: i64) -> Key<'static> {
@@ -55,6 +56,36 @@ pub(super) async fn a_key_is_remembered_until_stream_time_is_a_window_past_its_m
     Ok(())
 }
 
+pub(super) async fn an_attempt_is_remembered_until_stream_time_is_a_window_past_its_message(bench: &Bench) -> Verdict {
+    let _expired = bench.acquire(at("expired", 0)).await?;
+    for key in ["early", "late"] {
+        let grant = bench.acquire(at(key, 0)).await?;
+        bench.release(&grant).await??;
+    }
+    let slow = bench.acquire(at("slow", 0)).await?;
+    advance_stream(bench, 1_000, 9_000).await?;
+    bench.release(&slow).await??;
+    bench.expire_leases().await;
+    advance_stream(bench, 14_000, 59_999).await?;
+    bench.acquire_as(at("early", 0), 2, Some(PriorAttempt::Released)).await?;
+    advance_stream(bench, 60_000, 60_000).await?;
+    for key in ["late", "slow", "expired"] {
+        bench.acquire_as(at(key, 3_000), 1, None).await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn a_message_older_than_the_window_of_its_key_is_too_old(bench: &Bench) -> Verdict {
+    let key = || at("k", 0).window(WINDOW / 3);
+    bench.record(key()).await??;
+    advance_stream(bench, 1_000, 19_999).await?;
+    bench.completed(key()).await?;
+    advance_stream(bench, 20_000, 20_000).await?;
+    let error = bench.claim(key()).await?.err();
+    ensure_matches!(error, Some(Error::Timestamp(TimestampError::TooOld { .. })), "the claim");
+    Ok(())
+}
+
 pub(super) async fn an_unknown_message_older_than_the_window_is_too_old(bench: &Bench) -> Verdict {
     bench.record(at("now", 0)).await??;
     for error in [
@@ -84,6 +115,10 @@ pub(super) async fn a_message_far_ahead_is_rejected_until_a_second_one_confirms_
         bench.record(at("ordinary", 9_000)).await??;
     }
     ensure!(is_too_far_ahead(bench.claim(at("ahead", 30_000)).await?.err(), false), "the stray is accepted");
+    let further = bench.claim(at("further", 50_000)).await?.err();
+    ensure!(is_too_far_ahead(further, false), "a message confirms one that is much further ahead");
+    let old = bench.claim(at("old", -60_000)).await?.err();
+    ensure_matches!(old, Some(Error::Timestamp(TimestampError::TooOld { .. })), "a message that is no evidence");
     bench.acquire(at("second", 29_000)).await?;
     bench.acquire(at("ahead", 30_000)).await?;
     ensure!(is_too_far_ahead(bench.claim(at("retried", 60_000)).await?.err(), false), "a first try is accepted");
@@ -103,6 +138,9 @@ pub(super) async fn the_next_message_of_a_batch_confirms_one_that_is_far_ahead(b
     ensure_eq!((stream_time.as_unix_ms(), *max_ahead), (START_MS, MAX_AHEAD), "stream time and bound of the error");
     let answers = bench.engine.claim(vec![at("a", 40_000), at("b", 41_000)]).await?;
     ensure_matches!(answers[..], [Ok(Claim::Acquired(_)), Ok(Claim::Acquired(_))], "two messages in a row");
+    let old = at("old", -60_000);
+    let answers = bench.engine.record(vec![at("c", 80_000), old, at("d", 81_000)]).await?;
+    ensure_matches!(answers[..], [Ok(_), Err(_), Ok(_)], "two messages with an old one in between");
     Ok(())
 }
 
@@ -116,6 +154,9 @@ pub(super) async fn a_message_from_the_future_is_rejected_however_often_it_comes
         bench.record(at("now", 0)).await??;
     }
     ensure!(is_too_far_ahead(bench.check(future()).await?.err(), true), "a check would accept it");
+    ensure!(is_too_far_ahead(bench.claim(future()).await?.err(), true), "it is accepted");
+    let ahead = bench.claim(at("ahead", 30_000)).await?.err();
+    ensure!(is_too_far_ahead(ahead, false), "a message from the future confirms one that is far ahead");
     Ok(())
 }
 

@@ -174,14 +174,21 @@ const CHECKS: &[Check] = checks! {
         a_key_with_a_shorter_window_is_forgotten_earlier,
         a_longer_window_than_the_store_s_has_no_effect,
         a_released_attempt_is_forgotten_after_a_window,
+        the_longest_backoff_ends_before_its_attempt_is_forgotten,
+        a_completion_repeated_after_its_window_is_superseded,
         an_expired_payload_binds_no_later_call,
     }
-    RERUN windows { an_interrupted_attempt_is_forgotten_after_a_window }
+    RERUN windows {
+        an_interrupted_attempt_is_forgotten_after_a_window,
+        an_expired_lease_is_forgotten_after_a_window,
+    }
+    RERUN stream_time { an_attempt_is_remembered_until_stream_time_is_a_window_past_its_message }
     HOLD windows { a_held_key_is_not_forgotten_by_time }
     EITHER stream_time {
         a_key_needs_the_timestamp_of_its_message,
         a_key_is_remembered_until_stream_time_is_a_window_past_its_message,
         an_unknown_message_older_than_the_window_is_too_old,
+        a_message_older_than_the_window_of_its_key_is_too_old,
         a_message_far_ahead_is_rejected_until_a_second_one_confirms_it,
         the_next_message_of_a_batch_confirms_one_that_is_far_ahead,
         a_message_from_the_future_is_rejected_however_often_it_comes,

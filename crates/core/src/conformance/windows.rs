@@ -1,12 +1,13 @@
 use std::time::Duration;
 
-use super::bench::{Bench, Setup, Verdict, ensure, ensure_eq, ensure_matches};
+use super::bench::{Bench, Setup, Verdict, ensure, ensure_eq, ensure_matches, ensure_superseded};
 use crate::answer::{KeyStatus, LeaseState, Resolution, StoredKey};
 use crate::attempt::PriorAttempt;
+use crate::engine::{Finish, Release};
 use crate::key::Key;
 
 pub(super) fn setup(setup: Setup) -> Setup {
-    Setup { window: setup.unit * 20, ..setup }
+    Setup { window: setup.unit * 20, ..setup.short_lease() }
 }
 
 /// Passes time until just before the end of a window that began now.
@@ -105,6 +106,38 @@ pub(super) async fn an_interrupted_attempt_is_forgotten_after_a_window(bench: &B
     bench.acquire_as("early", 2, Some(PriorAttempt::Dropped)).await?;
     advance_to_the_end(bench, window).await;
     bench.acquire_as("late", 1, None).await?;
+    Ok(())
+}
+
+pub(super) async fn an_expired_lease_is_forgotten_after_a_window(bench: &Bench) -> Verdict {
+    let window = bench.setup.window;
+    let (_early, _late) = (bench.acquire("early").await?, bench.acquire("late").await?);
+    bench.advance(bench.setup.lease).await;
+    advance_before_the_end(bench, window).await;
+    bench.acquire_as("early", 2, Some(PriorAttempt::LeaseExpired)).await?;
+    advance_to_the_end(bench, window).await;
+    bench.acquire_as("late", 1, None).await?;
+    Ok(())
+}
+
+pub(super) async fn the_longest_backoff_ends_before_its_attempt_is_forgotten(bench: &Bench) -> Verdict {
+    let grant = bench.acquire("k").await?;
+    bench.finish(&grant, Finish::Release(Release::after(Duration::MAX))).await??;
+    let retry_after = bench.in_progress("k").await?.retry_after;
+    ensure_matches!(retry_after, Some(left) if *left <= bench.setup.window, "when to claim again");
+    bench.advance(retry_after.unwrap_or_default()).await;
+    bench.acquire_as("k", 2, Some(PriorAttempt::Released)).await?;
+    Ok(())
+}
+
+pub(super) async fn a_completion_repeated_after_its_window_is_superseded(bench: &Bench) -> Verdict {
+    let grant = bench.acquire("k").await?;
+    bench.complete(&grant, "r").await??;
+    advance_before_the_end(bench, bench.setup.window).await;
+    bench.complete(&grant, "r").await??;
+    advance_to_the_end(bench, bench.setup.window).await;
+    ensure_superseded(&bench.complete(&grant, "r").await?, &grant, "the completion")?;
+    ensure_eq!(bench.check("k").await??, KeyStatus::New, "a check");
     Ok(())
 }
 
