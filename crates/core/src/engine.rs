@@ -30,6 +30,7 @@ pub type Answers<T> = Result<Vec<Result<T>>>;
 /// - A completion that is repeated with the token that completed the key succeeds and changes nothing, as long as the key is
 ///   remembered. The first result and the first side writes stay.
 /// - A renewal that is repeated succeeds again.
+/// - A claim that is repeated does not get the lease of the first one, whose answer was lost: that lease expires.
 /// - After a release, or after [`Engine::abandon`], the engine may forget the token: a finish with it succeeds or fails with
 ///   [`Error::Superseded`]. A renewal fails.
 /// - Every other call with the token fails with [`Error::Superseded`] and changes nothing: after another claim of the key, after

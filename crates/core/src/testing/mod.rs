@@ -1,7 +1,7 @@
 //! An engine in memory, for tests without a disk.
 //!
 //! [`MemoryStore`] gives the same answers as the local store, and loses everything when it is dropped. Its time is Tokio's, so that
-//! a test can pause it and needs not sleep.
+//! a test can pause it instead of sleeping.
 //!
 //! # Test a consumer
 //!
@@ -39,9 +39,9 @@
 //! assert_eq!(charge(&store, "order-1").await?, "receipt of order-1");
 //!
 //! // Another worker claimed the next order, and hangs. The consumer waits for its lease to expire.
-//! let crashed = EngineLease::claim(&store, Key::from("order-2"), Duration::ZERO).await?;
+//! let hung = EngineLease::claim(&store, Key::from("order-2"), Duration::ZERO).await?;
 //! assert_eq!(charge(&store, "order-2").await?, "receipt of order-2, found at the bank");
-//! # drop(crashed);
+//! # drop(hung);
 //! # Ok::<(), onlyonce_core::Error>(())
 //! # })?;
 //! # Ok::<(), onlyonce_core::Error>(())
