@@ -5,7 +5,10 @@ mod common;
 use std::time::Duration;
 
 use common::{Bench, START_MS};
-use onlyonce::{Claim, Completion, Error, Key, KeyStatus, Lease, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome, Resolution, ResultError, RunError, RunOutcome, Store, StoredKey, Timestamp};
+use onlyonce::{
+    Claim, Completion, Error, Key, KeyStatus, Lease, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome,
+    Resolution, ResultError, RunError, RunOutcome, Store, StoredKey, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 fn held_bench() -> Bench {
@@ -179,7 +182,11 @@ fn a_doubt_outlasts_a_release() {
     }
     bench.reopen();
     let lease = bench.acquire("k");
-    assert_eq!(lease.attempt().prior(), Some(PriorAttempt::Dropped), "nobody has found out whether the first attempt did anything");
+    assert_eq!(
+        lease.attempt().prior(),
+        Some(PriorAttempt::Dropped),
+        "nobody has found out whether the first attempt did anything"
+    );
     lease.complete("r").wait().unwrap();
 }
 
@@ -241,7 +248,9 @@ fn an_empty_result_is_a_result_and_one_over_the_limit_is_omitted() {
         }
         assert_eq!(bench.completed("empty"), Some(Vec::new()));
         assert_eq!(bench.completed("fits"), Some(b"1234".to_vec()));
-        let Claim::Completed(omitted) = bench.store().claim("too large").wait().unwrap() else { panic!("not completed") };
+        let Claim::Completed(omitted) = bench.store().claim("too large").wait().unwrap() else {
+            panic!("not completed")
+        };
         assert!(omitted.is_result_too_large() && omitted.result().is_none());
     }
 }
@@ -268,7 +277,10 @@ fn another_payload_is_refused_in_every_state() {
     bench.store().flush().unwrap();
     refused(bench.store());
     assert!(matches!(bench.store().claim(first()).wait().unwrap(), Claim::Completed(_)));
-    assert!(matches!(bench.store().claim("k").wait().unwrap(), Claim::Completed(_)), "without a payload nothing is compared");
+    assert!(
+        matches!(bench.store().claim("k").wait().unwrap(), Claim::Completed(_)),
+        "without a payload nothing is compared"
+    );
     bench.advance_ms(10_000);
     assert!(matches!(bench.store().claim(other()).wait().unwrap(), Claim::Acquired(_)));
     assert_eq!(bench.store().stats().payload_mismatches, 10);
@@ -395,7 +407,10 @@ fn a_result_of_a_form_that_cannot_be_read_back_is_refused_at_completion() {
     fn refused<T: Serialize + serde::de::DeserializeOwned>(lease: Lease, result: T) -> Lease {
         let (error, _, lease) = lease.complete(Completion::encode(&result).unwrap()).wait().unwrap_err().into_parts();
         let text = error.to_string();
-        assert!(matches!(error, Error::Result(ResultError::Encode { .. })) && text.contains("give the bytes to `complete`"), "{text}");
+        assert!(
+            matches!(error, Error::Result(ResultError::Encode { .. })) && text.contains("give the bytes to `complete`"),
+            "{text}"
+        );
         lease.expect("it is given back")
     }
     let card = || Kind::Card { last4: "4711".to_owned() };
@@ -424,10 +439,23 @@ fn a_result_that_could_not_be_read_back_gives_the_lease_back() {
         list: Vec<u8>,
     }
     let bench = Bench::new();
-    let (error, _, lease) = bench.acquire("k").complete(Completion::encode(&Refuses).unwrap()).wait().unwrap_err().into_parts();
-    assert!(matches!(error, Error::Result(ResultError::Encode { .. })) && error.to_string().contains("it refuses"), "{error}");
-    let (error, _, lease) = lease.unwrap().complete(Completion::encode(&Lopsided { list: Vec::new() }).unwrap()).wait().unwrap_err().into_parts();
-    assert!(matches!(error, Error::Result(ResultError::Encode { .. })) && error.to_string().contains("could not be read back"), "{error}");
+    let (error, _, lease) =
+        bench.acquire("k").complete(Completion::encode(&Refuses).unwrap()).wait().unwrap_err().into_parts();
+    assert!(
+        matches!(error, Error::Result(ResultError::Encode { .. })) && error.to_string().contains("it refuses"),
+        "{error}"
+    );
+    let (error, _, lease) = lease
+        .unwrap()
+        .complete(Completion::encode(&Lopsided { list: Vec::new() }).unwrap())
+        .wait()
+        .unwrap_err()
+        .into_parts();
+    assert!(
+        matches!(error, Error::Result(ResultError::Encode { .. }))
+            && error.to_string().contains("could not be read back"),
+        "{error}"
+    );
     lease.unwrap().complete("by hand").wait().unwrap();
     assert_eq!(bench.completed("k").unwrap(), b"by hand");
 }
@@ -533,12 +561,10 @@ fn a_batch_of_releases_answers_for_each_lease_after_its_own_backoff() {
     bench.advance_ms(1_000);
     let _taken = bench.acquire("late");
     let backoff = Duration::from_millis(300);
-    let released = bench.store().release_batch([
-        (at_once, Duration::ZERO),
-        (late, Duration::ZERO),
-        (foreign, Duration::ZERO),
-        (later, backoff),
-    ]).wait();
+    let released = bench
+        .store()
+        .release_batch([(at_once, Duration::ZERO), (late, Duration::ZERO), (foreign, Duration::ZERO), (later, backoff)])
+        .wait();
     assert!(matches!(released[..], [Ok(()), Err(Error::Superseded { .. }), Ok(()), Ok(())]), "{released:?}");
     assert_eq!(bench.acquire("at once").attempt().prior(), Some(PriorAttempt::Released));
     assert_eq!(elsewhere.acquire("foreign").attempt().prior(), Some(PriorAttempt::Released));
@@ -635,7 +661,8 @@ fn the_figures_count_what_each_call_was_answered() {
     store.flush().unwrap();
     let stats = store.stats();
     let second = |second: u64| common::START_MS + second * 1_000;
-    let figures = stats.buckets.iter().map(|it| (it.start.as_unix_ms(), it.end.as_unix_ms(), it.keys)).collect::<Vec<_>>();
+    let figures =
+        stats.buckets.iter().map(|it| (it.start.as_unix_ms(), it.end.as_unix_ms(), it.keys)).collect::<Vec<_>>();
     assert_eq!(figures, [(second(0), second(1), 8), (second(1), second(2), 1)], "the oldest first");
     assert_eq!((stats.in_flight, stats.unflushed), (1, 0));
 }
@@ -685,7 +712,11 @@ fn held_keys_are_counted_and_limited_apart_from_those_in_flight() {
     bench.store().resolve("ended-0", Resolution::Completed(Vec::new())).wait().unwrap();
     bench.acquire("new").release().wait().unwrap();
     bench.store().resolve("ended-1", Resolution::Rerun).wait().unwrap();
-    assert_eq!(bench.acquire("ended-1").attempt().prior(), Some(PriorAttempt::Dropped), "its decision makes room for itself");
+    assert_eq!(
+        bench.acquire("ended-1").attempt().prior(),
+        Some(PriorAttempt::Dropped),
+        "its decision makes room for itself"
+    );
 }
 
 #[test]
@@ -762,7 +793,11 @@ fn an_attempt_on_disk_is_overruled_by_what_came_later_also_in_another_bucket() {
         bench.reopen();
     }
     let third = bench.acquire("released");
-    assert_eq!((third.attempt().number(), third.attempt().prior()), (3, Some(PriorAttempt::Dropped)), "a doubt persists across releases");
+    assert_eq!(
+        (third.attempt().number(), third.attempt().prior()),
+        (3, Some(PriorAttempt::Dropped)),
+        "a doubt persists across releases"
+    );
 }
 
 #[test]
@@ -830,7 +865,8 @@ fn a_doubt_outlasts_a_release_however_long_its_backoff_is() {
             bench.store().resolve("k", Resolution::Rerun).wait().unwrap();
         }
         bench.acquire("k").release().after(Duration::MAX).wait().unwrap();
-        let Some(StoredKey::Processing { state: LeaseState::Backoff(left, prior), .. }) = bench.store().inspect("k").wait().unwrap()
+        let Some(StoredKey::Processing { state: LeaseState::Backoff(left, prior), .. }) =
+            bench.store().inspect("k").wait().unwrap()
         else {
             panic!("its backoff is not over")
         };

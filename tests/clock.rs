@@ -603,7 +603,11 @@ fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
     let mut bench = put_right_after(YEAR_MS, HOUR_MS);
     let highest_ms = START_MS + A_MOMENT_MS + 2 * CONFIRMED_AFTER_MS + YEAR_MS;
     let floor_ms = highest_ms - HOUR_MS + 1;
-    assert_eq!((bench.now_ms(), bench.store.stats().remembers_since.as_unix_ms()), (floor_ms, floor_ms), "as far as it can");
+    assert_eq!(
+        (bench.now_ms(), bench.store.stats().remembers_since.as_unix_ms()),
+        (floor_ms, floor_ms),
+        "as far as it can"
+    );
     assert!(!bench.knows("before") && bench.knows("meanwhile") && bench.knows("before it counts"));
     // It runs on, also over restarts and where the clock stays where it is, and does not come back once more.
     for round in 0..6 {
@@ -1220,17 +1224,27 @@ impl Walk {
             );
         };
         match (&expected, &claim) {
-            (None, Claim::Acquired(lease)) => assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{key}"),
+            (None, Claim::Acquired(lease)) => {
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{key}")
+            }
             (Some(Known::Completed { at_ms, result }), Claim::Completed(completed)) => {
                 assert!(self.rule.remembers(*at_ms), "{key} is remembered too long");
-                assert_eq!((completed.completed_at().as_unix_ms(), completed.result()), (*at_ms, Some(&result[..])), "{key}");
+                assert_eq!(
+                    (completed.completed_at().as_unix_ms(), completed.result()),
+                    (*at_ms, Some(&result[..])),
+                    "{key}"
+                );
             }
             (Some(Known::Completed { at_ms, .. }), Claim::Acquired(lease)) => {
                 assert!(!self.rule.remembers(*at_ms), "{key} is forgotten early: {expected:?} at {:?}", self.rule);
                 // Where the time passed twice, a step of the second time may carry along an attempt of the first, but not the
                 // completion that came after it.
                 let passed_twice = self.rule.tally.keys().any(|event| event.starts_with("back to"));
-                assert!(lease.attempt().number() == 1 || passed_twice, "{key} is {expected:?} at {:?}, {lease:?}", self.rule);
+                assert!(
+                    lease.attempt().number() == 1 || passed_twice,
+                    "{key} is {expected:?} at {:?}, {lease:?}",
+                    self.rule
+                );
             }
             (Some(Known::Leased { until_monotonic_ms, .. }), Claim::InProgress(other)) => {
                 let left_ms = until_monotonic_ms.checked_sub(monotonic_ms).expect("a lease that has run out");

@@ -23,7 +23,10 @@ use std::time::{Duration, Instant};
 
 use common::START_MS;
 use damage::{Damage, Harm, Image, KINDS, kind};
-use onlyonce::{Builder, Claim, Completed, Durability, Error, KeyStatus, Lease, LeaseState, ManualClock, PriorAttempt, Store, StoredKey, Timestamp};
+use onlyonce::{
+    Builder, Claim, Completed, Completion, Durability, Error, KeyStatus, Lease, LeaseState, ManualClock, PriorAttempt,
+    Store, StoredKey, Timestamp,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
@@ -42,9 +45,11 @@ impl State {
     fn of(store: &Store, key: &str) -> onlyonce::Result<Self> {
         Ok(match store.inspect(key).wait()? {
             None => Self::Absent,
-            Some(StoredKey::Processing { token, attempt, state, .. }) => {
-                Self::Processing { token: token.get(), attempt, released: state == LeaseState::Free(PriorAttempt::Released) }
-            }
+            Some(StoredKey::Processing { token, attempt, state, .. }) => Self::Processing {
+                token: token.get(),
+                attempt,
+                released: state == LeaseState::Free(PriorAttempt::Released),
+            },
             Some(StoredKey::Completed(completed)) => Self::Completed(completed),
             Some(other) => panic!("{other:?}"),
         })
@@ -104,7 +109,10 @@ fn complete(store: &Store, key: &str) {
 /// Completes with an offset and a message that says the same.
 fn complete_with(lease: Lease, result: &str, offset: u64) {
     let message = format!("message {offset}");
-    lease.complete(Completion::new(result).offset("orders", 3, offset).message("topic", "key", message)).wait().unwrap();
+    lease
+        .complete(Completion::new(result).offset("orders", 3, offset).message("topic", "key", message))
+        .wait()
+        .unwrap();
 }
 
 /// Claims, and lets nobody know that the work was dropped: its process is going to die.
@@ -206,7 +214,9 @@ impl Base {
         store.forget("sealed-1-0-0").wait().unwrap();
         note("sealed-1-0-0");
         let vouched = log_bytes(&log);
-        let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").wait().unwrap() else { panic!("its process is gone") };
+        let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").wait().unwrap() else {
+            panic!("its process is gone")
+        };
         note("in-flight-1-0-0");
         let last_token = lease.token().get();
         lease.complete("at the second attempt").wait().unwrap();

@@ -130,7 +130,9 @@ fn left_over(store: &Store, path: &Path) -> Vec<String> {
         .stats()
         .buckets
         .iter()
-        .map(|bucket| format!("bucket-{}-{}", bucket.start.as_unix_ms(), bucket.end.as_unix_ms() - bucket.start.as_unix_ms()))
+        .map(|bucket| {
+            format!("bucket-{}-{}", bucket.start.as_unix_ms(), bucket.end.as_unix_ms() - bucket.start.as_unix_ms())
+        })
         .collect();
     let database = path.join("db");
     // A reader beside the store sees what is in the manifest; while runs are merged, it may be too late for one of them.

@@ -11,10 +11,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::START_MS;
-use onlyonce::{Builder, Claim, Error, Key, KeyStatus, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome, Store, Timestamp, TimestampError};
+use onlyonce::{
+    Builder, Claim, Error, Key, KeyStatus, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome, Store, Timestamp,
+    TimestampError,
+};
 
 fn builder(now_ms: u64) -> Builder {
-    Store::builder().memory_budget(32 << 20).lease(Duration::from_secs(30)).clock(ManualClock::at(Timestamp::from_unix_ms(now_ms)))
+    Store::builder()
+        .memory_budget(32 << 20)
+        .lease(Duration::from_secs(30))
+        .clock(ManualClock::at(Timestamp::from_unix_ms(now_ms)))
 }
 
 fn fixture() -> PathBuf {
@@ -109,8 +115,14 @@ fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
         Claim::InProgress(other) => assert_eq!(other.retry_after, Some(Duration::from_secs(60))),
         other => panic!("{other:?}"),
     }
-    assert!(matches!(store.claim(Key::from("crashed").fingerprint("1 EUR")).wait(), Err(Error::PayloadMismatch { .. })));
-    assert!(matches!(store.claim(Key::from("dropped").fingerprint("1 EUR")).wait(), Err(Error::PayloadMismatch { .. })));
+    assert!(matches!(
+        store.claim(Key::from("crashed").fingerprint("1 EUR")).wait(),
+        Err(Error::PayloadMismatch { .. })
+    ));
+    assert!(matches!(
+        store.claim(Key::from("dropped").fingerprint("1 EUR")).wait(),
+        Err(Error::PayloadMismatch { .. })
+    ));
     let Claim::Acquired(lease) = store.claim("dropped").wait().unwrap() else { panic!("it was dropped") };
     assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Dropped)));
     lease.release().wait().unwrap();
@@ -137,16 +149,24 @@ fn write_the_stream_fixture() {
         .stream_time(Duration::from_secs(1_800))
         .open(&path)
         .unwrap();
-    let acquire = |key: &str, at_ms| match store.claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
-        Claim::Acquired(lease) => lease,
-        other => panic!("{other:?}"),
-    };
+    let acquire =
+        |key: &str, at_ms| match store.claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
+            Claim::Acquired(lease) => lease,
+            other => panic!("{other:?}"),
+        };
     acquire("sealed", START_MS).complete("a result").wait().unwrap();
     store.flush().unwrap();
     acquire("later", START_MS + 700_000).complete("in the second bucket").wait().unwrap();
     store.flush().unwrap();
     // In one row: one behind stream time, and one ahead of it.
-    store.record_batch(([("late", START_MS + 300_000), ("newest", START_MS + 800_000)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap();
+    store
+        .record_batch(
+            ([("late", START_MS + 300_000), ("newest", START_MS + 800_000)])
+                .into_iter()
+                .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+        )
+        .wait()
+        .unwrap();
     acquire("journal", START_MS + 400_000).complete("not sealed yet").wait().unwrap();
     acquire("released", START_MS + 500_000).release().after(Duration::from_secs(60)).wait().unwrap();
     let _crashed = acquire("crashed", START_MS + 600_000);
@@ -177,17 +197,33 @@ fn a_stream_store_of_format_4_answers_as_on_the_day_it_was_written() {
             other => panic!("{key}: {other:?}"),
         }
     }
-    for (key, after_ms, prior) in [("released", 500_000, PriorAttempt::Released), ("crashed", 600_000, PriorAttempt::Crashed)] {
+    for (key, after_ms, prior) in
+        [("released", 500_000, PriorAttempt::Released), ("crashed", 600_000, PriorAttempt::Crashed)]
+    {
         match store.claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS + after_ms))).wait().unwrap() {
-            Claim::Acquired(lease) => assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(prior)), "{key}"),
+            Claim::Acquired(lease) => {
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(prior)), "{key}")
+            }
             other => panic!("{key}: {other:?}"),
         }
     }
     assert!(matches!(store.check("sealed").wait(), Err(Error::Timestamp(TimestampError::Missing))));
     let bound_ms = START_MS + 800_000 + 1_800_000;
-    assert!(matches!(store.record(Key::from("too far").at(Timestamp::from_unix_ms(bound_ms + 1))).wait(), Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
-    assert_eq!(store.record(Key::from("far").at(Timestamp::from_unix_ms(bound_ms))).wait().unwrap(), RecordOutcome::First);
+    assert!(matches!(
+        store.record(Key::from("too far").at(Timestamp::from_unix_ms(bound_ms + 1))).wait(),
+        Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
+    ));
+    assert_eq!(
+        store.record(Key::from("far").at(Timestamp::from_unix_ms(bound_ms))).wait().unwrap(),
+        RecordOutcome::First
+    );
     store.advance_stream_time(Timestamp::from_unix_ms(START_MS + 3_600_000)).wait().unwrap();
-    assert!(matches!(store.check(Key::from("sealed").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))));
-    assert!(matches!(store.check(Key::from("late").at(Timestamp::from_unix_ms(START_MS + 300_000))).wait(), Ok(KeyStatus::Completed(_))));
+    assert!(matches!(
+        store.check(Key::from("sealed").at(Timestamp::from_unix_ms(START_MS))).wait(),
+        Err(Error::Timestamp(TimestampError::TooOld { .. }))
+    ));
+    assert!(matches!(
+        store.check(Key::from("late").at(Timestamp::from_unix_ms(START_MS + 300_000))).wait(),
+        Ok(KeyStatus::Completed(_))
+    ));
 }

@@ -10,7 +10,10 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use common::Bench;
-use onlyonce::{Claim, Completion, Durability, Error, Key, KeyError, KeyStatus, Lease, LeaseState, PriorAttempt, RecordOutcome, RunError, RunOutcome, Store, StoredKey, Unclaimed, UnclaimedReason};
+use onlyonce::{
+    Claim, Completion, Durability, Error, Key, KeyError, KeyStatus, Lease, LeaseState, PriorAttempt, RecordOutcome,
+    RunError, RunOutcome, Store, StoredKey, Unclaimed, UnclaimedReason,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_stream::StreamExt;
@@ -60,7 +63,7 @@ fn the_verbs_answer_as_those_that_block() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let store = Store::new(bench.store().clone()).unwrap();
+        let store = bench.store().clone();
         assert_eq!(store.check("k").await.unwrap(), KeyStatus::New);
         let mut lease = acquire(&store, "k").await;
         assert_eq!((lease.key(), lease.attempt().number(), lease.attempt().prior()), (Key::from("k"), 1, None));
@@ -69,7 +72,7 @@ fn the_verbs_answer_as_those_that_block() {
         lease.renew().unwrap();
         assert_eq!(lease.remaining(), Duration::from_secs(1));
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(other) if other.attempt == 1));
-        let stored = store.get("k").await.unwrap();
+        let stored = store.inspect("k").await.unwrap();
         assert!(matches!(stored, Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })), "{stored:?}");
         lease.release().after(Duration::from_millis(500)).await.unwrap();
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)));
@@ -81,13 +84,13 @@ fn the_verbs_answer_as_those_that_block() {
         assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
         assert!(matches!(store.check("k").await.unwrap(), KeyStatus::Completed(_)));
 
-        acquire(&store, "o").await.complete_with("", |tx| tx.set_offset("orders", 3, 9).wait()).await.unwrap();
+        acquire(&store, "o").await.complete(Completion::new("").offset("orders", 3, 9)).await.unwrap();
         assert_eq!(store.offset("orders", 3).await.unwrap(), Some(9));
         store.set_offset("orders", 3, 10).await.unwrap();
         assert_eq!(store.offset("orders", 3).await.unwrap(), Some(10));
-        acquire(&store, "m").await.complete_with("", |tx| tx.enqueue("mails", "m", "hello")).await.unwrap();
+        acquire(&store, "m").await.complete(Completion::new("").message("mails", "m", "hello")).await.unwrap();
         let outbox = store.outbox(10).await.unwrap();
-        assert_eq!((outbox.len(), &outbox[0].bytes[..]), (1, &b"hello"[..]));
+        assert_eq!((outbox.len(), &outbox[0].payload[..]), (1, &b"hello"[..]));
         store.remove_messages([outbox[0].id]).await.unwrap();
         assert!(store.outbox(10).await.unwrap().is_empty());
 
@@ -112,7 +115,7 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
     let (bench, other) = (Bench::new(), Bench::new());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let (store, other) = (Store::new(bench.store().clone()).unwrap(), Store::new(other.store().clone()).unwrap());
+        let (store, other) = (bench.store().clone(), other.store().clone());
         let mut claims = store.claim_batch(["a", "b", "a"]).await.unwrap().into_iter().map(Result::unwrap);
         let (a, b) = (acquired(claims.next().unwrap()), acquired(claims.next().unwrap()));
         assert!(matches!(claims.next(), Some(Claim::InProgress(_))));
@@ -120,7 +123,7 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
         let mut answers = store.complete_batch([(a, "1"), (foreign, "2"), (b, "3")]).await.into_iter();
         assert!(answers.next().unwrap().is_ok());
         let (error, result, foreign) = answers.next().unwrap().unwrap_err().into_parts();
-        assert!(matches!(error, Error::ForeignLease { .. }) && result == b"2");
+        assert!(matches!(error, Error::ForeignLease { .. }) && result.result() == b"2");
         assert!(answers.next().unwrap().is_ok());
         assert!(matches!(store.claim("b").await.unwrap(), Claim::Completed(b) if b.result() == Some(b"3")));
 
@@ -146,7 +149,7 @@ async fn a_thousand_tasks_share_their_syncs() {
     const LIVES: usize = 20;
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Disk, LONG);
-    let before = store.blocking().stats();
+    let before = store.stats();
     let begun = Instant::now();
     let tasks: Vec<_> = (0..TASKS)
         .map(|task| {
@@ -162,7 +165,7 @@ async fn a_thousand_tasks_share_their_syncs() {
         task.await.unwrap();
     }
     let elapsed = begun.elapsed();
-    let after = store.blocking().stats();
+    let after = store.stats();
     let (lives, syncs) = (after.completed - before.completed, after.log_syncs - before.log_syncs);
     assert_eq!(lives, (TASKS * LIVES) as u64);
     let per_sync = lives / syncs;
@@ -218,13 +221,15 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                     holders[i].fetch_sub(1, Ordering::SeqCst);
                     match end {
                         0 => {
-                            let done = Cut { future: Box::pin(lease.complete(key.clone()).wait()), polls: second }.await;
+                            let done =
+                                Cut { future: Box::pin(lease.complete(key.clone()).into_future()), polls: second }
+                                    .await;
                             match done {
                                 Some(done) => completed[i].fetch_add(usize::from(done.is_ok()), Ordering::SeqCst),
                                 None => cut.fetch_add(1, Ordering::Relaxed),
                             };
                         }
-                        1 => drop(Cut { future: Box::pin(lease.release().wait()), polls: second }.await),
+                        1 => drop(Cut { future: Box::pin(lease.release().into_future()), polls: second }.await),
                         _ => drop(lease),
                     }
                 }
@@ -261,7 +266,7 @@ async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(200)).await;
-    let asked = store.blocking().stats().in_progress;
+    let asked = store.stats().in_progress;
     assert_eq!(asked, 100, "each asks once, takes its place and asks again: nobody polls");
     lease.complete("first").await.unwrap();
     for waiter in waiters {
@@ -274,7 +279,9 @@ async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(500));
     let begun = Instant::now();
-    for (end, prior) in [("release", PriorAttempt::Released), ("drop", PriorAttempt::Dropped), ("nothing", PriorAttempt::LeaseExpired)] {
+    for (end, prior) in
+        [("release", PriorAttempt::Released), ("drop", PriorAttempt::Dropped), ("nothing", PriorAttempt::LeaseExpired)]
+    {
         let lease = acquire(&store, end).await;
         let waiter = {
             let store = store.clone();
@@ -330,7 +337,7 @@ async fn a_lease_that_is_kept_alive_outlasts_its_length() {
     assert!(!lease.remaining().is_zero(), "and it knows of its renewals");
     lease.complete(result).await.unwrap();
     tokio::time::sleep(Duration::from_millis(250)).await;
-    assert_eq!(store.blocking().stats().superseded, 0, "nothing is renewed after the end");
+    assert_eq!(store.stats().superseded, 0, "nothing is renewed after the end");
 }
 
 /// Runs on a thread of its own, in a runtime that has no other.
@@ -387,7 +394,7 @@ impl Blocking<'_> {
 fn a_lease_is_renewed_while_its_work_blocks_the_only_thread() {
     Blocking::keeps_its_key(|blocking| {
         on_one_thread(async || {
-            let store = Store::new(blocking.store.clone()).unwrap();
+            let store = blocking.store.clone();
             let mut lease = acquire(&store, "k").await;
             let result = lease.keep_alive().during(async { blocking.block() }).await.unwrap();
             lease.complete(result).await.unwrap();
@@ -399,9 +406,9 @@ fn a_lease_is_renewed_while_its_work_blocks_the_only_thread() {
 fn a_lease_of_run_is_renewed_while_its_work_blocks_the_only_thread() {
     Blocking::keeps_its_key(|blocking| {
         on_one_thread(async || {
-            let store = Store::new(blocking.store.clone()).unwrap();
+            let store = blocking.store.clone();
             let work = async |_: &mut Lease| Ok::<_, Error>(blocking.block().into());
-            assert!(matches!(store.run("k", work).await, Ok(RunOutcome::First(_))));
+            assert!(matches!(store.run_async("k", work).await, Ok(RunOutcome::First(_))));
         });
     });
 }
@@ -479,7 +486,7 @@ fn work_that_is_cancelled_is_renewed_no_more() {
         for key in ["kept alive", "run"] {
             let hangs = async {
                 if key == "run" {
-                    drop(store.run(key, async |_| std::future::pending::<Result<Vec<u8>, Error>>().await).await);
+                    drop(store.run_async(key, async |_| std::future::pending::<Result<Vec<u8>, Error>>().await).await);
                 } else {
                     let mut lease = acquire(&store, key).await;
                     let _ = lease.keep_alive().during(std::future::pending::<()>()).await;
@@ -488,15 +495,19 @@ fn work_that_is_cancelled_is_renewed_no_more() {
             assert!(tokio::time::timeout(Duration::from_millis(200), hangs).await.is_err());
             for attempt in [2, 3] {
                 let next = acquire(&store, key).await;
-                assert_eq!((next.attempt().number(), next.attempt().prior()), (attempt, Some(PriorAttempt::Dropped)), "{key}");
+                assert_eq!(
+                    (next.attempt().number(), next.attempt().prior()),
+                    (attempt, Some(PriorAttempt::Dropped)),
+                    "{key}"
+                );
                 drop(next);
                 // Time for a renewal that should not be.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     });
-    assert_eq!(store.blocking().stats().superseded, 0);
-    store.blocking().close().wait().unwrap();
+    assert_eq!(store.stats().superseded, 0);
+    store.close().wait().unwrap();
 }
 
 #[cfg(target_os = "linux")]
@@ -510,7 +521,7 @@ fn one_thread_renews_for_all_stores() {
         tasks.filter_map(|task| comm(task).ok()).filter(|comm| comm.trim_end() == name).count()
     };
     let dirs: Vec<_> = (0..5).map(|_| tempfile::tempdir().unwrap()).collect();
-    let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG).blocking()).collect();
+    let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG)).collect();
     let mut leases: Vec<_> = stores
         .iter()
         .map(|store| if let Ok(Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
@@ -527,7 +538,7 @@ fn a_lease_that_is_lost_stops_the_work() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let store = Store::new(bench.store().clone()).unwrap();
+        let store = bench.store().clone();
         let mut lease = acquire(&store, "k").await;
         let stopped = Arc::new(AtomicUsize::new(0));
         struct Count(Arc<AtomicUsize>);
@@ -561,14 +572,14 @@ fn a_lease_that_is_lost_stops_the_work() {
 async fn run_does_the_work_once_and_releases_it_where_it_fails() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
-    let failed = store.run("k", async |_| Err::<Vec<u8>, _>("declined")).await;
+    let failed = store.run_async("k", async |_| Err::<Vec<u8>, _>("declined")).await;
     assert!(matches!(failed, Err(RunError::Work("declined"))), "{failed:?}");
     // On another task: its future can be sent there.
     let (again, token) = {
         let store = store.clone();
         let work = async move {
             let mut token = 0;
-            let ran = store.run("k", async |lease: &mut Lease| {
+            let ran = store.run_async("k", async |lease: &mut Lease| {
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
                 tokio::task::yield_now().await;
                 lease.renew().unwrap();
@@ -580,10 +591,11 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
         tokio::spawn(work).await.unwrap()
     };
     assert!(matches!(again, RunOutcome::First(result) if result == b"receipt"));
-    let replayed = store.run("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
+    let replayed = store.run_async("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
     assert!(matches!(replayed, RunOutcome::Replayed(first) if first.token().get() == token));
     let _lease = acquire(&store, "held").await;
-    let other = store.run("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
+    let other =
+        store.run_async("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
     assert!(matches!(other, RunOutcome::InProgress(_)));
 }
 
@@ -591,12 +603,12 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
 async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
-    let hangs = store.run("cancelled", async |_| std::future::pending::<Result<Vec<u8>, Error>>().await);
+    let hangs = store.run_async("cancelled", async |_| std::future::pending::<Result<Vec<u8>, Error>>().await);
     assert!(tokio::time::timeout(Duration::from_millis(100), hangs).await.is_err());
     let panicking = {
         let store = store.clone();
         tokio::spawn(async move {
-            let _ = store.run("panicked", async |_| -> Result<Vec<u8>, Error> { panic!("as it should") }).await;
+            let _ = store.run_async("panicked", async |_| -> Result<Vec<u8>, Error> { panic!("as it should") }).await;
         })
     };
     assert!(panicking.await.is_err());
@@ -612,7 +624,7 @@ async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
     let store = open(&dir, Durability::Process, LONG);
     let duplicates = Arc::new(AtomicUsize::new(0));
     let deliveries = tokio_stream::iter(["a", "b", "a", "fails", "b", "c", "fails", "c"]);
-    let mut once = store.once(deliveries, LONG, |item| Key::from(*item)).on_duplicate({
+    let mut once = store.dedup_stream(deliveries, LONG, |item| Key::from(*item)).on_duplicate({
         let duplicates = Arc::clone(&duplicates);
         move |_, first| {
             assert_eq!(first.result(), Some(&b"done"[..]));
@@ -637,18 +649,23 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let (soon, never) = (acquire(&store, "soon").await, acquire(&store, "never").await);
-    let mut once = store
-        .once(tokio_stream::iter(["soon", "never", "", "new"]), Duration::from_millis(300), |item| Key::from(*item));
+    let mut once =
+        store.dedup_stream(tokio_stream::iter(["soon", "never", "", "new"]), Duration::from_millis(300), |item| {
+            Key::from(*item)
+        });
     let holder = tokio::spawn(async move {
         tokio::time::sleep(Duration::from_millis(50)).await;
         soon.release().await.unwrap();
     });
     let (item, lease) = once.next().await.unwrap().unwrap();
     assert_eq!((item, lease.attempt().prior()), ("soon", Some(PriorAttempt::Released)));
-    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: UnclaimedReason::InProgress(_) }))));
     assert!(matches!(
         once.next().await,
-        Some(Err(Unclaimed { item: "", why: UnclaimedReason::Failed(Error::Key(KeyError::Empty { index: None })) }))
+        Some(Err(Unclaimed { item: "never", reason: UnclaimedReason::InProgress(_) }))
+    ));
+    assert!(matches!(
+        once.next().await,
+        Some(Err(Unclaimed { item: "", reason: UnclaimedReason::Failed(Error::Key(KeyError::Empty { index: None })) }))
     ));
     assert_eq!(once.next().await.unwrap().unwrap().0, "new");
     assert!(once.next().await.is_none());
@@ -662,7 +679,7 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
     runtime.block_on(async {
-        let store = Store::new(bench.store().clone()).unwrap();
+        let store = bench.store().clone();
         let mut batches = Vec::new();
         for batch in 0..BATCHES {
             let late = acquire(&store, &format!("{batch}-late")).await;
@@ -683,9 +700,9 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
             .map(|(batch, leases)| {
                 let store = store.clone();
                 tokio::spawn(async move {
-                    let leases = leases.into_iter().map(|(lease, offset)| {
-                        (lease, Completion::new("done").offset("orders", batch, offset))
-                    });
+                    let leases = leases
+                        .into_iter()
+                        .map(|(lease, offset)| (lease, Completion::new("done").offset("orders", batch, offset)));
                     store.complete_batch(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
                 })
             })
@@ -708,7 +725,7 @@ async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
     // The lease is the last one.
     drop(lease);
     let builder = Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
-    let again = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let again = builder.open(dir.path().join("store")).unwrap();
     assert!(matches!(again.claim("done").await.unwrap(), Claim::Completed(_)));
     again.close().await.unwrap();
 }
@@ -717,7 +734,7 @@ async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
 fn a_queue_has_bounds() {
     let bench = Bench::new();
     for calls in [0, 1_000_001] {
-        let refused = Store::with_queue(bench.store().clone(), calls).unwrap_err();
+        let refused = bench.builder().queue_limit(calls).open(bench.path().with_file_name("other")).unwrap_err();
         assert!(matches!(&refused, Error::Config { value, .. } if *value == calls.to_string()), "{refused}");
     }
 }

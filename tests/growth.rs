@@ -223,7 +223,9 @@ fn runs_that_are_killed_leave_no_more_than_runs_that_end() {
     for run in 0..240 {
         let left = cron.run_and_die(|store, run| {
             store.record(format!("done {run}")).wait().unwrap();
-            let Claim::Acquired(lease) = store.claim(format!("begun {run}")).wait().unwrap() else { panic!("it is new") };
+            let Claim::Acquired(lease) = store.claim(format!("begun {run}")).wait().unwrap() else {
+                panic!("it is new")
+            };
             // The process dies at it.
             std::mem::drop(lease);
         });
@@ -327,7 +329,9 @@ fn an_open_and_a_close_cost_no_more_tokens_than_are_taken() {
         last = lease.token().get();
     });
     cron.run(|store, _| {
-        let Claim::Acquired(lease) = store.claim("the last one").wait().unwrap() else { panic!("it was not completed") };
+        let Claim::Acquired(lease) = store.claim("the last one").wait().unwrap() else {
+            panic!("it was not completed")
+        };
         assert!(lease.token().get() > last);
     });
 }

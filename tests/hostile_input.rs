@@ -16,7 +16,10 @@ use std::time::Duration;
 
 use child::memory_growth;
 use common::Bench;
-use onlyonce::{Claim, Error, Key, KeyError, KeyStatus, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome, Resolution, RunOutcome, Store, StoredKey, Timestamp};
+use onlyonce::{
+    Claim, Completion, Error, Key, KeyError, KeyStatus, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome,
+    Resolution, RunOutcome, Store, StoredKey, Timestamp,
+};
 use siphasher::sip::SipHasher13;
 
 const MIB: u64 = 1 << 20;
@@ -197,7 +200,9 @@ fn a_gigabyte_of_result_is_not_kept_and_not_copied() {
         };
         bench.acquire("completed").complete(huge()).wait().unwrap();
         assert!(omitted("completed"));
-        let RunOutcome::First(result) = store.run("run", |_| Ok::<_, Error>(huge())).unwrap() else { panic!("run is new") };
+        let RunOutcome::First(result) = store.run("run", |_| Ok::<_, Error>(huge())).unwrap() else {
+            panic!("run is new")
+        };
         assert_eq!(result.len(), 1 << 30, "whoever did the work has the result");
         assert!(omitted("run"));
         drop(bench.acquire("held"));
@@ -249,10 +254,11 @@ fn a_million_new_keys_stay_in_the_budget() {
                 assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == RecordOutcome::First));
                 continue;
             }
-            let leases = bench.store().claim_batch(keys).wait().unwrap().into_iter().map(|claim| match claim.unwrap() {
-                Claim::Acquired(lease) => (lease, b"thirty bytes of a short result".to_vec()),
-                other => panic!("{other:?}"),
-            });
+            let leases =
+                bench.store().claim_batch(keys).wait().unwrap().into_iter().map(|claim| match claim.unwrap() {
+                    Claim::Acquired(lease) => (lease, b"thirty bytes of a short result".to_vec()),
+                    other => panic!("{other:?}"),
+                });
             assert!(bench.store().complete_batch(leases).wait().into_iter().all(|completed| completed.is_ok()));
         }
         let checks = bench.store().check_batch((0..1_000_000).step_by(97).map(key)).wait().unwrap();
@@ -352,7 +358,10 @@ fn every_verb_takes_keys_of_any_bytes() {
         let Claim::Acquired(mut lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
         lease.renew().unwrap();
         assert!(matches!(store.check(key).wait().unwrap(), KeyStatus::InProgress(other) if other.attempt == 1));
-        assert!(matches!(store.inspect(key).wait().unwrap(), Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })));
+        assert!(matches!(
+            store.inspect(key).wait().unwrap(),
+            Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })
+        ));
         assert_eq!(store.record(key).wait().unwrap(), RecordOutcome::Duplicate { in_flight: true });
         assert!(matches!(store.forget(key).wait(), Err(Error::InUse { .. })));
         lease.release().wait().unwrap();
@@ -365,7 +374,10 @@ fn every_verb_takes_keys_of_any_bytes() {
     bench.reopen();
     let store = bench.store();
     for (key, check) in keys.iter().zip(store.check_batch(&keys).wait().unwrap()) {
-        assert!(matches!(&check, Ok(KeyStatus::Completed(it)) if it.result() == Some(&result(key))), "{key}: {check:?}");
+        assert!(
+            matches!(&check, Ok(KeyStatus::Completed(it)) if it.result() == Some(&result(key))),
+            "{key}: {check:?}"
+        );
         assert!(matches!(store.run(key, |_| Err::<Vec<u8>, _>("again")), Ok(RunOutcome::Replayed(_))));
         assert!(store.forget(key).wait().unwrap() && !store.forget(key).wait().unwrap());
         assert!(matches!(store.run(key, |_| Ok::<_, Error>(vec![0])), Ok(RunOutcome::First(_))));
@@ -467,14 +479,18 @@ fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
     let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
     let key = |scope: &'static str| Key::from("order-1").scope(scope);
     let store = bench.store();
-    let Claim::Acquired(theirs) = store.claim(key("theirs").fingerprint("their payload")).wait().unwrap() else { panic!() };
+    let Claim::Acquired(theirs) = store.claim(key("theirs").fingerprint("their payload")).wait().unwrap() else {
+        panic!()
+    };
     // In progress there is new here, with any payload; whatever is done here changes nothing there.
     for scope in ["ours", "", "their", "theirs\0", "theirs2"] {
         assert_eq!(store.check(key(scope)).wait().unwrap(), KeyStatus::New, "{scope}");
         assert_eq!(store.inspect(key(scope)).wait().unwrap(), None, "{scope}");
         assert!(!store.forget(key(scope)).wait().unwrap());
         assert!(matches!(store.resolve(key(scope), Resolution::Rerun).wait(), Err(Error::NotHeld { .. })));
-        let Claim::Acquired(lease) = store.claim(key(scope).fingerprint("ours")).wait().unwrap() else { panic!("{scope}") };
+        let Claim::Acquired(lease) = store.claim(key(scope).fingerprint("ours")).wait().unwrap() else {
+            panic!("{scope}")
+        };
         lease.complete(format!("of {scope}")).wait().unwrap();
     }
     assert!(matches!(store.check(key("theirs")).wait().unwrap(), KeyStatus::InProgress(_)));
@@ -487,7 +503,9 @@ fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
     bench.reopen();
     assert_eq!(bench.store().check(key("ours")).wait().unwrap(), KeyStatus::New);
     for scope in ["", "their", "theirs", "theirs\0", "theirs2"] {
-        let KeyStatus::Completed(completed) = bench.store().check(key(scope)).wait().unwrap() else { panic!("{scope}") };
+        let KeyStatus::Completed(completed) = bench.store().check(key(scope)).wait().unwrap() else {
+            panic!("{scope}")
+        };
         assert_eq!(completed.result().unwrap(), format!("of {scope}").as_bytes());
     }
 }
@@ -496,12 +514,17 @@ fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
 fn a_scope_that_fills_the_store_keeps_others_from_new_claims_and_from_nothing_else() {
     let bench = Bench::with(|builder| builder.in_flight_limit(100));
     bench.store().record(Key::from("done").scope("ours")).wait().unwrap();
-    let Claim::Acquired(at_work) = bench.store().claim(Key::from("at work").scope("ours")).wait().unwrap() else { panic!() };
+    let Claim::Acquired(at_work) = bench.store().claim(Key::from("at work").scope("ours")).wait().unwrap() else {
+        panic!()
+    };
     let flood: Vec<String> = (0..1_000).map(|i| format!("flood-{i}")).collect();
     let claims = bench.store().claim_batch(flood.iter().map(|key| Key::from(key).scope("theirs"))).wait().unwrap();
     assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 99);
     let new = || Key::from("new").scope("ours");
-    assert!(matches!(bench.store().claim(new()).wait(), Err(Error::TooManyInFlight { .. })), "the limit is the store's");
+    assert!(
+        matches!(bench.store().claim(new()).wait(), Err(Error::TooManyInFlight { .. })),
+        "the limit is the store's"
+    );
     assert!(matches!(bench.store().claim(Key::from("done").scope("ours")).wait().unwrap(), Claim::Completed(_)));
     assert_eq!(bench.store().check(new()).wait().unwrap(), KeyStatus::New);
     assert_eq!(bench.store().record(Key::from("recorded").scope("ours")).wait().unwrap(), RecordOutcome::First);
@@ -529,7 +552,10 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
         if limit > 255 {
             // A scope counts with its key.
             too_long.push(Key::from(&over[..limit + 1 - 255]).scope(&over[..255]));
-            assert!(matches!(store.claim(Key::from(&most[..limit - 255]).scope(&most[..255])).wait(), Ok(Claim::Acquired(_))));
+            assert!(matches!(
+                store.claim(Key::from(&most[..limit - 255]).scope(&most[..255])).wait(),
+                Ok(Claim::Acquired(_))
+            ));
             assert!(matches!(
                 store.claim(Key::from("k").scope(&most[..256])).wait(),
                 Err(Error::Key(KeyError::ScopeTooLong { len: 256, .. }))
@@ -559,7 +585,10 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
         }
         for empty in [Key::from(""), Key::from("").scope("s"), Key::composite([""; 0])] {
             assert!(matches!(store.claim(&empty).wait(), Err(Error::Key(KeyError::Empty { .. }))));
-            assert!(matches!(store.record_batch([Key::from("a"), empty]).wait(), Err(Error::Key(KeyError::Empty { .. }))));
+            assert!(matches!(
+                store.record_batch([Key::from("a"), empty]).wait(),
+                Err(Error::Key(KeyError::Empty { .. }))
+            ));
         }
         let Claim::Acquired(lease) = store.claim(&most).wait().unwrap() else { panic!("it is new") };
         lease.complete("r").wait().unwrap();
@@ -585,9 +614,24 @@ fn a_key_that_refuses_its_batch_is_named_by_its_place() {
                 store.claim_batch(batch()).wait().unwrap_err(),
                 store.record_batch(batch()).wait().unwrap_err(),
                 store.check_batch(batch()).wait().unwrap_err(),
-                stream.claim_batch((messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap_err(),
-                stream.record_batch((messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap_err(),
-                stream.check_batch((messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap_err(),
+                stream
+                    .claim_batch(
+                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+                    )
+                    .wait()
+                    .unwrap_err(),
+                stream
+                    .record_batch(
+                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+                    )
+                    .wait()
+                    .unwrap_err(),
+                stream
+                    .check_batch(
+                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+                    )
+                    .wait()
+                    .unwrap_err(),
             ]
         };
         for place in 0..3 {
@@ -602,7 +646,9 @@ fn a_key_that_refuses_its_batch_is_named_by_its_place() {
                 assert!(error.to_string().contains(&format!(" at position {place} of the batch (from 0)")), "{error}");
             }
         }
-        for error in [bench.store().claim(key()).wait().unwrap_err(), bench.store().claim_batch([key()]).wait().unwrap_err()] {
+        for error in
+            [bench.store().claim(key()).wait().unwrap_err(), bench.store().claim_batch([key()]).wait().unwrap_err()]
+        {
             assert!(!error.to_string().contains("position"), "{error}");
         }
     }
@@ -626,7 +672,10 @@ fn keys_and_results_that_are_over_a_limit_by_now_are_still_read() {
     let store = open(10, 10);
     let listed = store.held().wait().unwrap();
     assert_eq!(listed.iter().map(|held| held.key.as_bytes()).collect::<Vec<_>>(), [held.as_bytes()]);
-    assert!(matches!(store.inspect(&held).wait().unwrap(), Some(StoredKey::Processing { state: LeaseState::Held(_), .. })));
+    assert!(matches!(
+        store.inspect(&held).wait().unwrap(),
+        Some(StoredKey::Processing { state: LeaseState::Held(_), .. })
+    ));
     store.resolve(&listed[0].key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
     for (key, result) in [(&held, &b"by hand"[..]), (&done, &[7; 3_000])] {
         let stored = store.inspect(key).wait().unwrap();
@@ -642,9 +691,11 @@ fn offsets_and_messages_with_names_of_any_length_are_read_back() {
     let names = [Vec::new(), vec![0], vec![0xff; 300], vec![b'n'; 100_000], vec![0x80; 9 << 20]];
     for (i, name) in names.iter().enumerate() {
         let lease = bench.acquire(&i.to_string());
-        let completion = Completion::new("r")
-            .offset(name.as_slice(), u32::MAX, i as u64)
-            .message(name.as_slice(), name.as_slice(), name.as_slice());
+        let completion = Completion::new("r").offset(name.as_slice(), u32::MAX, i as u64).message(
+            name.as_slice(),
+            name.as_slice(),
+            name.as_slice(),
+        );
         lease.complete(completion).wait().unwrap();
         bench.store().set_offset(name.as_slice(), 0, u64::MAX).wait().unwrap();
     }
@@ -656,7 +707,9 @@ fn offsets_and_messages_with_names_of_any_length_are_read_back() {
         }
         let outbox = bench.store().outbox(10).wait().unwrap();
         assert_eq!(outbox.len(), names.len());
-        assert!(outbox.iter().zip(&names).all(|(it, name)| &it.topic == name && &it.key == name && &it.payload == name));
+        assert!(
+            outbox.iter().zip(&names).all(|(it, name)| &it.topic == name && &it.key == name && &it.payload == name)
+        );
         if round == 0 { bench.store().flush().unwrap() } else { bench.reopen() }
     }
 }

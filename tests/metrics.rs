@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use metrics_util::MetricKind;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use onlyonce::delivery::{Delivery, Job, KeyOrigin, Processor, Settled};
-use onlyonce::{Builder, Claim, Error, Key, Lease, ManualClock, OnInterrupt, RecordOutcome, Store, Timestamp, TimestampError};
+use onlyonce::{
+    Builder, Claim, Error, Key, Lease, ManualClock, OnInterrupt, RecordOutcome, Store, Timestamp, TimestampError,
+};
 
 const START_MS: u64 = 1_700_000_000_000;
 
@@ -125,7 +127,9 @@ fn live(dir: &Path) {
     // Enough for the filter to be wrong at times.
     for batch in 0..60_u64 {
         let keys: Vec<String> = (0..1_000).map(|i| format!("{batch}/{i}")).collect();
-        assert!(store.record_batch(&keys).wait().unwrap().into_iter().all(|answer| answer.unwrap() == RecordOutcome::First));
+        assert!(
+            store.record_batch(&keys).wait().unwrap().into_iter().all(|answer| answer.unwrap() == RecordOutcome::First)
+        );
     }
     store.flush().unwrap();
     for batch in 0..300_u64 {
@@ -143,8 +147,14 @@ fn live(dir: &Path) {
 
     let stream = builder(&clock).stream_time(Duration::from_secs(60)).open(dir.join("stream")).unwrap();
     stream.record(Key::from("a").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
-    assert!(matches!(stream.record(Key::from("b").at(Timestamp::from_unix_ms(5))).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))));
-    assert!(matches!(stream.record(Key::from("c").at(Timestamp::from_unix_ms(u64::MAX))).wait(), Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
+    assert!(matches!(
+        stream.record(Key::from("b").at(Timestamp::from_unix_ms(5))).wait(),
+        Err(Error::Timestamp(TimestampError::TooOld { .. }))
+    ));
+    assert!(matches!(
+        stream.record(Key::from("c").at(Timestamp::from_unix_ms(u64::MAX))).wait(),
+        Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
+    ));
     stream.close().wait().unwrap();
 }
 

@@ -231,7 +231,8 @@ impl Round {
                 self.acquired(key, payload, lease);
             }
             (Expected::Again { attempt, priors, or_new }, Ok(Claim::Acquired(lease))) => {
-                let again = lease.attempt().number() == *attempt && lease.attempt().prior().is_some_and(|prior| priors.contains(&prior));
+                let again = lease.attempt().number() == *attempt
+                    && lease.attempt().prior().is_some_and(|prior| priors.contains(&prior));
                 let new = *or_new && lease.attempt().number() == 1 && lease.attempt().prior().is_none();
                 assert!(again || new, "{key}: {lease:?} where {expected:?}");
                 self.acquired(key, payload, lease);
@@ -372,7 +373,11 @@ impl Round {
         {
             // One that ran out a window ago may be forgotten already, and dropping it says nothing new.
             let stale = now_ms >= until_ms + WINDOW_MS;
-            let priors = if stale { vec![PriorAttempt::Dropped, PriorAttempt::LeaseExpired] } else { vec![PriorAttempt::Dropped] };
+            let priors = if stale {
+                vec![PriorAttempt::Dropped, PriorAttempt::LeaseExpired]
+            } else {
+                vec![PriorAttempt::Dropped]
+            };
             *holder = Holder::Gone { priors, since_ms: if stale { until_ms } else { now_ms } };
         }
     }

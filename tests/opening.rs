@@ -313,14 +313,21 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
     drop(bench.acquire("dropped"));
     let running = bench.acquire("running");
     assert!(matches!(bench.store().claim("new").wait(), Err(Error::TooManyInFlight { .. })));
-    assert!(matches!(bench.store().claim("dropped").wait(), Err(Error::TooManyInFlight { .. })), "it would be one more");
+    assert!(
+        matches!(bench.store().claim("dropped").wait(), Err(Error::TooManyInFlight { .. })),
+        "it would be one more"
+    );
     bench.advance_ms(1_000);
     let taken_over = bench.acquire("running");
     assert_eq!(taken_over.attempt().number(), 2, "what has run out adds none");
     assert!(running.complete("late").wait().is_err());
     taken_over.complete("r").wait().unwrap();
     assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate is answered");
-    assert_eq!(bench.store().record("recorded").wait().unwrap(), RecordOutcome::First, "a record leaves nothing in flight");
+    assert_eq!(
+        bench.store().record("recorded").wait().unwrap(),
+        RecordOutcome::First,
+        "a record leaves nothing in flight"
+    );
     bench.reopen();
     let again = bench.acquire("dropped");
     assert_eq!(again.attempt().number(), 2, "what was interrupted can be claimed again");
@@ -412,7 +419,11 @@ fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
 #[test]
 fn a_clock_at_the_end_of_time_is_no_obstacle() {
     let dir = tempfile::tempdir().unwrap();
-    let open = || Store::builder().clock(onlyonce::ManualClock::at(Timestamp::from_unix_ms(u64::MAX - 10))).open(dir.path().join("store"));
+    let open = || {
+        Store::builder()
+            .clock(onlyonce::ManualClock::at(Timestamp::from_unix_ms(u64::MAX - 10)))
+            .open(dir.path().join("store"))
+    };
     let store = open().unwrap();
     store.record("k").wait().unwrap();
     store.flush().unwrap();
@@ -497,7 +508,8 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         let store = Store::builder().memory_budget(32 << 20).open(path).unwrap();
         let failure = (0..10_000).find_map(|i| {
             store
-                .claim(format!("key-{i}")).wait()
+                .claim(format!("key-{i}"))
+                .wait()
                 .and_then(|claim| match claim {
                     Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).wait().map_err(|error| {
                         assert_eq!(error.completion().result().len(), 4_096, "the result comes back");
@@ -510,7 +522,8 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         let failure = failure.expect("the limit is reached");
         assert!(matches!(failure, Error::WriteFailed { .. }), "{failure}");
         assert_eq!(failure.outcome(), Outcome::Unknown);
-        for refused in [store.claim("other").wait().map(|_| ()), store.check("other").wait().map(|_| ()), store.flush()] {
+        for refused in [store.claim("other").wait().map(|_| ()), store.check("other").wait().map(|_| ()), store.flush()]
+        {
             assert!(matches!(refused, Err(Error::Poisoned { .. })), "{refused:?}");
         }
         assert!(store.stats().poisoned.is_some());

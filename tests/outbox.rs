@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::Bench;
-use onlyonce::{Claim, Durability, Error, Lease, Store};
+use onlyonce::{Claim, Completion, Durability, Error, Lease, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -110,7 +110,9 @@ fn a_message_whose_completion_took_longer_is_not_stepped_over() {
             let store = &store;
             scope.spawn(move || {
                 for i in thread * EACH..(thread + 1) * EACH {
-                    let Claim::Acquired(lease) = store.claim(i.to_string()).wait().unwrap() else { panic!("{i} is new") };
+                    let Claim::Acquired(lease) = store.claim(i.to_string()).wait().unwrap() else {
+                        panic!("{i} is new")
+                    };
                     lease.complete(Completion::new("").message("t", i.to_string(), "")).wait().unwrap();
                 }
             });
@@ -145,9 +147,11 @@ fn child() {
         let Claim::Acquired(lease) = store.claim(format!("order-{next}")).wait().unwrap() else {
             panic!("{next} was met twice")
         };
-        let completion = Completion::new("charged")
-            .offset("orders", 0, next + 1)
-            .message("charges", next.to_string(), format!("charge of {next}"));
+        let completion = Completion::new("charged").offset("orders", 0, next + 1).message(
+            "charges",
+            next.to_string(),
+            format!("charge of {next}"),
+        );
         lease.complete(completion).wait().unwrap();
         if next % 16 == 0 {
             let messages = store.outbox(100).wait().unwrap();
@@ -217,7 +221,10 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
         assert!(distinct.last().is_none_or(|last| *last == offset - 1));
         let step = (offset / 50).max(1) as usize;
         for order in (0..offset).step_by(step) {
-            assert!(matches!(store.claim(format!("order-{order}")).wait().unwrap(), Claim::Completed(_)), "order {order}");
+            assert!(
+                matches!(store.claim(format!("order-{order}")).wait().unwrap(), Claim::Completed(_)),
+                "order {order}"
+            );
         }
         // As a torn line would be: by whoever reads the file.
         std::fs::write(dir.path().join("published"), whole.to_owned() + if whole.is_empty() { "" } else { "\n" })

@@ -245,7 +245,9 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
                 let said = Arc::clone(&said);
                 spawn(&bench, move |bench| {
                     let completed = match bench.oracle.store.claim(key.to_string()).wait() {
-                        Ok(Claim::Acquired(lease)) => lease.complete("done").wait().map_err(|error| error.into_parts().0),
+                        Ok(Claim::Acquired(lease)) => {
+                            lease.complete("done").wait().map_err(|error| error.into_parts().0)
+                        }
                         Ok(other) => panic!("{other:?}"),
                         Err(error) => Err(error),
                     };

@@ -12,7 +12,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use onlyonce::{Builder, Claim, Completed, Durability, Error, Key, KeyStatus, Lease, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome, Resolution, Store, Timestamp, TimestampError};
+use onlyonce::{
+    Builder, Claim, Completed, Durability, Error, Key, KeyStatus, Lease, ManualClock, OnInterrupt, PriorAttempt,
+    RecordOutcome, Resolution, Store, Timestamp, TimestampError,
+};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -91,7 +94,10 @@ impl Stream {
 
     /// Takes stream time along.
     fn tick(&self, at_ms: u64) {
-        assert_eq!(self.store().record(Key::from(format!("tick {at_ms}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(), RecordOutcome::First);
+        assert_eq!(
+            self.store().record(Key::from(format!("tick {at_ms}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
+            RecordOutcome::First
+        );
     }
 
     fn answer(&self, key: &str, at_ms: u64) -> &'static str {
@@ -134,7 +140,11 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
             stream.tick(at_ms + WINDOW_MS / 2);
             stream.tick(at_ms + WINDOW_MS - 1);
             stream.store().flush().unwrap();
-            let KeyStatus::Completed(first) = stream.store().check(Key::from("k").at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() else { panic!("{sealed}") };
+            let KeyStatus::Completed(first) =
+                stream.store().check(Key::from("k").at(Timestamp::from_unix_ms(at_ms))).wait().unwrap()
+            else {
+                panic!("{sealed}")
+            };
             assert_eq!(first.completed_at().as_unix_ms(), at_ms);
             assert_eq!(first.result(), Some(at_ms.to_string().as_bytes()));
             stream.tick(at_ms + WINDOW_MS);
@@ -154,7 +164,10 @@ fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
             let hour = Duration::from_secs(3_600);
             builder(&clock).window(hour * hours).bucket(hour * hours / 24).stream_time(hour).open(&path).unwrap()
         };
-        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store.claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait() {
+        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store
+            .claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms)))
+            .wait()
+        {
             Err(Error::Timestamp(TimestampError::TooOld { remembers_since, .. })) => {
                 assert_eq!(remembers_since, store.stats().remembers_since);
                 true
@@ -168,7 +181,10 @@ fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
         let store = open(24);
         store.record(Key::from("done").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
         for hour in 1..=5 {
-            store.record(Key::from(format!("tick {hour}")).at(Timestamp::from_unix_ms(START_MS + hour * HOUR_MS))).wait().unwrap();
+            store
+                .record(Key::from(format!("tick {hour}")).at(Timestamp::from_unix_ms(START_MS + hour * HOUR_MS)))
+                .wait()
+                .unwrap();
         }
         store.close().wait().unwrap();
         let store = open(1);
@@ -190,8 +206,20 @@ fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
             is_too_old(&store, "never seen", since_ms - 1) && !is_too_old(&store, "never seen", since_ms),
             "{told}"
         );
-        assert!(matches!(store.check(Key::from("tick 5").at(Timestamp::from_unix_ms(START_MS + 5 * HOUR_MS))).wait(), Ok(KeyStatus::Completed(_))), "{told}");
-        assert!(matches!(store.check(Key::from("tick 4").at(Timestamp::from_unix_ms(START_MS + 4 * HOUR_MS))).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))), "{told}");
+        assert!(
+            matches!(
+                store.check(Key::from("tick 5").at(Timestamp::from_unix_ms(START_MS + 5 * HOUR_MS))).wait(),
+                Ok(KeyStatus::Completed(_))
+            ),
+            "{told}"
+        );
+        assert!(
+            matches!(
+                store.check(Key::from("tick 4").at(Timestamp::from_unix_ms(START_MS + 4 * HOUR_MS))).wait(),
+                Err(Error::Timestamp(TimestampError::TooOld { .. }))
+            ),
+            "{told}"
+        );
     }
 }
 
@@ -230,13 +258,19 @@ fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
     stream.store().flush().unwrap();
     // Its bucket has ended, and was never there.
     let late_ms = START_MS - 2_500;
-    assert_eq!(stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(), RecordOutcome::First);
+    assert_eq!(
+        stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
+        RecordOutcome::First
+    );
     stream.store().flush().unwrap();
     let bucket = late_ms - late_ms % 1_000;
     let buckets = stream.store().stats().buckets;
     assert!(buckets.iter().any(|stats| stats.start.as_unix_ms() == bucket && stats.keys == 1), "{buckets:?}");
     stream.reopen();
-    assert_eq!(stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
+    assert_eq!(
+        stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
+        RecordOutcome::Duplicate { in_flight: false }
+    );
     stream.tick(late_ms + WINDOW_MS - 1);
     stream.store().flush().unwrap();
     assert_eq!(stream.answer("late", late_ms), "completed");
@@ -257,9 +291,20 @@ fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate()
         stream.store().claim(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
         stream.store().record(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
         stream.store().check(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
-        stream.store().claim_batch(([("old", old_ms)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap().pop().unwrap().map(drop),
+        stream
+            .store()
+            .claim_batch(
+                ([("old", old_ms)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap()
+            .pop()
+            .unwrap()
+            .map(drop),
     ] {
-        let Err(Error::Timestamp(TimestampError::TooOld { key, at, remembers_since })) = answer else { panic!("{answer:?}") };
+        let Err(Error::Timestamp(TimestampError::TooOld { key, at, remembers_since })) = answer else {
+            panic!("{answer:?}")
+        };
         assert_eq!((key.as_str(), at.as_unix_ms(), remembers_since.as_unix_ms()), ("\"old\"", old_ms, old_ms + 1));
     }
     assert_eq!(stream.answer("old", old_ms + 1), "new");
@@ -309,7 +354,13 @@ fn last_year_is_replayed_as_it_was_lived() {
         if at % 7 == 0 && at >= 20 {
             batch.push(message(at - 20));
         }
-        stream.store().record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap().into_iter().for_each(&mut count);
+        stream
+            .store()
+            .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+            .wait()
+            .unwrap()
+            .into_iter()
+            .for_each(&mut count);
         if at % 1_500 == 1_499 {
             stream.reopen();
         }
@@ -372,9 +423,24 @@ fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
     let window = Duration::from_millis(WINDOW_MS);
     let store = builder(&clock).stream_time(window).open(dir.path().join("store")).unwrap();
     store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
-    assert_eq!(store.record(Key::from("as far as one can go").at(Timestamp::from_unix_ms(START_MS + WINDOW_MS))).wait().unwrap(), RecordOutcome::First);
-    assert_eq!(store.record(Key::from("next in order").at(Timestamp::from_unix_ms(START_MS + 1))).wait().unwrap(), RecordOutcome::First);
-    assert!(matches!(store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))), "and no duplicate passes");
+    assert_eq!(
+        store
+            .record(Key::from("as far as one can go").at(Timestamp::from_unix_ms(START_MS + WINDOW_MS)))
+            .wait()
+            .unwrap(),
+        RecordOutcome::First
+    );
+    assert_eq!(
+        store.record(Key::from("next in order").at(Timestamp::from_unix_ms(START_MS + 1))).wait().unwrap(),
+        RecordOutcome::First
+    );
+    assert!(
+        matches!(
+            store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
+            Err(Error::Timestamp(TimestampError::TooOld { .. }))
+        ),
+        "and no duplicate passes"
+    );
 }
 
 #[test]
@@ -393,12 +459,20 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() 
     // A batch that has them all, and spans more than a window.
     let week_ms = friday_ms + 7 * DAY_MS;
     let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i * 2_000)).collect();
-    let claims = stream.store().claim_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap();
+    let claims = stream
+        .store()
+        .claim_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+        .wait()
+        .unwrap();
     assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
     assert_eq!(stream.now_ms(), week_ms + 18_000);
     // Every step is a leap.
     let batch: Vec<(String, u64)> = (1..10).map(|i| (format!("y{i}"), week_ms + i * DAY_MS)).collect();
-    let claims = stream.store().claim_batch((batch.clone()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap();
+    let claims = stream
+        .store()
+        .claim_batch((batch.clone()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+        .wait()
+        .unwrap();
     let (last, others) = claims.split_last().unwrap();
     assert!(others.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
     assert!(matches!(last, Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
@@ -414,10 +488,18 @@ fn a_stray_in_a_batch_is_refused_alone_whatever_comes_in_the_next() {
         let at_ms = START_MS + round * 10;
         let batch =
             [("a", at_ms), ("stray", stray_ms), ("b", at_ms + 1)].map(|(key, at)| (format!("{key}{round}"), at));
-        let answers = stream.store().record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap();
+        let answers = stream
+            .store()
+            .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+            .wait()
+            .unwrap();
         assert!(matches!(
             answers.as_slice(),
-            [Ok(RecordOutcome::First), Err(Error::Timestamp(TimestampError::TooFarAhead { .. })), Ok(RecordOutcome::First)]
+            [
+                Ok(RecordOutcome::First),
+                Err(Error::Timestamp(TimestampError::TooFarAhead { .. })),
+                Ok(RecordOutcome::First)
+            ]
         ));
         // Two in a row, were the first one still counted.
         assert!(stream.is_too_far_ahead("stray", stray_ms));
@@ -451,8 +533,19 @@ fn messages_of_the_future_stay_out_however_many_they_are() {
             assert!(stream.is_too_far_ahead(&format!("future {i}"), future_ms + i));
         }
         assert!(stream.is_too_far_ahead("broken", u64::MAX));
-        let batch = stream.store().record_batch(([("x", future_ms), ("y", future_ms)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap();
-        assert!(batch.iter().all(|answer| matches!(answer, Err(Error::Timestamp(TimestampError::TooFarAhead { in_future: true, .. })))));
+        let batch = stream
+            .store()
+            .record_batch(
+                ([("x", future_ms), ("y", future_ms)])
+                    .into_iter()
+                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap();
+        assert!(batch.iter().all(|answer| matches!(
+            answer,
+            Err(Error::Timestamp(TimestampError::TooFarAhead { in_future: true, .. }))
+        )));
         // When it has become the present, it is a message like others.
         stream.clock.advance(Duration::from_secs(3_600));
         stream.is_too_far_ahead("future 0", future_ms);
@@ -505,10 +598,11 @@ fn leases_and_backoffs_run_on_monotonic_time() {
     stream.acquire("released", START_MS).release().after(Duration::from_secs(5)).wait().unwrap();
     stream.clock.set_wall(Timestamp::from_unix_ms(0));
     stream.tick(START_MS + AHEAD_MS);
-    let retry_after = |key: &str| match stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS))).wait().unwrap() {
-        Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
-        other => panic!("{key}: {other:?}"),
-    };
+    let retry_after =
+        |key: &str| match stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS))).wait().unwrap() {
+            Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
+            other => panic!("{key}: {other:?}"),
+        };
     assert_eq!((retry_after("leased"), retry_after("released")), (1_000, 5_000));
     stream.clock.advance(Duration::from_millis(999));
     assert_eq!((retry_after("leased"), retry_after("released")), (1, 4_001));
@@ -518,7 +612,11 @@ fn leases_and_backoffs_run_on_monotonic_time() {
     drop(second);
     stream.reopen();
     let released = stream.acquire("released", START_MS);
-    assert_eq!((released.attempt().number(), released.attempt().prior()), (2, Some(PriorAttempt::Released)), "a backoff ends with its process");
+    assert_eq!(
+        (released.attempt().number(), released.attempt().prior()),
+        (2, Some(PriorAttempt::Released)),
+        "a backoff ends with its process"
+    );
 }
 
 #[test]
@@ -536,10 +634,11 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
         stream.store().resolve(key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
     }
     stream.store().flush().unwrap();
-    let completed_at = |key, at_ms| match stream.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
-        KeyStatus::Completed(completed) => completed.completed_at().as_unix_ms(),
-        other => panic!("{key}: {other:?}"),
-    };
+    let completed_at =
+        |key, at_ms| match stream.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
+            KeyStatus::Completed(completed) => completed.completed_at().as_unix_ms(),
+            other => panic!("{key}: {other:?}"),
+        };
     assert_eq!(completed_at("crashed", START_MS + 100), START_MS + 100);
     assert_eq!(completed_at("dropped", START_MS + 200), START_MS + 200);
 
@@ -558,26 +657,54 @@ fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
     assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert!(matches!(store.check("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert!(matches!(store.record("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
-    assert!(matches!(store.claim("k").wait_up_to(Duration::ZERO).wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert!(matches!(
+        store.claim("k").wait_up_to(Duration::ZERO).wait(),
+        Err(Error::Timestamp(TimestampError::Missing))
+    ));
     assert!(matches!(store.claim_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert!(matches!(store.record_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert!(matches!(store.check_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
     stream.complete("k", START_MS);
-    assert!(store.inspect("k").wait().unwrap().is_some() && store.forget("k").wait().unwrap(), "which are not about messages");
+    assert!(
+        store.inspect("k").wait().unwrap().is_some() && store.forget("k").wait().unwrap(),
+        "which are not about messages"
+    );
     store.close().wait().unwrap();
     // It stays what it is, and keeps its bound.
     let store = builder(&stream.clock).open(stream.path()).unwrap();
     assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
-    assert_eq!(store.record(Key::from("a").at(Timestamp::from_unix_ms(START_MS + AHEAD_MS))).wait().unwrap(), RecordOutcome::First);
-    assert!(matches!(store.record(Key::from("b").at(Timestamp::from_unix_ms(START_MS + 2 * AHEAD_MS + 1))).wait(), Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
+    assert_eq!(
+        store.record(Key::from("a").at(Timestamp::from_unix_ms(START_MS + AHEAD_MS))).wait().unwrap(),
+        RecordOutcome::First
+    );
+    assert!(matches!(
+        store.record(Key::from("b").at(Timestamp::from_unix_ms(START_MS + 2 * AHEAD_MS + 1))).wait(),
+        Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
+    ));
 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let store = builder(&stream.clock).open(&path).unwrap();
-    assert!(matches!(store.claim(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
-    assert!(matches!(store.check(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
-    assert!(matches!(store.record_batch(([("k", START_MS)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
-    assert!(matches!(store.advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
+    assert!(matches!(
+        store.claim(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    assert!(matches!(
+        store.check(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    assert!(matches!(
+        store
+            .record_batch(
+                ([("k", START_MS)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))
+            )
+            .wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    assert!(matches!(
+        store.advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
     store.close().wait().unwrap();
     let refused = builder(&stream.clock).stream_time(Duration::from_secs(1)).open(&path);
     assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
@@ -599,16 +726,34 @@ fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_
     let messages: Vec<(String, u64)> = (0..100_000).map(|i| (format!("m{i}"), START_MS + i * 100)).collect();
     let mut sent = 0;
     for batch in messages.chunks(400) {
-        let answers = store.record_batch((batch.iter().map(|(key, at_ms)| (key, *at_ms))).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap();
+        let answers = store
+            .record_batch(
+                (batch.iter().map(|(key, at_ms)| (key, *at_ms)))
+                    .into_iter()
+                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap();
         assert!(answers.iter().all(|answer| matches!(answer, Ok(RecordOutcome::First))));
         sent += batch.len();
         // 480 of them are within the window.
         let again = messages[sent.saturating_sub(480)..sent].iter().step_by(37);
-        for answer in store.record_batch((again.map(|(key, at_ms)| (key, *at_ms))).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))).wait().unwrap() {
+        for answer in store
+            .record_batch(
+                (again.map(|(key, at_ms)| (key, *at_ms)))
+                    .into_iter()
+                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap()
+        {
             assert_eq!(answer.unwrap(), RecordOutcome::Duplicate { in_flight: false });
         }
         if let Some((key, at_ms)) = sent.checked_sub(481).map(|old| &messages[old]) {
-            assert!(matches!(store.record(Key::from(key).at(Timestamp::from_unix_ms(*at_ms))).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))));
+            assert!(matches!(
+                store.record(Key::from(key).at(Timestamp::from_unix_ms(*at_ms))).wait(),
+                Err(Error::Timestamp(TimestampError::TooOld { .. }))
+            ));
         }
     }
     store.flush().unwrap();
@@ -621,7 +766,10 @@ fn nobody_who_looks_a_key_up_while_the_stream_leaps_is_told_that_it_is_new() {
     let mut at_ms = START_MS;
     for round in 0..30 {
         let key = format!("k{round}");
-        assert_eq!(stream.store().record(Key::from(&key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(), RecordOutcome::First);
+        assert_eq!(
+            stream.store().record(Key::from(&key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
+            RecordOutcome::First
+        );
         stream.store().flush().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -703,7 +851,8 @@ impl Model {
             }
             _ => self.time(rng),
         };
-        let (is_let_in, claim) = (self.lets_in(at_ms), self.stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait());
+        let (is_let_in, claim) =
+            (self.lets_in(at_ms), self.stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait());
         assert_eq!(self.stream.now_ms(), self.now_ms);
         let now_ms = self.now_ms;
         let counts = |at_ms: u64| now_ms < at_ms + WINDOW_MS;
@@ -718,7 +867,11 @@ impl Model {
                 return;
             }
             (true, Some(Known::Completed { at_ms, result }), Ok(Claim::Completed(first))) => {
-                assert_eq!((first.completed_at().as_unix_ms(), first.result()), (*at_ms, Some(&result[..])), "{context}");
+                assert_eq!(
+                    (first.completed_at().as_unix_ms(), first.result()),
+                    (*at_ms, Some(&result[..])),
+                    "{context}"
+                );
                 return;
             }
             (true, Some(Known::Leased { attempt, .. }), Ok(Claim::InProgress(other))) => {
@@ -731,7 +884,11 @@ impl Model {
             }
             (true, None, Err(Error::Timestamp(TimestampError::TooOld { at, remembers_since, .. }))) => {
                 assert!(!counts(at_ms), "{context}");
-                assert_eq!((at.as_unix_ms(), remembers_since.as_unix_ms()), (at_ms, now_ms - WINDOW_MS + 1), "{context}");
+                assert_eq!(
+                    (at.as_unix_ms(), remembers_since.as_unix_ms()),
+                    (at_ms, now_ms - WINDOW_MS + 1),
+                    "{context}"
+                );
                 return;
             }
             (true, None, Ok(Claim::Acquired(lease))) => {
@@ -806,7 +963,10 @@ fn random_streams_are_answered_as_a_plain_map_would() {
                 }
                 64..=89 => model.end_a_lease(&mut rng),
                 90..=94 => model.stream.store().flush().unwrap(),
-                95..=97 => model.stream.clock.set_wall(Timestamp::from_unix_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS))),
+                95..=97 => model
+                    .stream
+                    .clock
+                    .set_wall(Timestamp::from_unix_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS))),
                 _ => model.reopen(),
             }
         }
@@ -815,7 +975,10 @@ fn random_streams_are_answered_as_a_plain_map_would() {
 
 /// Records a stream and says each answer, until it is killed.
 fn record_until_killed(path: &Path, from: u64) -> ! {
-    let store = builder(&ManualClock::at(Timestamp::from_unix_ms(TODAY_MS))).stream_time(Duration::from_millis(AHEAD_MS)).open(path).unwrap();
+    let store = builder(&ManualClock::at(Timestamp::from_unix_ms(TODAY_MS)))
+        .stream_time(Duration::from_millis(AHEAD_MS))
+        .open(path)
+        .unwrap();
     let mut out = std::io::stdout();
     writeln!(out, "\nopened {}", store.stats().now.as_unix_ms()).unwrap();
     for i in from.. {
@@ -862,14 +1025,19 @@ fn a_killed_store_goes_on_where_its_stream_was() {
         }
         process.wait().unwrap();
         next = recorded.keys().last().map_or(0, |last| last + 1);
-        let store = builder(&ManualClock::at(Timestamp::from_unix_ms(0))).lock_wait(Duration::from_secs(10)).open(&path).unwrap();
+        let store = builder(&ManualClock::at(Timestamp::from_unix_ms(0)))
+            .lock_wait(Duration::from_secs(10))
+            .open(&path)
+            .unwrap();
         let now_ms = store.stats().now.as_unix_ms();
         assert!(now_ms >= newest_ms, "round {round}: stream time went back");
         for (i, at_ms) in &recorded {
             let answer = store.check(Key::from(format!("m{i}")).at(Timestamp::from_unix_ms(*at_ms))).wait();
             match answer {
                 Ok(KeyStatus::Completed(first)) => assert_eq!(first.completed_at().as_unix_ms(), *at_ms),
-                Err(Error::Timestamp(TimestampError::TooOld { .. })) => assert!(at_ms + WINDOW_MS <= now_ms, "m{i} of {at_ms} at {now_ms}"),
+                Err(Error::Timestamp(TimestampError::TooOld { .. })) => {
+                    assert!(at_ms + WINDOW_MS <= now_ms, "m{i} of {at_ms} at {now_ms}")
+                }
                 other => panic!("round {round} of seed {seed}: m{i} of {at_ms} at {now_ms}: {other:?}"),
             }
         }

@@ -223,9 +223,17 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
         assert_eq!(bench.store().record("forgotten").wait().unwrap(), RecordOutcome::First, "{told}");
         bench.advance_ms(20 * HOUR_MS);
         assert!(is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
-        assert_eq!(bench.store().stats().remembers_since.as_unix_ms(), since_ms, "{told}: the wide window is not full yet");
+        assert_eq!(
+            bench.store().stats().remembers_since.as_unix_ms(),
+            since_ms,
+            "{told}: the wide window is not full yet"
+        );
         bench.advance_ms(4 * HOUR_MS);
-        assert_eq!(bench.store().stats().remembers_since.as_unix_ms(), bench.store().stats().now.as_unix_ms() - 24 * HOUR_MS + 1, "{told}");
+        assert_eq!(
+            bench.store().stats().remembers_since.as_unix_ms(),
+            bench.store().stats().now.as_unix_ms() - 24 * HOUR_MS + 1,
+            "{told}"
+        );
     }
 }
 

@@ -27,8 +27,12 @@ impl Bench {
     }
 
     pub fn with(configure: fn(Builder) -> Builder) -> Self {
-        let mut bench =
-            Self { clock: ManualClock::at(Timestamp::from_unix_ms(START_MS)), dir: tempfile::tempdir().unwrap(), configure, store: None };
+        let mut bench = Self {
+            clock: ManualClock::at(Timestamp::from_unix_ms(START_MS)),
+            dir: tempfile::tempdir().unwrap(),
+            configure,
+            store: None,
+        };
         bench.store = Some(bench.open().unwrap());
         bench
     }

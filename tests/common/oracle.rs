@@ -208,7 +208,12 @@ impl Oracle {
         }
         history.holders.push(ours);
         drop(history);
-        assert_eq!(lease.attempt().number() == 1, lease.attempt().prior().is_none(), "{name}: {:?}", lease.attempt().prior());
+        assert_eq!(
+            lease.attempt().number() == 1,
+            lease.attempt().prior().is_none(),
+            "{name}: {:?}",
+            lease.attempt().prior()
+        );
         count(&self.seen.acquired);
         if lease.attempt().prior() == Some(PriorAttempt::LeaseExpired) {
             count(&self.seen.taken_over);

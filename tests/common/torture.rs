@@ -17,7 +17,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use onlyonce::{Builder, Claim, Completed, Durability, KeyStatus, Lease, ManualClock, PriorAttempt, RecordOutcome, Store, Timestamp};
+use onlyonce::{
+    Builder, Claim, Completed, Completion, Durability, KeyStatus, Lease, ManualClock, PriorAttempt, RecordOutcome,
+    Store, Timestamp,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -335,8 +338,11 @@ impl Stage<'_> {
             let lease = leases.remove(0);
             let token = lease.token().get();
             let padded = format!("{result}{}{WITH_MORE}", ".".repeat(padding));
-            let completion =
-                Completion::new(padded).offset(key.as_str(), 0, token).message("torture", key.as_str(), result.as_str());
+            let completion = Completion::new(padded).offset(key.as_str(), 0, token).message(
+                "torture",
+                key.as_str(),
+                result.as_str(),
+            );
             vec![lease.complete(completion).wait()]
         } else {
             let padded = results.iter().map(|result| format!("{result}{}", ".".repeat(padding)));
@@ -369,7 +375,13 @@ pub type Messages = BTreeSet<(String, String)>;
 
 pub fn messages(store: &Store) -> Messages {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    store.outbox(usize::MAX).wait().unwrap().into_iter().map(|message| (text(message.key), text(message.payload))).collect()
+    store
+        .outbox(usize::MAX)
+        .wait()
+        .unwrap()
+        .into_iter()
+        .map(|message| (text(message.key), text(message.payload)))
+        .collect()
 }
 
 /// What a completion took along must be there with it.
@@ -675,7 +687,10 @@ impl Oracle {
         }
         self.messages
             .retain(|(key, with)| matches!(self.said.get(key), Some(Said::Done { result, .. }) if result == with));
-        store.remove_messages(store.outbox(usize::MAX).wait().unwrap().into_iter().map(|message| message.id)).wait().unwrap();
+        store
+            .remove_messages(store.outbox(usize::MAX).wait().unwrap().into_iter().map(|message| message.id))
+            .wait()
+            .unwrap();
         if self.said.len() > KNOWN {
             self.said.retain(|key, said| *said != Said::Left || !key.starts_with('r'));
         }
