@@ -82,9 +82,10 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy};
-    use crate::entry::StoredResult;
+    use crate::engine::response::{FinishKind, FinishedBy};
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
+    use onlyonce_core::StoredResult;
 
     fn options(clock: &ManualClock) -> Options {
         Options {
@@ -102,11 +103,10 @@ mod tests {
     }
 
     fn complete(engine: &Engine, key: &str, result: &[u8]) {
-        let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop()
-        else {
+        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop() else {
             panic!("{key} is new")
         };
-        let done = FinishKind::Complete(StoredResult::Bytes(result), None);
+        let done = FinishKind::Complete { result: StoredResult::Bytes(result), side_writes: None, follows: false };
         engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
     }
 
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_seals_what_an_ended_bucket_left_and_nothing_of_the_present_one() {
+    fn an_open_flushes_the_keys_of_an_ended_bucket_only() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_run_out_goes_with_the_next_open_and_its_filter_file_too() {
+    fn the_next_open_drops_expired_buckets_and_their_filter_files() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_long_to_seal_is_left_to_the_first_round_of_the_keeper() {
+    fn a_large_flush_is_left_to_the_first_round_of_maintenance() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_goes_on_where_what_is_due_fails_and_not_in_a_store_that_has_ended() {
+    fn an_open_succeeds_if_a_due_task_fails_unless_the_store_is_poisoned() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);

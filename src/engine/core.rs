@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn each_store_digests_its_keys_under_a_secret_of_its_own() {
+    fn each_store_digests_its_keys_with_its_own_secret() {
         let digest = || {
             let dir = tempfile::tempdir().unwrap();
             engine(&dir).request(["k"]).unwrap().digests().next().unwrap()
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_is_given_up_poisons_the_store_unless_it_is_closed() {
+    fn an_abandoned_record_poisons_the_store_unless_it_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir);
         engine.begin_record().finish();
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_to_the_journal_is_counted_until_it_is_sealed() {
+    fn journal_bytes_are_counted_until_a_flush() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir);
         let counted = || (engine.journal_bytes.load(Ordering::Relaxed), engine.log_bytes.load(Ordering::Relaxed));

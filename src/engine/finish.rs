@@ -334,11 +334,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::clock::ManualClock;
     use crate::config::{Durability, OnInterrupt, Options};
-    use crate::engine::response::ClaimResponse;
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
-    use onlyonce_core::StoredResult;
+    use onlyonce_core::{Claim, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -347,13 +347,13 @@ mod tests {
 
     fn claim(engine: &Engine, key: &str) -> Grant {
         match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
-            Ok(ClaimResponse::Acquired(grant)) => grant,
+            Ok(Claim::Acquired(grant)) => grant,
             other => panic!("{key}: {other:?}"),
         }
     }
 
     #[test]
-    fn what_is_finished_waits_for_the_disk_and_what_may_be_repeated_does_not() {
+    fn completions_are_synced_and_repeatable_work_is_not() {
         for (durability, on_interrupt, started, finished) in [
             (Durability::Disk, OnInterrupt::Rerun, 0, 1),
             (Durability::Disk, OnInterrupt::Hold, 1, 1),
@@ -368,7 +368,7 @@ mod tests {
             };
             syncs_of("a claim", started, &|| drop(claim(&engine, "a")));
             let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
-            let done = FinishKind::Complete(StoredResult::None, None);
+            let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
             for (what, expected, kind, finish_kind) in [
                 ("a release", started, RecordKind::Released, open),
                 ("a completion", finished, RecordKind::Completed, done),
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_holder_that_renews_in_time_is_not_resolved_away() {
+    fn a_held_key_that_is_renewed_cannot_be_resolved() {
         let dir = tempfile::tempdir().unwrap();
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
         let options = Options {
@@ -397,30 +397,35 @@ mod tests {
         };
         let engine = engine(&dir, &options);
         let request = engine.request(["k"]).unwrap();
-        let Ok(ClaimResponse::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else {
-            panic!("k is new")
-        };
+        let Ok(Claim::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else { panic!("k is new") };
         clock.advance(Duration::from_secs(1));
         let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
         // Between the two steps of a resolution.
         assert!(engine.renew(&grant).unwrap());
         let rerun = vec![(&held, FinishKind::Release { prior, backoff: Backoff::NONE })];
         assert_eq!(engine.finish(RecordKind::Released, FinishedBy::Operator, rerun).unwrap(), [false]);
-        assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(ClaimResponse::InProgress { .. }))));
+        assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claim::InProgress { .. }))));
     }
 
     #[test]
-    fn a_settlement_brings_its_key_its_result_and_what_it_takes_along() {
+    fn the_size_of_a_completion_includes_its_key_result_and_side_writes() {
         let dir = tempfile::tempdir().unwrap();
         let grant = claim(&engine(&dir, &Options::default()), "a key");
         let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
         let least = grant.key().len() + 16;
         assert_eq!(encoded_len(&grant, &open), least);
-        assert_eq!(encoded_len(&grant, &FinishKind::Complete(StoredResult::Bytes(&[0; 100]), None)), least + 100);
-        let mut tx = Tx::default();
-        tx.enqueue("topic", "key", "bytes");
-        assert!(tx.len() > 13);
-        let both = FinishKind::Complete(StoredResult::Bytes(&[0; 100]), Some(&tx));
-        assert_eq!(encoded_len(&grant, &both), least + 100 + tx.len());
+        assert_eq!(
+            encoded_len(
+                &grant,
+                &FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: None, follows: false }
+            ),
+            least + 100
+        );
+        let mut tx = SideWrites::default();
+        tx.message("topic", "key", "payload");
+        assert!(tx.encoded_len() > 15);
+        let both =
+            FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: Some(&tx), follows: false };
+        assert_eq!(encoded_len(&grant, &both), least + 100 + tx.encoded_len());
     }
 }

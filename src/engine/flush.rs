@@ -185,7 +185,7 @@ mod tests {
     use crate::entry::{CompletedEntry, Entry, Holder};
     use crate::fs::directory::Directory;
     use crate::memtable::slot::Pending;
-    use onlyonce_core::{Claim, Error, RecordOutcome, StoredResult};
+    use onlyonce_core::{Claim, Error, Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -221,39 +221,36 @@ mod tests {
     }
 
     #[test]
-    fn the_log_is_cut_by_a_round_that_has_nothing_to_seal_and_later_by_a_seal() {
+    fn the_log_is_truncated_by_an_idle_round_or_by_a_flush_of_a_larger_log() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir, &options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000))));
+        let engine = engine(&dir, &options(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))));
         let mut maintenance_state = engine.maintenance_state();
-        let mut left_by_a_round = |bytes| {
+        let mut log_bytes_after_a_round = |bytes| {
             engine.log_bytes.store(bytes, Ordering::Relaxed);
             engine.run_maintenance(&mut maintenance_state).unwrap();
             engine.log_bytes.load(Ordering::Relaxed)
         };
-        let (idle, flush_lock) = (1 << 20, 32 << 20);
-        assert_eq!(left_by_a_round(idle - 1), idle - 1);
-        assert_eq!(left_by_a_round(idle), 0);
-        record(&engine, "unsealed");
-        assert_eq!(left_by_a_round(idle), idle);
-        let left_by_a_flush = |key: &str, bytes| {
+        let (idle, busy) = (1 << 20, 32 << 20);
+        assert_eq!(log_bytes_after_a_round(idle - 1), idle - 1);
+        assert_eq!(log_bytes_after_a_round(idle), 0);
+        record(&engine, "unflushed");
+        assert_eq!(log_bytes_after_a_round(idle), idle);
+        let log_bytes_after_a_flush = |key: &str, bytes| {
             record(&engine, key);
             engine.log_bytes.store(bytes, Ordering::Relaxed);
             engine.flush().unwrap();
             engine.log_bytes.load(Ordering::Relaxed)
         };
-        assert_eq!(left_by_a_flush("a", flush_lock - 1), flush_lock - 1);
-        assert_eq!(left_by_a_flush("b", flush_lock), 0);
+        assert_eq!(log_bytes_after_a_flush("a", busy - 1), busy - 1);
+        assert_eq!(log_bytes_after_a_flush("b", busy), 0);
     }
 
     #[test]
-    fn an_image_is_a_few_large_rows_however_many_rows_it_stands_for() {
+    fn a_checkpoint_has_few_large_records() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(
             &dir,
-            &Options {
-                key_limit: 65_535,
-                ..options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)))
-            },
+            &Options { key_limit: 65_535, ..options(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))) },
         );
         let records = || {
             let mut records = Vec::new();
@@ -264,7 +261,7 @@ mod tests {
             Ok::<_, Error>(records)
         };
         engine.flush().unwrap();
-        assert_eq!((flush_generation(&engine), records().unwrap().len()), (0, 0), "there is nothing to seal");
+        assert_eq!((flush_generation(&engine), records().unwrap().len()), (0, 0), "there is nothing to flush");
         let _few = ["a", "b", "c"].map(|key| claim(&engine, key));
         assert_eq!(records().unwrap().len(), 3);
         engine.flush().unwrap();
@@ -279,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seal_waits_for_rows_that_were_begun_before_the_last_image() {
+    fn a_flush_waits_for_records_that_began_before_the_last_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let slow = engine.begin_record();
@@ -289,17 +286,17 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| send.send(engine.first_open_record(checkpoint).unwrap()));
             let early = truncated.recv_timeout(Duration::from_millis(50));
-            assert!(early.is_err(), "the journal would be cut at {early:?}, below the image {checkpoint}");
+            assert!(early.is_err(), "the journal would be truncated at {early:?}, below the checkpoint {checkpoint}");
             slow.finish();
             assert!(truncated.recv().unwrap() > checkpoint);
         });
     }
 
     #[test]
-    fn a_seal_makes_room_for_a_stream_that_has_come_far_since_the_last() {
+    fn a_flush_drops_expired_buckets_if_stream_time_has_advanced() {
         let dir = tempfile::tempdir().unwrap();
         let options = Options {
-            clock: Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40))),
+            clock: Arc::new(ManualClock::at(Timestamp::from_unix_ms(1 << 40))),
             window: Some(Duration::from_secs(48)),
             bucket: Some(Duration::from_secs(1)),
             stream_time: Some(Duration::from_secs(48)),
@@ -308,22 +305,23 @@ mod tests {
         let engine = engine(&dir, &options);
         for lap in 0..2_u64 {
             let second_ms = |second| 1_000_000 + (lap * 48 + second) * 1_000;
-            let messages = (0..48).map(|second| (format!("{lap}/{second}"), second_ms(second)));
-            let request = engine.request_at(messages).unwrap();
-            assert!(engine.record(&request).unwrap().iter().all(|response| matches!(response, Ok(Response::New))));
-            // No round of upkeep has come between.
+            let at = |second| Timestamp::from_unix_ms(second_ms(second));
+            let keys = (0..48).map(|second| Key::from(format!("{lap}/{second}")).at(at(second)));
+            let request = engine.request(keys).unwrap();
+            assert!(engine.record(&request).unwrap().iter().all(|outcome| matches!(outcome, Ok(RecordOutcome::First))));
+            // No round of maintenance in between.
             engine.flush().unwrap();
             assert_eq!(engine.buckets.snapshot().newest_first().len(), 48 + lap as usize, "lap {lap}");
         }
     }
 
     #[test]
-    fn a_key_whose_row_is_open_is_neither_sealed_nor_completed() {
+    fn a_key_whose_record_is_open_is_neither_flushed_nor_completed() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["k"]).unwrap();
         let key_ref = request.get(0).unwrap();
-        engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
+        engine.record(&engine.request(["flushed"]).unwrap()).unwrap();
         let open = engine.begin_record();
         let now_ms = engine.now().time_ms;
         let done = CompletedEntry {
@@ -334,15 +332,15 @@ mod tests {
         };
         let pending = Pending { record: open.number(), attempt: 1, holder: Holder::CommittingUnclaimed };
         engine.memtable.shard(key_ref.digest).set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);
-        let responses = |engine: &Engine| engine.check(&request).unwrap().pop().unwrap().unwrap();
+        let status = |engine: &Engine| engine.check(&request).unwrap().pop().unwrap().unwrap();
 
         engine.flush().unwrap();
-        assert!(matches!(responses(&engine), Response::InProgress { .. }));
-        assert_eq!(engine.memtable.flushable(), 1, "it waits for its row, and for the next seal");
+        assert!(matches!(status(&engine), KeyStatus::InProgress(_)));
+        assert_eq!(engine.memtable.flushable(), 1, "it waits for its record and for the next flush");
         open.finish();
-        assert!(matches!(responses(&engine), Response::Completed(_)));
+        assert!(matches!(status(&engine), KeyStatus::Completed(_)));
         engine.flush().unwrap();
         assert_eq!(engine.memtable.flushable(), 0);
-        assert!(matches!(responses(&engine), Response::Completed(_)));
+        assert!(matches!(status(&engine), KeyStatus::Completed(_)));
     }
 }

@@ -235,15 +235,16 @@ fn public_state(state: LeaseState) -> onlyonce_core::LeaseState {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::sync::Arc;
 
-    use super::super::response::{ClaimResponse, FinishKind, FinishedBy, Grant};
+    use super::super::response::{FinishKind, FinishedBy, Grant};
     use super::*;
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
     use onlyonce_core::Error;
     use onlyonce_core::{PriorAttempt, StoredResult};
 
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
+    fn each_key_of_a_call_is_found_in_its_bucket_and_counted_once() {
         let dir = tempfile::tempdir().unwrap();
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40));
         let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
@@ -281,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sealed_since_the_disk_was_asked_is_asked_for_once_more() {
+    fn keys_that_were_flushed_after_the_lookup_are_looked_up_again() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["new", "flushed", "active"]).unwrap();
@@ -305,15 +306,15 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_meets_a_broken_invariant_fails_and_the_next_is_refused() {
+    fn a_call_that_finds_a_broken_invariant_fails_and_later_calls_fail_too() {
         type Call = fn(&Engine, &Arc<Request>, &Grant) -> Result<()>;
         let calls: [(&str, Call); 9] = [
             ("check", |engine, request, _| engine.check(request).map(drop)),
-            ("get", |engine, request, _| engine.get(request).map(drop)),
+            ("inspect", |engine, request, _| engine.inspect(request).map(drop)),
             ("claim", |engine, request, _| engine.claim(request).map(drop)),
             ("record", |engine, request, _| engine.record(request).map(drop)),
             ("complete", |engine, _, grant| {
-                let done = FinishKind::Complete(StoredResult::None, None);
+                let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
                 engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(grant, done)]).map(drop)
             }),
             ("release", |engine, _, grant| {
@@ -328,16 +329,14 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(&dir, &Options::default());
             let request = engine.request(["a"]).unwrap();
-            let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
-                panic!("a is new")
-            };
+            let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
             engine.memtable.lose_slots(grant.digest());
             assert_broken(&engine, name, call(&engine, &request, &grant), Invariant::IndexedSlot.text());
         }
     }
 
     #[test]
-    fn a_seal_of_a_page_in_disorder_moves_nothing() {
+    fn a_flush_of_a_broken_arena_moves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
@@ -347,11 +346,11 @@ mod tests {
         engine.close().unwrap_err();
         let engine = super::tests::engine(&dir, &Options::default());
         let response = engine.check(&engine.request(["a"]).unwrap()).unwrap().pop().unwrap();
-        assert!(matches!(response, Ok(Response::Completed(_))), "the journal has it: {response:?}");
+        assert!(matches!(response, Ok(KeyStatus::Completed(_))), "the journal has it: {response:?}");
     }
 
     #[test]
-    fn a_key_without_bytes_is_neither_claimed_nor_settled() {
+    fn a_key_without_bytes_is_neither_claimed_nor_finished() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
@@ -363,11 +362,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = super::tests::engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
-        let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
-            panic!("a is new")
-        };
+        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
         let damaged = Grant { index: 7, ..grant };
-        let done = FinishKind::Complete(StoredResult::None, None);
+        let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
         let finished = engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&damaged, done)]);
         assert_broken(&engine, "a completion", finished.map(drop), Invariant::KeyInRequest.text());
     }

@@ -1,5 +1,5 @@
 //! Rounds of maintenance: save the time, drop expired buckets, purge the memtable, flush, create the next bucket; also syncs and
-//! the filters' upkeep.
+//! the filters' maintenance.
 //!
 //! The threads of `workers.rs` call it, so no caller waits for it.
 //!
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_seals_what_an_ended_bucket_completed_or_what_is_due_and_nothing_else() {
+    fn a_round_flushes_if_a_bucket_has_ended_or_a_flush_is_due() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = engine(&dir, &options(&clock));
@@ -218,14 +218,14 @@ mod tests {
         record(&engine, "second");
         assert_eq!(round(), (1, 1), "once for each bucket");
         engine.journal_bytes.fetch_add(4 << 20, Ordering::Relaxed);
-        assert_eq!(round(), (0, 2), "it was due");
+        assert_eq!(round(), (0, 2), "a flush was due");
         let _open = claim(&engine, "open");
         clock.advance(Duration::from_secs(1));
         assert_eq!(round(), (0, 2), "nothing was completed");
     }
 
     #[test]
-    fn what_is_in_flight_and_has_run_out_goes_where_it_stands_in_the_way_and_once_a_second() {
+    fn expired_leases_are_purged_once_a_second_while_the_limit_is_reached() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let window = Some(Duration::from_millis(100));
@@ -237,20 +237,20 @@ mod tests {
             engine.run_maintenance(&mut maintenance_state).unwrap();
             engine.memtable.in_flight()
         };
-        // A grant is no lease: nothing is dropped, and their leases run out.
+        // Dropping an internal grant does not end its lease, so these leases expire.
         let _leaked = claim(&engine, "a");
-        assert_eq!(round_after(2_000), 1, "there is room for another");
+        assert_eq!(round_after(2_000), 1, "claims do not fail yet");
         let _leaked = claim(&engine, "b");
         assert_eq!(round_after(1_200), 0);
         let _leaked = claim(&engine, "c");
         clock.advance(Duration::from_millis(1_100));
         let alive = claim(&engine, "alive");
-        assert_eq!(round_after(0), 1, "and never what is alive");
+        assert_eq!(round_after(0), 1, "an active lease stays");
         assert!(engine.renew(&alive).unwrap());
     }
 
     #[test]
-    fn the_log_is_synced_where_something_was_written_that_nobody_waited_for() {
+    fn the_log_is_synced_after_a_write_without_a_sync() {
         for (durability, waits) in [(Durability::Process, false), (Durability::Disk, true)] {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(
@@ -259,26 +259,26 @@ mod tests {
             );
             engine.sync().unwrap();
             record(&engine, "k");
-            // Whether it goes to the log is seen by its error.
+            // A sync of the closed database fails, so an error shows that the log was synced.
             engine.db.close().unwrap();
             assert_eq!(engine.sync().is_ok(), waits, "{durability:?}");
-            engine.sync().expect("once");
+            engine.sync().expect("nothing is left to sync");
         }
     }
 
     #[test]
-    fn the_filter_of_a_bucket_that_has_ended_is_kept_on_disk() {
+    fn the_filter_of_an_ended_bucket_is_persisted() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = engine(&dir, &options(&clock));
-        let kept = || {
+        let persisted = || {
             engine.persist_filters(|| true).unwrap();
             std::fs::read_dir(engine.db.directory().filters()).unwrap().count()
         };
         record(&engine, "k");
         engine.flush().unwrap();
-        assert_eq!(kept(), 0);
+        assert_eq!(persisted(), 0);
         clock.advance(Duration::from_secs(1));
-        assert_eq!(kept(), 1);
+        assert_eq!(persisted(), 1);
     }
 }

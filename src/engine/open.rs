@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sixteenth_of_the_budget_is_kept_at_hand_of_what_was_sealed() {
+    fn the_recent_cache_has_a_sixteenth_of_the_memory_budget() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir);
         for digest in 0..6 {
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_two_holders_come_to_the_same_in_either_order() {
+    fn records_of_two_holders_replay_to_the_same_state_in_either_order() {
         let processing = |token| {
             let holder = Holder::Interrupted(PriorAttempt::Crashed);
             Processing { token, attempt: 1, since_ms: 5, fingerprint: None, holder }

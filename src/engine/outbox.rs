@@ -91,7 +91,7 @@ mod tests {
     use crate::fs::directory::Directory;
 
     #[test]
-    fn offsets_and_removals_count_for_the_log_that_is_to_be_cut() {
+    fn offsets_and_removals_count_towards_the_truncation_of_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let engine = Engine::open(directory, &Options::default()).unwrap();
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_comes_up_when_its_completion_counts_and_not_when_it_is_written() {
+    fn a_message_is_visible_once_its_completion_is_durable() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let engine = Engine::open(directory, &Options::default()).unwrap();

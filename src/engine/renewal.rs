@@ -233,8 +233,8 @@ mod tests {
     use super::*;
     use crate::clock::{Clock, ManualClock};
     use crate::config::Options;
-    use crate::engine::response::ClaimResponse;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
 
     const LEASE: Duration = Duration::from_millis(60);
 
@@ -246,7 +246,7 @@ mod tests {
 
     fn grant(engine: &Arc<Engine>, key: &str) -> Grant {
         match engine.claim(&engine.request([key]).unwrap()).unwrap().pop() {
-            Some(Ok(ClaimResponse::Acquired(grant))) => grant,
+            Some(Ok(Claim::Acquired(grant))) => grant,
             other => panic!("{key} should be free, but is {other:?}"),
         }
     }
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ended_renewal_is_not_kept() {
+    fn an_ended_renewal_is_removed_from_the_queue() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, LEASE, ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1)));
         let grants: Vec<Grant> = (0..50).map(|i| grant(&engine, &i.to_string())).collect();
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn renewals_of_many_threads_that_begin_and_end_lose_no_lease() {
+    fn concurrent_renewals_lose_no_lease() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, LEASE * 5, crate::clock::SystemClock::new());
         std::thread::scope(|scope| {
@@ -297,7 +297,7 @@ mod tests {
                         let renewal = Renewal::start(engine, &grant);
                         std::thread::sleep(Duration::from_millis(round * 300 % 700));
                         let other = engine.claim(&engine.request([&key]).unwrap()).unwrap().pop();
-                        assert!(matches!(other, Some(Ok(ClaimResponse::InProgress { .. }))), "{key}: {other:?}");
+                        assert!(matches!(other, Some(Ok(Claim::InProgress { .. }))), "{key}: {other:?}");
                         assert!(renewal.lost().is_none());
                     }
                 });
@@ -346,7 +346,7 @@ mod tests {
 
     #[cfg(feature = "tokio")]
     #[test]
-    fn a_waiter_is_woken_once_and_a_waker_that_panics_stops_no_renewal() {
+    fn a_lost_lease_wakes_its_task_once_and_a_panicking_waker_stops_no_renewal() {
         use std::sync::atomic::AtomicUsize;
 
         struct Wakes(AtomicUsize);

@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_has_its_keys_in_their_order_and_their_times() {
+    fn a_request_keeps_the_order_of_its_keys_and_timestamps() {
         let request = Request::new(KEYS, TimeSource::Clock, 1_024, &digester()).unwrap();
         assert_has_keys(&request, &KEYS);
         assert_eq!((request.at_ms(0), request.timestamps_after(0).count()), (None, 0));
@@ -204,7 +204,7 @@ mod tests {
 
     #[cfg(feature = "tokio")]
     #[test]
-    fn several_calls_in_one_have_all_their_keys_and_times() {
+    fn a_concatenated_request_has_all_keys_and_timestamps() {
         let calls = [&[("a", 7)][..], &[], &[("longer", 5), ("a", 9)]];
         let calls = calls
             .map(|call| Request::new(timed(call.iter().copied()), TimeSource::Stream, 1_024, &digester()).unwrap());
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_may_bring_a_gigabyte_and_no_byte_more() {
+    fn a_call_may_have_one_gibibyte_and_no_byte_more() {
         admit_bytes(1 << 30).unwrap();
         let refused = admit_bytes((1 << 30) + 1);
         assert!(matches!(refused, Err(Error::BatchTooLarge { bytes: 1_073_741_825, limit: 1_073_741_824 })));

@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_runs_low_is_followed_by_another() {
+    fn a_new_block_is_reserved_before_the_last_one_is_used_up() {
         let sequence = Sequence::after(1);
         let writes = AtomicU64::new(0);
         let reserve = |_| {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_cannot_be_reserved_are_not_given_out() {
+    fn numbers_that_cannot_be_reserved_are_not_handed_out() {
         let sequence = Sequence::after(1);
         let refused = sequence.ensure(1, |_| Err(Error::Closed));
         assert!(matches!(refused, Err(Error::Closed)));

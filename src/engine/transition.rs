@@ -212,7 +212,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::entry::StoredResult;
+    use onlyonce_core::StoredResult;
 
     const WINDOW_MS: u64 = 1_000;
     const OPENED: Opened = Opened { time_ms: 5_000, monotonic_ms: 0 };
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leased_key_is_in_progress_until_its_lease_runs_out() {
+    fn a_leased_key_is_in_progress_until_its_lease_expires() {
         let leased = processing(Holder::Leased { until_monotonic_ms: 300 });
         assert_eq!(decision(&leased, 5_000, RERUN), in_progress(Some(300)));
         assert_eq!(decision(&leased, 5_299, RERUN), in_progress(Some(1)));
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backoff_of_an_earlier_process_goes_on_with_what_was_left_of_it() {
+    fn a_backoff_of_an_earlier_process_continues_with_its_rest() {
         let of_earlier = |time_ms, length_ms, is_stream| {
             // The end on the monotonic clock of an earlier process has no meaning.
             let in_backoff = processing(backoff(1 << 50, length_ms));
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_was_decided_to_run_again_is_free_for_a_window() {
+    fn a_key_that_was_resolved_to_run_again_is_free_for_a_window() {
         let resolved = processing(Holder::Resolved(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&resolved, 5_999, HOLD), again(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&resolved, 6_000, HOLD), NEW);
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn a_settling_key_is_nobodys_to_take() {
+    fn a_committing_key_is_in_progress_for_every_claim() {
         for (policy, holder) in
             [(RERUN, Holder::Committing), (HOLD, Holder::Committing), (HOLD, Holder::CommittingUnclaimed)]
         {
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn another_payload_is_refused_before_anything_else_is_said() {
+    fn a_payload_mismatch_takes_precedence_over_every_state() {
         let states = [
             completed(),
             processing(Holder::Leased { until_monotonic_ms: 300 }),
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_is_judged_by_its_token() {
+    fn a_completion_is_accepted_by_its_token_alone() {
         let late = processing(Holder::Leased { until_monotonic_ms: 0 });
         assert!(may_finish(Some(&late), 7));
         assert!(!may_finish(Some(&late), 6));
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn on_stream_time_what_is_known_answers_before_the_messages_age() {
+    fn on_stream_time_a_live_entry_decides_before_the_age_of_the_message() {
         let ask = |stored: Option<&Entry>, at_ms, stream_ms| {
             let now = Now { time_ms: stream_ms, monotonic_ms: 100, ..Now::default() };
             match decide(stored, PAYLOAD, Some(at_ms), now, STREAM) {
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn replay_follows_the_tokens() {
+    fn a_replay_orders_events_by_their_tokens() {
         let claimed = processing(Holder::Interrupted(PriorAttempt::Crashed));
         for (token, claim, release, complete, forget) in
             [(6, false, false, false, false), (7, false, true, true, false), (8, true, true, true, true)]

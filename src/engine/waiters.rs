@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_wakes_all_that_wait_for_its_key_and_nobody_else() {
+    fn a_finished_key_wakes_all_its_waiters_and_no_others() {
         let waiters = Arc::new(Waiters::default());
         let (mut a, mut b, mut other) = (waiters.enter(1), waiters.enter(1), waiters.enter(2));
         assert!(!is_woken(&mut a) && !is_woken(&mut b) && !is_woken(&mut other));
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_or_was_woken_takes_no_place() {
+    fn dropped_and_woken_waiters_leave_no_slot() {
         let waiters = Arc::new(Waiters::default());
         let woken = waiters.enter(1);
         waiters.wake([1]);
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_takes_nobody_elses_place() {
+    fn a_dropped_waiter_keeps_the_slots_of_others() {
         let waiters = Arc::new(Waiters::default());
         let (left, mut stays) = (waiters.enter(1), waiters.enter(1));
         drop(left);
@@ -184,11 +184,11 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_sleeps_until_it_is_woken_or_its_time_is_over() {
+    fn a_blocked_waiter_returns_when_it_is_woken_or_its_timeout_is_over() {
         let waiters = Arc::new(Waiters::default());
-        let begun = Instant::now();
-        waiters.enter(1).block_until(Some(begun + Duration::from_millis(30)));
-        assert!(begun.elapsed() >= Duration::from_millis(30));
+        let started = Instant::now();
+        waiters.enter(1).block_until(Some(started + Duration::from_millis(30)));
+        assert!(started.elapsed() >= Duration::from_millis(30));
         let waiter = waiters.enter(1);
         let sleeper = std::thread::spawn(move || waiter.block_until(None));
         waiters.wake([1]);
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_between_the_question_and_the_sleep_is_not_missed() {
+    fn a_wakeup_between_the_check_and_the_wait_is_not_lost() {
         let (waiters, done) = (Arc::new(Waiters::default()), AtomicUsize::new(0));
         for round in 1..=if cfg!(miri) { 10 } else { 2_000 } {
             std::thread::scope(|scope| {

@@ -207,9 +207,10 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy};
-    use crate::entry::StoredResult;
+    use crate::engine::response::{FinishKind, FinishedBy};
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
+    use onlyonce_core::StoredResult;
 
     fn start(dir: &tempfile::TempDir, options: &Options) -> StoreHandle {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn the_threads_of_a_store_end_before_it_is_closed() {
+    fn the_background_threads_end_before_the_store_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let handle = start(&dir, &Options { durability: Durability::Process, ..Options::default() });
         assert_eq!(Arc::strong_count(&handle.engine), 4, "one for each thread, and the handle");
@@ -226,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_open_leaves_to_the_keeper_is_done_also_where_the_store_is_closed_at_once() {
+    fn work_that_an_open_leaves_is_done_even_if_the_store_is_closed_at_once() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let options = Options { clock: Arc::new(clock.clone()), result_limit: 4 << 20, ..Options::default() };
@@ -234,10 +235,13 @@ mod tests {
         let large = vec![7; 3 << 20];
         for key in ["a", "b", "c"] {
             let request = handle.engine.request([key]).unwrap();
-            let Some(Ok(ClaimResponse::Acquired(grant))) = handle.engine.claim(&request).unwrap().pop() else {
+            let Some(Ok(Claim::Acquired(grant))) = handle.engine.claim(&request).unwrap().pop() else {
                 panic!("{key} is new")
             };
-            let done = vec![(&grant, FinishKind::Complete(StoredResult::Bytes(&large), None))];
+            let done = vec![(
+                &grant,
+                FinishKind::Complete { result: StoredResult::Bytes(&large), side_writes: None, follows: false },
+            )];
             assert_eq!(handle.engine.finish(RecordKind::Completed, FinishedBy::Holder, done).unwrap(), [true]);
         }
         handle.close().unwrap();
@@ -247,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn under_process_what_was_written_is_synced_after_the_interval() {
+    fn under_process_durability_a_write_is_synced_after_the_interval() {
         let dir = tempfile::tempdir().unwrap();
         let sync_interval = Duration::from_millis(5);
         let handle = start(&dir, &Options { durability: Durability::Process, sync_interval, ..Options::default() });
@@ -261,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_of_the_store_that_panics_poisons_it_and_one_that_ends_does_not() {
+    fn a_background_thread_that_panics_poisons_the_store() {
         let dir = tempfile::tempdir().unwrap();
         let handle = start(&dir, &Options::default());
         let (_stop, stopped) = bounded(0);
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_long_is_told_when_the_store_ends() {
+    fn a_long_task_can_check_whether_the_store_is_stopped() {
         let (stop, stopped) = bounded(0);
         assert!(!is_stopped(&stopped));
         drop(stop);
@@ -286,7 +290,7 @@ mod tests {
 
     #[cfg(feature = "metrics")]
     #[test]
-    fn whoever_watches_learns_that_a_store_is_poisoned_and_keeps_learning_it() {
+    fn the_metrics_report_a_poisoned_store_until_it_is_closed() {
         use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 
         let recorder = DebuggingRecorder::new();

@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_knows_the_memory_that_it_takes_also_of_what_a_split_leaves() {
+    fn an_arena_counts_its_memory_also_after_a_freeze() {
         let records = RecordNumbers::default();
         let mut arena = ShardArena::default();
         assert_eq!(arena.bytes(), 0);
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_removed_is_gone_for_a_split_and_for_whoever_removes_more() {
+    fn removed_keys_are_skipped_by_freeze_and_retain() {
         let records = RecordNumbers::default();
         let mut arena = ShardArena::default();
         arena.set_pending(1, b"removed", completed(1, b"r"), pending(9));
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_entry_without_a_slot_breaks_an_invariant_whatever_is_asked() {
+    fn an_index_entry_without_a_slot_breaks_an_invariant_in_every_operation() {
         type Use = fn(&mut ShardArena);
         let uses: [Use; 4] = [
             |arena| drop(arena.get(2, b"second", &RecordNumbers::default())),
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_or_a_result_outside_its_page_breaks_an_invariant() {
+    fn a_key_or_a_result_outside_its_arena_breaks_an_invariant() {
         let get = |arena: &mut ShardArena| drop(arena.get(1, b"first", &RecordNumbers::default()));
         let message = broken(|arena| arena.slots[0].key_start = 1_000, get);
         assert!(message.contains(&format!("{} (5 bytes at 1000, of 21)", Invariant::KeyInArena.text())), "{message}");

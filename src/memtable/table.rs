@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_with_one_digest_are_told_apart_by_their_bytes() {
+    fn keys_with_the_same_digest_are_distinguished_by_their_bytes() {
         let table = MemTable::new(RECENT_BYTES);
         table.shard(5).set(5, b"a", processing(1));
         table.shard(5).set(5, b"b", completed(2));
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_counts_from_the_moment_on_at_which_its_row_is_written() {
+    fn a_completion_is_visible_once_its_record_is_written() {
         let table = MemTable::new(RECENT_BYTES);
         table.shard(5).set(5, b"k", processing(1));
         let record = table.records().begin(|| 9);
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_seal_takes_is_found_until_it_ends_and_what_it_leaves_stays() {
+    fn frozen_keys_are_readable_until_the_flush_ends_and_other_keys_stay() {
         let table = table(10_000);
         let open = table.records().begin(|| 7);
         let (digest, key) = (1 << 40, b"after the start");
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_at_hand_of_the_buckets_goes_when_it_is_too_much_the_oldest_first() {
+    fn the_recent_cache_evicts_the_oldest_flush_first() {
         let table = MemTable::new(RECENT_BYTES);
         for frozen_set in 0..20_u64 {
             for i in frozen_set * 1_000..(frozen_set + 1) * 1_000 {
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_failed_seal_left_behind_is_taken_back() {
+    fn a_failed_flush_restores_its_keys() {
         let table = table(1_000);
         table.freeze(u64::MAX, |_, _| true);
         table.restore();
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_failed_seal_left_behind_does_not_come_back_over_what_is_newer() {
+    fn a_failed_flush_does_not_restore_over_newer_entries() {
         let table = MemTable::new(RECENT_BYTES);
         for key in [b"a", b"b", b"c"] {
             table.shard(5).set(5, key, completed(1));
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newer_state_is_at_hand_before_it_leaves_the_table() {
+    fn a_newer_entry_is_cached_before_the_memtable_drops_it() {
         let table = MemTable::new(RECENT_BYTES);
         for token in [1, 2] {
             table.shard(5).set(5, b"k", completed(token));
@@ -433,7 +433,7 @@ mod tests {
 
     /// The same order as `Engine::with_locked_key` and a flush, with the filter in place of the disk.
     #[test]
-    fn whoever_looks_for_a_completed_key_finds_it_while_seals_move_it() {
+    fn a_completed_key_is_found_while_flushes_move_it() {
         const KEYS: u64 = if cfg!(miri) { 8 } else { 2_000 };
         let (table, filter) = (MemTable::new(0), FilterMatrix::new(Columns::All(2), KEYS));
         let (completed_below, generation) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn large_results_count_for_what_is_at_hand() {
+    fn large_results_count_towards_the_recent_cache() {
         let table = MemTable::new(RECENT_BYTES);
         let bytes = vec![b'x'; 100_000];
         for token in 1..100_u64 {
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn large_results_and_fingerprints_come_back() {
+    fn large_results_and_fingerprints_are_stored_and_returned() {
         let table = MemTable::new(RECENT_BYTES);
         for len in [0, 1, 1_024, 1_025, 100_000] {
             let bytes = vec![b'x'; len];
