@@ -1,7 +1,7 @@
 //! Storing the store's time: it is read at open, and written with other writes.
 //!
-//! Order: a change of the store's time is stored with, or before, the first write that depends on it. Otherwise a completion could
-//! survive a crash that loses the change of time under which it was made, and expire too early or too late.
+//! Order: a change of the store's time is stored with, or before, the first write that depends on it. Otherwise a completion
+//! could survive a crash that loses the change, and expire too early or too late.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -94,8 +94,8 @@ impl TimeSaved {
         }
     }
 
-    /// Adds the time to a write if it has changed or is due. If another write is storing a change, this one waits for it: no write
-    /// after a change may be on disk without the change.
+    /// Adds the time to a write if it has changed or is due. Waits for another write that is storing a change: no write after
+    /// a change may be on disk without the change.
     pub(super) fn put_changed(&self, timeline: &Timeline, tx: &mut Tx<'_>) -> Result<Option<Saving<'_>>> {
         let saving = match (self.is_outdated(timeline), self.is_due.load(Ordering::Relaxed)) {
             (true, _) => Some(self.saving.lock()),
