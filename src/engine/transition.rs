@@ -411,7 +411,7 @@ mod tests {
         assert_eq!(
             decide(Some(&completed()), OTHER_PAYLOAD, None, at(6_000), RERUN),
             NEW,
-            "an expired payload is not compared"
+            "the payload of an expired entry is not compared"
         );
     }
 
