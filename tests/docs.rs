@@ -48,7 +48,11 @@ fn every_test_exists(page: &str, at_least: usize) {
             None => assert!(library.contains(&definition), "no unit test {test}"),
             Some(file) => {
                 let places = [root.join("tests"), root.join("examples")].map(|dir| dir.join(format!("{file}.rs")));
-                let source = places.iter().find_map(|path| fs::read_to_string(path).ok());
+                let source = places.iter().find_map(|path| fs::read_to_string(path).ok()).or_else(|| {
+                    // A test binary of several files.
+                    let (dir, mut all) = (root.join("tests").join(file), String::new());
+                    dir.is_dir().then(|| sources(&dir, &mut all)).map(|()| all)
+                });
                 let source = source.unwrap_or_else(|| panic!("no file for {name}"));
                 assert!(source.contains(&definition), "no test {name}");
             }

@@ -1,4 +1,4 @@
-//! Bodies: read up to a limit, and passed on.
+//! Request and response bodies: buffered up to a limit, or forwarded.
 
 use std::fmt;
 use std::pin::Pin;
@@ -10,44 +10,42 @@ use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
 use tokio::sync::mpsc;
 
-/// Any error of a body.
+/// The error type of bodies.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// The body of a request that the handler gets, or of a response that the layer gives: bytes that were read, then what
-/// was not read of a body `B`, or what comes of a body that the layer reads on itself.
+/// The body of a request as the handler gets it, or of a response as the layer sends it: buffered bytes, followed by the
+/// unread rest of a body `B` or by the frames of a body that the layer forwards.
 ///
-/// A request under a key was read as a whole; all else is passed on as it comes. The trailers of a body that was read as a
-/// whole are gone.
+/// The layer buffers the body of a guarded request completely; its trailers are dropped. Other bodies are passed through.
 pub struct Body<B> {
-    read: Option<Bytes>,
+    buffered: Option<Bytes>,
     rest: Rest<B>,
 }
 
 enum Rest<B> {
-    Nothing,
+    Empty,
     Unread(Pin<Box<B>>),
-    Pieces(mpsc::Receiver<Piece>),
+    Channel(mpsc::Receiver<StreamItem>),
 }
 
-/// What is sent to the body of an answer that another task reads. A sender that is dropped without the end says that the
-/// answer is not whole.
-pub(super) enum Piece {
+/// An item of a forwarded response body. A channel that closes without `End` marks an aborted response.
+pub(super) enum StreamItem {
     Frame(Frame<Bytes>),
     End,
 }
 
 impl<B> Body<B> {
-    pub(super) fn whole(bytes: Bytes) -> Self {
-        Self { read: Some(bytes).filter(|bytes| !bytes.is_empty()), rest: Rest::Nothing }
+    pub(super) fn full(bytes: Bytes) -> Self {
+        Self { buffered: Some(bytes).filter(|bytes| !bytes.is_empty()), rest: Rest::Empty }
     }
 
-    pub(super) fn untouched(body: B) -> Self {
-        Self { read: None, rest: Rest::Unread(Box::pin(body)) }
+    pub(super) fn unread(body: B) -> Self {
+        Self { buffered: None, rest: Rest::Unread(Box::pin(body)) }
     }
 
-    /// What was read, and what another task reads.
-    pub(super) fn in_pieces(read: Bytes, pieces: mpsc::Receiver<Piece>) -> Self {
-        Self { read: Some(read).filter(|bytes| !bytes.is_empty()), rest: Rest::Pieces(pieces) }
+    /// Buffered bytes, followed by the frames that another task sends.
+    pub(super) fn streaming(buffered: Bytes, items: mpsc::Receiver<StreamItem>) -> Self {
+        Self { buffered: Some(buffered).filter(|bytes| !bytes.is_empty()), rest: Rest::Channel(items) }
     }
 }
 
@@ -60,44 +58,44 @@ where
     type Error = BoxError;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if let Some(read) = self.read.take() {
-            return Poll::Ready(Some(Ok(Frame::data(read))));
+        if let Some(buffered) = self.buffered.take() {
+            return Poll::Ready(Some(Ok(Frame::data(buffered))));
         }
         match &mut self.rest {
             Rest::Unread(rest) => rest.as_mut().poll_frame(context).map_err(Into::into),
-            Rest::Pieces(pieces) => {
-                let piece = ready!(pieces.poll_recv(context));
-                if let Some(Piece::Frame(frame)) = piece {
+            Rest::Channel(items) => {
+                let item = ready!(items.poll_recv(context));
+                if let Some(StreamItem::Frame(frame)) = item {
                     return Poll::Ready(Some(Ok(frame)));
                 }
-                self.rest = Rest::Nothing;
-                // Without the end the client must not take what it has for the whole answer.
-                Poll::Ready(piece.is_none().then(|| Err("the answer broke off before its end".into())))
+                self.rest = Rest::Empty;
+                // Without `End` the client must see an aborted response, not a short one.
+                Poll::Ready(item.is_none().then(|| Err("the response was aborted before its end".into())))
             }
-            Rest::Nothing => Poll::Ready(None),
+            Rest::Empty => Poll::Ready(None),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.read.is_none()
+        self.buffered.is_none()
             && match &self.rest {
-                Rest::Nothing => true,
+                Rest::Empty => true,
                 Rest::Unread(rest) => rest.is_end_stream(),
-                Rest::Pieces(_) => false,
+                Rest::Channel(_) => false,
             }
     }
 
     fn size_hint(&self) -> SizeHint {
-        let read = self.read.as_ref().map_or(0, |read| read.len() as u64);
+        let buffered = self.buffered.as_ref().map_or(0, |bytes| bytes.len() as u64);
         let rest = match &self.rest {
-            Rest::Nothing => SizeHint::with_exact(0),
+            Rest::Empty => SizeHint::with_exact(0),
             Rest::Unread(rest) => rest.size_hint(),
-            Rest::Pieces(_) => SizeHint::new(),
+            Rest::Channel(_) => SizeHint::new(),
         };
         let mut hint = SizeHint::new();
-        hint.set_lower(rest.lower().saturating_add(read));
+        hint.set_lower(rest.lower().saturating_add(buffered));
         if let Some(upper) = rest.upper() {
-            hint.set_upper(upper.saturating_add(read));
+            hint.set_upper(upper.saturating_add(buffered));
         }
         hint
     }
@@ -105,19 +103,19 @@ where
 
 impl<B> fmt::Debug for Body<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Body").field("read", &self.read.as_ref().map(Bytes::len)).finish_non_exhaustive()
+        f.debug_struct("Body").field("buffered", &self.buffered.as_ref().map(Bytes::len)).finish_non_exhaustive()
     }
 }
 
-/// The data of a body, one after the other.
+/// Collects the data frames of a body.
 #[derive(Default)]
-pub(super) struct Data {
-    // Most bodies come in one piece, which need not be copied.
+pub(super) struct Buffer {
+    // Most bodies have a single frame, which is kept without a copy.
     first: Bytes,
     all: BytesMut,
 }
 
-impl Data {
+impl Buffer {
     pub(super) fn len(&self) -> usize {
         self.first.len().saturating_add(self.all.len())
     }
@@ -136,51 +134,50 @@ impl Data {
     }
 }
 
-/// What reading a body came to.
-pub(super) enum Read<B> {
-    Whole(Bytes),
-    /// It is over the limit: what was read, and the rest.
+/// The result of buffering a body.
+pub(super) enum Buffered<B> {
+    Complete(Bytes),
+    /// The body exceeds the limit: the bytes read so far, and the rest.
     TooLarge(Body<B>),
-    Broken(BoxError),
+    Failed(BoxError),
 }
 
-/// Reads a body unless it has more than `limit` bytes. One that says so beforehand is not touched.
-pub(super) async fn read<B>(body: B, limit: usize) -> Read<B>
+/// Buffers a body of at most `limit` bytes. A body whose size hint exceeds the limit is not read.
+pub(super) async fn buffer<B>(body: B, limit: usize) -> Buffered<B>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
     if body.size_hint().lower() > limit as u64 {
-        return Read::TooLarge(Body::untouched(body));
+        return Buffered::TooLarge(Body::unread(body));
     }
-    let mut reading = Reading::new(body);
-    match reading.read_to_end(limit).await {
-        Ok(true) => Read::Whole(reading.data.into_bytes()),
-        Ok(false) => Read::TooLarge(reading.into_body()),
-        Err(error) => Read::Broken(error),
+    let mut partial = PartialBody::new(body);
+    match partial.read_to_end(limit).await {
+        Ok(true) => Buffered::Complete(partial.buffer.into_bytes()),
+        Ok(false) => Buffered::TooLarge(partial.into_body()),
+        Err(error) => Buffered::Failed(error),
     }
 }
 
-/// As [`read`], for `time` at most: gives up what it has read and the rest when that is over.
-pub(super) async fn read_in<B>(body: B, limit: usize, time: Duration) -> Result<Read<B>, Reading<B>>
+/// As [`buffer`], for at most `time`. Returns the partly read body after that.
+pub(super) async fn buffer_within<B>(body: B, limit: usize, time: Duration) -> Result<Buffered<B>, PartialBody<B>>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
     if body.size_hint().lower() > limit as u64 {
-        return Ok(Read::TooLarge(Body::untouched(body)));
+        return Ok(Buffered::TooLarge(Body::unread(body)));
     }
-    let mut reading = Reading::new(body);
-    match tokio::time::timeout(time, reading.read_to_end(limit)).await {
-        Ok(Ok(true)) => Ok(Read::Whole(reading.data.into_bytes())),
-        Ok(Ok(false)) => Ok(Read::TooLarge(reading.into_body())),
-        Ok(Err(error)) => Ok(Read::Broken(error)),
-        Err(_over) => Err(reading),
+    let mut partial = PartialBody::new(body);
+    match tokio::time::timeout(time, partial.read_to_end(limit)).await {
+        Ok(Ok(true)) => Ok(Buffered::Complete(partial.buffer.into_bytes())),
+        Ok(Ok(false)) => Ok(Buffered::TooLarge(partial.into_body())),
+        Ok(Err(error)) => Ok(Buffered::Failed(error)),
+        Err(_elapsed) => Err(partial),
     }
 }
 
-/// What a body has next.
-pub(super) async fn next<B>(body: &mut Pin<Box<B>>) -> Option<Result<Frame<Bytes>, BoxError>>
+pub(super) async fn next_frame<B>(body: &mut Pin<Box<B>>) -> Option<Result<Frame<Bytes>, BoxError>>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
@@ -188,35 +185,35 @@ where
     body.frame().await.map(|frame| frame.map_err(Into::into))
 }
 
-/// A body that was read in part.
-pub(super) struct Reading<B> {
-    pub(super) data: Data,
+/// A partly read body.
+pub(super) struct PartialBody<B> {
+    pub(super) buffer: Buffer,
     pub(super) rest: Pin<Box<B>>,
 }
 
-impl<B> Reading<B> {
+impl<B> PartialBody<B> {
     pub(super) fn new(body: B) -> Self {
-        Self { data: Data::default(), rest: Box::pin(body) }
+        Self { buffer: Buffer::default(), rest: Box::pin(body) }
     }
 
     fn into_body(self) -> Body<B> {
-        Body { read: Some(self.data.into_bytes()), rest: Rest::Unread(self.rest) }
+        Body { buffered: Some(self.buffer.into_bytes()), rest: Rest::Unread(self.rest) }
     }
 }
 
-impl<B> Reading<B>
+impl<B> PartialBody<B>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
-    /// Reads to the end, which is true, or until there is more than the limit. Loses nothing where it is dropped.
+    /// Reads to the end and returns true, or returns false after more than `limit` bytes. Cancel-safe.
     async fn read_to_end(&mut self, limit: usize) -> Result<bool, BoxError> {
-        while let Some(frame) = next(&mut self.rest).await {
-            // Trailers are left out.
+        while let Some(frame) = next_frame(&mut self.rest).await {
+            // Trailers are dropped.
             if let Ok(data) = frame?.into_data() {
-                self.data.push(data);
+                self.buffer.push(data);
             }
-            if self.data.len() > limit {
+            if self.buffer.len() > limit {
                 return Ok(false);
             }
         }

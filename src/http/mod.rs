@@ -1,8 +1,8 @@
-//! A layer for axum and other servers that use tower's layers: each request under an `Idempotency-Key` is processed once.
+//! A [tower](https://docs.rs/tower) layer, for axum and other servers, that runs each request with an `Idempotency-Key` once.
 //!
-//! It follows the IETF draft `draft-ietf-httpapi-idempotency-key-header`, with Stripe's habits where the draft leaves a
-//! choice. `docs/http.md` has a table of every answer, of every status and what it means for the key, and advice on windows
-//! and scopes.
+//! It implements the IETF draft `draft-ietf-httpapi-idempotency-key-header`, and follows Stripe where the draft leaves a
+//! choice. `docs/http.md` lists every response of the layer, the effect of every status on the key, and advice on scopes and
+//! windows.
 //!
 //! ```
 //! use axum::{Extension, Router, routing::post};
@@ -13,12 +13,12 @@
 //! # let path = dir.path().join("store");
 //! let store = onlyonce::future::Store::new(onlyonce::Store::open(path)?)?;
 //! let layer = IdempotencyLayer::builder(store.clone())
-//!     // Whose key it is. Take it from what has authenticated the request.
+//!     // The owner of the key. Take it from the result of authentication.
 //!     .scope(|request| request.headers.get("x-tenant").map(|tenant| tenant.as_bytes().to_vec()));
 //!
 //! async fn charge(Extension(attempt): Extension<Attempt>) -> &'static str {
 //!     if attempt.may_have_happened() {
-//!         // An earlier attempt was interrupted: ask the payment provider before charging again.
+//!         // An earlier attempt was interrupted: query the payment provider before charging again.
 //!     }
 //!     "charged"
 //! }
@@ -30,62 +30,62 @@
 //! # }
 //! ```
 //!
-//! # What happens to a request
+//! # Processing of a request
 //!
-//! 1. Its method is not guarded (by default all but POST and PATCH), or it has no key and needs none: it passes unchanged.
-//! 2. Its key is read. `"k"`, a string of structured fields as the draft wants it, and `k`, as Stripe's clients send it, are
-//!    the same key; keys are compared byte by byte, case-sensitive. A hook can take the key from the body
-//!    ([`IdempotencyLayer::key`]).
-//! 3. Its body is read, up to a limit, and its method, path, query and body become the key's fingerprint, byte by byte or by
-//!    another rule ([`RequestFingerprint`]).
-//! 4. The key is claimed. Completed before: the stored answer, with `Idempotent-Replayed: true`. In progress: 409, with
-//!    `Retry-After`. Used with another fingerprint: 422.
-//! 5. Otherwise the handler runs in a task of its own, under a lease that is renewed. A client that hangs up changes
-//!    nothing: the work ends, its answer is stored, the retry gets it.
-//! 6. The answer is stored, with the headers of a list, before the client gets it. An answer that is a stream goes through as
-//!    it comes, and is stored before the client gets its end ([`IdempotencyLayer::stream_after`]). An answer that is not
-//!    stored ([`Fate`]) frees the key.
+//! 1. A request passes unchanged if its method is not guarded (POST and PATCH are by default), or if it has no key and keys
+//!    are optional.
+//! 2. The layer reads the key. `"k"`, the structured-field string of the draft, and `k`, the bare form of Stripe's clients,
+//!    are the same key. Keys are compared byte by byte. A hook can take the key from the body ([`IdempotencyLayer::key`]).
+//! 3. The layer reads the body, up to a limit. Method, path, query and body form the fingerprint of the request, byte by
+//!    byte or by another rule ([`RequestFingerprint`]).
+//! 4. The layer claims the key. A completed key returns the stored response, with `Idempotent-Replayed: true`. A key in
+//!    progress returns 409 with `Retry-After`. A key with another fingerprint returns 422.
+//! 5. Otherwise the handler runs in its own task. The layer renews the lease meanwhile. A client that disconnects does not
+//!    stop the handler: its response is stored, and a retry gets it.
+//! 6. The layer stores the response, with an allow-list of headers, before it sends the response. A streaming response is
+//!    forwarded as it arrives; the layer stores it before it sends the end ([`IdempotencyLayer::stream_after`]). A response
+//!    that is not stored ([`Disposition`]) frees the key.
 //!
-//! Answers of the layer itself are `application/problem+json` (RFC 9457), with a `code` for programs.
+//! Responses of the layer itself are `application/problem+json` (RFC 9457) with a machine-readable `code`.
 //!
 //! # Unknown outcomes
 //!
-//! A handler that panics, whose process stops, or that answers with a 5xx may have done its work. The next attempt runs, and
-//! [`Attempt::may_have_happened`] is true for it: the handler asks the other side before it repeats the effect. Where work
-//! must not run again before an operator has decided, open the store with
-//! [`OnInterrupt::Hold`](crate::OnInterrupt::Hold): such a key is answered with 409 without `Retry-After` until
-//! [`Store::resolve`](crate::Store::resolve) is called, with a [`StoredResponse`] where the work was done.
+//! A handler that panics, responds with 5xx, or runs in a process that stops may have had its effect. The next attempt runs
+//! the handler, and [`Attempt::may_have_happened`] is true: query the other system before you repeat the effect. If work must
+//! not run again before an operator has decided, open the store with [`OnInterrupt::Hold`](crate::OnInterrupt::Hold). Such a
+//! key returns 409 without `Retry-After` until [`Store::resolve`](crate::Store::resolve) is called, with a
+//! [`StoredResponse`] if the work was done.
 //!
 //! # Panics
 //!
-//! Outside of a Tokio runtime with time, a guarded request panics: it spawns a task.
+//! A guarded request spawns a task, and panics outside a Tokio runtime with a timer.
 
 mod attempt;
 mod body;
-mod fate;
-mod figures;
+mod context;
+mod disposition;
+mod execute;
 mod fingerprint;
-mod guard;
 mod json;
 mod key;
 mod layer;
 mod problem;
 mod service;
+mod stats;
 mod stored;
 mod stream;
-mod work;
 
 pub use attempt::Attempt;
 pub use body::{Body, BoxError};
-pub use fate::Fate;
-pub use figures::Figures;
+pub use context::OnStoreFailure;
+pub use disposition::Disposition;
 pub use fingerprint::RequestFingerprint;
-pub use guard::OnStoreFailure;
-pub use layer::{IdempotencyLayer, NeedsScope};
+pub use layer::{IdempotencyLayer, IdempotencyLayerBuilder};
 pub use service::Idempotent;
+pub use stats::LayerStats;
 pub use stored::StoredResponse;
 
-/// The page's code runs as its tests.
+/// Runs the code of the page as doc tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/http.md")]
 struct Page;

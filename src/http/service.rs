@@ -1,4 +1,4 @@
-//! A service behind the layer: what becomes of each request.
+//! The service of the layer: claims the key of a request, then runs the handler, replays a response or rejects.
 
 use std::fmt;
 use std::future::Future;
@@ -15,12 +15,12 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use super::attempt::Attempt;
-use super::body::{Body, BoxError, Read, read};
-use super::guard::{Guard, KeyFrom, OnStoreFailure, Options};
-use super::key::{checked, key_of};
+use super::body::{Body, BoxError, Buffered, buffer};
+use super::context::{KeySource, LayerContext, OnStoreFailure, Options};
+use super::execute::execute;
+use super::key::{key_in_header, validated};
 use super::problem::Problem;
 use super::stored::StoredResponse;
-use super::work::work;
 use crate::claim::{Claim, Completed, InProgress};
 use crate::error::{Error, Result};
 use crate::future::Lease;
@@ -28,19 +28,20 @@ use crate::key::Key;
 
 static REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
-/// The longest scope of a store.
+/// The store's maximum scope length in bytes.
 const MAX_SCOPE: usize = 255;
 
-/// A service that does each request under a key once. Made by [`IdempotencyLayer`](super::IdempotencyLayer).
+/// A service that runs each request with an idempotency key once. Created by
+/// [`IdempotencyLayer`](super::IdempotencyLayer).
 #[derive(Clone)]
 pub struct Idempotent<S> {
     inner: S,
-    guard: Arc<Guard>,
+    context: Arc<LayerContext>,
 }
 
 impl<S> Idempotent<S> {
-    pub(super) fn new(inner: S, guard: Guard) -> Self {
-        Self { inner, guard: Arc::new(guard) }
+    pub(super) fn new(inner: S, context: LayerContext) -> Self {
+        Self { inner, context: Arc::new(context) }
     }
 }
 
@@ -63,26 +64,24 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        // The one that was asked whether it is ready is the one to be called.
+        // Only the instance that `poll_ready` was called on may be called; its clone may not be ready.
         let clone = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, clone);
-        Box::pin(answer(Arc::clone(&self.guard), ready, request))
+        Box::pin(respond(Arc::clone(&self.context), ready, request))
     }
 }
 
-/// A request, as the layer sees it before it asks the store.
-enum Asked<B> {
-    /// It passes as it is.
+/// A request before its key is claimed.
+enum Admission<B> {
     Unguarded(Request<Body<B>>),
-    Guarded {
-        parts: Parts,
-        body: Bytes,
-        key: String,
-        scope: Vec<u8>,
-    },
+    Guarded { parts: Parts, body: Bytes, key: String, scope: Vec<u8> },
 }
 
-async fn answer<S, B, R>(guard: Arc<Guard>, mut service: S, request: Request<B>) -> Result<Response<Body<R>>, S::Error>
+async fn respond<S, B, R>(
+    context: Arc<LayerContext>,
+    mut service: S,
+    request: Request<B>,
+) -> Result<Response<Body<R>>, S::Error>
 where
     S: Service<Request<Body<B>>, Response = Response<R>> + Send + 'static,
     S::Future: Send,
@@ -92,101 +91,101 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
-    let (parts, body, key, scope) = match asked(&guard, request).await {
-        Ok(Asked::Guarded { parts, body, key, scope }) => (parts, body, key, scope),
-        Ok(Asked::Unguarded(request)) => return Ok(service.call(request).await?.map(Body::untouched)),
-        Err(problem) => return Ok(guard.refuse(problem)),
+    let (parts, body, key, scope) = match admit(&context, request).await {
+        Ok(Admission::Guarded { parts, body, key, scope }) => (parts, body, key, scope),
+        Ok(Admission::Unguarded(request)) => return Ok(service.call(request).await?.map(Body::unread)),
+        Err(problem) => return Ok(context.reject(problem)),
     };
-    let options = &guard.options;
+    let options = &context.options;
     let fingerprint = (options.fingerprint)(&parts, &body);
-    let asked = Key::from(&key).scope(&scope).fingerprint(fingerprint);
-    match guard.store.claim_wait(asked, options.wait).await {
+    let store_key = Key::from(&key).scope(&scope).fingerprint(fingerprint);
+    match context.store.claim_wait(store_key, options.wait).await {
         Ok(Claim::Acquired(lease)) => {
-            let mut request = Request::from_parts(parts, Body::whole(body));
+            let mut request = Request::from_parts(parts, Body::full(body));
             request.extensions_mut().insert(Attempt::new(key, &lease));
-            in_its_own_task(Arc::clone(&guard), service, request, lease).await
+            execute_in_task(Arc::clone(&context), service, request, lease).await
         }
-        Ok(Claim::Completed(first)) => Ok(replay(&guard, &first, &parts, &body)),
-        Ok(Claim::InProgress(other)) => Ok(guard.refuse(outstanding(&guard, other))),
-        Err(Error::PayloadMismatch { .. }) => Ok(guard.refuse(Problem::KeyReused)),
-        // The store's own limit is for key and scope together.
+        Ok(Claim::Completed(first)) => Ok(replay(&context, &first, &parts, &body)),
+        Ok(Claim::InProgress(other)) => Ok(context.reject(in_progress(&context, other))),
+        Err(Error::PayloadMismatch { .. }) => Ok(context.reject(Problem::KeyReused)),
+        // The store's limit applies to key and scope together.
         Err(Error::KeyTooLong { limit, .. }) => {
-            Ok(guard.refuse(Problem::KeyTooLong { limit: limit.saturating_sub(scope.len()) }))
+            Ok(context.reject(Problem::KeyTooLong { limit: limit.saturating_sub(scope.len()) }))
         }
         Err(error) => match options.on_store_failure {
             OnStoreFailure::FailClosed => {
-                tracing::error!(%error, "claim failed, request refused (fail-closed)");
-                Ok(guard.refuse(Problem::StoreFailed { retryable: error.retryable() }))
+                tracing::error!(%error, "claim failed, request rejected (fail-closed)");
+                Ok(context.reject(Problem::StoreUnavailable { retryable: error.retryable() }))
             }
             OnStoreFailure::FailOpen => {
                 tracing::error!(%error, "claim failed, request served without deduplication (fail-open)");
-                guard.count_fail_open();
-                let response = service.call(Request::from_parts(parts, Body::whole(body))).await?;
-                Ok(response.map(Body::untouched))
+                context.count_fail_open();
+                let response = service.call(Request::from_parts(parts, Body::full(body))).await?;
+                Ok(response.map(Body::unread))
             }
         },
     }
 }
 
-/// Finds out whether a request is guarded, under which key, and reads the body of one that is.
-async fn asked<B>(guard: &Guard, request: Request<B>) -> Result<Asked<B>, Problem>
+/// Determines whether a request is guarded. Reads key, scope and body of a guarded one.
+async fn admit<B>(context: &LayerContext, request: Request<B>) -> Result<Admission<B>, Problem>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
-    let options = &guard.options;
+    let options = &context.options;
     if !options.methods.contains(request.method()) {
-        return Ok(Asked::Unguarded(request.map(Body::untouched)));
+        return Ok(Admission::Unguarded(request.map(Body::unread)));
     }
     let (parts, body) = request.into_parts();
     let without_key = |request| match options.key_required {
         true => Err(Problem::KeyMissing),
-        false => Ok(Asked::Unguarded(request)),
+        false => Ok(Admission::Unguarded(request)),
     };
-    match &options.key_from {
-        // Nothing is read of a request that is refused for its headers.
-        KeyFrom::Header(name) => {
-            let Some(key) = key_of(&parts.headers, name)? else {
-                return without_key(Request::from_parts(parts, Body::untouched(body)));
+    match &options.key_source {
+        // Reads the body last: a request that its headers disqualify costs no memory.
+        KeySource::Header(name) => {
+            let Some(key) = key_in_header(&parts.headers, name)? else {
+                return without_key(Request::from_parts(parts, Body::unread(body)));
             };
-            let (key, scope) = (checked(key, options)?, scope_of(guard, &parts)?);
-            let body = whole(options, body).await?;
-            Ok(Asked::Guarded { parts, body, key, scope })
+            let (key, scope) = (validated(key, options)?, scope_of(context, &parts)?);
+            let body = buffered(options, body).await?;
+            Ok(Admission::Guarded { parts, body, key, scope })
         }
-        KeyFrom::Request(hook) => {
-            let body = whole(options, body).await?;
+        KeySource::Hook(hook) => {
+            let body = buffered(options, body).await?;
             let Some(key) = hook(&parts, &body) else {
-                return without_key(Request::from_parts(parts, Body::whole(body)));
+                return without_key(Request::from_parts(parts, Body::full(body)));
             };
-            let (key, scope) = (checked(key, options)?, scope_of(guard, &parts)?);
-            Ok(Asked::Guarded { parts, body, key, scope })
+            let (key, scope) = (validated(key, options)?, scope_of(context, &parts)?);
+            Ok(Admission::Guarded { parts, body, key, scope })
         }
     }
 }
 
-fn scope_of(guard: &Guard, parts: &Parts) -> Result<Vec<u8>, Problem> {
-    match &guard.scope {
+fn scope_of(context: &LayerContext, parts: &Parts) -> Result<Vec<u8>, Problem> {
+    match &context.scope {
         None => Ok(Vec::new()),
-        // An empty one would be no scope, and shared.
+        // An empty scope would equal the shared scope.
         Some(scope) => scope(parts).filter(|scope| (1..=MAX_SCOPE).contains(&scope.len())).ok_or(Problem::ScopeMissing),
     }
 }
 
-async fn whole<B>(options: &Options, body: B) -> Result<Bytes, Problem>
+async fn buffered<B>(options: &Options, body: B) -> Result<Bytes, Problem>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
-    match read(body, options.body_limit).await {
-        Read::Whole(body) => Ok(body),
-        Read::TooLarge(_) => Err(Problem::BodyTooLarge { limit: options.body_limit }),
-        Read::Broken(_) => Err(Problem::BodyBroken),
+    match buffer(body, options.body_limit).await {
+        Buffered::Complete(body) => Ok(body),
+        Buffered::TooLarge(_) => Err(Problem::BodyTooLarge { limit: options.body_limit }),
+        Buffered::Failed(_) => Err(Problem::BodyIncomplete),
     }
 }
 
-/// Works in a task that goes on when the client hangs up.
-async fn in_its_own_task<S, B, R>(
-    guard: Arc<Guard>,
+/// Runs the handler in a task that continues after the client has disconnected.
+async fn execute_in_task<S, B, R>(
+    context: Arc<LayerContext>,
     service: S,
     request: Request<Body<B>>,
     lease: Lease,
@@ -199,63 +198,63 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
-    guard.counters.executed.add(1);
-    let begun = guard.at_work.begin();
-    let shared = Arc::clone(&guard);
-    let (head, early) = oneshot::channel();
+    context.counters.executed.add(1);
+    let running = context.running.enter();
+    let shared = Arc::clone(&context);
+    let (head_sender, head) = oneshot::channel();
     let task = async move {
-        let _begun = begun;
-        work(&shared, service, request, lease, head).await
+        let _running = running;
+        execute(&shared, service, request, lease, head_sender).await
     };
     let task = tokio::spawn(task.in_current_span());
-    if let Ok(response) = early.await {
+    if let Ok(response) = head.await {
         return Ok(response);
     }
-    // No head came early, and the task gives the answer.
+    // The response is not streamed: the task returns it.
     match task.await {
-        Ok(answer) => Ok(answer?.unwrap_or_else(|| guard.refuse(Problem::HandlerFailed))),
+        Ok(response) => Ok(response?.unwrap_or_else(|| context.reject(Problem::HandlerFailed))),
         Err(_panic) => {
-            tracing::error!("the handler panicked: outcome unknown");
-            Ok(guard.refuse(Problem::HandlerFailed))
+            tracing::error!("handler panicked: outcome unknown");
+            Ok(context.reject(Problem::HandlerFailed))
         }
     }
 }
 
-fn outstanding(guard: &Guard, other: InProgress) -> Problem {
+fn in_progress(context: &LayerContext, other: InProgress) -> Problem {
     match other.retry_after {
-        // What is left of the lease is how long it may take at most, and most work is done much earlier.
-        Some(remaining) => Problem::Outstanding { retry_after: remaining.min(guard.options.retry_after) },
+        // Most handlers finish long before the lease ends.
+        Some(remaining) => Problem::InProgress { retry_after: remaining.min(context.options.retry_after) },
         None => Problem::Held,
     }
 }
 
-/// What the first request was answered.
-fn replay<R>(guard: &Guard, first: &Completed, parts: &Parts, request_body: &Bytes) -> Response<Body<R>> {
-    let answer = match first.result().map(StoredResponse::decode) {
-        Some(Ok(answer)) => answer,
+/// Builds the response to a retry from the stored result.
+fn replay<R>(context: &LayerContext, first: &Completed, parts: &Parts, request_body: &Bytes) -> Response<Body<R>> {
+    let stored = match first.result().map(StoredResponse::decode) {
+        Some(Ok(stored)) => stored,
         Some(Err(error)) => {
-            tracing::error!(%error, "failed to decode a stored answer");
-            return guard.refuse(Problem::AnswerUnreadable);
+            tracing::error!(%error, "failed to decode a stored response");
+            return context.reject(Problem::ResponseUnreadable);
         }
-        None => return guard.refuse(Problem::AnswerNotKept { status: None }),
+        None => return context.reject(Problem::ResponseNotStored { status: None }),
     };
-    let (status, headers, body) = answer.into_parts();
+    let (status, headers, body) = stored.into_parts();
     let Some(body) = body else {
-        let mut response = guard.refuse(Problem::AnswerNotKept { status: Some(status) });
+        let mut response = context.reject(Problem::ResponseNotStored { status: Some(status) });
         response.headers_mut().extend(headers);
-        return replayed(response);
+        return mark_replayed(response);
     };
-    guard.counters.replayed.add(1);
+    context.counters.replayed.add(1);
     let mut response = Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;
-    if let Some(adapt) = &guard.options.replay {
+    if let Some(adapt) = &context.options.adapt_replay {
         response = adapt(parts, request_body, response);
     }
-    replayed(response.map(Body::whole))
+    mark_replayed(response.map(Body::full))
 }
 
-fn replayed<R>(mut response: Response<Body<R>>) -> Response<Body<R>> {
+fn mark_replayed<R>(mut response: Response<Body<R>>) -> Response<Body<R>> {
     response.headers_mut().insert(&REPLAYED, HeaderValue::from_static("true"));
     response
 }

@@ -1,4 +1,4 @@
-//! Answers that go through as they come, because they may last, and are kept for a retry all the same.
+//! Forwards response bodies that may last long, and keeps a copy for retries.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -11,10 +11,10 @@ use http::response::Parts;
 use http_body::Frame;
 use tokio::sync::mpsc;
 
-use super::body::{BoxError, Data, Piece, Reading, next};
+use super::body::{BoxError, Buffer, PartialBody, StreamItem, next_frame};
 
-/// Types of content that are sent as they arise.
-const STREAMS: [&str; 5] = [
+/// Content types that declare a stream.
+const STREAM_TYPES: [&str; 5] = [
     "text/event-stream",
     "application/x-ndjson",
     "application/jsonl",
@@ -22,121 +22,118 @@ const STREAMS: [&str; 5] = [
     "multipart/x-mixed-replace",
 ];
 
-/// Pieces on their way to a client that is slow.
-const AHEAD: usize = 4;
+/// Frames that are buffered for a slow client.
+const CHANNEL_CAPACITY: usize = 4;
 
-/// Whether an answer says that it is a stream.
+/// Returns whether the `Content-Type` declares a stream.
 pub(super) fn is_declared(response: &Parts) -> bool {
     let Some(Ok(value)) = response.headers.get(CONTENT_TYPE).map(|value| value.to_str()) else { return false };
-    let kind = value.split(';').next().unwrap_or_default().trim();
-    STREAMS.iter().any(|stream| stream.eq_ignore_ascii_case(kind))
+    let content_type = value.split(';').next().unwrap_or_default().trim();
+    STREAM_TYPES.iter().any(|stream| stream.eq_ignore_ascii_case(content_type))
 }
 
-/// The way to the client, and what comes out of it there.
-pub(super) fn channel() -> (mpsc::Sender<Piece>, mpsc::Receiver<Piece>) {
-    mpsc::channel(AHEAD)
+pub(super) fn channel() -> (mpsc::Sender<StreamItem>, mpsc::Receiver<StreamItem>) {
+    mpsc::channel(CHANNEL_CAPACITY)
 }
 
-/// The end of an answer that went through. Dropped, it leaves the client with an answer that broke off.
-pub(super) struct End {
-    client: mpsc::Sender<Piece>,
+/// The end of a forwarded response. Dropping it unsent aborts the client's response.
+pub(super) struct StreamEnd {
+    client: mpsc::Sender<StreamItem>,
     last: Option<Frame<Bytes>>,
 }
 
-impl End {
-    /// Lets the client have the end.
-    pub(super) async fn give(self) {
-        // A client that has gone needs none.
+impl StreamEnd {
+    pub(super) async fn send(self) {
+        // An error means that the client has disconnected.
         if let Some(last) = self.last
-            && self.client.send(Piece::Frame(last)).await.is_err()
+            && self.client.send(StreamItem::Frame(last)).await.is_err()
         {
             return;
         }
-        let _ = self.client.send(Piece::End).await;
+        let _ = self.client.send(StreamItem::End).await;
     }
 }
 
-/// Passes an answer on as it comes, but for its end. Gives the end and, where it has no more than `limit` bytes, the whole
-/// of it.
+/// Forwards a body frame by frame, except its end. Returns the end, and the complete body if it has at most `limit` bytes.
 ///
-/// A client that hangs up does not end it: for `after_hang_up` it is read on.
+/// After the client disconnects, reads on for at most `after_disconnect`.
 ///
 /// # Errors
 ///
-/// The body's own, and one that says that the client has gone and the answer has not ended in time.
-pub(super) async fn pass_on<B>(
-    answer: Reading<B>,
+/// The error of the body, or a disconnected client whose response does not end in time.
+pub(super) async fn forward<B>(
+    body: PartialBody<B>,
     limit: usize,
-    client: mpsc::Sender<Piece>,
-    after_hang_up: Duration,
-) -> Result<(End, Option<Bytes>), BoxError>
+    client: mpsc::Sender<StreamItem>,
+    after_disconnect: Duration,
+) -> Result<(StreamEnd, Option<Bytes>), BoxError>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
-    let Reading { data, mut rest } = answer;
-    let mut kept = Kept { data: Some(data), limit };
-    while let Some(frame) = unless_gone(&client, next(&mut rest)).await {
-        let Some(frame) = frame else { return Ok((End { client, last: None }, kept.into_bytes())) };
+    let PartialBody { buffer, mut rest } = body;
+    let mut copy = BoundedCopy { buffer: Some(buffer), limit };
+    while let Some(frame) = until_disconnect(&client, next_frame(&mut rest)).await {
+        let Some(frame) = frame else { return Ok((StreamEnd { client, last: None }, copy.into_bytes())) };
         let frame = frame?;
-        kept.add(&frame);
-        // Where the length is known, the client takes the last piece for the end.
+        copy.add(&frame);
+        // With a known length, the client treats the last frame as the end: hold it back.
         if rest.is_end_stream() {
-            return Ok((End { client, last: Some(frame) }, kept.into_bytes()));
+            return Ok((StreamEnd { client, last: Some(frame) }, copy.into_bytes()));
         }
-        if client.send(Piece::Frame(frame)).await.is_err() {
+        if client.send(StreamItem::Frame(frame)).await.is_err() {
             break;
         }
     }
-    match tokio::time::timeout(after_hang_up, read_on(rest, &mut kept)).await {
-        Ok(ended) => ended.map(|()| (End { client, last: None }, kept.into_bytes())),
-        Err(_over) => Err("its client hung up, and it did not end".into()),
+    match tokio::time::timeout(after_disconnect, read_to_end(rest, &mut copy)).await {
+        Ok(ended) => ended.map(|()| (StreamEnd { client, last: None }, copy.into_bytes())),
+        Err(_elapsed) => Err("the client disconnected and the response did not end in time".into()),
     }
 }
 
-/// Reads to the end without a client, for a retry.
-async fn read_on<B>(mut rest: Pin<Box<B>>, kept: &mut Kept) -> Result<(), BoxError>
+/// Reads the rest of a body whose client has disconnected.
+async fn read_to_end<B>(mut rest: Pin<Box<B>>, copy: &mut BoundedCopy) -> Result<(), BoxError>
 where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
     while !rest.is_end_stream()
-        && let Some(frame) = next(&mut rest).await
+        && let Some(frame) = next_frame(&mut rest).await
     {
-        kept.add(&frame?);
-        // An answer that is always ready must not keep the thread, nor outlast its time.
+        copy.add(&frame?);
+        // A body that is always ready would block the thread and outlast the timeout.
         tokio::task::yield_now().await;
     }
     Ok(())
 }
 
-/// `None` when the client has gone before the work is done.
-async fn unless_gone<F: Future>(client: &mpsc::Sender<Piece>, work: F) -> Option<F::Output> {
-    let (mut work, mut gone) = (pin!(work), pin!(client.closed()));
+/// Returns `None` if the client disconnects before `work` is done.
+async fn until_disconnect<F: Future>(client: &mpsc::Sender<StreamItem>, work: F) -> Option<F::Output> {
+    let (mut work, mut closed) = (pin!(work), pin!(client.closed()));
     std::future::poll_fn(|context| match work.as_mut().poll(context) {
         Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => gone.as_mut().poll(context).map(|()| None),
+        Poll::Pending => closed.as_mut().poll(context).map(|()| None),
     })
     .await
 }
 
-/// What of an answer is kept for a retry: all of it, or nothing.
-struct Kept {
-    data: Option<Data>,
+/// A copy of the forwarded bytes, or `None` once they exceed the limit.
+struct BoundedCopy {
+    buffer: Option<Buffer>,
     limit: usize,
 }
 
-impl Kept {
+impl BoundedCopy {
     fn add(&mut self, frame: &Frame<Bytes>) {
-        let (Some(data), Some(bytes)) = (&mut self.data, frame.data_ref()) else { return };
-        if data.len().saturating_add(bytes.len()) > self.limit {
-            self.data = None;
+        let (Some(buffer), Some(bytes)) = (&mut self.buffer, frame.data_ref()) else { return };
+        if buffer.len().saturating_add(bytes.len()) > self.limit {
+            self.buffer = None;
         } else {
-            data.push(bytes.clone());
+            buffer.push(bytes.clone());
         }
     }
 
     fn into_bytes(self) -> Option<Bytes> {
-        self.data.map(Data::into_bytes)
+        self.buffer.map(Buffer::into_bytes)
     }
 }
