@@ -69,10 +69,11 @@ async fn charge(
     // The bank's reference for the charge. It contains the account because two accounts may choose the same key.
     let reference = format!("{account}/{}", attempt.key());
     // An earlier attempt was interrupted by a crash or an error, and may have charged.
-    let earlier = if attempt.may_have_happened() { bank.charge_of(&reference, attempt.token()).await? } else { None };
+    let earlier =
+        if attempt.may_have_happened() { bank.charge_of(&reference, attempt.token().get()).await? } else { None };
     let charge = match earlier {
         Some(charge) => charge,
-        None => bank.charge(&reference, &order, attempt.token()).await?,
+        None => bank.charge(&reference, &order, attempt.token().get()).await?,
     };
     Ok((StatusCode::CREATED, [(LOCATION, format!("/charges/{}", charge.id))], Json(charge)).into_response())
 }
@@ -183,7 +184,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
 /// Serves until SIGINT or SIGTERM, then waits for running requests.
 pub async fn serve(address: &str, directory: &Path) -> Result<(), Failure> {
     // Opening blocks this thread. The store's default window lets clients retry for 24 hours.
-    let store = onlyonce::future::Store::new(onlyonce::Store::open(directory)?)?;
+    let store = onlyonce::Store::open(directory)?;
     let mut ledger = directory.as_os_str().to_owned();
     ledger.push(".bank");
     let layer = IdempotencyLayer::builder(store.clone())

@@ -20,8 +20,6 @@ mod filter;
 mod fs;
 #[cfg(feature = "tokio")]
 pub mod future;
-#[cfg(feature = "http")]
-pub mod http;
 mod invariant;
 mod journal;
 mod key;
@@ -40,6 +38,8 @@ pub use config::{Durability, OnInterrupt};
 pub use entry::Prior;
 pub use error::{Error, Outcome, Result};
 pub use key::Key;
+#[cfg(feature = "http")]
+pub use onlyonce_http as http;
 pub use stats::{BucketStats, Stats};
 pub use store::{Builder, Check, Held, Phase, Ran, Recorded, Resolution, RunError, Store, Stored};
 #[cfg(any(test, fuzzing))]
@@ -49,3 +49,8 @@ pub use testing::fuzz_checks;
 #[doc(hidden)]
 pub use testing::internals;
 pub use tx::{Message, MessageId, Tx};
+
+/// Runs the code of the page as doc tests.
+#[cfg(all(doctest, feature = "http"))]
+#[doc = include_str!("../docs/http.md")]
+struct HttpPage;

@@ -8,18 +8,18 @@ use axum::body::Body;
 use axum::routing::post;
 use http::header::RETRY_AFTER;
 use http::{Request, StatusCode};
-use onlyonce::ManualClock;
-use onlyonce::future::Store;
 use onlyonce::http::IdempotencyLayer;
+use onlyonce::{ManualClock, Store};
 use tower_service::Service;
 
 use crate::common::START_MS;
 use crate::handlers::{HandlerState, blocks};
-use crate::setup::{KEY, TestServer};
+use crate::local::LocalServer;
+use crate::setup::KEY;
 
 #[tokio::test]
 async fn a_handler_that_takes_longer_than_a_lease_keeps_its_key() {
-    let server = TestServer::with(|builder| builder.lease(Duration::from_millis(300)), |layer| layer).await;
+    let server = LocalServer::with(|builder| builder.lease(Duration::from_millis(300)), |layer| layer).await;
     let first = server.spawn_post("/slow", "k");
     server.handlers.started.receive().await;
     for _ in 0..10 {
@@ -35,7 +35,7 @@ async fn a_handler_that_takes_longer_than_a_lease_keeps_its_key() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn a_handler_that_blocks_its_thread_keeps_its_key() {
-    let server = TestServer::with(|builder| builder.lease(Duration::from_millis(300)), |layer| layer).await;
+    let server = LocalServer::with(|builder| builder.lease(Duration::from_millis(300)), |layer| layer).await;
     let first = server.spawn_post("/blocks", "k");
     server.handlers.started.receive().await;
     for _ in 0..4 {
@@ -51,8 +51,8 @@ async fn a_handler_that_blocks_its_thread_keeps_its_key() {
 #[test]
 fn a_handler_that_blocks_the_only_thread_keeps_its_key() {
     let dir = tempfile::tempdir().unwrap();
-    let builder = onlyonce::Store::builder().lease(Duration::from_millis(300)).memory_budget(32 << 20);
-    let store = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let builder = Store::builder().lease(Duration::from_millis(300)).memory_budget(32 << 20);
+    let store = builder.open(dir.path().join("store")).unwrap();
     let layer = IdempotencyLayer::builder(store.clone()).shared_scope();
     let handlers = Arc::<HandlerState>::default();
     let app = Router::new().route("/", post(blocks)).layer(layer).with_state(Arc::clone(&handlers));
@@ -73,7 +73,7 @@ fn a_handler_that_blocks_the_only_thread_keeps_its_key() {
         assert_eq!(first.join().unwrap(), StatusCode::OK);
     });
     assert_eq!((status(app), handlers.runs()), (StatusCode::OK, 1));
-    store.blocking().close().unwrap();
+    store.close().wait().unwrap();
 }
 
 #[tokio::test]
@@ -81,7 +81,7 @@ async fn the_response_of_a_superseded_attempt_is_discarded() {
     let clock = ManualClock::at(START_MS);
     let shared_clock = clock.clone();
     let server =
-        TestServer::with(|builder| builder.clock(shared_clock).lease(Duration::from_secs(60)), |layer| layer).await;
+        LocalServer::with(|builder| builder.clock(shared_clock).lease(Duration::from_secs(60)), |layer| layer).await;
     let post = || server.spawn_post("/slow", "k");
     let first = post();
     server.handlers.started.receive().await;
@@ -107,7 +107,7 @@ async fn a_superseded_handler_is_cancelled() {
     let clock = ManualClock::at(START_MS);
     let shared_clock = clock.clone();
     let server =
-        TestServer::with(|builder| builder.clock(shared_clock).lease(Duration::from_millis(300)), |layer| layer).await;
+        LocalServer::with(|builder| builder.clock(shared_clock).lease(Duration::from_millis(300)), |layer| layer).await;
     let post = || server.spawn_post("/slow", "k");
     let first = post();
     server.handlers.started.receive().await;

@@ -1,19 +1,17 @@
-//! Tests of the HTTP layer, over a socket with a real client.
+//! Tests of the HTTP layer over a store on disk. `crates/http/tests` has the tests that need none.
 
 #[path = "../common/child.rs"]
 mod child;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../../crates/http/tests/http/handlers.rs"]
+#[allow(dead_code, reason = "the tests of onlyonce-http use the rest")]
 mod handlers;
+mod local;
+#[path = "../../crates/http/tests/http/setup.rs"]
+#[allow(dead_code, reason = "the tests of onlyonce-http use the rest")]
 mod setup;
 
-mod concurrency;
-mod disconnects;
-mod dispositions;
-mod failures;
-mod fingerprints;
-mod keys;
 mod leases;
+mod local_store;
 mod processes;
-mod replays;
-mod streams;

@@ -16,7 +16,7 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http_body_util::Full;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
-use onlyonce::future::Store;
+use onlyonce::Store;
 use onlyonce::http::IdempotencyLayer;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -72,7 +72,7 @@ impl Drop for Server {
 /// Serves endless events, and stops as `docs/http.md` describes.
 async fn serve_endless(directory: &Path) {
     let limit = Duration::from_millis(500);
-    let store = Store::new(onlyonce::Store::open(directory).unwrap()).unwrap();
+    let store = Store::open(directory).unwrap();
     let layer = IdempotencyLayer::builder(store.clone()).shared_scope();
     let events = async || {
         let (ticks, frames) = unbounded_channel();
