@@ -9,10 +9,9 @@ use axum::routing::post;
 use http::header::RETRY_AFTER;
 use http::{Request, StatusCode};
 use onlyonce::http::IdempotencyLayer;
-use onlyonce::{ManualClock, Store};
+use onlyonce::{ManualClock, Store, Timestamp};
 use tower_service::Service;
 
-use crate::common::START_MS;
 use crate::handlers::{HandlerState, blocks};
 use crate::local::LocalServer;
 use crate::setup::KEY;
@@ -78,7 +77,7 @@ fn a_handler_that_blocks_the_only_thread_keeps_its_key() {
 
 #[tokio::test]
 async fn the_response_of_a_superseded_attempt_is_discarded() {
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_s(1_700_000_000));
     let shared_clock = clock.clone();
     let server =
         LocalServer::with(|builder| builder.clock(shared_clock).lease(Duration::from_secs(60)), |layer| layer).await;
@@ -104,7 +103,7 @@ async fn the_response_of_a_superseded_attempt_is_discarded() {
 
 #[tokio::test]
 async fn a_superseded_handler_is_cancelled() {
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_s(1_700_000_000));
     let shared_clock = clock.clone();
     let server =
         LocalServer::with(|builder| builder.clock(shared_clock).lease(Duration::from_millis(300)), |layer| layer).await;

@@ -2,8 +2,6 @@
 
 #[path = "../common/child.rs"]
 mod child;
-#[path = "../common/mod.rs"]
-mod common;
 #[path = "../../crates/http/tests/http/handlers.rs"]
 #[allow(dead_code, reason = "the tests of onlyonce-http use the rest")]
 mod handlers;
