@@ -95,6 +95,8 @@ const CRATES: &[(&str, &[&str])] = &[(
     &[
         "attempt",
         "disposition",
+        "event",
+        "metrics",
         "stats",
         "body",
         "problem",

@@ -12,6 +12,7 @@ use onlyonce_core::{Engine, OnStoreFailure};
 
 use crate::body::Body;
 use crate::disposition::{self, Disposition};
+use crate::event::Event;
 use crate::fingerprint::RequestFingerprint;
 use crate::problem::Problem;
 use crate::stats::{Counters, RunningRequests};
@@ -97,32 +98,37 @@ pub(crate) struct LayerContext {
 
 impl LayerContext {
     pub(crate) fn new(engine: Arc<dyn Engine>, scope: Option<ScopeHook>) -> Self {
-        Self { engine, scope, options: Options::default(), counters: Arc::default(), running: RunningRequests::new() }
+        Self {
+            engine,
+            scope,
+            options: Options::default(),
+            counters: Arc::new(Counters::new()),
+            running: RunningRequests::new(),
+        }
     }
 
     /// Builds the response for a problem and counts it.
     pub(crate) fn reject<R>(&self, problem: Problem) -> Response<Body<R>> {
-        let counters = &self.counters;
-        let counter = match problem {
+        let event = match problem {
             Problem::KeyMissing
             | Problem::KeyMalformed(_)
             | Problem::KeyTooLong { .. }
             | Problem::ScopeMissing
             | Problem::BodyIncomplete
-            | Problem::BodyTooLarge { .. } => &counters.rejected,
-            Problem::KeyReused => &counters.payload_mismatches,
-            Problem::InProgress { .. } | Problem::Held => &counters.in_progress,
-            Problem::StoreUnavailable { .. } | Problem::OutcomeNotStored => &counters.fail_closed,
-            Problem::Superseded | Problem::HandlerFailed => &counters.interrupted,
-            Problem::ResponseNotStored { .. } | Problem::ResponseUnreadable => &counters.replayed,
+            | Problem::BodyTooLarge { .. } => Event::Rejected,
+            Problem::KeyReused => Event::PayloadMismatch,
+            Problem::InProgress { .. } | Problem::Held => Event::InProgress,
+            Problem::StoreUnavailable { .. } | Problem::OutcomeNotStored => Event::FailClosed,
+            Problem::Superseded | Problem::HandlerFailed => Event::Interrupted,
+            Problem::ResponseNotStored { .. } | Problem::ResponseUnreadable => Event::Replayed,
         };
-        counter.add(1);
+        self.counters.count(event);
         problem.response(self.options.documentation.as_ref()).map(Body::full)
     }
 
     /// Counts a request that is served without deduplication.
     pub(crate) fn count_fail_open(&self) {
-        self.counters.fail_open.add(1);
+        self.counters.count(Event::FailOpen);
         self.engine.count_fail_open();
     }
 }

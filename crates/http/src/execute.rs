@@ -11,6 +11,7 @@ use crate::attempt::Attempt;
 use crate::body::{Body, BoxError, Buffered, PartialBody, buffer_within};
 use crate::context::LayerContext;
 use crate::disposition::{self, Disposition};
+use crate::event::Event;
 use crate::problem::Problem;
 use crate::stored::StoredResponse;
 use crate::stream::{self, StreamEnd};
@@ -85,10 +86,10 @@ where
 /// Finishes an attempt whose response is not stored.
 async fn discard(context: &LayerContext, lease: EngineLease, disposition: Disposition) {
     if disposition != Disposition::Release {
-        context.counters.interrupted.add(1);
+        context.counters.count(Event::Interrupted);
         return;
     }
-    context.counters.released.add(1);
+    context.counters.count(Event::Released);
     if let Err(error) = lease.release(Release::default()).await {
         tracing::warn!(error = error.chain(), "failed to release the key of a request without effect");
     }
@@ -140,7 +141,7 @@ where
     R::Error: Into<BoxError>,
 {
     let options = &context.options;
-    context.counters.streamed.add(1);
+    context.counters.count(Event::Streamed);
     let _count_panic = CountPanic(context);
     let stored = StoredResponse::filtered(&parts, Bytes::new(), |name| options.headers.contains(name));
     let (client, items) = stream::channel();
@@ -161,7 +162,7 @@ struct CountPanic<'a>(&'a LayerContext);
 impl Drop for CountPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.counters.interrupted.add(1);
+            self.0.counters.count(Event::Interrupted);
             tracing::error!("response body panicked: outcome unknown");
         }
     }
@@ -179,13 +180,14 @@ async fn complete(
     response: StoredResponse,
     side_writes: SideWrites,
 ) -> Result<(), Problem> {
-    let counters = &context.counters;
     let (bytes, has_body) = encode_within(context.engine.limits().result_bytes, response);
     let has_side_writes = !side_writes.is_empty();
     let completion = Completion::new(bytes).with_side_writes(side_writes);
     let Err(error) = lease.complete(completion).await else {
-        counters.stored.add(1);
-        counters.bodies_not_stored.add(u64::from(!has_body));
+        context.counters.count(Event::Stored);
+        if !has_body {
+            context.counters.count(Event::BodyNotStored);
+        }
         return Ok(());
     };
     if matches!(error, Error::Superseded { .. }) {

@@ -283,10 +283,11 @@ impl IdempotencyLayer {
         self
     }
 
-    /// Returns the counters of this layer and its clones.
+    /// Returns the counters of this layer and its clones. The feature `metrics` also exports them to the `metrics` facade,
+    /// summed over all layers.
     #[must_use]
     pub fn stats(&self) -> LayerStats {
-        self.context.counters.snapshot()
+        self.context.counters.stats()
     }
 
     /// Waits until no handler runs and no response is being forwarded, whether or not a client waits for it. Returns after

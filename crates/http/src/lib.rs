@@ -66,11 +66,14 @@ mod attempt;
 mod body;
 mod context;
 mod disposition;
+mod event;
 mod execute;
 mod fingerprint;
 mod json;
 mod key;
 mod layer;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod problem;
 mod service;
 mod stats;

@@ -18,6 +18,7 @@ use tracing::Instrument;
 use crate::attempt::Attempt;
 use crate::body::{Body, BoxError, Buffered, buffer};
 use crate::context::{KeySource, LayerContext, Options};
+use crate::event::Event;
 use crate::execute::execute;
 use crate::key::{key_in_header, validated};
 use crate::problem::Problem;
@@ -195,7 +196,7 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
-    context.counters.executed.add(1);
+    context.counters.count(Event::Executed);
     let running = context.running.enter();
     let shared = Arc::clone(&context);
     let (head_sender, head) = oneshot::channel();
@@ -241,7 +242,7 @@ fn replay<R>(context: &LayerContext, first: &Completed, parts: &Parts, request_b
         response.headers_mut().extend(headers);
         return mark_replayed(response);
     };
-    context.counters.replayed.add(1);
+    context.counters.count(Event::Replayed);
     let mut response = Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;

@@ -1,14 +1,16 @@
 //! The counters of a layer, and the number of its running requests.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
+
+use crate::event::Event;
 
 /// Counters of a layer and its clones since the layer was created. Returned by
 /// [`IdempotencyLayer::stats`](crate::IdempotencyLayer::stats).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct LayerStats {
     /// Requests whose handler ran under a lease.
@@ -41,52 +43,43 @@ pub struct LayerStats {
     pub fail_open: u64,
 }
 
-/// A counter that only grows.
-#[derive(Default)]
-pub(crate) struct Counter(AtomicU64);
-
-impl Counter {
-    pub(crate) fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+impl LayerStats {
+    fn add(&mut self, event: Event) {
+        *match event {
+            Event::Executed => &mut self.executed,
+            Event::Stored => &mut self.stored,
+            Event::BodyNotStored => &mut self.bodies_not_stored,
+            Event::Streamed => &mut self.streamed,
+            Event::Released => &mut self.released,
+            Event::Interrupted => &mut self.interrupted,
+            Event::Replayed => &mut self.replayed,
+            Event::InProgress => &mut self.in_progress,
+            Event::PayloadMismatch => &mut self.payload_mismatches,
+            Event::Rejected => &mut self.rejected,
+            Event::FailClosed => &mut self.fail_closed,
+            Event::FailOpen => &mut self.fail_open,
+        } += 1;
     }
 }
 
 #[derive(Default)]
-pub(crate) struct Counters {
-    pub(crate) executed: Counter,
-    pub(crate) stored: Counter,
-    pub(crate) bodies_not_stored: Counter,
-    pub(crate) streamed: Counter,
-    pub(crate) released: Counter,
-    pub(crate) interrupted: Counter,
-    pub(crate) replayed: Counter,
-    pub(crate) in_progress: Counter,
-    pub(crate) payload_mismatches: Counter,
-    pub(crate) rejected: Counter,
-    pub(crate) fail_closed: Counter,
-    pub(crate) fail_open: Counter,
-}
+pub(crate) struct Counters(Mutex<LayerStats>);
 
 impl Counters {
-    pub(crate) fn snapshot(&self) -> LayerStats {
-        LayerStats {
-            executed: self.executed.get(),
-            stored: self.stored.get(),
-            bodies_not_stored: self.bodies_not_stored.get(),
-            streamed: self.streamed.get(),
-            released: self.released.get(),
-            interrupted: self.interrupted.get(),
-            replayed: self.replayed.get(),
-            in_progress: self.in_progress.get(),
-            payload_mismatches: self.payload_mismatches.get(),
-            rejected: self.rejected.get(),
-            fail_closed: self.fail_closed.get(),
-            fail_open: self.fail_open.get(),
-        }
+    pub(crate) fn new() -> Self {
+        #[cfg(feature = "metrics")]
+        crate::metrics::describe();
+        Self::default()
+    }
+
+    pub(crate) fn count(&self, event: Event) {
+        self.0.lock().add(event);
+        #[cfg(feature = "metrics")]
+        crate::metrics::count(event);
+    }
+
+    pub(crate) fn stats(&self) -> LayerStats {
+        *self.0.lock()
     }
 }
 
