@@ -5,6 +5,7 @@ mod handlers;
 mod memory;
 mod setup;
 
+mod auto_traits;
 mod concurrency;
 mod corpus;
 mod disconnects;
