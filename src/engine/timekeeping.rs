@@ -17,7 +17,7 @@ const SAVED_EVERY_MS: u64 = 10_000;
 /// The time of a store that was last opened with `span`, and in whose journal `newest_ms` is the newest time.
 pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Span, newest_ms: u64) -> Result<Timeline> {
     let number = |name| -> Result<u64> { Ok(u64::from_le_bytes(meta(db, name)?)) };
-    let saved = Saved { time_ms: number(HIGH_WATER)?, floor_ms: number(FLOOR)? };
+    let saved = Saved { time_ms: number(HIGH_WATER)?, floor_ms: number(FLOOR)?, newest_ms };
     if saved.time_ms > MAX_WALL_MS {
         return Err(corrupt_meta(HIGH_WATER));
     }
@@ -29,6 +29,9 @@ pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Spa
         None => {
             let state = db.meta(CLOCK)?.and_then(|bytes| codec::read_clock(&bytes));
             let state = state.ok_or_else(|| corrupt_meta(CLOCK))?;
+            // The floor is a window before the latest time that was ever saved.
+            let latest_ms = saved.floor_ms.saturating_add(span.window_ms).saturating_sub(1);
+            let saved = Saved { newest_ms: newest_ms.max(latest_ms), ..saved };
             Ok(Timeline::of_clocks(clock, &saved.forgotten_by(span.window_ms), &state, config.span))
         }
         Some(max_ahead_ms) => {
