@@ -17,8 +17,10 @@ pub enum Disposition {
     Store,
     /// The work had no effect. The key is released, and a retry runs the handler.
     Release,
-    /// It is unknown whether the work had an effect. Under `OnInterrupt::Rerun` a retry runs the handler, and
-    /// [`Attempt::may_have_happened`] is true. Under `OnInterrupt::Hold` the key is held for resolution.
+    /// It is unknown whether the work had an effect. Under
+    /// [`OnInterrupt::Rerun`](onlyonce_core::OnInterrupt::Rerun) a retry runs the handler, and
+    /// [`Attempt::may_have_happened`] is true. Under [`OnInterrupt::Hold`](onlyonce_core::OnInterrupt::Hold) the key is held
+    /// for resolution.
     Interrupted,
 }
 

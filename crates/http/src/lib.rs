@@ -47,9 +47,9 @@
 //!
 //! A handler that panics, responds with 5xx, or runs in a process that stops may have had its effect. The next attempt runs
 //! the handler, and [`Attempt::may_have_happened`] is true: query the other system before you repeat the effect. If work must
-//! not run again before an operator has decided, open the store with `OnInterrupt::Hold`. Such a key returns 409
-//! without `Retry-After` until [`Engine::resolve`](onlyonce_core::Engine::resolve) is called, with a [`StoredResponse`] if
-//! the work was done.
+//! not run again before an operator has decided, open the store with [`OnInterrupt::Hold`](onlyonce_core::OnInterrupt::Hold).
+//! Such a key returns 409 without `Retry-After` until [`Engine::resolve`](onlyonce_core::Engine::resolve) is called, with a
+//! [`StoredResponse`] if the work was done.
 //!
 //! # Panics
 //!
