@@ -1,6 +1,6 @@
-//! Deliveries of a Kafka consumer group. Behind the feature `kafka`.
+//! Deliveries of a Kafka consumer group. Needs the feature `kafka`.
 //!
-//! `docs/brokers/kafka.md` says which duplicates a topic makes, which key to choose, and what is not done here.
+//! `docs/brokers/kafka.md` describes the duplicates of a topic, the choice of the key, and the limits of the adapter.
 
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -18,34 +18,34 @@ use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 use rdkafka::{ClientConfig, ClientContext, Offset, TopicPartitionList};
 use tokio::sync::Notify;
 
-use super::kafka_record::{Facts, Head, SHORT, With, identified, letter, readable};
+use super::kafka_record::{Detail, HeaderPair, MAX_SHORT, Rejection, dead_letter_headers, readable_headers, record_id};
 use super::message::{Delivery, KeyOrigin, key_of, reason_line};
-use super::partitions::{Given, Partitions, Revoked, Ticket};
-use super::setting::SettingError;
+use super::partitions::{Next, Partitions, Revoked, Ticket};
+use super::setting_error::SettingError;
 use crate::key::Key;
 
-pub use super::kafka_record::{DEAD_FROM, DEAD_ID, DEAD_OMITTED, DEAD_TIMESTAMP, DEAD_WHY, Id};
+pub use super::kafka_record::{ID_HEADER, IdSource, OMITTED_HEADER, REASON_HEADER, SOURCE_HEADER, TIMESTAMP_HEADER};
 
-const AHEAD: usize = 1_000;
-/// How long a dead letter waits for room in the producer's queue.
-const ROOM: Duration = Duration::from_secs(5);
-/// After what time a record comes back that was dropped without an answer.
-const UNANSWERED: Duration = Duration::from_secs(1);
-/// What a wait beyond it counts as.
-const AWAY_MOST: Duration = Duration::from_secs(86_400);
+const MAX_UNCOMMITTED: usize = 1_000;
+/// How long a dead letter waits for space in the producer's queue.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Delay of a record that was dropped without an answer.
+const UNANSWERED_DELAY: Duration = Duration::from_secs(1);
+/// Longer delays are shortened to this one.
+const MAX_DELAY: Duration = Duration::from_secs(86_400);
 
-/// Why an answer, or the next record, was not to be had.
+/// Errors of the consumer and of answers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What the client or the broker says.
+    /// An error of the client or the broker.
     #[error(transparent)]
     Kafka(#[from] KafkaError),
-    /// A setting that does not fit.
+    /// An invalid setting.
     #[error(transparent)]
     Setting(#[from] SettingError),
-    /// The partition was taken away while its record was worked on. Whoever has it now gets the record again.
-    #[error("the partition is another consumer's by now, which gets the record again")]
+    /// The partition was revoked while its record was in progress. Its new owner gets the record again.
+    #[error("partition was revoked while its record was in progress; its new owner gets the record again")]
     Revoked,
 }
 
@@ -55,16 +55,16 @@ impl From<Revoked> for Error {
     }
 }
 
-/// Reads topics as a member of a group, or partitions of one's own choice. Made by a [`Builder`].
+/// Reads topics as a member of a group, or explicitly assigned partitions. Made by a [`Builder`].
 pub struct Consumer {
     shared: Arc<Shared>,
 }
 
 struct Shared {
     consumer: StreamConsumer<Context>,
-    id: Id,
-    dead: Option<(FutureProducer, String)>,
-    /// A record came back, or made room for the next.
+    id_source: IdSource,
+    dead_letters: Option<(FutureProducer, String)>,
+    /// A record was delayed or answered, so that another one may be due.
     changed: Notify,
 }
 
@@ -80,28 +80,28 @@ impl ClientContext for Context {}
 impl ConsumerContext for Context {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, error: RDKafkaRespErr, changed: &mut TopicPartitionList) {
         for (topic, partition) in changed.to_topic_map().into_keys() {
-            self.partitions.lock().forget(&topic, partition);
+            self.partitions.lock().remove(&topic, partition);
         }
         let cooperative = matches!(consumer.rebalance_protocol(), RebalanceProtocol::Cooperative);
-        let done = match (error, cooperative) {
+        let rebalanced = match (error, cooperative) {
             (RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, _) => {
-                let begun = self.set_start(changed);
+                let positioned = self.set_start(changed);
                 let assigned =
                     if cooperative { consumer.incremental_assign(changed) } else { consumer.assign(changed) };
-                // An earlier assignment may have left them paused.
-                begun.and(assigned).and_then(|()| consumer.resume(changed))
+                // An earlier assignment may have left the partitions paused.
+                positioned.and(assigned).and_then(|()| consumer.resume(changed))
             }
             (_, true) => consumer.incremental_unassign(changed),
             (_, false) => consumer.unassign(),
         };
-        if let Err(error) = done {
-            tracing::error!(%error, "a rebalance failed");
+        if let Err(error) = rebalanced {
+            tracing::error!(%error, "rebalance failed");
         }
     }
 
     fn commit_callback(&self, committed: KafkaResult<()>, _: &TopicPartitionList) {
         if let Err(error) = committed {
-            tracing::warn!(%error, "offsets were not committed: what they stand for may be delivered again");
+            tracing::warn!(%error, "offset commit failed; records after the last committed offset may be delivered again");
         }
     }
 }
@@ -123,186 +123,201 @@ enum Source {
     Partitions(TopicPartitionList),
 }
 
-/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::subscribe`] or [`Consumer::assign`].
+/// Settings of a [`Consumer`], each with a default. Made by [`Consumer::subscribe`] or [`Consumer::assign`].
 #[must_use = "call `build` to get the consumer"]
 pub struct Builder {
     config: ClientConfig,
     source: Source,
-    id: Id,
-    dead: Option<(FutureProducer, String)>,
-    ahead: usize,
+    id_source: IdSource,
+    dead_letters: Option<(FutureProducer, String)>,
+    max_uncommitted: usize,
     start_from: Option<Box<StartFrom>>,
 }
 
 impl Builder {
     fn new(config: &ClientConfig, source: Source) -> Self {
-        let id = Id::Header("id".to_owned());
-        Self { config: config.clone(), source, id, dead: None, ahead: AHEAD, start_from: None }
+        Self {
+            config: config.clone(),
+            source,
+            id_source: IdSource::Header("id".to_owned()),
+            dead_letters: None,
+            max_uncommitted: MAX_UNCOMMITTED,
+            start_from: None,
+        }
     }
 
-    /// Where the idempotency key is: in the header `id` by default.
-    pub fn id(mut self, id: Id) -> Self {
-        self.id = id;
+    /// Where the idempotency key of a record comes from: the header `id` by default.
+    pub fn id_source(mut self, source: IdSource) -> Self {
+        self.id_source = source;
         self
     }
 
-    /// The topic for dead letters, and who sends them: a producer with `acks` of `all`, which is its default. Without
-    /// one, what is rejected is only left behind in its topic. The topic must not be compacted: letters with one key would
-    /// replace each other, and one without a key would be refused.
+    /// The topic for dead letters and its producer, which needs `acks=all` (the default). Without a topic, a rejected record
+    /// is only skipped. The topic must not be compacted: letters with equal keys would replace each other, and the broker
+    /// would refuse a letter without a key.
     pub fn dead_letters(mut self, producer: FutureProducer, topic: &str) -> Self {
-        self.dead = Some((producer, topic.to_owned()));
+        self.dead_letters = Some((producer, topic.to_owned()));
         self
     }
 
-    /// How many records of a partition are given out at most, counted from the first that is not settled: 1,000 by
-    /// default. So many are delivered again after a crash, and lie in memory while one of them waits to come back.
-    /// With 1 the records of a partition come one after the other: one that is to come back holds up those behind it.
-    pub fn ahead(mut self, records: usize) -> Self {
-        self.ahead = records;
+    /// The maximum number of delivered records of a partition, counted from the first unanswered one: 1,000 by default.
+    /// This many are delivered again after a crash, and are kept in memory while one of them is delayed. With 1, the
+    /// records of a partition are delivered in order: a delayed record delays those after it.
+    pub fn max_uncommitted(mut self, records: usize) -> Self {
+        self.max_uncommitted = records;
         self
     }
 
-    /// Where a partition begins that the group assigns to this consumer, by its topic and number: at this offset,
-    /// such as one that a [`Job::tx`](super::Job::tx) has stored; at what the group has committed, where it is `None`.
-    /// Called while the group waits.
+    /// The start offset of a newly assigned partition, by topic and partition number, such as an offset stored by
+    /// [`Attempt::side_writes`](super::Attempt::side_writes). `None` starts at the group's committed offset. Called during
+    /// the rebalance, which waits for it.
     ///
-    /// Offsets that the work stores are right with [`ahead(1)`](Self::ahead) alone: with more records out, one that is done
-    /// says with its offset that those before it are, too, and a restart would leave them out. One that is rejected stores
-    /// none, so that a restart may read it again.
+    /// Offsets that the work stores are correct only with [`max_uncommitted(1)`](Self::max_uncommitted): otherwise the
+    /// offset of one record also marks unfinished records before it as done, and a restart skips them. A rejected record
+    /// stores no offset, so that a restart may read it again.
     pub fn start_from(mut self, offset: impl Fn(&str, i32) -> Option<u64> + Send + Sync + 'static) -> Self {
         self.start_from = Some(Box::new(offset));
         self
     }
 
-    /// The consumer. Begins to connect, and to join the group.
+    /// Builds the consumer, which starts to connect and to join the group.
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for a configuration that turns `enable.auto.commit` off or `enable.auto.offset.store` on, for no
-    /// topic or partition, for `ahead(0)`, and for dead letters that go to a topic that is read. Otherwise what the client
-    /// says of the configuration or the list.
+    /// [`Error::Setting`] for a configuration that turns `enable.auto.commit` off or `enable.auto.offset.store` on, for an
+    /// empty list of topics or partitions, for `max_uncommitted(0)`, and for a dead letter topic that the consumer reads.
+    /// Otherwise the client's error.
     ///
     /// # Panics
     ///
     /// Outside of a Tokio runtime.
     pub fn build(self) -> Result<Consumer, Error> {
         self.check()?;
-        let Self { mut config, source, id, dead, ahead, start_from } = self;
+        let Self { mut config, source, id_source, dead_letters, max_uncommitted, start_from } = self;
         config.set("enable.auto.commit", "true").set("enable.auto.offset.store", "false");
-        let context = Context { partitions: Mutex::new(Partitions::new(ahead)), start_from };
+        let context = Context { partitions: Mutex::new(Partitions::new(max_uncommitted)), start_from };
         let consumer: StreamConsumer<Context> = config.create_with_context(context)?;
         match &source {
             Source::Topics(topics) => consumer.subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())?,
             Source::Partitions(partitions) => consumer.assign(partitions)?,
         }
-        Ok(Consumer { shared: Arc::new(Shared { consumer, id, dead, changed: Notify::new() }) })
+        Ok(Consumer { shared: Arc::new(Shared { consumer, id_source, dead_letters, changed: Notify::new() }) })
     }
 
     fn check(&self) -> Result<(), SettingError> {
-        // As the client reads them.
+        // The spellings that the client accepts.
         let is = |key, values: [&str; 3]| {
             self.config.get(key).is_some_and(|set| values.iter().any(|value| set.eq_ignore_ascii_case(value)))
         };
         let (commit, store) = ("enable.auto.commit", "enable.auto.offset.store");
         let (is_off, is_on) = (is(commit, ["false", "f", "0"]), is(store, ["true", "t", "1"]));
-        SettingError::unless(!is_off, commit, "false", "true: settled offsets are committed in the background")?;
-        SettingError::unless(!is_on, store, "true", "false: offsets are stored when all before are settled")?;
-        SettingError::unless(self.ahead > 0, "ahead", self.ahead, "at least 1")?;
+        SettingError::check(!is_off, commit, "false", "true: answered offsets are committed in the background")?;
+        SettingError::check(
+            !is_on,
+            store,
+            "true",
+            "false: an offset is stored after all records up to it are answered",
+        )?;
+        SettingError::check(self.max_uncommitted > 0, "max_uncommitted", self.max_uncommitted, "at least 1")?;
         let topics: Vec<String> = match &self.source {
             Source::Topics(topics) => topics.clone(),
-            Source::Partitions(list) => list.elements().iter().map(|place| place.topic().to_owned()).collect(),
+            Source::Partitions(list) => list.elements().iter().map(|element| element.topic().to_owned()).collect(),
         };
-        SettingError::unless(!topics.is_empty(), "topics", "empty", "at least one topic or partition")?;
-        let Some((_, dead)) = &self.dead else { return Ok(()) };
+        SettingError::check(!topics.is_empty(), "topics", "empty", "at least one topic or partition")?;
+        let Some((_, dead)) = &self.dead_letters else { return Ok(()) };
         let is_other = !dead.is_empty() && !topics.contains(dead);
-        SettingError::unless(is_other, "dead_letters", format!("{dead:?}"), "another topic than those of the consumer")
+        SettingError::check(is_other, "dead_letters", format!("{dead:?}"), "a topic that the consumer does not read")
     }
 }
 
 impl Consumer {
-    /// Joins the group that the configuration names and reads these topics. Records go by the header `id`, or their
-    /// digest.
+    /// Joins the group of the configuration and reads these topics. The default key is the header `id`, or a digest of the
+    /// record.
     ///
-    /// The configuration is yours, but for `enable.auto.offset.store`, which is off here, and `enable.auto.commit`,
-    /// which is on: offsets are stored for the next commit when all before them is settled.
+    /// The configuration is used as given, except for `enable.auto.offset.store`, which is turned off, and
+    /// `enable.auto.commit`, which is turned on: an offset is stored for the next commit after all records up to it are
+    /// answered.
     pub fn subscribe(config: &ClientConfig, topics: &[&str]) -> Builder {
         Builder::new(config, Source::Topics(topics.iter().map(|topic| (*topic).to_owned()).collect()))
     }
 
-    /// Reads these partitions, whoever else does, from the offsets in the list; those of [`Offset::Stored`] from what
-    /// the group in the configuration has committed. Otherwise as [`subscribe`](Self::subscribe).
+    /// Reads these partitions, without group membership, from the offsets in the list; [`Offset::Stored`] stands for the
+    /// offset that the group of the configuration has committed. Otherwise as [`subscribe`](Self::subscribe).
     pub fn assign(config: &ClientConfig, partitions: &TopicPartitionList) -> Builder {
         Builder::new(config, Source::Partitions(partitions.clone()))
     }
 
-    /// The next record: one that comes back, or a new one. Waits for it.
+    /// Waits for the next record: a delayed one that is due, or a new one.
     ///
-    /// A record whose headers cannot be read does not come: it is rejected, and the next one is given.
+    /// A record with unreadable headers is not returned: it is rejected, and the next one follows.
     ///
-    /// To be called at least every `max.poll.interval.ms`, five minutes by default, or the group takes the partitions
-    /// away. May be dropped: nothing is lost by it.
+    /// Call it at least every `max.poll.interval.ms`, 5 minutes by default; otherwise the group revokes the partitions.
+    /// Cancel-safe: dropping the future loses nothing.
     ///
     /// # Errors
     ///
-    /// What the client says, such as that no broker is to be reached. It tries on by itself, and so may the caller.
+    /// Errors of the client, such as an unreachable broker. The client keeps retrying; call `next` again.
     pub async fn next(&mut self) -> Result<Message, Error> {
         let Context { partitions, .. } = &**self.shared.consumer.context();
         loop {
-            // The look at the broker comes first, for it serves the group as well.
-            let due = partitions.lock().due();
-            if let Some(read) = self.shared.read(Duration::ZERO, due).await {
-                self.take(read?)?;
+            // Poll the broker first: a poll also serves the group.
+            let due = partitions.lock().next_due();
+            if let Some(record) = self.shared.poll(Duration::ZERO, due).await {
+                self.buffer(record?)?;
             }
-            let given = partitions.lock().next(Instant::now());
-            if let Some(given) = given {
-                let message = self.give(given)?;
-                if message.unreadable == 0 {
+            let next = partitions.lock().next(Instant::now());
+            if let Some(next) = next {
+                let message = self.deliver(next)?;
+                if message.unreadable_headers == 0 {
                     return Ok(message);
                 }
-                let headers = message.unreadable;
-                let why = format!("{headers} of its headers have a name that is not UTF-8, and are left out here");
-                tracing::error!(place = message.place(), why, "a record cannot be read and is rejected");
-                match message.reject(&why).await {
+                let reason =
+                    format!("{} header names are not UTF-8; these headers are omitted", message.unreadable_headers);
+                tracing::error!(position = message.position(), reason, "record with unreadable headers rejected");
+                match message.reject(&reason).await {
                     Ok(()) | Err(Error::Revoked) => continue,
                     Err(error) => return Err(error),
                 }
             }
-            if let Some(read) = self.shared.read(AWAY_MOST, due).await {
-                self.take(read?)?;
+            if let Some(record) = self.shared.poll(MAX_DELAY, due).await {
+                self.buffer(record?)?;
             }
         }
     }
 
-    fn take(&self, record: OwnedMessage) -> KafkaResult<()> {
+    fn buffer(&self, record: OwnedMessage) -> KafkaResult<()> {
         let consumer = &self.shared.consumer;
         let (topic, partition, offset) = (record.topic().to_owned(), record.partition(), record.offset());
-        let full = consumer.context().partitions.lock().read(&topic, partition, offset, Arc::new(record));
-        if full { consumer.pause(&only(&topic, partition)) } else { Ok(()) }
+        let pause = consumer.context().partitions.lock().buffer(&topic, partition, offset, Arc::new(record));
+        if pause { consumer.pause(&single(&topic, partition)) } else { Ok(()) }
     }
 
-    fn give(&self, given: Given<Arc<OwnedMessage>>) -> Result<Message, Error> {
-        let Given { ticket, record, resume } = given;
+    fn deliver(&self, next: Next<Arc<OwnedMessage>>) -> Result<Message, Error> {
+        let Next { ticket, record, resume } = next;
         let message = Message::new(&self.shared, ticket, record);
         if resume {
-            self.shared.consumer.resume(&only(message.ticket.topic(), message.ticket.partition()))?;
+            self.shared.consumer.resume(&single(message.ticket.topic(), message.ticket.partition()))?;
         }
         Ok(message)
     }
 }
 
 impl Shared {
-    /// A new record, unless something else comes first: the time is over, one comes back, or there is room again.
-    async fn read(&self, most: Duration, due: Option<Instant>) -> Option<KafkaResult<OwnedMessage>> {
-        let until = Instant::now() + most;
-        let until = due.map_or(until, |due| due.min(until));
+    /// Waits for a new record. `None` if before that the timeout passes, a delayed record is due, or an answer arrives.
+    async fn poll(&self, timeout: Duration, due: Option<Instant>) -> Option<KafkaResult<OwnedMessage>> {
+        let end = Instant::now() + timeout;
+        let end = due.map_or(end, |due| due.min(end));
         let mut record = pin!(self.consumer.recv());
         let mut changed = pin!(self.changed.notified());
-        let mut over = pin!(tokio::time::sleep_until(until.into()));
+        let mut elapsed = pin!(tokio::time::sleep_until(end.into()));
         poll_fn(|context| {
             if let Poll::Ready(record) = record.as_mut().poll(context) {
                 return Poll::Ready(Some(record.map(|record| record.detach())));
             }
-            if most.is_zero() || changed.as_mut().poll(context).is_ready() || over.as_mut().poll(context).is_ready() {
+            if timeout.is_zero()
+                || changed.as_mut().poll(context).is_ready()
+                || elapsed.as_mut().poll(context).is_ready()
+            {
                 return Poll::Ready(None);
             }
             Poll::Pending
@@ -314,48 +329,47 @@ impl Shared {
         self.consumer.context().partitions.lock()
     }
 
-    fn send_away(&self, ticket: Ticket, record: Arc<OwnedMessage>, wait: Duration) {
-        self.partitions().send_away(ticket, record, Instant::now() + wait.min(AWAY_MOST));
+    fn delay(&self, ticket: Ticket, record: Arc<OwnedMessage>, delay: Duration) {
+        self.partitions().delay(ticket, record, Instant::now() + delay.min(MAX_DELAY));
         self.changed.notify_one();
     }
 }
 
-/// A record of a topic. One that is dropped without an answer comes back after a second. As long as one is there, so is
-/// the consumer's connection.
+/// A record of a topic. A record that is dropped without an answer is delivered again after a second. It keeps the
+/// consumer's connection open.
 pub struct Message {
     shared: Arc<Shared>,
     ticket: Ticket,
     record: Arc<OwnedMessage>,
     id: Option<Vec<u8>>,
     origin: KeyOrigin,
-    /// How many of its headers cannot be read.
-    unreadable: usize,
+    unreadable_headers: usize,
     answered: bool,
 }
 
 impl Message {
     fn new(shared: &Arc<Shared>, ticket: Ticket, record: Arc<OwnedMessage>) -> Self {
-        let (headers, unreadable) = record.headers().map(readable).unwrap_or_default();
-        let (id, origin) = identified(&shared.id, &record, &headers);
-        Self { shared: Arc::clone(shared), ticket, record, id, origin, unreadable, answered: false }
+        let (headers, unreadable_headers) = record.headers().map(readable_headers).unwrap_or_default();
+        let (id, origin) = record_id(&shared.id_source, &record, &headers);
+        Self { shared: Arc::clone(shared), ticket, record, id, origin, unreadable_headers, answered: false }
     }
 
-    fn place(&self) -> String {
+    fn position(&self) -> String {
         format!("{}/{}/{}", self.record.topic(), self.record.partition(), self.record.offset())
     }
 
-    /// The record itself: its topic, partition and offset, its key and its headers.
+    /// The client's record: topic, partition, offset, key and headers.
     #[must_use]
     pub fn record(&self) -> &OwnedMessage {
         &self.record
     }
 
-    /// Moves the offset, if this was the first record that was not settled.
-    fn settle(&mut self) -> Result<(), Error> {
+    /// Marks the record as answered, and stores the offset if it has advanced.
+    fn mark_answered(&mut self) -> Result<(), Error> {
         self.answered = true;
-        // Held until the client has it: of two that move it, the later one must not be the one with the lower offset.
+        // Held until the client has the offset: otherwise a lower offset could overwrite a higher one.
         let mut partitions = self.shared.partitions();
-        if let Some(last) = partitions.settle(&self.ticket)? {
+        if let Some(last) = partitions.answer(&self.ticket)? {
             self.shared.consumer.store_offset(self.ticket.topic(), self.ticket.partition(), last)?;
         }
         drop(partitions);
@@ -363,23 +377,24 @@ impl Message {
         Ok(())
     }
 
-    /// Sends its copy: with our headers, with fewer of them where that is too large, and in the end without its value.
-    async fn bury(&self, why: &str) -> Result<(), Error> {
-        let Some((producer, topic)) = &self.shared.dead else { return Ok(()) };
-        let own = self.record.headers().map(readable).unwrap_or_default().0;
-        let (place, timestamp_ms) = (self.place(), self.record.timestamp().to_millis());
-        let facts = Facts { id: self.id.as_deref(), place: &place, timestamp_ms, why: &reason_line(why) };
-        for with in [With::All, With::Least] {
-            let headers = letter(&own, &facts, with);
+    /// Sends a copy with all our headers, if that is too large with the id alone, and at last without the value.
+    async fn send_dead_letter(&self, reason: &str) -> Result<(), Error> {
+        let Some((producer, topic)) = &self.shared.dead_letters else { return Ok(()) };
+        let own = self.record.headers().map(readable_headers).unwrap_or_default().0;
+        let (source, timestamp_ms) = (self.position(), self.record.timestamp().to_millis());
+        let reason = reason_line(reason);
+        let rejection = Rejection { id: self.id.as_deref(), source: &source, timestamp_ms, reason: &reason };
+        for detail in [Detail::Full, Detail::IdOnly] {
+            let headers = dead_letter_headers(&own, &rejection, detail);
             match send(producer, topic, self.record.key(), self.record.payload(), &headers).await {
                 Err(error) if is_too_large(&error) => {}
                 sent => return Ok(sent?),
             }
         }
-        tracing::error!(place, "a dead letter is too large and goes without its value, which stays in its topic");
-        let headers = letter(&[], &facts, With::Omitted(self.payload().len()));
-        let key = self.record.key().filter(|key| key.len() <= SHORT);
-        // An empty value and none are different things: this is no tombstone.
+        tracing::error!(source, "dead letter too large: sent without its value, which remains in the source topic");
+        let headers = dead_letter_headers(&[], &rejection, Detail::ValueOmitted(self.payload().len()));
+        let key = self.record.key().filter(|key| key.len() <= MAX_SHORT);
+        // An empty value, not a missing one: that would be a tombstone.
         Ok(send(producer, topic, key, Some(&[]), &headers).await?)
     }
 }
@@ -389,16 +404,16 @@ async fn send(
     topic: &str,
     key: Option<&[u8]>,
     payload: Option<&[u8]>,
-    headers: &[Head],
+    headers: &[HeaderPair],
 ) -> KafkaResult<()> {
-    let add = |headers: OwnedHeaders, (key, value): &Head| headers.insert(Header { key, value: value.as_ref() });
+    let add = |headers: OwnedHeaders, (key, value): &HeaderPair| headers.insert(Header { key, value: value.as_ref() });
     let headers = headers.iter().fold(OwnedHeaders::new_with_capacity(headers.len()), add);
-    let mut letter = FutureRecord::<[u8], [u8]>::to(topic).headers(headers);
-    (letter.key, letter.payload) = (key, payload);
-    producer.send(letter, ROOM).await.map(drop).map_err(|(error, _)| error)
+    let mut record = FutureRecord::<[u8], [u8]>::to(topic).headers(headers);
+    (record.key, record.payload) = (key, payload);
+    producer.send(record, QUEUE_TIMEOUT).await.map(drop).map_err(|(error, _)| error)
 }
 
-/// By the client, which knows its own limit, or by the broker or the topic.
+/// Reported by the client for its own limit, or by the broker for its own or the topic's.
 fn is_too_large(error: &KafkaError) -> bool {
     use RDKafkaErrorCode::{MessageBatchTooLarge, MessageSizeTooLarge};
     matches!(error, KafkaError::MessageProduction(MessageSizeTooLarge | MessageBatchTooLarge))
@@ -416,16 +431,16 @@ impl Delivery for Message {
         self.origin
     }
 
-    fn id_place(&self) -> String {
+    fn id_location(&self) -> String {
         let topic = self.record.topic();
-        match &self.shared.id {
-            Id::Header(name) => format!("header `{name}` of topic `{topic}`"),
-            Id::Key => format!("the key of records of topic `{topic}`"),
-            Id::Position => format!("the position in topic `{topic}`"),
+        match &self.shared.id_source {
+            IdSource::Header(name) => format!("header `{name}` of topic `{topic}`"),
+            IdSource::Key => format!("the key of records of topic `{topic}`"),
+            IdSource::Position => format!("the position in topic `{topic}`"),
         }
     }
 
-    /// When it was made, or, if the topic says so, when the broker stored it.
+    /// The creation time, or the time of the append if the topic is configured so.
     fn timestamp_ms(&self) -> Option<u64> {
         self.record.timestamp().to_millis().and_then(|ms| u64::try_from(ms).ok())
     }
@@ -434,37 +449,37 @@ impl Delivery for Message {
         self.record.payload().unwrap_or_default()
     }
 
-    /// Its offset is committed with the next commit of the client after all records before it are settled.
+    /// The client commits the offset in the background after all records up to it are answered.
     async fn ack(mut self) -> Result<(), Error> {
-        self.settle()
+        self.mark_answered()
     }
 
-    /// It waits in this process. Until it is settled, no offset behind it is committed.
-    async fn retry_after(mut self, wait: Duration) -> Result<(), Error> {
+    /// The record waits in this process. No later offset is committed until it is acknowledged or rejected.
+    async fn retry_after(mut self, delay: Duration) -> Result<(), Error> {
         self.answered = true;
-        self.shared.send_away(self.ticket.clone(), Arc::clone(&self.record), wait);
+        self.shared.delay(self.ticket.clone(), Arc::clone(&self.record), delay);
         Ok(())
     }
 
-    async fn reject(mut self, why: &str) -> Result<(), Error> {
-        // Whoever has the partition now has it to reject.
-        if !self.shared.partitions().holds(&self.ticket) {
+    async fn reject(mut self, reason: &str) -> Result<(), Error> {
+        // After a revocation, only the new owner of the partition may reject the record.
+        if !self.shared.partitions().is_assigned(&self.ticket) {
             return Err(Error::Revoked);
         }
-        self.bury(why).await?;
-        self.settle()
+        self.send_dead_letter(reason).await?;
+        self.mark_answered()
     }
 }
 
 impl Drop for Message {
     fn drop(&mut self) {
         if !self.answered {
-            self.shared.send_away(self.ticket.clone(), Arc::clone(&self.record), UNANSWERED);
+            self.shared.delay(self.ticket.clone(), Arc::clone(&self.record), UNANSWERED_DELAY);
         }
     }
 }
 
-fn only(topic: &str, partition: i32) -> TopicPartitionList {
+fn single(topic: &str, partition: i32) -> TopicPartitionList {
     let mut list = TopicPartitionList::with_capacity(1);
     list.add_partition(topic, partition);
     list
@@ -472,7 +487,7 @@ fn only(topic: &str, partition: i32) -> TopicPartitionList {
 
 impl fmt::Debug for Consumer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Consumer").field("id", &self.shared.id).finish_non_exhaustive()
+        f.debug_struct("Consumer").field("id_source", &self.shared.id_source).finish_non_exhaustive()
     }
 }
 
@@ -493,7 +508,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_setting_that_cannot_be_is_an_error_that_names_it() {
+    fn an_invalid_setting_is_an_error_that_names_it() {
         let config = |key: &str, value: &str| {
             let mut config = ClientConfig::new();
             config.set("group.id", "g").set(key, value).clone()
@@ -506,7 +521,7 @@ mod tests {
         let of = |config: &ClientConfig| Consumer::subscribe(config, &["orders"]);
         assert_eq!(named(of(&config("enable.auto.commit", "false"))), "enable.auto.commit");
         assert_eq!(named(of(&config("enable.auto.offset.store", "true"))), "enable.auto.offset.store");
-        assert_eq!(named(of(&none).ahead(0)), "ahead");
+        assert_eq!(named(of(&none).max_uncommitted(0)), "max_uncommitted");
         assert_eq!(named(Consumer::subscribe(&none, &[])), "topics");
         assert_eq!(named(Consumer::assign(&none, &TopicPartitionList::new())), "topics");
         let producer: FutureProducer = none.create().unwrap();

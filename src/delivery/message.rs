@@ -1,102 +1,101 @@
-//! What a queue hands over, and what it can be told about it.
+//! The `Delivery` trait: a message of a queue and the answers the queue takes.
 
 use std::future::Future;
 use std::time::Duration;
 
 use crate::key::Key;
 
-/// A message that a queue has handed over, and waits to hear about.
+/// A message that a queue has delivered and that waits for an answer.
 ///
-/// Each answer consumes it. One that is dropped without an answer comes back when its queue thinks so: after a timeout,
-/// or when the connection ends.
+/// Each answer consumes the delivery. A delivery that is dropped without an answer is redelivered by the queue's own rule:
+/// after a timeout, or when the connection closes.
 pub trait Delivery: Sized + Send + Sync {
-    /// What the queue may fail with.
+    /// Error of the queue or its client.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// The idempotency key: the same for every delivery of the same piece of work, also where its producer has sent it
-    /// twice. Put it into the queue's scope, or two queues with one store take their keys for each other's. With a
-    /// [fingerprint](Key::fingerprint) of the payload, another payload under the same key is rejected; without one it is
-    /// taken for a duplicate.
+    /// The idempotency key: equal for all deliveries of one piece of work, including messages that the producer sent twice.
+    /// Put the queue's name into its scope; otherwise equal ids of two queues on one store collide. With a
+    /// [fingerprint](Key::fingerprint) of the payload, a different payload under the same key is rejected; without one it
+    /// counts as a duplicate.
     fn key(&self) -> Key<'_>;
 
-    /// When the message was made, in milliseconds since the Unix epoch, where the queue says so. A store that runs on
-    /// [stream time](crate::Builder::stream_time) goes by it: there it must be the same for each delivery, and a delivery without it is rejected.
-    /// So is one whose timestamp is plainly in another unit: [`Error::TimestampUnit`](crate::Error).
+    /// Creation time of the message in milliseconds since the Unix epoch, if the queue has it. A store on
+    /// [stream time](crate::Builder::stream_time) needs it, equal for each delivery of the message: it rejects deliveries
+    /// without a timestamp, and deliveries whose timestamp has another unit
+    /// ([`Error::TimestampUnit`](crate::Error)).
     fn timestamp_ms(&self) -> Option<u64> {
         None
     }
 
-    /// What [`key`](Self::key) was made of. [`Processor::stats`](super::Processor::stats) counts duplicates by it, and
+    /// What [`key`](Self::key) was derived from. [`Processor::stats`](super::Processor::stats) counts duplicates by it, and
     /// [`Processor::require_ids`](super::Processor::require_ids) rejects [`KeyOrigin::Digest`].
     fn key_origin(&self) -> KeyOrigin {
         KeyOrigin::Id
     }
 
-    /// Where the queue's messages have their ids, in words, for the reason of a rejection and for the log:
-    /// "header `id` of topic `orders`".
-    fn id_place(&self) -> String {
-        "the place where its queue has ids".to_owned()
+    /// Where messages of this queue carry their id, for log lines and rejection reasons: "header `id` of topic `orders`".
+    fn id_location(&self) -> String {
+        "the id of the message".to_owned()
     }
 
-    /// What it says.
+    /// The content of the message.
     fn payload(&self) -> &[u8];
 
-    /// It is done: the queue need not keep it.
+    /// Acknowledges the delivery: the work is done, and the queue may delete the message.
     fn ack(self) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
-    /// Not now: it is to come back when `wait` is over, or about then.
-    fn retry_after(self, wait: Duration) -> impl Future<Output = Result<(), Self::Error>> + Send;
+    /// Asks the queue to redeliver after about `delay`.
+    fn retry_after(self, delay: Duration) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
-    /// Never: it goes to the dead letters, with the reason where they have room for one. Where the queue has none, it
-    /// is gone.
-    fn reject(self, why: &str) -> impl Future<Output = Result<(), Self::Error>> + Send;
+    /// Rejects the delivery for good: moves it to the dead letters, with the reason where they can carry it. A queue
+    /// without dead letters deletes it.
+    fn reject(self, reason: &str) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
-    /// The same delivery under another key, such as a field of the payload that names the work better than what the
-    /// queue knows of it.
-    fn with_key(self, key: impl Into<Key<'static>>) -> Keyed<Self> {
-        Keyed { key: key.into(), delivery: self }
+    /// The same delivery under another key, such as a payload field that identifies the work better than the queue's
+    /// metadata.
+    fn with_key(self, key: impl Into<Key<'static>>) -> WithKey<Self> {
+        WithKey { key: key.into(), delivery: self }
     }
 }
 
-/// What the key of a delivery was made of.
+/// What the key of a delivery was derived from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KeyOrigin {
-    /// An id that the producer gave the message, or a key of the caller's choice. Two messages with one id are one piece of
-    /// work.
+    /// An id that the producer set, or a key that the caller chose. Two messages with one id are one piece of work.
     Id,
-    /// The message's place in its queue. What the queue delivers twice is one piece of work; what a producer sends twice is
-    /// two.
+    /// The position of the message in its queue. Redeliveries are deduplicated; a message that the producer sends twice is
+    /// processed twice.
     Position,
-    /// A digest of the message's content, because it has no id. **Two messages with the same content are one piece of work**,
-    /// also where they are two events.
+    /// A digest of the content, because the message has no id. **Two messages with equal content are one piece of work**,
+    /// even if they are two events.
     Digest,
 }
 
 impl KeyOrigin {
-    /// That of [`key_of`] with this id. For authors of adapters.
+    /// The origin of [`key_of`] with this id. For adapter authors.
     #[must_use]
     pub fn of(id: Option<&[u8]>) -> Self {
         if id.is_some_and(|id| !id.is_empty()) { Self::Id } else { Self::Digest }
     }
 }
 
-/// A delivery under a key of the caller's choice. Made by [`Delivery::with_key`].
+/// A delivery with a key that the caller chose. Made by [`Delivery::with_key`].
 #[derive(Debug, Clone)]
-pub struct Keyed<D> {
+pub struct WithKey<D> {
     key: Key<'static>,
     delivery: D,
 }
 
-impl<D> Keyed<D> {
-    /// The delivery itself.
+impl<D> WithKey<D> {
+    /// The wrapped delivery.
     #[must_use]
     pub fn inner(&self) -> &D {
         &self.delivery
     }
 }
 
-impl<D: Delivery> Delivery for Keyed<D> {
+impl<D: Delivery> Delivery for WithKey<D> {
     type Error = D::Error;
 
     fn key(&self) -> Key<'_> {
@@ -111,8 +110,8 @@ impl<D: Delivery> Delivery for Keyed<D> {
         KeyOrigin::Id
     }
 
-    fn id_place(&self) -> String {
-        self.delivery.id_place()
+    fn id_location(&self) -> String {
+        self.delivery.id_location()
     }
 
     fn payload(&self) -> &[u8] {
@@ -123,31 +122,30 @@ impl<D: Delivery> Delivery for Keyed<D> {
         self.delivery.ack()
     }
 
-    fn retry_after(self, wait: Duration) -> impl Future<Output = Result<(), Self::Error>> + Send {
-        self.delivery.retry_after(wait)
+    fn retry_after(self, delay: Duration) -> impl Future<Output = Result<(), Self::Error>> + Send {
+        self.delivery.retry_after(delay)
     }
 
-    fn reject(self, why: &str) -> impl Future<Output = Result<(), Self::Error>> + Send {
-        self.delivery.reject(why)
+    fn reject(self, reason: &str) -> impl Future<Output = Result<(), Self::Error>> + Send {
+        self.delivery.reject(reason)
     }
 }
 
-/// The key of a message: the id that its producer gave it, or its payload's digest where that is missing or empty. In
-/// the scope of its queue, of at most 255 bytes. For whoever writes an adapter.
+/// The key of a message: the producer's id, or a digest of the payload if the id is missing or empty. The scope is the
+/// queue's name, of at most 255 bytes. For adapter authors.
 #[must_use]
 pub fn key_of<'a>(id: Option<&'a [u8]>, payload: &[u8], queue: &'a str) -> Key<'a> {
     id.filter(|id| !id.is_empty()).map_or_else(|| Key::content(payload), Key::from).scope(queue)
 }
 
-/// The most characters that a dead letter's reason has.
-const REASON_MOST: usize = 1_000;
+const MAX_REASON_CHARS: usize = 1_000;
 
-/// A reason as dead letters take it: one line, without control characters, of at most 1,000 characters. For authors of
-/// adapters.
+/// Formats a rejection reason for a dead letter: one line without control characters, of at most 1,000 characters. For
+/// adapter authors.
 #[must_use]
-pub fn reason_line(why: &str) -> String {
-    let is_odd = |c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}');
-    why.chars().map(|c| if is_odd(c) { ' ' } else { c }).take(REASON_MOST).collect()
+pub fn reason_line(reason: &str) -> String {
+    let is_unprintable = |c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}');
+    reason.chars().map(|c| if is_unprintable(c) { ' ' } else { c }).take(MAX_REASON_CHARS).collect()
 }
 
 #[cfg(test)]
@@ -155,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_goes_by_its_id_or_by_its_payload_in_the_scope_of_its_queue() {
+    fn the_key_is_the_id_or_the_payload_digest_in_the_scope_of_the_queue() {
         let by_id = key_of(Some(b"1"), b"payload", "orders");
         assert_eq!(by_id, Key::from("1").scope("orders"));
         assert_ne!(by_id, key_of(Some(b"1"), b"payload", "refunds"));

@@ -1,36 +1,36 @@
-//! Deliveries of a queue that delivers at least once, settled: each is worked on once, and its queue is told.
+//! Exactly-once processing of deliveries from at-least-once queues.
 //!
-//! A [`Processor`] is made of a [`future::Store`](crate::future::Store). Its one call,
-//! [`process`](Processor::process), takes a [`Delivery`] and the work, and settles every case:
+//! A [`Processor`] wraps a [`future::Store`](crate::future::Store). Its one call, [`process`](Processor::process), takes
+//! a [`Delivery`] and the work, and acknowledges, delays or rejects the delivery:
 //!
-//! | the key of the delivery | what is done |
+//! | state of the delivery's key | action |
 //! |---|---|
-//! | is new, or free again | the work runs, its lease is kept alive |
-//! | ... and the work gives a result | it is stored, and only then the delivery is acknowledged |
-//! | ... and the work fails, or panics | the key is let go after a backoff, and the delivery comes back then |
-//! | ... and it was the last attempt, or fails [for good](Failure::permanent) | rejected: to the dead letters |
-//! | ... and somebody else takes over | not acknowledged: it comes back, and is settled by what the other one did |
-//! | ... and the last attempt before it crashed | rejected, without running the work once more |
-//! | is completed | acknowledged: a duplicate |
-//! | is in progress | it comes back when the lease or backoff is over |
-//! | is held for a decision | it comes back after the longest wait |
-//! | is too far ahead of stream time | it comes back after the longest wait |
-//! | ... and one of these three goes on [for too long](Processor::give_up_after) | rejected |
-//! | cannot be one (empty, too long, or with a fingerprint of another payload) | rejected |
-//! | is too old for stream time, or has no timestamp there | rejected: nobody knows whether it was done |
-//! | has a timestamp there that is plainly in seconds, microseconds or nanoseconds | rejected |
-//! | is a digest, because the message has no id, and [ids are required](Processor::require_ids) | rejected |
-//! | is one more than may be in flight | it comes back after the longest wait |
-//! | cannot be claimed: the store fails | [`OnStoreFailure`]: it comes back, or the work runs unguarded |
+//! | new, or released | runs the work and renews the lease meanwhile |
+//! | ... and the work succeeds | stores the result, then acknowledges |
+//! | ... and the work fails or panics | releases the key with a backoff, and asks for redelivery after it |
+//! | ... and it was the last attempt, or the failure is [permanent](Failure::permanent) | rejects: dead letter |
+//! | ... and another holder takes the lease over | does not acknowledge: the redelivery finds the other holder's outcome |
+//! | ... and the last allowed attempt crashed | rejects without running the work again |
+//! | completed | acknowledges: a duplicate |
+//! | in progress | asks for redelivery when the lease or the backoff ends |
+//! | held for resolution | asks for redelivery after [`max_retry_after`](Processor::max_retry_after) |
+//! | too far ahead of stream time | asks for redelivery after `max_retry_after` |
+//! | ... and one of these three lasts longer than [`redelivery_timeout`](Processor::redelivery_timeout) | rejects |
+//! | invalid (empty, too long, or with the fingerprint of another payload) | rejects |
+//! | older than the window of a store on stream time, or without a timestamp there | rejects: cannot tell whether it was processed |
+//! | timestamp in seconds, microseconds or nanoseconds on such a store | rejects |
+//! | a digest, because the message has no id and [ids are required](Processor::require_ids) | rejects |
+//! | over the store's in-flight limit | asks for redelivery after `max_retry_after` |
+//! | unknown, because the store fails | [`OnStoreFailure`]: asks for redelivery, or runs the work without deduplication |
 //!
-//! Whatever the queue does not take, an acknowledgement for example, is an error of `process`. Nothing is lost by it:
-//! the queue delivers again, and that delivery is settled by what is stored.
+//! If the queue fails to take an answer, such as an acknowledgement, `process` returns an [`AckError`]. No message is
+//! lost: the queue delivers it again, and the store knows its outcome.
 //!
 //! ```
-//! use onlyonce::delivery::{Delivery, Processor, Settled};
+//! use onlyonce::delivery::{Delivery, Outcome, Processor};
 //! use onlyonce::{Key, future};
 //!
-//! // A broker's adapter, or yours:
+//! // From a broker's adapter, or your own:
 //! struct Order(&'static str);
 //!
 //! impl Delivery for Order {
@@ -48,32 +48,32 @@
 //!         Ok(())
 //!     }
 //!
-//!     async fn retry_after(self, _wait: std::time::Duration) -> Result<(), Self::Error> {
+//!     async fn retry_after(self, _delay: std::time::Duration) -> Result<(), Self::Error> {
 //!         Ok(())
 //!     }
 //!
-//!     async fn reject(self, _why: &str) -> Result<(), Self::Error> {
+//!     async fn reject(self, _reason: &str) -> Result<(), Self::Error> {
 //!         Ok(())
 //!     }
 //! }
 //!
 //! # async fn charge(_order: &[u8], _token: u64) -> Result<String, std::io::Error> { Ok("receipt 1".to_owned()) }
-//! # async fn charge_already_made(_order: &[u8]) -> Result<Option<String>, std::io::Error> { Ok(None) }
+//! # async fn find_charge(_order: &[u8]) -> Result<Option<String>, std::io::Error> { Ok(None) }
 //! # async fn consume(store: future::Store) -> Result<(), Box<dyn std::error::Error>> {
 //! let processor = Processor::new(store).attempts(3);
 //! for order in [Order("order-4711"), Order("order-4711")] {
-//!     let settled = processor
-//!         .process(order, async |order, job| {
-//!             // An earlier attempt was cut off: the charge may have been made.
-//!             if job.may_have_happened()
-//!                 && let Some(receipt) = charge_already_made(order.payload()).await?
+//!     let outcome = processor
+//!         .process(order, async |order, attempt| {
+//!             // An earlier attempt was interrupted: it may have charged the card.
+//!             if attempt.may_have_happened()
+//!                 && let Some(receipt) = find_charge(order.payload()).await?
 //!             {
 //!                 return Ok(receipt);
 //!             }
-//!             Ok(charge(order.payload(), job.token()).await?)
+//!             Ok(charge(order.payload(), attempt.token()).await?)
 //!         })
 //!         .await?;
-//!     assert!(matches!(settled, Settled::Done | Settled::Duplicate(_)));
+//!     assert!(matches!(outcome, Outcome::Done | Outcome::Duplicate(_)));
 //! }
 //! # Ok(())
 //! # }
@@ -86,37 +86,37 @@
 //! # }
 //! ```
 //!
-//! # One process for a queue
+//! # One process per queue
 //!
-//! A store belongs to one process, which works on as many deliveries at a time as it likes. A duplicate that another
-//! process gets, with a store of its own, is not known there. Where one process is not enough, split the work by key,
-//! so that the duplicates of a key come to the same process: a partition, stream or queue for each.
+//! One process owns a store and processes any number of deliveries concurrently. A second process with its own store
+//! does not see duplicates across the two. To scale out, partition the work by key, so that all duplicates of a key reach
+//! the same process: one partition, stream or queue per process.
 //!
-//! # Rejected deliveries, and their return
+//! # Rejection and redrive
 //!
-//! Attempts are counted by the store, so that those count which took the process with them. When a delivery was
-//! rejected, its key is free and its attempts begin anew; what is kept is the doubt: where an attempt may have had its
-//! effect, [`Job::may_have_happened`] says so when the delivery comes back from the dead letters, for a window. If the
-//! process dies between the rejection and that note, the delivery is rejected once more when it comes back, and runs
-//! when it comes back again.
+//! The store counts attempts, so that attempts that crashed the process count as well. A rejection frees the key and
+//! resets its attempts. The store keeps one fact for the rest of the window: whether an attempt may have had its effect. After
+//! a redrive from the dead letters, [`Attempt::may_have_happened`] reports it. If the process crashes between the
+//! rejection and this write, the redriven delivery is rejected once more; the next redrive runs it.
 //!
-//! # What bounds the number of times a delivery comes back
+//! # Limits on redelivery
 //!
-//! | it comes back because | bound |
+//! | cause of a redelivery | limit |
 //! |---|---|
-//! | its work failed, panicked, was dropped, or died with its process | [`attempts`](Processor::attempts), counted by the store across restarts |
-//! | its lease was taken over | the same: the run counts as an attempt |
-//! | its key is in progress or held, or its timestamp is too far ahead | [`give_up_after`](Processor::give_up_after), counted in this process |
-//! | its work failed without the store, under [`OnStoreFailure::FailOpen`] | the same: the store counts no attempts then |
-//! | the store fails, or is at its `in_flight_limit` | none: the fault is not the delivery's, and all of them would be rejected for it |
-//! | the queue did not take the answer | none here: [`Unsettled`] reports it each time. A dead letter that is too large is made smaller by the adapter; its page in `docs/brokers` says how |
+//! | the work failed, panicked, was dropped, or crashed its process | [`attempts`](Processor::attempts), counted by the store across restarts |
+//! | another holder took the lease over | the same: the run counts as an attempt |
+//! | the key is in progress or held, or its timestamp is too far ahead | [`redelivery_timeout`](Processor::redelivery_timeout), counted in this process |
+//! | the work failed without the store, under [`OnStoreFailure::FailOpen`] | the same: the store counts no attempts then |
+//! | the store fails, or is at its `in_flight_limit` | none: the fault is not the delivery's, and a limit would reject every delivery |
+//! | the queue did not take the answer | none: each time [`process`](Processor::process) returns an [`AckError`]. The adapter shrinks dead letters that are too large; see its page in `docs/brokers` |
 //!
 //! # Dropped futures
 //!
-//! A `process` that is dropped drops its lease and its delivery: the next delivery runs, and its work is told. When
-//! that comes is the queue's affair, for it was told nothing.
+//! Dropping the future of `process` drops its lease and its delivery without an answer. The queue redelivers by its own
+//! timeout, and the next attempt reports `may_have_happened`.
 
-mod figures;
+mod attempt;
+mod failure;
 #[cfg(feature = "kafka")]
 pub mod kafka;
 #[cfg(feature = "kafka")]
@@ -125,7 +125,8 @@ mod message;
 #[cfg(feature = "nats")]
 pub mod nats;
 #[cfg(feature = "nats")]
-mod nats_letter;
+mod nats_dead_letter;
+mod outcome;
 #[cfg(feature = "kafka")]
 mod partitions;
 mod processor;
@@ -133,22 +134,22 @@ mod processor;
 pub mod rabbitmq;
 #[cfg(feature = "rabbitmq")]
 mod rabbitmq_copy;
+mod redeliveries;
 #[cfg(feature = "redis-streams")]
 mod redis_reply;
 #[cfg(feature = "redis-streams")]
 pub mod redis_streams;
-mod returning;
-mod setting;
-mod settled;
+mod setting_error;
 #[cfg(feature = "sqs")]
 pub mod sqs;
 #[cfg(feature = "sqs")]
-mod sqs_letter;
-mod work;
+mod sqs_dead_letter;
+mod stats;
 
-pub use figures::ProcessorStats;
-pub use message::{Delivery, KeyOrigin, Keyed, key_of, reason_line};
+pub use attempt::Attempt;
+pub use failure::Failure;
+pub use message::{Delivery, KeyOrigin, WithKey, key_of, reason_line};
+pub use outcome::{AckError, MissingId, Outcome, RedeliveryTimeout};
 pub use processor::{OnStoreFailure, Processor};
-pub use setting::SettingError;
-pub use settled::{GivenUp, NoId, Settled, Unsettled};
-pub use work::{Failure, Job};
+pub use setting_error::SettingError;
+pub use stats::ProcessorStats;

@@ -1,6 +1,6 @@
-//! Deliveries of a NATS JetStream pull consumer. Behind the feature `nats`.
+//! Deliveries of a NATS JetStream pull consumer. Needs the feature `nats`.
 //!
-//! `docs/brokers/nats.md` says which duplicates a stream makes, which key to choose, and what is not done here.
+//! `docs/brokers/nats.md` describes the duplicates of a stream, the choice of the key, and the limits of the adapter.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -17,41 +17,41 @@ use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use futures_core::Stream;
 
 use super::message::{Delivery, KeyOrigin, key_of, reason_line};
-use super::nats_letter::{Place, With, letter};
-use super::setting::SettingError;
+use super::nats_dead_letter::{Detail, Source, dead_letter_headers};
+use super::setting_error::SettingError;
 use crate::key::Key;
 
-pub use super::nats_letter::{DEAD_ID, DEAD_OMITTED, DEAD_SUBJECT, DEAD_WHY};
+pub use super::nats_dead_letter::{ID_HEADER, OMITTED_HEADER, REASON_HEADER, SUBJECT_HEADER};
 
-/// How long a message stays away whose dead letter is too large, and that must not be terminated.
-const PARKED: Duration = Duration::from_secs(3_600);
+/// Redelivery delay of a message whose dead letter is too large and that must not be terminated.
+const TOO_LARGE_DELAY: Duration = Duration::from_secs(3_600);
 
-/// Why the server did not take an answer, or gave no message.
+/// Errors of the consumer and of answers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What the client or the server says.
+    /// An error of the client or the server.
     #[error("{0}")]
     Nats(async_nats::Error),
-    /// A setting, or the server's consumer, that does not fit.
+    /// An invalid setting, here or of the server's consumer.
     #[error(transparent)]
     Setting(#[from] SettingError),
-    /// The dead letter is too large for its stream or the server, and terminating the message would lose its payload. It comes
-    /// back every hour, until the limit is raised or its stream forgets it.
+    /// The dead letter is too large for its stream or the server, and terminating the message would lose its payload. The
+    /// message is redelivered every hour until the limit is raised or its stream removes it.
     #[error(
-        "the dead letter of message {sequence} of stream {stream} is too large for subject {subject}: raise the limit"
+        "dead letter of message {sequence} of stream {stream} is too large for subject {subject}; raise the size limit"
     )]
-    LetterTooLarge {
-        /// The message's stream.
+    DeadLetterTooLarge {
+        /// The stream of the message.
         stream: String,
-        /// Its number there.
+        /// The sequence number of the message.
         sequence: u64,
         /// The subject for dead letters.
         subject: String,
     },
 }
 
-/// Reads a pull consumer. Made by a [`Builder`].
+/// Reads messages of a pull consumer. Made by a [`Builder`].
 pub struct Consumer {
     queue: Arc<Queue>,
     messages: pull::Stream,
@@ -61,85 +61,85 @@ struct Queue {
     context: Context,
     stream: String,
     id_header: HeaderName,
-    dead: Option<String>,
-    /// Whether the stream keeps a message that was terminated.
-    keeps_terminated: bool,
+    dead_letters: Option<String>,
+    /// Whether the stream retains terminated messages.
+    retains_terminated: bool,
 }
 
-/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+/// Settings of a [`Consumer`], each with a default. Made by [`Consumer::builder`].
 #[must_use = "call `build` to get the consumer"]
 pub struct Builder {
     context: Context,
     consumer: PullConsumer,
     id_header: HeaderName,
-    dead: Option<String>,
+    dead_letters: Option<String>,
 }
 
 impl Builder {
-    /// The header that holds the idempotency key, `Nats-Msg-Id` by default. Messages without it go by their payload's
-    /// digest.
+    /// The header with the idempotency key, `Nats-Msg-Id` by default. Messages without it are keyed by a digest of their
+    /// payload.
     pub fn id_header(mut self, header: HeaderName) -> Self {
         self.id_header = header;
         self
     }
 
-    /// The subject for dead letters, which a stream must store. Without one, what is rejected is only terminated: the
-    /// server tells `$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED`, and a stream of work queue retention forgets it.
+    /// The subject for dead letters, which a stream must store. Without one, a rejected message is only terminated: the
+    /// server publishes `$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED`, and a stream with work queue retention deletes it.
     pub fn dead_letters(mut self, subject: &str) -> Self {
-        self.dead = Some(subject.to_owned());
+        self.dead_letters = Some(subject.to_owned());
         self
     }
 
-    /// The consumer. Asks for its stream's retention and begins to pull.
+    /// Builds the consumer: queries the retention of its stream and starts to pull.
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for a server's consumer that does not acknowledge explicitly or has messages without their
-    /// payloads, and for a subject that is empty or has a wildcard. Otherwise what the server says.
+    /// [`Error::Setting`] if the server's consumer does not use explicit acknowledgements or delivers headers only, and for a
+    /// dead letter subject that is empty or has a wildcard. Otherwise the server's error.
     pub async fn build(self) -> Result<Consumer, Error> {
-        let Self { context, consumer, id_header, dead } = self;
+        let Self { context, consumer, id_header, dead_letters } = self;
         let info = consumer.cached_info();
         let config = &info.config;
         let is_explicit = config.ack_policy == AckPolicy::Explicit;
-        SettingError::unless(is_explicit, "ack_policy", format!("{:?}", config.ack_policy), "explicit")?;
-        SettingError::unless(!config.headers_only, "headers_only", true, "false: payloads are needed")?;
-        if let Some(dead) = &dead {
+        SettingError::check(is_explicit, "ack_policy", format!("{:?}", config.ack_policy), "explicit")?;
+        SettingError::check(!config.headers_only, "headers_only", true, "false: the work needs payloads")?;
+        if let Some(dead) = &dead_letters {
             let is_subject = !dead.is_empty() && !dead.contains(|c: char| c.is_whitespace() || c == '*' || c == '>');
-            SettingError::unless(is_subject, "dead_letters", format!("{dead:?}"), "a subject without wildcards")?;
+            SettingError::check(is_subject, "dead_letters", format!("{dead:?}"), "a subject without wildcards")?;
         }
         if config.max_deliver > 0 {
             tracing::warn!(
                 max_deliver = config.max_deliver,
-                "the server gives up a message after so many deliveries, without a dead letter: set max_deliver to -1"
+                "the server drops a message after max_deliver deliveries, without a dead letter; set max_deliver to -1"
             );
         }
         let stream = info.stream_name.clone();
-        // Only to know what a dead letter without its payload would lose.
-        let keeps_terminated = match context.get_stream(&stream).await {
-            Ok(known) => known.cached_info().config.retention == RetentionPolicy::Limits,
+        // Decides what happens to a message whose dead letter is too large.
+        let retains_terminated = match context.get_stream(&stream).await {
+            Ok(stream) => stream.cached_info().config.retention == RetentionPolicy::Limits,
             Err(error) => {
-                tracing::warn!(%error, stream, "the retention of the stream is not known, and taken for that of a work queue");
+                tracing::warn!(%error, stream, "cannot read the retention of the stream; assuming work queue retention");
                 false
             }
         };
         let messages = consumer.messages().await.map_err(failed)?;
-        let queue = Queue { context, stream, id_header, dead, keeps_terminated };
+        let queue = Queue { context, stream, id_header, dead_letters, retains_terminated };
         Ok(Consumer { queue: Arc::new(queue), messages })
     }
 }
 
 impl Consumer {
-    /// Reads a consumer that is there. It must acknowledge explicitly, and deliver without a limit or more often than
-    /// the processor makes attempts.
+    /// Reads an existing consumer. It must use explicit acknowledgements, and a `max_deliver` that is unlimited or above the
+    /// processor's attempts.
     pub fn builder(context: Context, consumer: &PullConsumer) -> Builder {
-        Builder { context, consumer: consumer.clone(), id_header: NATS_MESSAGE_ID, dead: None }
+        Builder { context, consumer: consumer.clone(), id_header: NATS_MESSAGE_ID, dead_letters: None }
     }
 
-    /// The next message. Waits for it. `None` when the consumer is gone.
+    /// Waits for the next message. `None` after the server has deleted the consumer.
     ///
     /// # Errors
     ///
-    /// What the client or the server says; a missed heartbeat mends itself.
+    /// Errors of the client or the server. After a missed heartbeat the client recovers by itself.
     pub async fn next(&mut self) -> Result<Option<Message>, Error> {
         let message = poll_fn(|context| Pin::new(&mut self.messages).poll_next(context)).await;
         let message = message.transpose().map_err(failed)?;
@@ -154,60 +154,61 @@ pub struct Message {
 }
 
 impl Message {
-    /// What the client makes of it: subject, headers, its number in the stream.
+    /// The client's message: subject, headers, sequence number.
     #[must_use]
     pub fn message(&self) -> &jetstream::Message {
         &self.message
     }
 
-    /// The id that its producer gave it, also where it comes back from the dead letters.
+    /// The id of the producer, also after a redrive from the dead letters.
     fn id(&self) -> Option<&HeaderValue> {
         let headers = self.message.headers.as_ref()?;
-        headers.get(DEAD_ID).or_else(|| headers.get(self.queue.id_header.clone()))
+        headers.get(ID_HEADER).or_else(|| headers.get(self.queue.id_header.clone()))
     }
 
-    /// Publishes its copy: with our headers, with fewer of them where that is too large, and in the end without its payload.
-    async fn bury(&self, dead: &str, why: &str) -> Result<(), Error> {
+    /// Publishes a copy with all our headers, if that is too large with the id alone, and at last without the payload.
+    async fn send_dead_letter(&self, subject: &str, reason: &str) -> Result<(), Error> {
         let info = self.message.info().map_err(Error::Nats)?;
-        let place =
-            Place { stream: info.stream, sequence: info.stream_sequence, subject: self.message.subject.as_str() };
+        let (stream, sequence) = (info.stream, info.stream_sequence);
+        let source = Source { stream, sequence, subject: self.message.subject.as_str() };
         let own = self.message.headers.clone().unwrap_or_default();
-        for with in [With::All, With::Least] {
-            let headers = letter(&own, &self.queue.id_header, &place, why, with).map_err(failed)?;
-            match self.publish(dead, headers, true).await {
+        let headers = |own: &HeaderMap, detail| {
+            dead_letter_headers(own, &self.queue.id_header, &source, reason, detail).map_err(failed)
+        };
+        for detail in [Detail::Full, Detail::IdOnly] {
+            match self.publish(subject, headers(&own, detail)?, true).await {
                 Err(error) if is_too_large(&error) => {}
                 stored => return stored.map_err(failed),
             }
         }
-        let (stream, sequence) = (place.stream, place.sequence);
-        if !self.queue.keeps_terminated {
-            self.answer(AckKind::Nak(Some(PARKED))).await?;
-            return Err(Error::LetterTooLarge { stream: stream.to_owned(), sequence, subject: dead.to_owned() });
+        if !self.queue.retains_terminated {
+            self.answer(AckKind::Nak(Some(TOO_LARGE_DELAY))).await?;
+            let (stream, subject) = (stream.to_owned(), subject.to_owned());
+            return Err(Error::DeadLetterTooLarge { stream, sequence, subject });
         }
         tracing::error!(
             stream,
             sequence,
-            "a dead letter is too large and goes without its payload, which stays in the stream"
+            "dead letter too large: sent without its payload, which remains in the source stream"
         );
         let mut id = HeaderMap::new();
-        self.id().into_iter().for_each(|value| id.insert(DEAD_ID, value.clone()));
-        let omitted = With::Omitted(self.message.payload.len());
-        let headers = letter(&id, &self.queue.id_header, &place, why, omitted).map_err(failed)?;
-        self.publish(dead, headers, false).await.map_err(failed)
+        self.id().into_iter().for_each(|value| id.insert(ID_HEADER, value.clone()));
+        let headers = headers(&id, Detail::PayloadOmitted(self.message.payload.len()))?;
+        self.publish(subject, headers, false).await.map_err(failed)
     }
 
-    async fn publish(&self, dead: &str, headers: HeaderMap, with_payload: bool) -> Result<(), PublishError> {
+    async fn publish(&self, subject: &str, headers: HeaderMap, with_payload: bool) -> Result<(), PublishError> {
         let payload = if with_payload { self.message.payload.clone() } else { Default::default() };
-        self.queue.context.publish_with_headers(dead.to_owned(), headers, payload).await?.await.map(drop)
+        self.queue.context.publish_with_headers(subject.to_owned(), headers, payload).await?.await.map(drop)
     }
 
-    /// Waits until the server has taken the answer: one way there and back.
+    /// Sends the answer and waits for the server's confirmation: one round trip.
     async fn answer(&self, kind: AckKind) -> Result<(), Error> {
         self.message.double_ack_with(kind).await.map_err(Error::Nats)
     }
 }
 
-/// By the client, which knows the server's limit, or by the stream's limit.
+/// Reported by the client for the server's limit, or by the server for the stream's.
 fn is_too_large(error: &PublishError) -> bool {
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<jetstream::Error>());
     error.kind() == PublishErrorKind::MaxPayloadExceeded
@@ -225,11 +226,11 @@ impl Delivery for Message {
         KeyOrigin::of(self.id().map(|id| id.as_str().as_bytes()))
     }
 
-    fn id_place(&self) -> String {
+    fn id_location(&self) -> String {
         format!("header `{}` of stream `{}`", self.queue.id_header, self.queue.stream)
     }
 
-    /// When the server has stored it.
+    /// The time at which the server stored the message.
     fn timestamp_ms(&self) -> Option<u64> {
         let published = self.message.info().ok()?.published;
         u64::try_from(published.unix_timestamp_nanos() / 1_000_000).ok()
@@ -243,13 +244,13 @@ impl Delivery for Message {
         self.answer(AckKind::Ack).await
     }
 
-    async fn retry_after(self, wait: Duration) -> Result<(), Error> {
-        self.answer(AckKind::Nak(Some(wait))).await
+    async fn retry_after(self, delay: Duration) -> Result<(), Error> {
+        self.answer(AckKind::Nak(Some(delay))).await
     }
 
-    async fn reject(self, why: &str) -> Result<(), Error> {
-        if let Some(dead) = &self.queue.dead {
-            self.bury(dead, &reason_line(why)).await?;
+    async fn reject(self, reason: &str) -> Result<(), Error> {
+        if let Some(subject) = &self.queue.dead_letters {
+            self.send_dead_letter(subject, &reason_line(reason)).await?;
         }
         self.answer(AckKind::Term).await
     }

@@ -1,128 +1,130 @@
-//! What a reader of a partitioned log holds of its partitions: what it has read, given out, and may forget.
+//! Per-partition state of a consumer: buffered records, outstanding records, and the offset that may be committed.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Records of a partition that are read and not given out, before no more are read.
-const WAITING_MOST: usize = 100;
+/// Buffered records of a partition at which its fetching is paused.
+const MAX_BUFFERED: usize = 100;
 
-/// The right to answer for a record, as long as its partition is assigned.
+/// The right to answer a record while its partition stays assigned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ticket {
-    place: Arc<Place>,
+    partition: Arc<PartitionId>,
     offset: i64,
     assignment: u64,
 }
 
-type Place = (String, i32);
+/// Topic and partition number.
+type PartitionId = (String, i32);
 
-/// The partition is another's by now.
+/// The partition was revoked since the record was delivered.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Revoked;
 
 pub(super) struct Partitions<T> {
-    by_place: HashMap<Arc<Place>, Partition<T>>,
-    /// By the time at which they come back, and the order in which they were sent away.
-    returning: BTreeMap<(Instant, u64), (Ticket, T)>,
-    /// How many records of a partition are given out at most, from the first that is not settled.
-    ahead: usize,
-    numbers: u64,
+    by_id: HashMap<Arc<PartitionId>, Partition<T>>,
+    /// Delayed records, ordered by due time and then by the order of their requests.
+    delayed: BTreeMap<(Instant, u64), (Ticket, T)>,
+    /// Maximum number of delivered records of a partition, counted from the first unanswered one.
+    max_uncommitted: usize,
+    last_number: u64,
 }
 
 struct Partition<T> {
     assignment: u64,
-    /// From the first that is not settled: whether it is.
-    given: BTreeMap<i64, bool>,
-    waiting: VecDeque<Waiting<T>>,
+    /// Delivered records from the first unanswered one on, and whether each is answered.
+    delivered: BTreeMap<i64, bool>,
+    buffered: VecDeque<Buffered<T>>,
     paused: bool,
 }
 
-struct Waiting<T> {
-    /// The order of all partitions' records.
+struct Buffered<T> {
+    /// Orders the records of all partitions.
     number: u64,
     offset: i64,
     record: T,
 }
 
-/// A record to be given out.
-pub(super) struct Given<T> {
+/// The next record to deliver.
+pub(super) struct Next<T> {
     pub(super) ticket: Ticket,
     pub(super) record: T,
-    /// Its partition was paused, and is to be read again.
+    /// Resume fetching the record's partition.
     pub(super) resume: bool,
 }
 
 impl Ticket {
     pub(super) fn topic(&self) -> &str {
-        &self.place.0
+        &self.partition.0
     }
 
     pub(super) fn partition(&self) -> i32 {
-        self.place.1
+        self.partition.1
     }
 }
 
 impl<T> Partitions<T> {
-    pub(super) fn new(ahead: usize) -> Self {
-        Self { by_place: HashMap::new(), returning: BTreeMap::new(), ahead, numbers: 0 }
+    pub(super) fn new(max_uncommitted: usize) -> Self {
+        Self { by_id: HashMap::new(), delayed: BTreeMap::new(), max_uncommitted, last_number: 0 }
     }
 
-    /// A partition is assigned, or revoked: what is known of it is of an earlier assignment.
-    pub(super) fn forget(&mut self, topic: &str, partition: i32) {
-        let place = (topic.to_owned(), partition);
-        self.by_place.remove(&place);
-        self.returning.retain(|_, (ticket, _)| *ticket.place != place);
+    /// Drops the state of a partition that is assigned or revoked: it belongs to an earlier assignment.
+    pub(super) fn remove(&mut self, topic: &str, partition: i32) {
+        let id = (topic.to_owned(), partition);
+        self.by_id.remove(&id);
+        self.delayed.retain(|_, (ticket, _)| *ticket.partition != id);
     }
 
-    /// Takes what was read. True: read no more of this partition for now.
-    pub(super) fn read(&mut self, topic: &str, partition: i32, offset: i64, record: T) -> bool {
-        let (number, assignment) = (self.number(), self.number());
-        let fresh = || Partition { assignment, given: BTreeMap::new(), waiting: VecDeque::new(), paused: false };
-        let known = self.by_place.entry(Arc::new((topic.to_owned(), partition))).or_insert_with(fresh);
-        known.waiting.push_back(Waiting { number, offset, record });
-        let pause = known.waiting.len() >= WAITING_MOST && !known.paused;
-        known.paused |= pause;
+    /// Buffers a fetched record. Returns true if fetching of its partition is to be paused.
+    pub(super) fn buffer(&mut self, topic: &str, partition: i32, offset: i64, record: T) -> bool {
+        let (number, assignment) = (self.next_number(), self.next_number());
+        let new = || Partition { assignment, delivered: BTreeMap::new(), buffered: VecDeque::new(), paused: false };
+        let partition = self.by_id.entry(Arc::new((topic.to_owned(), partition))).or_insert_with(new);
+        partition.buffered.push_back(Buffered { number, offset, record });
+        let pause = partition.buffered.len() >= MAX_BUFFERED && !partition.paused;
+        partition.paused |= pause;
         pause
     }
 
-    /// What is to be given out next: what comes back by now, and then what was read first.
-    pub(super) fn next(&mut self, now: Instant) -> Option<Given<T>> {
-        if self.due().is_some_and(|at| at <= now)
-            && let Some((_, (ticket, record))) = self.returning.pop_first()
+    /// The next record to deliver: a delayed record that is due, otherwise the record fetched first.
+    pub(super) fn next(&mut self, now: Instant) -> Option<Next<T>> {
+        if self.next_due().is_some_and(|due| due <= now)
+            && let Some((_, (ticket, record))) = self.delayed.pop_first()
         {
-            return Some(Given { ticket, record, resume: false });
+            return Some(Next { ticket, record, resume: false });
         }
-        let ahead = self.ahead;
-        let free = self.by_place.iter_mut().filter(|(_, partition)| partition.given.len() < ahead);
-        let first = free.filter_map(|(place, known)| Some((known.waiting.front()?.number, place, known)));
-        let (_, place, known) = first.min_by_key(|(number, ..)| *number)?;
-        let Waiting { offset, record, .. } = known.waiting.pop_front()?;
-        known.given.insert(offset, false);
-        let resume = known.paused && known.waiting.len() <= WAITING_MOST / 2;
-        known.paused &= !resume;
-        let ticket = Ticket { place: Arc::clone(place), offset, assignment: known.assignment };
-        Some(Given { ticket, record, resume })
+        let max_uncommitted = self.max_uncommitted;
+        let free = self.by_id.iter_mut().filter(|(_, partition)| partition.delivered.len() < max_uncommitted);
+        let first = free.filter_map(|(id, partition)| Some((partition.buffered.front()?.number, id, partition)));
+        let (_, id, partition) = first.min_by_key(|(number, ..)| *number)?;
+        let Buffered { offset, record, .. } = partition.buffered.pop_front()?;
+        partition.delivered.insert(offset, false);
+        let resume = partition.paused && partition.buffered.len() <= MAX_BUFFERED / 2;
+        partition.paused &= !resume;
+        let ticket = Ticket { partition: Arc::clone(id), offset, assignment: partition.assignment };
+        Some(Next { ticket, record, resume })
     }
 
-    /// When the first one comes back that was sent away.
-    pub(super) fn due(&self) -> Option<Instant> {
-        self.returning.first_key_value().map(|((at, _), _)| *at)
+    /// When the first delayed record is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.delayed.first_key_value().map(|((due, _), _)| *due)
     }
 
-    pub(super) fn holds(&self, ticket: &Ticket) -> bool {
-        self.by_place.get(&ticket.place).is_some_and(|known| known.assignment == ticket.assignment)
+    pub(super) fn is_assigned(&self, ticket: &Ticket) -> bool {
+        self.by_id.get(&ticket.partition).is_some_and(|partition| partition.assignment == ticket.assignment)
     }
 
-    /// A record is settled. The last offset of those before which all are, if there are more of them now.
-    pub(super) fn settle(&mut self, ticket: &Ticket) -> Result<Option<i64>, Revoked> {
-        let known = self.by_place.get_mut(&ticket.place).filter(|known| known.assignment == ticket.assignment);
-        let given = &mut known.ok_or(Revoked)?.given;
-        if let Some(settled) = given.get_mut(&ticket.offset) {
-            *settled = true;
+    /// Marks a record as answered. Returns the offset of the last record before the first unanswered one, if it has advanced.
+    pub(super) fn answer(&mut self, ticket: &Ticket) -> Result<Option<i64>, Revoked> {
+        let partition = self.by_id.get_mut(&ticket.partition);
+        let partition = partition.filter(|partition| partition.assignment == ticket.assignment).ok_or(Revoked)?;
+        let delivered = &mut partition.delivered;
+        if let Some(is_answered) = delivered.get_mut(&ticket.offset) {
+            *is_answered = true;
         }
         let mut last = None;
-        while let Some(first) = given.first_entry()
+        while let Some(first) = delivered.first_entry()
             && *first.get()
         {
             last = Some(first.remove_entry().0);
@@ -130,17 +132,17 @@ impl<T> Partitions<T> {
         Ok(last)
     }
 
-    /// A record is to come back, if its partition is still there by then.
-    pub(super) fn send_away(&mut self, ticket: Ticket, record: T, until: Instant) {
-        if self.holds(&ticket) {
-            let number = self.number();
-            self.returning.insert((until, number), (ticket, record));
+    /// Delivers a record again at `due`, if its partition is still assigned then.
+    pub(super) fn delay(&mut self, ticket: Ticket, record: T, due: Instant) {
+        if self.is_assigned(&ticket) {
+            let number = self.next_number();
+            self.delayed.insert((due, number), (ticket, record));
         }
     }
 
-    fn number(&mut self) -> u64 {
-        self.numbers = self.numbers.wrapping_add(1);
-        self.numbers
+    fn next_number(&mut self) -> u64 {
+        self.last_number = self.last_number.wrapping_add(1);
+        self.last_number
     }
 }
 
@@ -150,30 +152,30 @@ mod tests {
 
     use super::*;
 
-    fn read(partitions: &mut Partitions<i64>, partition: i32, offsets: std::ops::Range<i64>) {
+    fn buffer(partitions: &mut Partitions<i64>, partition: i32, offsets: std::ops::Range<i64>) {
         for offset in offsets {
-            partitions.read("t", partition, offset, offset);
+            partitions.buffer("t", partition, offset, offset);
         }
     }
 
-    fn all(partitions: &mut Partitions<i64>) -> Vec<Ticket> {
-        std::iter::from_fn(|| partitions.next(Instant::now())).map(|given| given.ticket).collect()
+    fn deliver_all(partitions: &mut Partitions<i64>) -> Vec<Ticket> {
+        std::iter::from_fn(|| partitions.next(Instant::now())).map(|next| next.ticket).collect()
     }
 
     #[test]
-    fn no_offset_passes_one_that_is_not_settled() {
+    fn the_committed_offset_does_not_pass_an_unanswered_record() {
         let mut partitions = Partitions::new(100);
-        read(&mut partitions, 0, 10..15);
-        let tickets = all(&mut partitions);
-        assert_eq!(partitions.settle(&tickets[1]), Ok(None));
-        assert_eq!(partitions.settle(&tickets[2]), Ok(None));
-        assert_eq!(partitions.settle(&tickets[0]), Ok(Some(12)));
-        assert_eq!(partitions.settle(&tickets[4]), Ok(None));
-        assert_eq!(partitions.settle(&tickets[3]), Ok(Some(14)));
+        buffer(&mut partitions, 0, 10..15);
+        let tickets = deliver_all(&mut partitions);
+        assert_eq!(partitions.answer(&tickets[1]), Ok(None));
+        assert_eq!(partitions.answer(&tickets[2]), Ok(None));
+        assert_eq!(partitions.answer(&tickets[0]), Ok(Some(12)));
+        assert_eq!(partitions.answer(&tickets[4]), Ok(None));
+        assert_eq!(partitions.answer(&tickets[3]), Ok(Some(14)));
     }
 
     #[test]
-    fn any_order_of_settling_ends_at_the_last_offset_and_never_goes_back() {
+    fn answers_in_any_order_advance_the_offset_to_the_last_record_and_never_back() {
         use rand::seq::SliceRandom;
         use rand::{RngExt, SeedableRng};
         let seed = rand::random();
@@ -183,84 +185,84 @@ mod tests {
             let mut partitions = Partitions::new(1_000);
             let mut offset = 0;
             for _ in 0..50 {
-                // Offsets have gaps: compacted records, and the marks of transactions.
+                // Offsets have gaps: compacted records and transaction markers.
                 offset += random.random_range(1..4);
-                partitions.read("t", 0, offset, offset);
+                partitions.buffer("t", 0, offset, offset);
             }
-            let mut tickets = all(&mut partitions);
-            let mut open: std::collections::BTreeSet<i64> = tickets.iter().map(|ticket| ticket.offset).collect();
+            let mut tickets = deliver_all(&mut partitions);
+            let mut unanswered: std::collections::BTreeSet<i64> = tickets.iter().map(|ticket| ticket.offset).collect();
             tickets.shuffle(&mut random);
             let mut stored = -1;
             for ticket in tickets {
-                open.remove(&ticket.offset);
-                if let Some(last) = partitions.settle(&ticket).unwrap() {
+                unanswered.remove(&ticket.offset);
+                if let Some(last) = partitions.answer(&ticket).unwrap() {
                     assert!(last > stored);
                     stored = last;
                 }
-                assert!(open.first().is_none_or(|first| stored < *first), "{stored} passes what is in {open:?}");
+                assert!(unanswered.first().is_none_or(|first| stored < *first), "{stored} passes {unanswered:?}");
             }
             assert_eq!(stored, offset);
         }
     }
 
     #[test]
-    fn what_comes_back_holds_its_place() {
+    fn a_delayed_record_keeps_its_position() {
         let mut partitions = Partitions::new(100);
-        read(&mut partitions, 0, 0..2);
-        let tickets = all(&mut partitions);
+        buffer(&mut partitions, 0, 0..2);
+        let tickets = deliver_all(&mut partitions);
         let later = Instant::now() + Duration::from_secs(60);
-        partitions.send_away(tickets[0].clone(), 0, later);
-        assert_eq!(partitions.settle(&tickets[1]), Ok(None));
+        partitions.delay(tickets[0].clone(), 0, later);
+        assert_eq!(partitions.answer(&tickets[1]), Ok(None));
         assert!(partitions.next(Instant::now()).is_none());
-        assert_eq!(partitions.due(), Some(later));
+        assert_eq!(partitions.next_due(), Some(later));
         assert_eq!(partitions.next(later).unwrap().ticket, tickets[0]);
-        assert_eq!(partitions.settle(&tickets[0]), Ok(Some(1)));
+        assert_eq!(partitions.answer(&tickets[0]), Ok(Some(1)));
     }
 
     #[test]
-    fn a_revoked_partition_forgets_what_was_given_out_and_what_was_to_come_back() {
+    fn a_revoked_partition_drops_its_delivered_and_delayed_records() {
         let mut partitions = Partitions::new(100);
-        read(&mut partitions, 0, 0..3);
-        read(&mut partitions, 1, 0..1);
-        let tickets = all(&mut partitions);
+        buffer(&mut partitions, 0, 0..3);
+        buffer(&mut partitions, 1, 0..1);
+        let tickets = deliver_all(&mut partitions);
         let now = Instant::now();
-        partitions.send_away(tickets[0].clone(), 0, now);
-        partitions.forget("t", 0);
+        partitions.delay(tickets[0].clone(), 0, now);
+        partitions.remove("t", 0);
         assert!(partitions.next(now).is_none());
-        assert_eq!(partitions.settle(&tickets[1]), Err(Revoked));
-        // Assigned again: answers for what was given out before do not count.
-        read(&mut partitions, 0, 0..3);
-        let again = all(&mut partitions);
-        partitions.send_away(tickets[2].clone(), 0, now);
+        assert_eq!(partitions.answer(&tickets[1]), Err(Revoked));
+        // After it is assigned again, answers to records of the earlier assignment are refused.
+        buffer(&mut partitions, 0, 0..3);
+        let again = deliver_all(&mut partitions);
+        partitions.delay(tickets[2].clone(), 0, now);
         assert!(partitions.next(now).is_none());
-        assert_eq!(partitions.settle(&tickets[0]), Err(Revoked));
-        assert_eq!(partitions.settle(&again[0]), Ok(Some(0)));
-        assert_eq!(partitions.settle(&tickets[3]), Ok(Some(0)), "the other partition");
+        assert_eq!(partitions.answer(&tickets[0]), Err(Revoked));
+        assert_eq!(partitions.answer(&again[0]), Ok(Some(0)));
+        assert_eq!(partitions.answer(&tickets[3]), Ok(Some(0)), "the other partition");
     }
 
     #[test]
-    fn with_one_ahead_records_of_a_partition_come_one_after_the_other() {
+    fn with_one_uncommitted_record_a_partition_is_delivered_in_order() {
         let mut partitions = Partitions::new(1);
-        read(&mut partitions, 0, 0..3);
-        read(&mut partitions, 1, 0..1);
-        let first = all(&mut partitions);
+        buffer(&mut partitions, 0, 0..3);
+        buffer(&mut partitions, 1, 0..1);
+        let first = deliver_all(&mut partitions);
         assert_eq!(first.iter().map(Ticket::partition).collect::<Vec<_>>(), [0, 1]);
         let now = Instant::now();
-        partitions.send_away(first[0].clone(), 0, now);
-        assert_eq!(all(&mut partitions), first[..1]);
-        assert_eq!(partitions.settle(&first[0]), Ok(Some(0)));
-        assert_eq!(all(&mut partitions)[0].offset, 1);
+        partitions.delay(first[0].clone(), 0, now);
+        assert_eq!(deliver_all(&mut partitions), first[..1]);
+        assert_eq!(partitions.answer(&first[0]), Ok(Some(0)));
+        assert_eq!(deliver_all(&mut partitions)[0].offset, 1);
     }
 
     #[test]
-    fn a_partition_is_read_no_further_than_it_can_wait() {
+    fn a_partition_with_a_full_buffer_is_paused_and_resumed_at_half() {
         let mut partitions = Partitions::new(1);
-        let pauses: Vec<i64> = (0..150).filter(|offset| partitions.read("t", 0, *offset, *offset)).collect();
+        let pauses: Vec<i64> = (0..150).filter(|offset| partitions.buffer("t", 0, *offset, *offset)).collect();
         assert_eq!(pauses, [99]);
         let mut resumed = Vec::new();
-        while let Some(given) = partitions.next(Instant::now()) {
-            partitions.settle(&given.ticket).unwrap();
-            resumed.extend(given.resume.then_some(given.record));
+        while let Some(next) = partitions.next(Instant::now()) {
+            partitions.answer(&next.ticket).unwrap();
+            resumed.extend(next.resume.then_some(next.record));
         }
         assert_eq!(resumed, [99], "50 of 150 are left");
     }

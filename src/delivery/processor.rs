@@ -1,4 +1,4 @@
-//! One call that settles every case.
+//! The processor: deduplicates a delivery, runs its work and answers its queue.
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,296 +8,301 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use super::figures::{Figures, ProcessorStats};
+use super::attempt::Attempt;
+use super::failure::Failure;
 use super::message::{Delivery, KeyOrigin};
-use super::returning::{Returned, Returning};
-use super::settled::{GivenUp, NoId, Settled, Unsettled};
-use super::work::{Failure, Job};
+use super::outcome::{AckError, MissingId, Outcome, RedeliveryTimeout};
+use super::redeliveries::{Exceeded, Redeliveries};
+use super::stats::{Counters, ProcessorStats};
 use crate::claim::{Claim, InProgress};
 use crate::error::Error;
 use crate::future::{Again, Lease, Store};
 use crate::tx::Tx;
 
 const ATTEMPTS: u32 = 5;
-const BACKOFF_FIRST: Duration = Duration::from_secs(1);
-const BACKOFF_MOST: Duration = Duration::from_secs(300);
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
-const GIVE_UP_AFTER: Duration = Duration::from_secs(3_600);
+const MIN_BACKOFF: Duration = Duration::from_secs(1);
+const MAX_BACKOFF: Duration = Duration::from_secs(300);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+const REDELIVERY_TIMEOUT: Duration = Duration::from_secs(3_600);
 
-/// What becomes of a delivery when the store cannot answer for its key.
+/// What happens to a delivery when the store fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum OnStoreFailure {
-    /// It comes back after the longest wait. Nothing is done twice; nothing is done at all before the store is mended.
+    /// Redelivery after the [`max_retry_after`](Processor::max_retry_after). No work runs twice, and none runs before the
+    /// store works again.
     #[default]
     FailClosed,
-    /// Its work runs without a lease, and it is acknowledged. Nothing stops; **what is delivered twice is done twice**,
-    /// at the same time even. Each such pass is logged as a warning and counted by [`Processor::unguarded`], and
-    /// [`Job::is_guarded`] tells the work.
+    /// The work runs without a lease, and the delivery is acknowledged. **Duplicates run again**, even concurrently. Each
+    /// run is logged as a warning and counted by [`Processor::fail_open_count`]; [`Attempt::has_lease`] reports it to the
+    /// work.
     ///
-    /// Not where the store is only at its `in_flight_limit`, or the message too far ahead of stream time, which pass by
-    /// themselves; and not where it fails while the work runs, which is cut off then. They come back.
+    /// Does not apply at the `in_flight_limit` and to timestamps too far ahead of stream time, which are temporary, and if
+    /// the store fails during the work, which stops then. These are redelivered.
     FailOpen,
 }
 
-/// Settles deliveries by what a store knows of their keys: see [the module](super). Clones share everything.
+/// Processes deliveries with deduplication: see [the module](super). Clones share one store and its counters.
 ///
-/// As many calls of [`process`](Self::process) as there are tasks share the store's syncs: run many.
+/// Concurrent calls of [`process`](Self::process) share syncs of the store: run many.
 #[derive(Debug, Clone)]
 pub struct Processor {
     store: Store,
     attempts: u32,
-    backoff_first: Duration,
-    backoff_most: Duration,
-    longest_wait: Duration,
-    patience: Duration,
-    give_up_after: Duration,
+    min_backoff: Duration,
+    max_backoff: Duration,
+    max_retry_after: Duration,
+    wait_limit: Duration,
+    redelivery_timeout: Duration,
     require_ids: bool,
     on_store_failure: OnStoreFailure,
-    unguarded: Arc<AtomicU64>,
-    returning: Arc<Returning>,
-    figures: Arc<Figures>,
+    fail_open_count: Arc<AtomicU64>,
+    redeliveries: Arc<Redeliveries>,
+    counters: Arc<Counters>,
 }
 
 impl Processor {
-    /// Five attempts, a backoff of one second to five minutes, one minute as the longest wait, no patience, one hour until
-    /// a delivery that only comes back is given up, no ids required, and [`OnStoreFailure::FailClosed`].
+    /// Defaults: 5 attempts, a backoff of 1 second to 5 minutes, a `max_retry_after` of 1 minute, no wait for concurrent
+    /// holders, a redelivery timeout of 1 hour, ids not required, and [`OnStoreFailure::FailClosed`].
     #[must_use]
     pub fn new(store: Store) -> Self {
         Self {
             store,
             attempts: ATTEMPTS,
-            backoff_first: BACKOFF_FIRST,
-            backoff_most: BACKOFF_MOST,
-            longest_wait: LONGEST_WAIT,
-            patience: Duration::ZERO,
-            give_up_after: GIVE_UP_AFTER,
+            min_backoff: MIN_BACKOFF,
+            max_backoff: MAX_BACKOFF,
+            max_retry_after: MAX_RETRY_AFTER,
+            wait_limit: Duration::ZERO,
+            redelivery_timeout: REDELIVERY_TIMEOUT,
             require_ids: false,
             on_store_failure: OnStoreFailure::FailClosed,
-            unguarded: Arc::default(),
-            returning: Arc::default(),
-            figures: Arc::default(),
+            fail_open_count: Arc::default(),
+            redeliveries: Arc::default(),
+            counters: Arc::default(),
         }
     }
 
-    /// After how many attempts a delivery is rejected, from 1. Every run of the work counts, also one that has died
-    /// with its process or whose lease was lost.
+    /// The number of attempts before a delivery is rejected, at least 1. Every run of the work counts, including one that
+    /// crashed the process or lost its lease.
     #[must_use]
     pub fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts.max(1);
         self
     }
 
-    /// How long a delivery stays away after its first failed attempt, which is doubled with each further one, and the
-    /// most that it comes to. It is at most half the store's window
-    /// ([`Lease::release_after`](crate::Lease::release_after)), so that attempts are counted across it.
+    /// The backoff after the first failed attempt, and its maximum; each further failure doubles it. The store limits it to
+    /// half of its window ([`Lease::release_after`](crate::Lease::release_after)), so that it still counts the attempts.
     #[must_use]
-    pub fn backoff(mut self, first: Duration, most: Duration) -> Self {
-        (self.backoff_first, self.backoff_most) = (first, most);
+    pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
+        (self.min_backoff, self.max_backoff) = (first, max);
         self
     }
 
-    /// The longest time for which a delivery is sent away when its key is in progress. So long, too, when nobody can
-    /// say: the key is held, or the store fails. Not longer than the queue can keep a delivery back.
+    /// The longest redelivery delay for a key in progress, and the delay where no end is known: the key is held, or the
+    /// store fails. Set it no longer than the queue can delay a message.
     #[must_use]
-    pub fn longest_wait(mut self, wait: Duration) -> Self {
-        self.longest_wait = wait;
+    pub fn max_retry_after(mut self, delay: Duration) -> Self {
+        self.max_retry_after = delay;
         self
     }
 
-    /// How long a delivery waits for a holder of its key in this process to be done, before it is sent away. Then a
-    /// duplicate that comes at the same time is acknowledged as soon as the first one is done. It occupies its task
-    /// meanwhile.
+    /// How long a delivery waits for a holder of its key in this process before it requests redelivery. With a wait, a
+    /// concurrent duplicate is acknowledged as soon as the first delivery completes. The waiting delivery occupies its task.
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn wait_limit(mut self, limit: Duration) -> Self {
+        self.wait_limit = limit;
         self
     }
 
-    /// How long a delivery may come back without its work having run, one hour by default. Then, and when it was sent away
-    /// at least as often as there are [`attempts`](Self::attempts), it is rejected with [`GivenUp`] as the reason. It applies
-    /// to a key that is in progress or held, to a timestamp that is too far ahead, and to work that fails without the store
-    /// (under [`OnStoreFailure::FailOpen`]), whose attempts the store does not count. [`Duration::MAX`] waits for ever. Work
-    /// that may take longer needs a longer time, or its duplicates become dead letters.
+    /// How long a delivery may be redelivered without its work running: 1 hour by default. After that time, and after at
+    /// least as many redeliveries as there are [`attempts`](Self::attempts), it is rejected with a [`RedeliveryTimeout`]. Applies to keys
+    /// in progress or held, to timestamps too far ahead, and to work that fails without the store (under
+    /// [`OnStoreFailure::FailOpen`]), whose attempts the store does not count. [`Duration::MAX`] disables it. Set it longer
+    /// than the work can take; otherwise duplicates of long work become dead letters.
     ///
-    /// Counted in memory for each key, by all clones: a process that begins again counts again, and so does a key beyond
-    /// 65,536 others. A store that fails, or is at its `in_flight_limit`, is not counted: its deliveries would all be
-    /// rejected for one fault that is not theirs.
+    /// All clones count together, in memory: a restart resets the counts. At most 65,536 keys are counted at a time. A
+    /// store that fails or is at its `in_flight_limit` does not count, because the fault is not the delivery's.
     #[must_use]
-    pub fn give_up_after(mut self, time: Duration) -> Self {
-        self.give_up_after = time;
+    pub fn redelivery_timeout(mut self, timeout: Duration) -> Self {
+        self.redelivery_timeout = timeout;
         self
     }
 
-    /// Rejects a delivery that has no id, with [`NoId`] as the reason. Without this it goes by a digest of its content
-    /// ([`KeyOrigin::Digest`]), so that two equal events are taken for one; the first such delivery of a consumer is logged
-    /// as a warning.
+    /// Rejects deliveries without an id, with a [`MissingId`] as the reason. By default such a delivery is keyed by a digest of
+    /// its content ([`KeyOrigin::Digest`]), so that two equal events count as one; the first one of each queue is logged as
+    /// a warning.
     #[must_use]
     pub fn require_ids(mut self) -> Self {
         self.require_ids = true;
         self
     }
 
-    /// What to do when the store fails.
+    /// The policy for a failing store.
     #[must_use]
     pub fn on_store_failure(mut self, policy: OnStoreFailure) -> Self {
         self.on_store_failure = policy;
         self
     }
 
-    /// How many times the store has failed and its answer was done without, by all clones: what to watch under
+    /// How many times this processor and its clones ran work or acknowledged without the store. Alert on it under
     /// [`OnStoreFailure::FailOpen`].
     #[must_use]
-    pub fn unguarded(&self) -> u64 {
-        self.unguarded.load(Ordering::Relaxed)
+    pub fn fail_open_count(&self) -> u64 {
+        self.fail_open_count.load(Ordering::Relaxed)
     }
 
-    /// The figures of this processor and its clones. With the feature `metrics` the `metrics` facade has them as well, summed
-    /// over all processors of a store.
+    /// The counters of this processor and its clones. The feature `metrics` exports them to the `metrics` facade, summed over
+    /// all processors of a store.
     #[must_use]
     pub fn stats(&self) -> ProcessorStats {
-        self.figures.stats()
+        self.counters.stats()
     }
 
-    /// The store it asks.
+    /// The store of this processor.
     #[must_use]
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Does the work of a delivery unless it was done, and tells the queue what became of it: see [the table](super).
+    /// Runs the work of a delivery unless it is done already, and answers the queue: see [the table](super).
     ///
-    /// The work gets the delivery, and a [`Job`] with the facts of its attempt. It has as long as it needs: its lease
-    /// is renewed, also while it blocks its thread. Give it a time limit of its own, and make a timeout a
-    /// [`Failure::unknown`]; [`Builder::renew_for`](crate::Builder::renew_for) bounds how long the key of work that never
-    /// ends is in progress. Where the lease is lost, the work is dropped at its await.
+    /// The work gets the delivery and its [`Attempt`]. It has no time limit: its lease is renewed, even while the work blocks
+    /// its thread. Add a timeout of your own and turn it into a [`Failure::unknown`].
+    /// [`Builder::renew_for`](crate::Builder::renew_for) limits how long work that never ends keeps its key in progress. If
+    /// the lease is lost, the work is dropped at its current await.
     ///
     /// # Errors
     ///
-    /// [`Unsettled`] if the queue did not take the answer. A failure of the work or of the store is no error here, but
-    /// a kind of [`Settled`].
+    /// [`AckError`] if the queue did not take the answer. Failures of the work and of the store are an [`Outcome`], not an
+    /// error.
     ///
     /// # Panics
     ///
-    /// Outside of a Tokio runtime, or in one without time. A panic of the work is caught, and counts as a
+    /// Outside of a Tokio runtime, or in one without a timer. A panic of the work is caught and counts as a
     /// [`Failure::unknown`].
     pub async fn process<D: Delivery, R: Into<Vec<u8>>>(
         &self,
         delivery: D,
-        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
-    ) -> Result<Settled, Unsettled<D::Error>> {
+        work: impl AsyncFnOnce(&D, &mut Attempt) -> Result<R, Failure>,
+    ) -> Result<Outcome, AckError<D::Error>> {
         let origin = delivery.key_origin();
-        let answer = self.answer(delivery, origin, work).await;
-        let (settled, is_taken) = match &answer {
-            Ok(settled) => (settled, true),
-            Err(unsettled) => (&unsettled.settled, false),
+        let answered = self.process_uncounted(delivery, origin, work).await;
+        let (outcome, is_answered) = match &answered {
+            Ok(outcome) => (outcome, true),
+            Err(error) => (&error.outcome, false),
         };
-        self.figures.count(&self.store, settled, origin, is_taken);
-        answer
+        self.counters.count(&self.store, outcome, origin, is_answered);
+        answered
     }
 
-    async fn answer<D: Delivery, R: Into<Vec<u8>>>(
+    async fn process_uncounted<D: Delivery, R: Into<Vec<u8>>>(
         &self,
         delivery: D,
         origin: KeyOrigin,
-        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
-    ) -> Result<Settled, Unsettled<D::Error>> {
+        work: impl AsyncFnOnce(&D, &mut Attempt) -> Result<R, Failure>,
+    ) -> Result<Outcome, AckError<D::Error>> {
         if origin == KeyOrigin::Digest {
-            let place = delivery.id_place();
+            let location = delivery.id_location();
             if self.require_ids {
-                return self.refuse(delivery, NoId { place }).await;
+                return self.reject_without_attempt(delivery, MissingId { location }).await;
             }
-            self.warn_without_id(&place);
+            self.warn_without_id(&location);
         }
-        let claim = self.store.claim_delivered(delivery.key(), delivery.timestamp_ms(), self.patience).await;
+        let claim = self.store.claim_delivered(delivery.key(), delivery.timestamp_ms(), self.wait_limit).await;
         let lease = match claim {
             Ok(Claim::Acquired(lease)) => lease,
             Ok(Claim::Completed(first)) => {
-                self.returning.forget(&delivery.key());
-                return told(delivery.ack().await, Settled::Duplicate(first));
+                self.redeliveries.reset(&delivery.key());
+                return answered(delivery.ack().await, Outcome::Duplicate(first));
             }
-            Ok(Claim::InProgress(other)) => return self.send_away(delivery, other).await,
-            Err(error) => return self.unclaimed(delivery, work, error).await,
+            Ok(Claim::InProgress(other)) => return self.retry_in_progress(delivery, other).await,
+            Err(error) => return self.claim_failed(delivery, work, error).await,
         };
-        self.returning.forget(&delivery.key());
+        self.redeliveries.reset(&delivery.key());
         if lease.attempt() > self.attempts {
             let attempts = lease.attempt().saturating_sub(1);
             return self.reject(delivery, lease, attempts, None).await;
         }
-        self.work(delivery, lease, work).await
+        self.run(delivery, lease, work).await
     }
 
-    fn warn_without_id(&self, place: &str) {
-        if self.figures.is_first_without_id(place) {
+    fn warn_without_id(&self, location: &str) {
+        if self.counters.is_first_without_id(location) {
             tracing::warn!(
-                expected = place,
-                "a message has no id and goes by a digest of its content: two equal messages count as one. Further \
-                 messages without an id are only counted"
+                expected = location,
+                "message without an id: keyed by a digest of its content, so equal messages count as one; further ones \
+                 are counted in without_id and not logged"
             );
         }
     }
 
-    /// The key is in progress, or held.
-    async fn send_away<D: Delivery>(&self, delivery: D, other: InProgress) -> Result<Settled, Unsettled<D::Error>> {
-        if let Some(Returned { returns, over }) = self.is_enough(&delivery) {
+    /// The key is in progress or held.
+    async fn retry_in_progress<D: Delivery>(
+        &self,
+        delivery: D,
+        other: InProgress,
+    ) -> Result<Outcome, AckError<D::Error>> {
+        if let Some(Exceeded { redeliveries, elapsed }) = self.count_redelivery(&delivery) {
             let reason = match other.retry_after {
-                Some(_) => format!("its key {} is still in progress (attempt {})", delivery.key(), other.attempt),
-                None => format!("its key {} is held: resolve it, then deliver the message again", delivery.key()),
+                Some(_) => format!("key {} is still in progress (attempt {})", delivery.key(), other.attempt),
+                None => format!("key {} is held for resolution: resolve it, then redrive the message", delivery.key()),
             };
-            return self.refuse(delivery, GivenUp { returns, over, reason }).await;
+            let error = RedeliveryTimeout { redeliveries, elapsed, reason };
+            return self.reject_without_attempt(delivery, error).await;
         }
-        let retry_after = other.retry_after.map_or(self.longest_wait, |rest| rest.min(self.longest_wait));
-        told(delivery.retry_after(retry_after).await, Settled::InProgress { retry_after })
+        let retry_after = other.retry_after.map_or(self.max_retry_after, |rest| rest.min(self.max_retry_after));
+        answered(delivery.retry_after(retry_after).await, Outcome::InProgress { retry_after })
     }
 
-    /// The timestamp is further ahead than one message may push stream time.
-    async fn wait_for_time<D: Delivery>(&self, delivery: D, error: Error) -> Result<Settled, Unsettled<D::Error>> {
-        match self.is_enough(&delivery) {
-            Some(Returned { returns, over }) => {
+    /// The timestamp is further ahead than one message may advance stream time.
+    async fn retry_too_far_ahead<D: Delivery>(&self, delivery: D, error: Error) -> Result<Outcome, AckError<D::Error>> {
+        match self.count_redelivery(&delivery) {
+            Some(Exceeded { redeliveries, elapsed }) => {
                 let reason = error.to_string();
-                self.refuse(delivery, GivenUp { returns, over, reason }).await
+                self.reject_without_attempt(delivery, RedeliveryTimeout { redeliveries, elapsed, reason }).await
             }
-            None => self.lost(delivery, error).await,
+            None => self.retry_after_error(delivery, error).await,
         }
     }
 
-    fn is_enough<D: Delivery>(&self, delivery: &D) -> Option<Returned> {
-        self.returning.is_enough(&delivery.key(), self.attempts, self.give_up_after, Instant::now())
+    fn count_redelivery<D: Delivery>(&self, delivery: &D) -> Option<Exceeded> {
+        self.redeliveries.count(&delivery.key(), self.attempts, self.redelivery_timeout, Instant::now())
     }
 
-    /// Rejects a delivery without an attempt.
-    async fn refuse<D: Delivery>(
+    async fn reject_without_attempt<D: Delivery>(
         &self,
         delivery: D,
         error: impl std::error::Error + Send + Sync + 'static,
-    ) -> Result<Settled, Unsettled<D::Error>> {
-        let why = error.to_string();
-        tracing::warn!(why, "a delivery was rejected without an attempt");
-        let rejected = delivery.reject(&why).await;
-        told(rejected, Settled::Rejected { failure: Some(Failure::permanent(error)), attempts: 0 })
+    ) -> Result<Outcome, AckError<D::Error>> {
+        let reason = error.to_string();
+        tracing::warn!(reason, "delivery rejected without an attempt");
+        let rejected = delivery.reject(&reason).await;
+        answered(rejected, Outcome::Rejected { failure: Some(Failure::permanent(error)), attempts: 0 })
     }
 
-    async fn work<D: Delivery, R: Into<Vec<u8>>>(
+    async fn run<D: Delivery, R: Into<Vec<u8>>>(
         &self,
         delivery: D,
         mut lease: Lease,
-        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
-    ) -> Result<Settled, Unsettled<D::Error>> {
-        let mut job = Job::of(&lease);
-        let outcome = match lease.keep_alive().during(caught(async { work(&delivery, &mut job).await })).await {
-            Ok(outcome) => outcome,
-            Err(error) => return self.lost(delivery, error).await,
+        work: impl AsyncFnOnce(&D, &mut Attempt) -> Result<R, Failure>,
+    ) -> Result<Outcome, AckError<D::Error>> {
+        let mut attempt = Attempt::of(&lease);
+        let run = catch_panics(async { work(&delivery, &mut attempt).await });
+        let result = match lease.keep_alive().during(run).await {
+            Ok(result) => result,
+            Err(error) => return self.retry_after_error(delivery, error).await,
         };
-        let failure = match outcome {
-            Ok(result) => return self.complete(delivery, lease, result.into(), job.into_tx()).await,
+        let failure = match result {
+            Ok(result) => return self.complete(delivery, lease, result.into(), attempt.into_side_writes()).await,
             Err(failure) => failure,
         };
-        let attempt = lease.attempt();
-        if failure.is_permanent() || attempt >= self.attempts {
-            return self.reject(delivery, lease, attempt, Some(failure)).await;
+        let number = lease.attempt();
+        if failure.is_permanent() || number >= self.attempts {
+            return self.reject(delivery, lease, number, Some(failure)).await;
         }
-        let retry_after = self.backoff_after(attempt);
-        report(lease.fail(failure.is_unknown(), Again::Counted, retry_after).await);
-        told(delivery.retry_after(retry_after).await, Settled::Failed { failure, attempt, retry_after })
+        let retry_after = self.backoff_after(number);
+        log_release(lease.fail(failure.is_unknown(), Again::Counted, retry_after).await);
+        answered(delivery.retry_after(retry_after).await, Outcome::Failed { failure, attempt: number, retry_after })
     }
 
     async fn complete<D: Delivery>(
@@ -305,69 +310,68 @@ impl Processor {
         delivery: D,
         lease: Lease,
         result: Vec<u8>,
-        tx: Tx,
-    ) -> Result<Settled, Unsettled<D::Error>> {
-        let takes_along = tx.len() > 0;
-        let completed = if takes_along {
-            lease.complete_with(result, |with| *with = tx).await
+        side_writes: Tx,
+    ) -> Result<Outcome, AckError<D::Error>> {
+        let has_side_writes = side_writes.len() > 0;
+        let completed = if has_side_writes {
+            lease.complete_with(result, |writes| *writes = side_writes).await
         } else {
             lease.complete(result).await
         };
-        // A lease that is given back is dropped: the next attempt is told.
+        // Dropping the error drops its lease: the next attempt reports `may_have_happened`.
         let error = match completed {
-            Ok(()) => return told(delivery.ack().await, Settled::Done),
+            Ok(()) => return answered(delivery.ack().await, Outcome::Done),
             Err(failed) => failed.error().clone(),
         };
-        let overtaken = matches!(error, Error::Superseded { .. });
-        if self.on_store_failure == OnStoreFailure::FailOpen && !overtaken && !takes_along {
-            self.count_unguarded(&error);
-            return told(delivery.ack().await, Settled::Unguarded { error });
+        let superseded = matches!(error, Error::Superseded { .. });
+        if self.on_store_failure == OnStoreFailure::FailOpen && !superseded && !has_side_writes {
+            self.count_fail_open(&error);
+            return answered(delivery.ack().await, Outcome::FailedOpen { error });
         }
-        self.lost(delivery, error).await
+        self.retry_after_error(delivery, error).await
     }
 
-    /// The queue first: as long as it has not taken the rejection, the key remembers its attempts.
+    /// Rejects in the queue first: until the queue has taken the rejection, the key keeps its attempts.
     async fn reject<D: Delivery>(
         &self,
         delivery: D,
         mut lease: Lease,
         attempts: u32,
         failure: Option<Failure>,
-    ) -> Result<Settled, Unsettled<D::Error>> {
-        let why = match &failure {
+    ) -> Result<Outcome, AckError<D::Error>> {
+        let reason = match &failure {
             Some(failure) => format!("attempt {attempts}: {failure}"),
-            None => format!("attempt {attempts} did not come to an end"),
+            None => format!("attempt {attempts} crashed or was interrupted"),
         };
-        let in_doubt = failure.as_ref().is_some_and(Failure::is_unknown);
-        // A queue may take its time over dead letters, and what the work has left of the lease may be little.
+        let is_unknown = failure.as_ref().is_some_and(Failure::is_unknown);
+        // The rejection may take longer than the rest of the lease.
         let alive = lease.keep_alive();
-        let rejected = delivery.reject(&why).await;
+        let rejected = delivery.reject(&reason).await;
         drop(alive);
         let again = if rejected.is_ok() { Again::Anew } else { Again::Counted };
-        report(lease.fail(in_doubt, again, Duration::ZERO).await);
-        tracing::warn!(attempts, why, "a delivery was given up");
-        told(rejected, Settled::Rejected { failure, attempts })
+        log_release(lease.fail(is_unknown, again, Duration::ZERO).await);
+        tracing::warn!(attempts, reason, "delivery rejected after its last attempt");
+        answered(rejected, Outcome::Rejected { failure, attempts })
     }
 
-    /// The lease is lost, or the result could not be stored under it.
-    async fn lost<D: Delivery>(&self, delivery: D, error: Error) -> Result<Settled, Unsettled<D::Error>> {
-        let retry_after = self.longest_wait;
-        let settled = match error {
-            Error::Superseded { .. } => Settled::Superseded { retry_after },
-            error => Settled::StoreFailed { error, retry_after },
+    /// Requests redelivery because the lease is lost or the store failed.
+    async fn retry_after_error<D: Delivery>(&self, delivery: D, error: Error) -> Result<Outcome, AckError<D::Error>> {
+        let retry_after = self.max_retry_after;
+        let outcome = match error {
+            Error::Superseded { .. } => Outcome::Superseded { retry_after },
+            error => Outcome::StoreFailed { error, retry_after },
         };
-        told(delivery.retry_after(retry_after).await, settled)
+        answered(delivery.retry_after(retry_after).await, outcome)
     }
 
-    /// The key could not be claimed.
-    async fn unclaimed<D: Delivery, R: Into<Vec<u8>>>(
+    async fn claim_failed<D: Delivery, R: Into<Vec<u8>>>(
         &self,
         delivery: D,
-        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+        work: impl AsyncFnOnce(&D, &mut Attempt) -> Result<R, Failure>,
         error: Error,
-    ) -> Result<Settled, Unsettled<D::Error>> {
+    ) -> Result<Outcome, AckError<D::Error>> {
         match (&error, self.on_store_failure) {
-            // It is the delivery that is at fault, and stays so.
+            // The delivery itself is invalid: a retry cannot succeed.
             (
                 Error::KeyEmpty { .. }
                 | Error::KeyTooLong { .. }
@@ -377,72 +381,73 @@ impl Processor {
                 | Error::TimestampUnit { .. }
                 | Error::TooOld { .. },
                 _,
-            ) => self.refuse(delivery, error).await,
-            (Error::TooFarAhead { .. }, _) => self.wait_for_time(delivery, error).await,
-            (Error::TooManyInFlight { .. }, _) | (_, OnStoreFailure::FailClosed) => self.lost(delivery, error).await,
-            (_, OnStoreFailure::FailOpen) => self.work_unguarded(delivery, work, error).await,
+            ) => self.reject_without_attempt(delivery, error).await,
+            (Error::TooFarAhead { .. }, _) => self.retry_too_far_ahead(delivery, error).await,
+            (Error::TooManyInFlight { .. }, _) | (_, OnStoreFailure::FailClosed) => {
+                self.retry_after_error(delivery, error).await
+            }
+            (_, OnStoreFailure::FailOpen) => self.run_without_lease(delivery, work, error).await,
         }
     }
 
-    async fn work_unguarded<D: Delivery, R: Into<Vec<u8>>>(
+    async fn run_without_lease<D: Delivery, R: Into<Vec<u8>>>(
         &self,
         delivery: D,
-        work: impl AsyncFnOnce(&D, &mut Job) -> Result<R, Failure>,
+        work: impl AsyncFnOnce(&D, &mut Attempt) -> Result<R, Failure>,
         error: Error,
-    ) -> Result<Settled, Unsettled<D::Error>> {
-        self.count_unguarded(&error);
-        let mut job = Job::unguarded();
-        match caught(async { work(&delivery, &mut job).await }).await {
-            Ok(_) if job.into_tx().len() > 0 => self.lost(delivery, error).await,
-            Ok(_) => told(delivery.ack().await, Settled::Unguarded { error }),
+    ) -> Result<Outcome, AckError<D::Error>> {
+        self.count_fail_open(&error);
+        let mut attempt = Attempt::without_lease();
+        match catch_panics(async { work(&delivery, &mut attempt).await }).await {
+            Ok(_) if attempt.into_side_writes().len() > 0 => self.retry_after_error(delivery, error).await,
+            Ok(_) => answered(delivery.ack().await, Outcome::FailedOpen { error }),
             Err(failure) if failure.is_permanent() => {
                 let rejected = delivery.reject(&failure.to_string()).await;
-                told(rejected, Settled::Rejected { failure: Some(failure), attempts: 1 })
+                answered(rejected, Outcome::Rejected { failure: Some(failure), attempts: 1 })
             }
-            // The store counts no attempts now.
-            Err(failure) => match self.is_enough(&delivery) {
-                Some(Returned { returns, over }) => {
+            // The failed store counts no attempts; the redelivery timeout limits them.
+            Err(failure) => match self.count_redelivery(&delivery) {
+                Some(Exceeded { redeliveries, elapsed }) => {
                     let reason = failure.to_string();
-                    self.refuse(delivery, GivenUp { returns, over, reason }).await
+                    self.reject_without_attempt(delivery, RedeliveryTimeout { redeliveries, elapsed, reason }).await
                 }
                 None => {
-                    let retry_after = self.backoff_first;
-                    let failed = Settled::Failed { failure, attempt: 1, retry_after };
-                    told(delivery.retry_after(retry_after).await, failed)
+                    let retry_after = self.min_backoff;
+                    let failed = Outcome::Failed { failure, attempt: 1, retry_after };
+                    answered(delivery.retry_after(retry_after).await, failed)
                 }
             },
         }
     }
 
-    fn count_unguarded(&self, error: &Error) {
-        self.unguarded.fetch_add(1, Ordering::Relaxed);
+    fn count_fail_open(&self, error: &Error) {
+        self.fail_open_count.fetch_add(1, Ordering::Relaxed);
         self.store.count_fail_open();
-        tracing::warn!(%error, "the store failed, and work goes on without it: what is delivered twice is done twice");
+        tracing::warn!(%error, "store unavailable, processing without deduplication (fail-open)");
     }
 
     fn backoff_after(&self, attempt: u32) -> Duration {
         let factor = 1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX);
-        self.backoff_first.saturating_mul(factor).min(self.backoff_most)
+        self.min_backoff.saturating_mul(factor).min(self.max_backoff)
     }
 }
 
-fn told<E>(answer: Result<(), E>, settled: Settled) -> Result<Settled, Unsettled<E>> {
+fn answered<E>(answer: Result<(), E>, outcome: Outcome) -> Result<Outcome, AckError<E>> {
     match answer {
-        Ok(()) => Ok(settled),
-        Err(error) => Err(Unsettled { settled, error }),
+        Ok(()) => Ok(outcome),
+        Err(error) => Err(AckError { outcome, error }),
     }
 }
 
-/// Nothing is lost when a key is not let go: its lease is dropped, or was taken over.
-fn report(let_go: crate::error::Result<()>) {
-    if let Err(error) = let_go {
-        tracing::warn!(%error, "the key of a failed delivery could not be let go");
+/// A failed release loses nothing: the lease is dropped, or another holder took it over.
+fn log_release(released: crate::error::Result<()>) {
+    if let Err(error) = released {
+        tracing::warn!(%error, "failed to release the lease of a failed delivery");
     }
 }
 
-/// The work, with its panics as failures. What it shares with others it may leave half done, as with any panic of a
-/// task.
-async fn caught<R>(work: impl Future<Output = Result<R, Failure>>) -> Result<R, Failure> {
+/// Converts panics of the work to failures. As after any panic of a task, state that the work shares may be inconsistent.
+async fn catch_panics<R>(work: impl Future<Output = Result<R, Failure>>) -> Result<R, Failure> {
     let mut work = pin!(work);
     poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
         Ok(poll) => poll,
@@ -456,7 +461,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_backoff_doubles_up_to_its_most_however_many_attempts_there_are() {
+    fn the_backoff_doubles_up_to_its_maximum_for_any_number_of_attempts() {
         let dir = tempfile::tempdir().unwrap();
         let store = crate::Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
         let processor = Processor::new(Store::new(store).unwrap());

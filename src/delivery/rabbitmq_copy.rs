@@ -3,69 +3,70 @@
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-/// The header of a dead letter that says why it is one.
-pub const DEAD_WHY: &str = "onlyonce-why";
-/// What begins the headers that a copy has beside its own.
-const ADDED: &str = "onlyonce-";
-/// Bytes of properties that fit in the smallest frame that a client and a broker may agree on, which has 4,096.
-const FRAME_LEAST: usize = 4_000;
+/// Header of a dead letter: the reason of the rejection.
+pub const REASON_HEADER: &str = "onlyonce-reason";
+/// Prefix of the headers that a copy adds.
+const PREFIX: &str = "onlyonce-";
+/// Bytes of properties that fit in a frame of 4,096 bytes, the smallest that the protocol allows.
+const MIN_FRAME_PROPERTIES: usize = 4_000;
 
-/// The properties of a copy. What is a directive to the broker, or checked against the connection, is moved to a header under
-/// another name:
+/// The properties of a copy. Properties that are directives to the broker, or that it checks against the connection, become
+/// headers with a prefix:
 ///
-/// - `user_id`: the broker closes the channel of a publisher that has another name.
+/// - `user_id`: the broker closes the channel of a publisher with another user.
 /// - `expiration`: the copy would leave the retry queue too early, and dead letters would expire.
-/// - `reply_to`, where it asks for an answer on the publisher's own channel: the broker closes any other one.
-/// - the headers `CC` and `BCC`: the copy would be routed to their queues, too.
+/// - `reply_to` with the direct reply-to queue: the broker closes a channel without such a consumer.
+/// - the headers `CC` and `BCC`: the broker would route the copy to these queues as well.
 ///
-/// What the broker notes about deliveries is left out, for it writes it again. With the `x-death` of an earlier expiry it
-/// would take the way back from a retry queue for a cycle, and drop the message.
+/// Headers that the broker writes about deliveries are left out. With the `x-death` of an earlier expiry the broker would
+/// take the return from a retry queue for a cycle, and drop the message.
 ///
-/// A frame must hold all properties. Ours are added where the smallest frame has room for all, or where they are no longer
-/// than those that came.
-pub(super) fn copied(own: &BasicProperties, why: Option<&str>) -> BasicProperties {
+/// All properties must fit in one frame. Our headers are added if all properties fit in the smallest frame or are no larger
+/// than the original ones.
+pub(super) fn copy_properties(own: &BasicProperties, reason: Option<&str>) -> BasicProperties {
     let text = |text: &str| AMQPValue::LongString(text.into());
     let mut headers = FieldTable::default();
-    // The reason first: it is what a person looks for, should there be no room for all.
-    let mut ours: Vec<(String, AMQPValue)> = why.map(|why| (DEAD_WHY.to_owned(), text(why))).into_iter().collect();
+    // The reason first: it is the most useful one if not all fit.
+    let mut ours: Vec<(String, AMQPValue)> =
+        reason.map(|reason| (REASON_HEADER.to_owned(), text(reason))).into_iter().collect();
     for (name, value) in own.headers().iter().flatten() {
         match name.as_str() {
-            DEAD_WHY => {}
-            "CC" | "BCC" => ours.push((format!("{ADDED}{name}"), value.clone())),
-            name if BROKERS.iter().any(|start| name.starts_with(start)) => {}
+            REASON_HEADER => {}
+            "CC" | "BCC" => ours.push((format!("{PREFIX}{name}"), value.clone())),
+            name if BROKER_PREFIXES.iter().any(|start| name.starts_with(start)) => {}
             _ => {
                 headers.insert(name.clone(), value.clone());
             }
         }
     }
-    let asks_its_channel = |to: &&ShortString| to.as_str() == DIRECT_REPLY;
+    let is_direct_reply = |to: &&ShortString| to.as_str() == DIRECT_REPLY;
     let moved = [
         ("user-id", own.user_id().as_ref()),
         ("expiration", own.expiration().as_ref()),
-        ("reply-to", own.reply_to().as_ref().filter(asks_its_channel)),
+        ("reply-to", own.reply_to().as_ref().filter(is_direct_reply)),
     ];
-    ours.extend(moved.into_iter().filter_map(|(name, value)| Some((format!("{ADDED}{name}"), text(value?.as_str())))));
-    let copy = plain(own, own.reply_to().as_ref().filter(|to| !asks_its_channel(to)));
-    let room = size(own).max(FRAME_LEAST);
+    ours.extend(moved.into_iter().filter_map(|(name, value)| Some((format!("{PREFIX}{name}"), text(value?.as_str())))));
+    let copy = plain_properties(own, own.reply_to().as_ref().filter(|to| !is_direct_reply(to)));
+    let max_size = size(own).max(MIN_FRAME_PROPERTIES);
     let mut bytes = size(&copy) + table_size(&headers);
     for (name, value) in ours {
-        let larger = bytes + 2 + name.len() + value_size(&value);
-        if larger <= room && !headers.contains_key(&name) {
+        let with_header = bytes + 2 + name.len() + value_size(&value);
+        if with_header <= max_size && !headers.contains_key(&name) {
             headers.insert(name.into(), value);
-            bytes = larger;
+            bytes = with_header;
         }
     }
     if headers.inner().is_empty() { copy } else { copy.with_headers(headers) }
 }
 
-/// Headers that the broker writes itself, or what they begin with.
-const BROKERS: [&str; 5] = ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
-/// The queue that stands for the channel of whoever publishes.
+/// Prefixes of the headers that the broker writes.
+const BROKER_PREFIXES: [&str; 5] =
+    ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
+/// The pseudo-queue for replies on the publisher's own channel.
 const DIRECT_REPLY: &str = "amq.rabbitmq.reply-to";
 
-/// The properties that say nothing to the broker that would be wrong for a copy: its priority and whether it outlives the
-/// broker are among them. Without headers.
-fn plain(own: &BasicProperties, reply_to: Option<&ShortString>) -> BasicProperties {
+/// The properties that mean the same for a copy, such as the priority and the delivery mode. Without headers.
+fn plain_properties(own: &BasicProperties, reply_to: Option<&ShortString>) -> BasicProperties {
     type Text = (fn(BasicProperties, ShortString) -> BasicProperties, Option<ShortString>);
     let texts: [Text; 8] = [
         (BasicProperties::with_content_type, own.content_type().clone()),
@@ -94,7 +95,7 @@ fn plain(own: &BasicProperties, reply_to: Option<&ShortString>) -> BasicProperti
     copy
 }
 
-/// Bytes of properties in a frame, the largest that they can be.
+/// Upper bound of the size of properties in a frame, in bytes.
 fn size(properties: &BasicProperties) -> usize {
     let texts = [
         properties.content_type(),
@@ -109,7 +110,7 @@ fn size(properties: &BasicProperties) -> usize {
         properties.cluster_id(),
     ];
     let texts: usize = texts.into_iter().flatten().map(|text| 1 + text.as_str().len()).sum();
-    // The flags, the mode, the priority and the time.
+    // Flags, delivery mode, priority and timestamp.
     12 + texts + properties.headers().as_ref().map_or(0, table_size)
 }
 
@@ -133,7 +134,7 @@ fn value_size(value: &AMQPValue) -> usize {
 mod tests {
     use super::*;
 
-    const WHY: &str = "no such order";
+    const REASON: &str = "no such order";
 
     fn text(text: &str) -> AMQPValue {
         AMQPValue::LongString(text.into())
@@ -147,7 +148,7 @@ mod tests {
         table
     }
 
-    /// All properties that there are.
+    /// Every property is set.
     fn full() -> BasicProperties {
         BasicProperties::default()
             .with_content_type("application/json".into())
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_has_no_property_that_the_broker_acts_upon_or_checks() {
+    fn a_copy_has_no_property_that_the_broker_acts_on_or_checks() {
         let cc = AMQPValue::FieldArray(vec![text("audit")].into());
         let death = AMQPValue::FieldArray(vec![AMQPValue::FieldTable(table(&[("queue", text("orders"))]))].into());
         let own = full().with_headers(table(&[
@@ -179,7 +180,7 @@ mod tests {
             ("x-first-death-reason", text("expired")),
             ("x-last-death-exchange", text("")),
             ("x-delivery-count", AMQPValue::LongLongInt(3)),
-            (DEAD_WHY, text("an earlier rejection")),
+            (REASON_HEADER, text("an earlier rejection")),
         ]));
         let moved = [
             ("tenant", text("a")),
@@ -190,11 +191,14 @@ mod tests {
             ("onlyonce-expiration", text("100")),
         ];
         let kept = full();
-        for (why, more) in [(None, &[][..]), (Some(WHY), &[(DEAD_WHY, text(WHY))])] {
-            let copy = copied(&own, why);
+        for (reason, more) in [(None, &[][..]), (Some(REASON), &[(REASON_HEADER, text(REASON))])] {
+            let copy = copy_properties(&own, reason);
             assert_eq!(copy.headers().as_ref(), Some(&table(&[&moved[..], more].concat())));
             assert_eq!((copy.user_id(), copy.expiration()), (&None, &None));
-            assert_eq!(copy, plain(&kept, kept.reply_to().as_ref()).with_headers(copy.headers().clone().unwrap()));
+            assert_eq!(
+                copy,
+                plain_properties(&kept, kept.reply_to().as_ref()).with_headers(copy.headers().clone().unwrap())
+            );
             assert_eq!(
                 (copy.message_id(), copy.timestamp(), copy.kind()),
                 (kept.message_id(), kept.timestamp(), kept.kind())
@@ -202,32 +206,34 @@ mod tests {
             assert_eq!((copy.delivery_mode(), copy.priority()), (kept.delivery_mode(), kept.priority()));
             assert_eq!((copy.reply_to(), copy.app_id()), (kept.reply_to(), kept.app_id()));
         }
-        // A copy of a copy, after it came back, is the same.
-        let copy = copied(&own, None);
-        assert_eq!(copied(&copy, None), copy);
-        assert_eq!(copied(&BasicProperties::default(), None), BasicProperties::default());
+        // Copying a copy changes nothing.
+        let copy = copy_properties(&own, None);
+        assert_eq!(copy_properties(&copy, None), copy);
+        assert_eq!(copy_properties(&BasicProperties::default(), None), BasicProperties::default());
     }
 
     #[test]
-    fn a_reply_to_the_publishers_own_channel_is_moved_and_any_other_kept() {
+    fn a_direct_reply_to_is_moved_to_a_header_and_any_other_is_kept() {
         let own = BasicProperties::default().with_reply_to(DIRECT_REPLY.into());
-        let copy = copied(&own, None);
+        let copy = copy_properties(&own, None);
         assert_eq!(copy.reply_to(), &None);
         assert_eq!(copy.headers().as_ref(), Some(&table(&[("onlyonce-reply-to", text(DIRECT_REPLY))])));
-        // What the broker makes of it for the consumer may be answered from anywhere.
+        // The address that the broker gives to the consumer works from any channel.
         let own = BasicProperties::default().with_reply_to("amq.rabbitmq.reply-to.g1h2AA5y".into());
-        assert_eq!(copied(&own, None), own);
+        assert_eq!(copy_properties(&own, None), own);
     }
 
     #[test]
-    fn ours_are_left_out_where_the_smallest_frame_would_have_no_room_and_the_users_never() {
+    fn our_headers_are_left_out_if_the_smallest_frame_cannot_hold_them_and_the_users_never() {
         let headers =
             |bytes: usize| BasicProperties::default().with_headers(table(&[("tenant", text(&"t".repeat(bytes)))]));
-        let has = |bytes| copied(&headers(bytes), Some(WHY)).headers().as_ref().unwrap().contains_key(DEAD_WHY);
-        assert!(has(10) && has(FRAME_LEAST - 100) && !has(FRAME_LEAST) && !has(100_000));
+        let has = |bytes| {
+            copy_properties(&headers(bytes), Some(REASON)).headers().as_ref().unwrap().contains_key(REASON_HEADER)
+        };
+        assert!(has(10) && has(MIN_FRAME_PROPERTIES - 100) && !has(MIN_FRAME_PROPERTIES) && !has(100_000));
         let (large, small) = (headers(100_000).with_user_id("shop".into()), headers(10));
-        let copy = copied(&large, Some(WHY));
+        let copy = copy_properties(&large, Some(REASON));
         assert!(size(&copy) <= size(&large) && copy.headers().as_ref().unwrap().contains_key("tenant"));
-        assert!(size(&copied(&small, Some(&"w".repeat(1_000)))) <= FRAME_LEAST);
+        assert!(size(&copy_properties(&small, Some(&"w".repeat(1_000)))) <= MIN_FRAME_PROPERTIES);
     }
 }

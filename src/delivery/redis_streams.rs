@@ -1,7 +1,7 @@
-//! Deliveries of a Redis stream, for a consumer group. Behind the feature `redis-streams`.
+//! Deliveries of a Redis stream, for a consumer group. Needs the feature `redis-streams`.
 //!
-//! `docs/brokers/redis-streams.md` says which duplicates a stream makes, which key to choose, and what is not done
-//! here.
+//! `docs/brokers/redis-streams.md` describes the duplicates of a stream, the choice of the key, and the limits of the
+//! adapter.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,19 +13,22 @@ use redis::streams::{StreamAutoClaimOptions, StreamClaimOptions, StreamReadOptio
 use redis::{AsyncCommands, AsyncConnectionConfig, Client, RedisError, RedisResult, Value};
 
 use super::message::{Delivery, KeyOrigin, key_of, reason_line};
-use super::redis_reply::{Found, Read, claimed, new};
-use super::setting::SettingError;
+use super::redis_reply::{ReplyEntry, StoredEntry, decode_xautoclaim, decode_xreadgroup};
+use super::setting_error::SettingError;
 use crate::clock::millis;
 use crate::key::Key;
 
-/// How long an answer of the server may take. A read may take as much longer as it blocks.
-const RESPONSE: Duration = Duration::from_secs(5);
-/// What begins the fields that a dead letter has beside its own.
-const ADDED: &[u8] = b"onlyonce.";
-const WHY: &[u8] = b"onlyonce.why";
-const FROM: &[u8] = b"onlyonce.from";
+/// Field of a dead letter: the reason of the rejection.
+pub const REASON_FIELD: &str = "onlyonce.reason";
+/// Field of a dead letter: the id of the rejected entry in its stream.
+pub const SOURCE_FIELD: &str = "onlyonce.source";
 
-/// A member of a consumer group, which reads what is new and claims what others have left lying. Made by a [`Builder`].
+/// Timeout of a server reply. A read has the block time in addition.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Prefix of the fields that a dead letter adds.
+const PREFIX: &[u8] = b"onlyonce.";
+
+/// A member of a consumer group, which reads new entries and claims idle pending ones. Made by a [`Builder`].
 pub struct Consumer {
     client: Client,
     queue: Arc<Queue>,
@@ -33,13 +36,13 @@ pub struct Consumer {
     batch: usize,
     block: Duration,
     connections: Option<Connections>,
-    /// Where the next look at pending entries begins.
+    /// Where the next scan of pending entries starts.
     cursor: Vec<u8>,
     ready: VecDeque<Entry>,
 }
 
 struct Connections {
-    /// A read blocks all that comes behind it, so that answers have a connection of their own.
+    /// A blocking read delays later commands of its connection, so that answers need one of their own.
     reads: MultiplexedConnection,
     answers: MultiplexedConnection,
 }
@@ -47,20 +50,20 @@ struct Connections {
 struct Queue {
     stream: String,
     group: String,
-    dead: String,
+    dead_letters: String,
     id_field: String,
     payload_field: String,
     idle_ms: usize,
 }
 
-/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+/// Settings of a [`Consumer`], each with a default. Made by [`Consumer::builder`].
 #[must_use = "call `build` to get the consumer"]
 pub struct Builder {
     client: Client,
     stream: String,
     group: String,
     name: String,
-    dead: Option<String>,
+    dead_letters: Option<String>,
     id_field: String,
     payload_field: String,
     idle: Duration,
@@ -69,82 +72,81 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// The field that holds the idempotency key, `id` by default. Entries without it go by the digest of their fields.
+    /// The field with the idempotency key, `id` by default. Entries without it are keyed by a digest of their fields.
     pub fn id_field(mut self, field: &str) -> Self {
         field.clone_into(&mut self.id_field);
         self
     }
 
-    /// The field that is [`payload`](Delivery::payload), `payload` by default. [`Entry::field`] gives the others.
+    /// The field that is the [`payload`](Delivery::payload), `payload` by default. [`Entry::field`] returns the others.
     pub fn payload_field(mut self, field: &str) -> Self {
         field.clone_into(&mut self.payload_field);
         self
     }
 
-    /// The stream for dead letters, by default that of the stream with `.dead` behind. On a cluster both must be in one
-    /// slot.
+    /// The stream for dead letters, `STREAM.dead` by default. On a cluster both must be in one slot.
     pub fn dead_letters(mut self, stream: &str) -> Self {
-        self.dead = Some(stream.to_owned());
+        self.dead_letters = Some(stream.to_owned());
         self
     }
 
-    /// After what time without an answer an entry is delivered again, one minute by default. Longer than the work
-    /// usually takes, shorter than a crash may hold an entry up. No delivery stays away longer than this.
+    /// The time without an answer after which an entry is delivered again, 1 minute by default. Set it longer than the work
+    /// usually takes, and shorter than an entry may wait after a crash. It limits the delay of a retry.
     pub fn idle(mut self, idle: Duration) -> Self {
         self.idle = idle;
         self
     }
 
-    /// How many entries a read takes at most, 100 by default, and how long it waits for the first, half a second by
-    /// default. Whatever is to come back comes back so much later.
+    /// The maximum number of entries per read, 100 by default, and how long a read waits for the first one, half a second by
+    /// default. Redeliveries are late by up to this wait.
     pub fn reads(mut self, batch: usize, block: Duration) -> Self {
         (self.batch, self.block) = (batch, block);
         self
     }
 
-    /// The consumer. Connects to nothing yet.
+    /// Builds the consumer. Does not connect yet.
     ///
     /// # Errors
     ///
-    /// A name that is empty, a dead letter stream that is the stream itself, an idle time or a wait below one millisecond,
-    /// or a batch of none.
+    /// For an empty name, a dead letter stream that is the stream itself, an idle time or a wait below 1 millisecond, or a
+    /// batch of 0.
     pub fn build(self) -> Result<Consumer, SettingError> {
-        let Self { client, stream, group, name, dead, id_field, payload_field, idle, batch, block } = self;
-        let dead = dead.unwrap_or_else(|| format!("{stream}.dead"));
+        let Self { client, stream, group, name, dead_letters, id_field, payload_field, idle, batch, block } = self;
+        let dead_letters = dead_letters.unwrap_or_else(|| format!("{stream}.dead"));
         let names = [
             ("stream", &stream),
             ("group", &group),
             ("name", &name),
-            ("dead_letters", &dead),
+            ("dead_letters", &dead_letters),
             ("id_field", &id_field),
             ("payload_field", &payload_field),
         ];
         for (setting, name) in names {
-            SettingError::unless(!name.is_empty(), setting, "empty", "a name")?;
+            SettingError::check(!name.is_empty(), setting, "empty", "a name")?;
         }
-        SettingError::unless(dead != stream, "dead_letters", &dead, "another stream than that of the consumer")?;
+        let is_other = dead_letters != stream;
+        SettingError::check(is_other, "dead_letters", &dead_letters, "a stream other than the consumed one")?;
         let millisecond = Duration::from_millis(1);
-        SettingError::unless(idle >= millisecond, "idle", format!("{idle:?}"), "1 ms or longer")?;
-        SettingError::unless(block >= millisecond, "reads", format!("{block:?}"), "a wait of 1 ms or longer")?;
-        SettingError::unless(batch > 0, "reads", batch, "a batch of at least one entry")?;
+        SettingError::check(idle >= millisecond, "idle", format!("{idle:?}"), "1 ms or longer")?;
+        SettingError::check(block >= millisecond, "reads", format!("{block:?}"), "a wait of 1 ms or longer")?;
+        SettingError::check(batch > 0, "reads", batch, "a batch of at least 1")?;
         let idle_ms = usize::try_from(millis(idle)).unwrap_or(usize::MAX);
-        let queue = Arc::new(Queue { stream, group, dead, id_field, payload_field, idle_ms });
+        let queue = Arc::new(Queue { stream, group, dead_letters, id_field, payload_field, idle_ms });
         let (cursor, ready) = (b"0-0".to_vec(), VecDeque::new());
         Ok(Consumer { client, queue, name, batch, block, connections: None, cursor, ready })
     }
 }
 
 impl Consumer {
-    /// A member of this name, which must differ from that of every other one that runs. Connects at the first
-    /// [`next`](Self::next), and makes the stream and the group where they are missing; the group begins with what is
-    /// in the stream.
+    /// A group member of this name, which must be unique among running members. The first [`next`](Self::next) connects,
+    /// and creates the stream and the group if they are missing; the new group starts at the first entry of the stream.
     pub fn builder(client: Client, stream: &str, group: &str, name: &str) -> Builder {
         Builder {
             client,
             stream: stream.to_owned(),
             group: group.to_owned(),
             name: name.to_owned(),
-            dead: None,
+            dead_letters: None,
             id_field: "id".to_owned(),
             payload_field: "payload".to_owned(),
             idle: Duration::from_secs(60),
@@ -153,30 +155,30 @@ impl Consumer {
         }
     }
 
-    /// The next entry: one that lay idle, or a new one. Waits for it.
+    /// Waits for the next entry: an idle pending one or a new one.
     ///
-    /// May be dropped: what was read meanwhile comes again after the idle time.
+    /// May be cancelled: entries that were read meanwhile are delivered again after the idle time.
     ///
     /// # Errors
     ///
-    /// What the server or the connection says. The next call connects anew.
+    /// Errors of the server or the connection. The next call reconnects.
     pub async fn next(&mut self) -> RedisResult<Entry> {
         loop {
             if let Some(entry) = self.ready.pop_front() {
                 return Ok(entry);
             }
-            // Put back only where all went well.
+            // Put back after success only, so that an error reconnects.
             let mut connections = match self.connections.take() {
                 Some(connections) => connections,
                 None => self.connect().await?,
             };
             let read = self.read(&mut connections).await?;
-            let entry = |read: Read| Entry {
+            let entry = |StoredEntry { id, fields }: StoredEntry| Entry {
                 queue: Arc::clone(&self.queue),
                 consumer: self.name.clone(),
                 answers: connections.answers.clone(),
-                id: read.id,
-                fields: read.fields,
+                id,
+                fields,
             };
             self.ready.extend(read.into_iter().map(entry));
             self.connections = Some(connections);
@@ -184,50 +186,54 @@ impl Consumer {
     }
 
     async fn connect(&self) -> RedisResult<Connections> {
-        let config = |wait| AsyncConnectionConfig::new().set_response_timeout(Some(wait));
-        let reads = config(self.block.saturating_add(RESPONSE));
-        let mut answers = self.client.get_multiplexed_async_connection_with_config(&config(RESPONSE)).await?;
-        let made: RedisResult<()> = answers.xgroup_create_mkstream(&self.queue.stream, &self.queue.group, "0").await;
-        match made {
+        let config = |timeout| AsyncConnectionConfig::new().set_response_timeout(Some(timeout));
+        let reads = config(self.block.saturating_add(RESPONSE_TIMEOUT));
+        let mut answers = self.client.get_multiplexed_async_connection_with_config(&config(RESPONSE_TIMEOUT)).await?;
+        let created: RedisResult<()> = answers.xgroup_create_mkstream(&self.queue.stream, &self.queue.group, "0").await;
+        match created {
             Err(error) if error.code() == Some("BUSYGROUP") => {}
-            made => made?,
+            created => created?,
         }
         Ok(Connections { reads: self.client.get_multiplexed_async_connection_with_config(&reads).await?, answers })
     }
 
-    async fn read(&mut self, connections: &mut Connections) -> RedisResult<Vec<Read>> {
+    async fn read(&mut self, connections: &mut Connections) -> RedisResult<Vec<StoredEntry>> {
         let Queue { stream, group, idle_ms, .. } = &*self.queue;
         let reads = &mut connections.reads;
         let options = StreamAutoClaimOptions::default().count(self.batch);
-        // Replies are taken apart here: the client takes one with a field name that is no UTF-8 for no reply at all.
+        // Decoded here: the client rejects the whole reply if one field name is not UTF-8.
         let reply: Value = reads.xautoclaim_options(stream, group, &self.name, *idle_ms, &self.cursor, options).await?;
-        let idle = claimed(reply)?;
+        let idle = decode_xautoclaim(reply)?;
         self.cursor = idle.cursor;
         if !idle.entries.is_empty() {
-            return self.sorted(idle.entries, connections).await;
+            return self.deliverable(idle.entries, connections).await;
         }
         let block_ms = usize::try_from(millis(self.block)).unwrap_or(usize::MAX).max(1);
         let options = StreamReadOptions::default().group(group, &self.name).count(self.batch).block(block_ms);
         let reply: Value = reads.xread_options(&[stream], &[">"], &options).await?;
-        self.sorted(new(reply)?, connections).await
+        self.deliverable(decode_xreadgroup(reply)?, connections).await
     }
 
-    /// The entries that can be handed out. What is left of the others is taken off the list of pending ones: an entry that
-    /// was deleted has nothing to deliver, and another shape than that of an entry cannot be stored in a stream.
-    async fn sorted(&self, found: Vec<Found>, connections: &mut Connections) -> RedisResult<Vec<Read>> {
+    /// Filters the entries that can be delivered. Acknowledges deleted entries, because they have nothing to deliver, and
+    /// skips malformed ones.
+    async fn deliverable(
+        &self,
+        entries: Vec<ReplyEntry>,
+        connections: &mut Connections,
+    ) -> RedisResult<Vec<StoredEntry>> {
         let Queue { stream, group, .. } = &*self.queue;
-        let mut good = Vec::with_capacity(found.len());
-        for found in found {
-            match found {
-                Found::Entry(read) => good.push(read),
-                Found::Empty(id) => {
-                    tracing::warn!(stream, id, "a pending entry is no longer in its stream: acknowledged");
+        let mut stored = Vec::with_capacity(entries.len());
+        for entry in entries {
+            match entry {
+                ReplyEntry::Stored(entry) => stored.push(entry),
+                ReplyEntry::Deleted(id) => {
+                    tracing::warn!(stream, id, "pending entry was deleted from its stream; acknowledged");
                     let () = connections.answers.xack(stream, group, &[&id]).await?;
                 }
-                Found::Odd => tracing::error!(stream, "a reply has something in it that is no entry: left out"),
+                ReplyEntry::Malformed => tracing::error!(stream, "malformed entry in a server reply; skipped"),
             }
         }
-        Ok(good)
+        Ok(stored)
     }
 }
 
@@ -237,40 +243,45 @@ pub struct Entry {
     consumer: String,
     answers: MultiplexedConnection,
     id: String,
-    /// In the order in which they were added.
+    /// In the order of `XADD`.
     fields: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Entry {
-    /// Its number in the stream: not its idempotency key, for a producer that sends again gets another one.
+    /// The id in the stream. Not the idempotency key: a message that the producer sends twice gets two ids.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// The bytes of a field, the first one of its name. Names may be any bytes.
+    /// The value of the first field with this name. Names may be any bytes.
     #[must_use]
     pub fn field(&self, name: impl AsRef<[u8]>) -> Option<&[u8]> {
         let name = name.as_ref();
         self.fields.iter().find(|(field, _)| field == name).map(|(_, bytes)| &**bytes)
     }
 
-    /// All fields and their values, in the order in which they were added.
+    /// All fields and their values, in the order of `XADD`.
     pub fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.fields.iter().map(|(name, bytes)| (&**name, &**bytes))
     }
 }
 
-/// The fields of a dead letter: those of the entry in their order, and ours, which take the place of earlier ones. No field
-/// is a directive to Redis.
-fn letter<'a>(fields: &'a [(Vec<u8>, Vec<u8>)], from: &'a [u8], why: &'a [u8]) -> Vec<(&'a [u8], &'a [u8])> {
-    let own = fields.iter().filter(|(name, _)| !name.starts_with(ADDED));
-    own.map(|(name, bytes)| (&**name, &**bytes)).chain([(WHY, why), (FROM, from)]).collect()
+/// The fields of a dead letter: those of the entry in their order, then ours, which replace earlier ones. No field is a
+/// directive to Redis.
+fn dead_letter_fields<'a>(
+    fields: &'a [(Vec<u8>, Vec<u8>)],
+    source: &'a str,
+    reason: &'a str,
+) -> Vec<(&'a [u8], &'a [u8])> {
+    let own = fields.iter().filter(|(name, _)| !name.starts_with(PREFIX)).map(|(name, bytes)| (&**name, &**bytes));
+    let ours = [(REASON_FIELD, reason), (SOURCE_FIELD, source)];
+    own.chain(ours.map(|(name, value)| (name.as_bytes(), value.as_bytes()))).collect()
 }
 
-/// What stands for an entry without an id: its fields, by name, without ours.
+/// The content of an entry without an id: its fields, sorted by name, without ours.
 fn content(fields: &[(Vec<u8>, Vec<u8>)]) -> Key<'static> {
-    let mut own: Vec<_> = fields.iter().filter(|(name, _)| !name.starts_with(ADDED)).collect();
+    let mut own: Vec<_> = fields.iter().filter(|(name, _)| !name.starts_with(PREFIX)).collect();
     own.sort();
     Key::composite(own.into_iter().flat_map(|(name, bytes)| [name, bytes]))
 }
@@ -287,7 +298,7 @@ impl Delivery for Entry {
         KeyOrigin::of(self.field(&self.queue.id_field))
     }
 
-    fn id_place(&self) -> String {
+    fn id_location(&self) -> String {
         format!("field `{}` of stream `{}`", self.queue.id_field, self.queue.stream)
     }
 
@@ -303,20 +314,20 @@ impl Delivery for Entry {
         self.answers.xack(&self.queue.stream, &self.queue.group, &[&self.id]).await
     }
 
-    /// The entry is given so much idle time that this wait is what is left of it.
-    async fn retry_after(mut self, wait: Duration) -> RedisResult<()> {
+    /// Sets the idle time of the entry so that it exceeds the limit after `delay`.
+    async fn retry_after(mut self, delay: Duration) -> RedisResult<()> {
         let Queue { stream, group, idle_ms, .. } = &*self.queue;
-        let idle_ms = idle_ms.saturating_sub(usize::try_from(millis(wait)).unwrap_or(usize::MAX));
+        let idle_ms = idle_ms.saturating_sub(usize::try_from(millis(delay)).unwrap_or(usize::MAX));
         let options = StreamClaimOptions::default().idle(idle_ms).with_justid();
         self.answers.xclaim_options(stream, group, &self.consumer, 0, &[&self.id], options).await
     }
 
-    async fn reject(mut self, why: &str) -> RedisResult<()> {
-        let why = reason_line(why);
-        let letter = letter(&self.fields, self.id.as_bytes(), why.as_bytes());
-        let Queue { stream, group, dead, .. } = &*self.queue;
-        // One after the other: in a transaction the acknowledgement would be made, too, where the letter is refused.
-        let () = self.answers.xadd(dead, "*", &letter).await?;
+    async fn reject(mut self, reason: &str) -> RedisResult<()> {
+        let reason = reason_line(reason);
+        let fields = dead_letter_fields(&self.fields, &self.id, &reason);
+        let Queue { stream, group, dead_letters, .. } = &*self.queue;
+        // Not a transaction: Redis would run the XACK even if it refuses the XADD.
+        let () = self.answers.xadd(dead_letters, "*", &fields).await?;
         self.answers.xack(stream, group, &[&self.id]).await
     }
 }
@@ -345,24 +356,29 @@ mod tests {
     fn a_dead_letter_has_all_fields_of_its_entry_in_their_order_and_ours_once() {
         let fields: Vec<(Vec<u8>, Vec<u8>)> = [
             (&b"tag"[..], &b"1"[..]),
-            (b"onlyonce.why", b"an earlier rejection"),
+            (b"onlyonce.reason", b"an earlier rejection"),
             (b"\xff", b"x"),
-            (b"onlyonce.from", b"0-1"),
+            (b"onlyonce.source", b"0-1"),
             (b"tag", b"2"),
         ]
         .map(|(name, value)| (name.to_vec(), value.to_vec()))
         .into();
-        let expected: [(&[u8], &[u8]); 5] =
-            [(b"tag", b"1"), (b"\xff", b"x"), (b"tag", b"2"), (WHY, b"no such order"), (FROM, b"7-0")];
-        assert_eq!(letter(&fields, b"7-0", b"no such order"), expected);
-        // Back from there it has the key that it had, in whatever order its fields are added.
-        let own: Vec<_> = fields.iter().filter(|(name, _)| !name.starts_with(ADDED)).rev().cloned().collect();
+        let expected: [(&[u8], &[u8]); 5] = [
+            (b"tag", b"1"),
+            (b"\xff", b"x"),
+            (b"tag", b"2"),
+            (b"onlyonce.reason", b"no such order"),
+            (b"onlyonce.source", b"7-0"),
+        ];
+        assert_eq!(dead_letter_fields(&fields, "7-0", "no such order"), expected);
+        // A redriven letter has the key of its entry, in any order of the fields.
+        let own: Vec<_> = fields.iter().filter(|(name, _)| !name.starts_with(PREFIX)).rev().cloned().collect();
         assert_eq!(content(&fields), content(&own));
         assert_ne!(content(&fields), content(&own[1..]));
     }
 
     #[test]
-    fn a_setting_that_cannot_be_is_an_error_that_names_it() {
+    fn an_invalid_setting_is_an_error_that_names_it() {
         let named = |builder: Builder| builder.build().err().unwrap().setting;
         let block = Duration::from_secs(1);
         assert_eq!(named(builder().idle(Duration::ZERO)), "idle");
@@ -370,6 +386,6 @@ mod tests {
         assert_eq!(named(builder().reads(1, Duration::from_nanos(1))), "reads");
         assert_eq!(named(builder().id_field("")), "id_field");
         assert_eq!(named(builder().dead_letters("orders")), "dead_letters");
-        assert_eq!(builder().build().unwrap().queue.dead, "orders.dead");
+        assert_eq!(builder().build().unwrap().queue.dead_letters, "orders.dead");
     }
 }

@@ -1,6 +1,6 @@
-//! Deliveries of an SQS queue, standard or FIFO. Behind the feature `sqs`.
+//! Deliveries of an SQS queue, standard or FIFO. Needs the feature `sqs`.
 //!
-//! `docs/brokers/sqs.md` says which duplicates a queue makes, which key to choose, and what is not done here.
+//! `docs/brokers/sqs.md` describes the duplicates of a queue, the choice of the key, and the limits of the adapter.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -12,42 +12,42 @@ use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::operation::change_message_visibility::ChangeMessageVisibilityError;
 use aws_sdk_sqs::operation::send_message::{SendMessageError, SendMessageOutput};
 use aws_sdk_sqs::types::{
-    ChangeMessageVisibilityBatchRequestEntry, Message as Received, MessageAttributeValue, MessageSystemAttributeName,
+    ChangeMessageVisibilityBatchRequestEntry, Message as SqsMessage, MessageAttributeValue, MessageSystemAttributeName,
 };
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::message::{Delivery, KeyOrigin, key_of, reason_line};
-use super::setting::SettingError;
-use super::sqs_letter::letter;
+use super::setting_error::SettingError;
+use super::sqs_dead_letter::dead_letter_attributes;
 use crate::key::Key;
 
-pub use super::sqs_letter::{DEAD_ID, DEAD_WHY};
+pub use super::sqs_dead_letter::{ID_ATTRIBUTE, REASON_ATTRIBUTE};
 
-/// A message stays invisible for so long at most, counted from when it was received.
-const INVISIBLE_MOST: Duration = Duration::from_secs(43_200);
-/// How many messages a poll takes at most.
-const BATCH_MOST: i32 = 10;
-/// What the name of such a queue ends with.
-const FIFO: &str = ".fifo";
-/// The longest wait of a poll.
-const POLL_MOST: Duration = Duration::from_secs(20);
+/// Maximum time that a message stays invisible after it was received.
+const MAX_VISIBILITY: Duration = Duration::from_secs(43_200);
+/// Maximum number of messages per poll.
+const MAX_BATCH: i32 = 10;
+/// Suffix of the names of FIFO queues.
+const FIFO_SUFFIX: &str = ".fifo";
+/// Maximum wait of a poll.
+const MAX_POLL: Duration = Duration::from_secs(20);
 
-/// Why the service did not take an answer, or gave no message.
+/// Errors of the consumer and of answers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What the client or the service says.
+    /// An error of the client or the service.
     #[error("{}", DisplayErrorContext(&**.0))]
     Service(Box<aws_sdk_sqs::Error>),
-    /// The queue for dead letters refuses the message even without the attributes of this adapter: the queue takes only
-    /// smaller messages, for example. The message was not deleted; it stays invisible for up to 12 hours, and comes back
-    /// until its retention is over or a redrive policy moves it.
-    #[error("the queue for dead letters {queue} refuses the message: {}; give it the limits of the queue", DisplayErrorContext(&**.error))]
-    LetterRefused {
-        /// The address of the queue for dead letters.
+    /// The dead letter queue refuses the message even without the attributes of this adapter, for example because its
+    /// `MaximumMessageSize` is smaller. The message is not deleted: it stays invisible for up to 12 hours, and is redelivered
+    /// until its retention ends or a redrive policy moves it.
+    #[error("dead letter queue {queue} refuses the message: {}; give it the size limit of the queue", DisplayErrorContext(&**.error))]
+    DeadLetterRefused {
+        /// The URL of the dead letter queue.
         queue: String,
-        /// What the service says.
+        /// The error of the service.
         error: Box<aws_sdk_sqs::Error>,
     },
 }
@@ -71,8 +71,8 @@ struct Queue {
     client: Client,
     url: String,
     id_attribute: String,
-    falls_back: Fallback,
-    dead: Option<String>,
+    fallback: Fallback,
+    dead_letters: Option<String>,
     visibility: Duration,
 }
 
@@ -83,7 +83,7 @@ enum Fallback {
 }
 
 impl Queue {
-    /// The last part of the address.
+    /// The last part of the URL.
     fn name(&self) -> &str {
         name_in(&self.url)
     }
@@ -94,10 +94,10 @@ fn name_in(url: &str) -> &str {
 }
 
 fn is_fifo(url: &str) -> bool {
-    url.ends_with(FIFO)
+    url.ends_with(FIFO_SUFFIX)
 }
 
-/// The settings of a [`Consumer`], all of which have a default. Made by [`Consumer::builder`].
+/// Settings of a [`Consumer`], each with a default. Made by [`Consumer::builder`].
 #[must_use = "call `build` to get the consumer"]
 pub struct Builder {
     queue: Queue,
@@ -106,117 +106,105 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// The message attribute that holds the idempotency key, `id` by default. Messages without it go by their
-    /// deduplication id, which those of a FIFO queue have, and then by their payload's digest.
+    /// The message attribute with the idempotency key, `id` by default. Messages without it are keyed by their
+    /// deduplication id, which every message of a FIFO queue has, otherwise by a digest of their payload.
     pub fn id_attribute(mut self, name: &str) -> Self {
         name.clone_into(&mut self.queue.id_attribute);
         self
     }
 
-    /// Messages with neither attribute nor deduplication id go by the id that the service gives them, not by their
-    /// payload's digest. Then two messages that say the same are two pieces of work, and so is what a producer sends
-    /// twice.
-    pub fn or_message_id(mut self) -> Self {
-        self.queue.falls_back = Fallback::MessageId;
+    /// Keys messages with neither attribute nor deduplication id by the message id of the service instead of a payload
+    /// digest. Then messages with equal content are distinct, and so is a message that the producer sends twice.
+    pub fn fall_back_to_message_id(mut self) -> Self {
+        self.queue.fallback = Fallback::MessageId;
         self
     }
 
-    /// The address of the queue for dead letters. Without one, what is rejected is deleted.
+    /// The URL of the dead letter queue. Without one, rejected messages are deleted.
     pub fn dead_letters(mut self, queue_url: &str) -> Self {
-        self.queue.dead = Some(queue_url.to_owned());
+        self.queue.dead_letters = Some(queue_url.to_owned());
         self
     }
 
-    /// After what time a message comes back whose consumer has died, 30 seconds by default, from 1 to 43,200 seconds; the
-    /// service counts whole ones, and a fraction counts as one. It bounds neither the work nor the time for which a message
-    /// lies here before it: as long as a message is held in this process, its visibility is extended each third of this
-    /// time, up to 12 hours in all.
+    /// The visibility timeout: the time after which a message is redelivered if its consumer crashes. 30 seconds by default,
+    /// from 1 to 43,200 seconds, rounded up to whole seconds. It does not limit the work: the visibility of messages in this
+    /// process is extended every third of the timeout, up to 12 hours in total.
     pub fn visibility(mut self, visibility: Duration) -> Self {
         self.queue.visibility = visibility;
         self
     }
 
-    /// How long a poll waits for the first message, 20 seconds by default, which is the most; in whole seconds, and a
-    /// fraction counts as one.
+    /// How long a poll waits for the first message: 20 seconds by default, the maximum, rounded up to whole seconds.
     pub fn poll(mut self, wait: Duration) -> Self {
         self.poll = wait;
         self
     }
 
-    /// How many messages a poll takes at most, from 1 to 10: by default 10 of a standard queue, and 1 of a FIFO queue.
-    /// One by one, no message of a group comes before the one before it is settled. In batches they come together:
-    /// where one is to come back later, those behind it are already here.
-    pub fn batch(mut self, most: usize) -> Self {
-        self.batch = most;
+    /// The maximum number of messages per poll, from 1 to 10: by default 10 for a standard queue and 1 for a FIFO queue.
+    /// With 1, messages of a group are delivered in order, each after the answer to the one before. A larger batch may
+    /// contain several messages of one group; if one is delayed, the later ones are already here.
+    pub fn batch(mut self, max: usize) -> Self {
+        self.batch = max;
         self
     }
 
-    /// The consumer. Asks the service for nothing yet.
+    /// Builds the consumer. Sends no request yet.
     ///
     /// # Errors
     ///
-    /// A time or a batch beyond the bounds of the service, an address without a queue's name, an empty attribute name, or
+    /// For a time or a batch outside of the bounds of the service, a URL without a queue name, an empty attribute name, or
     /// dead letters that go to the queue itself.
     pub fn build(self) -> Result<Consumer, SettingError> {
         let Self { mut queue, batch, poll } = self;
-        SettingError::unless(
-            !queue.name().is_empty(),
-            "queue_url",
-            &queue.url,
-            "an address that ends with a queue's name",
-        )?;
-        SettingError::unless(!queue.id_attribute.is_empty(), "id_attribute", "empty", "a name")?;
-        if let Some(dead) = &queue.dead {
-            SettingError::unless(
-                !name_in(dead).is_empty(),
-                "dead_letters",
-                dead,
-                "an address that ends with a queue's name",
-            )?;
-            SettingError::unless(*dead != queue.url, "dead_letters", dead, "another queue than that of the consumer")?;
+        let has_name = "a URL that ends with a queue name";
+        SettingError::check(!queue.name().is_empty(), "queue_url", &queue.url, has_name)?;
+        SettingError::check(!queue.id_attribute.is_empty(), "id_attribute", "empty", "a name")?;
+        if let Some(dead) = &queue.dead_letters {
+            SettingError::check(!name_in(dead).is_empty(), "dead_letters", dead, has_name)?;
+            SettingError::check(*dead != queue.url, "dead_letters", dead, "a queue other than the consumed one")?;
         }
         let visibility = queue.visibility;
-        let accepted = !visibility.is_zero() && visibility <= INVISIBLE_MOST;
-        SettingError::unless(accepted, "visibility", format!("{visibility:?}"), "from 1 s to 43,200 s")?;
+        let is_valid = !visibility.is_zero() && visibility <= MAX_VISIBILITY;
+        SettingError::check(is_valid, "visibility", format!("{visibility:?}"), "from 1 s to 43,200 s")?;
         queue.visibility = Duration::from_secs(u64::from(seconds(visibility).unsigned_abs()));
-        SettingError::unless(poll <= POLL_MOST, "poll", format!("{poll:?}"), "20 s at most")?;
-        let most = i32::try_from(batch).ok().filter(|most| (1..=BATCH_MOST).contains(most));
-        let batch = most.ok_or_else(|| SettingError::new("batch", batch, "from 1 to 10"))?;
+        SettingError::check(poll <= MAX_POLL, "poll", format!("{poll:?}"), "at most 20 s")?;
+        let max = i32::try_from(batch).ok().filter(|max| (1..=MAX_BATCH).contains(max));
+        let batch = max.ok_or_else(|| SettingError::new("batch", batch, "from 1 to 10"))?;
         Ok(Consumer { queue: Arc::new(queue), batch, poll, ready: VecDeque::new() })
     }
 }
 
 impl Consumer {
-    /// Polls the queue with this address. The client is yours: its credentials, region, retries and way to speak HTTP.
-    /// It needs the rights to receive, delete and change the visibility of messages, and to send dead letters.
+    /// Polls the queue with this URL. Credentials, region, retries and the HTTP client are those of `client`. It needs the
+    /// permissions to receive, delete and change the visibility of messages, and to send dead letters.
     pub fn builder(client: Client, queue_url: &str) -> Builder {
         let queue = Queue {
             client,
             url: queue_url.to_owned(),
             id_attribute: "id".to_owned(),
-            falls_back: Fallback::Digest,
-            dead: None,
+            fallback: Fallback::Digest,
+            dead_letters: None,
             visibility: Duration::from_secs(30),
         };
-        let batch = if is_fifo(queue_url) { 1 } else { BATCH_MOST.unsigned_abs() as usize };
-        Builder { queue, batch, poll: POLL_MOST }
+        let batch = if is_fifo(queue_url) { 1 } else { MAX_BATCH.unsigned_abs() as usize };
+        Builder { queue, batch, poll: MAX_POLL }
     }
 
-    /// The next message. Waits for it.
+    /// Waits for the next message.
     ///
-    /// May be dropped: what was received meanwhile comes again when its visibility is over.
+    /// May be cancelled: messages that were received meanwhile are redelivered after the visibility timeout.
     ///
     /// # Errors
     ///
-    /// What the client or the service says. The next call tries again.
+    /// Errors of the client or the service. The next call polls again.
     pub async fn next(&mut self) -> Result<Message, Error> {
         loop {
             if let Some(message) = self.ready.pop_front() {
                 return Ok(message);
             }
             let Queue { client, url, visibility, .. } = &*self.queue;
-            // A message is invisible from a moment in between.
-            let asked = Instant::now();
+            // The visibility timeout starts between the request and the response: count from the request.
+            let requested = Instant::now();
             let received = client
                 .receive_message()
                 .queue_url(url)
@@ -230,70 +218,75 @@ impl Consumer {
                 .send()
                 .await
                 .map_err(failed)?;
-            let gate = Arc::new(Mutex::new(()));
-            let message = |received: Received| {
+            let extending = Arc::new(Mutex::new(()));
+            let message = |received: SqsMessage| {
                 let Some(handle) = received.receipt_handle() else {
-                    tracing::error!(id = received.message_id(), "a message came without a receipt handle: left out");
+                    tracing::error!(id = received.message_id(), "message without a receipt handle; skipped");
                     return None;
                 };
                 let (queue, handle) = (Arc::clone(&self.queue), Arc::new(handle.to_owned()));
-                Some(Message { queue, asked, gate: Arc::clone(&gate), handle, received })
+                Some(Message { queue, requested, extending: Arc::clone(&extending), handle, received })
             };
             self.ready.extend(received.messages.unwrap_or_default().into_iter().filter_map(message));
             if !self.ready.is_empty() {
                 let handles = self.ready.iter().map(|message| Arc::downgrade(&message.handle)).collect();
-                tokio::spawn(keep(Arc::clone(&self.queue), gate, handles, asked));
+                tokio::spawn(extend_visibility(Arc::clone(&self.queue), extending, handles, requested));
             }
         }
     }
 }
 
-/// Extends the visibility of those messages of a poll that are not answered yet.
-async fn keep(queue: Arc<Queue>, gate: Arc<Mutex<()>>, handles: Vec<Weak<String>>, asked: Instant) {
+/// Extends the visibility of the unanswered messages of a poll until all are answered.
+async fn extend_visibility(
+    queue: Arc<Queue>,
+    extending: Arc<Mutex<()>>,
+    handles: Vec<Weak<String>>,
+    requested: Instant,
+) {
     loop {
         tokio::time::sleep(queue.visibility / 3).await;
-        let closed = gate.lock().await;
+        let guard = extending.lock().await;
         let held: Vec<_> = handles.iter().filter_map(Weak::upgrade).collect();
-        let visibility = seconds(queue.visibility.min(invisible_rest(asked.elapsed())));
+        let visibility = seconds(queue.visibility.min(visibility_left(requested.elapsed())));
         if held.is_empty() || visibility == 0 {
             return;
         }
-        let entry = |(place, handle): (usize, &Arc<String>)| {
+        let entry = |(index, handle): (usize, &Arc<String>)| {
             let entry = ChangeMessageVisibilityBatchRequestEntry::builder().visibility_timeout(visibility);
-            entry.id(place.to_string()).receipt_handle(handle.as_str()).build()
+            entry.id(index.to_string()).receipt_handle(handle.as_str()).build()
         };
         let entries = held.iter().enumerate().map(entry).collect::<Result<Vec<_>, _>>();
         let request = queue.client.change_message_visibility_batch().queue_url(&queue.url);
         match entries.map(|entries| request.set_entries(Some(entries)).send()) {
             Ok(sent) => match sent.await {
-                // One that is not taken has come back already, or was acknowledged under another receipt.
-                Ok(extended) => tracing::debug!(refused = extended.failed.len(), "visibility was extended"),
+                // An entry fails if its message was redelivered, or deleted under another receipt.
+                Ok(extended) => tracing::debug!(failed = extended.failed.len(), "visibility extended"),
                 Err(error) => {
-                    tracing::warn!(error = %failed(error), "visibility was not extended: messages may come twice");
+                    tracing::warn!(error = %failed(error), "failed to extend visibility; messages may be redelivered");
                 }
             },
-            Err(error) => tracing::warn!(%error, "visibility was not extended: messages may come twice"),
+            Err(error) => tracing::warn!(%error, "failed to extend visibility; messages may be redelivered"),
         }
-        // Before the gate opens: an answer takes its handle for itself.
+        // Before the lock: an answer unwraps the last reference to its handle.
         drop(held);
-        drop(closed);
+        drop(guard);
     }
 }
 
-/// A message of a queue. One that is dropped without an answer comes back when its visibility is over.
+/// A message of a queue. If it is dropped without an answer, it is redelivered after the visibility timeout.
 pub struct Message {
     queue: Arc<Queue>,
-    asked: Instant,
-    /// Closed while visibilities are extended, or an answer could be overtaken by what was meant for the time before it.
-    gate: Arc<Mutex<()>>,
+    requested: Instant,
+    /// Held during an extension: a late extension must not overwrite the delay of an answer.
+    extending: Arc<Mutex<()>>,
     handle: Arc<String>,
-    received: Received,
+    received: SqsMessage,
 }
 
 impl Message {
-    /// What the client makes of it: its attributes, its id, its receipt handle.
+    /// The client's message: attributes, message id, receipt handle.
     #[must_use]
-    pub fn message(&self) -> &Received {
+    pub fn message(&self) -> &SqsMessage {
         &self.received
     }
 
@@ -306,49 +299,49 @@ impl Message {
         value.string_value().map(str::as_bytes).or_else(|| value.binary_value().map(AsRef::as_ref))
     }
 
-    /// An id that is not among its attributes, and so is lost where it is sent again.
-    fn other_id(&self) -> Option<&str> {
-        let given = || (self.queue.falls_back == Fallback::MessageId).then(|| self.received.message_id()).flatten();
-        self.system(&MessageSystemAttributeName::MessageDeduplicationId).or_else(given)
+    /// An id that is not an attribute, so that a copy of the message would lose it.
+    fn service_id(&self) -> Option<&str> {
+        let message_id = || (self.queue.fallback == Fallback::MessageId).then(|| self.received.message_id()).flatten();
+        self.system(&MessageSystemAttributeName::MessageDeduplicationId).or_else(message_id)
     }
 
-    fn own_id(&self) -> Option<&[u8]> {
-        let own = self.attribute(&self.queue.id_attribute).filter(|id| !id.is_empty());
-        own.or_else(|| self.attribute(DEAD_ID))
+    fn attribute_id(&self) -> Option<&[u8]> {
+        let id = self.attribute(&self.queue.id_attribute).filter(|id| !id.is_empty());
+        id.or_else(|| self.attribute(ID_ATTRIBUTE))
     }
 
-    /// From here on its visibility is not extended.
-    async fn closed(self) -> (Arc<Queue>, String, Received) {
-        let closed = self.gate.lock().await;
+    /// Ends the extension of the visibility.
+    async fn into_answer(self) -> (Arc<Queue>, String, SqsMessage) {
+        let guard = self.extending.lock().await;
         let handle = Arc::unwrap_or_clone(self.handle);
-        drop(closed);
+        drop(guard);
         (self.queue, handle, self.received)
     }
 
     fn id(&self) -> Option<&[u8]> {
-        self.own_id().or_else(|| self.other_id().map(str::as_bytes))
+        self.attribute_id().or_else(|| self.service_id().map(str::as_bytes))
     }
 
-    /// Sends its copy to the queue for dead letters: with our attributes, with fewer of them where the queue refuses that, and
-    /// in the end as it was received.
-    async fn bury(&self, dead: &str, why: &str) -> Result<(), Buried> {
+    /// Sends a copy to the dead letter queue: with our attributes, with fewer of them if the queue refuses that, and at last
+    /// as it was received.
+    async fn send_dead_letter(&self, dead: &str, reason: &str) -> Result<(), DeadLetterError> {
         let none = HashMap::new();
         let own = self.received.message_attributes().unwrap_or(&none);
-        let id = if self.own_id().is_none() { self.other_id() } else { None };
+        let id = if self.attribute_id().is_none() { self.service_id() } else { None };
         let mut refused = None;
         let mut tried: Option<HashMap<_, _>> = None;
-        for ours in [(id, Some(why)), (id, None), (None, None)] {
-            let attributes = letter(own, self.payload().len(), ours.0, ours.1);
+        for (id, reason) in [(id, Some(reason)), (id, None), (None, None)] {
+            let attributes = dead_letter_attributes(own, self.payload().len(), id, reason);
             if tried.as_ref() == Some(&attributes) {
                 continue;
             }
             match self.send(dead, attributes.clone()).await {
                 Err(error) if is_refusal(&error) => refused = Some(Box::new(error.into())),
-                sent => return sent.map(drop).map_err(|error| Buried::Failed(failed(error))),
+                sent => return sent.map(drop).map_err(|error| DeadLetterError::Failed(failed(error))),
             }
             tried = Some(attributes);
         }
-        refused.map_or(Ok(()), |error| Err(Buried::Refused(error)))
+        refused.map_or(Ok(()), |error| Err(DeadLetterError::Refused(error)))
     }
 
     async fn send(
@@ -357,24 +350,24 @@ impl Message {
         attributes: HashMap<String, MessageAttributeValue>,
     ) -> Result<SendMessageOutput, SdkError<SendMessageError>> {
         let body = self.received.body().unwrap_or_default();
-        let mut letter = self.queue.client.send_message().queue_url(dead).message_body(body);
-        letter = letter.set_message_attributes(Some(attributes).filter(|attributes| !attributes.is_empty()));
+        let mut copy = self.queue.client.send_message().queue_url(dead).message_body(body);
+        copy = copy.set_message_attributes(Some(attributes).filter(|attributes| !attributes.is_empty()));
         if is_fifo(dead) {
-            let own = self.received.message_id().unwrap_or_default();
+            let message_id = self.received.message_id().unwrap_or_default();
             let group = self.system(&MessageSystemAttributeName::MessageGroupId);
-            // Once for each time that it is rejected, however often it is sent for that.
-            letter = letter.message_group_id(group.unwrap_or(own)).message_deduplication_id(own);
+            // One deduplication id per rejection: the service drops a copy that is sent twice.
+            copy = copy.message_group_id(group.unwrap_or(message_id)).message_deduplication_id(message_id);
         }
-        letter.send().await
+        copy.send().await
     }
 }
 
-enum Buried {
+enum DeadLetterError {
     Refused(Box<aws_sdk_sqs::Error>),
     Failed(Error),
 }
 
-/// The service does not take a message like this one, however often it is sent.
+/// Whether the service refuses the message itself, so that a retry fails as well.
 fn is_refusal<E, R>(error: &SdkError<E, R>) -> bool
 where
     E: ProvideErrorMetadata,
@@ -383,7 +376,7 @@ where
     REFUSALS.iter().any(|refusal| code.ends_with(refusal))
 }
 
-/// Codes of errors about the form or the size of a message.
+/// Error codes for the format or the size of a message.
 const REFUSALS: &[&str] =
     &["InvalidParameterValue", "InvalidAttributeValue", "InvalidMessageContents", "MessageTooLong"];
 
@@ -395,19 +388,19 @@ impl Delivery for Message {
     }
 
     fn key_origin(&self) -> KeyOrigin {
-        let is_given =
-            self.own_id().is_some() || self.system(&MessageSystemAttributeName::MessageDeduplicationId).is_some();
+        let is_set =
+            self.attribute_id().is_some() || self.system(&MessageSystemAttributeName::MessageDeduplicationId).is_some();
         match KeyOrigin::of(self.id()) {
-            KeyOrigin::Id if !is_given => KeyOrigin::Position,
+            KeyOrigin::Id if !is_set => KeyOrigin::Position,
             origin => origin,
         }
     }
 
-    fn id_place(&self) -> String {
+    fn id_location(&self) -> String {
         format!("message attribute `{}` of queue `{}`", self.queue.id_attribute, self.queue.name())
     }
 
-    /// When it was sent.
+    /// The time at which the message was sent.
     fn timestamp_ms(&self) -> Option<u64> {
         self.system(&MessageSystemAttributeName::SentTimestamp)?.parse().ok()
     }
@@ -417,31 +410,31 @@ impl Delivery for Message {
     }
 
     async fn ack(self) -> Result<(), Error> {
-        let (queue, handle, _) = self.closed().await;
+        let (queue, handle, _) = self.into_answer().await;
         queue.client.delete_message().queue_url(&queue.url).receipt_handle(handle).send().await.map_err(failed)?;
         Ok(())
     }
 
-    /// In whole seconds, rounded up, and not beyond 12 hours after it was received.
-    async fn retry_after(self, wait: Duration) -> Result<(), Error> {
-        let visibility = seconds(wait.min(invisible_rest(self.asked.elapsed())));
-        let (queue, handle, _) = self.closed().await;
+    /// In whole seconds, rounded up, and no later than 12 hours after the receipt.
+    async fn retry_after(self, delay: Duration) -> Result<(), Error> {
+        let visibility = seconds(delay.min(visibility_left(self.requested.elapsed())));
+        let (queue, handle, _) = self.into_answer().await;
         let change = queue.client.change_message_visibility().queue_url(&queue.url).receipt_handle(handle);
         match change.visibility_timeout(visibility).send().await {
-            Err(error) if is_no_longer_here(&error) => Ok(()),
+            Err(error) if is_no_longer_in_flight(&error) => Ok(()),
             changed => changed.map(drop).map_err(failed),
         }
     }
 
-    async fn reject(self, why: &str) -> Result<(), Error> {
-        if let Some(queue) = self.queue.dead.clone() {
-            match self.bury(&queue, &reason_line(why)).await {
+    async fn reject(self, reason: &str) -> Result<(), Error> {
+        if let Some(queue) = self.queue.dead_letters.clone() {
+            match self.send_dead_letter(&queue, &reason_line(reason)).await {
                 Ok(()) => {}
-                Err(Buried::Failed(error)) => return Err(error),
-                Err(Buried::Refused(error)) => {
-                    // It would be refused again at once.
-                    self.retry_after(INVISIBLE_MOST).await?;
-                    return Err(Error::LetterRefused { queue, error });
+                Err(DeadLetterError::Failed(error)) => return Err(error),
+                Err(DeadLetterError::Refused(error)) => {
+                    // An early redelivery would be refused again.
+                    self.retry_after(MAX_VISIBILITY).await?;
+                    return Err(Error::DeadLetterRefused { queue, error });
                 }
             }
         }
@@ -449,25 +442,25 @@ impl Delivery for Message {
     }
 }
 
-/// It has come back before it was sent away, and may have been acknowledged under another receipt since.
-fn is_no_longer_here<R>(error: &SdkError<ChangeMessageVisibilityError, R>) -> bool {
+/// The message was redelivered before the delay was set, and may have been deleted under another receipt.
+fn is_no_longer_in_flight<R>(error: &SdkError<ChangeMessageVisibilityError, R>) -> bool {
     let Some(error) = error.as_service_error() else { return false };
     error.is_message_not_inflight()
         || error.is_receipt_handle_is_invalid()
-        // What the service says of a message that was deleted. The wait was within its bounds.
+        // The code for a deleted message. The delay itself is within the bounds.
         || error.code() == Some("InvalidParameterValue")
 }
 
-/// How much longer a message may stay invisible that was received so long ago. In whole seconds, one of them for the way to the
-/// service, which refuses more than the limit and changes nothing then.
-fn invisible_rest(since: Duration) -> Duration {
-    Duration::from_secs(INVISIBLE_MOST.saturating_sub(since).as_secs().saturating_sub(1))
+/// How much longer a message may stay invisible that was received this long ago. In whole seconds, less one for the request:
+/// the service refuses a total over the limit.
+fn visibility_left(since: Duration) -> Duration {
+    Duration::from_secs(MAX_VISIBILITY.saturating_sub(since).as_secs().saturating_sub(1))
 }
 
 /// Whole seconds, rounded up, as the service takes them.
-fn seconds(wait: Duration) -> i32 {
-    let whole = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0));
-    i32::try_from(whole.min(INVISIBLE_MOST.as_secs())).unwrap_or(i32::MAX)
+fn seconds(time: Duration) -> i32 {
+    let whole = time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0));
+    i32::try_from(whole.min(MAX_VISIBILITY.as_secs())).unwrap_or(i32::MAX)
 }
 
 impl fmt::Debug for Consumer {
@@ -488,20 +481,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_are_whole_seconds_within_the_bounds_of_the_service() {
+    fn times_are_whole_seconds_within_the_bounds_of_the_service() {
         let of_ms = |ms| seconds(Duration::from_millis(ms));
         assert_eq!([0, 1, 999, 1_000, 1_001, 43_200_000, 43_200_001].map(of_ms), [0, 1, 1, 1, 2, 43_200, 43_200]);
         assert_eq!(seconds(Duration::MAX), 43_200);
-        let rest = |since_ms| seconds(Duration::MAX.min(invisible_rest(Duration::from_millis(since_ms))));
-        assert_eq!([0, 1, 1_000, 43_199_000, 50_000_000].map(rest), [43_199, 43_198, 43_198, 0, 0]);
+        let left = |since_ms| seconds(Duration::MAX.min(visibility_left(Duration::from_millis(since_ms))));
+        assert_eq!([0, 1, 1_000, 43_199_000, 50_000_000].map(left), [43_199, 43_198, 43_198, 0, 0]);
     }
+
     fn builder() -> Builder {
         let client = Client::from_conf(aws_sdk_sqs::Config::builder().behavior_version_latest().build());
         Consumer::builder(client, "http://127.0.0.1:1/1/orders")
     }
 
     #[test]
-    fn a_setting_that_cannot_be_is_an_error_that_names_it() {
+    fn an_invalid_setting_is_an_error_that_names_it() {
         let named = |builder: Builder| builder.build().err().unwrap().setting;
         assert_eq!(named(builder().visibility(Duration::ZERO)), "visibility");
         assert_eq!(named(builder().visibility(Duration::from_secs(43_201))), "visibility");
@@ -513,6 +507,6 @@ mod tests {
         let built =
             builder().visibility(Duration::from_millis(1_500)).dead_letters("http://127.0.0.1:1/1/dead").build();
         let queue = built.unwrap().queue;
-        assert_eq!((queue.visibility.as_secs(), queue.dead.as_deref()), (2, Some("http://127.0.0.1:1/1/dead")));
+        assert_eq!((queue.visibility.as_secs(), queue.dead_letters.as_deref()), (2, Some("http://127.0.0.1:1/1/dead")));
     }
 }
