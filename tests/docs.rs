@@ -34,6 +34,7 @@ fn every_test_exists(page: &str, at_least: usize) {
     let page = fs::read_to_string(root.join(page)).unwrap();
     let mut library = String::new();
     sources(&root.join("src"), &mut library);
+    sources(&root.join("crates"), &mut library);
     let mut named = 0;
     for name in page.split('`').skip(1).step_by(2) {
         let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
@@ -47,7 +48,8 @@ fn every_test_exists(page: &str, at_least: usize) {
         match file {
             None => assert!(library.contains(&definition), "no unit test {test}"),
             Some(file) => {
-                let places = [root.join("tests"), root.join("examples")].map(|dir| dir.join(format!("{file}.rs")));
+                let places =
+                    ["tests", "examples", "crates/cli/tests"].map(|dir| root.join(dir).join(format!("{file}.rs")));
                 let source = places.iter().find_map(|path| fs::read_to_string(path).ok());
                 let source = source.unwrap_or_else(|| panic!("no file for {name}"));
                 assert!(source.contains(&definition), "no test {name}");

@@ -1,12 +1,14 @@
 //! Races under a model checker: shuttle runs one thread at a time and chooses, at every lock and atomic of the store, who
 //! is next. The store is the real one, with its database, but for its own threads: a model's thread seals.
 //!
-//!     cargo test --release --features shuttle --test shuttle
+//!     cargo test --config .cargo/shuttle.toml --release --features internals --test shuttle
 //!
 //! `ONLYONCE_SHUTTLE_ROUNDS` schedules a model instead of a few hundred, `ONLYONCE_SHUTTLE_SEED` for others. A failure prints
 //! its schedule; with `ONLYONCE_SHUTTLE_SCHEDULE` set to it and the test's name, it is repeated.
 //!
 //! Memory is as strong here as it gets: what a processor reorders is not seen. `races.rs` is for that.
+
+#![cfg(shuttle)]
 
 mod common;
 #[path = "common/oracle.rs"]
@@ -18,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::START_MS;
-use onlyonce::internals::{RowNumbers, SyncGroup};
+use onlyonce::internals::{RecordNumbers, SyncGroup};
 use onlyonce::{Claim, Durability, Error, ManualClock, Store};
 use oracle::Oracle;
 use shuttle::rand::Rng;
@@ -270,7 +272,7 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
 #[test]
 fn a_row_is_settled_when_it_is_finished_and_not_before() {
     model(20_000, || {
-        let rows = Arc::new(RowNumbers::default());
+        let rows = Arc::new(RecordNumbers::default());
         let next = Arc::new(AtomicU64::new(1));
         // Begun, and not about to be finished.
         let open = Arc::new(Mutex::new(BTreeSet::new()));
@@ -280,10 +282,10 @@ fn a_row_is_settled_when_it_is_finished_and_not_before() {
                 for _ in 0..2 {
                     let number = rows.begin(|| next.fetch_add(1, Ordering::SeqCst));
                     open.lock().unwrap().insert(number);
-                    assert!(!rows.is_settled(number));
+                    assert!(!rows.is_finished(number));
                     open.lock().unwrap().remove(&number);
                     rows.finish(number);
-                    assert!(rows.is_settled(number));
+                    assert!(rows.is_finished(number));
                 }
             })
         });
@@ -292,8 +294,8 @@ fn a_row_is_settled_when_it_is_finished_and_not_before() {
         threads.push(thread::spawn(move || {
             for _ in 0..3 {
                 let before: Vec<u64> = open.lock().unwrap().iter().copied().collect();
-                let settled = before.iter().filter(|number| rows.is_settled(**number)).count();
-                let below = rows.settled_below(|| next.load(Ordering::SeqCst));
+                let settled = before.iter().filter(|number| rows.is_finished(**number)).count();
+                let below = rows.finished_below(|| next.load(Ordering::SeqCst));
                 let open = open.lock().unwrap();
                 let still = before.iter().filter(|number| open.contains(number)).copied();
                 assert!(settled + still.clone().count() <= before.len());
