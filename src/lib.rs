@@ -11,7 +11,7 @@ mod claim;
 mod clock;
 mod codec;
 mod config;
-#[cfg(feature = "tokio")]
+#[cfg(feature = "delivery")]
 pub mod delivery;
 mod engine;
 mod entry;
