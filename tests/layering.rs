@@ -41,7 +41,7 @@ const ORDER: &[(&str, &[&str])] = &[
     ("journal", &["numbers"]),
     ("filter", &["sizing", "matrix", "file", "stack"]),
     ("buckets", &["range", "registry", "flush", "rotation", "recovery", "filters"]),
-    ("memtable", &["arena", "table", "frozen"]),
+    ("memtable", &["arena", "shard", "recent", "table", "frozen"]),
     (
         "engine",
         &[
@@ -82,29 +82,6 @@ const ORDER: &[(&str, &[&str])] = &[
             "work",
             "service",
             "layer",
-        ],
-    ),
-    (
-        "delivery",
-        &[
-            "setting",
-            "message",
-            "work",
-            "settled",
-            "figures",
-            "returning",
-            "processor",
-            "redis_reply",
-            "redis_streams",
-            "rabbitmq_copy",
-            "rabbitmq",
-            "nats_letter",
-            "nats",
-            "sqs_letter",
-            "sqs",
-            "partitions",
-            "kafka_record",
-            "kafka",
         ],
     ),
 ];
