@@ -84,6 +84,29 @@ const ORDER: &[(&str, &[&str])] = &[
             "layer",
         ],
     ),
+    (
+        "delivery",
+        &[
+            "setting",
+            "message",
+            "work",
+            "settled",
+            "figures",
+            "returning",
+            "processor",
+            "redis_reply",
+            "redis_streams",
+            "rabbitmq_copy",
+            "rabbitmq",
+            "nats_letter",
+            "nats",
+            "sqs_letter",
+            "sqs",
+            "partitions",
+            "kafka_record",
+            "kafka",
+        ],
+    ),
 ];
 
 fn layer(module: &str) -> usize {
