@@ -46,6 +46,11 @@ impl Failure {
         &*self.error
     }
 
+    /// The reason of a rejection: the error with its sources.
+    pub(crate) fn reason(&self) -> String {
+        onlyonce_core::chain(self.error())
+    }
+
     /// Whether the attempt may have had its effect. True for a panic.
     #[must_use]
     pub fn is_unknown(&self) -> bool {

@@ -201,7 +201,7 @@ impl Processor {
         failure: Option<Failure>,
     ) -> Result<Outcome, AckError<D::Error>> {
         let reason = match &failure {
-            Some(failure) => format!("attempt {attempts}: {failure}"),
+            Some(failure) => format!("attempt {attempts}: {}", failure.reason()),
             None => format!("attempt {attempts} crashed or was interrupted"),
         };
         let is_unknown = failure.as_ref().is_some_and(Failure::is_unknown);
@@ -269,13 +269,13 @@ impl Processor {
             Ok(completion) if has_side_writes(&completion) => self.retry_after_error(delivery, error).await,
             Ok(_) => answered(delivery.ack().await, Outcome::FailedOpen { error }),
             Err(failure) if failure.is_permanent() => {
-                let rejected = delivery.reject(&failure.to_string()).await;
+                let rejected = delivery.reject(&failure.reason()).await;
                 answered(rejected, Outcome::Rejected { failure: Some(failure), attempts: 1 })
             }
             // The failed store counts no attempts; the redelivery timeout limits them.
             Err(failure) => match self.count_redelivery(&delivery) {
                 Some(Exceeded { redeliveries, elapsed }) => {
-                    let reason = failure.to_string();
+                    let reason = failure.reason();
                     self.reject_without_attempt(delivery, RedeliveryTimeout { redeliveries, elapsed, reason }).await
                 }
                 None => {
