@@ -78,7 +78,8 @@ impl Processor {
     }
 
     /// How long a delivery waits for a holder of its key in this process before it requests redelivery. With a wait, a
-    /// concurrent duplicate is acknowledged as soon as the first delivery completes. The waiting delivery occupies its task.
+    /// concurrent duplicate is acknowledged as soon as the first delivery completes. The waiting delivery occupies its
+    /// task.
     #[must_use]
     pub fn wait_limit(mut self, limit: Duration) -> Self {
         self.wait_limit = limit;
@@ -86,10 +87,11 @@ impl Processor {
     }
 
     /// How long a delivery may be redelivered without its work running: 1 hour by default. After that time, and after at
-    /// least as many redeliveries as there are [`attempts`](Self::attempts), it is rejected with a [`RedeliveryTimeout`](crate::RedeliveryTimeout). Applies to keys
-    /// in progress or held, to timestamps too far ahead, and to work that fails without the store (under
-    /// [`OnStoreFailure::FailOpen`]), whose attempts the store does not count. [`Duration::MAX`] disables it. Set it longer
-    /// than the work can take; otherwise duplicates of long work become dead letters.
+    /// least as many redeliveries as there are [`attempts`](Self::attempts), it is rejected with a
+    /// [`RedeliveryTimeout`](crate::RedeliveryTimeout). Applies to keys in progress or held, to timestamps too far ahead,
+    /// and to work that fails without the store (under [`OnStoreFailure::FailOpen`]), whose attempts the store does not
+    /// count. [`Duration::MAX`] disables it. Set it longer than the work can take; otherwise duplicates of long work become
+    /// dead letters.
     ///
     /// All clones count together, in memory: a restart resets the counts. At most 65,536 keys are counted at a time. A
     /// store that fails or is at its `in_flight_limit` does not count, because the fault is not the delivery's.
@@ -99,9 +101,9 @@ impl Processor {
         self
     }
 
-    /// Rejects deliveries without an id, with a [`MissingId`](crate::MissingId) as the reason. By default such a delivery is keyed by a digest of
-    /// its content ([`KeyOrigin::Digest`](crate::KeyOrigin::Digest)), so that two equal events count as one; the first one of each queue is logged as
-    /// a warning.
+    /// Rejects deliveries without an id, with a [`MissingId`](crate::MissingId) as the reason. By default such a delivery
+    /// is keyed by a digest of its content ([`KeyOrigin::Digest`](crate::KeyOrigin::Digest)), so that two equal events
+    /// count as one; the first one of each queue is logged as a warning.
     #[must_use]
     pub fn require_ids(mut self) -> Self {
         self.require_ids = true;
@@ -122,8 +124,8 @@ impl Processor {
         self.counters.fail_open()
     }
 
-    /// The counters of this processor and its clones. The feature `metrics` exports them to the `metrics` facade, summed over
-    /// all processors of the process.
+    /// The counters of this processor and its clones. The feature `metrics` exports them to the `metrics` facade, summed
+    /// over all processors of the process.
     #[must_use]
     pub fn stats(&self) -> ProcessorStats {
         self.counters.stats()

@@ -158,9 +158,9 @@ impl Builder {
         self
     }
 
-    /// The topic for dead letters and its producer, which needs `acks=all` (the default). Without a topic, a rejected record
-    /// is only skipped. The topic must not be compacted: letters with equal keys would replace each other, and the broker
-    /// would refuse a letter without a key.
+    /// The topic for dead letters and its producer, which needs `acks=all` (the default). Without a topic, a rejected
+    /// record is only skipped. The topic must not be compacted: letters with equal keys would replace each other, and the
+    /// broker would refuse a letter without a key.
     pub fn dead_letters(mut self, producer: FutureProducer, topic: &str) -> Self {
         self.dead_letters = Some((producer, topic.to_owned()));
         self
@@ -175,8 +175,8 @@ impl Builder {
     }
 
     /// The start offset of a newly assigned partition, by topic and partition number, such as an offset stored by
-    /// [`Attempt::side_writes`](onlyonce_delivery::Attempt::side_writes). `None` starts at the group's committed offset. Called during
-    /// the rebalance, which waits for it.
+    /// [`Attempt::side_writes`](onlyonce_delivery::Attempt::side_writes). `None` starts at the group's committed offset.
+    /// Called during the rebalance, which waits for it.
     ///
     /// Offsets that the work stores are correct only with [`max_uncommitted(1)`](Self::max_uncommitted): otherwise the
     /// offset of one record also marks unfinished records before it as done, and a restart skips them. A rejected record

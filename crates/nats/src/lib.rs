@@ -99,8 +99,8 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] if the server's consumer does not use explicit acknowledgements or delivers headers only, and for a
-    /// dead letter subject that is empty or has a wildcard. Otherwise the server's error.
+    /// [`Error::Setting`] if the server's consumer does not use explicit acknowledgements or delivers headers only, and for
+    /// a dead letter subject that is empty or has a wildcard. Otherwise the server's error.
     pub async fn build(self) -> Result<Consumer, Error> {
         let Self { context, consumer, id_header, dead_letters } = self;
         let info = consumer.cached_info();
@@ -134,8 +134,8 @@ impl Builder {
 }
 
 impl Consumer {
-    /// Reads an existing consumer. It must use explicit acknowledgements, and a `max_deliver` that is unlimited or above the
-    /// processor's attempts.
+    /// Reads an existing consumer. It must use explicit acknowledgements, and a `max_deliver` that is unlimited or above
+    /// the processor's attempts.
     pub fn builder(context: Context, consumer: &PullConsumer) -> Builder {
         Builder { context, consumer: consumer.clone(), id_header: NATS_MESSAGE_ID, dead_letters: None }
     }

@@ -1,8 +1,8 @@
 //! Deliveries of a RabbitMQ queue, for [`onlyonce_delivery`].
 //!
 //! Part of [onlyonce](https://docs.rs/onlyonce), which re-exports it as `onlyonce::delivery::rabbitmq` behind the feature
-//! `rabbitmq`. `docs/brokers/rabbitmq.md` in its repository describes the duplicates, the choice of the key, and the limits of
-//! the adapter.
+//! `rabbitmq`. `docs/brokers/rabbitmq.md` in its repository describes the duplicates, the choice of the key, and the limits
+//! of the adapter.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::fmt;
@@ -92,8 +92,8 @@ impl Builder {
     }
 
     /// The queue for dead letters. A rejected message is copied there with the reason in the header [`REASON_HEADER`], and
-    /// acknowledged after the broker confirms the copy. Without this setting the broker routes rejected messages to the dead
-    /// letter exchange of the queue, without the reason; **a queue without one loses them**.
+    /// acknowledged after the broker confirms the copy. Without this setting the broker routes rejected messages to the
+    /// dead letter exchange of the queue, without the reason; **a queue without one loses them**.
     pub fn dead_letters(mut self, queue: &str) -> Self {
         self.queue.dead_letters = Some(queue.to_owned());
         self
@@ -249,8 +249,8 @@ impl Delivery for Message {
         self.move_to(retry_queue, None).await
     }
 
-    /// Copies the message to the configured dead letter queue with the reason; without one, uses the dead letter exchange of
-    /// the queue.
+    /// Copies the message to the configured dead letter queue with the reason; without one, uses the dead letter exchange
+    /// of the queue.
     async fn reject(self, reason: &str) -> Result<(), Error> {
         match self.queue.dead_letters.clone() {
             Some(dead) => self.move_to(dead, Some(&reason_line(reason))).await,

@@ -1,8 +1,8 @@
 //! Deliveries of a Redis stream to a consumer group, for [`onlyonce_delivery`].
 //!
-//! Part of [onlyonce](https://docs.rs/onlyonce), which re-exports it as `onlyonce::delivery::redis_streams` behind the feature
-//! `redis-streams`. `docs/brokers/redis-streams.md` in its repository describes the duplicates, the choice of the key, and the limits of
-//! the adapter.
+//! Part of [onlyonce](https://docs.rs/onlyonce), which re-exports it as `onlyonce::delivery::redis_streams` behind the
+//! feature `redis-streams`. `docs/brokers/redis-streams.md` in its repository describes the duplicates, the choice of the
+//! key, and the limits of the adapter.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::collections::VecDeque;
@@ -101,8 +101,8 @@ impl Builder {
         self
     }
 
-    /// The maximum number of entries per read, 100 by default, and how long a read waits for the first one, half a second by
-    /// default. Redeliveries are late by up to this wait.
+    /// The maximum number of entries per read, 100 by default, and how long a read waits for the first one, half a second
+    /// by default. Redeliveries are late by up to this wait.
     pub fn reads(mut self, batch: usize, block: Duration) -> Self {
         (self.batch, self.block) = (batch, block);
         self

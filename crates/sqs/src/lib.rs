@@ -48,8 +48,8 @@ pub enum Error {
     #[error("{}", DisplayErrorContext(&**.0))]
     Service(Box<aws_sdk_sqs::Error>),
     /// The dead letter queue refuses the message even without the attributes of this adapter, for example because its
-    /// `MaximumMessageSize` is smaller. The message is not deleted: it stays invisible for up to 12 hours, and is redelivered
-    /// until its retention ends or a redrive policy moves it.
+    /// `MaximumMessageSize` is smaller. The message is not deleted: it stays invisible for up to 12 hours, and is
+    /// redelivered until its retention ends or a redrive policy moves it.
     #[error("dead letter queue {queue} refuses the message: {}; give it the size limit of the queue", DisplayErrorContext(&**.error))]
     DeadLetterRefused {
         /// The URL of the dead letter queue.
@@ -133,9 +133,9 @@ impl Builder {
         self
     }
 
-    /// The visibility timeout: the time after which a message is redelivered if its consumer crashes. 30 seconds by default,
-    /// from 1 to 43,200 seconds, rounded up to whole seconds. It does not limit the work: the visibility of messages in this
-    /// process is extended every third of the timeout, up to 12 hours in total.
+    /// The visibility timeout: the time after which a message is redelivered if its consumer crashes. 30 seconds by
+    /// default, from 1 to 43,200 seconds, rounded up to whole seconds. It does not limit the work: the visibility of
+    /// messages in this process is extended every third of the timeout, up to 12 hours in total.
     pub fn visibility(mut self, visibility: Duration) -> Self {
         self.queue.visibility = visibility;
         self
@@ -329,8 +329,8 @@ impl Message {
         self.attribute_id().or_else(|| self.service_id().map(str::as_bytes))
     }
 
-    /// Sends a copy to the dead letter queue: with our attributes, with fewer of them if the queue refuses that, and at last
-    /// as it was received.
+    /// Sends a copy to the dead letter queue: with our attributes, with fewer of them if the queue refuses that, and at
+    /// last as it was received.
     async fn send_dead_letter(&self, dead: &str, reason: &str) -> Result<(), DeadLetterError> {
         let none = HashMap::new();
         let own = self.received.message_attributes().unwrap_or(&none);
@@ -458,8 +458,8 @@ fn is_no_longer_in_flight<R>(error: &SdkError<ChangeMessageVisibilityError, R>) 
         || error.code() == Some("InvalidParameterValue")
 }
 
-/// How much longer a message may stay invisible that was received this long ago. In whole seconds, less one for the request:
-/// the service refuses a total over the limit.
+/// How much longer a message may stay invisible that was received this long ago. In whole seconds, less one for the
+/// request: the service refuses a total over the limit.
 fn visibility_left(since: Duration) -> Duration {
     Duration::from_secs(MAX_VISIBILITY.saturating_sub(since).as_secs().saturating_sub(1))
 }
