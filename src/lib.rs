@@ -45,6 +45,9 @@ mod buckets;
 mod clock;
 mod codec;
 mod config;
+#[cfg(feature = "delivery")]
+#[cfg_attr(docsrs, doc(cfg(feature = "delivery")))]
+pub mod delivery;
 mod digest;
 mod engine;
 mod entry;
