@@ -167,7 +167,11 @@ mod enabled {
         describe_counter!("onlyonce.log.syncs", Unit::Count, "Syncs of the log that calls waited for");
         describe_gauge!("onlyonce.keys.in_flight", Unit::Count, "Keys in progress");
         describe_gauge!("onlyonce.keys.held", Unit::Count, "Keys held for resolution");
-        describe_gauge!("onlyonce.keys.unflushed", Unit::Count, "Completed and released keys not yet flushed to a bucket");
+        describe_gauge!(
+            "onlyonce.keys.unflushed",
+            Unit::Count,
+            "Completed and released keys not yet flushed to a bucket"
+        );
         describe_gauge!("onlyonce.buckets", Unit::Count, "Live buckets");
         describe_gauge!("onlyonce.filter.size", Unit::Bytes, "Memory used by the filter");
         describe_gauge!("onlyonce.journal.size", Unit::Bytes, "Bytes of journal records since the last flush");
@@ -187,11 +191,7 @@ mod enabled {
             Unit::Seconds,
             "Time from claim to completion, for calls with one key"
         );
-        describe_histogram!(
-            "onlyonce.claim.attempt",
-            Unit::Count,
-            "Attempt number of a repeated claim"
-        );
+        describe_histogram!("onlyonce.claim.attempt", Unit::Count, "Attempt number of a repeated claim");
     }
 
     /// Metric handles of one store. The recorder must be installed before the store is opened.

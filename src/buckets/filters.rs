@@ -52,7 +52,9 @@ impl Filters {
                 Ok(file) if file.covered.covers(ssts.get(bucket).map_or(&[], Vec::as_slice)) => {
                     filters.found.lock().insert(bucket.clone(), file);
                 }
-                Ok(_) => tracing::debug!(bucket, "filter file does not cover all SSTs of its bucket, rebuilding the filter"),
+                Ok(_) => {
+                    tracing::debug!(bucket, "filter file does not cover all SSTs of its bucket, rebuilding the filter")
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => warn_unusable(bucket, &error),
             }

@@ -218,15 +218,15 @@ impl BucketRegistry {
         };
         // A bucket without a column in the filter is always looked up on disk.
         if !marked && snapshot.stack.covers(bucket.column_id) {
-                    self.report_missing_bits(bucket.range);
-                }
-            }
+            self.report_missing_bits(bucket.range);
+        }
+    }
 
-            fn report_missing_bits(&self, of: impl std::fmt::Display) {
-                self.poison.broken(Invariant::FilterBits, format_args!("bits are missing for keys of {of}"));
-            }
+    fn report_missing_bits(&self, of: impl std::fmt::Display) {
+        self.poison.broken(Invariant::FilterBits, format_args!("bits are missing for keys of {of}"));
+    }
 
-            /// Adds persisted columns to one shard of a filter matrix.
+    /// Adds persisted columns to one shard of a filter matrix.
     pub(crate) fn add_columns(&self, matrix: &FilterMatrix, shard: usize, columns: &[(ColumnId, Vec<u8>)]) {
         let _change = self.change.lock();
         if !matrix.add_columns(shard, columns) {
@@ -245,13 +245,13 @@ impl BucketRegistry {
             // At least 1: a matrix without keys counts as empty and would be freed, and `keys` may be an estimate of
             // 0.
             if !matrix.count(bucket.column_id, keys.max(1)) {
-                            self.report_missing_bits(bucket.range);
-                        }
-                    }
-                    self.set_filtered(bucket);
-                }
+                self.report_missing_bits(bucket.range);
+            }
+        }
+        self.set_filtered(bucket);
+    }
 
-                /// Marks the bucket as covered by the filter. Call it only after all its keys are inserted.
+    /// Marks the bucket as covered by the filter. Call it only after all its keys are inserted.
     pub(crate) fn set_filtered(&self, bucket: &Arc<Bucket>) {
         let _change = self.change.lock();
         let mut snapshot = Snapshot::clone(&self.snapshot.load());
@@ -271,12 +271,12 @@ impl BucketRegistry {
     pub(crate) fn insert_moved(&self, bucket: &Bucket, target: &FilterMatrix, digests: &[u64]) {
         let _change = self.change.lock();
         if !target.insert(bucket.column_id, digests.iter().copied()) {
-                    self.report_missing_bits(bucket.range);
-                }
-            }
+            self.report_missing_bits(bucket.range);
+        }
+    }
 
-            /// Stops lookups in the older matrices of a bucket whose keys have all moved to `target`. Does nothing if
-            /// the bucket or the target was dropped concurrently.
+    /// Stops lookups in the older matrices of a bucket whose keys have all moved to `target`. Does nothing if
+    /// the bucket or the target was dropped concurrently.
     pub(crate) fn moved(&self, bucket: &Arc<Bucket>, target: &Arc<FilterMatrix>) {
         let _change = self.change.lock();
         let mut snapshot = Snapshot::clone(&self.snapshot.load());
@@ -407,8 +407,8 @@ pub(crate) fn look_up(
             .collect();
         let mut read = |index: usize, value: &[u8]| {
             let corrupt = |detail: String| Error::Corrupt { place: format!("an entry of {}", bucket.range), detail };
-            let entry = read_value(value, bucket.range.start_ms)
-                .ok_or_else(|| corrupt("unknown value format".to_owned()))?;
+            let entry =
+                read_value(value, bucket.range.start_ms).ok_or_else(|| corrupt("unknown value format".to_owned()))?;
             if !bucket.range.contains(entry.time_ms()) {
                 return Err(corrupt(format!("its time {} is outside the bucket", entry.time_ms())));
             }
@@ -499,7 +499,11 @@ mod tests {
         assert_eq!(candidates(&registry, 99), [3]);
         let another = registry.ensure(&db, second(9)).unwrap();
         registry.remove(&db, &another, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
-        assert_eq!((candidates(&registry, 99), candidates(&registry, 77)), (vec![3], vec![]), "the others keep their filters");
+        assert_eq!(
+            (candidates(&registry, 99), candidates(&registry, 77)),
+            (vec![3], vec![]),
+            "the others keep their filters"
+        );
         // A target that is not in the stack (dropped concurrently) changes nothing.
         let elsewhere = tempfile::tempdir().unwrap();
         let (_db, other, _) = three_reopened(&elsewhere);

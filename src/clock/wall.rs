@@ -387,10 +387,7 @@ impl Course {
 fn report_deviation(is_ahead: bool, by_ms: u64) {
     let minutes = CONFIRMED_AFTER_MS / 60_000;
     if is_ahead {
-        tracing::info!(
-            by_ms,
-            "the wall clock is ahead of the store's time, which follows it after {minutes} minutes"
-        );
+        tracing::info!(by_ms, "the wall clock is ahead of the store's time, which follows it after {minutes} minutes");
     } else {
         tracing::warn!(
             by_ms,

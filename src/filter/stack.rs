@@ -98,15 +98,15 @@ impl FilterStack {
         let share = if self.matrices.is_empty() { left / 8 * 7 } else { left / 2 };
         let affordable = share / FilterMatrix::bytes_for(columns, 1).max(1);
         let keys = keys.min(affordable);
-            // A store needs a base even if the budget is spent.
-            let is_added = keys > 0 || self.matrices.is_empty();
-            if is_added {
-                self.matrices.push(Arc::new(FilterMatrix::new(columns, keys.max(1_000))));
-            }
-            is_added
+        // A store needs a base even if the budget is spent.
+        let is_added = keys > 0 || self.matrices.is_empty();
+        if is_added {
+            self.matrices.push(Arc::new(FilterMatrix::new(columns, keys.max(1_000))));
         }
+        is_added
+    }
 
-        /// Whether the stack has a column with this id.
+    /// Whether the stack has a column with this id.
     pub(crate) fn covers(&self, column_id: ColumnId) -> bool {
         u32::from(column_id) < self.width
     }
@@ -152,12 +152,12 @@ impl FilterStack {
         if capacity < keys || capacity < top.capacity() / 2 {
             return None;
         }
-            let mut grown = self.clone();
-            grown.matrices.push(Arc::new(FilterMatrix::new(columns, capacity)));
-            Some(grown)
-        }
+        let mut grown = self.clone();
+        grown.matrices.push(Arc::new(FilterMatrix::new(columns, capacity)));
+        Some(grown)
+    }
 
-        /// Inserts the digests of the bucket's keys. False if a bit could not be set.
+    /// Inserts the digests of the bucket's keys. False if a bit could not be set.
     #[must_use]
     pub(crate) fn insert(&self, column_id: ColumnId, digests: impl IntoIterator<Item = u64>) -> bool {
         self.top(column_id).is_some_and(|matrix| matrix.insert(column_id, digests))
