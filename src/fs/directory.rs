@@ -42,16 +42,18 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
+    /// Fails unless the directory holds a store.
+    pub(crate) fn require_store(root: &Path) -> Result<()> {
+        if root.join(DATABASE).is_dir() { Ok(()) } else { Err(Error::NotFound { path: root.to_owned() }) }
+    }
+
     /// Locks the directory. Creates it, readable only by its owner, if it does not exist. Waits up to `wait` for
     /// another process to release the lock, because a killed process holds its locks until the kernel has cleaned up.
-    pub(crate) fn acquire(root: &Path, wait: Duration, create: bool) -> Result<Self> {
+    pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
         reject_invalid_path(root)?;
         // Absolute, because a process may change its working directory.
         let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, error))?;
         reject_foreign(root)?;
-        if !create && !root.join(DATABASE).exists() {
-            return Err(Error::NotFound { path: root.to_owned() });
-        }
         make_private(root)?;
         let path = root.join(LOCK);
         let lock = OpenOptions::new()

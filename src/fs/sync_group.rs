@@ -131,7 +131,7 @@ mod tests {
     fn after_a_failed_sync_every_later_wait_fails() {
         let group = SyncGroup::default();
         let failed = group.wait(|| Err(Error::WriteFailed { source: "no space left".into() }));
-        assert!(failed.unwrap_err().to_string().contains("no space left"));
+        assert!(failed.unwrap_err().chain().contains("no space left"));
         assert!(group.wait(|| Ok(())).is_err());
     }
 }
