@@ -38,23 +38,23 @@ macro_rules! invariants {
 invariants! {
     // Calls.
     AnswerForEachKey: "each key of a call has exactly one answer",
-    KeyInRequest: "a key is within the bytes of its request and is not empty",
+    KeyInRequest: "a key lies within the bytes of its request and is not empty",
     // Memtable.
-    IndexedSlot: "each index entry of a shard's arena points to a slot that holds a key",
-    KeyInArena: "the key and the result of a slot are within the bytes of their arena",
-    CountsNotNegative: "the counters of the memtable are never negative",
-    OnlyEndedFlushed: "a flush writes completed keys and ended attempts only",
+    IndexedSlot: "each entry of an arena's index points to a slot that holds a key",
+    KeyInArena: "the key and the result of a slot lie within the bytes of their arena",
+    CountsNotNegative: "the counts of the memtable are never negative",
+    OnlyEndedFlushed: "a frozen set holds completed keys and ended attempts only",
     // Journal.
-    RecordNumbersRise: "the numbers of journal records strictly increase",
-    RecordFinishedOnce: "a journal record is finished once, and all records below the finished number are finished",
+    RecordNumbersRise: "the numbers of journal records strictly rise",
+    RecordFinishedOnce: "a journal record is finished once, and records below the finished number are finished",
     NumberReserved: "a token or record number is reserved on disk before it is used",
     // Buckets.
-    SstSorted: "the keys of an SST strictly increase",
-    KeyInRange: "the times of an SST's keys are within the range of its bucket",
+    SstSorted: "the keys of an SST strictly rise",
+    KeyInRange: "the keys of an SST have their time within the range of its bucket",
     SstComplete: "an SST has all keys that were counted for it",
     OnlyExpiredDropped: "a bucket is dropped only when all its keys have expired",
     // Filter.
-    FilterBits: "inserting a key into the filter sets all its bits",
+    FilterBits: "marking a key in the filter sets all its bits",
 }
 
 /// Whether and why the store is poisoned. The parts of a store share it, so that each of them can poison the store.
@@ -124,11 +124,11 @@ mod tests {
         let error = poison.broken(Invariant::SstSorted, format_args!("a after b"));
         assert_eq!((error.outcome(), error.is_retryable()), (Outcome::Unknown, false));
         let text = error.to_string();
-        assert!(text.contains("the keys of an SST strictly increase") && text.contains("a after b"), "{text}");
+        assert!(text.contains("the keys of an SST strictly rise") && text.contains("a after b"), "{text}");
         assert!(text.contains("bug in onlyonce"), "{text}");
         assert!(!poison.set("a write failed"));
         assert_eq!(poison.unbroken().unwrap_err().to_string(), text);
-        assert!(poison.reason().is_some_and(|reason| reason.contains("the keys of an SST strictly increase")));
+        assert!(poison.reason().is_some_and(|reason| reason.contains("the keys of an SST strictly rise")));
 
         let poison = Poison::default();
         assert!(poison.set("a write failed"));

@@ -111,9 +111,9 @@ mod tests {
     #[test]
     fn an_sst_that_is_unsorted_or_incomplete_or_outside_its_bucket_is_not_written() {
         for (source, count, expected) in [
-            (&[(2, b"a" as &[u8], 5_500), (1, b"b", 5_500)][..], 2, "strictly increase"),
-            (&[(1, b"b", 5_500), (1, b"a", 5_500)], 2, "strictly increase"),
-            (&[(1, b"a", 5_500), (1, b"a", 5_600)], 2, "strictly increase"),
+            (&[(2, b"a" as &[u8], 5_500), (1, b"b", 5_500)][..], 2, "strictly rise"),
+            (&[(1, b"b", 5_500), (1, b"a", 5_500)], 2, "strictly rise"),
+            (&[(1, b"a", 5_500), (1, b"a", 5_600)], 2, "strictly rise"),
             (&[(1, b"a", 4_999)], 1, "within the range"),
             (&[(1, b"a", 6_000)], 1, "within the range"),
             (&[(1, b"", 5_500)], 1, "within the range"),

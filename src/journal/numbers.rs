@@ -115,7 +115,7 @@ mod tests {
         };
         for again in [4, 5] {
             let text = broken(&|numbers| assert_eq!(numbers.begin(|| again), again));
-            assert!(text.contains("records strictly increase"), "{text}");
+            assert!(text.contains("records strictly rise"), "{text}");
         }
         let text = broken(&|numbers| [5, 5].iter().for_each(|number| numbers.finish(*number)));
         assert!(text.contains("finished once"), "{text}");
@@ -123,6 +123,6 @@ mod tests {
             numbers.finish(5);
             numbers.finished_below(|| 5);
         });
-        assert!(text.contains("records strictly increase"), "{text}");
+        assert!(text.contains("records strictly rise"), "{text}");
     }
 }
