@@ -33,7 +33,7 @@ impl Engine {
 
     /// Waits until there is room for a call: in the memtable, in one write, and among the reserved tokens.
     pub(super) fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
-        // Also for a call that turns out to write nothing: a call that waits for a key learns here that the store has failed.
+        // Even if the call writes nothing: a caller that waits for a key fails here once the store is poisoned or closed.
         self.ready()?;
         admit_bytes(bytes)?;
         self.wait_for_room()?;

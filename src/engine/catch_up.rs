@@ -4,8 +4,8 @@
 //! such processes would leave expired buckets, the journal and small SSTs to each other forever.
 //!
 //! An open drops expired buckets for [`DROP_TIME`], and flushes the keys of an ended bucket if the journal has at most
-//! [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family has more than [`MAX_SSTS`],
-//! an open and a close wait for compactions, at most for [`COMPACTION_TIME`].
+//! [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family has more SSTs than
+//! [`MAX_SSTS`], an open and a close wait for compactions, at most for [`COMPACTION_TIME`].
 
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,8 @@ const COMPACTION_TIME: Duration = Duration::from_secs(1);
 const MAX_SSTS: u64 = 16;
 
 impl Engine {
-    /// Runs the tasks that are due at open, and returns the state for the first round of maintenance. A failed task is retried by
-    /// that round, unless the store is poisoned.
+    /// Runs the tasks that are due at open, and returns the state for the first round of maintenance. That round retries a
+    /// failed task, unless the store is poisoned.
     pub(super) fn catch_up(&self) -> Result<MaintenanceState> {
         let mut maintenance_state = self.maintenance_state();
         match self.run_due_tasks(&mut maintenance_state) {

@@ -5,9 +5,9 @@
 //! 3. For each key: lock its shard, decide, take a token, change the memtable, unlock.
 //! 4. Write the record, with one sync if the configuration requires it.
 //!
-//! A claimed key is visible as leased in step 3, before its record is written: otherwise a concurrent claim could acquire the same
-//! key. A recorded key is visible as committing in step 3 and as completed after step 4: otherwise a caller could skip work on
-//! the strength of a record that a crash takes back.
+//! A claimed key is visible as leased in step 3, before its record is written. Otherwise a concurrent claim could acquire the
+//! same key. A recorded key is visible as committing in step 3, and as completed only after step 4. Otherwise a caller could
+//! skip its work because of a record that a crash takes back.
 
 use std::sync::Arc;
 
@@ -136,8 +136,8 @@ impl Engine {
         self.check_response_count(responses, request.len())
     }
 
-    /// Fails if `in_flight_limit` or `held_limit` is reached. Checked under a shard's lock: callers in other shards may exceed the
-    /// limit by a key each.
+    /// Fails if `in_flight_limit` or `held_limit` is reached. Only the key's shard is locked, so concurrent callers may exceed
+    /// the limit by a key each.
     fn admit_in_flight(&self, stored: Option<&Entry>) -> Result<()> {
         let holder = match stored {
             Some(Entry::Processing(processing)) => Some(processing.holder),
@@ -214,8 +214,8 @@ fn first_payload(prior: Option<PriorAttempt>, stored: Option<&Entry>) -> Option<
     }
 }
 
-/// A key's time: now, or its message's timestamp. A repeated attempt keeps the later time, so that a later state of a key is never
-/// in an earlier bucket, which is dropped first.
+/// A key's time: now, or its message's timestamp. A repeated attempt keeps the later time. Otherwise a later state of a key
+/// could be in an earlier bucket, which is dropped first.
 fn time_of(at_ms: Option<u64>, now: Now, prior: Option<PriorAttempt>, stored: Option<&Entry>) -> u64 {
     let time_ms = at_ms.unwrap_or(now.time_ms);
     match (prior, stored) {

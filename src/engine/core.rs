@@ -1,7 +1,8 @@
 //! The parts of a store, and how records reach the journal.
 //!
-//! Order: a record's number is taken before the memtable shows its effect. Otherwise two records of one key could be
-//! numbered against the order of its holders, and a replay would keep the state of the earlier holder.
+//! Order: a record's number is taken before the memtable shows its effect. So a record that overrules an earlier one has the
+//! higher number, unless the two calls overlapped; then tokens decide. Otherwise the journal could be truncated between the
+//! two so that only the overruled record is left, and a replay would bring the old state back.
 //!
 //! A completion or a release takes effect only when its record is written (`OpenRecord::finish`). Otherwise a caller could
 //! act on a result that a crash takes back.
@@ -203,8 +204,8 @@ impl Engine {
             .ensure(count as u64 + 16, |reserved| self.write(true, |tx| tx.put_meta(TOKENS, &reserved.to_le_bytes())))
     }
 
-    /// Takes the number of a record that is about to be written. Call it before the memtable shows the record's effect: the
-    /// records of one key are then numbered in the order of its holders, and the journal is never truncated between them.
+    /// Takes the number of a record that is about to be written. Call it before the memtable shows the record's effect: see the
+    /// module's order.
     pub(super) fn begin_record(&self) -> OpenRecord<'_> {
         let number = self.memtable.records().begin(|| self.sequence.take());
         OpenRecord { engine: self, number, finished: false }

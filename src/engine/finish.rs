@@ -49,15 +49,9 @@ impl Engine {
             self.require_key(key)?;
             let mut shard = self.memtable.shard(digest);
             let stored = shard.get(digest, key);
-            let may = match (finished_by, &stored) {
-                (FinishedBy::Operator, Some(Entry::Processing(processing))) => {
-                    matches!(self.lease_state_at(processing, now), LeaseState::Held(_))
-                }
-                _ => true,
-            };
-            let is_ours = may && transition::may_finish(stored.as_ref(), grant.token);
-            accepted.push(is_ours);
-            if !is_ours {
+            let is_accepted = self.may_finish(stored.as_ref(), grant.token, finished_by, now);
+            accepted.push(is_accepted);
+            if !is_accepted {
                 is_contiguous = false;
                 continue;
             }
@@ -77,9 +71,9 @@ impl Engine {
                         FinishedBy::Operator => Holder::Resolved(prior),
                     };
                     let fingerprint = transition::binding(fingerprint, prior);
-                    let open = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
-                    record.processing(key, &open);
-                    Entry::Processing(open)
+                    let released = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
+                    record.processing(key, &released);
+                    Entry::Processing(released)
                 }
             };
             shard.set_pending(
@@ -90,9 +84,9 @@ impl Engine {
             );
         }
         let sync = if completes { self.config.sync_results() } else { self.config.sync_claims() };
-        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         self.append_with(open, record, &side_writes, sync)?;
         self.waiters.wake(leases.iter().map(|(grant, _)| grant.digest()));
+        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         if completes {
             self.counters.completed.add(count);
             // One sample a call: a measurement for each key would be too expensive.
@@ -106,6 +100,17 @@ impl Engine {
         self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
         self.wake_if_due();
         self.check_response_count(accepted, leases.len())
+    }
+
+    /// Whether a finish is accepted: by the token, and for an operator only while the key is held.
+    fn may_finish(&self, stored: Option<&Entry>, token: u64, finished_by: FinishedBy, now: Now) -> bool {
+        let may = match (finished_by, stored) {
+            (FinishedBy::Operator, Some(Entry::Processing(processing))) => {
+                matches!(self.lease_state_at(processing, now), LeaseState::Held(_))
+            }
+            _ => true,
+        };
+        may && transition::may_finish(stored, token)
     }
 
     /// Renews a lease to its full length. False: superseded. Changes only memory.
@@ -248,24 +253,7 @@ impl Engine {
         })?;
         let mut shard = self.memtable.shard(key_ref.digest);
         let in_memory = shard.get(key_ref.digest, key_ref.key);
-        if let Some(Entry::Processing(processing)) = &in_memory {
-            match self.lease_state_at(processing, now) {
-                LeaseState::Active { .. } | LeaseState::Committing => {
-                    return Err(Error::InUse {
-                        key: Key::display_encoded(key_ref.key),
-                        token: FencingToken::new(processing.token),
-                    });
-                }
-                // Without the entry, the next claim would not report that the work may have happened.
-                LeaseState::Held(_) => {
-                    return Err(Error::Undecided {
-                        key: Key::display_encoded(key_ref.key),
-                        token: FencingToken::new(processing.token),
-                    });
-                }
-                _ => {}
-            }
-        }
+        self.check_forgettable(key_ref, in_memory.as_ref(), now)?;
         existed |= in_memory.as_ref().is_some_and(|entry| self.is_live_at(entry, now));
         if let Some(entry) = &in_memory {
             // Until the record is written, other calls see the key as committing.
@@ -278,8 +266,8 @@ impl Engine {
             };
             shard.set(key_ref.digest, key_ref.key, Entry::Processing(committing));
         }
-        // Under the lock: the record's number is above those of the key's earlier records, and the token is below the one of the
-        // next claim, so that a replay removes the old state and keeps the new one.
+        // Under the lock: the record's number is above those of the key's earlier records, and its token is below that of the
+        // next claim. So a replay removes the old state and keeps a newer one.
         let open = self.begin_record();
         let token = self.sequence.take();
         drop(shard);
@@ -315,6 +303,20 @@ impl Engine {
         drop(flush_lock);
         self.waiters.wake([key_ref.digest]);
         Ok(existed)
+    }
+
+    /// Fails if a key is leased or held.
+    fn check_forgettable(&self, key_ref: KeyRef<'_>, stored: Option<&Entry>, now: Now) -> Result<()> {
+        let Some(Entry::Processing(processing)) = stored else { return Ok(()) };
+        let token = FencingToken::new(processing.token);
+        match self.lease_state_at(processing, now) {
+            LeaseState::Active { .. } | LeaseState::Committing => {
+                Err(Error::InUse { key: Key::display_encoded(key_ref.key), token })
+            }
+            // Without the entry, the next claim would not report that the work may have happened.
+            LeaseState::Held(_) => Err(Error::Undecided { key: Key::display_encoded(key_ref.key), token }),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The flush: moves completed keys, and what ended attempts left, from the memtable to their buckets, and truncates the journal.
+//! The flush: moves completed and released keys from the memtable to their buckets, and truncates the journal.
 //!
 //! Order, and the bug that each step prevents:
 //!

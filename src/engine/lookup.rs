@@ -1,8 +1,8 @@
 //! Lookups: a key's entry on disk, its entry in the memtable, and which of the two counts.
 //!
-//! Order: the flush generation is read first, then the buckets, then the memtable under the shard's lock. The memtable overrules the
-//! disk. If the memtable has no entry and the generation has changed, the disk is read again. Otherwise a key that was flushed
-//! between the two reads would be missed in both, and claimed a second time.
+//! Order: the flush generation is read first, then the buckets, then the memtable under the shard's lock. The memtable
+//! overrules the disk. If the memtable has no entry and the generation has changed, the disk is read again. Otherwise a key
+//! that was flushed between the two reads would be missed in both, and claimed a second time.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Rounds of maintenance: save the time, drop expired buckets, purge the memtable, flush, create the next bucket; also syncs and
-//! the filters' maintenance.
+//! Rounds of maintenance: store the time, drop expired buckets, purge the memtable, flush, create the next bucket. Also the
+//! syncs and the filter work of the other background threads.
 //!
 //! The threads of `workers.rs` call it, so no caller waits for it.
 //!
@@ -114,8 +114,8 @@ impl Engine {
         let span = self.config().span;
         if has_expired(&self.buckets, span, &now) {
             Failpoint::BucketExpired.pass();
-            // Synced before the drop: otherwise, after a crash, the next open could take an earlier time and report that it
-            // still remembers the dropped keys.
+            // Synced before the drop. Otherwise the store's time could be earlier after a crash, and dropped keys would be
+            // missing although their window is not over.
             self.save_time()?;
             drop_expired(&self.db, &self.buckets, span, &now, should_continue);
         }

@@ -1,7 +1,7 @@
 //! The engine: it composes the store's parts and owns the order of their effects.
 //!
 //! Every call has the same order: look the keys up without a lock, take a record number, lock a key's shard, decide, change
-//! the memtable, unlock, write the record. `claim.rs`, `finish.rs` and `flush.rs` state which of these orders prevents which bug.
+//! the memtable, unlock, write the record. `claim.rs`, `finish.rs` and `flush.rs` state which bug each order prevents.
 
 mod backpressure;
 mod catch_up;

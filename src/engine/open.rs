@@ -1,7 +1,7 @@
 //! Opening a store: create or check it, replay the journal, and write what this opening changes.
 //!
-//! Order: the options, the retention floor and a new block of tokens are synced before the first call is answered. Otherwise
-//! a power cut could lead to an opening that hands out the same tokens again, and a late holder would pass for the new one.
+//! Order: the options, the retention floor and a new block of tokens are synced before the first call. Otherwise tokens could
+//! be handed out a second time after a power cut, and a late holder would pass for the current one.
 
 use std::path::Path;
 use std::sync::Arc;

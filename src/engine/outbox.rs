@@ -11,7 +11,7 @@ use super::side_writes::{message_id, message_name, offset_name};
 use onlyonce_core::{Error, Message, MessageId, NewMessage, Result};
 
 impl Engine {
-    /// Returns a partition's offset. Synced before it is returned, under `Durability::Disk`: the caller may commit it to the broker.
+    /// Returns a partition's offset. Under `Durability::Disk` it is synced first: the caller may commit it to the broker.
     pub(crate) fn offset(&self, stream: &[u8], partition: u32) -> Result<Option<u64>> {
         self.ready()?;
         let Some(value) = self.db.meta(&offset_name(stream, partition))? else { return Ok(None) };

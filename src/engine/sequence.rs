@@ -1,7 +1,7 @@
 //! The sequence: numbers for tokens and journal records, which increase across restarts.
 //!
-//! Order: a block of numbers is reserved on disk before one of them is used. Otherwise a power cut could cause a token to be handed
-//! out twice, and a late holder would pass for the current one.
+//! Order: a block of numbers is reserved on disk before one of them is used. Otherwise a token could be handed out a second
+//! time after a power cut, and a late holder would pass for the current one.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

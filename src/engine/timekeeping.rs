@@ -1,7 +1,7 @@
 //! Storing the store's time: it is read at open, and written with other writes.
 //!
-//! Order: a change of the store's time is stored with, or before, the first write that depends on it. Otherwise a completion could
-//! survive a crash that loses the change of time under which it was made, and expire too early or too late.
+//! Order: a change of the store's time is stored with, or before, the first write that depends on it. Otherwise a completion
+//! could survive a crash that loses the change, and expire too early or too late.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ const SAVE_INTERVAL_MS: u64 = 10_000;
 /// Resumes the time of a store. `span` is the one of the last open, `newest_ms` the newest time in the journal.
 pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Span, newest_ms: u64) -> Result<Timeline> {
     let number = |name| -> Result<u64> { Ok(u64::from_le_bytes(meta(db, name)?)) };
-    let saved = Saved { time_ms: number(HIGH_WATER)?, floor_ms: number(FLOOR)? };
+    let saved = Saved { time_ms: number(HIGH_WATER)?, floor_ms: number(FLOOR)?, newest_ms };
     if saved.time_ms > MAX_WALL_MS {
         return Err(corrupt_meta(HIGH_WATER));
     }
@@ -32,6 +32,9 @@ pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Spa
         None => {
             let state = db.meta(CLOCK)?.and_then(|bytes| codec::read_clock(&bytes));
             let state = state.ok_or_else(|| corrupt_meta(CLOCK))?;
+            // The floor is a window before the latest time that was ever saved.
+            let latest_ms = saved.floor_ms.saturating_add(span.window_ms).saturating_sub(1);
+            let saved = Saved { newest_ms: newest_ms.max(latest_ms), ..saved };
             Ok(Timeline::of_clocks(clock, &saved.forgotten_by(span.window_ms), &state, config.span))
         }
         Some(max_ahead_ms) => {
@@ -94,8 +97,8 @@ impl TimeSaved {
         }
     }
 
-    /// Adds the time to a write if it has changed or is due. If another write is storing a change, this one waits for it: no write
-    /// after a change may be on disk without the change.
+    /// Adds the time to a write if it has changed or is due. Waits for another write that is storing a change: no write after
+    /// a change may be on disk without the change.
     pub(super) fn put_changed(&self, timeline: &Timeline, tx: &mut Tx<'_>) -> Result<Option<Saving<'_>>> {
         let saving = match (self.is_outdated(timeline), self.is_due.load(Ordering::Relaxed)) {
             (true, _) => Some(self.saving.lock()),

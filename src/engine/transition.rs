@@ -34,8 +34,8 @@ impl From<&Now> for Opened {
 }
 
 impl Policy {
-    /// When the backoff of a released key ends, on the monotonic clock of this process. For a backoff of an earlier process,
-    /// the rest that the store's time leaves at open counts from the open. On stream time, which is unrelated to elapsed
+    /// When the backoff of a released key ends, on the monotonic clock of this process. The backoff of an earlier process runs
+    /// on from the open, with the length that remained on the store's time then. On stream time, which is unrelated to elapsed
     /// time, such a backoff is over.
     fn backoff_ends_at(&self, token: u64, since_ms: u64, backoff: Backoff) -> u64 {
         if token >= self.first_token {
@@ -411,7 +411,7 @@ mod tests {
         assert_eq!(
             decide(Some(&completed()), OTHER_PAYLOAD, None, at(6_000), RERUN),
             NEW,
-            "an expired payload is not compared"
+            "the payload of an expired entry is not compared"
         );
     }
 

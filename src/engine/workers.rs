@@ -21,7 +21,7 @@ const FAILURE_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The threads of a store, until they are stopped.
 pub(crate) struct BackgroundWorkers {
-    /// Dropped to end the threads.
+    /// Dropped to stop the threads.
     stop: Mutex<Option<Sender<()>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -38,7 +38,7 @@ impl BackgroundWorkers {
             // The model checker cannot schedule these threads.
             return Ok(workers);
         }
-        // Before the threads: work that is due at open is done even if the process ends before their first round.
+        // Before the threads start: a bucket that ends until the first round counts as ended, however late the thread runs.
         let maintenance_state = engine.catch_up()?;
         workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
             run_workers(engine, maintenance_state, &woken, stopped);

@@ -126,9 +126,9 @@ impl MemTable {
         self.counts.flushable_bytes.load(Ordering::Relaxed)
     }
 
-    /// Starts a flush: freezes each shard's flushable keys whose records are below `start`, and returns the frozen arenas in the
-    /// order of the shards. Keys in progress stay if `keep` returns true. [`MemTable::publish`] and [`MemTable::retire`] end the
-    /// flush, [`MemTable::restore`] undoes it.
+    /// Starts a flush: freezes each shard's flushable keys whose records are below `start`, and returns the frozen arenas in
+    /// the order of the shards. Keys in progress stay if `keep` returns true. [`MemTable::publish`] and [`MemTable::retire`]
+    /// end the flush, [`MemTable::restore`] undoes it.
     pub(crate) fn freeze(&self, start: u64, mut keep: impl FnMut(&[u8], &Processing) -> bool) -> Vec<Arc<ShardArena>> {
         self.shards()
             .filter_map(|mut shard| {
