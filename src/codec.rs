@@ -335,8 +335,8 @@ const ATTEMPT_PRIOR_MASK: u8 = 0b0000_0011;
 /// ```text
 /// value   := format and flags (1) | ms since the bucket's start (varint) | token (varint) | [fingerprint (16)]
 ///            | result, or attempt
-/// attempt := prior (1) | attempt (varint) | backoff in ms (varint) | end of the backoff on the writing process's
-/// monotonic clock, in ms (varint)
+/// attempt := prior (1) | attempt (varint) | backoff in ms (varint)
+///            | end of the backoff on the writing process's monotonic clock, in ms (varint)
 /// ```
 ///
 /// `None` if the key is in flight: such a key is never written to a bucket.

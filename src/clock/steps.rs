@@ -125,8 +125,8 @@ mod tests {
     #[test]
     fn a_step_is_kept_if_the_next_one_shifts_its_completions_further() {
         let steps = Steps::of(&[step(100, 200, 1_000)]).unwrap();
-        for (from_ms, kept) in [(150, steps), (200, steps), (201, Steps::default())] {
-            assert_eq!(steps.pruned_before(step(from_ms, 300, 9_000), 10_000, 500), kept, "from {from_ms}");
+        for (from_ms, expected) in [(150, steps), (200, steps), (201, Steps::default())] {
+            assert_eq!(steps.pruned_before(step(from_ms, 300, 9_000), 10_000, 500), expected, "from {from_ms}");
         }
     }
 

@@ -51,16 +51,16 @@ impl StreamTime {
     /// See [`Timeline::follow`](super::Timeline::follow).
     pub(super) fn follow(&self, at_ms: u64, next_ms: impl IntoIterator<Item = u64>) -> Result<u64, Leap> {
         let stream_ms = self.high_water_ms();
-        let noted_ms = self.leap_ms.load(Ordering::Relaxed);
+        let rejected_ms = self.leap_ms.load(Ordering::Relaxed);
         if self.reaches(stream_ms, at_ms) {
             // A message that is too old does not refute the leap.
-            if noted_ms != 0 && !self.is_late(stream_ms, at_ms) {
+            if rejected_ms != 0 && !self.is_late(stream_ms, at_ms) {
                 self.leap_ms.store(0, Ordering::Relaxed);
             }
         } else {
-            let rejected = self.may_leap(stream_ms, at_ms, noted_ms, next_ms).err();
+            let rejected = self.may_leap(stream_ms, at_ms, rejected_ms, next_ms).err();
             match rejected {
-                None if self.reaches(at_ms, noted_ms) => self.leap_ms.store(0, Ordering::Relaxed),
+                None if self.reaches(at_ms, rejected_ms) => self.leap_ms.store(0, Ordering::Relaxed),
                 Some(Leap { in_future: false, .. }) => self.leap_ms.store(at_ms, Ordering::Relaxed),
                 _ => {}
             }
@@ -86,7 +86,7 @@ impl StreamTime {
         &self,
         stream_ms: u64,
         at_ms: u64,
-        noted_ms: u64,
+        rejected_ms: u64,
         next_ms: impl IntoIterator<Item = u64>,
     ) -> Result<(), Leap> {
         let max_ahead_ms = self.max_ahead_ms;
@@ -96,7 +96,7 @@ impl StreamTime {
         let is_relevant = |other_ms: &u64| !self.is_late(stream_ms, *other_ms) && *other_ms <= latest_ms;
         let is_confirmed = || {
             // The first message of a store needs no confirmation.
-            stream_ms == 0 || confirms(noted_ms) || next_ms.into_iter().find(is_relevant).is_some_and(confirms)
+            stream_ms == 0 || confirms(rejected_ms) || next_ms.into_iter().find(is_relevant).is_some_and(confirms)
         };
         let in_future = at_ms > latest_ms;
         if !in_future && is_confirmed() { Ok(()) } else { Err(Leap { stream_ms, max_ahead_ms, in_future }) }
@@ -200,8 +200,8 @@ mod tests {
                 assert!(stream.follow(1_000_101, []).is_err_and(|leap| leap.in_future));
             }
             clock.advance(Duration::from_millis(1));
-            let noted = stream.follow(1_000_101, []);
-            assert_eq!(noted.is_ok(), high_water_ms == 0, "the first message of a store needs no confirmation");
+            let followed = stream.follow(1_000_101, []);
+            assert_eq!(followed.is_ok(), high_water_ms == 0, "the first message of a store needs no confirmation");
             assert_eq!(stream.follow(1_000_101, []), Ok(1_000_101));
         }
     }

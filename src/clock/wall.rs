@@ -199,7 +199,7 @@ impl Course {
         course.resumed_ms = course.time_ms(reading);
         course.observe(reading);
         if elapsed_ms.is_none() {
-            course.confirm_by_two_openings(state.deviation, reading);
+            course.confirm_by_two_opens(state.deviation, reading);
         }
         course
     }
@@ -362,9 +362,9 @@ impl Course {
 
     /// Without a boot clock, confirms a wall clock that was ahead at two opens that are far enough apart by the wall
     /// clock itself. Otherwise short-lived processes could never confirm a deviation.
-    fn confirm_by_two_openings(&mut self, carried: Option<Deviation>, reading: &Reading) {
-        let (Some(carried), Some(deviation)) = (carried, self.deviation) else { return };
-        let is_same = carried.measured_since_ms == deviation.measured_since_ms && deviation.is_ahead;
+    fn confirm_by_two_opens(&mut self, stored: Option<Deviation>, reading: &Reading) {
+        let (Some(stored), Some(deviation)) = (stored, self.deviation) else { return };
+        let is_same = stored.measured_since_ms == deviation.measured_since_ms && deviation.is_ahead;
         let is_far_apart = reading.wall_ms.saturating_sub(deviation.first_wall_ms) >= CONFIRMED_AFTER_MS;
         let by_ms = ahead_ms(reading.wall_ms, self.lead_ms, self.time_ms(reading)).unsigned_abs();
         if is_same && is_far_apart && deviation.least_ms <= millis(YEAR) && self.confirm(deviation, by_ms, reading) {

@@ -1,9 +1,9 @@
 //! Filter files: the filter column of one bucket, persisted so that an open need not read the bucket's keys.
 //!
 //! ```text
-//! file   := header | header hash (16) | (column of a shard | hash (16)) for each of 16 shards header := "ONLYFLT1" |
-//! width (4) | lines of a shard (8) | keys (8) | number of SSTs (4) | number of an SST (8)* column := a bit for each
-//! row, row after row, the lowest bit of a byte first
+//! file   := header | header hash (16) | (column of a shard | hash (16)) for each of 16 shards
+//! header := "ONLYFLT1" | width (4) | lines of a shard (8) | keys (8) | number of SSTs (4) | number of an SST (8)*
+//! column := a bit for each row, row after row, the lowest bit of a byte first
 //! ```
 //!
 //! Numbers are little endian and have the same width on every platform. Hashes are BLAKE3, keyed with the store's

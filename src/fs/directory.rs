@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! STORE/onlyonce.lock   locked by the process that has the store open; contains "created" once the store exists
-//! STORE/onlyonce.files  the file manifest: the required content of `db/`, see `file_manifest.rs` STORE/db/
-//! RocksDB STORE/db.new/         a store that is being created; removed at open if a crash left it STORE/runs/
-//! SSTs that are written but not ingested yet; removed at open STORE/filters/        filters of ended buckets;
-//! rebuilt if missing or mismatched
+//! STORE/onlyonce.files  the file manifest: the required content of `db/`, see `file_manifest.rs`
+//! STORE/db/             RocksDB
+//! STORE/db.new/         a store that is being created; removed at open if a crash left it
+//! STORE/runs/           SSTs that are written but not ingested yet; removed at open
+//! STORE/filters/        filters of ended buckets; rebuilt if missing or mismatched
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -115,13 +116,13 @@ impl Directory {
     pub(crate) fn deleted(&self) -> Option<PathBuf> {
         let is_gone = |path: &Path| matches!(path.try_exists(), Ok(false));
         let is_nameless = |lock: &File| lock.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
-        let gone = if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
+        let missing = if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
             self.root.join(LOCK)
         } else {
             // RocksDB replaces this file atomically, so that it always exists.
             Some(self.database().join("CURRENT")).filter(|current| is_gone(current))?
         };
-        Some(if is_gone(&self.root) { self.root.clone() } else { gone })
+        Some(if is_gone(&self.root) { self.root.clone() } else { missing })
     }
 
     pub(crate) fn root(&self) -> &Path {

@@ -5,9 +5,9 @@
 //! and at close every file with its length. At open, less than that is corruption (G6). More was written since.
 //!
 //! ```text
-//! manifest NUMBER BYTES     or a later one
-//! log NUMBER                or a later one
-//! file NAME BYTES           each; only where the store was closed, and until it is opened
+//! manifest NUMBER BYTES     RocksDB's manifest has at least this number and length
+//! log NUMBER                a log with at least this number exists
+//! file NAME BYTES           a file and its length; only while the store is closed
 //! crc CRC-32C of the lines above, hexadecimal
 //! ```
 

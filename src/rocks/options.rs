@@ -59,7 +59,7 @@ impl Tuning {
         options.set_max_open_files(512);
         // By default RocksDB starts 16 threads in every column family to open files.
         options.set_max_file_opening_threads(1);
-        // Writes SSTs to disk in small steps, so that syncs of the log do not queue behind them.
+        // Writes SSTs to disk in small steps, so that syncs of the log do not wait for them.
         options.set_bytes_per_sync(MIB as u64);
         // The manifest grows with every flush and bucket until RocksDB rewrites it: at this size, or at six times the
         // needed size. RocksDB's default is a gigabyte.
