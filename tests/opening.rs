@@ -115,9 +115,9 @@ fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
         (file.clone(), "it is a file".to_owned()),
         (file.join("store"), format!("{} is a file", text(&file))),
         (file.join("a/store"), format!("{} is a file", text(&file))),
-        (fifo, "it is no directory".to_owned()),
-        (broken.clone(), "it is a link to nowhere, which is not there".to_owned()),
-        (broken.join("a/store"), format!("{} is a link to nowhere, which is not there", text(&broken))),
+        (fifo, "it is not a directory".to_owned()),
+        (broken.clone(), "it is a link to nowhere, which does not exist".to_owned()),
+        (broken.join("a/store"), format!("{} is a link to nowhere, which does not exist", text(&broken))),
     ] {
         let error = Store::open(&path).unwrap_err();
         assert!(matches!(&error, Error::NotAStore { reason: said, .. } if *said == reason), "{path:?}: {error}");
