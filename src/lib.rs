@@ -1,9 +1,13 @@
 #![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 // Nothing a caller passes and nothing on disk may panic.
 #![cfg_attr(
     not(test),
     warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)
 )]
+
+#[cfg(not(unix))]
+compile_error!("onlyonce runs on Unix only: it needs Unix file locks, file modes and directory syncs; build it for Linux or macOS");
 
 mod batch;
 mod bucket;
