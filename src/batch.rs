@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::claim::{self, Claim, CompleteError, Lease, Work, complete_all, in_order, is_of, release_all, sort_out};
+use crate::engine::request::Request;
 use crate::error::Result;
 use crate::key::Key;
-use crate::state::request::Request;
 use crate::store::{Check, Recorded, Store, checked, recorded};
 use crate::tx::Tx;
 

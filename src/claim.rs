@@ -6,14 +6,14 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::codec::RowKind;
-use crate::entry::{Backoff, Done, Kept, Prior};
+use crate::codec::RecordKind;
+use crate::engine::renewal::Renewal;
+use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy, Grant, display};
+use crate::engine::workers::StoreHandle;
+use crate::entry::{Backoff, CompletedEntry, Prior, StoredResult};
 use crate::error::{Error, Outcome, Result};
 use crate::invariant::Invariant;
 use crate::key::Key;
-use crate::state::answer::{Claimed, Grant, Settlement, Settler, display};
-use crate::state::keeper::Running;
-use crate::state::renewal::Renewal;
 use crate::tx::Tx;
 use crate::typed_result;
 
@@ -34,11 +34,11 @@ pub enum Claim<L = Lease> {
 /// A piece of work that was done, and its result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Completed {
-    done: Done,
+    done: CompletedEntry,
 }
 
 impl Completed {
-    pub(crate) fn new(done: Done) -> Self {
+    pub(crate) fn new(done: CompletedEntry) -> Self {
         Self { done }
     }
 
@@ -46,8 +46,8 @@ impl Completed {
     #[must_use]
     pub fn result(&self) -> Option<&[u8]> {
         match &self.done.result {
-            Kept::Stored(bytes) => Some(bytes),
-            Kept::Absent | Kept::Omitted => None,
+            StoredResult::Bytes(bytes) => Some(bytes),
+            StoredResult::None | StoredResult::TooLarge => None,
         }
     }
 
@@ -65,7 +65,7 @@ impl Completed {
     /// Whether there was a result over the store's `result_limit`, so that only the fact was kept.
     #[must_use]
     pub fn is_omitted(&self) -> bool {
-        self.done.result == Kept::Omitted
+        self.done.result == StoredResult::TooLarge
     }
 
     /// When it was completed, in milliseconds since the Unix epoch, on the store's clock. On stream time, the timestamp of
@@ -102,7 +102,7 @@ pub struct InProgress {
 #[must_use = "dropping a lease marks its work as interrupted"]
 pub struct Lease {
     grant: Grant,
-    running: Arc<Running>,
+    running: Arc<StoreHandle>,
     /// Whether the lease was settled, so that dropping it means nothing.
     settled: bool,
 }
@@ -310,7 +310,7 @@ impl Lease {
 
     /// Has the attempts counted from 1 again when it is released.
     #[cfg(feature = "tokio")]
-    pub(crate) fn begin_anew(&mut self) {
+    pub(crate) fn reset_attempts(&mut self) {
         self.grant.attempt = 0;
     }
 
@@ -405,8 +405,8 @@ impl Work {
         })
     }
 
-    fn settlement(&self, limit: usize) -> Settlement<'_> {
-        Settlement::Completed(Kept::of(&self.result, limit), self.tx.as_deref())
+    fn settlement(&self, limit: usize) -> FinishKind<'_> {
+        FinishKind::Complete(StoredResult::of(&self.result, limit), self.tx.as_deref())
     }
 }
 
@@ -415,7 +415,7 @@ impl Work {
 #[expect(clippy::type_complexity, reason = "leases of two kinds")]
 pub(crate) fn sort_out<L>(
     leases: impl IntoIterator<Item = (L, Work)>,
-    running: &Arc<Running>,
+    running: &Arc<StoreHandle>,
     lease_of: impl Fn(&L) -> &Lease,
 ) -> (Vec<(L, Work)>, Vec<Option<Result<(), CompleteError<L>>>>) {
     let (mut ours, mut answers) = (Vec::new(), Vec::new());
@@ -441,7 +441,7 @@ pub(crate) fn sort_out<L>(
 pub(crate) fn in_order<E>(
     answers: Vec<Option<Result<(), E>>>,
     ours: impl IntoIterator<Item = Result<(), E>>,
-    running: &Running,
+    running: &StoreHandle,
     failed: impl Fn(Error) -> E,
 ) -> Vec<Result<(), E>> {
     let mut ours = ours.into_iter();
@@ -451,7 +451,7 @@ pub(crate) fn in_order<E>(
 
 /// What a lease fails with that has no answer, where each must have one.
 #[cold]
-pub(crate) fn unanswered(running: &Running) -> Error {
+pub(crate) fn unanswered(running: &StoreHandle) -> Error {
     running.engine.broken(Invariant::AnswerForEachKey, format_args!("a lease has none"))
 }
 
@@ -467,7 +467,7 @@ pub(crate) fn complete_all(mut leases: Vec<(Lease, Work)>) -> Vec<Result<Vec<u8>
     let engine = &running.engine;
     let limit = engine.config().result_limit;
     let settlements = leases.iter().map(|(lease, work)| (&lease.grant, work.settlement(limit))).collect();
-    match engine.settle(RowKind::Completed, Settler::Holder, settlements) {
+    match engine.finish(RecordKind::Completed, FinishedBy::Holder, settlements) {
         Ok(accepted) => leases
             .drain(..)
             .zip(accepted)
@@ -498,12 +498,12 @@ pub(crate) fn release_all(mut leases: Vec<(Lease, Duration)>) -> Vec<Result<()>>
     let engine = &running.engine;
     let (now, window_ms) = (engine.now(), engine.config().span.window_ms);
     // This attempt did nothing. Whether an earlier one did is as open as before.
-    let open = |lease: &Lease, backoff| Settlement::Open {
+    let open = |lease: &Lease, backoff| FinishKind::Release {
         prior: lease.grant.prior.unwrap_or(Prior::Released),
         backoff: Backoff::from(&now, backoff, window_ms),
     };
     let settlements = leases.iter().map(|(lease, backoff)| (&lease.grant, open(lease, *backoff))).collect();
-    match engine.settle(RowKind::Settled, Settler::Holder, settlements) {
+    match engine.finish(RecordKind::Released, FinishedBy::Holder, settlements) {
         Ok(accepted) => leases
             .drain(..)
             .zip(accepted)
@@ -517,16 +517,20 @@ pub(crate) fn release_all(mut leases: Vec<(Lease, Duration)>) -> Vec<Result<()>>
 }
 
 /// Whether two leases are of one store.
-pub(crate) fn is_of(lease: &Lease, running: &Arc<Running>) -> bool {
+pub(crate) fn is_of(lease: &Lease, running: &Arc<StoreHandle>) -> bool {
     Arc::ptr_eq(&lease.running, running)
 }
 
 /// The public form of what the engine answered.
-pub(crate) fn claim(claimed: Claimed, running: &Arc<Running>) -> Claim {
+pub(crate) fn claim(claimed: ClaimResponse, running: &Arc<StoreHandle>) -> Claim {
     match claimed {
-        Claimed::Acquired(grant) => Claim::Acquired(Lease { grant, running: Arc::clone(running), settled: false }),
-        Claimed::Completed(done) => Claim::Completed(Completed::new(done)),
-        Claimed::InProgress { retry_after_ms, attempt } => Claim::InProgress(in_progress(retry_after_ms, attempt)),
+        ClaimResponse::Acquired(grant) => {
+            Claim::Acquired(Lease { grant, running: Arc::clone(running), settled: false })
+        }
+        ClaimResponse::Completed(done) => Claim::Completed(Completed::new(done)),
+        ClaimResponse::InProgress { retry_after_ms, attempt } => {
+            Claim::InProgress(in_progress(retry_after_ms, attempt))
+        }
     }
 }
 
@@ -619,8 +623,8 @@ mod tests {
             let store = Store::open(dir.path().join(format!("{}-{keys}", answers.len()))).unwrap();
             let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
             let engine = &lease.running.engine;
-            assert_eq!(engine.answered(vec![7; keys], keys).unwrap().len(), keys);
-            let error = engine.answered(answers, keys).unwrap_err();
+            assert_eq!(engine.check_response_count(vec![7; keys], keys).unwrap().len(), keys);
+            let error = engine.check_response_count(answers, keys).unwrap_err();
             assert!(matches!(error, Error::Broken { .. }), "{error}");
             assert!(engine.poisoned().is_some());
         }

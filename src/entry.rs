@@ -30,7 +30,7 @@ impl Prior {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Entry<B = Arc<[u8]>> {
     Processing(Processing),
-    Completed(Done<B>),
+    Completed(CompletedEntry<B>),
 }
 
 impl<B> Entry<B> {
@@ -68,14 +68,14 @@ pub(crate) enum Holder {
     /// At work, until the lease runs out. Read back from the journal it means a holder that died with its process.
     Leased { until_monotonic_ms: u64 },
     /// Done with it, and the outcome is on its way to the journal. Nobody may take over now.
-    Settling,
-    /// As `Settling`, where `record` completes a key that nobody holds.
-    Recording,
+    Committing,
+    /// As `Committing`, where `record` completes a key that nobody holds.
+    CommittingUnclaimed,
     /// Gone without a release: the key is held until an operator decides.
     Interrupted(Prior),
     /// Gone: the key was released, or its holder vanished where that frees it. It is free after the backoff. Nobody can
     /// come back for it, so that it leaves memory for a bucket like a completed key.
-    Open { prior: Prior, backoff: Backoff },
+    Released { prior: Prior, backoff: Backoff },
     /// An operator has decided that a held key runs again. The old holder may still complete it, so that it stays in memory
     /// until the next claim.
     Resolved(Prior),
@@ -105,15 +105,15 @@ impl Backoff {
 
 /// The work is done, and this came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Done<B = Arc<[u8]>> {
+pub(crate) struct CompletedEntry<B = Arc<[u8]>> {
     pub(crate) token: u64,
     /// On stream time, when the message is of.
     pub(crate) completed_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
-    pub(crate) result: Kept<B>,
+    pub(crate) result: StoredResult<B>,
 }
 
-impl<B> Done<B> {
+impl<B> CompletedEntry<B> {
     /// G4: remembered if and only if `now < completed + window`, and not forgotten before.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
         is_live(self.completed_ms, now, window_ms)
@@ -127,25 +127,25 @@ pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
 
 /// What is kept of a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kept<B = Arc<[u8]>> {
+pub(crate) enum StoredResult<B = Arc<[u8]>> {
     /// Recorded by `record`, which has none.
-    Absent,
+    None,
     /// The bytes, which may be none.
-    Stored(B),
+    Bytes(B),
     /// There was one, over the size limit.
-    Omitted,
+    TooLarge,
 }
 
-impl<'a> Kept<&'a [u8]> {
+impl<'a> StoredResult<&'a [u8]> {
     /// Keeps `bytes` unless they are over the limit.
     pub(crate) fn of(bytes: &'a [u8], limit: usize) -> Self {
-        if bytes.len() > limit { Self::Omitted } else { Self::Stored(bytes) }
+        if bytes.len() > limit { Self::TooLarge } else { Self::Bytes(bytes) }
     }
 
     pub(crate) fn len(&self) -> usize {
         match self {
-            Self::Stored(bytes) => bytes.len(),
-            Self::Absent | Self::Omitted => 0,
+            Self::Bytes(bytes) => bytes.len(),
+            Self::None | Self::TooLarge => 0,
         }
     }
 }
@@ -171,26 +171,26 @@ impl Entry {
     }
 }
 
-impl Done<&[u8]> {
+impl CompletedEntry<&[u8]> {
     /// A copy that owns its result.
-    pub(crate) fn shared(&self) -> Done {
+    pub(crate) fn shared(&self) -> CompletedEntry {
         let result = match self.result {
-            Kept::Absent => Kept::Absent,
-            Kept::Stored(bytes) => Kept::Stored(Arc::from(bytes)),
-            Kept::Omitted => Kept::Omitted,
+            StoredResult::None => StoredResult::None,
+            StoredResult::Bytes(bytes) => StoredResult::Bytes(Arc::from(bytes)),
+            StoredResult::TooLarge => StoredResult::TooLarge,
         };
-        Done { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+        CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }
 
-impl Done {
+impl CompletedEntry {
     /// The same, with its result borrowed.
-    pub(crate) fn borrowed(&self) -> Done<&[u8]> {
+    pub(crate) fn borrowed(&self) -> CompletedEntry<&[u8]> {
         let result = match &self.result {
-            Kept::Absent => Kept::Absent,
-            Kept::Stored(bytes) => Kept::Stored(&**bytes),
-            Kept::Omitted => Kept::Omitted,
+            StoredResult::None => StoredResult::None,
+            StoredResult::Bytes(bytes) => StoredResult::Bytes(&**bytes),
+            StoredResult::TooLarge => StoredResult::TooLarge,
         };
-        Done { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+        CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }

@@ -10,35 +10,31 @@
 compile_error!("onlyonce runs on Unix only: it needs Unix file locks, file modes and directory syncs; build it for Linux or macOS");
 
 mod batch;
-mod bucket;
+mod buckets;
 mod claim;
 mod clock;
 mod codec;
-mod concurrency;
 mod config;
 #[cfg(feature = "tokio")]
 pub mod delivery;
+mod engine;
 mod entry;
 mod error;
 mod filter;
+mod fs;
 #[cfg(feature = "tokio")]
 pub mod future;
 #[cfg(feature = "http")]
 pub mod http;
-#[cfg(feature = "internals")]
-#[doc(hidden)]
-pub mod internals;
 mod invariant;
+mod journal;
 mod key;
-mod kill_point;
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod laws;
-mod meter;
-mod state;
+mod memtable;
+mod metrics;
+mod rocks;
 mod stats;
-mod storage;
 mod store;
+mod testing;
 mod tx;
 mod typed_result;
 
@@ -50,4 +46,10 @@ pub use error::{Error, Outcome, Result};
 pub use key::Key;
 pub use stats::{BucketStats, Stats};
 pub use store::{Builder, Check, Held, Phase, Ran, Recorded, Resolution, RunError, Store, Stored};
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub use testing::fuzz_checks;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub use testing::internals;
 pub use tx::{Message, MessageId, Tx};

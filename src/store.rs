@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use crate::claim::{self, Claim, CompleteError, Completed, InProgress, Lease, in_progress};
 use crate::clock::Clock;
-use crate::codec::RowKind;
+use crate::codec::RecordKind;
 use crate::config::{Durability, OnInterrupt, Options};
-use crate::entry::{Backoff, Entry, Kept, Prior, Processing};
+use crate::engine::core::Engine;
+use crate::engine::request::Request;
+use crate::engine::response::{FinishKind, FinishedBy, HeldEntry, Response, display};
+use crate::engine::transition::LeaseState;
+use crate::engine::waiters::Waiter;
+use crate::engine::workers::StoreHandle;
+use crate::entry::{Backoff, Entry, Prior, Processing, StoredResult};
 use crate::error::{Error, Result};
+use crate::fs::directory::Directory;
 use crate::invariant::Invariant;
 use crate::key::Key;
-use crate::state::answer::{Answer, HeldKey, Settlement, Settler, display};
-use crate::state::engine::Engine;
-use crate::state::keeper::Running;
-use crate::state::request::Request;
-use crate::state::transition::Standing;
-use crate::state::waiting::Waiter;
 use crate::stats::Stats;
-use crate::storage::directory::Directory;
 use crate::tx::{Message, MessageId};
 
 /// A deduplication and idempotency store in a directory. Clones are handles to the same store.
@@ -30,7 +30,7 @@ use crate::tx::{Message, MessageId};
 /// when its last clone and lease are dropped.
 #[derive(Clone)]
 pub struct Store {
-    pub(crate) running: Arc<Running>,
+    pub(crate) running: Arc<StoreHandle>,
 }
 
 /// The options of a store. Made by [`Store::builder`].
@@ -177,7 +177,7 @@ impl Builder {
         self.options.check_bounds()?;
         let directory = Directory::acquire(path.as_ref(), self.options.lock_wait)?;
         let engine = Engine::open(directory, &self.options)?;
-        Ok(Store { running: Arc::new(Running::start(engine)?) })
+        Ok(Store { running: Arc::new(StoreHandle::start(engine)?) })
     }
 }
 
@@ -609,7 +609,7 @@ impl Store {
     pub fn held(&self) -> Result<Vec<Held>> {
         let held = self.running.engine.held()?;
         held.into_iter()
-            .map(|HeldKey { key, processing, prior }| {
+            .map(|HeldEntry { key, processing, prior }| {
                 let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
                     place: "a key in the journal".to_owned(),
                     detail: format!("{} is no key", key.escape_ascii()),
@@ -632,13 +632,13 @@ impl Store {
             || Error::NotHeld { key: request.iter().next().map(|asked| display(asked.key)).unwrap_or_default() };
         let (grant, prior) = engine.held_grant(&request)?.ok_or_else(not_held)?;
         let (kind, settlement) = match &resolution {
-            Resolution::Rerun => (RowKind::Settled, Settlement::Open { prior, backoff: Backoff::NONE }),
+            Resolution::Rerun => (RecordKind::Released, FinishKind::Release { prior, backoff: Backoff::NONE }),
             Resolution::Completed(result) => {
-                let kept = Kept::of(result, engine.config().result_limit);
-                (RowKind::Completed, Settlement::Completed(kept, None))
+                let kept = StoredResult::of(result, engine.config().result_limit);
+                (RecordKind::Completed, FinishKind::Complete(kept, None))
             }
         };
-        let accepted = engine.settle(kind, Settler::Operator, vec![(&grant, settlement)])?;
+        let accepted = engine.finish(kind, FinishedBy::Operator, vec![(&grant, settlement)])?;
         if accepted == [true] { Ok(()) } else { Err(not_held()) }
     }
 
@@ -662,7 +662,7 @@ impl Store {
     /// [`Error::Io`] if the disk refuses; nothing is lost, and it is tried again later. [`Error::WriteFailed`] if the log
     /// cannot be synced, which poisons the store.
     pub fn seal(&self) -> Result<()> {
-        self.running.engine.seal_and_rotate()
+        self.running.engine.flush_and_rotate()
     }
 
     /// Waits for the calls under way, puts everything on the disk and lets go of the directory. Clones and leases that
@@ -713,35 +713,35 @@ pub(crate) fn stored(entry: Entry, engine: &Engine) -> Stored {
         Entry::Processing(processing) => Stored::Processing {
             token: processing.token,
             attempt: processing.attempt,
-            phase: phase(engine.standing(&processing)),
+            phase: phase(engine.lease_state(&processing)),
         },
     }
 }
 
-fn phase(standing: Standing) -> Phase {
-    match standing {
-        Standing::Alive { remaining_ms } => Phase::Leased(Duration::from_millis(remaining_ms)),
-        Standing::Settling => Phase::Leased(Duration::ZERO),
-        Standing::Backoff { remaining_ms, prior } => Phase::Backoff(Duration::from_millis(remaining_ms), prior),
-        Standing::Free(prior) => Phase::Free(prior),
-        Standing::Held(prior) => Phase::Held(prior),
+fn phase(lease_state: LeaseState) -> Phase {
+    match lease_state {
+        LeaseState::Active { remaining_ms } => Phase::Leased(Duration::from_millis(remaining_ms)),
+        LeaseState::Committing => Phase::Leased(Duration::ZERO),
+        LeaseState::Backoff { remaining_ms, prior } => Phase::Backoff(Duration::from_millis(remaining_ms), prior),
+        LeaseState::Free(prior) => Phase::Free(prior),
+        LeaseState::Held(prior) => Phase::Held(prior),
         // It ran out between two readings of the clock.
-        Standing::Forgotten => Phase::Free(Prior::LeaseExpired),
+        LeaseState::Forgotten => Phase::Free(Prior::LeaseExpired),
     }
 }
 
-pub(crate) fn checked(answer: Answer) -> Check {
+pub(crate) fn checked(answer: Response) -> Check {
     match answer {
-        Answer::New => Check::New,
-        Answer::InProgress { retry_after_ms, attempt } => Check::InProgress(in_progress(retry_after_ms, attempt)),
-        Answer::Completed(done) => Check::Completed(Completed::new(done)),
+        Response::New => Check::New,
+        Response::InProgress { retry_after_ms, attempt } => Check::InProgress(in_progress(retry_after_ms, attempt)),
+        Response::Completed(done) => Check::Completed(Completed::new(done)),
     }
 }
 
-pub(crate) fn recorded(answer: &Answer) -> Recorded {
+pub(crate) fn recorded(answer: &Response) -> Recorded {
     match answer {
-        Answer::New => Recorded::First,
-        Answer::InProgress { .. } => Recorded::Duplicate { in_flight: true },
-        Answer::Completed(_) => Recorded::Duplicate { in_flight: false },
+        Response::New => Recorded::First,
+        Response::InProgress { .. } => Recorded::Duplicate { in_flight: true },
+        Response::Completed(_) => Recorded::Duplicate { in_flight: false },
     }
 }

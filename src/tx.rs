@@ -62,13 +62,13 @@ pub struct Message {
 /// The number of a message in its outbox. Grows in the order in which completions began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MessageId {
-    pub(crate) row: u64,
-    pub(crate) place: u32,
+    pub(crate) record: u64,
+    pub(crate) index: u32,
 }
 
 impl std::fmt::Display for MessageId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}-{}", self.row, self.place)
+        write!(f, "{}-{}", self.record, self.index)
     }
 }
 
@@ -85,15 +85,18 @@ pub(crate) fn offset_name(stream: &[u8], partition: u32) -> Vec<u8> {
 pub(crate) fn message_name(id: MessageId) -> [u8; 13] {
     let mut name = [MESSAGE; 13];
     let (_, rest) = name.split_at_mut(1);
-    let (row, place) = rest.split_at_mut(8);
-    row.copy_from_slice(&id.row.to_be_bytes());
-    place.copy_from_slice(&id.place.to_be_bytes());
+    let (record, index) = rest.split_at_mut(8);
+    record.copy_from_slice(&id.record.to_be_bytes());
+    index.copy_from_slice(&id.index.to_be_bytes());
     name
 }
 
 /// The message that this name and value are of. `None` where the name is another's.
 pub(crate) fn message_id(name: &[u8]) -> Option<MessageId> {
     let name: &[u8; 12] = name.strip_prefix(&[MESSAGE])?.try_into().ok()?;
-    let (row, place) = name.split_at(8);
-    Some(MessageId { row: u64::from_be_bytes(row.try_into().ok()?), place: u32::from_be_bytes(place.try_into().ok()?) })
+    let (record, index) = name.split_at(8);
+    Some(MessageId {
+        record: u64::from_be_bytes(record.try_into().ok()?),
+        index: u32::from_be_bytes(index.try_into().ok()?),
+    })
 }

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::claim::{self, Claim, CompleteError, Lease, Work, complete_all, release_all};
+use crate::engine::core::Engine;
+use crate::engine::request::Request;
+use crate::engine::response::{ClaimResponse, Response};
+use crate::engine::workers::{PoisonOnPanic, StoreHandle};
 use crate::error::{Error, Result};
 use crate::invariant::Invariant;
-use crate::state::answer::{Answer, Claimed};
-use crate::state::engine::Engine;
-use crate::state::keeper::{PoisonOnPanic, Running};
-use crate::state::request::Request;
 
 /// Keys after which a round is full. More would make those who came first wait for those who came last.
 const ROUND_KEYS: usize = 4_096;
@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_micros(500);
 pub(super) struct Committer {
     /// Before the queues, so that it goes first: as long as those are open the threads hold the store, and it is one of
     /// them that closes it. Closing waits for the disk.
-    pub(super) running: Arc<Running>,
+    pub(super) running: Arc<StoreHandle>,
     asking: mpsc::Sender<Job>,
     settling: mpsc::Sender<Job>,
 }
@@ -66,11 +66,11 @@ struct Settle<W, A> {
     reply: oneshot::Sender<Vec<A>>,
 }
 
-type Call = Box<dyn FnOnce(&Running) + Send>;
+type Call = Box<dyn FnOnce(&StoreHandle) + Send>;
 
 enum Job {
     Claim(Ask<Undelivered>),
-    Record(Ask<Vec<Result<Answer>>>),
+    Record(Ask<Vec<Result<Response>>>),
     Complete(Settle<Work, Result<Vec<u8>, CompleteError>>),
     Release(Settle<Duration, Result<()>>),
     Call(Call),
@@ -78,7 +78,7 @@ enum Job {
 
 impl Committer {
     /// Starts the threads; each queue holds so many calls.
-    pub(super) fn start(running: Arc<Running>, calls: usize) -> Result<Self> {
+    pub(super) fn start(running: Arc<StoreHandle>, calls: usize) -> Result<Self> {
         let asking = spawn(&running, "onlyonce-ask", calls)?;
         let settling = spawn(&running, "onlyonce-commit", calls)?;
         Ok(Self { running, asking, settling })
@@ -88,7 +88,7 @@ impl Committer {
         submit(&self.asking, |reply| Job::Claim(Ask { request, reply })).await.flatten()
     }
 
-    pub(super) async fn record(&self, request: Arc<Request>) -> Result<Vec<Result<Answer>>> {
+    pub(super) async fn record(&self, request: Arc<Request>) -> Result<Vec<Result<Response>>> {
         submit(&self.settling, |reply| Job::Record(Ask { request, reply })).await.flatten()
     }
 
@@ -107,23 +107,29 @@ impl Committer {
     }
 
     /// Has `call` done by the thread that asks.
-    pub(super) async fn ask<T: Send + 'static>(&self, call: impl FnOnce(&Running) -> T + Send + 'static) -> Result<T> {
+    pub(super) async fn ask<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&StoreHandle) -> T + Send + 'static,
+    ) -> Result<T> {
         submit(&self.asking, |reply| Job::Call(boxed(call, reply))).await
     }
 
     /// Has `call` done by the thread that waits for the disk, behind the completions that came with it.
-    pub(super) async fn call<T: Send + 'static>(&self, call: impl FnOnce(&Running) -> T + Send + 'static) -> Result<T> {
+    pub(super) async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&StoreHandle) -> T + Send + 'static,
+    ) -> Result<T> {
         submit(&self.settling, |reply| Job::Call(boxed(call, reply))).await
     }
 
     /// Closes the store, when all that was in the queues before is done.
     pub(super) async fn close(&self) -> Result<()> {
         self.ask(|_| ()).await?;
-        self.call(Running::close).await.flatten()
+        self.call(StoreHandle::close).await.flatten()
     }
 }
 
-fn boxed<T: Send + 'static>(call: impl FnOnce(&Running) -> T + Send + 'static, reply: oneshot::Sender<T>) -> Call {
+fn boxed<T: Send + 'static>(call: impl FnOnce(&StoreHandle) -> T + Send + 'static, reply: oneshot::Sender<T>) -> Call {
     Box::new(|running| {
         if !reply.is_closed() {
             let _ = reply.send(call(running));
@@ -141,7 +147,7 @@ async fn submit<T>(queue: &mpsc::Sender<Job>, job: impl FnOnce(oneshot::Sender<T
     answer.await.map_err(|_| ended())
 }
 
-fn spawn(running: &Arc<Running>, name: &'static str, calls: usize) -> Result<mpsc::Sender<Job>> {
+fn spawn(running: &Arc<StoreHandle>, name: &'static str, calls: usize) -> Result<mpsc::Sender<Job>> {
     let (queue, mut jobs) = mpsc::channel(calls);
     let running = Arc::clone(running);
     let path = running.engine.path().to_owned();
@@ -167,7 +173,7 @@ struct Round {
     keys: usize,
     bytes: usize,
     claims: Vec<Ask<Undelivered>>,
-    records: Vec<Ask<Vec<Result<Answer>>>>,
+    records: Vec<Ask<Vec<Result<Response>>>>,
     completions: Vec<Settle<Work, Result<Vec<u8>, CompleteError>>>,
     releases: Vec<Settle<Duration, Result<()>>>,
     calls: Vec<Call>,
@@ -223,8 +229,9 @@ impl Round {
             }
             Job::Complete(settle) => {
                 self.keys += settle.leases.len();
-                let brought = |work: &Work| work.result.len() + work.tx.as_ref().map_or(0, |tx| tx.len());
-                self.bytes += settle.leases.iter().map(|(lease, work)| key_bytes(lease) + brought(work)).sum::<usize>();
+                let encoded_len = |work: &Work| work.result.len() + work.tx.as_ref().map_or(0, |tx| tx.len());
+                self.bytes +=
+                    settle.leases.iter().map(|(lease, work)| key_bytes(lease) + encoded_len(work)).sum::<usize>();
                 self.completions.push(settle);
             }
             Job::Release(settle) => {
@@ -237,16 +244,17 @@ impl Round {
     }
 
     /// What needs no sync first; what closes the store last.
-    fn run(mut self, running: &Arc<Running>) {
+    fn run(mut self, running: &Arc<StoreHandle>) {
         let engine = &running.engine;
         // Nobody waits for these any more: nothing has happened yet, and nothing will.
         self.claims.retain(|ask| !ask.reply.is_closed());
         let claimed = together(&self.claims, |request| engine.claim(request));
         for (ask, (offset, answer)) in self.claims.into_iter().zip(claimed) {
-            let claims = answer.and_then(|claimed| engine.answered(claimed, ask.request.len())).map(|claimed| {
-                let claimed = claimed.into_iter().map(|claimed| own(claimed?, &ask.request, offset, engine));
-                Undelivered(claimed.map(|claimed| Ok(claim::claim(claimed?, running))).collect())
-            });
+            let claims =
+                answer.and_then(|claimed| engine.check_response_count(claimed, ask.request.len())).map(|claimed| {
+                    let claimed = claimed.into_iter().map(|claimed| own(claimed?, &ask.request, offset, engine));
+                    Undelivered(claimed.map(|claimed| Ok(claim::claim(claimed?, running))).collect())
+                });
             // Where nobody takes them, they are taken back by being dropped.
             let _ = ask.reply.send(claims);
         }
@@ -255,7 +263,7 @@ impl Round {
         self.records.retain(|ask| !ask.reply.is_closed());
         let recorded = together(&self.records, |request| engine.record(request));
         for (ask, (_, answer)) in self.records.into_iter().zip(recorded) {
-            let _ = ask.reply.send(answer.and_then(|answers| engine.answered(answers, ask.request.len())));
+            let _ = ask.reply.send(answer.and_then(|answers| engine.check_response_count(answers, ask.request.len())));
         }
         settle(self.completions, one_by_one, complete_all);
         for call in self.calls {
@@ -281,9 +289,9 @@ fn together<R, T>(
             let (mut answers, mut offset) = (answers.into_iter(), 0);
             asks.iter()
                 .map(|ask| {
-                    let place = offset;
+                    let index = offset;
                     offset += ask.request.len();
-                    (place, Ok(answers.by_ref().take(ask.request.len()).collect()))
+                    (index, Ok(answers.by_ref().take(ask.request.len()).collect()))
                 })
                 .collect()
         }
@@ -302,16 +310,16 @@ fn key_bytes(lease: &Lease) -> usize {
 }
 
 /// Gives a grant the keys of its own call, so that a lease that lives long does not keep those of others in memory.
-fn own(claimed: Claimed, request: &Arc<Request>, offset: usize, engine: &Engine) -> Result<Claimed> {
+fn own(claimed: ClaimResponse, request: &Arc<Request>, offset: usize, engine: &Engine) -> Result<ClaimResponse> {
     match claimed {
-        Claimed::Acquired(mut grant) if !Arc::ptr_eq(&grant.request, request) => {
-            let place = grant.place.checked_sub(offset).filter(|place| *place < request.len());
-            grant.place = place.ok_or_else(|| {
-                let detail = format_args!("key {} of all is none of those from {offset} on", grant.place);
+        ClaimResponse::Acquired(mut grant) if !Arc::ptr_eq(&grant.request, request) => {
+            let index = grant.index.checked_sub(offset).filter(|index| *index < request.len());
+            grant.index = index.ok_or_else(|| {
+                let detail = format_args!("key {} of all is none of those from {offset} on", grant.index);
                 engine.broken(Invariant::AnswerForEachKey, detail)
             })?;
             grant.request = Arc::clone(request);
-            Ok(Claimed::Acquired(grant))
+            Ok(ClaimResponse::Acquired(grant))
         }
         claimed => Ok(claimed),
     }
@@ -377,7 +385,7 @@ mod tests {
         async fn shut(queue: &mpsc::Sender<Job>) -> Gate {
             let (gate, opened) = std::sync::mpsc::channel::<()>();
             let (reply, reached) = oneshot::channel();
-            let call = Box::new(move |_: &Running| {
+            let call = Box::new(move |_: &StoreHandle| {
                 reply.send(()).unwrap();
                 opened.recv().unwrap_err();
             });
@@ -447,11 +455,11 @@ mod tests {
         let (completions, _answer) = settling(&gated, 10..12, work);
         let keys: usize = completions.leases.iter().map(|(lease, _)| key_bytes(lease)).sum();
         assert!(keys > 2 * "key-10".len());
-        let brought = keys + 2 * (1_000 + taken().len());
-        assert_eq!(counts_after(Job::Complete(completions)), (3, 7, brought));
+        let encoded_len = keys + 2 * (1_000 + taken().len());
+        assert_eq!(counts_after(Job::Complete(completions)), (3, 7, encoded_len));
         let releases = settling(&gated, 20..22, || Duration::ZERO).0;
-        assert_eq!(counts_after(Job::Release(releases)), (4, 9, brought + keys));
-        assert_eq!(counts_after(Job::Call(Box::new(|_| ()))), (5, 9, brought + keys));
+        assert_eq!(counts_after(Job::Release(releases)), (4, 9, encoded_len + keys));
+        assert_eq!(counts_after(Job::Call(Box::new(|_| ()))), (5, 9, encoded_len + keys));
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::pin::pin;
 use std::task::Poll;
 
 use super::Lease;
+use crate::engine::renewal::Renewal;
 use crate::error::{Error, Result};
-use crate::state::renewal::Renewal;
 
 impl Lease {
     /// Renews the lease at once, and then three times in its length until the guard is dropped, as

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::committer::Committer;
 use super::{Claim, CompleteError};
-use crate::claim::{self, Claim as Claimed, Work, unanswered};
+use crate::claim::{self, Claim as ClaimResponse, Work, unanswered};
 use crate::config::OnInterrupt;
 use crate::entry::Prior;
 use crate::error::{Error, Result};
@@ -161,7 +161,7 @@ impl Lease {
             self.lease.doubt();
         }
         if again == Again::Anew {
-            self.lease.begin_anew();
+            self.lease.reset_attempts();
         }
         self.release_after(backoff).await
     }
@@ -174,11 +174,11 @@ impl std::fmt::Debug for Lease {
 }
 
 /// A claim whose lease is settled by futures.
-pub(super) fn claim(claimed: Claimed, committer: &Arc<Committer>) -> Claim {
+pub(super) fn claim(claimed: ClaimResponse, committer: &Arc<Committer>) -> Claim {
     match claimed {
-        Claimed::Acquired(lease) => Claim::Acquired(Lease { lease, committer: Arc::clone(committer) }),
-        Claimed::Completed(first) => Claim::Completed(first),
-        Claimed::InProgress(other) => Claim::InProgress(other),
+        ClaimResponse::Acquired(lease) => Claim::Acquired(Lease { lease, committer: Arc::clone(committer) }),
+        ClaimResponse::Completed(first) => Claim::Completed(first),
+        ClaimResponse::InProgress(other) => Claim::InProgress(other),
     }
 }
 

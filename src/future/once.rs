@@ -73,10 +73,10 @@ pub struct Once<S: Stream, K> {
     key: K,
     on_duplicate: Option<OnDuplicate<S::Item>>,
     /// The item that is being asked about, and the answer to come.
-    asked: Option<(S::Item, Answer)>,
+    asked: Option<(S::Item, Response)>,
 }
 
-type Answer = Pin<Box<dyn Future<Output = Result<Claim>> + Send>>;
+type Response = Pin<Box<dyn Future<Output = Result<Claim>> + Send>>;
 type OnDuplicate<T> = Box<dyn FnMut(T, Completed) + Send>;
 
 /// An item that was not passed and is not known to be done. Have it delivered again.

@@ -9,9 +9,9 @@ use super::committer::Committer;
 use super::lease::{claim, failed};
 use super::{Claim, CompleteError, Lease, RunError};
 use crate::claim::{Work, in_order, is_of, sort_out};
+use crate::engine::request::Request;
 use crate::error::{Error, Result, other_unit};
 use crate::key::Key;
-use crate::state::request::Request;
 use crate::store::{self, Check, Ran, Recorded, Stored, checked, earlier, only, recorded};
 use crate::tx::{Message, MessageId, Tx};
 

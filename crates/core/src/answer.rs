@@ -1,0 +1,279 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::attempt::{FencingToken, PriorAttempt};
+use crate::key::Key;
+use crate::timestamp::Timestamp;
+
+/// The answer to a claim.
+///
+/// `L` is the lease: [`Grant`](crate::Grant) in the [`Engine`](crate::Engine) contract, a guard that is dropped elsewhere.
+#[derive(Debug)]
+#[must_use = "a lease that is dropped counts as interrupted work"]
+pub enum Claim<L> {
+    /// The caller holds the lease: do the work, then complete or release the lease.
+    Acquired(L),
+    /// The key is completed: answer with its result.
+    Completed(Completed),
+    /// The key is leased, in backoff, or held for resolution: retry later.
+    InProgress(InProgress),
+}
+
+/// A completed key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Completed {
+    result: StoredResult,
+    token: FencingToken,
+    completed_at: Timestamp,
+    remembered_until: Timestamp,
+}
+
+/// The result of a completed key, as stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StoredResult<B = Arc<[u8]>> {
+    /// The key was recorded, which stores no result.
+    #[default]
+    None,
+    /// The result. It may be empty.
+    Bytes(B),
+    /// The result was longer than the store's `result_limit` and was not stored.
+    TooLarge,
+}
+
+impl Completed {
+    /// A completed key, as an engine knows it.
+    #[must_use]
+    pub fn new(
+        result: StoredResult,
+        token: FencingToken,
+        completed_at: Timestamp,
+        remembered_until: Timestamp,
+    ) -> Self {
+        Self { result, token, completed_at, remembered_until }
+    }
+
+    /// The stored result. `None` if the key was recorded without one, or if it was too large to store.
+    #[must_use]
+    pub fn result(&self) -> Option<&[u8]> {
+        match &self.result {
+            StoredResult::Bytes(bytes) => Some(bytes),
+            StoredResult::None | StoredResult::TooLarge => None,
+        }
+    }
+
+    /// The result that [`Completion::encode`](crate::Completion::encode) encoded. `None` as for [`Completed::result`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Result`](crate::Error::Result) if the bytes are not a `T`. The type that was stored always decodes. bincode
+    /// does not store field names: another type, or a later version of it, decodes only if it has the same fields in the
+    /// same order.
+    #[cfg(feature = "bincode")]
+    pub fn result_as<T: serde::de::DeserializeOwned>(&self) -> crate::Result<Option<T>> {
+        self.result().map(crate::typed::decode).transpose()
+    }
+
+    /// True if the result was longer than the store's `result_limit` and was not stored.
+    #[must_use]
+    pub fn is_result_too_large(&self) -> bool {
+        self.result == StoredResult::TooLarge
+    }
+
+    /// The store's time of the completion. On stream time, the timestamp of the message.
+    #[must_use]
+    pub fn completed_at(&self) -> Timestamp {
+        self.completed_at
+    }
+
+    /// The first moment at which the key is forgotten, on the store's time.
+    #[must_use]
+    pub fn remembered_until(&self) -> Timestamp {
+        self.remembered_until
+    }
+
+    /// The fencing token of the lease that completed the key, or of its record.
+    #[must_use]
+    pub fn token(&self) -> FencingToken {
+        self.token
+    }
+}
+
+/// The state of a key that cannot be claimed now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InProgress {
+    /// When to claim again: the rest of the lease or of the backoff. `None` if the key is held for resolution.
+    pub retry_after: Option<Duration>,
+    /// The number of the attempt, from 1.
+    pub attempt: u32,
+}
+
+impl InProgress {
+    /// The state, as an engine knows it.
+    #[must_use]
+    pub fn new(retry_after: Option<Duration>, attempt: u32) -> Self {
+        Self { retry_after, attempt }
+    }
+}
+
+/// The answer to a check: what a claim would return.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyStatus {
+    /// A claim would acquire the key.
+    New,
+    /// A claim would return [`Claim::InProgress`].
+    InProgress(InProgress),
+    /// A claim would return [`Claim::Completed`].
+    Completed(Completed),
+}
+
+/// The answer to a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecordOutcome {
+    /// The key was new and is now completed.
+    First,
+    /// The key was already stored. Nothing changed.
+    Duplicate {
+        /// True if the key is in progress and not completed.
+        in_flight: bool,
+    },
+}
+
+/// Everything that is stored about a key, for tools and operators.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoredKey {
+    /// A claimed key.
+    #[non_exhaustive]
+    Processing {
+        /// The token of its last lease.
+        token: FencingToken,
+        /// The number of that attempt, from 1. 0 if the delivery was rejected and its attempts count from 1 again.
+        attempt: u32,
+        /// The state of its lease.
+        state: LeaseState,
+    },
+    /// A completed key.
+    Completed(Completed),
+}
+
+impl StoredKey {
+    /// A claimed key, as an engine knows it.
+    #[must_use]
+    pub fn processing(token: FencingToken, attempt: u32, state: LeaseState) -> Self {
+        Self::Processing { token, attempt, state }
+    }
+}
+
+/// The state of a claimed key's lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseState {
+    /// A holder is working. The lease expires after this time.
+    Leased(Duration),
+    /// No holder. The key can be claimed after this time.
+    Backoff(Duration, PriorAttempt),
+    /// No holder. The next claim acquires the key.
+    Free(PriorAttempt),
+    /// No holder. The key cannot be claimed until it is resolved.
+    Held(PriorAttempt),
+}
+
+/// A key that is held for resolution.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct HeldKey {
+    /// The key, with its scope.
+    pub key: Key<'static>,
+    /// The token of the interrupted attempt.
+    pub token: FencingToken,
+    /// The number of that attempt, from 1.
+    pub attempt: u32,
+    /// How it ended.
+    pub prior: PriorAttempt,
+    /// When the attempt was claimed, dropped, or found crashed. On stream time, the timestamp of its message.
+    pub since: Timestamp,
+}
+
+impl HeldKey {
+    /// A held key, as an engine knows it.
+    #[must_use]
+    pub fn new(key: Key<'static>, token: FencingToken, attempt: u32, prior: PriorAttempt, since: Timestamp) -> Self {
+        Self { key, token, attempt, prior, since }
+    }
+}
+
+/// The decision about a held key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resolution {
+    /// The work did not happen: the next claim acquires the key.
+    Rerun,
+    /// The work happened, with this result.
+    Completed(Vec<u8>),
+}
+
+/// A message of the outbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Message {
+    /// Removes the message from the outbox. Use it as the message's idempotency key, together with a name for the store:
+    /// ids are unique within one store only. A store that is restored from a copy repeats ids and needs another name.
+    pub id: MessageId,
+    /// The topic to publish it to.
+    pub topic: Vec<u8>,
+    /// Its key there.
+    pub key: Vec<u8>,
+    /// Its payload.
+    pub payload: Vec<u8>,
+}
+
+impl Message {
+    /// A message with its id.
+    #[must_use]
+    pub fn new(id: MessageId, message: crate::completion::NewMessage) -> Self {
+        Self { id, topic: message.topic, key: message.key, payload: message.payload }
+    }
+}
+
+/// Identifies a message in its outbox. Ordered as the completions of the messages began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MessageId {
+    record: u64,
+    index: u32,
+}
+
+impl MessageId {
+    /// The id of message `index` of the write with number `record`.
+    #[must_use]
+    pub const fn new(record: u64, index: u32) -> Self {
+        Self { record, index }
+    }
+
+    /// The number of the write that stored the message.
+    #[must_use]
+    pub const fn record(self) -> u64 {
+        self.record
+    }
+
+    /// The index of the message in that write, from 0.
+    #[must_use]
+    pub const fn index(self) -> u32 {
+        self.index
+    }
+}
+
+impl std::fmt::Display for MessageId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.record, self.index)
+    }
+}
+
+/// What to do with work while the store fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnStoreFailure {
+    /// The work does not run: requests get 503, deliveries are redelivered later. If the work ran and its result could not be
+    /// stored, it may run again, with [`AttemptInfo::may_have_happened`](crate::AttemptInfo::may_have_happened).
+    #[default]
+    FailClosed,
+    /// The work runs without deduplication, and is counted. Duplicates run twice.
+    FailOpen,
+}
