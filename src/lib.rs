@@ -7,7 +7,9 @@
 )]
 
 #[cfg(not(unix))]
-compile_error!("onlyonce runs on Unix only: it needs Unix file locks, file modes and directory syncs; build it for Linux or macOS");
+compile_error!(
+    "onlyonce runs on Unix only: it needs Unix file locks, file modes and directory syncs; build it for Linux or macOS"
+);
 
 mod batch;
 mod buckets;

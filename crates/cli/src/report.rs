@@ -1,4 +1,4 @@
-//! `onlyonce get` and `stats`: what a store holds, for people and tools.
+//! `onlyonce get` and `stats`.
 
 use std::io::{ErrorKind, Write};
 use std::time::{Duration, UNIX_EPOCH};
@@ -10,30 +10,38 @@ use onlyonce::{Completed, Phase, Prior, Stats, Stored};
 use serde_json::{Map, Value, json};
 
 use crate::named_key::{NamedKey, hex};
-use crate::{NOTHING, args, opening};
+use crate::{NOT_FOUND, args, opening};
 
-/// Prints what is stored of a key.
+/// Prints the entry of a key.
 pub(crate) fn get(args: &args::Get) -> anyhow::Result<u8> {
     let named = NamedKey::of(args)?;
     let key = named.key();
     let store = opening::existing(&args.store)?;
-    let stored = store.get(&key)?;
+    let stored = store.get(&key).map_err(opening::explain)?;
     store.close()?;
     let Some(stored) = stored else {
-        let hint = if args.content || args.json {
-            ""
-        } else {
-            "; a line that was filtered without --key is found with --content"
-        };
-        let _ = writeln!(std::io::stderr(), "onlyonce: nothing is stored of {key}{hint}");
-        return Ok(NOTHING);
+        // If standard error is closed, only the exit code reports it.
+        let _ = writeln!(std::io::stderr(), "onlyonce: no entry for {key}{}", hint(args, named.has_scope()));
+        return Ok(NOT_FOUND);
     };
-    print(&harmless(&Value::Object(described(&named, &stored))))?;
+    print(&printable(&Value::Object(described(&named, &stored))))?;
     Ok(0)
 }
 
-/// Prints the figures of a store. What the library counts from the opening on would always be zero here, and its
-/// filters are only being rebuilt: both are left out.
+/// How else the key may be stored.
+fn hint(args: &args::Get, has_scope: bool) -> &'static str {
+    match (args.content || args.json, has_scope) {
+        (false, false) => {
+            "; for a line filtered without --key give --content, for a key filtered with --scope give the same --scope"
+        }
+        (false, true) => "; for a line filtered without --key give --content",
+        (true, false) => "; for a key filtered with --scope give the same --scope",
+        (true, true) => "",
+    }
+}
+
+/// Prints the figures of a store. Counters start at zero when the store is opened, and filters may still be rebuilding, so both are
+/// left out.
 pub(crate) fn stats(args: &args::Stats) -> anyhow::Result<u8> {
     let store = opening::existing(&args.store)?;
     let stats = store.stats();
@@ -84,9 +92,9 @@ fn described(named: &NamedKey, stored: &Stored) -> Map<String, Value> {
     members
 }
 
-/// A value as JSON that does nothing to a terminal: the control characters that JSON lets stand, which can only be in its
-/// text, are escaped as well.
-fn harmless(value: &Value) -> String {
+/// A value as JSON with all control characters escaped, so that none acts on a terminal. JSON itself leaves DEL and the C1
+/// control characters in strings unescaped.
+fn printable(value: &Value) -> String {
     let mut text = String::new();
     for char in value.to_string().chars() {
         if char.is_control() {
@@ -98,7 +106,7 @@ fn harmless(value: &Value) -> String {
     text
 }
 
-/// How the result is given, and the result.
+/// The form of the result, and the result.
 fn result(completed: &Completed) -> (&'static str, Value) {
     match completed.result() {
         None if completed.is_omitted() => ("omitted", Value::Null),
@@ -131,8 +139,8 @@ fn figures(stats: &Stats) -> Value {
         "remembers_since_ms": stats.remembers_since_ms,
         "in_flight": stats.in_flight,
         "held": stats.held,
-        "unsealed": stats.unsealed,
-        "sealed": sealed(stats),
+        "unflushed": stats.unsealed,
+        "flushed": flushed(stats),
         "buckets": buckets,
         "disk_bytes": stats.disk_bytes,
     })
@@ -144,8 +152,8 @@ fn lines(stats: &Stats) -> String {
         ("remembers since", time(stats.remembers_since_ms)),
         ("in flight", HumanCount(stats.in_flight).to_string()),
         ("held", HumanCount(stats.held).to_string()),
-        ("unsealed keys", HumanCount(stats.unsealed).to_string()),
-        ("sealed keys", HumanCount(sealed(stats)).to_string()),
+        ("unflushed keys", HumanCount(stats.unsealed).to_string()),
+        ("flushed keys", HumanCount(flushed(stats)).to_string()),
         ("on disk", HumanBytes(stats.disk_bytes).to_string()),
         ("buckets", stats.buckets.len().to_string()),
     ];
@@ -156,8 +164,8 @@ fn lines(stats: &Stats) -> String {
     lines.iter().map(|(name, figure)| format!("{name:<16} {figure}")).collect::<Vec<_>>().join("\n")
 }
 
-/// Completed keys that are in buckets.
-fn sealed(stats: &Stats) -> u64 {
+/// The number of completed keys in buckets.
+fn flushed(stats: &Stats) -> u64 {
     stats.buckets.iter().map(|bucket| bucket.keys).sum()
 }
 
@@ -165,7 +173,7 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A time for people. A program's own clock may say any, also one that has no date.
+/// A date and time. The clock of a program may return times beyond the year 9999, which have no such form.
 fn time(since_epoch_ms: u64) -> String {
     const YEAR_10000_MS: u64 = 253_402_300_800_000;
     match UNIX_EPOCH.checked_add(Duration::from_millis(since_epoch_ms)) {
@@ -174,7 +182,7 @@ fn time(since_epoch_ms: u64) -> String {
     }
 }
 
-/// Prints a line. That nobody reads it is no error.
+/// Prints a line. A closed output is not an error.
 fn print(line: &str) -> anyhow::Result<()> {
     match writeln!(std::io::stdout(), "{line}") {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
