@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
 use crate::config::{OnInterrupt, Span};
-use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Prior, Processing, StoredResult};
-use crate::key::Fingerprint;
+use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing};
+use onlyonce_core::Fingerprint;
+pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
+use onlyonce_core::{PriorAttempt, StoredResult};
 
 /// The version of everything in this file. A store says which one it was created with.
 pub(crate) const FORMAT: u32 = 3;
@@ -19,86 +21,27 @@ pub(crate) const STREAM_FORMAT: u32 = 4;
 // Primitives
 // ---------------------------------------------------------------------------------------------------------------
 
-/// Appends `value` in LEB128: seven bits a byte, the lowest first.
-pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push((value as u8) | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
 /// Appends a number that may be negative: zigzag, so that small ones stay short.
 fn put_signed(out: &mut Vec<u8>, value: i64) {
     put_varint(out, ((value << 1) ^ (value >> 63)) as u64);
 }
 
-pub(crate) fn put_prefixed(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_varint(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
+/// What store encodings have beside the building blocks.
+trait ReadStored {
+    /// A time, encoded as its signed distance before `from_ms`.
+    fn time(&mut self, from_ms: u64) -> Option<u64>;
+    /// A time that a clock can show, or a distance of two: sums of them stay in range.
+    fn clock_ms(&mut self) -> Option<u64>;
+    fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>>;
 }
 
-/// Reads bytes from the front; `None` where they end too soon.
-pub(crate) struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    pub(crate) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (head, tail) = self.0.split_at_checked(len)?;
-        self.0 = tail;
-        Some(head)
-    }
-
-    pub(crate) fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.0)
-    }
-
-    pub(crate) fn byte(&mut self) -> Option<u8> {
-        let (&byte, tail) = self.0.split_first()?;
-        self.0 = tail;
-        Some(byte)
-    }
-
-    pub(crate) fn varint(&mut self) -> Option<u64> {
-        let mut value = 0_u64;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            let bits = u64::from(byte & 0x7f);
-            if shift == 63 && bits > 1 {
-                return None;
-            }
-            value |= bits << shift;
-            if byte & 0x80 == 0 {
-                return Some(value);
-            }
-        }
-        None
-    }
-
-    /// A time that is given by its signed distance before another.
+impl ReadStored for Reader<'_> {
     fn time(&mut self, from_ms: u64) -> Option<u64> {
         let bits = self.varint()?;
         let before = (bits >> 1) as i64 ^ -((bits & 1) as i64);
         if before < 0 { from_ms.checked_add(before.unsigned_abs()) } else { from_ms.checked_sub(before.unsigned_abs()) }
     }
 
-    pub(crate) fn prefixed(&mut self) -> Option<&'a [u8]> {
-        let len = usize::try_from(self.varint()?).ok()?;
-        self.take(len)
-    }
-
-    pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        self.take(N)?.try_into().ok()
-    }
-
-    /// A time that a clock may show, or a distance of two: sums of them stay in range.
     fn clock_ms(&mut self) -> Option<u64> {
         self.array().map(u64::from_le_bytes).filter(|ms| *ms <= MAX_WALL_MS)
     }
@@ -202,22 +145,22 @@ const HOLDER_RELEASED: u8 = 2;
 const PRIOR_SHIFT: u32 = 3;
 const PRIOR_MASK: u8 = 0b0001_1000;
 
-fn prior_bits(prior: Prior) -> u8 {
+fn prior_bits(prior: PriorAttempt) -> u8 {
     let bits = match prior {
-        Prior::Released => 0,
-        Prior::LeaseExpired => 1,
-        Prior::Dropped => 2,
-        Prior::Crashed => 3,
+        PriorAttempt::Released => 0,
+        PriorAttempt::LeaseExpired => 1,
+        PriorAttempt::Dropped => 2,
+        PriorAttempt::Crashed => 3,
     };
     bits << PRIOR_SHIFT
 }
 
-fn prior(flags: u8) -> Prior {
+fn prior(flags: u8) -> PriorAttempt {
     match (flags & PRIOR_MASK) >> PRIOR_SHIFT {
-        0 => Prior::Released,
-        1 => Prior::LeaseExpired,
-        2 => Prior::Dropped,
-        _ => Prior::Crashed,
+        0 => PriorAttempt::Released,
+        1 => PriorAttempt::LeaseExpired,
+        2 => PriorAttempt::Dropped,
+        _ => PriorAttempt::Crashed,
     }
 }
 
@@ -250,7 +193,7 @@ impl RecordWriter {
             Holder::Interrupted(prior) => flags |= HOLDER_INTERRUPTED << HOLDER_SHIFT | prior_bits(prior),
             // Nobody had claimed it, so that nobody's decision is needed should this process die now.
             Holder::CommittingUnclaimed => {
-                flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(Prior::Crashed);
+                flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(PriorAttempt::Crashed);
                 backoff_ms = Some(0);
             }
             Holder::Released { prior, backoff } => {
@@ -555,8 +498,13 @@ mod tests {
         CompletedEntry { token, completed_ms: 50, fingerprint: None, result }
     }
 
-    fn any_prior() -> impl Strategy<Value = Prior> {
-        prop_oneof![Just(Prior::Released), Just(Prior::LeaseExpired), Just(Prior::Dropped), Just(Prior::Crashed)]
+    fn any_prior() -> impl Strategy<Value = PriorAttempt> {
+        prop_oneof![
+            Just(PriorAttempt::Released),
+            Just(PriorAttempt::LeaseExpired),
+            Just(PriorAttempt::Dropped),
+            Just(PriorAttempt::Crashed)
+        ]
     }
 
     fn any_holder() -> impl Strategy<Value = Holder> {
@@ -687,7 +635,7 @@ mod tests {
         record.processing(b"k", &recording);
         let mut read = Vec::new();
         read_record(&record.finish(), |_, event| read.push(event)).unwrap();
-        let holder = Holder::Released { prior: Prior::Crashed, backoff: Backoff::NONE };
+        let holder = Holder::Released { prior: PriorAttempt::Crashed, backoff: Backoff::NONE };
         assert_eq!(read, [Event::Claimed(Processing { holder, ..recording })]);
     }
 

@@ -3,28 +3,7 @@
 use std::sync::Arc;
 
 use crate::clock::{Now, millis};
-use crate::key::Fingerprint;
-
-/// Why a key that is claimed again was not completed by its last holder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Prior {
-    /// Every holder so far gave it back with `release`: the work is known to have failed and done nothing.
-    Released,
-    /// The lease ran out while the holder's process lived. It may still be working.
-    LeaseExpired,
-    /// The lease was dropped, for example by a panic. What it had done is unknown.
-    Dropped,
-    /// The holder's process died or closed the store. What it had done is unknown.
-    Crashed,
-}
-
-impl Prior {
-    /// Whether the effect of an earlier attempt may have happened: all but [`Prior::Released`] leave that open.
-    #[must_use]
-    pub fn may_have_happened(self) -> bool {
-        self != Self::Released
-    }
-}
+use onlyonce_core::{Fingerprint, PriorAttempt, StoredResult};
 
 /// The state of a key, as stored. "Expired" is not a state: it follows from the time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,13 +51,13 @@ pub(crate) enum Holder {
     /// As `Committing`, where `record` completes a key that nobody holds.
     CommittingUnclaimed,
     /// Gone without a release: the key is held until an operator decides.
-    Interrupted(Prior),
+    Interrupted(PriorAttempt),
     /// Gone: the key was released, or its holder vanished where that frees it. It is free after the backoff. Nobody can
     /// come back for it, so that it leaves memory for a bucket like a completed key.
-    Released { prior: Prior, backoff: Backoff },
+    Released { prior: PriorAttempt, backoff: Backoff },
     /// An operator has decided that a held key runs again. The old holder may still complete it, so that it stays in memory
     /// until the next claim.
-    Resolved(Prior),
+    Resolved(PriorAttempt),
 }
 
 /// How long a released key stays closed.
@@ -125,31 +104,6 @@ pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
     now.remembers(completed_ms, window_ms)
 }
 
-/// What is kept of a result.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum StoredResult<B = Arc<[u8]>> {
-    /// Recorded by `record`, which has none.
-    None,
-    /// The bytes, which may be none.
-    Bytes(B),
-    /// There was one, over the size limit.
-    TooLarge,
-}
-
-impl<'a> StoredResult<&'a [u8]> {
-    /// Keeps `bytes` unless they are over the limit.
-    pub(crate) fn of(bytes: &'a [u8], limit: usize) -> Self {
-        if bytes.len() > limit { Self::TooLarge } else { Self::Bytes(bytes) }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        match self {
-            Self::Bytes(bytes) => bytes.len(),
-            Self::None | Self::TooLarge => 0,
-        }
-    }
-}
-
 impl Entry<&[u8]> {
     /// A copy that owns its result.
     pub(crate) fn shared(&self) -> Entry {
@@ -174,11 +128,7 @@ impl Entry {
 impl CompletedEntry<&[u8]> {
     /// A copy that owns its result.
     pub(crate) fn shared(&self) -> CompletedEntry {
-        let result = match self.result {
-            StoredResult::None => StoredResult::None,
-            StoredResult::Bytes(bytes) => StoredResult::Bytes(Arc::from(bytes)),
-            StoredResult::TooLarge => StoredResult::TooLarge,
-        };
+        let result = self.result.to_shared();
         CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }
@@ -186,11 +136,7 @@ impl CompletedEntry<&[u8]> {
 impl CompletedEntry {
     /// The same, with its result borrowed.
     pub(crate) fn borrowed(&self) -> CompletedEntry<&[u8]> {
-        let result = match &self.result {
-            StoredResult::None => StoredResult::None,
-            StoredResult::Bytes(bytes) => StoredResult::Bytes(&**bytes),
-            StoredResult::TooLarge => StoredResult::TooLarge,
-        };
+        let result = self.result.as_slice();
         CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use crate::error::Error;
+use onlyonce_core::Error;
 
 /// Whether this build checks what would cost too much in production: unit tests, debug builds and the feature
 /// `internals`.
@@ -115,14 +115,14 @@ impl Poison {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Outcome;
+    use onlyonce_core::Outcome;
 
     #[test]
     fn the_first_reason_stays_and_a_broken_invariant_is_named() {
         let poison = Poison::default();
         assert!(poison.unbroken().is_ok() && poison.reason().is_none());
         let error = poison.broken(Invariant::SstSorted, format_args!("a after b"));
-        assert_eq!((error.outcome(), error.retryable()), (Outcome::Unknown, false));
+        assert_eq!((error.outcome(), error.is_retryable()), (Outcome::Unknown, false));
         let said = error.to_string();
         assert!(said.contains("the keys of a run strictly rise") && said.contains("a after b"), "{said}");
         assert!(said.contains("bug in onlyonce"), "{said}");

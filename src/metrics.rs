@@ -6,8 +6,8 @@
 
 use std::path::Path;
 
-use crate::entry::Prior;
 use crate::stats::Counters;
+use onlyonce_core::PriorAttempt;
 
 /// What somebody called for.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +48,7 @@ pub(crate) use enabled::Metrics;
 
 #[cfg(not(feature = "metrics"))]
 mod disabled {
-    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, Prior};
+    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, PriorAttempt};
 
     /// Nobody listens.
     #[derive(Debug)]
@@ -77,7 +77,7 @@ mod disabled {
         }
 
         #[inline(always)]
-        pub(crate) fn repeated(&self, _prior: Prior, _attempt: u32) {}
+        pub(crate) fn repeated(&self, _prior: PriorAttempt, _attempt: u32) {}
 
         #[inline(always)]
         pub(crate) fn processed(&self, _ms: impl FnOnce() -> u64) {}
@@ -103,7 +103,7 @@ mod enabled {
     use metrics::{Counter, Gauge, Histogram, Label, Unit, describe_counter, describe_gauge, describe_histogram};
     use tracing::span::EnteredSpan;
 
-    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, Prior};
+    use super::{Call, Counters, ExpensiveGauges, Gauges, Path, PriorAttempt};
     use crate::testing::sync_shim::Mutex;
 
     /// How often counters and levels are told, and those that take long to find out.
@@ -128,66 +128,16 @@ mod enabled {
         ("onlyonce.filter.false_positives", None, |counters| counters.filter_false_positives.get()),
         ("onlyonce.fail_open", None, |counters| counters.fail_open.get()),
     ];
-    /// As [`COUNTERS`], of `delivery`.
-    #[cfg(feature = "tokio")]
-    const DELIVERY_COUNTERS: &[CounterSource] = &[
-        ("onlyonce.deliveries", Some(("outcome", "done")), |counters| counters.deliveries.done.get()),
-        ("onlyonce.deliveries", Some(("outcome", "duplicate")), |counters| counters.deliveries.duplicates()),
-        ("onlyonce.deliveries", Some(("outcome", "in_progress")), |counters| counters.deliveries.in_progress.get()),
-        ("onlyonce.deliveries", Some(("outcome", "failed")), |counters| counters.deliveries.failed.get()),
-        ("onlyonce.deliveries", Some(("outcome", "rejected")), |counters| counters.deliveries.rejected.get()),
-        ("onlyonce.deliveries", Some(("outcome", "superseded")), |counters| counters.deliveries.superseded.get()),
-        ("onlyonce.deliveries", Some(("outcome", "store_failed")), |counters| counters.deliveries.store_failed.get()),
-        ("onlyonce.deliveries.duplicates", Some(("key", "id")), |counters| counters.deliveries.duplicates_by_id.get()),
-        ("onlyonce.deliveries.duplicates", Some(("key", "position")), |counters| {
-            counters.deliveries.duplicates_by_position.get()
-        }),
-        ("onlyonce.deliveries.duplicates", Some(("key", "digest")), |counters| {
-            counters.deliveries.duplicates_by_digest.get()
-        }),
-        ("onlyonce.deliveries.without_id", None, |counters| counters.deliveries.without_id.get()),
-        ("onlyonce.deliveries.given_up", None, |counters| counters.deliveries.given_up.get()),
-        ("onlyonce.deliveries.ack_failures", None, |counters| counters.deliveries.unsettled.get()),
-    ];
-    #[cfg(not(feature = "tokio"))]
-    const DELIVERY_COUNTERS: &[CounterSource] = &[];
-
-    fn all_counters() -> impl Iterator<Item = &'static CounterSource> {
-        COUNTERS.iter().chain(DELIVERY_COUNTERS)
-    }
     /// A gauge, and where its figure is.
     type GaugeSource = (Gauge, fn(&Gauges) -> f64);
-    const PRIORS: [(Prior, &str); 4] = [
-        (Prior::Released, "released"),
-        (Prior::LeaseExpired, "lease_expired"),
-        (Prior::Dropped, "dropped"),
-        (Prior::Crashed, "crashed"),
+    const PRIORS: [(PriorAttempt, &str); 4] = [
+        (PriorAttempt::Released, "released"),
+        (PriorAttempt::LeaseExpired, "lease_expired"),
+        (PriorAttempt::Dropped, "dropped"),
+        (PriorAttempt::Crashed, "crashed"),
     ];
 
-    #[cfg(feature = "tokio")]
-    fn describe_deliveries() {
-        describe_counter!("onlyonce.deliveries", Unit::Count, "Deliveries of queues, by what was done with them");
-        describe_counter!(
-            "onlyonce.deliveries.duplicates",
-            Unit::Count,
-            "Duplicate deliveries, by what their keys are made of"
-        );
-        describe_counter!(
-            "onlyonce.deliveries.without_id",
-            Unit::Count,
-            "Deliveries that go by a digest of their content"
-        );
-        describe_counter!(
-            "onlyonce.deliveries.given_up",
-            Unit::Count,
-            "Deliveries rejected after they came back for too long without their work having run"
-        );
-        describe_counter!("onlyonce.deliveries.ack_failures", Unit::Count, "Answers that a queue did not take");
-    }
-
     fn describe() {
-        #[cfg(feature = "tokio")]
-        describe_deliveries();
         describe_counter!("onlyonce.claims", Unit::Count, "Keys claimed or recorded, by what was answered");
         describe_counter!(
             "onlyonce.claims.repeated",
@@ -309,7 +259,7 @@ mod enabled {
                 attempt: histogram("onlyonce.claim.attempt", None),
                 repeated: PRIORS
                     .map(|(_, prior)| metrics::counter!("onlyonce.claims.repeated", labels(Some(("prior", prior))))),
-                counters: all_counters().map(|(name, label, _)| metrics::counter!(*name, labels(*label))).collect(),
+                counters: COUNTERS.iter().map(|(name, label, _)| metrics::counter!(*name, labels(*label))).collect(),
                 log_syncs: metrics::counter!("onlyonce.log.syncs", labels(None)),
                 gauges: [
                     (gauge("onlyonce.keys.in_flight"), |gauges| gauges.in_flight as f64),
@@ -353,7 +303,7 @@ mod enabled {
         }
 
         /// A claim that goes on with unfinished work.
-        pub(crate) fn repeated(&self, prior: Prior, attempt: u32) {
+        pub(crate) fn repeated(&self, prior: PriorAttempt, attempt: u32) {
             self.attempt.record(attempt);
             for ((this, _), counter) in PRIORS.iter().zip(&self.repeated) {
                 counter.increment(u64::from(*this == prior));
@@ -394,7 +344,7 @@ mod enabled {
 
         /// Differences, for the next opening counts from zero, and whoever listens goes on.
         fn export_now(&self, last: &mut LastExport, counters: &Counters, gauges: &Gauges) {
-            let now: Vec<u64> = all_counters().map(|(_, _, get)| get(counters)).collect();
+            let now: Vec<u64> = COUNTERS.iter().map(|(_, _, get)| get(counters)).collect();
             let before = last.counters.iter().copied().chain(std::iter::repeat(0));
             for ((counter, now), before) in self.counters.iter().zip(&now).zip(before) {
                 counter.increment(now.saturating_sub(before));

@@ -41,7 +41,7 @@ const ORDER: &[(&str, &[&str])] = &[
     ("journal", &["numbers"]),
     ("filter", &["sizing", "matrix", "file", "stack"]),
     ("buckets", &["range", "registry", "flush", "rotation", "recovery", "filters"]),
-    ("memtable", &["arena", "table", "frozen"]),
+    ("memtable", &["arena", "shard", "recent", "table", "frozen"]),
     (
         "engine",
         &[

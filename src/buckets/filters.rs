@@ -13,11 +13,11 @@ use parking_lot::Mutex;
 use super::recovery::{move_filter, rebuild_filter};
 use super::registry::{Bucket, BucketRegistry};
 use crate::codec::Secret;
-use crate::error::{Error, Result};
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Geometry, SHARDS};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Error, Result};
 
 /// Threads that read files, or the keys of buckets, at a time.
 const THREADS: usize = 2;
@@ -188,7 +188,7 @@ impl Filters {
             }
             let path = self.path(&bucket.family);
             file::write(&path, &self.key, &bucket.family, matrix, bucket.column_id, &covered)
-                .map_err(|error| Error::io("cannot write", path, &error))?;
+                .map_err(|error| Error::io("cannot write", path, error))?;
             tracing::debug!(bucket = %bucket.range, keys = covered.keys, "filter kept");
             self.persisted.lock().insert(bucket.family.clone(), covered);
         }
@@ -200,14 +200,14 @@ impl Filters {
         let buckets = registry.snapshot().newest_first();
         let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
         self.persisted.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));
-        let unreadable = |error: io::Error| Error::io("cannot read", self.dir.clone(), &error);
+        let unreadable = |error: io::Error| Error::io("cannot read", self.dir.clone(), error);
         for entry in fs::read_dir(&self.dir).map_err(unreadable)? {
             let path = entry.map_err(unreadable)?.path();
             // Nothing else that somebody may have put beside them.
             let ours = path.extension().is_some_and(|extension| extension == EXTENSION || extension == file::NEW);
             if ours && !is_live(&path) {
                 Failpoint::FilterOrphaned.pass();
-                fs::remove_file(&path).map_err(|error| Error::io("cannot remove", path, &error))?;
+                fs::remove_file(&path).map_err(|error| Error::io("cannot remove", path, error))?;
             }
         }
         Ok(())
@@ -233,8 +233,9 @@ mod tests {
     use crate::buckets::range::BucketRange;
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::{CompletedEntry, Entry, StoredResult};
+    use crate::entry::{CompletedEntry, Entry};
     use crate::fs::directory::Directory;
+    use onlyonce_core::StoredResult;
     use std::time::Duration;
 
     const SECRET: Secret = [5; 16];

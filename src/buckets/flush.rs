@@ -4,9 +4,9 @@ use super::range::BucketRange;
 use super::registry::BucketRegistry;
 use crate::codec::{put_entry_key, put_value};
 use crate::entry::Entry;
-use crate::error::Result;
 use crate::invariant::Invariant;
 use crate::rocks::db::Db;
+use onlyonce_core::Result;
 
 /// A completed or released key on its way to its bucket.
 pub(crate) struct FlushEntry<'a> {
@@ -70,9 +70,10 @@ mod tests {
     use crate::buckets::registry::{Probe, look_up};
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::{CompletedEntry, StoredResult};
-    use crate::error::Error;
+    use crate::entry::CompletedEntry;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Error;
+    use onlyonce_core::StoredResult;
 
     const RANGE: BucketRange = BucketRange { start_ms: 5_000, width_ms: 1_000 };
 

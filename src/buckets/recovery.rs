@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 
 use super::registry::{Bucket, BucketRegistry};
 use crate::codec::{Event, digest_of_entry_key, read_record};
-use crate::error::{Error, Result};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Error, Result};
 
 /// Digests that go into the filter at a time.
 const DIGEST_BATCH: usize = 8_192;
@@ -130,8 +130,9 @@ mod tests {
 
     use super::*;
     use crate::codec::{RecordKind, RecordWriter};
-    use crate::entry::{CompletedEntry, StoredResult};
+    use crate::entry::CompletedEntry;
     use crate::fs::directory::Directory;
+    use onlyonce_core::StoredResult;
 
     #[test]
     fn what_a_replay_says_of_the_journal_is_the_sum_and_the_newest_of_its_rows() {
@@ -142,8 +143,8 @@ mod tests {
             |completed_ms| CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
         let mut bytes = 0;
         // On stream time a row may be older than its keys, and than the row before it.
-        for (number, row_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
-            let mut record = RecordWriter::new(RecordKind::Completed, row_ms, 0);
+        for (number, record_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
+            let mut record = RecordWriter::new(RecordKind::Completed, record_ms, 0);
             record.completed(b"k", &done(completed_ms));
             let record = record.finish();
             bytes += record.len() as u64;

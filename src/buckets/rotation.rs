@@ -6,8 +6,8 @@ use super::range::BucketRange;
 use super::registry::BucketRegistry;
 use crate::clock::Now;
 use crate::config::Span;
-use crate::error::Result;
 use crate::rocks::db::Db;
+use onlyonce_core::Result;
 
 /// Whether there are buckets whose keys are all forgotten.
 pub(crate) fn has_expired(registry: &BucketRegistry, span: Span, now: &Now) -> bool {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::core::Engine;
 use super::maintenance::MaintenanceState;
 use crate::buckets::range::BucketRange;
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 
 /// How long an open drops buckets; one that it has begun with is finished, which takes some milliseconds.
 const DROP_TIME: Duration = Duration::from_millis(250);
@@ -114,7 +114,8 @@ mod tests {
 
     #[test]
     fn an_open_seals_what_an_ended_bucket_left_and_nothing_of_the_present_one() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
         complete(&engine, "a", b"r");
         engine.close().unwrap();
@@ -135,7 +136,8 @@ mod tests {
 
     #[test]
     fn what_has_run_out_goes_with_the_next_open_and_its_filter_file_too() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
         complete(&engine, "a", b"r");
         clock.advance(Duration::from_secs(1));
@@ -157,7 +159,8 @@ mod tests {
 
     #[test]
     fn what_takes_long_to_seal_is_left_to_the_first_round_of_the_keeper() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
         let large = vec![7; 3 << 20];
         ["a", "b", "c"].iter().for_each(|key| complete(&engine, key, &large));
@@ -176,7 +179,8 @@ mod tests {
 
     #[test]
     fn an_open_goes_on_where_what_is_due_fails_and_not_in_a_store_that_has_ended() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
         complete(&engine, "a", b"r");
         engine.close().unwrap();

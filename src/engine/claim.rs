@@ -4,19 +4,20 @@ use std::sync::Arc;
 
 use super::core::Engine;
 use super::request::Request;
-use super::response::{ClaimResponse, Grant, Response, payload_mismatch, too_old};
+use super::response::{Grant, completed, in_progress, payload_mismatch, too_old};
 use super::transition::{self, Decision};
 use crate::clock::Now;
 use crate::codec::RecordKind;
-use crate::entry::{CompletedEntry, Entry, Holder, Prior, Processing, StoredResult};
-use crate::error::{Error, Result};
-use crate::key::Fingerprint;
+use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::memtable::arena::Pending;
 use crate::metrics::Call;
+use onlyonce_core::Fingerprint;
+use onlyonce_core::{Claim, Error, RecordOutcome, Result, TimestampError};
+use onlyonce_core::{PriorAttempt, StoredResult};
 
 impl Engine {
     /// Claims every key that is free. One row, whatever their number.
-    pub(crate) fn claim(&self, request: &Arc<Request>) -> Result<Vec<Result<ClaimResponse>>> {
+    pub(crate) fn claim(&self, request: &Arc<Request>) -> Result<Vec<Result<Claim<Grant>>>> {
         let _timer = self.metrics.call(Call::Claim, request.len());
         self.admit(request.len(), request.key_bytes())?;
         let on_disk = self.look_up_on_disk(request)?;
@@ -49,7 +50,7 @@ impl Engine {
                         };
                         record.processing(key_ref.key, &processing);
                         shard.set(key_ref.digest, key_ref.key, Entry::Processing(processing));
-                        Ok(ClaimResponse::Acquired(Grant {
+                        Ok(Claim::Acquired(Grant {
                             request: Arc::clone(request),
                             index: key_ref.index,
                             token,
@@ -61,9 +62,9 @@ impl Engine {
                         }))
                     }
                     Decision::InProgress { retry_after_ms, attempt } => {
-                        Ok(ClaimResponse::InProgress { retry_after_ms, attempt })
+                        Ok(Claim::InProgress(in_progress(retry_after_ms, attempt)))
                     }
-                    Decision::Completed(done) => Ok(ClaimResponse::Completed(done.clone())),
+                    Decision::Completed(done) => Ok(Claim::Completed(completed(done, &now, self.policy.window_ms))),
                     Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
                     Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
                 }
@@ -76,7 +77,7 @@ impl Engine {
     }
 
     /// Records every key that is free as completed, without a result. One row, whatever their number.
-    pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<Response>>> {
+    pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<RecordOutcome>>> {
         let _timer = self.metrics.call(Call::Record, request.len());
         self.admit(request.len(), request.key_bytes())?;
         let on_disk = self.look_up_on_disk(request)?;
@@ -100,12 +101,10 @@ impl Engine {
                         record.completed(key_ref.key, &done);
                         let pending = Pending { record: open.number(), attempt, holder: Holder::CommittingUnclaimed };
                         shard.set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);
-                        Ok(Response::New)
+                        Ok(RecordOutcome::First)
                     }
-                    Decision::InProgress { retry_after_ms, attempt } => {
-                        Ok(Response::InProgress { retry_after_ms, attempt })
-                    }
-                    Decision::Completed(done) => Ok(Response::Completed(done.clone())),
+                    Decision::InProgress { .. } => Ok(RecordOutcome::Duplicate { in_flight: true }),
+                    Decision::Completed(_) => Ok(RecordOutcome::Duplicate { in_flight: false }),
                     Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
                     Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
                 }
@@ -116,10 +115,11 @@ impl Engine {
         self.waiters.wake(request.digests());
         // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
         for (key_ref, response) in request.iter().zip(&mut responses) {
-            if let Ok(Response::InProgress { .. }) = response
-                && let Ok(Some(Entry::Completed(done))) = self.with_locked_key(key_ref, &on_disk, |_, stored| stored)
+            if let Ok(RecordOutcome::Duplicate { in_flight }) = response
+                && *in_flight
+                && let Ok(Some(Entry::Completed(_))) = self.with_locked_key(key_ref, &on_disk, |_, stored| stored)
             {
-                *response = Ok(Response::Completed(done));
+                *in_flight = false;
             }
         }
         self.count_records(&responses);
@@ -145,10 +145,10 @@ impl Engine {
         Ok(())
     }
 
-    fn count_claims(&self, claimed: &[Result<ClaimResponse>]) {
+    fn count_claims(&self, claimed: &[Result<Claim<Grant>>]) {
         let (mut acquired, mut reclaimed) = (0, 0);
         for claimed in claimed {
-            if let Ok(ClaimResponse::Acquired(grant)) = claimed {
+            if let Ok(Claim::Acquired(grant)) = claimed {
                 acquired += 1;
                 if let Some(prior) = grant.prior {
                     reclaimed += 1;
@@ -159,20 +159,20 @@ impl Engine {
         self.counters.acquired.add(acquired);
         self.counters.reclaimed.add(reclaimed);
         self.count_refusals(claimed.iter().map(|claimed| match claimed {
-            Ok(ClaimResponse::Acquired(_)) => Refusal::None,
-            Ok(ClaimResponse::InProgress { .. }) => Refusal::InProgress,
-            Ok(ClaimResponse::Completed(_)) => Refusal::Duplicate,
+            Ok(Claim::Acquired(_)) => Refusal::None,
+            Ok(Claim::InProgress(_)) => Refusal::InProgress,
+            Ok(Claim::Completed(_)) => Refusal::Duplicate,
             Err(error) => Refusal::of(error),
         }));
     }
 
-    fn count_records(&self, responses: &[Result<Response>]) {
-        let recorded = responses.iter().filter(|response| matches!(response, Ok(Response::New))).count();
+    fn count_records(&self, responses: &[Result<RecordOutcome>]) {
+        let recorded = responses.iter().filter(|response| matches!(response, Ok(RecordOutcome::First))).count();
         self.counters.recorded.add(recorded as u64);
         self.count_refusals(responses.iter().map(|response| match response {
-            Ok(Response::New) => Refusal::None,
-            Ok(Response::InProgress { .. }) => Refusal::InProgress,
-            Ok(Response::Completed(_)) => Refusal::Duplicate,
+            Ok(RecordOutcome::First) => Refusal::None,
+            Ok(RecordOutcome::Duplicate { in_flight: true }) => Refusal::InProgress,
+            Ok(RecordOutcome::Duplicate { in_flight: false }) => Refusal::Duplicate,
             Err(error) => Refusal::of(error),
         }));
     }
@@ -198,7 +198,7 @@ impl Engine {
 }
 
 /// The payload that the first attempt came with binds the later ones that bring none.
-fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerprint> {
+fn first_payload(prior: Option<PriorAttempt>, stored: Option<&Entry>) -> Option<Fingerprint> {
     match (prior, stored) {
         (Some(_), Some(Entry::Processing(processing))) => processing.fingerprint,
         _ => None,
@@ -207,7 +207,7 @@ fn first_payload(prior: Option<Prior>, stored: Option<&Entry>) -> Option<Fingerp
 
 /// The time that a key gets: now, or its message's. Another attempt at the same work keeps the later of the two, so that a
 /// later state of a key is never in an earlier bucket.
-fn time_of(at_ms: Option<u64>, now: Now, prior: Option<Prior>, stored: Option<&Entry>) -> u64 {
+fn time_of(at_ms: Option<u64>, now: Now, prior: Option<PriorAttempt>, stored: Option<&Entry>) -> u64 {
     let time_ms = at_ms.unwrap_or(now.time_ms);
     match (prior, stored) {
         (Some(_), Some(Entry::Processing(processing))) => time_ms.max(processing.since_ms),
@@ -229,8 +229,8 @@ impl Refusal {
     fn of(error: &Error) -> Self {
         match error {
             Error::PayloadMismatch { .. } => Self::PayloadMismatch,
-            Error::TooOld { .. } => Self::TooOld,
-            Error::TooFarAhead { .. } => Self::TooFarAhead,
+            Error::Timestamp(TimestampError::TooOld { .. }) => Self::TooOld,
+            Error::Timestamp(TimestampError::TooFarAhead { .. }) => Self::TooFarAhead,
             _ => Self::None,
         }
     }

@@ -1,6 +1,6 @@
 //! The engine: a store's parts, its health, and the way its rows go to the journal.
 //!
-//! A claim takes its place in the hot table before its row is written, so that nobody else can (`claiming.rs`); a
+//! A claim takes its place in the hot table before its row is written, so that nobody else can (`claim.rs`); a
 //! completion takes effect only when its row is written, so that nobody relies on what a crash would undo
 //! (`committing.rs`). No lock is held while the disk is read or written.
 
@@ -12,10 +12,10 @@ use std::time::Duration;
 use super::meta_entries::{
     CLOCK, FLOOR, FORMAT, HIGH_WATER, ON_INTERRUPT, SECRET, SPAN, STREAM_TIME, TOKENS, corrupt_meta, meta,
 };
-use super::request::{KeyRef, Request, admit_bytes};
+use super::request::{KeyRef, Request, TimeSource, admit_bytes};
 use super::response::too_far_ahead;
 use super::sequence::Sequence;
-use super::side_writes::{self, SideWrites};
+use super::side_writes::{self, Admitted};
 use super::timekeeping::{self, TimeSaved};
 use super::transition::{self, Policy};
 use super::waiters::{Waiter, Waiters};
@@ -25,17 +25,19 @@ use crate::buckets::registry::BucketRegistry;
 use crate::clock::{ClockState, Now, Timeline};
 use crate::codec::{self, Event, RecordKind, RecordWriter};
 use crate::config::{Config, MAX_KEY, Options, Stored};
-use crate::entry::{Entry, Holder, Prior, Processing};
-use crate::error::{Error, Result};
+use crate::digest::Digester;
+use crate::entry::{Entry, Holder, Processing};
 use crate::fs::directory::Directory;
 use crate::invariant::{Invariant, Poison};
-use crate::key::{Digester, Key};
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::{self, Db};
 use crate::stats::Counters;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Condvar, Mutex};
+use onlyonce_core::Key;
+use onlyonce_core::PriorAttempt;
+use onlyonce_core::{Error, Result, TimestampError};
 
 /// What the filters may take of sixteen parts of the memory budget. The rest: four parts for keys that are not sealed, two
 /// for cached blocks, two for the journal's memtable, one for what was sealed lately.
@@ -86,7 +88,7 @@ pub(crate) struct Engine {
 /// Where calls wait for room in the hot table.
 #[derive(Default)]
 pub(super) struct Backlog {
-    pub(super) failure: Mutex<Option<String>>,
+    pub(super) failure: Mutex<Option<Error>>,
     pub(super) eased: Condvar,
     /// Told when there is enough to seal.
     pub(super) wake: OnceLock<crossbeam::channel::Sender<()>>,
@@ -102,7 +104,8 @@ impl Engine {
             let mut secret = codec::Secret::default();
             // A model that is repeated must find its keys in the same stripes.
             if !cfg!(shuttle) {
-                getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", &path, &error))?;
+                getrandom::fill(&mut secret)
+                    .map_err(|error| Error::io("cannot draw a secret for", &path, error.to_string()))?;
             }
             let format = if config.max_ahead_ms.is_some() { codec::STREAM_FORMAT } else { codec::FORMAT };
             let mut meta_entries = vec![
@@ -202,7 +205,7 @@ impl Engine {
                 .in_flight()
                 .filter_map(|(digest, key, processing)| {
                     let (prior, since_ms) = match processing.holder {
-                        Holder::Leased { .. } => (Prior::Crashed, self.left_at(&processing, now)),
+                        Holder::Leased { .. } => (PriorAttempt::Crashed, self.next_since_ms(&processing, now)),
                         Holder::Interrupted(prior) => (prior, processing.since_ms),
                         _ => return None,
                     };
@@ -266,35 +269,37 @@ impl Engine {
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Arc<Request>> {
         self.ready()?;
-        Ok(Arc::new(Request::new(keys, MAX_KEY, &self.digester)?))
+        Ok(Arc::new(Request::new(keys, TimeSource::Any, MAX_KEY, &self.digester)?))
     }
 
     /// Encodes and digests the keys of a call.
     pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
-        if self.timeline.is_stream() {
-            return Err(Error::TimestampMissing);
-        }
         self.ready()?;
-        Ok(Arc::new(Request::new(keys, self.config.key_limit, &self.digester)?))
+        let time = if self.timeline.is_stream() { TimeSource::Stream } else { TimeSource::Clock };
+        Ok(Arc::new(Request::new(keys, time, self.config.key_limit, &self.digester)?))
     }
 
-    /// As [`Engine::request`], with the times of their messages.
-    pub(crate) fn request_at<'k, K: Into<Key<'k>>>(
-        &self,
-        messages: impl IntoIterator<Item = (K, u64)>,
-    ) -> Result<Arc<Request>> {
-        self.ready()?;
-        if !self.timeline.is_stream() {
-            return Err(Error::TimestampUnexpected);
-        }
-        Ok(Arc::new(Request::at(messages, self.config.key_limit, &self.digester)?))
+    /// The internal form of a grant that left the process as data.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn imported(&self, grant: &onlyonce_core::Grant) -> Result<super::response::Grant> {
+        let request = self.request_about(std::iter::once(&grant.key))?;
+        Ok(super::response::Grant {
+            request,
+            index: 0,
+            token: grant.token().get(),
+            attempt: grant.attempt.number(),
+            prior: grant.attempt.prior(),
+            fingerprint: grant.key.payload_fingerprint().copied(),
+            at_ms: grant.claimed_at.as_unix_ms(),
+            claimed_monotonic_ms: grant.granted_at_ms,
+        })
     }
 
     /// Moves stream time on, whatever the messages say, and puts that on the disk.
     pub(crate) fn advance_stream_time(&self, to_ms: u64) -> Result<()> {
         self.ready()?;
         if !self.timeline.is_stream() {
-            return Err(Error::TimestampUnexpected);
+            return Err(Error::Timestamp(TimestampError::Unexpected));
         }
         if !self.timeline.advance(to_ms) {
             let bounds = "up to a year ahead of the wall clock or of stream time, in milliseconds".to_owned();
@@ -314,7 +319,7 @@ impl Engine {
 
     /// Since when a key is what it becomes now: never earlier than what it was, though the time may come back. On stream time a
     /// key's time is its message's, whatever becomes of it.
-    pub(super) fn left_at(&self, processing: &Processing, now: Now) -> u64 {
+    pub(super) fn next_since_ms(&self, processing: &Processing, now: Now) -> u64 {
         if self.timeline.is_stream() { processing.since_ms } else { now.time_ms.max(processing.since_ms) }
     }
 
@@ -343,7 +348,7 @@ impl Engine {
     /// Poisons the store where a write failed so that nobody knows any more what is on the disk.
     pub(super) fn poison_by(&self, error: &Error) {
         match error {
-            Error::WriteFailed { detail } => self.poison(detail),
+            Error::WriteFailed { .. } => self.poison(&error.chain()),
             Error::DirectoryGone { .. } => self.refuse_with(error.to_string(), error.clone()),
             _ => {}
         }
@@ -461,8 +466,8 @@ impl Engine {
             self.ready()?;
             self.wake_workers();
             let mut failure = self.backlog.failure.lock();
-            if let Some(detail) = failure.as_ref() {
-                return Err(Error::SealingFailed { detail: detail.clone() });
+            if let Some(error) = failure.as_ref() {
+                return Err(Error::FlushFailed { source: error.clone().into() });
             }
             self.backlog.eased.wait_for(&mut failure, BACKLOG_WAIT);
         }
@@ -509,7 +514,7 @@ impl Engine {
         &self,
         open: OpenRecord<'_>,
         record: RecordWriter,
-        side_writes: &[SideWrites<'_>],
+        side_writes: &[Admitted<'_>],
         sync: bool,
     ) -> Result<()> {
         self.unbroken()?;
@@ -520,7 +525,7 @@ impl Engine {
                 side_writes::put(tx, open.number, side_writes)
             })?;
             self.count_record_bytes(record.len());
-            self.count_log(side_writes.iter().map(|(tx, _)| tx.len()).sum());
+            self.count_log(side_writes.iter().map(|(side_writes, _)| side_writes.encoded_len()).sum());
         }
         open.finish();
         Ok(())
@@ -578,11 +583,12 @@ fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event) {
 mod tests {
     use super::*;
     use crate::clock::ManualClock;
-    use crate::entry::{CompletedEntry, StoredResult};
+    use crate::entry::CompletedEntry;
+    use onlyonce_core::StoredResult;
 
     fn engine(dir: &tempfile::TempDir) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let clock = Arc::new(ManualClock::at(1_000_000));
+        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
     }
 
@@ -618,7 +624,7 @@ mod tests {
     #[test]
     fn rows_of_two_holders_come_to_the_same_in_either_order() {
         let processing = |token| {
-            let holder = Holder::Interrupted(Prior::Crashed);
+            let holder = Holder::Interrupted(PriorAttempt::Crashed);
             Processing { token, attempt: 1, since_ms: 5, fingerprint: None, holder }
         };
         let claimed = |token| Event::Claimed(processing(token));
@@ -686,7 +692,7 @@ mod tests {
         let request = engine.request(["k"]).unwrap();
         *engine.backlog.failure.lock() = Some("no space".to_owned());
         for refused in [engine.claim(&request).map(|_| ()), engine.record(&request).map(|_| ())] {
-            assert!(matches!(&refused, Err(Error::SealingFailed { detail }) if detail == "no space"), "{refused:?}");
+            assert!(matches!(&refused, Err(Error::FlushFailed { detail }) if detail == "no space"), "{refused:?}");
         }
         *engine.backlog.failure.lock() = None;
         std::thread::scope(|scope| {

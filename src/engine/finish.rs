@@ -4,18 +4,18 @@ use std::sync::Arc;
 
 use super::core::Engine;
 use super::request::{KeyRef, Request};
-use super::response::{FinishKind, FinishedBy, Grant, display};
+use super::response::{FinishKind, FinishedBy, Grant};
 use super::transition::{self, LeaseState};
 use crate::buckets::registry::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RecordKind};
-use crate::entry::{CompletedEntry, Entry, Holder, Prior, Processing};
-use crate::error::{Error, Result};
+use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::Invariant;
 use crate::memtable::arena::Pending;
 use crate::metrics::Call;
 use crate::testing::failpoint::Failpoint;
-use crate::tx::Tx;
+use onlyonce_core::PriorAttempt;
+use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 
 impl Engine {
     /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
@@ -36,10 +36,10 @@ impl Engine {
         let mut accepted = Vec::with_capacity(leases.len());
         let mut side_writes = Vec::new();
         // An offset says that all before it is done: behind a lease of its batch that was overtaken it would say too much.
-        let mut unbroken = true;
+        let mut is_contiguous = true;
         for (grant, finish_kind) in &leases {
-            let follows = matches!(finish_kind, FinishKind::Complete(_, Some(tx)) if tx.follows);
-            unbroken |= !follows;
+            let follows = matches!(finish_kind, FinishKind::Complete { follows: true, .. });
+            is_contiguous |= !follows;
             let (digest, key) = (grant.digest(), grant.key());
             self.has_key(key)?;
             let mut shard = self.memtable.shard(digest);
@@ -53,15 +53,15 @@ impl Engine {
             let is_ours = may && transition::may_finish(stored.as_ref(), grant.token);
             accepted.push(is_ours);
             if !is_ours {
-                unbroken = false;
+                is_contiguous = false;
                 continue;
             }
             let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
             // Also where the store's time came back meanwhile: a later state of a key is never in an earlier bucket.
             let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms.max(at_ms) };
             let entry = match *finish_kind {
-                FinishKind::Complete(result, tx) => {
-                    side_writes.extend(tx.map(|tx| (tx, unbroken)));
+                FinishKind::Complete { result, side_writes: own, .. } => {
+                    side_writes.extend(own.map(|own| (own, is_contiguous)));
                     let done = CompletedEntry { token, completed_ms: time_ms, fingerprint, result };
                     record.completed(key, &done);
                     Entry::Completed(done)
@@ -150,7 +150,7 @@ impl Engine {
 
     /// Notes that a lease was dropped without a word. Costs no write.
     pub(crate) fn abandon(&self, grant: &Grant) {
-        self.leave(grant, transition::interrupted(Prior::Dropped, self.policy.on_interrupt));
+        self.leave(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
     }
 
     /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that the next opening counts it as
@@ -159,7 +159,7 @@ impl Engine {
     pub(crate) fn take_back(&self, grant: &Grant) {
         self.leave(
             grant,
-            Holder::Released { prior: grant.prior.unwrap_or(Prior::Released), backoff: Default::default() },
+            Holder::Released { prior: grant.prior.unwrap_or(PriorAttempt::Released), backoff: Default::default() },
         );
     }
 
@@ -182,7 +182,7 @@ impl Engine {
         if holder == processing.holder {
             return true;
         }
-        let since_ms = self.left_at(&processing, now);
+        let since_ms = self.next_since_ms(&processing, now);
         let fingerprint = match holder {
             Holder::Released { prior, .. } => transition::binding(processing.fingerprint, prior),
             _ => processing.fingerprint,
@@ -195,7 +195,7 @@ impl Engine {
     }
 
     /// The grant of a key that is held, as if its holder had come back.
-    pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, Prior)>> {
+    pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, PriorAttempt)>> {
         self.ready()?;
         let now = self.now();
         let key_ref = self.only_key(request)?;
@@ -245,11 +245,17 @@ impl Engine {
         if let Some(Entry::Processing(processing)) = &in_memory {
             match self.lease_state_at(processing, now) {
                 LeaseState::Active { .. } | LeaseState::Committing => {
-                    return Err(Error::InUse { key: display(key_ref.key), token: processing.token });
+                    return Err(Error::InUse {
+                        key: Key::display_encoded(key_ref.key),
+                        token: FencingToken::new(processing.token),
+                    });
                 }
                 // Without its entry the next claim would not learn that its effect may have happened.
                 LeaseState::Held(_) => {
-                    return Err(Error::Undecided { key: display(key_ref.key), token: processing.token });
+                    return Err(Error::Undecided {
+                        key: Key::display_encoded(key_ref.key),
+                        token: FencingToken::new(processing.token),
+                    });
                 }
                 _ => {}
             }
@@ -278,13 +284,13 @@ impl Engine {
         let mut record = self.record_writer(RecordKind::Forgotten, now, key_ref.key.len() + 16);
         record.forgotten(key_ref.key, token);
         let record = record.finish();
-        let mut row_key = Vec::new();
-        codec::put_entry_key(key_ref.digest, key_ref.key, &mut row_key);
+        let mut entry_key = Vec::new();
+        codec::put_entry_key(key_ref.digest, key_ref.key, &mut entry_key);
         Failpoint::ForgetBegun.pass();
         self.write(self.config.sync_results(), |tx| {
             tx.put_record(open.number(), &record);
             for bucket in &flushed {
-                tx.delete_key(&bucket.family, &row_key);
+                tx.delete_key(&bucket.family, &entry_key);
             }
             Ok(())
         })?;
@@ -308,7 +314,9 @@ impl Engine {
 /// What a settlement brings to its row, in bytes or a few more.
 fn encoded_len(grant: &Grant, finish_kind: &FinishKind<'_>) -> usize {
     let encoded_len = match finish_kind {
-        FinishKind::Complete(result, side_writes) => result.len() + side_writes.map_or(0, Tx::len),
+        FinishKind::Complete { result, side_writes, .. } => {
+            result.len() + side_writes.map_or(0, SideWrites::encoded_len)
+        }
         FinishKind::Release { .. } => 0,
     };
     grant.key().len() + encoded_len + 16
@@ -321,8 +329,9 @@ mod tests {
     use super::*;
     use crate::config::{Durability, OnInterrupt, Options};
     use crate::engine::response::ClaimResponse;
-    use crate::entry::{Backoff, StoredResult};
+    use crate::entry::Backoff;
     use crate::fs::directory::Directory;
+    use onlyonce_core::StoredResult;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -351,7 +360,7 @@ mod tests {
                 assert_eq!(engine.db.syncs() - before, expected, "{what} under {durability:?} and {on_interrupt:?}");
             };
             syncs_of("a claim", started, &|| drop(claim(&engine, "a")));
-            let open = FinishKind::Release { prior: Prior::Released, backoff: Backoff::NONE };
+            let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
             let done = FinishKind::Complete(StoredResult::None, None);
             for (what, expected, kind, finish_kind) in [
                 ("a release", started, RecordKind::Released, open),
@@ -373,7 +382,7 @@ mod tests {
     fn a_settlement_brings_its_key_its_result_and_what_it_takes_along() {
         let dir = tempfile::tempdir().unwrap();
         let grant = claim(&engine(&dir, &Options::default()), "a key");
-        let open = FinishKind::Release { prior: Prior::Released, backoff: Backoff::NONE };
+        let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
         let least = grant.key().len() + 16;
         assert_eq!(encoded_len(&grant, &open), least);
         assert_eq!(encoded_len(&grant, &FinishKind::Complete(StoredResult::Bytes(&[0; 100]), None)), least + 100);

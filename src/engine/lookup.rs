@@ -1,19 +1,19 @@
 //! Looking keys up: what the disk knows, what the hot table has, and which of the two counts.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::core::Engine;
 use super::request::{KeyRef, Request};
-use super::response::{HeldEntry, Response, payload_mismatch, too_far_ahead, too_old};
+use super::response::{completed, in_progress, payload_mismatch, too_far_ahead, too_old};
 use super::transition::{self, Decision, LeaseState};
 use crate::buckets::registry::{Probe, Snapshot, look_up};
 use crate::clock::Now;
 use crate::entry::{Entry, Processing};
-use crate::error::Result;
 use crate::invariant::Invariant;
 use crate::memtable::table::Shard;
 use crate::metrics::Call;
+use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
 
 /// What the buckets know of a request's keys, and as of which seal.
 pub(super) struct DiskLookup {
@@ -41,14 +41,14 @@ impl Engine {
         let mut column_bits = vec![0; digests.len()];
         snapshot.candidates_of(&digests, &mut column_bits);
         let mut lost = false;
-        let key_ref = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
+        let key_refs = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
             |(index, column_bits)| {
                 let key_ref = request.get(index);
                 lost |= key_ref.is_none();
                 key_ref.map(|key_ref| (key_ref, *column_bits))
             },
         );
-        let found = self.in_buckets(&snapshot, key_ref)?;
+        let found = self.in_buckets(&snapshot, key_refs)?;
         if lost {
             return Err(
                 self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
@@ -71,13 +71,13 @@ impl Engine {
     fn in_buckets<'a>(
         &self,
         snapshot: &Snapshot,
-        key_ref: impl Iterator<Item = (KeyRef<'a>, u64)>,
+        key_refs: impl Iterator<Item = (KeyRef<'a>, u64)>,
     ) -> Result<Vec<(usize, Entry)>> {
         let recent = self.memtable.recent();
         let mut found = Vec::new();
         let mut probes = Vec::new();
         let mut hits = 0;
-        for (key_ref, column_bits) in key_ref {
+        for (key_ref, column_bits) in key_refs {
             hits += 1;
             // What the hot table has beside that does not count here: a seal may be about to remove it.
             match recent.get(key_ref.digest, key_ref.key) {
@@ -124,7 +124,7 @@ impl Engine {
     }
 
     /// What a claim of each key would find. Changes nothing.
-    pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<Response>>> {
+    pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<KeyStatus>>> {
         let _timer = self.metrics.call(Call::Check, request.len());
         let now = self.now();
         self.look_at(request, |key_ref, stored| {
@@ -135,21 +135,29 @@ impl Engine {
                 Some((at_ms, Err(leap))) => return Err(too_far_ahead(key_ref, at_ms, leap)),
             };
             match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
-                Decision::Available { .. } => Ok(Response::New),
+                Decision::Available { .. } => Ok(KeyStatus::New),
                 Decision::InProgress { retry_after_ms, attempt } => {
-                    Ok(Response::InProgress { retry_after_ms, attempt })
+                    Ok(KeyStatus::InProgress(in_progress(retry_after_ms, attempt)))
                 }
-                Decision::Completed(done) => Ok(Response::Completed(done.clone())),
+                Decision::Completed(done) => Ok(KeyStatus::Completed(completed(done, &now, self.policy.window_ms))),
                 Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
                 Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
             }
         })
     }
 
-    /// What is stored of a key, as long as it counts.
-    pub(crate) fn get(&self, request: &Request) -> Result<Vec<Option<Entry>>> {
+    /// Everything that is stored about the key of a request, unless it has expired.
+    pub(crate) fn inspect(&self, request: &Request) -> Result<Option<StoredKey>> {
         let now = self.now();
-        self.look_at(request, |_, stored| stored.filter(|entry| self.counts_now(entry, now)))
+        let found = self.look_at(request, |_, stored| stored.filter(|entry| self.counts_now(entry, now)))?;
+        Ok(found.into_iter().next().flatten().map(|entry| match entry {
+            Entry::Completed(done) => StoredKey::Completed(completed(&done, &now, self.policy.window_ms)),
+            Entry::Processing(processing) => StoredKey::processing(
+                FencingToken::new(processing.token),
+                processing.attempt,
+                public_state(self.lease_state_at(&processing, now)),
+            ),
+        }))
     }
 
     /// Whether what is stored of a key counts: it is inside its window, or in flight.
@@ -180,29 +188,46 @@ impl Engine {
         Ok(())
     }
 
-    /// How a key that is being processed stands.
-    pub(crate) fn lease_state(&self, processing: &Processing) -> LeaseState {
-        self.lease_state_at(processing, self.now())
-    }
-
     pub(super) fn lease_state_at(&self, processing: &Processing, now: Now) -> LeaseState {
         transition::lease_state(processing, now, self.policy)
     }
 
-    /// The keys that wait for a decision. Visits the whole hot table.
-    pub(crate) fn held(&self) -> Result<Vec<HeldEntry>> {
+    /// The keys that are held for resolution, the oldest claim first. Visits the whole memtable.
+    pub(crate) fn held(&self) -> Result<Vec<HeldKey>> {
         self.ready()?;
         let now = self.now();
         let mut held = Vec::new();
         for shard in self.memtable.shards() {
             held.extend(shard.in_flight().filter_map(|(_, key, processing)| {
                 let LeaseState::Held(prior) = self.lease_state_at(&processing, now) else { return None };
-                Some(HeldEntry { key: Arc::from(key), processing, prior })
+                Some((Box::<[u8]>::from(key), processing, prior))
             }));
         }
-        held.sort_by_key(|held: &HeldEntry| held.processing.token);
+        held.sort_by_key(|(_, processing, _)| processing.token);
         self.unbroken()?;
-        Ok(held)
+        held.into_iter()
+            .map(|(key, Processing { token, attempt, since_ms, .. }, prior)| {
+                let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
+                    place: "a key in the journal".to_owned(),
+                    detail: format!("{} is not an encoded key", key.escape_ascii()),
+                })?;
+                Ok(HeldKey::new(key, FencingToken::new(token), attempt, prior, Timestamp::from_unix_ms(since_ms)))
+            })
+            .collect()
+    }
+}
+
+fn public_state(state: LeaseState) -> onlyonce_core::LeaseState {
+    use onlyonce_core::LeaseState as Public;
+    let duration = Duration::from_millis;
+    match state {
+        LeaseState::Active { remaining_ms } => Public::Leased(duration(remaining_ms)),
+        LeaseState::Committing => Public::Leased(Duration::ZERO),
+        LeaseState::Backoff { remaining_ms, prior } => Public::Backoff(duration(remaining_ms), prior),
+        LeaseState::Free(prior) => Public::Free(prior),
+        LeaseState::Held(prior) => Public::Held(prior),
+        // It expired between two readings of the clock.
+        LeaseState::Forgotten => Public::Free(PriorAttempt::LeaseExpired),
     }
 }
 
@@ -215,9 +240,10 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::entry::{Backoff, Prior, StoredResult};
-    use crate::error::Error;
+    use crate::entry::Backoff;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Error;
+    use onlyonce_core::{PriorAttempt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -227,7 +253,7 @@ mod tests {
     #[test]
     fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
         let dir = tempfile::tempdir().unwrap();
-        let clock = ManualClock::at(1 << 40);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40));
         let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
         let engine = engine(&dir, &options);
         // Each in a bucket of its own.
@@ -289,7 +315,7 @@ mod tests {
                 engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(grant, done)]).map(drop)
             }),
             ("release", |engine, _, grant| {
-                let open = FinishKind::Release { prior: Prior::Released, backoff: Backoff::NONE };
+                let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
                 engine.finish(RecordKind::Released, FinishedBy::Holder, vec![(grant, open)]).map(drop)
             }),
             ("renew", |engine, _, grant| engine.renew(grant).map(drop)),

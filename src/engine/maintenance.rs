@@ -16,13 +16,13 @@ use crate::clock::Now;
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::{OnInterrupt, Span};
 use crate::entry::{Entry, Processing};
-use crate::error::{Error, Result};
 use crate::memtable::frozen::FrozenSet;
 use crate::memtable::table::Shard;
 use crate::metrics::{ExpensiveGauges, Gauges};
 use crate::stats::{BucketStats, Stats};
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::sleep;
+use onlyonce_core::{Result, Timestamp};
 
 /// Completed keys that make a run. Fewer make more runs to look through; more take longer to read back after a crash.
 const FLUSH_KEYS: usize = 250_000;
@@ -124,7 +124,7 @@ impl Engine {
         let mut last_checkpoint = self.flush_lock.lock();
         self.ready()?;
         let flushed = self.flush_locked(&mut last_checkpoint).inspect_err(|_| self.memtable.restore());
-        *self.backlog.failure.lock() = flushed.as_ref().err().map(Error::to_string);
+        *self.backlog.failure.lock() = flushed.as_ref().err().cloned();
         self.backlog.eased.notify_all();
         flushed?;
         // Should this fail, memory is free all the same.
@@ -318,12 +318,6 @@ impl Engine {
         self.filters.persist(&self.buckets, self.now().time_ms, ssts, should_continue)
     }
 
-    /// What `delivery` counts.
-    #[cfg(feature = "tokio")]
-    pub(crate) fn delivery_counters(&self) -> &crate::stats::DeliveryCounters {
-        &self.counters.deliveries
-    }
-
     /// Counts a message that was let through without an answer.
     pub(crate) fn count_fail_open(&self) {
         self.counters.fail_open.add(1);
@@ -369,8 +363,8 @@ impl Engine {
         let now = self.timeline.observe();
         let snapshot = self.buckets.snapshot();
         let bucket_stats = |bucket: &Arc<Bucket>| BucketStats {
-            start_ms: bucket.range.start_ms,
-            end_ms: bucket.range.end_ms(),
+            start: Timestamp::from_unix_ms(bucket.range.start_ms),
+            end: Timestamp::from_unix_ms(bucket.range.end_ms()),
             keys: bucket.keys.load(Ordering::Relaxed),
             filtered: snapshot.is_filtered(bucket),
         };
@@ -397,13 +391,13 @@ impl Engine {
             log_syncs: self.db.syncs(),
             in_flight: self.memtable.in_flight() as u64,
             held: self.count_held(),
-            unsealed: self.memtable.flushable() as u64,
+            unflushed: self.memtable.flushable() as u64,
             buckets,
             filter_bytes: snapshot.filter_bytes(),
             disk_bytes: self.db.directory().bytes(),
-            now_ms: now.time_ms,
+            now: Timestamp::from_unix_ms(now.time_ms),
             window: Duration::from_millis(window_ms),
-            remembers_since_ms: now.remembers_since(window_ms),
+            remembers_since: Timestamp::from_unix_ms(now.remembers_since(window_ms)),
             poisoned: self.poisoned().map(str::to_owned),
         }
     }
@@ -417,9 +411,10 @@ mod tests {
     use crate::config::Options;
     use crate::engine::response::Grant;
     use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy, Response};
-    use crate::entry::{Backoff, CompletedEntry, Holder, StoredResult};
+    use crate::entry::{Backoff, CompletedEntry, Holder};
     use crate::fs::directory::Directory;
     use crate::memtable::arena::{OVERHEAD_BYTES, Pending};
+    use onlyonce_core::StoredResult;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -465,7 +460,7 @@ mod tests {
     #[test]
     fn a_seal_is_due_at_an_eighth_of_the_budget_or_so_many_keys_and_callers_wait_at_a_quarter() {
         let dir = tempfile::tempdir().unwrap();
-        let small = engine(&dir, &options(&ManualClock::at(1_000_000)));
+        let small = engine(&dir, &options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000))));
         let eighth = 4 << 20;
         let is_due_or_too_late = || (small.is_flush_due(), small.is_backlogged());
         for (journal, is_due) in [(0, false), (eighth - 1, false), (eighth, true)] {
@@ -498,7 +493,8 @@ mod tests {
 
     #[test]
     fn a_round_seals_what_an_ended_bucket_completed_or_what_is_due_and_nothing_else() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = engine(&dir, &options(&clock));
         let mut maintenance_state = engine.maintenance_state();
         let mut round = || {
@@ -520,7 +516,8 @@ mod tests {
 
     #[test]
     fn what_is_in_flight_and_has_run_out_goes_where_it_stands_in_the_way_and_once_a_second() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let window = Some(Duration::from_millis(100));
         let lease = Duration::from_secs(1);
         let engine = engine(&dir, &Options { in_flight_limit: 2, window, bucket: window, lease, ..options(&clock) });
@@ -545,7 +542,7 @@ mod tests {
     #[test]
     fn the_log_is_cut_by_a_round_that_has_nothing_to_seal_and_later_by_a_seal() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir, &options(&ManualClock::at(1_000_000)));
+        let engine = engine(&dir, &options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000))));
         let mut maintenance_state = engine.maintenance_state();
         let mut left_by_a_round = |bytes| {
             engine.log_bytes.store(bytes, Ordering::Relaxed);
@@ -570,7 +567,13 @@ mod tests {
     #[test]
     fn an_image_is_a_few_large_rows_however_many_rows_it_stands_for() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir, &Options { key_limit: 65_535, ..options(&ManualClock::at(1_000_000)) });
+        let engine = engine(
+            &dir,
+            &Options {
+                key_limit: 65_535,
+                ..options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)))
+            },
+        );
         let records = || {
             let mut records = Vec::new();
             engine.db.for_each_record(|_, record| {
@@ -598,7 +601,10 @@ mod tests {
     fn the_log_is_synced_where_something_was_written_that_nobody_waited_for() {
         for (durability, waits) in [(Durability::Process, false), (Durability::Disk, true)] {
             let dir = tempfile::tempdir().unwrap();
-            let engine = engine(&dir, &Options { durability, ..options(&ManualClock::at(1_000_000)) });
+            let engine = engine(
+                &dir,
+                &Options { durability, ..options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000))) },
+            );
             engine.sync().unwrap();
             record(&engine, "k");
             // Whether it goes to the log is seen by its error.
@@ -610,7 +616,8 @@ mod tests {
 
     #[test]
     fn the_filter_of_a_bucket_that_has_ended_is_kept_on_disk() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = engine(&dir, &options(&clock));
         let kept = || {
             engine.persist_filters(|| true).unwrap();
@@ -626,7 +633,7 @@ mod tests {
     #[test]
     fn a_holder_that_renews_in_time_is_not_resolved_away() {
         let dir = tempfile::tempdir().unwrap();
-        let clock = ManualClock::at(1_000_000);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
         let options = Options {
             clock: Arc::new(clock.clone()),
             on_interrupt: Some(OnInterrupt::Hold),
@@ -654,13 +661,13 @@ mod tests {
         let slow = engine.begin_record();
         let checkpoint = engine.sequence.take();
         assert!(slow.number() < checkpoint);
-        let (send, cut) = std::sync::mpsc::channel();
+        let (send, truncated) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(|| send.send(engine.first_open_record(checkpoint).unwrap()));
-            let early = cut.recv_timeout(Duration::from_millis(50));
+            let early = truncated.recv_timeout(Duration::from_millis(50));
             assert!(early.is_err(), "the journal would be cut at {early:?}, below the image {checkpoint}");
             slow.finish();
-            assert!(cut.recv().unwrap() > checkpoint);
+            assert!(truncated.recv().unwrap() > checkpoint);
         });
     }
 
@@ -668,7 +675,7 @@ mod tests {
     fn a_seal_makes_room_for_a_stream_that_has_come_far_since_the_last() {
         let dir = tempfile::tempdir().unwrap();
         let options = Options {
-            clock: Arc::new(ManualClock::at(1 << 40)),
+            clock: Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40))),
             window: Some(Duration::from_secs(48)),
             bucket: Some(Duration::from_secs(1)),
             stream_time: Some(Duration::from_secs(48)),

@@ -1,7 +1,7 @@
 //! What a store knows of itself: names in `meta`, and how their values are read.
 
-use crate::error::{Error, Result};
 use crate::rocks::db::Db;
+use onlyonce_core::{Error, Result};
 
 pub(super) const FORMAT: &str = "format";
 pub(super) const SECRET: &str = "secret";

@@ -4,9 +4,8 @@ use std::sync::atomic::Ordering;
 
 use super::core::Engine;
 use super::request::admit_bytes;
-use crate::codec::Reader;
-use crate::error::{Error, Result};
-use crate::tx::{Message, MessageId, message_id, message_name, offset_name};
+use super::side_writes::{message_id, message_name, offset_name};
+use onlyonce_core::{Error, Message, MessageId, NewMessage, Result};
 
 impl Engine {
     /// How far a partition was read. As durable as a completion, once it is answered: somebody may commit it elsewhere.
@@ -38,31 +37,30 @@ impl Engine {
         self.reserve(0)?;
         // Rows below this one are written, and so are their messages: what is not found there never will be.
         let finished = self.memtable.records().finished_below(|| self.sequence.take());
-        let from = message_name(MessageId { record: self.delivered_below.load(Ordering::Acquire), index: 0 });
+        let from = message_name(MessageId::new(self.delivered_below.load(Ordering::Acquire), 0));
         let mut messages = Vec::new();
         self.db.for_each_meta(&from, |name, value| {
             let Some(id) = message_id(name).filter(|_| messages.len() < limit) else { return Ok(false) };
             // It is written, and may not be synced: a power cut could take it, and the work would be done again.
-            if !self.memtable.records().is_finished(id.record) {
+            if !self.memtable.records().is_finished(id.record()) {
                 return Ok(true);
             }
-            let mut reader = Reader::new(value);
-            let (Some(topic), Some(key)) = (reader.prefixed(), reader.prefixed()) else {
-                return Err(corrupt(&format!("the message {id} of the outbox ends too soon")));
+            let Some(message) = NewMessage::decode(value) else {
+                return Err(corrupt(&format!("message {id} of the outbox is truncated")));
             };
-            messages.push(Message { id, topic: topic.to_vec(), key: key.to_vec(), bytes: reader.rest().to_vec() });
+            messages.push(Message::new(id, message));
             Ok(true)
         })?;
         // The next reading need not step over all that was removed.
         if limit > 0 {
-            let first = messages.first().map_or(finished, |message| message.id.record.min(finished));
+            let first = messages.first().map_or(finished, |message| message.id.record().min(finished));
             self.delivered_below.fetch_max(first, Ordering::AcqRel);
         }
         Ok(messages)
     }
 
     /// Removes messages. Not synced: what a power cut brings back is delivered again.
-    pub(crate) fn delivered(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
+    pub(crate) fn remove_messages(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
         let mut bytes = 0;
         self.write(false, |tx| {
             ids.into_iter().try_for_each(|id| {
@@ -88,7 +86,6 @@ mod tests {
     use super::*;
     use crate::config::Options;
     use crate::fs::directory::Directory;
-    use crate::tx::Tx;
 
     #[test]
     fn offsets_and_removals_count_for_the_log_that_is_to_be_cut() {
@@ -99,8 +96,8 @@ mod tests {
         engine.set_offset(b"stream", 3, 7).unwrap();
         let offset = offset_name(b"stream", 3).len();
         assert_eq!(counted(), offset);
-        let ids = [1, 2].map(|index| MessageId { record: 1, index });
-        engine.delivered(ids).unwrap();
+        let ids = [1, 2].map(|index| MessageId::new(1, index));
+        engine.remove_messages(ids).unwrap();
         assert_eq!(counted(), offset + ids.map(|id| message_name(id).len()).iter().sum::<usize>());
     }
 
@@ -109,20 +106,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let engine = Engine::open(directory, &Options::default()).unwrap();
-        let mut side_writes = Tx::default();
-        side_writes.enqueue("topic", "key", "bytes");
+        let completion = onlyonce_core::Completion::new("").message("topic", "key", "payload");
+        let side_writes = completion.side_writes().unwrap();
         let early = engine.begin_record();
         let open = engine.begin_record();
         for record in [&open, &early] {
-            engine.write(false, |tx| side_writes::put(tx, record.number(), &[(&side_writes, true)])).unwrap();
+            engine.write(false, |tx| side_writes::put(tx, record.number(), &[(side_writes, true)])).unwrap();
         }
         assert!(engine.outbox(10).unwrap().is_empty(), "they may not be synced");
         let (first, second) = (early.number(), open.number());
         open.finish();
-        assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.record).collect::<Vec<_>>(), [second]);
+        assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.record()).collect::<Vec<_>>(), [second]);
         early.finish();
-        assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.record).collect::<Vec<_>>(), [first, second]);
-        engine.delivered([MessageId { record: first, index: 0 }]).unwrap();
+        assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.record()).collect::<Vec<_>>(), [first, second]);
+        engine.remove_messages([MessageId::new(first, 0)]).unwrap();
         assert_eq!(engine.outbox(10).unwrap().len(), 1);
         let begins = engine.delivered_below.load(Ordering::Acquire);
         assert_eq!(begins, second, "the next reading need not step over the first");

@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::core::Engine;
 use super::response::Grant;
-use crate::error::Error;
+use onlyonce_core::Error;
 
 /// Renewals in the length of a lease: two may be late.
 const RENEWALS: u64 = 3;
@@ -57,7 +57,7 @@ impl Renewal {
             && !cfg!(shuttle)
             && let Err(error) = RENEWER.add(&renewal.entry)
         {
-            let error = Error::io("cannot start a thread for", engine.path(), &error);
+            let error = Error::io("cannot start a thread for", engine.path(), error);
             tracing::error!(%error, "a lease is not renewed while its work runs");
             renewal.entry.state.lock().lost = Some(error);
         }
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn an_ended_renewal_is_not_kept() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir, LEASE, ManualClock::at(1));
+        let engine = engine(&dir, LEASE, ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1)));
         let grants: Vec<Grant> = (0..50).map(|i| grant(&engine, &i.to_string())).collect();
         let renewals: Vec<Renewal> = grants.iter().map(|grant| Renewal::start(&engine, grant)).collect();
         for _ in 0..1_000 {
@@ -312,8 +312,8 @@ mod tests {
     }
 
     impl Clock for Panics {
-        fn wall_ms(&self) -> u64 {
-            self.clock.wall_ms()
+        fn wall(&self) -> onlyonce_core::Timestamp {
+            self.clock.wall()
         }
 
         fn monotonic_ms(&self) -> u64 {
@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn a_clock_that_panics_poisons_its_store_and_no_other() {
         let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        let clock = ManualClock::at(1);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1));
         let armed = Arc::new(AtomicBool::new(false));
         let broken = engine(&dirs[0], LEASE, Panics { clock: clock.clone(), armed: Arc::clone(&armed) });
         let sound = engine(&dirs[1], LEASE, clock.clone());
@@ -356,7 +356,7 @@ mod tests {
             }
         }
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir, LEASE, ManualClock::at(1));
+        let engine = engine(&dir, LEASE, ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1)));
         let grants = [grant(&engine, "a"), grant(&engine, "b")];
         let renewals = [0, 1].map(|i| Renewal::start(&engine, &grants[i]));
         let wakes = [0, 1].map(|_| Arc::new(Wakes(AtomicUsize::new(0))));

@@ -1,7 +1,8 @@
 //! The keys of one call, encoded and digested once for everything that follows.
 
-use crate::error::{Error, Result};
-use crate::key::{Digester, Fingerprint, Key};
+use crate::digest::Digester;
+use onlyonce_core::{Error, Result, TimestampError};
+use onlyonce_core::{Fingerprint, Key};
 
 /// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
 const CALL_BYTES: usize = 1 << 30;
@@ -16,6 +17,17 @@ pub(crate) struct Request {
     items: Vec<Item>,
     /// The times of their messages: none, or one for each.
     times_ms: Vec<u64>,
+}
+
+/// What drives the time of the store that a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TimeSource {
+    /// Clocks: keys have no timestamps.
+    Clock,
+    /// Messages: every key has a timestamp.
+    Stream,
+    /// The request is about keys, not about work on them: timestamps are ignored.
+    Any,
 }
 
 #[derive(Debug)]
@@ -40,10 +52,11 @@ pub(super) fn admit_bytes(bytes: usize) -> Result<()> {
 }
 
 impl Request {
-    /// Refuses all keys if one is empty or too long, which the error names by its place, or if they are too many: where
-    /// they come from a stream, no more of it is read.
+    /// Encodes and digests keys. An invalid key or timestamp fails all of them, and the error has its index; so do too many
+    /// bytes. Nothing after that is taken from the iterator.
     pub(crate) fn new<'k, K: Into<Key<'k>>>(
         keys: impl IntoIterator<Item = K>,
+        time: TimeSource,
         key_limit: usize,
         digester: &Digester,
     ) -> Result<Self> {
@@ -51,23 +64,7 @@ impl Request {
         let is_batch = keys.size_hint() != ONE;
         let mut request = Self::for_about(keys.size_hint().0);
         for key in keys {
-            request.push(&key.into(), key_limit, digester).map_err(|error| request.placed(error, is_batch))?;
-        }
-        Ok(request)
-    }
-
-    /// As [`Request::new`], for keys with the times of their messages.
-    pub(crate) fn at<'k, K: Into<Key<'k>>>(
-        messages: impl IntoIterator<Item = (K, u64)>,
-        key_limit: usize,
-        digester: &Digester,
-    ) -> Result<Self> {
-        let messages = messages.into_iter();
-        let is_batch = messages.size_hint() != ONE;
-        let mut request = Self::for_about(messages.size_hint().0);
-        for (key, at_ms) in messages {
-            request.push(&key.into(), key_limit, digester).map_err(|error| request.placed(error, is_batch))?;
-            request.times_ms.push(at_ms);
+            request.push(&key.into(), time, key_limit, digester).map_err(|error| request.indexed(error, is_batch))?;
         }
         Ok(request)
     }
@@ -77,21 +74,27 @@ impl Request {
         Self { bytes: Vec::with_capacity(keys * 48), items: Vec::with_capacity(keys), times_ms: Vec::new() }
     }
 
-    /// An error about the next key, which says where that is in a batch.
+    /// An error about the next key, with its index if it is one of a batch.
     #[cold]
-    fn placed(&self, error: Error, is_batch: bool) -> Error {
-        if is_batch { error.at(self.items.len()) } else { error }
+    fn indexed(&self, error: Error, is_batch: bool) -> Error {
+        if is_batch { error.at_index(self.items.len()) } else { error }
     }
 
-    // A part of two loops over keys: as a call of its own it costs every key some sixty instructions.
+    // As a call of its own it costs every key about sixty instructions.
     #[inline(always)]
-    fn push(&mut self, key: &Key<'_>, key_limit: usize, digester: &Digester) -> Result<()> {
+    fn push(&mut self, key: &Key<'_>, time: TimeSource, key_limit: usize, digester: &Digester) -> Result<()> {
+        match (time, key.timestamp()) {
+            (TimeSource::Clock, None) | (TimeSource::Any, _) => {}
+            (TimeSource::Stream, Some(timestamp)) => self.times_ms.push(timestamp.as_unix_ms()),
+            (TimeSource::Stream, None) => return Err(TimestampError::Missing.into()),
+            (TimeSource::Clock, Some(_)) => return Err(TimestampError::Unexpected.into()),
+        }
         let start = self.bytes.len();
         key.encode(key_limit, &mut self.bytes)?;
         admit_bytes(self.bytes.len())?;
         let encoded = self.bytes.get(start..).unwrap_or_default();
         let digest = digester.digest(encoded);
-        self.items.push(Item { end: self.bytes.len(), digest, payload: key.guard() });
+        self.items.push(Item { end: self.bytes.len(), digest, payload: key.payload_fingerprint().copied() });
         Ok(())
     }
 
@@ -156,6 +159,10 @@ mod tests {
 
     const KEYS: [&str; 3] = ["a", "longer", "a"];
 
+    fn timed<'k>(keys: impl Iterator<Item = (&'k str, u64)>) -> impl Iterator<Item = Key<'k>> {
+        keys.map(|(key, ms)| Key::from(key).at(onlyonce_core::Timestamp::from_unix_ms(ms)))
+    }
+
     fn digester() -> Digester {
         Digester::new(&[5; 16])
     }
@@ -183,10 +190,11 @@ mod tests {
 
     #[test]
     fn a_call_has_its_keys_in_their_order_and_their_times() {
-        let request = Request::new(KEYS, 1_024, &digester()).unwrap();
+        let request = Request::new(KEYS, TimeSource::Clock, 1_024, &digester()).unwrap();
         assert_is_of(&request, &KEYS);
         assert_eq!((request.at_ms(0), request.timestamps_after(0).count()), (None, 0));
-        let request = Request::at(KEYS.into_iter().zip([7, 5, 9]), 1_024, &digester()).unwrap();
+        let request =
+            Request::new(timed(KEYS.into_iter().zip([7, 5, 9])), TimeSource::Stream, 1_024, &digester()).unwrap();
         assert_is_of(&request, &KEYS);
         assert_eq!([0, 1, 2, 3].map(|index| request.at_ms(index)), [Some(7), Some(5), Some(9), None]);
         assert_eq!(request.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
@@ -198,7 +206,8 @@ mod tests {
     #[test]
     fn several_calls_in_one_have_all_their_keys_and_times() {
         let calls = [&[("a", 7)][..], &[], &[("longer", 5), ("a", 9)]];
-        let calls = calls.map(|call| Request::at(call.iter().copied(), 1_024, &digester()).unwrap());
+        let calls = calls
+            .map(|call| Request::new(timed(call.iter().copied()), TimeSource::Stream, 1_024, &digester()).unwrap());
         let all = Request::concat(calls.iter());
         assert_is_of(&all, &KEYS);
         assert_eq!(all.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);

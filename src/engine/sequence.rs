@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::error::{Error, Result};
 use crate::invariant::{Invariant, Poison};
 use crate::testing::sync_shim::{AtomicU64, Mutex};
+use onlyonce_core::{Error, Result};
 
 /// Numbers that are reserved on disk at a time: one synced write for so many.
 const BLOCK: u64 = 1 << 32;

@@ -7,16 +7,16 @@ use super::meta_entries::{CLOCK, FLOOR, HIGH_WATER, corrupt_meta, meta};
 use crate::clock::{Clock, MAX_WALL_MS, Now, Saved, Timeline};
 use crate::codec;
 use crate::config::{Config, Span};
-use crate::error::Result;
 use crate::rocks::db::{Db, Tx};
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, MutexGuard};
+use onlyonce_core::Result;
 
 /// How much of the store's time may pass before the next write takes it along.
 const SAVED_EVERY_MS: u64 = 10_000;
 
 /// The time of a store that was last opened with `span`, and in whose journal `newest_ms` is the newest time.
 pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Span, newest_ms: u64) -> Result<Timeline> {
-    let number = |name| Ok(u64::from_le_bytes(meta(db, name)?));
+    let number = |name| -> Result<u64> { Ok(u64::from_le_bytes(meta(db, name)?)) };
     let saved = Saved { time_ms: number(HIGH_WATER)?, floor_ms: number(FLOOR)? };
     if saved.time_ms > MAX_WALL_MS {
         return Err(corrupt_meta(HIGH_WATER));

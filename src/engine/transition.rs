@@ -4,8 +4,9 @@
 
 use crate::clock::Now;
 use crate::config::OnInterrupt;
-use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Prior, Processing, is_live};
-use crate::key::Fingerprint;
+use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing, is_live};
+use onlyonce_core::Fingerprint;
+use onlyonce_core::PriorAttempt;
 
 /// The options that decide.
 #[derive(Debug, Clone, Copy)]
@@ -57,11 +58,11 @@ pub(crate) enum LeaseState {
     /// Its outcome is on its way to the journal.
     Committing,
     /// The next claim gets it.
-    Free(Prior),
+    Free(PriorAttempt),
     /// The next claim gets it after a backoff.
-    Backoff { remaining_ms: u64, prior: Prior },
+    Backoff { remaining_ms: u64, prior: PriorAttempt },
     /// Nobody gets it before it is resolved.
-    Held(Prior),
+    Held(PriorAttempt),
     /// It was left alone for a whole window: as good as never seen.
     Forgotten,
 }
@@ -78,10 +79,10 @@ pub(crate) fn lease_state(processing: &Processing, now: Now, policy: Policy) -> 
         Holder::Leased { until_monotonic_ms } => match until_monotonic_ms.checked_sub(now.monotonic_ms) {
             Some(remaining_ms) if remaining_ms > 0 => LeaseState::Active { remaining_ms },
             // How long it has been alone is a matter of the store's time where that has nothing to do with leases.
-            _ if policy.is_stream => interrupted(Prior::LeaseExpired, is_over(processing.since_ms)),
+            _ if policy.is_stream => interrupted(PriorAttempt::LeaseExpired, is_over(processing.since_ms)),
             _ => {
                 let alone_ms = now.monotonic_ms.saturating_sub(until_monotonic_ms);
-                interrupted(Prior::LeaseExpired, alone_ms >= policy.window_ms)
+                interrupted(PriorAttempt::LeaseExpired, alone_ms >= policy.window_ms)
             }
         },
         Holder::Interrupted(prior) => interrupted(prior, is_over(processing.since_ms)),
@@ -104,7 +105,7 @@ pub(crate) fn lease_state(processing: &Processing, now: Now, policy: Policy) -> 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decision<'a> {
     /// Nothing that counts: the work is the caller's.
-    Available { attempt: u32, prior: Option<Prior> },
+    Available { attempt: u32, prior: Option<PriorAttempt> },
     /// Somebody else's, for now. `None`: until it is resolved.
     InProgress { retry_after_ms: Option<u64>, attempt: u32 },
     /// Done: the stored result is the answer.
@@ -166,7 +167,7 @@ pub(crate) fn may_finish(stored: Option<&Entry>, token: u64) -> bool {
 }
 
 /// What becomes of a holder that vanished.
-pub(crate) fn interrupted(prior: Prior, on_interrupt: OnInterrupt) -> Holder {
+pub(crate) fn interrupted(prior: PriorAttempt, on_interrupt: OnInterrupt) -> Holder {
     match on_interrupt {
         OnInterrupt::Hold => Holder::Interrupted(prior),
         OnInterrupt::Rerun => Holder::Released { prior, backoff: Backoff::NONE },
@@ -175,7 +176,7 @@ pub(crate) fn interrupted(prior: Prior, on_interrupt: OnInterrupt) -> Holder {
 
 /// The payload that binds the next attempt: none where nothing happened, so that a corrected retry runs as if it were the
 /// first.
-pub(crate) fn binding(fingerprint: Option<Fingerprint>, prior: Prior) -> Option<Fingerprint> {
+pub(crate) fn binding(fingerprint: Option<Fingerprint>, prior: PriorAttempt) -> Option<Fingerprint> {
     fingerprint.filter(|_| prior.may_have_happened())
 }
 
@@ -224,7 +225,7 @@ mod tests {
     };
     const HOLD: Policy = Policy { on_interrupt: OnInterrupt::Hold, ..RERUN };
     const STREAM: Policy = Policy { is_stream: true, ..RERUN };
-    const RELEASED: Holder = Holder::Released { prior: Prior::Released, backoff: Backoff::NONE };
+    const RELEASED: Holder = Holder::Released { prior: PriorAttempt::Released, backoff: Backoff::NONE };
     const HERS: Option<&Fingerprint> = Some(&[1; 16]);
     const HIS: Option<&Fingerprint> = Some(&[2; 16]);
 
@@ -256,7 +257,7 @@ mod tests {
 
     const NEW: Decision<'_> = Decision::Available { attempt: 1, prior: None };
 
-    fn again(prior: Prior) -> Decision<'static> {
+    fn again(prior: PriorAttempt) -> Decision<'static> {
         Decision::Available { attempt: 3, prior: Some(prior) }
     }
 
@@ -284,7 +285,7 @@ mod tests {
         let leased = processing(Holder::Leased { until_monotonic_ms: 300 });
         assert_eq!(decision(&leased, 5_000, RERUN), in_progress(Some(300)));
         assert_eq!(decision(&leased, 5_299, RERUN), in_progress(Some(1)));
-        assert_eq!(decision(&leased, 5_300, RERUN), again(Prior::LeaseExpired));
+        assert_eq!(decision(&leased, 5_300, RERUN), again(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&leased, 5_300, HOLD), in_progress(None));
     }
 
@@ -292,14 +293,14 @@ mod tests {
     fn a_lease_longer_than_the_window_is_still_a_lease() {
         let leased = processing(Holder::Leased { until_monotonic_ms: 4_000 });
         assert_eq!(decision(&leased, 8_999, RERUN), in_progress(Some(1)));
-        assert_eq!(decision(&leased, 9_000, RERUN), again(Prior::LeaseExpired), "and its end is told");
-        assert_eq!(decision(&leased, 9_999, RERUN), again(Prior::LeaseExpired));
+        assert_eq!(decision(&leased, 9_000, RERUN), again(PriorAttempt::LeaseExpired), "and its end is told");
+        assert_eq!(decision(&leased, 9_999, RERUN), again(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&leased, 10_000, RERUN), NEW, "for a window");
     }
 
     #[test]
     fn an_interrupted_key_is_free_or_held() {
-        for prior in [Prior::Dropped, Prior::Crashed] {
+        for prior in [PriorAttempt::Dropped, PriorAttempt::Crashed] {
             let interrupted = processing(Holder::Interrupted(prior));
             assert_eq!(decision(&interrupted, 5_999, RERUN), again(prior));
             assert_eq!(decision(&interrupted, 6_000, RERUN), NEW);
@@ -309,19 +310,19 @@ mod tests {
     }
 
     fn backoff(until_monotonic_ms: u64, length_ms: u32) -> Holder {
-        Holder::Released { prior: Prior::Released, backoff: Backoff { until_monotonic_ms, length_ms } }
+        Holder::Released { prior: PriorAttempt::Released, backoff: Backoff { until_monotonic_ms, length_ms } }
     }
 
     #[test]
     fn a_released_key_is_free_after_its_backoff_and_forgotten_after_a_window() {
         for policy in [RERUN, HOLD] {
             let released = processing(RELEASED);
-            assert_eq!(decision(&released, 5_000, policy), again(Prior::Released));
-            assert_eq!(decision(&released, 5_999, policy), again(Prior::Released));
+            assert_eq!(decision(&released, 5_000, policy), again(PriorAttempt::Released));
+            assert_eq!(decision(&released, 5_999, policy), again(PriorAttempt::Released));
             assert_eq!(decision(&released, 6_000, policy), NEW);
             let waits = processing(backoff(900, 900));
             assert_eq!(decision(&waits, 5_890, policy), in_progress(Some(10)));
-            assert_eq!(decision(&waits, 5_900, policy), again(Prior::Released));
+            assert_eq!(decision(&waits, 5_900, policy), again(PriorAttempt::Released));
             assert_eq!(decision(&waits, 6_000, policy), NEW);
         }
     }
@@ -334,8 +335,8 @@ mod tests {
             decide(Some(&waits), HERS, None, now, RERUN)
         };
         // The store's time stands still, or leaps inside the window.
-        assert_eq!((ask(5_000, 299), ask(5_000, 300)), (in_progress(Some(1)), again(Prior::Released)));
-        assert_eq!((ask(5_999, 299), ask(5_999, 300)), (in_progress(Some(1)), again(Prior::Released)));
+        assert_eq!((ask(5_000, 299), ask(5_000, 300)), (in_progress(Some(1)), again(PriorAttempt::Released)));
+        assert_eq!((ask(5_999, 299), ask(5_999, 300)), (in_progress(Some(1)), again(PriorAttempt::Released)));
     }
 
     #[test]
@@ -345,7 +346,7 @@ mod tests {
             let waits = processing(backoff(1 << 50, length_ms));
             let policy = Policy { opened: Opened { time_ms, monotonic_ms: 40 }, first_token: 8, is_stream, ..RERUN };
             let at = |monotonic_ms| lease_state_of(&waits, Now { time_ms, monotonic_ms, ..Now::default() }, policy);
-            (40..2_000).find(|ms| at(*ms) == LeaseState::Free(Prior::Released)).map(|ms| ms - 40)
+            (40..2_000).find(|ms| at(*ms) == LeaseState::Free(PriorAttempt::Released)).map(|ms| ms - 40)
         };
         assert_eq!(of_earlier(5_000, 300, false), Some(300));
         assert_eq!(of_earlier(5_200, 300, false), Some(100));
@@ -366,8 +367,8 @@ mod tests {
 
     #[test]
     fn a_key_that_was_decided_to_run_again_is_free_for_a_window() {
-        let resolved = processing(Holder::Resolved(Prior::LeaseExpired));
-        assert_eq!(decision(&resolved, 5_999, HOLD), again(Prior::LeaseExpired));
+        let resolved = processing(Holder::Resolved(PriorAttempt::LeaseExpired));
+        assert_eq!(decision(&resolved, 5_999, HOLD), again(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&resolved, 6_000, HOLD), NEW);
         assert!(may_finish(Some(&resolved), 7), "its holder may still come back");
     }
@@ -388,7 +389,7 @@ mod tests {
         let states = [
             completed(),
             processing(Holder::Leased { until_monotonic_ms: 300 }),
-            processing(Holder::Interrupted(Prior::Crashed)),
+            processing(Holder::Interrupted(PriorAttempt::Crashed)),
             processing(RELEASED),
             processing(Holder::Committing),
         ];
@@ -428,7 +429,7 @@ mod tests {
         let leased = processing(Holder::Leased { until_monotonic_ms: 101 });
         assert_eq!(ask(Some(&leased), 5_000, 900_000), "in progress", "however far the stream has come");
         for holder in
-            [Holder::Leased { until_monotonic_ms: 100 }, Holder::Interrupted(Prior::Crashed), backoff(100, 100)]
+            [Holder::Leased { until_monotonic_ms: 100 }, Holder::Interrupted(PriorAttempt::Crashed), backoff(100, 100)]
         {
             let left = processing(holder);
             assert_eq!((ask(Some(&left), 5_000, 5_999), ask(Some(&left), 3_000, 5_999)), ("again", "again"));
@@ -440,19 +441,19 @@ mod tests {
 
     #[test]
     fn replay_follows_the_tokens() {
-        let claimed = processing(Holder::Interrupted(Prior::Crashed));
-        for (token, claim, settle, complete, forget) in
+        let claimed = processing(Holder::Interrupted(PriorAttempt::Crashed));
+        for (token, claim, release, complete, forget) in
             [(6, false, false, false, false), (7, false, true, true, false), (8, true, true, true, true)]
         {
             assert_eq!(replay_claimed(Some(&claimed), token), claim, "claimed {token}");
-            assert_eq!(replay_released(Some(&claimed), token), settle, "settled {token}");
+            assert_eq!(replay_released(Some(&claimed), token), release, "released {token}");
             assert_eq!(replay_completed(Some(&claimed), token), complete, "completed {token}");
             assert_eq!(replay_forgotten(Some(&claimed), token), forget, "forgotten {token}");
         }
-        for (token, settle) in [(6, false), (7, false), (8, true)] {
+        for (token, release) in [(6, false), (7, false), (8, true)] {
             assert_eq!(
                 replay_released(Some(&completed()), token),
-                settle,
+                release,
                 "only a later holder settles again: {token}"
             );
         }

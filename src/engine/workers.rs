@@ -9,8 +9,8 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
 use super::core::Engine;
 use super::maintenance::MaintenanceState;
 use crate::config::Durability;
-use crate::error::{Error, Result};
 use crate::testing::sync_shim::Mutex;
+use onlyonce_core::{Error, Result};
 
 /// How often the keeper looks whether a bucket has ended or passed.
 const TICK: Duration = Duration::from_millis(100);
@@ -40,7 +40,7 @@ impl BackgroundWorkers {
         }
         // The rounds begin here, however late the thread does.
         let maintenance_state = engine.catch_up()?;
-        workers.spawn(engine, &stopped, "onlyonce-keeper", move |engine, stopped| {
+        workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
             run_workers(engine, maintenance_state, &woken, stopped);
         })?;
         workers.spawn(engine, &stopped, "onlyonce-filter", persist_filters)?;
@@ -66,7 +66,7 @@ impl BackgroundWorkers {
                 work(&engine, &stopped);
                 drop(guard);
             })
-            .map_err(|error| Error::io("cannot start a thread for", path, &error))?;
+            .map_err(|error| Error::io("cannot start a thread for", path, error))?;
         self.threads.lock().push(thread);
         Ok(())
     }
@@ -221,7 +221,8 @@ mod tests {
 
     #[test]
     fn what_an_open_leaves_to_the_keeper_is_done_also_where_the_store_is_closed_at_once() {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(1_000_000));
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let options = Options { clock: Arc::new(clock.clone()), result_limit: 4 << 20, ..Options::default() };
         let handle = start(&dir, &options);
         let large = vec![7; 3 << 20];

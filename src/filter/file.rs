@@ -69,7 +69,7 @@ impl Geometry {
 impl Covered {
     /// Whether it answers for all keys of a bucket that has these files.
     pub(crate) fn covers(&self, ssts: &[u64]) -> bool {
-        ssts.iter().all(|run| self.ssts.contains(run))
+        ssts.iter().all(|sst| self.ssts.contains(sst))
     }
 }
 
@@ -93,8 +93,8 @@ pub(crate) fn write(
     header.extend_from_slice(&geometry.lines_per_shard.to_le_bytes());
     header.extend_from_slice(&covered.keys.to_le_bytes());
     header.extend_from_slice(&(covered.ssts.len() as u32).to_le_bytes());
-    for run in &covered.ssts {
-        header.extend_from_slice(&run.to_le_bytes());
+    for sst in &covered.ssts {
+        header.extend_from_slice(&sst.to_le_bytes());
     }
     let header_hash = key.hash(&[bucket.as_bytes(), &header]);
     out.write_all(&header)?;

@@ -464,8 +464,8 @@ impl Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Digester;
     use crate::filter::sizing::{false_positive_rate, false_positive_rate_in_line};
-    use crate::key::Digester;
 
     fn digests(range: std::ops::Range<u64>) -> impl Iterator<Item = u64> {
         let digester = Digester::new(&[1; 16]);

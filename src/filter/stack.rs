@@ -25,8 +25,8 @@ pub(crate) struct FilterStack {
 impl FilterStack {
     /// A stack for so many slots that takes about `budget_bytes` at most; `bucket_keys` are the keys of the buckets
     /// that are there already. Its base is of this geometry, if it may be, so that columns that were kept fit into it.
-    pub(crate) fn new(column_bits: u64, budget_bytes: u64, bucket_keys: &[u64], geometry: Option<Geometry>) -> Self {
-        let width = Self::width_for(column_bits);
+    pub(crate) fn new(columns: u64, budget_bytes: u64, bucket_keys: &[u64], geometry: Option<Geometry>) -> Self {
+        let width = Self::width_for(columns);
         let mut stack = Self { matrices: Vec::new(), width, budget_bytes };
         if let Some(geometry) = geometry
             && geometry.width() == width
@@ -41,8 +41,8 @@ impl FilterStack {
     }
 
     /// The columns of a base for so many slots.
-    fn width_for(column_bits: u64) -> u32 {
-        u32::try_from(column_bits).unwrap_or(64).next_power_of_two().clamp(8, 64)
+    fn width_for(columns: u64) -> u32 {
+        u32::try_from(columns).unwrap_or(64).next_power_of_two().clamp(8, 64)
     }
 
     /// The topmost base.
@@ -195,7 +195,7 @@ impl FilterStack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::Digester;
+    use crate::digest::Digester;
 
     fn digests(range: std::ops::Range<u64>) -> Vec<u64> {
         let digester = Digester::new(&[2; 16]);

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::error::{Error, Result, printable};
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Cause, Error, Result, printable};
 
 const LOCK: &str = "onlyonce.lock";
 const FILES: &str = "onlyonce.files";
@@ -44,11 +44,14 @@ pub(crate) struct Directory {
 impl Directory {
     /// Makes the directory ours. Creates it, readable by its owner alone, where there is none; waits up to `wait`
     /// for another process to let go: a killed one holds its locks until the kernel has torn it down.
-    pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
+    pub(crate) fn acquire(root: &Path, wait: Duration, create: bool) -> Result<Self> {
         refuse_impossible(root)?;
         // A process that changes its working directory, as services do, must not lose its store.
-        let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, &error))?;
+        let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, error))?;
         refuse_foreign(root)?;
+        if !create && !root.join(DATABASE).exists() {
+            return Err(Error::NotFound { path: root.to_owned() });
+        }
         make_private(root)?;
         let path = root.join(LOCK);
         let lock = OpenOptions::new()
@@ -67,7 +70,7 @@ impl Directory {
                 Err(TryLockError::WouldBlock) => {
                     return Err(Error::AlreadyOpen { path: root.to_owned(), waited: wait });
                 }
-                Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, &error)),
+                Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, error)),
             }
         }
         let counts_links = lock.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
@@ -86,11 +89,11 @@ impl Directory {
     /// Sees to it that the lock file says "created" if and only if there is a store.
     fn write_created_flag(&self) -> Result<()> {
         let path = self.root.join(LOCK);
-        let said = fs::read(&path).map_err(|error| Error::io("cannot read", &path, &error))?;
+        let said = fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
         match (self.holds_a_store()?, said.is_empty()) {
             (true, true) => fs::write(&path, CREATED)
                 .and_then(|()| File::open(&path)?.sync_all())
-                .map_err(|error| Error::io("cannot write", &path, &error)),
+                .map_err(|error| Error::io("cannot write", &path, error)),
             (false, false) => Err(Error::Corrupt {
                 place: self.database().display().to_string(),
                 detail: "it is missing, though a store was created here".to_owned(),
@@ -146,7 +149,7 @@ impl Directory {
     /// Whether a store was ever created here.
     pub(crate) fn holds_a_store(&self) -> Result<bool> {
         let path = self.database();
-        path.try_exists().map_err(|error| Error::io("cannot look at", &path, &error))
+        path.try_exists().map_err(|error| Error::io("cannot look at", &path, error))
     }
 
     /// Creates a database with `create` and puts it in its place whole: a crash leaves none or all of it.
@@ -155,7 +158,7 @@ impl Directory {
         make_private(&new)?;
         create(&new)?;
         Failpoint::StoreCreated.pass();
-        fs::rename(&new, &database).map_err(|error| Error::io("cannot rename", &new, &error))?;
+        fs::rename(&new, &database).map_err(|error| Error::io("cannot rename", &new, error))?;
         Failpoint::StorePlaced.pass();
         sync_dir(&self.root)?;
         // The directory's own name must survive a power cut, too.
@@ -212,7 +215,7 @@ fn refuse_foreign(root: &Path) -> Result<()> {
     };
     let mut found = None;
     for entry in entries {
-        let name = entry.map_err(|error| Error::io("cannot read", root, &error))?.file_name();
+        let name = entry.map_err(|error| Error::io("cannot read", root, error))?.file_name();
         if name == LOCK {
             return Ok(());
         }
@@ -253,10 +256,10 @@ fn make_private(path: &Path) -> Result<()> {
 fn refused(action: &'static str, path: &Path, error: &std::io::Error) -> Error {
     match error.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-            let detail = format_args!("{error}; the process needs to read and write the store's directory");
-            Error::io(action, path, &detail)
+            let detail = format!("{error}; the process needs to read and write the store's directory");
+            Error::io(action, path, Cause::new(error.kind(), detail))
         }
-        _ => Error::io(action, path, error),
+        _ => Error::io(action, path, Cause::new(error.kind(), error.to_string())),
     }
 }
 
@@ -275,11 +278,11 @@ fn is_half_written_options(path: &Path) -> bool {
 
 /// Removes files that a crash left.
 fn remove_files(dir: &Path, left: impl Fn(&Path) -> bool) -> Result<()> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", dir, &error);
+    let unreadable = |error: std::io::Error| Error::io("cannot read", dir, error);
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         if left(&path) {
-            fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, &error))?;
+            fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, error))?;
         }
     }
     Ok(())
@@ -287,13 +290,13 @@ fn remove_files(dir: &Path, left: impl Fn(&Path) -> bool) -> Result<()> {
 
 fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", path, &error)),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", path, error)),
         _ => Ok(()),
     }
 }
 
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, &error))
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, error))
 }
 
 #[cfg(test)]

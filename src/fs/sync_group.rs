@@ -1,7 +1,7 @@
 //! Group commit: callers that wait for the disk at the same time share one sync.
 
-use crate::error::{Error, Outcome, Result};
 use crate::testing::sync_shim::{Condvar, Mutex, MutexGuard, yield_now};
+use onlyonce_core::{Error, Outcome, Result};
 
 /// How often whoever is going to sync lets others go first, as long as more of them come.
 const MAX_YIELDS: usize = 16;
@@ -80,7 +80,7 @@ impl SyncGroup {
 fn of_made_writes(error: Error) -> Error {
     match error.outcome() {
         Outcome::Unknown => error,
-        Outcome::NotWritten => Error::WriteFailed { detail: error.to_string() },
+        Outcome::NotWritten => Error::WriteFailed { source: error.into() },
     }
 }
 
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn after_a_sync_that_failed_none_is_believed() {
         let group = SyncGroup::default();
-        let failed = group.wait(|| Err(Error::WriteFailed { detail: "no space left".to_owned() }));
+        let failed = group.wait(|| Err(Error::WriteFailed { source: "no space left".into() }));
         assert!(failed.unwrap_err().to_string().contains("no space left"));
         assert!(group.wait(|| Ok(())).is_err());
     }

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 
-use crate::entry::{CompletedEntry, Entry, Holder, Processing, StoredResult};
-use crate::error::Error;
+use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::{Invariant, Poison, STRICT};
 use crate::journal::numbers::RecordNumbers;
-use crate::key::Fingerprint;
+use onlyonce_core::Error;
+use onlyonce_core::Fingerprint;
+use onlyonce_core::StoredResult;
 
 /// Results up to this size lie in the heap; a larger one would be copied each time the heap grows.
 const HEAP_RESULT_BYTES: usize = 1_024;
@@ -303,7 +304,7 @@ impl ShardArena {
                 (token, since_ms, attempt, fingerprint, State::Processing(holder))
             }
             Entry::Completed(done) => {
-                let state = self.keep(done.result);
+                let state = self.put_result(done.result);
                 (done.token, done.completed_ms, pending.attempt, done.fingerprint, state)
             }
         };
@@ -344,7 +345,7 @@ impl ShardArena {
         }
     }
 
-    fn keep(&mut self, result: StoredResult<&[u8]>) -> State {
+    fn put_result(&mut self, result: StoredResult<&[u8]>) -> State {
         match result {
             StoredResult::None => State::NoResult,
             StoredResult::TooLarge => State::TooLarge,
@@ -454,7 +455,7 @@ impl ShardArena {
         let key_start = self.heap.len();
         self.heap.extend_from_slice(other.key(slot));
         let state = match (&slot.state, other.done(slot)) {
-            (State::Heap { .. }, Some(CompletedEntry { result, .. })) => self.keep(result),
+            (State::Heap { .. }, Some(CompletedEntry { result, .. })) => self.put_result(result),
             (state, _) => state.clone(),
         };
         self.separate_bytes += separate_bytes(&state, slot.fingerprint.is_some());

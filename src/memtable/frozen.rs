@@ -8,7 +8,7 @@ use crate::buckets::flush::{FlushEntry, FlushSource};
 use crate::buckets::range::BucketRange;
 use crate::clock::Now;
 use crate::entry::is_live;
-use crate::error::Result;
+use onlyonce_core::Result;
 
 /// The pages that a seal took out of the hot table, and what counts of them.
 pub(crate) struct FrozenSet {

@@ -2,4 +2,6 @@
 
 pub(crate) mod arena;
 pub(crate) mod frozen;
+mod recent;
+mod shard;
 pub(crate) mod table;

@@ -4,21 +4,18 @@
 //! in a bucket was never seen, or is forgotten. What was sealed lately stays at hand as long as memory allows: it says
 //! nothing that its bucket does not say, but says it without the disk.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam::utils::CachePadded;
 
 use super::arena::{Pending, ShardArena, Tally};
+use super::recent::{RecentCache, RecentSnapshot};
+use super::shard::{Arenas, SHARDS, shard_of};
 use crate::entry::{Entry, Processing};
 use crate::invariant::{Invariant, Poison};
 use crate::journal::numbers::RecordNumbers;
-use crate::testing::sync_shim::{ArcSwap, AtomicUsize, Mutex, MutexGuard};
-
-/// Many more than there are cores, so that two threads seldom want the same one. Where races are looked for they are to want it.
-const SHARDS: usize = if cfg!(any(shuttle, miri)) { 2 } else { 256 };
-const SHARD_BITS: u32 = SHARDS.trailing_zeros();
+use crate::testing::sync_shim::{AtomicUsize, Mutex, MutexGuard};
 
 /// How much the table holds.
 #[derive(Debug, Default)]
@@ -56,27 +53,12 @@ fn below_zero(poison: &Poison, before: isize, change: isize) {
     poison.broken(Invariant::CountsNotNegative, format_args!("{before} and {change}"));
 }
 
-/// The pages of one stripe.
-#[derive(Debug)]
-struct Arenas {
-    /// What changes.
-    active: ShardArena,
-    /// What is on its way to its bucket.
-    frozen: Option<Arc<ShardArena>>,
-}
-
-/// What was sealed lately, by stripe, the newest first.
-type RecentArenas = Vec<VecDeque<Arc<ShardArena>>>;
-
 /// Keys by digest, in stripes.
 pub(crate) struct MemTable {
     shards: Box<[CachePadded<Mutex<Arenas>>]>,
     counts: Counts,
     records: RecordNumbers,
-    /// Read without a lock, so that a batch's reads of memory need not wait for each other. Made anew by each seal.
-    recent: ArcSwap<RecentArenas>,
-    /// The memory that it takes at least, once so much was sealed, and at most a chunk more.
-    recent_bytes: usize,
+    recent: RecentCache,
     poison: Arc<Poison>,
 }
 
@@ -89,8 +71,7 @@ impl MemTable {
             shards: (0..SHARDS).map(|_| CachePadded::new(Mutex::new(arenas()))).collect(),
             counts: Counts::default(),
             records: RecordNumbers::of(&poison),
-            recent: ArcSwap::from_pointee(vec![VecDeque::new(); SHARDS]),
-            recent_bytes,
+            recent: RecentCache::new(recent_bytes),
             poison,
         }
     }
@@ -112,7 +93,7 @@ impl MemTable {
 
     /// Locks the stripe of a digest.
     pub(crate) fn shard(&self, digest: u64) -> Shard<'_> {
-        #[expect(clippy::indexing_slicing, reason = "as many bits as there are stripes")]
+        #[expect(clippy::indexing_slicing, reason = "as many bits as there are shards")]
         let arenas = self.shards[shard_of(digest)].lock();
         Shard { arenas, table: self }
     }
@@ -169,23 +150,7 @@ impl MemTable {
     /// Puts what is being sealed at hand. Before anybody is told that it leaves the table: an older state of a key that
     /// is still at hand must not be found where the newer one has just gone.
     pub(crate) fn publish(&self) {
-        let mut recent = RecentArenas::clone(&self.recent.load());
-        for (shard, recent) in self.shards().zip(&mut recent) {
-            if let Some(arena) = &shard.arenas.frozen {
-                recent.push_front(Arc::clone(arena));
-            }
-        }
-        let mut bytes: usize = recent.iter().flatten().map(|arena| arena.bytes()).sum();
-        while recent.iter().any(|arenas| !arenas.is_empty()) {
-            let oldest: usize = recent.iter().filter_map(VecDeque::back).map(|arena| arena.bytes()).sum();
-            // As long as what is left is enough, the oldest chunk goes.
-            if bytes - oldest < self.recent_bytes {
-                break;
-            }
-            bytes -= oldest;
-            recent.iter_mut().for_each(|arenas| drop(arenas.pop_back()));
-        }
-        self.recent.store(Arc::new(recent));
+        self.recent.publish(self.shards().map(|shard| shard.arenas.frozen.clone()));
     }
 
     /// Ends a seal: from here on the buckets answer for what [`MemTable::freeze`] handed out.
@@ -201,7 +166,7 @@ impl MemTable {
 
     /// What was sealed lately.
     pub(crate) fn recent(&self) -> RecentSnapshot {
-        RecentSnapshot(self.recent.load_full())
+        self.recent.snapshot()
     }
 
     /// Breaks an invariant: the index of a digest's stripe keeps its entries, and the slots are gone.
@@ -212,28 +177,7 @@ impl MemTable {
 
     /// Lets go of what is at hand of a key's bucket, where the bucket has changed.
     pub(crate) fn invalidate_recent(&self, digest: u64) {
-        self.recent.rcu(|recent| {
-            let mut recent = RecentArenas::clone(recent);
-            if let Some(arenas) = recent.get_mut(shard_of(digest)) {
-                arenas.clear();
-            }
-            recent
-        });
-    }
-}
-
-/// The top bits of a digest, so that one stripe after the other comes in the order of a run.
-fn shard_of(digest: u64) -> usize {
-    (digest >> (u64::BITS - SHARD_BITS)) as usize
-}
-
-/// What was sealed lately, as of one moment.
-pub(crate) struct RecentSnapshot(Arc<RecentArenas>);
-
-impl RecentSnapshot {
-    /// What a bucket holds of a key, where it came there lately.
-    pub(crate) fn get(&self, digest: u64, key: &[u8]) -> Option<Entry> {
-        self.0.get(shard_of(digest))?.iter().find_map(|arena| arena.get_flushed(digest, key))
+        self.recent.invalidate(digest);
     }
 }
 
@@ -287,8 +231,9 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
-    use crate::entry::{CompletedEntry, Holder, StoredResult};
+    use crate::entry::{CompletedEntry, Holder};
     use crate::filter::matrix::{Columns, FilterMatrix};
+    use onlyonce_core::StoredResult;
 
     const RECENT_BYTES: usize = 1 << 20;
 
@@ -477,7 +422,7 @@ mod tests {
         }
     }
 
-    /// As `Engine::decide` and a seal do it, with the filter in the place of the disk.
+    /// As `Engine::with_locked_key` and a seal do it, with the filter in the place of the disk.
     #[test]
     fn whoever_looks_for_a_completed_key_finds_it_while_seals_move_it() {
         const KEYS: u64 = if cfg!(miri) { 8 } else { 2_000 };

@@ -13,12 +13,12 @@ use rocksdb::{
 use super::lsn::LsnTracker;
 use super::options::Tuning;
 use super::sst::SstWriter;
-use super::{failed, file_manifest, journal_cf, sst, unreadable};
-use crate::error::{Error, Result};
+use super::{cause, failed, file_manifest, journal_cf, sst, unreadable};
 use crate::fs::directory::Directory;
 use crate::fs::sync_group::SyncGroup;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, RwLock, RwLockReadGuard};
+use onlyonce_core::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
 
@@ -182,11 +182,11 @@ impl Db {
         Ok(())
     }
 
-    fn write_failed(&self, error: &impl ToString) -> Error {
+    fn write_failed(&self, error: &rocksdb::Error) -> Error {
         self.in_doubt.store(true, Ordering::Release);
         match self.directory.deleted() {
             Some(path) => Error::DirectoryGone { path },
-            None => Error::WriteFailed { detail: error.to_string() },
+            None => Error::WriteFailed { source: cause(error) },
         }
     }
 

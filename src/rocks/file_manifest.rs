@@ -18,9 +18,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::wal;
-use crate::error::{Error, Result};
 use crate::fs::directory::sync_dir;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::{Error, Result};
 
 /// What was in use when it was noted.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ pub(super) fn reopen(manifest_file: &Path) -> Result<()> {
 
 /// Notes what is in use now, with every file's length if nothing is going to change any more.
 pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Result<()> {
-    let cannot_read = |error: std::io::Error| Error::io("cannot read", database, &error);
+    let cannot_read = |error: std::io::Error| Error::io("cannot read", database, error);
     let (Some(number), Some(log)) = (current_manifest(&database.join("CURRENT"))?, newest_log(database)?) else {
         return Ok(());
     };
@@ -94,7 +94,7 @@ pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Resu
     // What is noted must outlive a power cut: these bytes of the manifest, and the log's name.
     File::open(&manifest)
         .and_then(|file| file.sync_all())
-        .map_err(|error| Error::io("cannot sync", &manifest, &error))?;
+        .map_err(|error| Error::io("cannot sync", &manifest, error))?;
     sync_dir(database)?;
     let mut files = Vec::new();
     if closed {
@@ -112,12 +112,12 @@ pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Resu
 
 fn write_file(manifest_file: &Path, file_manifest: &FileManifest) -> Result<()> {
     let new = manifest_file.with_extension("new");
-    let cannot_write = |error: std::io::Error| Error::io("cannot write", &new, &error);
+    let cannot_write = |error: std::io::Error| Error::io("cannot write", &new, error);
     let mut file =
         File::options().create(true).write(true).truncate(true).mode(0o600).open(&new).map_err(cannot_write)?;
     file.write_all(file_manifest.encode().as_bytes()).and_then(|()| file.sync_all()).map_err(cannot_write)?;
     Failpoint::ManifestWritten.pass();
-    fs::rename(&new, manifest_file).map_err(|error| Error::io("cannot rename", &new, &error))?;
+    fs::rename(&new, manifest_file).map_err(|error| Error::io("cannot rename", &new, error))?;
     Failpoint::ManifestRenamed.pass();
     manifest_file.parent().map_or(Ok(()), sync_dir)
 }
@@ -129,7 +129,7 @@ fn read(manifest_file: &Path) -> Result<Option<FileManifest>> {
             None => Err(corrupt(manifest_file, "it does not match its checksum".to_owned())),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot read", manifest_file, &error)),
+        Err(error) => Err(Error::io("cannot read", manifest_file, error)),
     }
 }
 
@@ -180,13 +180,13 @@ fn current_manifest(current: &Path) -> Result<Option<u64>> {
         Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
             Err(corrupt(current, "it names no manifest".to_owned()))
         }
-        Err(error) => Err(Error::io("cannot read", current, &error)),
+        Err(error) => Err(Error::io("cannot read", current, error)),
     }
 }
 
 /// The highest number of a log.
 pub(super) fn newest_log(database: &Path) -> Result<Option<u64>> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", database, &error);
+    let unreadable = |error: std::io::Error| Error::io("cannot read", database, error);
     let mut newest = None;
     for entry in fs::read_dir(database).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -200,7 +200,7 @@ fn length(path: &Path) -> Result<Option<u64>> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(Some(metadata.len())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot look at", path, &error)),
+        Err(error) => Err(Error::io("cannot look at", path, error)),
     }
 }
 

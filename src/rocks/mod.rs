@@ -12,7 +12,18 @@ mod wal;
 
 use std::path::Path;
 
-use crate::error::Error;
+use onlyonce_core::{Cause, Error};
+
+/// A RocksDB error as the source of ours. RocksDB reports a full disk in its text alone.
+fn cause(error: &rocksdb::Error) -> Cause {
+    let kind = match error.kind() {
+        _ if error.as_ref().contains("No space left on device") => std::io::ErrorKind::StorageFull,
+        rocksdb::ErrorKind::Corruption => std::io::ErrorKind::InvalidData,
+        rocksdb::ErrorKind::TimedOut => std::io::ErrorKind::TimedOut,
+        _ => std::io::ErrorKind::Other,
+    };
+    Cause::new(kind, error.clone())
+}
 
 /// A failed operation that changed nothing.
 fn failed(action: &'static str, path: &Path, error: &rocksdb::Error) -> Error {
@@ -21,7 +32,7 @@ fn failed(action: &'static str, path: &Path, error: &rocksdb::Error) -> Error {
             let detail = error.to_string();
             Error::Corrupt { place: place(path, &detail), detail }
         }
-        _ => Error::io(action, path, error),
+        _ => Error::io(action, path, cause(error)),
     }
 }
 

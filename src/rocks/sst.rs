@@ -6,7 +6,7 @@ use rocksdb::SstFileWriter;
 
 use super::failed;
 use super::options::Tuning;
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 
 /// Writes the rows, which must come in the order of their keys and without doubles, to a new file, and syncs it.
 pub(super) fn write(tuning: &Tuning, path: &Path, fill: impl FnOnce(&mut SstWriter<'_>) -> Result<()>) -> Result<()> {
@@ -20,7 +20,7 @@ pub(super) fn write(tuning: &Tuning, path: &Path, fill: impl FnOnce(&mut SstWrit
     std::fs::File::open(path)
         .and_then(|mut sst_file| std::io::copy(&mut sst_file, &mut std::io::sink()))
         .map(|_| ())
-        .map_err(|error| Error::io("cannot read", path.to_owned(), &error))
+        .map_err(|error| Error::io("cannot read", path.to_owned(), error))
 }
 
 /// Where the rows of a run go.

@@ -6,11 +6,12 @@ use std::sync::OnceLock;
 
 use crate::buckets::range::BucketRange;
 use crate::codec::{self, Event, Reader, RecordKind, RecordWriter};
+use crate::digest::Digester;
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
-use crate::key::{Digester, Key};
 use crate::rocks;
 use crate::typed_result;
+use onlyonce_core::Key;
 
 /// A journal row is refused, or says the same when it is written again.
 pub fn journal_record(bytes: &[u8]) {

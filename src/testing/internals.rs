@@ -5,22 +5,23 @@
 use std::hint::black_box;
 
 use crate::codec::{Event, RecordKind, RecordWriter, read_record};
-use crate::entry::{CompletedEntry, Entry, StoredResult};
+use crate::entry::{CompletedEntry, Entry};
 use crate::filter::matrix::{Columns, FilterMatrix};
 use crate::fs::sync_group;
 use crate::journal::numbers;
-use crate::key::{self, Key};
 use crate::memtable::table;
 pub use crate::testing::failpoint::Failpoint;
+use onlyonce_core::StoredResult;
+use onlyonce_core::{self, Key};
 
 /// Digests keys as a store does.
-pub struct Digester(key::Digester);
+pub struct Digester(crate::digest::Digester);
 
 impl Digester {
     /// With a secret that is none.
     #[must_use]
     pub fn new() -> Self {
-        Self(key::Digester::new(&[7; 16]))
+        Self(crate::digest::Digester::new(&[7; 16]))
     }
 
     /// The digest of an encoded key.
