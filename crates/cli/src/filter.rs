@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use crossbeam::channel::{Receiver, bounded};
 use indicatif::ProgressBar;
-use onlyonce::{Check, Durability, Store};
+use onlyonce::{Durability, KeyStatus, Store};
 
 use crate::args::{self, OnMissingKey};
 use crate::batch::{Batch, Intake, Subject, Taken};
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &args::Filter, verbose: bool) -> anyhow::Result<u8> {
         progress: progress::bar(total_bytes, verbose)?,
     };
     let ended = filter.drain(Intake { read, interrupt, limit, left_over: Batch::default() }, reader);
-    let closed = store.close();
+    let closed = store.close().wait();
 
     filter.progress.finish_and_clear();
     let summary = Summary { seconds: begun.elapsed().as_secs_f64(), ..filter.summary };
@@ -156,7 +156,7 @@ impl Filter<'_> {
         let mut in_line = self.in_line;
         let mut output = Vec::with_capacity(batch.len_bytes());
         let mut new = HashSet::new();
-        let mut checks = self.store.check_batch(batch.keys()).map_err(opening::explain)?.into_iter();
+        let mut statuses = self.store.check_batch(batch.keys()).wait().map_err(opening::explain)?.into_iter();
         for line in batch.iter() {
             let (line, subject) = line?;
             summary.lines += 1;
@@ -170,9 +170,9 @@ impl Filter<'_> {
                     self.pass_missing
                 }
                 Subject::Key(key) => {
-                    let check = checks.next().context("internal error: the store did not answer every key")?;
-                    let check = check.map_err(opening::explain)?;
-                    let first = check == Check::New && new.insert(key);
+                    let status = statuses.next().context("internal error: the store did not answer every key")?;
+                    let status = status.map_err(opening::explain)?;
+                    let first = status == KeyStatus::New && new.insert(key);
                     summary.duplicates += u64::from(!first);
                     first
                 }
@@ -194,7 +194,7 @@ impl Filter<'_> {
             if let Some(output) = &self.synced_output {
                 output.sync_data().context("cannot sync standard output")?;
             }
-            for recorded in self.store.record_batch(new).map_err(opening::explain)? {
+            for recorded in self.store.record_batch(new).wait().map_err(opening::explain)? {
                 recorded.map_err(opening::explain)?;
             }
         }

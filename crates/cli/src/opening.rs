@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow, ensure};
-use onlyonce::{Builder, Error, Store};
+use onlyonce::{Builder, Error, KeyError, Store, TimestampError};
 
 /// The longest key with its scope: the maximum of the library, so that the command finds the keys of every program.
 pub(crate) const KEY_LIMIT: usize = 65_535;
@@ -33,8 +33,10 @@ pub(crate) fn explain(error: Error) -> anyhow::Error {
         Error::Config { option: option @ ("window" | "bucket"), value, bounds } => {
             anyhow!("--{option} is {value}, but it must be {bounds}")
         }
-        Error::KeyTooLong { len, limit, .. } => anyhow!("the key and the scope have {len} bytes; the limit is {limit}"),
-        Error::TimestampMissing => {
+        Error::Key(KeyError::TooLong { len, limit, .. }) => {
+            anyhow!("the key and the scope have {len} bytes; the limit is {limit}")
+        }
+        Error::Timestamp(TimestampError::Missing) => {
             anyhow!("the store runs on stream time, but lines have no timestamp; use another store")
         }
         error => error.into(),

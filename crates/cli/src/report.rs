@@ -6,7 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::Context;
 use humantime::{format_duration, format_rfc3339_millis};
 use indicatif::{HumanBytes, HumanCount};
-use onlyonce::{Completed, Phase, Prior, Stats, Stored};
+use onlyonce::{Completed, LeaseState, PriorAttempt, Stats, StoredKey, Timestamp};
 use serde_json::{Map, Value, json};
 
 use crate::named_key::{NamedKey, hex};
@@ -17,8 +17,8 @@ pub(crate) fn get(args: &args::Get) -> anyhow::Result<u8> {
     let named = NamedKey::of(args)?;
     let key = named.key();
     let store = opening::existing(&args.store)?;
-    let stored = store.get(&key).map_err(opening::explain)?;
-    store.close()?;
+    let stored = store.inspect(&key).wait().map_err(opening::explain)?;
+    store.close().wait()?;
     let Some(stored) = stored else {
         // If standard error is closed, only the exit code reports it.
         let _ = writeln!(std::io::stderr(), "onlyonce: no entry for {key}{}", hint(args, named.has_scope()));
@@ -45,7 +45,7 @@ fn hint(args: &args::Get, has_scope: bool) -> &'static str {
 pub(crate) fn stats(args: &args::Stats) -> anyhow::Result<u8> {
     let store = opening::existing(&args.store)?;
     let stats = store.stats();
-    store.close()?;
+    store.close().wait()?;
     if args.json {
         print(&figures(&stats).to_string())?
     } else {
@@ -54,32 +54,34 @@ pub(crate) fn stats(args: &args::Stats) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn described(named: &NamedKey, stored: &Stored) -> Map<String, Value> {
+fn described(named: &NamedKey, stored: &StoredKey) -> Map<String, Value> {
     let mut members = named.members();
     let described = match stored {
-        Stored::Completed(completed) => {
+        StoredKey::Completed(completed) => {
             let (form, result) = result(completed);
             json!({
                 "state": "completed",
-                "completed_at": time(completed.completed_at_ms()),
-                "completed_at_ms": completed.completed_at_ms(),
-                "token": completed.token(),
+                "completed_at": time(completed.completed_at()),
+                "completed_at_ms": completed.completed_at().as_unix_ms(),
+                "remembered_until": time(completed.remembered_until()),
+                "remembered_until_ms": completed.remembered_until().as_unix_ms(),
+                "token": completed.token().get(),
                 "result_form": form,
                 "result": result,
             })
         }
-        Stored::Processing { token, attempt, phase, .. } => {
-            let (phase, prior, remaining) = match *phase {
-                Phase::Leased(remaining) => ("leased", None, Some(remaining)),
-                Phase::Backoff(remaining, prior) => ("backoff", Some(prior), Some(remaining)),
-                Phase::Free(prior) => ("free", Some(prior), None),
-                Phase::Held(prior) => ("held", Some(prior), None),
+        StoredKey::Processing { token, attempt, state, .. } => {
+            let (lease, prior, remaining) = match *state {
+                LeaseState::Leased(remaining) => ("leased", None, Some(remaining)),
+                LeaseState::Backoff(remaining, prior) => ("backoff", Some(prior), Some(remaining)),
+                LeaseState::Free(prior) => ("free", Some(prior), None),
+                LeaseState::Held(prior) => ("held", Some(prior), None),
             };
             json!({
                 "state": "processing",
-                "token": token,
+                "token": token.get(),
                 "attempt": attempt,
-                "phase": phase,
+                "lease": lease,
                 "prior": prior.map(prior_name),
                 "remaining_ms": remaining.map(millis),
             })
@@ -109,7 +111,7 @@ fn printable(value: &Value) -> String {
 /// The form of the result, and the result.
 fn result(completed: &Completed) -> (&'static str, Value) {
     match completed.result() {
-        None if completed.is_omitted() => ("omitted", Value::Null),
+        None if completed.is_result_too_large() => ("too_large", Value::Null),
         None => ("none", Value::Null),
         Some(bytes) => match str::from_utf8(bytes) {
             Ok(text) => ("text", text.into()),
@@ -118,12 +120,12 @@ fn result(completed: &Completed) -> (&'static str, Value) {
     }
 }
 
-fn prior_name(prior: Prior) -> &'static str {
+fn prior_name(prior: PriorAttempt) -> &'static str {
     match prior {
-        Prior::Released => "released",
-        Prior::LeaseExpired => "lease_expired",
-        Prior::Dropped => "dropped",
-        Prior::Crashed => "crashed",
+        PriorAttempt::Released => "released",
+        PriorAttempt::LeaseExpired => "lease_expired",
+        PriorAttempt::Dropped => "dropped",
+        PriorAttempt::Crashed => "crashed",
     }
 }
 
@@ -131,15 +133,15 @@ fn figures(stats: &Stats) -> Value {
     let buckets: Vec<Value> = stats
         .buckets
         .iter()
-        .map(|bucket| json!({ "start_ms": bucket.start_ms, "end_ms": bucket.end_ms, "keys": bucket.keys }))
+        .map(|bucket| json!({ "start_ms": bucket.start.as_unix_ms(), "end_ms": bucket.end.as_unix_ms(), "keys": bucket.keys }))
         .collect();
     json!({
-        "now_ms": stats.now_ms,
+        "now_ms": stats.now.as_unix_ms(),
         "window_ms": millis(stats.window),
-        "remembers_since_ms": stats.remembers_since_ms,
+        "remembers_since_ms": stats.remembers_since.as_unix_ms(),
         "in_flight": stats.in_flight,
         "held": stats.held,
-        "unflushed": stats.unsealed,
+        "unflushed": stats.unflushed,
         "flushed": flushed(stats),
         "buckets": buckets,
         "disk_bytes": stats.disk_bytes,
@@ -149,17 +151,17 @@ fn figures(stats: &Stats) -> Value {
 fn lines(stats: &Stats) -> String {
     let mut lines = vec![
         ("window", format_duration(stats.window).to_string()),
-        ("remembers since", time(stats.remembers_since_ms)),
+        ("remembers since", time(stats.remembers_since)),
         ("in flight", HumanCount(stats.in_flight).to_string()),
         ("held", HumanCount(stats.held).to_string()),
-        ("unflushed keys", HumanCount(stats.unsealed).to_string()),
+        ("unflushed keys", HumanCount(stats.unflushed).to_string()),
         ("flushed keys", HumanCount(flushed(stats)).to_string()),
         ("on disk", HumanBytes(stats.disk_bytes).to_string()),
         ("buckets", stats.buckets.len().to_string()),
     ];
     for bucket in &stats.buckets {
-        let width = format_duration(Duration::from_millis(bucket.end_ms.saturating_sub(bucket.start_ms)));
-        lines.push(("", format!("{} {width}, {} keys", time(bucket.start_ms), HumanCount(bucket.keys))));
+        let width = format_duration(bucket.end.saturating_since(bucket.start));
+        lines.push(("", format!("{} {width}, {} keys", time(bucket.start), HumanCount(bucket.keys))));
     }
     lines.iter().map(|(name, figure)| format!("{name:<16} {figure}")).collect::<Vec<_>>().join("\n")
 }
@@ -174,8 +176,9 @@ fn millis(duration: Duration) -> u64 {
 }
 
 /// A date and time. The clock of a program may return times beyond the year 9999, which have no such form.
-fn time(since_epoch_ms: u64) -> String {
+fn time(at: Timestamp) -> String {
     const YEAR_10000_MS: u64 = 253_402_300_800_000;
+    let since_epoch_ms = at.as_unix_ms();
     match UNIX_EPOCH.checked_add(Duration::from_millis(since_epoch_ms)) {
         Some(time) if since_epoch_ms < YEAR_10000_MS => format_rfc3339_millis(time).to_string(),
         _ => format!("{since_epoch_ms} ms since 1970"),

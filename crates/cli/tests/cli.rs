@@ -10,7 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use onlyonce::{Check, Claim, Key, Store};
+use onlyonce::{Claim, Key, KeyStatus, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
@@ -525,7 +525,7 @@ fn a_foreign_directory_and_a_store_in_use_are_errors() {
     for verb in ["filter", "stats"] {
         cli.run(verb, &[], "").is_error(&["onlyonce: ", "is open in another process"]);
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
     assert_eq!(cli.passed(&[], "a\n"), "a\n");
 }
 
@@ -544,6 +544,8 @@ fn get_finds_a_key_by_the_values_that_filter_made_it_of() {
     assert_eq!(flight["result"], Value::Null);
     assert!(flight["completed_at_ms"].as_u64().unwrap() > 1_700_000_000_000);
     assert!(flight["completed_at"].as_str().unwrap().ends_with('Z'));
+    let day_ms = 24 * 60 * 60 * 1_000;
+    assert_eq!(flight["remembered_until_ms"], flight["completed_at_ms"].as_u64().unwrap() + day_ms);
     assert!(flight["token"].as_u64().unwrap() > 0);
 
     cli.passed(&["--key", ".k", "--scope", "s"], "{\"k\":\"A\\u00e9\"}\n{\"k\":-1.50}\n");
@@ -577,18 +579,18 @@ fn get_finds_a_key_by_the_values_that_filter_made_it_of() {
 fn get_prints_the_entries_of_other_programs() {
     let cli = Cli::new();
     let store = Store::builder().result_limit(8).open(cli.store()).unwrap();
-    let lease = |key: &str| match store.claim(key).unwrap() {
+    let lease = |key: &str| match store.claim(key).wait().unwrap() {
         Claim::Acquired(lease) => lease,
         other => panic!("{other:?}"),
     };
-    lease("text").complete("charged").unwrap();
-    lease("bytes").complete(vec![0xff, 0x00]).unwrap();
-    lease("long").complete("123456789").unwrap();
+    lease("text").complete("charged").wait().unwrap();
+    lease("bytes").complete(vec![0xff, 0x00]).wait().unwrap();
+    lease("long").complete("123456789").wait().unwrap();
     let long_key = "k".repeat(1_000);
-    store.record(Key::from(&long_key)).unwrap();
+    store.record(Key::from(&long_key)).wait().unwrap();
     let crashed = lease("crashed");
-    lease("released").release_after(Duration::from_secs(600)).unwrap();
-    store.close().unwrap();
+    lease("released").release().after(Duration::from_secs(600)).wait().unwrap();
+    store.close().wait().unwrap();
     drop(crashed);
 
     let result = |key| {
@@ -597,15 +599,15 @@ fn get_prints_the_entries_of_other_programs() {
     };
     assert_eq!(result("text"), (json!("text"), json!("charged")));
     assert_eq!(result("bytes"), (json!("hex"), json!("ff00")));
-    assert_eq!(result("long"), (json!("omitted"), Value::Null));
+    assert_eq!(result("long"), (json!("too_large"), Value::Null));
     assert_eq!(result(&long_key), (json!("none"), Value::Null));
 
     let crashed = cli.get(&["crashed"]);
     assert_eq!((&crashed["key"], &crashed["scope"]), (&json!("crashed"), &Value::Null));
     assert_eq!((&crashed["state"], &crashed["attempt"]), (&json!("processing"), &json!(1)));
-    assert_eq!((&crashed["phase"], &crashed["prior"]), (&json!("free"), &json!("crashed")));
+    assert_eq!((&crashed["lease"], &crashed["prior"]), (&json!("free"), &json!("crashed")));
     let released = cli.get(&["released"]);
-    assert_eq!((&released["phase"], &released["prior"]), (&json!("backoff"), &json!("released")));
+    assert_eq!((&released["lease"], &released["prior"]), (&json!("backoff"), &json!("released")));
     assert!((1..=600_000).contains(&released["remaining_ms"].as_u64().unwrap()), "{released}");
 
     // A key that another program completed is a duplicate.
@@ -633,10 +635,10 @@ fn get_accepts_the_keys_that_it_prints() {
     let scopes: [(&[u8], Value); 3] = [(b"", Value::Null), (b"t1", json!("t1")), (b"\xff", json!({ "hex": "ff" }))];
     for (key, _) in &keys {
         for (scope, _) in &scopes {
-            store.record(key.clone().scope(*scope)).unwrap();
+            store.record(key.clone().scope(*scope)).wait().unwrap();
         }
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
     let mut tokens = HashSet::new();
     for (key, json) in &keys {
         for (scope, scope_json) in &scopes {
@@ -658,7 +660,7 @@ fn get_accepts_the_keys_that_it_prints() {
 #[test]
 fn errors_of_the_library_name_no_option_or_method_of_the_library() {
     let cli = Cli::new();
-    Store::builder().stream_time(Duration::from_secs(1)).open(cli.store()).unwrap().close().unwrap();
+    Store::builder().stream_time(Duration::from_secs(1)).open(cli.store()).unwrap().close().wait().unwrap();
     let stream_time = cli.filter(&[], "a\n");
     stream_time.is_error(&["onlyonce: the store runs on stream time, but lines have no timestamp"]);
     assert_eq!(stream_time.out, "");
@@ -704,10 +706,10 @@ fn stats_prints_the_number_of_keys_and_the_size() {
     let cli = Cli::new();
     cli.passed(&["--window", "2h"], "a\nb\nc\n");
     let store = Store::open(cli.store()).unwrap();
-    store.seal().unwrap();
-    store.record("d").unwrap();
-    drop(store.claim("e").unwrap());
-    store.close().unwrap();
+    store.flush().unwrap();
+    store.record("d").wait().unwrap();
+    drop(store.claim("e").wait().unwrap());
+    store.close().wait().unwrap();
 
     let stats = cli.stats();
     assert_eq!(stats["window_ms"], 7_200_000);
@@ -915,7 +917,7 @@ fn a_run_after_a_kill_repeats_at_most_one_batch_and_loses_no_line() {
 #[test]
 fn get_finds_a_key_of_any_bytes() {
     let cli = Cli::new();
-    Store::open(cli.store()).unwrap().record(Key::from(b"\xff\xfe")).unwrap();
+    Store::open(cli.store()).unwrap().record(Key::from(b"\xff\xfe")).wait().unwrap();
     let output = cli.command("get").arg(OsStr::from_bytes(b"\xff\xfe")).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["key"], json!({ "hex": "fffe" }));
@@ -970,13 +972,13 @@ fn the_output_of_get_holds_no_control_characters() {
     // An argument of a process cannot contain NUL.
     for bytes in HOSTILE.iter().filter(|bytes| !bytes.contains(&0)) {
         let store = Store::open(cli.store()).unwrap();
-        let Claim::Acquired(lease) = store.claim(Key::from(*bytes).scope(*bytes)).unwrap() else {
+        let Claim::Acquired(lease) = store.claim(Key::from(*bytes).scope(*bytes)).wait().unwrap() else {
             panic!("the key is new")
         };
         // JSON does not escape DEL and the C1 control characters. A result may contain NUL.
         let result = ["\0\u{7f}\u{80}\u{9b}31m\u{1b}[2J".as_bytes(), bytes].concat();
-        lease.complete(result.clone()).unwrap();
-        store.close().unwrap();
+        lease.complete(result.clone()).wait().unwrap();
+        store.close().wait().unwrap();
 
         let mut get = cli.command("get");
         get.arg("--scope").arg(OsStr::from_bytes(bytes)).arg("--").arg(OsStr::from_bytes(bytes));
@@ -1004,7 +1006,7 @@ fn a_json_escape_in_a_key_is_its_character() {
     assert_eq!(cli.passed(&["--key", ".k", "--scope", "s"], lines).lines().count(), 3);
     let store = Store::open(cli.store()).unwrap();
     for key in ["a\0b", "a", "\u{9b}31m"] {
-        assert!(matches!(store.check(Key::from(key).scope("s")).unwrap(), Check::Completed(_)), "{key:?}");
-        assert_eq!(store.check(key).unwrap(), Check::New, "{key:?} without its scope");
+        assert!(matches!(store.check(Key::from(key).scope("s")).wait().unwrap(), KeyStatus::Completed(_)), "{key:?}");
+        assert_eq!(store.check(key).wait().unwrap(), KeyStatus::New, "{key:?} without its scope");
     }
 }
