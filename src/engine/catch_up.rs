@@ -81,9 +81,9 @@ mod tests {
     use crate::codec::RecordKind;
     use crate::config::Options;
     use crate::engine::response::{FinishKind, FinishedBy};
+    use crate::fs::directory::Directory;
     use onlyonce_core::Claim;
     use onlyonce_core::StoredResult;
-    use crate::fs::directory::Directory;
 
     fn options(clock: &ManualClock) -> Options {
         Options {
@@ -101,8 +101,7 @@ mod tests {
     }
 
     fn complete(engine: &Engine, key: &str, result: &[u8]) {
-        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop()
-        else {
+        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop() else {
             panic!("{key} is new")
         };
         let done = FinishKind::Complete { result: StoredResult::Bytes(result), side_writes: None, follows: false };

@@ -692,7 +692,10 @@ mod tests {
         let request = engine.request(["k"]).unwrap();
         *engine.backlog.failure.lock() = Some(Error::io("writing", "/", "no space"));
         for refused in [engine.claim(&request).map(|_| ()), engine.record(&request).map(|_| ())] {
-            assert!(matches!(&refused, Err(Error::FlushFailed { source }) if onlyonce_core::chain(source).contains("no space")), "{refused:?}");
+            assert!(
+                matches!(&refused, Err(Error::FlushFailed { source }) if onlyonce_core::chain(source).contains("no space")),
+                "{refused:?}"
+            );
         }
         *engine.backlog.failure.lock() = None;
         std::thread::scope(|scope| {

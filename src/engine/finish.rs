@@ -328,9 +328,9 @@ mod tests {
 
     use super::*;
     use crate::config::{Durability, OnInterrupt, Options};
-    use onlyonce_core::Claim;
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
     use onlyonce_core::StoredResult;
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
@@ -385,11 +385,18 @@ mod tests {
         let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
         let least = grant.key().len() + 16;
         assert_eq!(encoded_len(&grant, &open), least);
-        assert_eq!(encoded_len(&grant, &FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: None, follows: false }), least + 100);
+        assert_eq!(
+            encoded_len(
+                &grant,
+                &FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: None, follows: false }
+            ),
+            least + 100
+        );
         let mut tx = SideWrites::default();
         tx.message("topic", "key", "payload");
         assert!(tx.encoded_len() > 15);
-        let both = FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: Some(&tx), follows: false };
+        let both =
+            FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: Some(&tx), follows: false };
         assert_eq!(encoded_len(&grant, &both), least + 100 + tx.encoded_len());
     }
 }

@@ -236,13 +236,13 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::response::{FinishKind, FinishedBy, Grant};
-    use onlyonce_core::Claim;
     use super::*;
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
     use onlyonce_core::Error;
     use onlyonce_core::{PriorAttempt, StoredResult};
 
@@ -327,9 +327,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(&dir, &Options::default());
             let request = engine.request(["a"]).unwrap();
-            let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
-                panic!("a is new")
-            };
+            let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
             engine.memtable.lose_slots(grant.digest());
             assert_broken(&engine, name, call(&engine, &request, &grant), "points to a slot");
         }
@@ -362,9 +360,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = super::tests::engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
-        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
-            panic!("a is new")
-        };
+        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
         let nobodys = Grant { index: 7, ..grant };
         let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
         let finished = engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&nobodys, done)]);

@@ -411,11 +411,11 @@ mod tests {
     use crate::config::Options;
     use crate::engine::response::Grant;
     use crate::engine::response::{FinishKind, FinishedBy};
-    use onlyonce_core::{Claim, Error, KeyStatus, RecordOutcome};
     use crate::entry::{Backoff, CompletedEntry, Holder};
     use crate::fs::directory::Directory;
     use crate::memtable::arena::{OVERHEAD_BYTES, Pending};
     use onlyonce_core::StoredResult;
+    use onlyonce_core::{Claim, Error, KeyStatus, RecordOutcome};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -643,9 +643,7 @@ mod tests {
         };
         let engine = engine(&dir, &options);
         let request = engine.request(["k"]).unwrap();
-        let Ok(Claim::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else {
-            panic!("k is new")
-        };
+        let Ok(Claim::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else { panic!("k is new") };
         clock.advance(Duration::from_secs(1));
         let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
         // Between the two steps of a resolution.
@@ -688,7 +686,9 @@ mod tests {
             let at = |second| onlyonce_core::Timestamp::from_unix_ms(second_ms(second));
             let keys = (0..48).map(|second| onlyonce_core::Key::from(format!("{lap}/{second}")).at(at(second)));
             let request = engine.request(keys).unwrap();
-            assert!(engine.record(&request).unwrap().iter().all(|response| matches!(response, Ok(RecordOutcome::First))));
+            assert!(
+                engine.record(&request).unwrap().iter().all(|response| matches!(response, Ok(RecordOutcome::First)))
+            );
             // No round of upkeep has come between.
             engine.flush().unwrap();
             assert_eq!(engine.buckets.snapshot().newest_first().len(), 48 + lap as usize, "lap {lap}");

@@ -232,8 +232,8 @@ mod tests {
     use super::*;
     use crate::clock::{Clock, ManualClock};
     use crate::config::Options;
-    use onlyonce_core::Claim;
     use crate::fs::directory::Directory;
+    use onlyonce_core::Claim;
 
     const LEASE: Duration = Duration::from_millis(60);
 

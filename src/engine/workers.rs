@@ -202,9 +202,9 @@ mod tests {
     use crate::codec::RecordKind;
     use crate::config::Options;
     use crate::engine::response::{FinishKind, FinishedBy};
+    use crate::fs::directory::Directory;
     use onlyonce_core::Claim;
     use onlyonce_core::StoredResult;
-    use crate::fs::directory::Directory;
 
     fn start(dir: &tempfile::TempDir, options: &Options) -> StoreHandle {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -232,7 +232,10 @@ mod tests {
             let Some(Ok(Claim::Acquired(grant))) = handle.engine.claim(&request).unwrap().pop() else {
                 panic!("{key} is new")
             };
-            let done = vec![(&grant, FinishKind::Complete { result: StoredResult::Bytes(&large), side_writes: None, follows: false })];
+            let done = vec![(
+                &grant,
+                FinishKind::Complete { result: StoredResult::Bytes(&large), side_writes: None, follows: false },
+            )];
             assert_eq!(handle.engine.finish(RecordKind::Completed, FinishedBy::Holder, done).unwrap(), [true]);
         }
         handle.close().unwrap();
