@@ -67,7 +67,7 @@ impl Child {
                 println!("open");
                 let mut from = NEW;
                 loop {
-                    for recorded in store.record_batch(&keys::keys(from, BATCH))? {
+                    for recorded in store.record_batch(&keys::keys(from, BATCH)).wait()? {
                         recorded?;
                     }
                     from += BATCH as u64;

@@ -44,7 +44,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
     let rate = closed.batches() as f64 * BATCH as f64 / start.elapsed().as_secs_f64();
 
     // What going as fast as it goes has left to do is no part of the day at half that rate.
-    store.seal()?;
+    store.flush()?;
     let open_for = day.saturating_sub(closed_for);
     say(&format!("W6: at half of {:.2} M/s, for {} s", rate / 1e6, open_for.as_secs()));
     let every = Duration::from_secs_f64(BATCH as f64 / (rate / 2.0));
@@ -61,7 +61,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
     let open_rate = open.batches() as f64 * BATCH as f64 / start.elapsed().as_secs_f64();
     consumer.verify()?;
 
-    let live: u64 = store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>() + store.stats().unsealed;
+    let live: u64 = store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>() + store.stats().unflushed;
     let filter_bytes = store.stats().filter_bytes;
     let disk = directory_bytes(&dir);
     let rows = [closed.row(rate, consumer.asked)?, open.row(open_rate, consumer.asked)?].map(|mut row| {
@@ -73,7 +73,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
         row
     });
     drop(consumer);
-    store.close()?;
+    store.close().wait()?;
     remove(&dir)?;
     Ok(rows.into())
 }
@@ -137,7 +137,7 @@ impl<'a> Consumer<'a> {
     fn work(&mut self, batch: &Batch) -> Result<()> {
         let mut leases: Vec<(Lease, &[u8])> = Vec::with_capacity(batch.keys.len());
         let mut duplicates = 0;
-        for claim in self.store.claim_batch(&batch.keys)? {
+        for claim in self.store.claim_batch(&batch.keys).wait()? {
             match claim? {
                 Claim::Acquired(lease) => leases.push((lease, RESULT)),
                 Claim::Completed(first) => {
@@ -148,7 +148,7 @@ impl<'a> Consumer<'a> {
             }
         }
         let acquired = leases.len() as u64;
-        for completed in self.store.complete_batch(leases) {
+        for completed in self.store.complete_batch(leases).wait() {
             completed?;
             self.completed += 1;
         }

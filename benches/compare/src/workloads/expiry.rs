@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
-use onlyonce::Check;
+use onlyonce::KeyStatus;
 use rocksdb::{DB, Options, WriteBatch};
 
 use super::{BATCH, Run, remove, say};
@@ -73,8 +73,8 @@ fn bucket(dir: &Path, count: u64) -> Result<Row> {
         store.clock.advance(BUCKET + SECOND);
         Ok(())
     })?;
-    for check in store.store.check_batch(&keys(0, 1_000))? {
-        ensure!(check? == Check::New, "a key is remembered longer than the window");
+    for check in store.store.check_batch(&keys(0, 1_000)).wait()? {
+        ensure!(check? == KeyStatus::New, "a key is remembered longer than the window");
     }
     Box::new(store).close()?;
     Ok(row)
