@@ -1,4 +1,4 @@
-//! The store of this repository, through its public interface.
+//! The store of this repository, through its public API.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,7 @@ use onlyonce::{Claim, KeyStatus, Lease, ManualClock, RecordOutcome, Store, Times
 use crate::keys::Key;
 use crate::subject::{Durability, Setup, Subject};
 
-/// How wide a slice of time is where a clock is moved by hand.
+/// The width of a bucket. The clock is advanced manually.
 pub const BUCKET: Duration = Duration::from_secs(60 * 60);
 
 pub struct OnlyOnce {
@@ -19,7 +19,7 @@ pub struct OnlyOnce {
 impl OnlyOnce {
     pub fn open(setup: &Setup) -> Result<Self> {
         let window = BUCKET * setup.buckets;
-        // The last bucket is about now, so that the keys are remembered by who opens the store with the real clock.
+        // The last bucket is the current one on the real clock, so that a process with the real clock still remembers the keys.
         let clock = ManualClock::at(Timestamp::from(SystemTime::now() - BUCKET * setup.buckets.saturating_sub(1)));
         let store = Store::builder()
             .durability(match setup.durability {
@@ -35,7 +35,7 @@ impl OnlyOnce {
         Ok(Self { store, clock })
     }
 
-    /// The share of new keys that a filter did not rule out, and the number of keys asked, up to now.
+    /// The number of keys that a filter did not rule out, and of all looked up keys.
     pub fn filter_counts(&self) -> (u64, u64) {
         let stats = self.store.stats();
         (stats.filter_hits, stats.filter_checks)
@@ -43,7 +43,7 @@ impl OnlyOnce {
 }
 
 impl Subject for OnlyOnce {
-    /// A key with a result is claimed and completed; one without is recorded.
+    /// Claims and completes keys with a result; records keys without one.
     fn insert(&self, keys: &[Key], result: &[u8]) -> Result<usize> {
         match (keys, result) {
             ([key], []) => Ok(usize::from(self.store.record(key).wait()? == RecordOutcome::First)),
@@ -54,8 +54,8 @@ impl Subject for OnlyOnce {
                 }
                 Ok(first)
             }
-            ([key], _) => live_one(&self.store, key, result),
-            _ => live(&self.store, keys, result),
+            ([key], _) => claim_and_complete_one(&self.store, key, result),
+            _ => claim_and_complete(&self.store, keys, result),
         }
     }
 
@@ -76,7 +76,7 @@ impl Subject for OnlyOnce {
         Ok(())
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         Ok(self.store.flush()?)
     }
 
@@ -89,8 +89,8 @@ impl Subject for OnlyOnce {
     }
 }
 
-/// Claims a key and completes it. How many lives were begun and ended: one, or none for a duplicate.
-pub fn live_one(store: &Store, key: &Key, result: &[u8]) -> Result<usize> {
+/// Claims and completes a key. Returns 1, or 0 for a duplicate.
+pub fn claim_and_complete_one(store: &Store, key: &Key, result: &[u8]) -> Result<usize> {
     match store.claim(key).wait()? {
         Claim::Acquired(lease) => {
             lease.complete(result).wait()?;
@@ -100,8 +100,8 @@ pub fn live_one(store: &Store, key: &Key, result: &[u8]) -> Result<usize> {
     }
 }
 
-/// Claims the keys and completes what was acquired.
-pub fn live(store: &Store, keys: &[Key], result: &[u8]) -> Result<usize> {
+/// Claims the keys and completes the acquired ones. Returns their number.
+pub fn claim_and_complete(store: &Store, keys: &[Key], result: &[u8]) -> Result<usize> {
     let mut leases: Vec<(Lease, &[u8])> = Vec::with_capacity(keys.len());
     for claim in store.claim_batch(keys).wait()? {
         if let Claim::Acquired(lease) = claim? {
