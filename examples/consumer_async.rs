@@ -135,7 +135,7 @@ async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
             }
         });
     }
-    // Reads the sizes of files, so it blocks.
+    // Counting visits all keys in memory, so it blocks.
     let stats = tokio::task::spawn_blocking({
         let store = store.clone();
         move || store.stats()
