@@ -100,7 +100,7 @@ pub enum Workload {
     W5,
     /// A consumer's day.
     W6,
-    /// A bucket of many keys leaves.
+    /// A bucket of many keys expires.
     W7,
     /// Opening.
     W8,
@@ -116,11 +116,11 @@ impl Workload {
         match self {
             Self::W1 => "W1: checks of new keys",
             Self::W2 => "W2: checks of known keys",
-            Self::W3 => "W3: records of new keys, until all lie where they stay",
-            Self::W4 => "W4: the whole life, claim then complete, until all lie where they stay",
-            Self::W5 => "W5: the whole life, each synced to the disk",
+            Self::W3 => "W3: records of new keys, including the flush to SSTs",
+            Self::W4 => "W4: claim and complete, including the flush to SSTs",
+            Self::W5 => "W5: claim and complete, synced",
             Self::W6 => "W6: a consumer's day",
-            Self::W7 => "W7: many keys leave at once",
+            Self::W7 => "W7: many keys expire at once",
             Self::W8 => "W8: opening",
             Self::W9 => "W9: growth",
         }

@@ -183,7 +183,7 @@ fn now_s() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
 }
 
-/// How many syncs a life of onlyonce costs, as strace counts them, those of its background included. `None` where
+/// How many syncs a claim and completion of onlyonce costs, as strace counts them, those of its background included. `None` where
 /// there is no strace.
 pub fn syncs_per_life(dir: &Path, way: Way, duration: Duration) -> Result<Option<f64>> {
     if !machine::has("strace") {

@@ -1,4 +1,4 @@
-//! The page: goals beside what was measured, tables, and plots.
+//! The page: goals and measured values, tables, and plots.
 
 use std::fmt::Write;
 use std::fs;
@@ -15,10 +15,10 @@ use crate::table::{count, rows_of, table};
 /// The page's name in its directory.
 pub const PAGE: &str = "benchmarks.md";
 
-/// The case that is shown beside the same of peers, who have no such difference.
-const SEALED: &str = "recent, sealed";
+/// The case that is shown beside the case `recent` of the peers, which have no flush.
+const FLUSHED: &str = "recent, flushed";
 
-/// What stands in the way of the goals that are missed. Written by hand.
+/// Why goals are missed. Written by hand.
 const LIMITS: &str = include_str!("../limits.md");
 
 /// The directory of the plots, beside the page.
@@ -43,7 +43,7 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
     let plots = dir.join(PLOTS);
     fs::create_dir_all(&plots).with_context(|| format!("{} cannot be made", plots.display()))?;
     for entry in fs::read_dir(&plots)?.flatten() {
-        // Those of an earlier page, which may have had others.
+        // Plots of an earlier page.
         if entry.path().extension().is_some_and(|extension| extension == "svg") {
             fs::remove_file(entry.path())?;
         }
@@ -51,10 +51,10 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
     let mut page = format!(
         "# Benchmarks\n\n\
          onlyonce beside its peers, on the same keys, in one run: `{}`, commit {}.\n\n\
-         {}. The disk made {:.0} small appends a second safe when the run began. The load of \
-         others was {:.1} then. Ratios carry over to other machines, absolute figures do not.\n\n\
-         Keys are 36 bytes and look like UUIDs; results are 17 bytes. {} The column *onlyonce* says how many times the rate \
-         of a row onlyonce has. Each measurement checks its answers: as many first answers as distinct keys, or the \
+         {}. The disk synced {:.0} small appends a second when the run began; the load average was {:.1}. \
+         Absolute figures do not carry over to other machines, and ratios only roughly.\n\n\
+         Keys are 36 bytes and look like UUIDs; results are 17 bytes. {} The column *onlyonce* is the rate of onlyonce divided by \
+         the rate of the row. Each measurement checks its answers: as many first answers as distinct keys, or the \
          run fails. [How to run it, and what is counted](../benches/compare/README.md).\n\n\
          ## Goals\n\n{}\n",
         circumstances.command,
@@ -84,39 +84,40 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
     fs::write(&path, page.trim_end().to_owned() + "\n").with_context(|| format!("{} cannot be written", path.display()))
 }
 
-/// What has to be known to read a workload's figures.
+/// What a reader must know about a workload's figures.
 fn words(workload: Workload) -> &'static str {
     match workload {
         Workload::W1 => {
-            "Keys that were never seen are asked for, one at a time and in batches of 512. With many live keys only what \
-             can be filled with so many in time: onlyonce, RocksDB with a family for each bucket, and a bare Bloom \
-             filter with as many bits as onlyonce's. The other rows are of stores with fewer keys, which makes them faster. \
-             The smallest stores are those of a quick run (`--quick`), which gives the same ratios but for noise."
+            "Checks of unknown keys, one at a time and in batches of 512. With many live keys only the subjects that can \
+             be filled in time: onlyonce, RocksDB with a column family for each bucket, and a bare Bloom filter with as \
+             many bits as onlyonce's. The other rows are of stores with fewer keys, which makes them faster. The smallest \
+             stores are those of a quick run (`--quick`), which gives the same ratios apart from noise."
         }
         Workload::W2 => {
-            "Known keys are asked for: the last hundredth as inserting left them (and, for onlyonce, once more after they \
-             were sealed to disk), and any of all keys."
+            "Checks of known keys: the last hundredth right after they were inserted (and, for onlyonce, again after they \
+             were flushed to disk), and any of all keys."
         }
         Workload::W3 => {
             "New keys without a result: `record` of onlyonce, and an insert-if-absent of peers, one transaction a call. \
-             The clock stops when everything is sealed, flushed or checkpointed. Write amplification counts all bytes \
-             passed to `write` (of Redis: pages dirtied by the server) for each byte of key and result."
+             The time ends when everything is flushed or checkpointed. Write amplification counts all bytes passed to \
+             `write` (of Redis: pages dirtied by the server) for each byte of key and result."
         }
         Workload::W4 => "Two calls: claim, then complete with a result. Peers do only the insert of W3.",
         Workload::W5 => {
-            "As W4, and on the disk when it is answered. Syncs a life are counted by strace in a run of their own, those \
-             of sealing included; tracing slows each sync down a little, and a slower sync is shared by more callers."
+            "As W4, and each call returns when it is on disk. Syncs per claim and completion (a *life*) are counted by \
+             strace in a separate run, those of flushes included; tracing slows each sync down a little, and a slower \
+             sync is shared by more callers."
         }
         Workload::W6 => {
-            "Batches of 500 are claimed and completed, one key in a hundred is a duplicate, mostly of a moment ago. \
-             Buckets are 2 seconds wide and the window 24, so that buckets come and go all the time. First as fast as \
-             it goes; then on a schedule at half that rate, where latency counts from when a batch was due. \
-             *slowdown*: the median batch of the last fifth beside that of the second."
+            "Batches of 500 are claimed and completed; one key in a hundred is a duplicate, mostly a recent one. Buckets \
+             are 2 seconds wide and the window 24, so that buckets are created and dropped all the time. First at full \
+             speed; then on a schedule at half that rate, where latency counts from when a batch was due. *slowdown*: the \
+             median batch of the last fifth divided by that of the second."
         }
         Workload::W7 => {
-            "All keys of a bucket run out at once, while somebody claims 5,000 keys a second, each wait counted from when \
-             it was due. Beside it, the same on plain RocksDB: `delete_range` and a compaction, and a compaction of a \
-             database with a TTL. The disk is free when seven tenths of the space are back."
+            "All keys of a bucket expire at once, while a caller claims 5,000 keys a second; each wait counts from when \
+             the claim was due. For comparison, the same on plain RocksDB: `delete_range` and a compaction, and a \
+             compaction of a database with a TTL. The disk counts as free when seven tenths of the space are returned."
         }
         Workload::W8 => {
             "The time from the call of `open` to the answer to a first claim, and until every bucket has its filter, \
@@ -151,7 +152,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
                 _ => row.batch > 1 && size(row) == most,
             };
             let mut pictures: Vec<(&str, Option<u64>)> = Vec::new();
-            for row in of.iter().filter(|row| row.workload == workload && row.case != SEALED && has_picture(row)) {
+            for row in of.iter().filter(|row| row.workload == workload && row.case != FLUSHED && has_picture(row)) {
                 if !pictures.contains(&(&row.case, size(row))) {
                     pictures.push((&row.case, size(row)));
                 }
@@ -160,7 +161,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
                 let is_shown = |row: &&&Row| {
                     let is_way = workload == Workload::W5 || row.batch > 1 && row.threads == 1;
                     let is_case =
-                        row.case == case || row.workload != workload || case == "recent" && row.case == SEALED;
+                        row.case == case || row.workload != workload || case == "recent" && row.case == FLUSHED;
                     is_way && is_case && size(row) == keys
                 };
                 let mut shown: Vec<(String, f64)> =
@@ -217,5 +218,5 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
 
 /// The subject, and what sets its row apart from another of the same picture.
 fn label(row: &Row) -> String {
-    if row.case == SEALED { format!("{}, sealed", row.subject) } else { row.subject.clone() }
+    if row.case == FLUSHED { format!("{}, flushed", row.subject) } else { row.subject.clone() }
 }

@@ -67,14 +67,14 @@ impl Kind {
     pub fn note(self) -> Option<&'static str> {
         match self {
             Self::RocksdbDefault | Self::RocksdbTuned | Self::Fjall => {
-                Some("two threads may both find a key absent: nothing makes get-then-put one step")
+                Some("two threads may both find a key absent: get-then-put is not atomic")
             }
             Self::Redb => {
                 Some("unsynced commits do not outlive the process, unlike those of the others; one a second is synced")
             }
             Self::Redis => Some("pipelines of 64 over two connections; single: one request at a time"),
             Self::Moka => Some("volatile"),
-            Self::Bloom => Some("volatile, and wrong about some keys"),
+            Self::Bloom => Some("volatile, and with false positives"),
             Self::Onlyonce | Self::Lmdb | Self::Sqlite => None,
         }
     }

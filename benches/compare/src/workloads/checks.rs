@@ -60,7 +60,7 @@ pub fn many(run: &Run, size: &Size) -> Result<Vec<Row>> {
             new_keys(size, families, "rocksdb-families", keys)
         })?;
         rows.extend(families.into_iter().map(|mut row| {
-            row.note = Some("a family for each bucket, each merged; filters of 10 bits a key".to_owned());
+            row.note = Some("a column family for each bucket, each compacted; filters of 10 bits a key".to_owned());
             row
         }));
     }
@@ -105,7 +105,7 @@ pub fn compared(run: &Run, size: &Size) -> Result<Vec<Row>> {
             };
             if run.has(Workload::W2) {
                 if kind == Kind::Onlyonce {
-                    rows.extend(recent(size, subject, kind, keys, "recent, sealed")?);
+                    rows.extend(recent(size, subject, kind, keys, "recent, flushed")?);
                 }
                 for batch in [1, BATCH] {
                     let pick = |i| mix(i ^ 0x5eed) % keys;

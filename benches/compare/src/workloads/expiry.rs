@@ -1,4 +1,4 @@
-//! W7: many keys leave at once. How long somebody who claims waits meanwhile, and when the disk has its space back.
+//! W7: many keys expire at once. How long somebody who claims waits meanwhile, and when the disk has its space back.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -184,7 +184,7 @@ fn watch(
     let worst = |from: f64, to: f64| {
         beats.iter().filter(|[at, _]| (from..to).contains(at)).map(|[_, ms]| *ms).fold(0.0, f64::max)
     };
-    let mut row = Row::new(Workload::W7, "many keys leave", subject);
+    let mut row = Row::new(Workload::W7, "many keys expire", subject);
     row.keys = count;
     row.more("worst_wait_before_ms", worst(0.2, left_s));
     row.more("worst_wait_ms", worst(left_s, f64::MAX));

@@ -68,10 +68,10 @@ fn open(dir: &Path, keys: u64, case: &str, first_claim: u64) -> Result<Row> {
     row.more("open_ms", opened.as_secs_f64() * 1e3);
     row.more("first_claim_ms", claimed.as_secs_f64() * 1e3);
     row.more("filters_whole_s", filtered.as_secs_f64());
-    row.more("unsealed_keys", unsealed as f64);
+    row.more("unflushed_keys", unsealed as f64);
     row.figures.ram_bytes_per_key = Some(stats.filter_bytes as f64 / live as f64);
     row.figures.disk_bytes_per_key = Some(directory_bytes(dir) as f64 / live as f64);
-    row.note = Some("the page cache is as the fill left it".to_owned());
+    row.note = Some("the page cache is as it was after the fill".to_owned());
     store.close()?;
     Ok(row)
 }
