@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use onlyonce::internals::{Digester, Filter, HotTable, encode, read_keys, write_row};
+use onlyonce::internals::{Digester, Filter, MemTable, encode, read_keys, write_record};
 use onlyonce::{Durability, Store};
 
 const BATCH: usize = 512;
@@ -45,7 +45,7 @@ fn filter_check(bencher: Bencher<'_, '_>, keys: u64) {
     bencher.counter(ItemsCount::new(BATCH)).bench_local(|| {
         slots.fill(0);
         at = (at + BATCH) % new.len();
-        filter.slots_of(&new[at..at + BATCH], &mut slots);
+        filter.column_bits_of(&new[at..at + BATCH], &mut slots);
         slots.last().copied()
     });
 }
@@ -63,7 +63,7 @@ fn filter_insert(bencher: Bencher<'_, '_>) {
 #[divan::bench(sample_count = 10)]
 fn hot_table_complete(bencher: Bencher<'_, '_>) {
     let (keys, digests) = (encoded(0, 100_000), digests(0, 100_000));
-    bencher.counter(ItemsCount::new(keys.len())).with_inputs(HotTable::new).bench_local_refs(|table| {
+    bencher.counter(ItemsCount::new(keys.len())).with_inputs(MemTable::new).bench_local_refs(|table| {
         for ((key, digest), token) in keys.iter().zip(&digests).zip(1..) {
             table.complete(*digest, key, token);
         }
@@ -72,7 +72,7 @@ fn hot_table_complete(bencher: Bencher<'_, '_>) {
 
 #[divan::bench]
 fn hot_table_absent(bencher: Bencher<'_, '_>) {
-    let table = HotTable::new();
+    let table = MemTable::new();
     for ((key, digest), token) in encoded(0, 100_000).iter().zip(digests(0, 100_000)).zip(1..) {
         table.complete(digest, key, token);
     }
@@ -87,12 +87,12 @@ fn codec_write(bencher: Bencher<'_, '_>) {
     let keys = encoded(0, BATCH);
     bencher
         .counter(ItemsCount::new(BATCH))
-        .bench_local(|| write_row(keys.iter().map(Vec::as_slice), b"result-0123456789"));
+        .bench_local(|| write_record(keys.iter().map(Vec::as_slice), b"result-0123456789"));
 }
 
 #[divan::bench]
 fn codec_read(bencher: Bencher<'_, '_>) {
-    let row = write_row(encoded(0, BATCH).iter().map(Vec::as_slice), b"result-0123456789");
+    let row = write_record(encoded(0, BATCH).iter().map(Vec::as_slice), b"result-0123456789");
     bencher.counter(ItemsCount::new(BATCH)).bench_local(|| read_keys(black_box(&row)));
 }
 

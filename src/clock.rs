@@ -17,13 +17,15 @@ use stream::StreamTime;
 use wall::WallTime;
 pub(crate) use wall::{ClockState, Deviation};
 
+use onlyonce_core::Timestamp;
+
 use crate::config::Span;
 
 /// Where a store takes the time from. The system's clock is the default; tests use [`ManualClock`].
 pub trait Clock: Send + Sync + 'static {
     /// Milliseconds since the Unix epoch. It may be wrong and may jump: a store believes what it says of elapsed time only when it has
     /// said so for 10 minutes.
-    fn wall_ms(&self) -> u64;
+    fn wall(&self) -> Timestamp;
     /// Milliseconds since some fixed moment of this process. It must not go back, and must run while the process does: the store's time
     /// runs on it.
     fn monotonic_ms(&self) -> u64;
@@ -57,9 +59,8 @@ impl SystemClock {
 }
 
 impl Clock for SystemClock {
-    fn wall_ms(&self) -> u64 {
-        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        millis(since_epoch)
+    fn wall(&self) -> Timestamp {
+        Timestamp::from(SystemTime::now())
     }
 
     fn monotonic_ms(&self) -> u64 {
@@ -103,10 +104,11 @@ fn since_boot_ms() -> Option<u64> {
 /// All of them are of one boot: a store that is closed and opened again with a clock that shows a later time was closed for as long.
 ///
 /// ```
-/// use onlyonce::ManualClock;
 /// use std::time::Duration;
 ///
-/// let clock = ManualClock::at(1_700_000_000_000);
+/// use onlyonce::{ManualClock, Timestamp};
+///
+/// let clock = ManualClock::at(Timestamp::from_unix_s(1_700_000_000));
 /// clock.advance(Duration::from_secs(60));
 /// ```
 #[derive(Debug, Clone)]
@@ -125,9 +127,10 @@ struct ManualInner {
 }
 
 impl ManualClock {
-    /// A clock that shows `wall_ms`, in milliseconds since the Unix epoch.
+    /// A clock that shows this time.
     #[must_use]
-    pub fn at(wall_ms: u64) -> Self {
+    pub fn at(wall: Timestamp) -> Self {
+        let wall_ms = wall.as_unix_ms();
         let inner = ManualInner {
             monotonic_ms: AtomicU64::new(0),
             wall_offset_ms: AtomicU64::new(wall_ms),
@@ -143,9 +146,9 @@ impl ManualClock {
     }
 
     /// Sets the wall clock alone, forward or back, as an operator or a time server may.
-    pub fn set_wall_ms(&self, wall_ms: u64) {
+    pub fn set_wall(&self, wall: Timestamp) {
         let monotonic_ms = self.inner.monotonic_ms.load(Ordering::SeqCst);
-        self.inner.wall_offset_ms.store(wall_ms.wrapping_sub(monotonic_ms), Ordering::SeqCst);
+        self.inner.wall_offset_ms.store(wall.as_unix_ms().wrapping_sub(monotonic_ms), Ordering::SeqCst);
     }
 
     /// Lets time pass while the machine is suspended: the monotonic clock stands still.
@@ -162,9 +165,9 @@ impl ManualClock {
 }
 
 impl Clock for ManualClock {
-    fn wall_ms(&self) -> u64 {
+    fn wall(&self) -> Timestamp {
         let offset_ms = self.inner.wall_offset_ms.load(Ordering::SeqCst);
-        offset_ms.wrapping_add(self.monotonic_ms())
+        Timestamp::from_unix_ms(offset_ms.wrapping_add(self.monotonic_ms()))
     }
 
     fn monotonic_ms(&self) -> u64 {
@@ -207,6 +210,11 @@ impl Now {
     pub(crate) fn remembers_any(&self, first_ms: u64, last_ms: u64, window_ms: u64) -> bool {
         let newest_ms = self.steps.newest_counted_ms(first_ms, last_ms);
         newest_ms >= self.remembers_since_ms && self.time_ms < newest_ms.saturating_add(window_ms)
+    }
+
+    /// The first moment at which a completion of this time is a window old.
+    pub(crate) fn remembered_until_ms(&self, completed_ms: u64, window_ms: u64) -> u64 {
+        self.steps.counted_ms(completed_ms).saturating_add(window_ms)
     }
 
     /// A completion at this time, or later, is remembered.
@@ -342,8 +350,8 @@ mod tests {
 
     #[test]
     fn a_manual_clock_shows_what_it_is_told() {
-        let clock = ManualClock::at(1_000);
-        let shows = || (clock.wall_ms(), clock.monotonic_ms(), clock.boot().unwrap().ms);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000));
+        let shows = || (clock.wall().as_unix_ms(), clock.monotonic_ms(), clock.boot().unwrap().ms);
         assert_eq!(shows(), (1_000, 0, 1_000));
         clock.advance(Duration::from_millis(50));
         assert_eq!(shows(), (1_050, 50, 1_050));
@@ -351,7 +359,8 @@ mod tests {
         assert_eq!(shows(), (7, 50, 1_050));
         clock.suspend(Duration::from_millis(100));
         assert_eq!(shows(), (107, 50, 1_150));
-        let (before, other) = (clock.boot().unwrap().id, ManualClock::at(5).boot().unwrap().id);
+        let (before, other) =
+            (clock.boot().unwrap().id, ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(5)).boot().unwrap().id);
         clock.reboot();
         assert_eq!(before, other, "of one boot");
         assert_ne!(clock.boot().unwrap().id, other);

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
 use crate::config::{OnInterrupt, Span};
-use crate::entry::{Backoff, Done, Entry, Holder, Kept, Prior, Processing};
-use crate::key::Fingerprint;
+use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing};
+use onlyonce_core::Fingerprint;
+pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
+use onlyonce_core::{PriorAttempt, StoredResult};
 
 /// The version of everything in this file. A store says which one it was created with.
 pub(crate) const FORMAT: u32 = 3;
@@ -19,86 +21,27 @@ pub(crate) const STREAM_FORMAT: u32 = 4;
 // Primitives
 // ---------------------------------------------------------------------------------------------------------------
 
-/// Appends `value` in LEB128: seven bits a byte, the lowest first.
-pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push((value as u8) | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
 /// Appends a number that may be negative: zigzag, so that small ones stay short.
 fn put_signed(out: &mut Vec<u8>, value: i64) {
     put_varint(out, ((value << 1) ^ (value >> 63)) as u64);
 }
 
-pub(crate) fn put_prefixed(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_varint(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
+/// What store encodings have beside the building blocks.
+trait ReadStored {
+    /// A time, encoded as its signed distance before `from_ms`.
+    fn time(&mut self, from_ms: u64) -> Option<u64>;
+    /// A time that a clock can show, or a distance of two: sums of them stay in range.
+    fn clock_ms(&mut self) -> Option<u64>;
+    fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>>;
 }
 
-/// Reads bytes from the front; `None` where they end too soon.
-pub(crate) struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    pub(crate) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (head, tail) = self.0.split_at_checked(len)?;
-        self.0 = tail;
-        Some(head)
-    }
-
-    pub(crate) fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.0)
-    }
-
-    pub(crate) fn byte(&mut self) -> Option<u8> {
-        let (&byte, tail) = self.0.split_first()?;
-        self.0 = tail;
-        Some(byte)
-    }
-
-    pub(crate) fn varint(&mut self) -> Option<u64> {
-        let mut value = 0_u64;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            let bits = u64::from(byte & 0x7f);
-            if shift == 63 && bits > 1 {
-                return None;
-            }
-            value |= bits << shift;
-            if byte & 0x80 == 0 {
-                return Some(value);
-            }
-        }
-        None
-    }
-
-    /// A time that is given by its signed distance before another.
+impl ReadStored for Reader<'_> {
     fn time(&mut self, from_ms: u64) -> Option<u64> {
         let bits = self.varint()?;
         let before = (bits >> 1) as i64 ^ -((bits & 1) as i64);
         if before < 0 { from_ms.checked_add(before.unsigned_abs()) } else { from_ms.checked_sub(before.unsigned_abs()) }
     }
 
-    pub(crate) fn prefixed(&mut self) -> Option<&'a [u8]> {
-        let len = usize::try_from(self.varint()?).ok()?;
-        self.take(len)
-    }
-
-    pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        self.take(N)?.try_into().ok()
-    }
-
-    /// A time that a clock may show, or a distance of two: sums of them stay in range.
     fn clock_ms(&mut self) -> Option<u64> {
         self.array().map(u64::from_le_bytes).filter(|ms| *ms <= MAX_WALL_MS)
     }
@@ -121,26 +64,26 @@ fn fingerprint_flag(fingerprint: Option<&Fingerprint>) -> u8 {
 }
 
 // What was kept of a result, in two bits.
-const KEPT_SHIFT: u32 = 1;
-const KEPT_MASK: u8 = 0b0110;
-const KEPT_ABSENT: u8 = 0;
-const KEPT_STORED: u8 = 1;
-const KEPT_OMITTED: u8 = 2;
+const RESULT_SHIFT: u32 = 1;
+const RESULT_MASK: u8 = 0b0110;
+const RESULT_NONE: u8 = 0;
+const RESULT_BYTES: u8 = 1;
+const RESULT_TOO_LARGE: u8 = 2;
 
-fn kept_flag<B>(kept: &Kept<B>) -> u8 {
-    let bits = match kept {
-        Kept::Absent => KEPT_ABSENT,
-        Kept::Stored(_) => KEPT_STORED,
-        Kept::Omitted => KEPT_OMITTED,
+fn result_flag<B>(stored_result: &StoredResult<B>) -> u8 {
+    let bits = match stored_result {
+        StoredResult::None => RESULT_NONE,
+        StoredResult::Bytes(_) => RESULT_BYTES,
+        StoredResult::TooLarge => RESULT_TOO_LARGE,
     };
-    bits << KEPT_SHIFT
+    bits << RESULT_SHIFT
 }
 
-fn kept(flags: u8, bytes: &[u8]) -> Option<Kept> {
-    match (flags & KEPT_MASK) >> KEPT_SHIFT {
-        KEPT_ABSENT if bytes.is_empty() => Some(Kept::Absent),
-        KEPT_STORED => Some(Kept::Stored(Arc::from(bytes))),
-        KEPT_OMITTED if bytes.is_empty() => Some(Kept::Omitted),
+fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult> {
+    match (flags & RESULT_MASK) >> RESULT_SHIFT {
+        RESULT_NONE if bytes.is_empty() => Some(StoredResult::None),
+        RESULT_BYTES => Some(StoredResult::Bytes(Arc::from(bytes))),
+        RESULT_TOO_LARGE if bytes.is_empty() => Some(StoredResult::TooLarge),
         _ => None,
     }
 }
@@ -161,11 +104,11 @@ fn kept(flags: u8, bytes: &[u8]) -> Option<Kept> {
 /// An age is the row's time less the item's. It is negative where a message is newer than the row that it came with, or the
 /// store's clock was set back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum RowKind {
+pub(crate) enum RecordKind {
     /// Keys that were claimed, or the image of keys in flight that a seal writes at the journal's head.
     Claimed = 1,
     /// Keys that were released, or resolved to run again.
-    Settled = 2,
+    Released = 2,
     /// Keys that were completed or recorded.
     Completed = 3,
     /// Keys that were forgotten.
@@ -176,8 +119,8 @@ pub(crate) enum RowKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Event {
     Claimed(Processing),
-    Settled(Processing),
-    Completed(Done),
+    Released(Processing),
+    Completed(CompletedEntry),
     Forgotten { token: u64 },
 }
 
@@ -185,53 +128,53 @@ impl Event {
     /// The time that it gives its key.
     pub(crate) fn time_ms(&self) -> u64 {
         match self {
-            Self::Claimed(processing) | Self::Settled(processing) => processing.since_ms,
+            Self::Claimed(processing) | Self::Released(processing) => processing.since_ms,
             Self::Completed(done) => done.completed_ms,
             Self::Forgotten { .. } => 0,
         }
     }
 }
 
-const ROW_FORMAT: u8 = 3;
+const RECORD_FORMAT: u8 = 3;
 
 const HOLDER_SHIFT: u32 = 1;
 const HOLDER_MASK: u8 = 0b0000_0110;
 const HOLDER_LEASED: u8 = 0;
 const HOLDER_INTERRUPTED: u8 = 1;
-const HOLDER_OPEN: u8 = 2;
+const HOLDER_RELEASED: u8 = 2;
 const PRIOR_SHIFT: u32 = 3;
 const PRIOR_MASK: u8 = 0b0001_1000;
 
-fn prior_bits(prior: Prior) -> u8 {
+fn prior_bits(prior: PriorAttempt) -> u8 {
     let bits = match prior {
-        Prior::Released => 0,
-        Prior::LeaseExpired => 1,
-        Prior::Dropped => 2,
-        Prior::Crashed => 3,
+        PriorAttempt::Released => 0,
+        PriorAttempt::LeaseExpired => 1,
+        PriorAttempt::Dropped => 2,
+        PriorAttempt::Crashed => 3,
     };
     bits << PRIOR_SHIFT
 }
 
-fn prior(flags: u8) -> Prior {
+fn prior(flags: u8) -> PriorAttempt {
     match (flags & PRIOR_MASK) >> PRIOR_SHIFT {
-        0 => Prior::Released,
-        1 => Prior::LeaseExpired,
-        2 => Prior::Dropped,
-        _ => Prior::Crashed,
+        0 => PriorAttempt::Released,
+        1 => PriorAttempt::LeaseExpired,
+        2 => PriorAttempt::Dropped,
+        _ => PriorAttempt::Crashed,
     }
 }
 
 /// Writes one journal row, item by item.
-pub(crate) struct RowWriter {
+pub(crate) struct RecordWriter {
     bytes: Vec<u8>,
     time_ms: u64,
     items: usize,
 }
 
-impl RowWriter {
-    pub(crate) fn new(kind: RowKind, time_ms: u64, capacity: usize) -> Self {
+impl RecordWriter {
+    pub(crate) fn new(kind: RecordKind, time_ms: u64, capacity: usize) -> Self {
         let mut bytes = Vec::with_capacity(capacity.saturating_add(10));
-        bytes.push(ROW_FORMAT);
+        bytes.push(RECORD_FORMAT);
         bytes.push(kind as u8);
         bytes.extend_from_slice(&time_ms.to_le_bytes());
         Self { bytes, time_ms, items: 0 }
@@ -246,20 +189,20 @@ impl RowWriter {
         let mut flags = fingerprint_flag(processing.fingerprint.as_ref());
         let mut backoff_ms = None;
         match processing.holder {
-            Holder::Leased { .. } | Holder::Settling => flags |= HOLDER_LEASED << HOLDER_SHIFT,
+            Holder::Leased { .. } | Holder::Committing => flags |= HOLDER_LEASED << HOLDER_SHIFT,
             Holder::Interrupted(prior) => flags |= HOLDER_INTERRUPTED << HOLDER_SHIFT | prior_bits(prior),
             // Nobody had claimed it, so that nobody's decision is needed should this process die now.
-            Holder::Recording => {
-                flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(Prior::Crashed);
+            Holder::CommittingUnclaimed => {
+                flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(PriorAttempt::Crashed);
                 backoff_ms = Some(0);
             }
-            Holder::Open { prior, backoff } => {
-                flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(prior);
+            Holder::Released { prior, backoff } => {
+                flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(prior);
                 backoff_ms = Some(backoff.length_ms);
             }
             // Whoever could still complete it dies with this process.
             Holder::Resolved(prior) => {
-                flags |= HOLDER_OPEN << HOLDER_SHIFT | prior_bits(prior);
+                flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(prior);
                 backoff_ms = Some(0);
             }
         }
@@ -276,14 +219,14 @@ impl RowWriter {
     }
 
     /// An item of a `Completed` row.
-    pub(crate) fn completed(&mut self, key: &[u8], done: &Done<&[u8]>) {
+    pub(crate) fn completed(&mut self, key: &[u8], done: &CompletedEntry<&[u8]>) {
         let fingerprint = done.fingerprint.as_ref();
-        self.bytes.push(fingerprint_flag(fingerprint) | kept_flag(&done.result));
+        self.bytes.push(fingerprint_flag(fingerprint) | result_flag(&done.result));
         put_varint(&mut self.bytes, done.token);
         self.age(done.completed_ms);
         put_fingerprint(&mut self.bytes, fingerprint);
         put_prefixed(&mut self.bytes, key);
-        if let Kept::Stored(result) = done.result {
+        if let StoredResult::Bytes(result) = done.result {
             put_prefixed(&mut self.bytes, result);
         }
         self.items += 1;
@@ -310,9 +253,9 @@ impl RowWriter {
 }
 
 /// Reads a journal row: its time, after handing each item's key and event to `visit`. `None` if it is no row.
-pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Option<u64> {
-    let mut reader = Reader::new(row);
-    reader.byte().filter(|format| *format == ROW_FORMAT)?;
+pub(crate) fn read_record(record: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Option<u64> {
+    let mut reader = Reader::new(record);
+    reader.byte().filter(|format| *format == RECORD_FORMAT)?;
     let kind = reader.byte().filter(|kind| (1..=4).contains(kind))?;
     let time_ms = u64::from_le_bytes(reader.array()?);
     while !reader.is_empty() {
@@ -323,7 +266,7 @@ pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Optio
             }
             2 => {
                 let (key, processing) = read_processing(&mut reader, time_ms)?;
-                visit(key, Event::Settled(processing));
+                visit(key, Event::Released(processing));
             }
             3 => {
                 let flags = reader.byte()?;
@@ -331,9 +274,9 @@ pub(crate) fn read_row(row: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Optio
                 let completed_ms = reader.time(time_ms)?;
                 let fingerprint = reader.fingerprint(flags)?;
                 let key = reader.prefixed()?;
-                let stored = (flags & KEPT_MASK) >> KEPT_SHIFT == KEPT_STORED;
-                let result = kept(flags, if stored { reader.prefixed()? } else { &[] })?;
-                visit(key, Event::Completed(Done { token, completed_ms, fingerprint, result }));
+                let stored = (flags & RESULT_MASK) >> RESULT_SHIFT == RESULT_BYTES;
+                let result = stored_result(flags, if stored { reader.prefixed()? } else { &[] })?;
+                visit(key, Event::Completed(CompletedEntry { token, completed_ms, fingerprint, result }));
             }
             4 => {
                 let token = reader.varint()?;
@@ -353,9 +296,9 @@ fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64) -> Option<(&'a [u8
     let holder = match (flags & HOLDER_MASK) >> HOLDER_SHIFT {
         HOLDER_LEASED => Holder::Leased { until_monotonic_ms: 0 },
         HOLDER_INTERRUPTED => Holder::Interrupted(prior(flags)),
-        HOLDER_OPEN => {
+        HOLDER_RELEASED => {
             let length_ms = u32::try_from(reader.varint()?).ok()?;
-            Holder::Open { prior: prior(flags), backoff: Backoff { until_monotonic_ms: 0, length_ms } }
+            Holder::Released { prior: prior(flags), backoff: Backoff { until_monotonic_ms: 0, length_ms } }
         }
         _ => return None,
     };
@@ -369,22 +312,22 @@ fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64) -> Option<(&'a [u8
 // ---------------------------------------------------------------------------------------------------------------
 
 /// The digest that a bucket's row key begins with, and the encoded key behind it.
-pub(crate) fn row_key(digest: u64, key: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn put_entry_key(digest: u64, key: &[u8], out: &mut Vec<u8>) {
     out.clear();
     out.extend_from_slice(&digest.to_be_bytes());
     out.extend_from_slice(key);
 }
 
 /// The digest of a bucket's row key.
-pub(crate) fn digest_of_row(row_key: &[u8]) -> Option<u64> {
-    Reader::new(row_key).array().map(u64::from_be_bytes)
+pub(crate) fn digest_of_entry_key(entry_key: &[u8]) -> Option<u64> {
+    Reader::new(entry_key).array().map(u64::from_be_bytes)
 }
 
 const VALUE_FORMAT: u8 = 0x10;
 const VALUE_FORMAT_MASK: u8 = 0xf0;
 
 /// In the place of what was kept of a result: the key was released, or its holder vanished.
-const ATTEMPT: u8 = 3 << KEPT_SHIFT;
+const ATTEMPT: u8 = 3 << RESULT_SHIFT;
 const ATTEMPT_PRIOR_MASK: u8 = 0b0000_0011;
 
 /// ```text
@@ -399,7 +342,7 @@ const ATTEMPT_PRIOR_MASK: u8 = 0b0000_0011;
 pub(crate) fn put_value(entry: &Entry<&[u8]>, bucket_start_ms: u64, out: &mut Vec<u8>) -> Option<()> {
     out.clear();
     let (flags, fingerprint) = match entry {
-        Entry::Completed(done) => (kept_flag(&done.result), &done.fingerprint),
+        Entry::Completed(done) => (result_flag(&done.result), &done.fingerprint),
         Entry::Processing(processing) => (ATTEMPT, &processing.fingerprint),
     };
     out.push(VALUE_FORMAT | flags | fingerprint_flag(fingerprint.as_ref()));
@@ -407,9 +350,9 @@ pub(crate) fn put_value(entry: &Entry<&[u8]>, bucket_start_ms: u64, out: &mut Ve
     put_varint(out, entry.token());
     put_fingerprint(out, fingerprint.as_ref());
     match entry {
-        Entry::Completed(Done { result: Kept::Stored(result), .. }) => out.extend_from_slice(result),
+        Entry::Completed(CompletedEntry { result: StoredResult::Bytes(result), .. }) => out.extend_from_slice(result),
         Entry::Completed(_) => {}
-        Entry::Processing(Processing { attempt, holder: Holder::Open { prior, backoff }, .. }) => {
+        Entry::Processing(Processing { attempt, holder: Holder::Released { prior, backoff }, .. }) => {
             out.push(prior_bits(*prior) >> PRIOR_SHIFT);
             put_varint(out, u64::from(*attempt));
             put_varint(out, u64::from(backoff.length_ms));
@@ -429,17 +372,17 @@ pub(crate) fn read_value(value: &[u8], bucket_start_ms: u64) -> Option<Entry> {
     let time_ms = bucket_start_ms.checked_add(reader.varint()?)?;
     let token = reader.varint()?;
     let fingerprint = reader.fingerprint(flags)?;
-    if flags & KEPT_MASK == ATTEMPT {
+    if flags & RESULT_MASK == ATTEMPT {
         let prior_byte = reader.byte().filter(|byte| byte & !ATTEMPT_PRIOR_MASK == 0)?;
         let attempt = u32::try_from(reader.varint()?).ok()?;
         let length_ms = u32::try_from(reader.varint()?).ok()?;
         let backoff = Backoff { until_monotonic_ms: reader.varint()?, length_ms };
-        let holder = Holder::Open { prior: prior(prior_byte << PRIOR_SHIFT), backoff };
+        let holder = Holder::Released { prior: prior(prior_byte << PRIOR_SHIFT), backoff };
         let processing = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
         return reader.is_empty().then_some(Entry::Processing(processing));
     }
-    let result = kept(flags, reader.rest())?;
-    Some(Entry::Completed(Done { token, completed_ms: time_ms, fingerprint, result }))
+    let result = stored_result(flags, reader.rest())?;
+    Some(Entry::Completed(CompletedEntry { token, completed_ms: time_ms, fingerprint, result }))
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -543,26 +486,31 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn any_kept() -> impl Strategy<Value = Kept> {
+    fn any_result() -> impl Strategy<Value = StoredResult> {
         prop_oneof![
-            Just(Kept::Absent),
-            Just(Kept::Omitted),
-            proptest::collection::vec(any::<u8>(), 0..40).prop_map(|bytes| Kept::Stored(Arc::from(bytes))),
+            Just(StoredResult::None),
+            Just(StoredResult::TooLarge),
+            proptest::collection::vec(any::<u8>(), 0..40).prop_map(|bytes| StoredResult::Bytes(Arc::from(bytes))),
         ]
     }
 
-    fn done(token: u64, result: Kept<&[u8]>) -> Done<&[u8]> {
-        Done { token, completed_ms: 50, fingerprint: None, result }
+    fn done(token: u64, result: StoredResult<&[u8]>) -> CompletedEntry<&[u8]> {
+        CompletedEntry { token, completed_ms: 50, fingerprint: None, result }
     }
 
-    fn any_prior() -> impl Strategy<Value = Prior> {
-        prop_oneof![Just(Prior::Released), Just(Prior::LeaseExpired), Just(Prior::Dropped), Just(Prior::Crashed)]
+    fn any_prior() -> impl Strategy<Value = PriorAttempt> {
+        prop_oneof![
+            Just(PriorAttempt::Released),
+            Just(PriorAttempt::LeaseExpired),
+            Just(PriorAttempt::Dropped),
+            Just(PriorAttempt::Crashed)
+        ]
     }
 
     fn any_holder() -> impl Strategy<Value = Holder> {
         prop_oneof![
             any_prior().prop_map(Holder::Interrupted),
-            (any_prior(), any::<u32>()).prop_map(|(prior, length_ms)| Holder::Open {
+            (any_prior(), any::<u32>()).prop_map(|(prior, length_ms)| Holder::Released {
                 prior,
                 backoff: Backoff { until_monotonic_ms: 0, length_ms },
             }),
@@ -586,12 +534,12 @@ mod tests {
         ) {
             let since_ms = time_ms.saturating_sub(age_ms);
             let processing = Processing { token, attempt, since_ms, fingerprint, holder };
-            let mut row = RowWriter::new(RowKind::Settled, time_ms, 0);
-            row.processing(&key, &processing);
-            row.processing(&key, &processing);
+            let mut record = RecordWriter::new(RecordKind::Released, time_ms, 0);
+            record.processing(&key, &processing);
+            record.processing(&key, &processing);
             let mut seen = 0;
-            let read = read_row(&row.finish(), |read_key, event| {
-                assert_eq!((read_key, event), (key.as_slice(), Event::Settled(processing.clone())));
+            let read = read_record(&record.finish(), |read_key, event| {
+                assert_eq!((read_key, event), (key.as_slice(), Event::Released(processing.clone())));
                 seen += 1;
             });
             prop_assert_eq!(read, Some(time_ms));
@@ -603,7 +551,7 @@ mod tests {
             token: u64, attempt: u32, since_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
             prior in any_prior(), length_ms: u32, until_monotonic_ms: u64,
         ) {
-            let holder = Holder::Open { prior, backoff: Backoff { until_monotonic_ms, length_ms } };
+            let holder = Holder::Released { prior, backoff: Backoff { until_monotonic_ms, length_ms } };
             let entry = |holder| Entry::Processing(Processing { token, attempt, since_ms, fingerprint, holder });
             let start_ms = since_ms.saturating_sub(bucket_age_ms);
             let mut value = Vec::new();
@@ -612,8 +560,8 @@ mod tests {
             value.push(0);
             prop_assert_eq!(read_value(&value, start_ms), None);
             for holder in [
-                Holder::Leased { until_monotonic_ms }, Holder::Interrupted(prior), Holder::Resolved(prior), Holder::Settling,
-                Holder::Recording,
+                Holder::Leased { until_monotonic_ms }, Holder::Interrupted(prior), Holder::Resolved(prior), Holder::Committing,
+                Holder::CommittingUnclaimed,
             ] {
                 prop_assert_eq!(put_value(&entry(holder).borrowed(), start_ms, &mut value), None);
             }
@@ -622,20 +570,20 @@ mod tests {
         #[test]
         fn a_completed_row_and_its_value_come_back(
             token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
-            result in any_kept(), key in proptest::collection::vec(any::<u8>(), 1..60),
+            result in any_result(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
-            let done = Done { token, completed_ms, fingerprint, result };
+            let done = CompletedEntry { token, completed_ms, fingerprint, result };
             // A key may be older than its row, and younger.
-            let rows = [
-                RowWriter::new(RowKind::Completed, completed_ms, 0),
-                RowWriter::new(RowKind::Completed, completed_ms.saturating_sub(bucket_age_ms), 0),
-                RowWriter::new(RowKind::Completed, completed_ms.saturating_add(bucket_age_ms), 0),
+            let records = [
+                RecordWriter::new(RecordKind::Completed, completed_ms, 0),
+                RecordWriter::new(RecordKind::Completed, completed_ms.saturating_sub(bucket_age_ms), 0),
+                RecordWriter::new(RecordKind::Completed, completed_ms.saturating_add(bucket_age_ms), 0),
             ];
-            for mut row in rows {
-                row.completed(&key, &done.borrowed());
-                row.completed(&key, &done.borrowed());
+            for mut record in records {
+                record.completed(&key, &done.borrowed());
+                record.completed(&key, &done.borrowed());
                 let mut seen = 0;
-                read_row(&row.finish(), |read_key, event| {
+                read_record(&record.finish(), |read_key, event| {
                     assert_eq!((read_key, event), (key.as_slice(), Event::Completed(done.clone())));
                     seen += 1;
                 }).unwrap();
@@ -650,7 +598,7 @@ mod tests {
 
         #[test]
         fn foreign_bytes_are_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), start: u64) {
-            let _ = read_row(&bytes, |_, _| {});
+            let _ = read_record(&bytes, |_, _| {});
             let _ = read_value(&bytes, start);
             let _ = read_span(&bytes);
         }
@@ -665,9 +613,9 @@ mod tests {
             fingerprint: Some([7; 16]),
             holder: Holder::Leased { until_monotonic_ms: 77 },
         };
-        let mut row = RowWriter::new(RowKind::Claimed, 50, 0);
-        row.processing(b"\x00k", &processing);
-        read_row(&row.finish(), |_, event| {
+        let mut record = RecordWriter::new(RecordKind::Claimed, 50, 0);
+        record.processing(b"\x00k", &processing);
+        read_record(&record.finish(), |_, event| {
             let expected = Processing { holder: Holder::Leased { until_monotonic_ms: 0 }, ..processing.clone() };
             assert_eq!(event, Event::Claimed(expected));
         })
@@ -676,13 +624,18 @@ mod tests {
 
     #[test]
     fn a_key_that_was_being_recorded_is_free_and_crashed_when_it_is_read_back() {
-        let recording =
-            Processing { token: 9, attempt: 1, since_ms: 40, fingerprint: Some([7; 16]), holder: Holder::Recording };
-        let mut row = RowWriter::new(RowKind::Claimed, 50, 0);
-        row.processing(b"k", &recording);
+        let recording = Processing {
+            token: 9,
+            attempt: 1,
+            since_ms: 40,
+            fingerprint: Some([7; 16]),
+            holder: Holder::CommittingUnclaimed,
+        };
+        let mut record = RecordWriter::new(RecordKind::Claimed, 50, 0);
+        record.processing(b"k", &recording);
         let mut read = Vec::new();
-        read_row(&row.finish(), |_, event| read.push(event)).unwrap();
-        let holder = Holder::Open { prior: Prior::Crashed, backoff: Backoff::NONE };
+        read_record(&record.finish(), |_, event| read.push(event)).unwrap();
+        let holder = Holder::Released { prior: PriorAttempt::Crashed, backoff: Backoff::NONE };
         assert_eq!(read, [Event::Claimed(Processing { holder, ..recording })]);
     }
 
@@ -690,19 +643,19 @@ mod tests {
     fn a_row_is_empty_until_something_is_in_it() {
         let leased = Holder::Leased { until_monotonic_ms: 0 };
         let processing = Processing { token: 1, attempt: 1, since_ms: 0, fingerprint: None, holder: leased };
-        let fills: [fn(&mut RowWriter, &Processing); 3] = [
-            |row, processing| row.processing(b"k", processing),
-            |row, _| row.completed(b"k", &done(1, Kept::Absent)),
-            |row, _| row.forgotten(b"k", 1),
+        let fills: [fn(&mut RecordWriter, &Processing); 3] = [
+            |record, processing| record.processing(b"k", processing),
+            |record, _| record.completed(b"k", &done(1, StoredResult::None)),
+            |record, _| record.forgotten(b"k", 1),
         ];
-        for (fill, kind) in fills.iter().zip([RowKind::Claimed, RowKind::Completed, RowKind::Forgotten]) {
-            let mut row = RowWriter::new(kind, 50, 0);
-            let empty = row.len();
-            assert!(row.is_empty());
-            fill(&mut row, &processing);
-            assert!(!row.is_empty() && row.len() > empty);
+        for (fill, kind) in fills.iter().zip([RecordKind::Claimed, RecordKind::Completed, RecordKind::Forgotten]) {
+            let mut record = RecordWriter::new(kind, 50, 0);
+            let empty = record.len();
+            assert!(record.is_empty());
+            fill(&mut record, &processing);
+            assert!(!record.is_empty() && record.len() > empty);
             let mut keys = 0;
-            read_row(&row.finish(), |key, _| keys += usize::from(key == b"k")).unwrap();
+            read_record(&record.finish(), |key, _| keys += usize::from(key == b"k")).unwrap();
             assert_eq!(keys, 1);
         }
     }
@@ -718,10 +671,14 @@ mod tests {
 
     #[test]
     fn a_value_that_says_it_has_no_result_and_has_one_is_refused() {
-        for result in [Kept::Absent, Kept::Omitted] {
+        for result in [StoredResult::None, StoredResult::TooLarge] {
             let mut value = Vec::new();
-            put_value(&Entry::Completed(Done { token: 1, completed_ms: 5, fingerprint: None, result }), 0, &mut value)
-                .unwrap();
+            put_value(
+                &Entry::Completed(CompletedEntry { token: 1, completed_ms: 5, fingerprint: None, result }),
+                0,
+                &mut value,
+            )
+            .unwrap();
             assert!(read_value(&value, 0).is_some());
             value.push(b'r');
             assert_eq!(read_value(&value, 0), None, "{result:?}");
@@ -730,13 +687,13 @@ mod tests {
 
     #[test]
     fn a_cut_row_is_refused() {
-        let mut row = RowWriter::new(RowKind::Completed, 50, 0);
-        let done = Done { fingerprint: Some([5; 16]), ..done(300, Kept::Stored(&b"result"[..])) };
-        row.completed(b"\x00key", &done);
-        let row = row.finish();
-        for len in 0..row.len() {
+        let mut record = RecordWriter::new(RecordKind::Completed, 50, 0);
+        let done = CompletedEntry { fingerprint: Some([5; 16]), ..done(300, StoredResult::Bytes(&b"result"[..])) };
+        record.completed(b"\x00key", &done);
+        let record = record.finish();
+        for len in 0..record.len() {
             // A row of a head alone is a row without items.
-            assert_eq!(read_row(&row[..len], |_, _| {}).is_some(), len == 10, "cut at {len}");
+            assert_eq!(read_record(&record[..len], |_, _| {}).is_some(), len == 10, "cut at {len}");
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock, YEAR, millis};
-use crate::error::{Error, Result};
+use onlyonce_core::{Error, Result};
 
 /// Live buckets are column families, and RocksDB's cost of those grows faster than their number.
 pub(crate) const MAX_BUCKETS: u64 = 48;
@@ -57,6 +57,10 @@ pub(crate) struct Options {
     pub(crate) in_flight_limit: usize,
     pub(crate) held_limit: usize,
     pub(crate) lock_wait: Duration,
+    /// Calls that each queue of the committer holds.
+    pub(crate) queue_limit: usize,
+    /// Whether an open creates a store where there is none.
+    pub(crate) create: bool,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
@@ -78,6 +82,8 @@ impl Default for Options {
             in_flight_limit: 1_000_000,
             held_limit: 1_000_000,
             lock_wait: Duration::from_secs(1),
+            queue_limit: 1_024,
+            create: true,
             clock: Arc::new(SystemClock::new()),
         }
     }
@@ -118,6 +124,7 @@ pub(crate) struct Config {
     pub(crate) key_limit: usize,
     pub(crate) in_flight_limit: usize,
     pub(crate) held_limit: usize,
+    pub(crate) queue_limit: usize,
 }
 
 impl Options {
@@ -132,6 +139,7 @@ impl Options {
         within("result_limit", self.result_limit, 0, 64 * MIB)?;
         within("key_limit", self.key_limit, 1, MAX_KEY)?;
         within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)?;
+        within("queue_limit", self.queue_limit, 1, 1_000_000)?;
         within("held_limit", self.held_limit, 1, usize::MAX)
     }
 
@@ -184,6 +192,7 @@ impl Options {
             key_limit: self.key_limit,
             in_flight_limit: self.in_flight_limit,
             held_limit: self.held_limit,
+            queue_limit: self.queue_limit,
         })
     }
 }

@@ -3,34 +3,13 @@
 use std::sync::Arc;
 
 use crate::clock::{Now, millis};
-use crate::key::Fingerprint;
-
-/// Why a key that is claimed again was not completed by its last holder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Prior {
-    /// Every holder so far gave it back with `release`: the work is known to have failed and done nothing.
-    Released,
-    /// The lease ran out while the holder's process lived. It may still be working.
-    LeaseExpired,
-    /// The lease was dropped, for example by a panic. What it had done is unknown.
-    Dropped,
-    /// The holder's process died or closed the store. What it had done is unknown.
-    Crashed,
-}
-
-impl Prior {
-    /// Whether the effect of an earlier attempt may have happened: all but [`Prior::Released`] leave that open.
-    #[must_use]
-    pub fn may_have_happened(self) -> bool {
-        self != Self::Released
-    }
-}
+use onlyonce_core::{Fingerprint, PriorAttempt, StoredResult};
 
 /// The state of a key, as stored. "Expired" is not a state: it follows from the time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Entry<B = Arc<[u8]>> {
     Processing(Processing),
-    Completed(Done<B>),
+    Completed(CompletedEntry<B>),
 }
 
 impl<B> Entry<B> {
@@ -68,17 +47,17 @@ pub(crate) enum Holder {
     /// At work, until the lease runs out. Read back from the journal it means a holder that died with its process.
     Leased { until_monotonic_ms: u64 },
     /// Done with it, and the outcome is on its way to the journal. Nobody may take over now.
-    Settling,
-    /// As `Settling`, where `record` completes a key that nobody holds.
-    Recording,
+    Committing,
+    /// As `Committing`, where `record` completes a key that nobody holds.
+    CommittingUnclaimed,
     /// Gone without a release: the key is held until an operator decides.
-    Interrupted(Prior),
+    Interrupted(PriorAttempt),
     /// Gone: the key was released, or its holder vanished where that frees it. It is free after the backoff. Nobody can
     /// come back for it, so that it leaves memory for a bucket like a completed key.
-    Open { prior: Prior, backoff: Backoff },
+    Released { prior: PriorAttempt, backoff: Backoff },
     /// An operator has decided that a held key runs again. The old holder may still complete it, so that it stays in memory
     /// until the next claim.
-    Resolved(Prior),
+    Resolved(PriorAttempt),
 }
 
 /// How long a released key stays closed.
@@ -105,15 +84,15 @@ impl Backoff {
 
 /// The work is done, and this came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Done<B = Arc<[u8]>> {
+pub(crate) struct CompletedEntry<B = Arc<[u8]>> {
     pub(crate) token: u64,
     /// On stream time, when the message is of.
     pub(crate) completed_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
-    pub(crate) result: Kept<B>,
+    pub(crate) result: StoredResult<B>,
 }
 
-impl<B> Done<B> {
+impl<B> CompletedEntry<B> {
     /// G4: remembered if and only if `now < completed + window`, and not forgotten before.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
         is_live(self.completed_ms, now, window_ms)
@@ -123,31 +102,6 @@ impl<B> Done<B> {
 /// G4, for what was completed at this time.
 pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
     now.remembers(completed_ms, window_ms)
-}
-
-/// What is kept of a result.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kept<B = Arc<[u8]>> {
-    /// Recorded by `record`, which has none.
-    Absent,
-    /// The bytes, which may be none.
-    Stored(B),
-    /// There was one, over the size limit.
-    Omitted,
-}
-
-impl<'a> Kept<&'a [u8]> {
-    /// Keeps `bytes` unless they are over the limit.
-    pub(crate) fn of(bytes: &'a [u8], limit: usize) -> Self {
-        if bytes.len() > limit { Self::Omitted } else { Self::Stored(bytes) }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        match self {
-            Self::Stored(bytes) => bytes.len(),
-            Self::Absent | Self::Omitted => 0,
-        }
-    }
 }
 
 impl Entry<&[u8]> {
@@ -171,26 +125,18 @@ impl Entry {
     }
 }
 
-impl Done<&[u8]> {
+impl CompletedEntry<&[u8]> {
     /// A copy that owns its result.
-    pub(crate) fn shared(&self) -> Done {
-        let result = match self.result {
-            Kept::Absent => Kept::Absent,
-            Kept::Stored(bytes) => Kept::Stored(Arc::from(bytes)),
-            Kept::Omitted => Kept::Omitted,
-        };
-        Done { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+    pub(crate) fn shared(&self) -> CompletedEntry {
+        let result = self.result.to_shared();
+        CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }
 
-impl Done {
+impl CompletedEntry {
     /// The same, with its result borrowed.
-    pub(crate) fn borrowed(&self) -> Done<&[u8]> {
-        let result = match &self.result {
-            Kept::Absent => Kept::Absent,
-            Kept::Stored(bytes) => Kept::Stored(&**bytes),
-            Kept::Omitted => Kept::Omitted,
-        };
-        Done { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+    pub(crate) fn borrowed(&self) -> CompletedEntry<&[u8]> {
+        let result = self.result.as_slice();
+        CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
     }
 }

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use crate::error::Error;
+use onlyonce_core::Error;
 
 /// Whether this build checks what would cost too much in production: unit tests, debug builds and the feature
 /// `internals`.
@@ -41,18 +41,18 @@ invariants! {
     KeyInRequest: "a key lies within the bytes of its request and is not empty",
     // Hot table.
     IndexedSlot: "each entry of a page's index points to a slot that holds a key",
-    KeyInPage: "the key and the result of a slot lie within the bytes of their page",
+    KeyInArena: "the key and the result of a slot lie within the bytes of their page",
     CountsNotNegative: "the counts of the hot table are never negative",
-    OnlyEndedSealed: "a page that is sealed holds completed keys and ended attempts only",
+    OnlyEndedFlushed: "a page that is sealed holds completed keys and ended attempts only",
     // Journal.
-    RowNumbersRise: "the numbers of journal rows strictly rise",
-    RowFinishedOnce: "a journal row is finished once, and rows below the settled number are finished",
+    RecordNumbersRise: "the numbers of journal rows strictly rise",
+    RecordFinishedOnce: "a journal row is finished once, and rows below the settled number are finished",
     NumberReserved: "a token or row number is reserved on disk before it is used",
     // Buckets.
-    RunSorted: "the keys of a run strictly rise",
-    KeyInSlice: "the keys of a run have their time within the slice of its bucket",
-    RunWhole: "a run has all keys that were counted for it",
-    OnlyPassedDropped: "a bucket is dropped only when all its keys have run out",
+    SstSorted: "the keys of a run strictly rise",
+    KeyInRange: "the keys of a run have their time within the slice of its bucket",
+    SstComplete: "a run has all keys that were counted for it",
+    OnlyExpiredDropped: "a bucket is dropped only when all its keys have run out",
     // Filter.
     FilterBits: "marking a key in the filter sets all its bits",
 }
@@ -115,14 +115,14 @@ impl Poison {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Outcome;
+    use onlyonce_core::Outcome;
 
     #[test]
     fn the_first_reason_stays_and_a_broken_invariant_is_named() {
         let poison = Poison::default();
         assert!(poison.unbroken().is_ok() && poison.reason().is_none());
-        let error = poison.broken(Invariant::RunSorted, format_args!("a after b"));
-        assert_eq!((error.outcome(), error.retryable()), (Outcome::Unknown, false));
+        let error = poison.broken(Invariant::SstSorted, format_args!("a after b"));
+        assert_eq!((error.outcome(), error.is_retryable()), (Outcome::Unknown, false));
         let said = error.to_string();
         assert!(said.contains("the keys of a run strictly rise") && said.contains("a after b"), "{said}");
         assert!(said.contains("bug in onlyonce"), "{said}");
@@ -132,7 +132,7 @@ mod tests {
 
         let poison = Poison::default();
         assert!(poison.set("a write failed"));
-        let _ = poison.broken(Invariant::RunSorted, format_args!("later"));
+        let _ = poison.broken(Invariant::SstSorted, format_args!("later"));
         assert_eq!(poison.reason(), Some("a write failed"));
         assert!(poison.unbroken().is_err(), "a call that met it fails all the same");
     }

@@ -1,49 +1,81 @@
-#![doc = include_str!("../README.md")]
-// Nothing a caller passes and nothing on disk may panic.
+//! An embedded, persistent deduplication and idempotency store on RocksDB.
+//!
+//! At-least-once queues deliver twice, and clients retry. [`Store::claim`] gives the first caller of a key a [`Lease`] on its
+//! work; every later one gets the stored result, or learns that the work is in progress. The store survives crashes and power
+//! cuts.
+//!
+//! ```
+//! use onlyonce::{Claim, Store};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("store");
+//! let store = Store::open(path)?;
+//! match store.claim("order-4711").wait()? {
+//!     Claim::Acquired(lease) => lease.complete("charged").wait()?,
+//!     Claim::Completed(first) => println!("already done: {:?}", first.result()),
+//!     Claim::InProgress(other) => println!("in progress elsewhere; retry after {:?}", other.retry_after),
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | to | see |
+//! |--|--|
+//! | open a store | [`Store`], [`Builder`] |
+//! | name a piece of work | [`Key`], [`Timestamp`] |
+//! | claim, work, complete | [`Call`], [`Claim`], [`Lease`], [`Completion`] |
+//! | filter duplicates without results | [`Store::record`] |
+//! | process batches | [`Store::claim_batch`], [`Store::complete_batch`], [`Store::record_batch`] |
+//! | store offsets and messages with results | [`Completion::offset`], [`Completion::message`], [`Store::outbox`] |
+//! | handle errors | [`Error`], [`ErrorKind`] |
+//! | operate | [`Store::stats`], [`Store::held`], [`Store::resolve`], [`Store::forget`], [`Store::inspect`] |
+//!
+//! Guarantees, architecture, operations and formats are described in the repository, in `docs/`.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+// Nothing that a caller passes and nothing on disk may panic.
 #![cfg_attr(
     not(test),
     warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::print_stdout)
 )]
 
-mod batch;
-mod bucket;
-mod claim;
+#[cfg(not(unix))]
+compile_error!("onlyonce runs on Unix only: it needs file locks and directory syncs of a POSIX file system");
+
+mod api;
+mod buckets;
 mod clock;
 mod codec;
-mod concurrency;
 mod config;
-#[cfg(feature = "tokio")]
-pub mod delivery;
+mod digest;
+mod engine;
 mod entry;
-mod error;
 mod filter;
-#[cfg(feature = "tokio")]
-pub mod future;
-#[cfg(feature = "http")]
-pub mod http;
-#[cfg(feature = "internals")]
-#[doc(hidden)]
-pub mod internals;
+mod fs;
 mod invariant;
-mod key;
-mod kill_point;
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod laws;
-mod meter;
-mod state;
+mod journal;
+mod memtable;
+mod metrics;
+mod rocks;
 mod stats;
-mod storage;
-mod store;
-mod tx;
-mod typed_result;
+mod testing;
 
-pub use claim::{Claim, CompleteError, Completed, InProgress, KeepAlive, Lease};
+pub use api::{
+    Builder, Call, Claim, ClaimKey, Complete, CompleteError, KeepAlive, Lease, Operation, Release, RunError,
+    RunOutcome, Store,
+};
+#[cfg(feature = "tokio")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
+pub use api::{DedupStream, Submitted, Unclaimed, UnclaimedReason};
 pub use clock::{BootTime, Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
-pub use entry::Prior;
-pub use error::{Error, Outcome, Result};
-pub use key::Key;
+pub use onlyonce_core::{
+    AttemptInfo, Cause, Completed, Completion, Error, ErrorKind, FencingToken, HeldKey, InProgress, Key, KeyError,
+    KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
+    RecordOutcome, Resolution, Result, ResultError, SideWrites, StoredKey, StoredResult, Timestamp, TimestampError,
+};
 pub use stats::{BucketStats, Stats};
-pub use store::{Builder, Check, Held, Phase, Ran, Recorded, Resolution, RunError, Store, Stored};
-pub use tx::{Message, MessageId, Tx};
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub use testing::fuzz_checks;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub use testing::internals;

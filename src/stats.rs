@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use onlyonce_core::Timestamp;
+
 /// A snapshot of a store's figures, from [`Store::stats`](crate::Store::stats). The counts begin at zero when the
 /// store is opened; the rest is as of now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +49,7 @@ pub struct Stats {
     /// Keys that wait for [`Store::resolve`](crate::Store::resolve).
     pub held: u64,
     /// Completed and released keys in memory and in the journal, not yet in a bucket.
-    pub unsealed: u64,
+    pub unflushed: u64,
     /// The live buckets, the oldest first.
     pub buckets: Vec<BucketStats>,
     /// Bytes of memory that the filters take.
@@ -56,12 +58,12 @@ pub struct Stats {
     pub disk_bytes: u64,
     /// The store's time, in milliseconds since the Unix epoch: elapsed time, or stream time. It may differ from the wall clock, which
     /// counts only when it was confirmed for 10 minutes. 0 on a stream store that has seen no message.
-    pub now_ms: u64,
+    pub now: Timestamp,
     /// How long a completed key is remembered.
     pub window: Duration,
     /// A key completed at this time (milliseconds since the Unix epoch) or later is remembered. It never goes back, also where the
     /// window becomes wider or the store's time goes back.
-    pub remembers_since_ms: u64,
+    pub remembers_since: Timestamp,
     /// Why the store refuses, if it is poisoned.
     pub poisoned: Option<String>,
 }
@@ -71,9 +73,9 @@ pub struct Stats {
 #[non_exhaustive]
 pub struct BucketStats {
     /// The first moment whose completions it holds, in milliseconds since the Unix epoch.
-    pub start_ms: u64,
+    pub start: Timestamp,
     /// The first moment after it.
-    pub end_ms: u64,
+    pub end: Timestamp,
     /// Its keys. Counted while the store runs, estimated by RocksDB for buckets from before.
     pub keys: u64,
     /// Whether a filter covers it. While not, every lookup of a key asks it on disk.
@@ -98,36 +100,6 @@ pub(crate) struct Counters {
     pub(crate) filter_checks: Counter,
     pub(crate) filter_hits: Counter,
     pub(crate) filter_false_positives: Counter,
-    #[cfg(feature = "tokio")]
-    pub(crate) deliveries: DeliveryCounters,
-}
-
-/// What became of deliveries: see `delivery::ProcessorStats`.
-#[cfg(feature = "tokio")]
-#[derive(Debug, Default)]
-pub(crate) struct DeliveryCounters {
-    pub(crate) done: Counter,
-    pub(crate) duplicates_by_id: Counter,
-    pub(crate) duplicates_by_position: Counter,
-    pub(crate) duplicates_by_digest: Counter,
-    pub(crate) without_id: Counter,
-    pub(crate) in_progress: Counter,
-    pub(crate) failed: Counter,
-    pub(crate) rejected: Counter,
-    pub(crate) given_up: Counter,
-    pub(crate) superseded: Counter,
-    pub(crate) store_failed: Counter,
-    pub(crate) unguarded: Counter,
-    pub(crate) unsettled: Counter,
-}
-
-#[cfg(feature = "tokio")]
-impl DeliveryCounters {
-    /// All duplicates, whatever their keys are made of.
-    #[cfg(feature = "metrics")]
-    pub(crate) fn duplicates(&self) -> u64 {
-        self.duplicates_by_id.get() + self.duplicates_by_position.get() + self.duplicates_by_digest.get()
-    }
 }
 
 /// A count that only grows.

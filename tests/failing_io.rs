@@ -237,7 +237,7 @@ fn a_disk_that_cannot_keep_what_it_took_poisons_the_store() {
         drop(store);
         assert!(disk.unmount());
         std::fs::remove_file(filler).unwrap();
-        disk.mend();
+        disk.repair();
         assert!(disk.mount(5));
         let store = builder().open(&path).unwrap();
         ledger.check(&store, false);

@@ -517,7 +517,7 @@ fn one_thread_renews_for_all_stores() {
         .map(|store| if let Ok(onlyonce::Claim::Acquired(lease)) = store.claim("k") { lease } else { panic!("new") })
         .collect();
     let alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
-    assert!(named("onlyonce-keeper") >= stores.len());
+    assert!(named("onlyonce-worker") >= stores.len());
     assert_eq!(named("onlyonce-renew"), 1);
     drop(alive);
     stores.iter().for_each(|store| store.close().unwrap());

@@ -294,7 +294,7 @@ fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
         ("onlyonce.deliveries.duplicates", "digest", 1),
         ("onlyonce.deliveries.without_id", "", 1),
         ("onlyonce.deliveries.given_up", "", 1),
-        ("onlyonce.deliveries.unsettled", "", 1),
+        ("onlyonce.deliveries.ack_failures", "", 1),
     ];
     for (name, label, count) in expected {
         assert_eq!(told.count(name, label), count, "{name} {label}");

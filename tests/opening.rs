@@ -143,11 +143,11 @@ fn a_path_of_any_bytes_and_one_through_a_link_are_stores() {
     use std::os::unix::ffi::OsStrExt;
 
     let dir = tempfile::tempdir().unwrap();
-    let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"\xff \n\x1b[2J"));
+    let unusual = dir.path().join(std::ffi::OsStr::from_bytes(b"\xff \n\x1b[2J"));
     let link = dir.path().join("link");
     fs::create_dir(dir.path().join("real")).unwrap();
     std::os::unix::fs::symlink("real", &link).unwrap();
-    for path in [&odd, &link] {
+    for path in [&unusual, &link] {
         for expected in [Recorded::First, Recorded::Duplicate { in_flight: false }] {
             let store = Store::open(path).unwrap();
             assert_eq!(store.record("k").unwrap(), expected);

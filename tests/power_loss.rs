@@ -123,8 +123,8 @@ fn what_was_acknowledged_on_disk_survives_a_power_cut() {
     let mut torment = Torment::new(&disk, &path);
     let (mut oracle, mut cuts, mut in_recovery) = (Oracle::new(), 0, 0);
     for round in 0..rounds() {
-        let seal_ms = *[5, 20, 100].choose(&mut torment.rng).unwrap();
-        let life = Life { durability: Durability::Disk, seal_ms, ..Life::default() };
+        let flush_ms = *[5, 20, 100].choose(&mut torment.rng).unwrap();
+        let life = Life { durability: Durability::Disk, flush_ms, ..Life::default() };
         let said = torment.cut_at_work(life, oracle.clock_ms, 0..400);
         oracle.hear_all(&said.lines, said.certain);
         cuts += 1;
@@ -223,7 +223,7 @@ fn under_process_a_power_cut_takes_no_more_than_the_last_interval() {
         let life = Life {
             durability: Durability::Process,
             // A seal puts what was completed before it on the disk: where there are few, the interval alone does.
-            seal_ms: *[5, 20, 200, 60_000].choose(rng).unwrap(),
+            flush_ms: *[5, 20, 200, 60_000].choose(rng).unwrap(),
             sync_ms: *[50, 100, 200].choose(rng).unwrap(),
             pace: *[1, 20, 50].choose(rng).unwrap(),
             budget_mib: *[32, 256].choose(rng).unwrap(),
@@ -256,7 +256,7 @@ fn under_process_a_power_cut_takes_no_more_than_the_last_interval() {
 fn without_syncs() -> Life {
     Life {
         durability: Durability::Process,
-        seal_ms: 60_000,
+        flush_ms: 60_000,
         pace: 1,
         budget_mib: 2_048,
         rest_us: 300,

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::START_MS;
-use onlyonce::internals::{RowNumbers, SyncGroup};
+use onlyonce::internals::{RecordNumbers, SyncGroup};
 use onlyonce::{Claim, Durability, Error, ManualClock, Store};
 use oracle::Oracle;
 use shuttle::rand::Rng;
@@ -272,7 +272,7 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
 #[test]
 fn a_row_is_settled_when_it_is_finished_and_not_before() {
     model(20_000, || {
-        let rows = Arc::new(RowNumbers::default());
+        let rows = Arc::new(RecordNumbers::default());
         let next = Arc::new(AtomicU64::new(1));
         // Begun, and not about to be finished.
         let open = Arc::new(Mutex::new(BTreeSet::new()));
@@ -282,10 +282,10 @@ fn a_row_is_settled_when_it_is_finished_and_not_before() {
                 for _ in 0..2 {
                     let number = rows.begin(|| next.fetch_add(1, Ordering::SeqCst));
                     open.lock().unwrap().insert(number);
-                    assert!(!rows.is_settled(number));
+                    assert!(!rows.is_finished(number));
                     open.lock().unwrap().remove(&number);
                     rows.finish(number);
-                    assert!(rows.is_settled(number));
+                    assert!(rows.is_finished(number));
                 }
             })
         });
@@ -294,8 +294,8 @@ fn a_row_is_settled_when_it_is_finished_and_not_before() {
         threads.push(thread::spawn(move || {
             for _ in 0..3 {
                 let before: Vec<u64> = open.lock().unwrap().iter().copied().collect();
-                let settled = before.iter().filter(|number| rows.is_settled(**number)).count();
-                let below = rows.settled_below(|| next.load(Ordering::SeqCst));
+                let settled = before.iter().filter(|number| rows.is_finished(**number)).count();
+                let below = rows.finished_below(|| next.load(Ordering::SeqCst));
                 let open = open.lock().unwrap();
                 let still = before.iter().filter(|number| open.contains(number)).copied();
                 assert!(settled + still.clone().count() <= before.len());

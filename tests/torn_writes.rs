@@ -120,13 +120,13 @@ fn replays(durability: Durability, check: impl Fn(&Replay, &str)) {
     let replays = number("ONLYONCE_TORN_REPLAYS").unwrap_or(20);
     let (mut done, mut acknowledged, mut torn, mut dropped, mut at_stake) = (0, 0, 0, 0, 0);
     while done < replays {
-        let (seal_ms, sync_ms) = (*[5, 20, 100, 60_000].choose(&mut rng).unwrap(), rng.random_range(5..100));
-        let life = Life { durability, seal_ms, sync_ms, ..Life::default() };
+        let (flush_ms, sync_ms) = (*[5, 20, 100, 60_000].choose(&mut rng).unwrap(), rng.random_range(5..100));
+        let life = Life { durability, flush_ms, sync_ms, ..Life::default() };
         let Some((recording, chronicle)) = record(life, 2, &mut rng) else { return };
         let mut player = Player::new(&recording);
         for cut in places(&recording, CUTS.min(replays - done), &mut rng) {
             let end = recording.events.len();
-            let what = format!("replay {done}, a seal every {seal_ms} ms, cut at {cut} of {end}");
+            let what = format!("replay {done}, a seal every {flush_ms} ms, cut at {cut} of {end}");
             let replay = replay(&mut player, &chronicle, cut, &mut rng);
             done += 1;
             let replay = replay.unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -163,7 +163,7 @@ fn under_process_torn_and_reordered_writes_take_the_last_and_nothing_before() {
 #[test]
 fn without_syncs_torn_and_reordered_writes_lose_what_was_acknowledged() {
     let mut rng = StdRng::seed_from_u64(seed());
-    let life = Life { durability: Durability::Process, seal_ms: 60_000, pace: 1, rest_us: 300, ..Life::default() };
+    let life = Life { durability: Durability::Process, flush_ms: 60_000, pace: 1, rest_us: 300, ..Life::default() };
     let Some((recording, chronicle)) = record(life, 1, &mut rng) else { return };
     let mut player = Player::new(&recording);
     let end = recording.events.len() as u64;

@@ -11,4 +11,4 @@ static DIR: LazyLock<TempDir> = LazyLock::new(|| {
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 });
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| onlyonce::laws::filter_file(&DIR.path().join("bucket.filter"), bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| onlyonce::fuzz_checks::filter_file(&DIR.path().join("bucket.filter"), bytes));

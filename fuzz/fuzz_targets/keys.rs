@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| onlyonce::laws::keys(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| onlyonce::fuzz_checks::keys(bytes));

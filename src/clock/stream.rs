@@ -117,7 +117,7 @@ impl StreamTime {
     }
 
     fn wall_ms(&self) -> u64 {
-        self.clock.wall_ms().min(MAX_WALL_MS)
+        self.clock.wall().as_unix_ms().min(MAX_WALL_MS)
     }
 
     fn reaches(&self, stream_ms: u64, at_ms: u64) -> bool {
@@ -142,7 +142,7 @@ mod tests {
     use crate::clock::ManualClock;
 
     fn of_messages(high_water_ms: u64) -> (ManualClock, StreamTime) {
-        let clock = ManualClock::at(1_000_000);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
         let saved = Saved { time_ms: high_water_ms, floor_ms: 0 };
         (clock.clone(), StreamTime::resume(Arc::new(clock), &saved, 100, 500))
     }

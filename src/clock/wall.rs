@@ -102,7 +102,7 @@ impl Reading {
 }
 
 fn wall_ms(clock: &dyn Clock) -> u64 {
-    clock.wall_ms().min(MAX_WALL_MS)
+    clock.wall().as_unix_ms().min(MAX_WALL_MS)
 }
 
 fn time_ms(offset_ms: i64, monotonic_ms: u64) -> u64 {
@@ -482,8 +482,8 @@ mod tests {
     }
 
     impl Clock for Stuttering {
-        fn wall_ms(&self) -> u64 {
-            self.inner.wall_ms()
+        fn wall(&self) -> onlyonce_core::Timestamp {
+            self.inner.wall()
         }
 
         fn monotonic_ms(&self) -> u64 {
@@ -497,7 +497,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_is_suspended_between_two_clocks_takes_neither_for_wrong() {
-        let inner = ManualClock::at(START_MS);
+        let inner = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(START_MS));
         let clock = Arc::new(Stuttering { inner: inner.clone(), asked: AtomicU64::new(0), by_ms: 3_000 });
         let wall = WallTime::resume(clock, &Saved::default(), &ClockState::default(), SPAN);
         for _ in 0..1_000 {
@@ -511,13 +511,13 @@ mod tests {
     #[test]
     fn a_wall_clock_that_drifts_is_never_far_from_the_time() {
         for drift_ppm in [-50_i64, 50, 500] {
-            let clock = ManualClock::at(START_MS);
+            let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(START_MS));
             let wall = begun(&clock);
             for minute in 1..=7 * 24 * 60_u64 {
                 clock.advance(Duration::from_secs(60));
                 let drifted_ms = minute as i64 * 60_000 * drift_ppm / 1_000_000;
                 clock.set_wall_ms((START_MS + minute * 60_000).saturating_add_signed(drifted_ms));
-                let off_ms = wall.now().time_ms.abs_diff(clock.wall_ms());
+                let off_ms = wall.now().time_ms.abs_diff(clock.wall().as_unix_ms());
                 assert!(off_ms <= 2 * TOLERANCE_MS, "{drift_ppm} ppm, minute {minute}: {off_ms} ms");
             }
         }
@@ -525,7 +525,7 @@ mod tests {
 
     #[test]
     fn the_time_never_goes_back_while_threads_follow_small_steps() {
-        let clock = ManualClock::at(START_MS);
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(START_MS));
         let wall = begun(&clock);
         std::thread::scope(|scope| {
             for _ in 0..3 {
@@ -540,7 +540,7 @@ mod tests {
             }
             for step in 0..5_000_u64 {
                 clock.advance(Duration::from_millis(step % 7));
-                clock.set_wall_ms(clock.wall_ms() + step % 2);
+                clock.set_wall(onlyonce_core::Timestamp::from_unix_ms(clock.wall().as_unix_ms() + step % 2));
             }
         });
         assert!(wall.now().time_ms >= START_MS + 5_000 * 3 - 7, "it went on");

@@ -15,16 +15,16 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::layer::{Geometry, Layer, SHARDS, Slot};
+use super::matrix::{ColumnId, FilterMatrix, Geometry, SHARDS};
 use crate::codec::{Reader, Secret};
-use crate::kill_point::KillPoint;
+use crate::testing::failpoint::Failpoint;
 
 const MAGIC: &[u8; 8] = b"ONLYFLT1";
 const HASH_BYTES: usize = 16;
 /// What the name of a file ends in while it is being written.
 pub(crate) const NEW: &str = "new";
 /// A bucket's runs are merged long before.
-const MAX_RUNS: u32 = 1 << 16;
+const MAX_SSTS: u32 = 1 << 16;
 
 type Hash = [u8; HASH_BYTES];
 
@@ -56,7 +56,7 @@ impl FileKey {
 pub(crate) struct Covered {
     pub(crate) keys: u64,
     /// The numbers of the bucket's files. It answers for no key that lies in another.
-    pub(crate) runs: Vec<u64>,
+    pub(crate) ssts: Vec<u64>,
 }
 
 impl Geometry {
@@ -68,8 +68,8 @@ impl Geometry {
 
 impl Covered {
     /// Whether it answers for all keys of a bucket that has these files.
-    pub(crate) fn covers(&self, runs: &[u64]) -> bool {
-        runs.iter().all(|run| self.runs.contains(run))
+    pub(crate) fn covers(&self, ssts: &[u64]) -> bool {
+        ssts.iter().all(|sst| self.ssts.contains(sst))
     }
 }
 
@@ -78,12 +78,12 @@ pub(crate) fn write(
     path: &Path,
     key: &FileKey,
     bucket: &str,
-    layer: &Layer,
-    slot: Slot,
+    matrix: &FilterMatrix,
+    column_id: ColumnId,
     covered: &Covered,
 ) -> io::Result<()> {
-    KillPoint::FilterBegun.pass();
-    let Some(geometry) = layer.geometry() else { return Err(io::Error::other("only a base has columns to keep")) };
+    Failpoint::FilterBegun.pass();
+    let Some(geometry) = matrix.geometry() else { return Err(io::Error::other("only a base has columns to keep")) };
     let new = path.with_extension(NEW);
     let file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
@@ -92,26 +92,26 @@ pub(crate) fn write(
     header.extend_from_slice(&geometry.width.to_le_bytes());
     header.extend_from_slice(&geometry.lines_per_shard.to_le_bytes());
     header.extend_from_slice(&covered.keys.to_le_bytes());
-    header.extend_from_slice(&(covered.runs.len() as u32).to_le_bytes());
-    for run in &covered.runs {
-        header.extend_from_slice(&run.to_le_bytes());
+    header.extend_from_slice(&(covered.ssts.len() as u32).to_le_bytes());
+    for sst in &covered.ssts {
+        header.extend_from_slice(&sst.to_le_bytes());
     }
     let header_hash = key.hash(&[bucket.as_bytes(), &header]);
     out.write_all(&header)?;
     out.write_all(&header_hash)?;
     for shard in 0..SHARDS {
         if shard == SHARDS / 2 {
-            KillPoint::FilterHalfWritten.pass();
+            Failpoint::FilterHalfWritten.pass();
         }
         let column =
-            layer.column(shard, slot).ok_or_else(|| io::Error::other("the layer has no such column to keep"))?;
+            matrix.column(shard, column_id).ok_or_else(|| io::Error::other("the layer has no such column to keep"))?;
         out.write_all(&column)?;
         out.write_all(&key.hash(&[&header_hash, &shard.to_le_bytes(), &column]))?;
     }
     out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
-    KillPoint::FilterWritten.pass();
+    Failpoint::FilterWritten.pass();
     fs::rename(&new, path)?;
-    KillPoint::FilterNamed.pass();
+    Failpoint::FilterRenamed.pass();
     Ok(())
 }
 
@@ -132,9 +132,9 @@ impl FilterFile {
         let mut file = File::open(path)?;
         let mut header = vec![0; MAGIC.len() + 24];
         file.read_exact(&mut header)?;
-        let (geometry, keys, runs) = read_header(&header).ok_or_else(|| damaged(HEADER))?;
+        let (geometry, keys, ssts) = read_header(&header).ok_or_else(|| damaged(HEADER))?;
         let fixed = header.len();
-        header.resize(fixed + runs as usize * 8, 0);
+        header.resize(fixed + ssts as usize * 8, 0);
         file.read_exact(header.get_mut(fixed..).unwrap_or_default())?;
         let mut header_hash = Hash::default();
         file.read_exact(&mut header_hash)?;
@@ -145,8 +145,8 @@ impl FilterFile {
         if geometry.file_bytes(columns_start) != Some(file.metadata()?.len()) {
             return Err(damaged("its length does not fit its header"));
         }
-        let runs = header.get(fixed..).unwrap_or_default().as_chunks().0.iter().copied().map(u64::from_le_bytes);
-        let covered = Covered { keys, runs: runs.collect() };
+        let ssts = header.get(fixed..).unwrap_or_default().as_chunks().0.iter().copied().map(u64::from_le_bytes);
+        let covered = Covered { keys, ssts: ssts.collect() };
         Ok(Self { file, key: *key, header_hash, columns_start, geometry, covered })
     }
 
@@ -173,8 +173,8 @@ fn read_header(header: &[u8]) -> Option<(Geometry, u64, u32)> {
     let width = u32::from_le_bytes(reader.array()?);
     let lines_per_shard = u64::from_le_bytes(reader.array()?);
     let keys = u64::from_le_bytes(reader.array()?);
-    let runs = u32::from_le_bytes(reader.array()?);
-    (runs <= MAX_RUNS).then_some((Geometry { width, lines_per_shard }, keys, runs))
+    let ssts = u32::from_le_bytes(reader.array()?);
+    (ssts <= MAX_SSTS).then_some((Geometry { width, lines_per_shard }, keys, ssts))
 }
 
 fn damaged(what: &'static str) -> io::Error {
@@ -184,19 +184,19 @@ fn damaged(what: &'static str) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filter::layer::Columns;
+    use crate::filter::matrix::Columns;
 
     fn key() -> FileKey {
         FileKey::new(&[3; 16])
     }
 
-    fn written(dir: &tempfile::TempDir) -> (std::path::PathBuf, Layer, Covered) {
-        let layer = Layer::new(Columns::All(32), 2_000);
-        assert!(layer.insert(7, (0..2_000_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15))));
-        let covered = Covered { keys: 2_000, runs: vec![11, 19] };
+    fn written(dir: &tempfile::TempDir) -> (std::path::PathBuf, FilterMatrix, Covered) {
+        let matrix = FilterMatrix::new(Columns::All(32), 2_000);
+        assert!(matrix.insert(7, (0..2_000_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15))));
+        let covered = Covered { keys: 2_000, ssts: vec![11, 19] };
         let path = dir.path().join("bucket.filter");
-        write(&path, &key(), "bucket", &layer, 7, &covered).unwrap();
-        (path, layer, covered)
+        write(&path, &key(), "bucket", &matrix, 7, &covered).unwrap();
+        (path, matrix, covered)
     }
 
     fn read(path: &Path, key: &FileKey, bucket: &str) -> io::Result<(Covered, Vec<Vec<u8>>)> {
@@ -208,10 +208,10 @@ mod tests {
     #[test]
     fn a_file_comes_back_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, layer, covered) = written(&dir);
+        let (path, matrix, covered) = written(&dir);
         let (read, columns) = read(&path, &key(), "bucket").unwrap();
         assert_eq!(read, covered);
-        assert!(columns.iter().enumerate().all(|(shard, column)| Some(column) == layer.column(shard, 7).as_ref()));
+        assert!(columns.iter().enumerate().all(|(shard, column)| Some(column) == matrix.column(shard, 7).as_ref()));
         assert!(read.covers(&[19]) && read.covers(&[]) && !read.covers(&[11, 20]));
     }
 

@@ -4,6 +4,6 @@
 //! `docs/architecture.md` for why it is laid out this way.
 
 pub(crate) mod file;
-pub(crate) mod layer;
+pub(crate) mod matrix;
 pub(crate) mod sizing;
 pub(crate) mod stack;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::concurrency::Mutex;
 use crate::entry::Prior;
 use crate::future::Lease;
+use crate::testing::sync_shim::Mutex;
 use crate::tx::Tx;
 
 /// The attempt at a request that a handler makes. It is among the request's extensions.

@@ -91,8 +91,8 @@ async fn an_entry_with_a_field_that_is_no_text_takes_no_other_along_and_is_copie
     let broker = Redis::open(&format!("bytes-{}", std::process::id())).await;
     let mut connection = broker.connection.clone();
     broker.send(Some("order-1"), "first").await;
-    let odd: [(&[u8], &[u8]); 4] = [(b"\xff\xfe", b"x"), (b"tag", b"1"), (b"tag", b"2"), (b"payload", b"second")];
-    let _: String = connection.xadd(&broker.stream, "*", &odd).await.unwrap();
+    let unusual: [(&[u8], &[u8]); 4] = [(b"\xff\xfe", b"x"), (b"tag", b"1"), (b"tag", b"2"), (b"payload", b"second")];
+    let _: String = connection.xadd(&broker.stream, "*", &unusual).await.unwrap();
     broker.send(Some("order-3"), "third").await;
     let mut consumer = broker.intake().await;
     let mut entries = Vec::new();
@@ -119,7 +119,7 @@ async fn an_entry_with_a_field_that_is_no_text_takes_no_other_along_and_is_copie
     }
     let dead = Consumer::builder(broker.client.clone(), &format!("{}.dead", broker.stream), GROUP, "reader");
     let letter = dead.build().unwrap().next().await.unwrap();
-    let expected = [&odd[..], &[(b"onlyonce.why", b"no such order"), (b"onlyonce.from", from.as_bytes())]].concat();
+    let expected = [&unusual[..], &[(b"onlyonce.why", b"no such order"), (b"onlyonce.from", from.as_bytes())]].concat();
     assert_eq!(letter.fields().collect::<Vec<_>>(), expected);
     assert_eq!(broker.unsettled().await, 0);
 }

@@ -145,7 +145,7 @@ impl Disk {
     }
 
     /// Looks the unmounted file system over, as after an error it must be.
-    pub fn mend(&self) {
+    pub fn repair(&self) {
         let mut check = Command::new("e2fsck");
         let check = check.args(["-f", "-y"]).arg(self.image()).stdout(Stdio::null()).stderr(Stdio::null());
         let code = check.status().unwrap().code();

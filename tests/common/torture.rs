@@ -32,7 +32,7 @@ const CHILD_SEED: &str = "ONLYONCE_KILL_CHILD_SEED";
 const CLOCK: &str = "ONLYONCE_KILL_CLOCK";
 const ROUND: &str = "ONLYONCE_KILL_ROUND";
 const DURABILITY: &str = "ONLYONCE_KILL_DURABILITY";
-const SEAL_MS: &str = "ONLYONCE_KILL_SEAL_MS";
+const FLUSH_MS: &str = "ONLYONCE_KILL_FLUSH_MS";
 const SYNC_MS: &str = "ONLYONCE_KILL_SYNC_MS";
 const PACE: &str = "ONLYONCE_KILL_PACE";
 const BUDGET: &str = "ONLYONCE_KILL_BUDGET";
@@ -56,7 +56,7 @@ fn durability(name: &str) -> Durability {
 pub struct Life {
     pub durability: Durability,
     /// It seals after so long at most.
-    pub seal_ms: u64,
+    pub flush_ms: u64,
     /// Under [`Durability::Process`] it syncs so often.
     pub sync_ms: u64,
     /// How many times as fast as real time its clock goes.
@@ -73,7 +73,7 @@ impl Default for Life {
     fn default() -> Self {
         Self {
             durability: Durability::Disk,
-            seal_ms: 20,
+            flush_ms: 20,
             sync_ms: NEVER_MS,
             pace: 100,
             budget_mib: 32,
@@ -114,7 +114,7 @@ pub fn command(path: &Path, life: Life, clock_ms: u64, seed: u32, round: u64) ->
         .args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"])
         .env(STORE, path)
         .env(DURABILITY, format!("{:?}", life.durability))
-        .env(SEAL_MS, life.seal_ms.to_string())
+        .env(FLUSH_MS, life.flush_ms.to_string())
         .env(SYNC_MS, life.sync_ms.to_string())
         .env(PACE, life.pace.to_string())
         .env(BUDGET, life.budget_mib.to_string())
@@ -224,7 +224,7 @@ pub fn child() {
     end_at_panic();
     let clock = ManualClock::at(variable(CLOCK).parse().unwrap());
     let (seed, round): (u64, u64) = (variable(CHILD_SEED).parse().unwrap(), variable(ROUND).parse().unwrap());
-    let seal_ms: u64 = variable(SEAL_MS).parse().unwrap();
+    let flush_ms: u64 = variable(FLUSH_MS).parse().unwrap();
     let pace = Duration::from_millis(variable(PACE).parse().unwrap());
     let whole = std::env::var_os(WHOLE_LIFE).is_some();
     for opening in 0.. {
@@ -259,7 +259,7 @@ pub fn child() {
             scope.spawn(|| {
                 let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
                 while !stage.is_over() {
-                    std::thread::sleep(Duration::from_millis(rng.random_range(0..seal_ms)));
+                    std::thread::sleep(Duration::from_millis(rng.random_range(0..flush_ms)));
                     store.seal().unwrap();
                 }
             });

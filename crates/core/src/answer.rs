@@ -40,6 +40,57 @@ pub enum StoredResult<B = Arc<[u8]>> {
     TooLarge,
 }
 
+impl<'a> StoredResult<&'a [u8]> {
+    /// What an engine with this `limit` stores of a result.
+    #[must_use]
+    pub fn within(result: &'a [u8], limit: usize) -> Self {
+        if result.len() > limit { Self::TooLarge } else { Self::Bytes(result) }
+    }
+
+    /// The same, with its own copy of the bytes.
+    #[must_use]
+    pub fn to_shared(&self) -> StoredResult {
+        match self {
+            Self::None => StoredResult::None,
+            Self::Bytes(bytes) => StoredResult::Bytes(Arc::from(*bytes)),
+            Self::TooLarge => StoredResult::TooLarge,
+        }
+    }
+}
+
+impl<B: AsRef<[u8]>> StoredResult<B> {
+    /// The number of stored bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes().map_or(0, <[u8]>::len)
+    }
+
+    /// True if no bytes are stored.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The stored bytes.
+    #[must_use]
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Bytes(bytes) => Some(bytes.as_ref()),
+            Self::None | Self::TooLarge => None,
+        }
+    }
+
+    /// The same, borrowing its bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> StoredResult<&[u8]> {
+        match self {
+            Self::None => StoredResult::None,
+            Self::Bytes(bytes) => StoredResult::Bytes(bytes.as_ref()),
+            Self::TooLarge => StoredResult::TooLarge,
+        }
+    }
+}
+
 impl Completed {
     /// A completed key, as an engine knows it.
     #[must_use]
@@ -55,10 +106,7 @@ impl Completed {
     /// The stored result. `None` if the key was recorded without one, or if it was too large to store.
     #[must_use]
     pub fn result(&self) -> Option<&[u8]> {
-        match &self.result {
-            StoredResult::Bytes(bytes) => Some(bytes),
-            StoredResult::None | StoredResult::TooLarge => None,
-        }
+        self.result.bytes()
     }
 
     /// The result that [`Completion::encode`](crate::Completion::encode) encoded. `None` as for [`Completed::result`].

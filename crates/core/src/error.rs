@@ -513,6 +513,20 @@ impl From<io::Error> for Cause {
     }
 }
 
+/// An error of the store as the source of another one.
+impl From<Error> for Cause {
+    fn from(error: Error) -> Self {
+        let kind = match &error {
+            Error::Io { source, .. }
+            | Error::WriteFailed { source }
+            | Error::FlushFailed { source }
+            | Error::Unavailable { source } => source.kind(),
+            _ => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
+
 impl From<String> for Cause {
     fn from(text: String) -> Self {
         Self::new(io::ErrorKind::Other, text)

@@ -114,6 +114,13 @@ impl<'a> Key<'a> {
         self
     }
 
+    /// As [`Key::fingerprint`], from the fingerprint itself.
+    #[must_use]
+    pub fn with_fingerprint(mut self, fingerprint: Option<Fingerprint>) -> Self {
+        self.fingerprint = fingerprint;
+        self
+    }
+
     /// Gives the key the timestamp of its message. Required on a store that runs on stream time, an error on any other.
     /// Every delivery of a message must have the same timestamp.
     #[must_use]

@@ -1,0 +1,118 @@
+//! Rotation: the next bucket is there before it is needed, and one whose time has passed is dropped whole.
+
+use std::sync::atomic::Ordering;
+
+use super::range::BucketRange;
+use super::registry::BucketRegistry;
+use crate::clock::Now;
+use crate::config::Span;
+use crate::rocks::db::Db;
+use onlyonce_core::Result;
+
+/// Whether there are buckets whose keys are all forgotten.
+pub(crate) fn has_expired(registry: &BucketRegistry, span: Span, now: &Now) -> bool {
+    registry.has_expired()
+        || registry.snapshot().newest_first().iter().any(|bucket| !bucket.range.is_live(now, span.window_ms))
+}
+
+/// Drops every bucket whose keys are all forgotten, as long as `should_continue` says so. Costs a change of the manifest each, however
+/// many keys it has.
+pub(crate) fn drop_expired(
+    db: &Db,
+    registry: &BucketRegistry,
+    span: Span,
+    now: &Now,
+    should_continue: &impl Fn() -> bool,
+) {
+    registry.remove_expired(db, should_continue);
+    let snapshot = registry.snapshot();
+    for bucket in snapshot.newest_first().into_iter().rev() {
+        if !bucket.range.is_live(now, span.window_ms) && should_continue() {
+            registry.remove(db, &bucket, now, span.window_ms);
+        }
+    }
+}
+
+/// Creates the bucket after the present one, once half of the present one's time is over. A store that has nothing to
+/// remember creates none.
+pub(crate) fn prepare_next(db: &Db, registry: &BucketRegistry, span: Span, now_ms: u64) -> Result<()> {
+    let present = BucketRange::containing(now_ms, span.bucket_ms);
+    let snapshot = registry.snapshot();
+    let buckets = snapshot.newest_first();
+    let Some(bucket) = buckets.iter().find(|bucket| bucket.range == present) else { return Ok(()) };
+    let keys = bucket.keys.load(Ordering::Relaxed);
+    if keys > 0 && now_ms - present.start_ms >= span.bucket_ms / 2 {
+        registry.ensure(db, present.next())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::fs::directory::Directory;
+
+    const SPAN: Span = Span { window_ms: 4_000, bucket_ms: 1_000 };
+
+    fn open(dir: &tempfile::TempDir, now_ms: u64) -> (Db, BucketRegistry) {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let registry = BucketRegistry::open(&db, &families, SPAN, &at(now_ms), 0, 1 << 20, None).unwrap();
+        (db, registry)
+    }
+
+    fn at(time_ms: u64) -> Now {
+        Now { time_ms, ..Now::default() }
+    }
+
+    fn seconds(registry: &BucketRegistry) -> Vec<u64> {
+        registry.snapshot().newest_first().iter().rev().map(|bucket| bucket.range.start_ms / 1_000).collect()
+    }
+
+    #[test]
+    fn the_next_bucket_is_there_when_half_of_one_with_keys_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, registry) = open(&dir, 0);
+        let prepared = |now_ms| {
+            prepare_next(&db, &registry, SPAN, now_ms).unwrap();
+            seconds(&registry)
+        };
+        assert!(prepared(5_900).is_empty(), "there is nothing to remember");
+        let bucket = registry.ensure(&db, BucketRange::containing(5_000, 1_000)).unwrap();
+        assert_eq!(prepared(5_900), [5], "nor is there now");
+        registry.mark(&bucket, &[77]);
+        assert_eq!(prepared(5_499), [5]);
+        assert_eq!(prepared(5_500), [5, 6]);
+        assert_eq!(prepared(5_600), [5, 6]);
+        assert_eq!(prepared(6_900), [5, 6]);
+    }
+
+    #[test]
+    fn a_bucket_goes_when_its_last_possible_key_is_forgotten_also_where_nobody_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, registry) = open(&dir, 0);
+        for second in 0..3 {
+            registry.ensure(&db, BucketRange::containing(second * 1_000, 1_000)).unwrap();
+        }
+        for (now_ms, expired, left) in [(4_998, false, &[0, 1, 2][..]), (4_999, true, &[1, 2]), (5_998, false, &[1, 2])]
+        {
+            assert_eq!(has_expired(&registry, SPAN, &at(now_ms)), expired, "{now_ms}");
+            drop_expired(&db, &registry, SPAN, &at(now_ms), &|| true);
+            assert_eq!(seconds(&registry), left, "{now_ms}");
+        }
+        db.close().unwrap();
+
+        let (db, registry) = open(&dir, 5_999);
+        assert_eq!(seconds(&registry), [2]);
+        assert!(has_expired(&registry, SPAN, &at(5_999)), "it is still on the disk");
+        drop_expired(&db, &registry, SPAN, &at(5_999), &|| false);
+        assert!(has_expired(&registry, SPAN, &at(5_999)), "there was no time for it");
+        drop_expired(&db, &registry, SPAN, &at(5_999), &|| true);
+        assert!(!has_expired(&registry, SPAN, &at(5_999)));
+        db.close().unwrap();
+        let (_db, registry) = open(&dir, 0);
+        assert_eq!(seconds(&registry), [2], "and now it is gone");
+    }
+}

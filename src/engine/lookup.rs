@@ -1,0 +1,372 @@
+//! Looking keys up: what the disk knows, what the hot table has, and which of the two counts.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::core::Engine;
+use super::request::{KeyRef, Request};
+use super::response::{completed, in_progress, payload_mismatch, too_far_ahead, too_old};
+use super::transition::{self, Decision, LeaseState};
+use crate::buckets::registry::{Probe, Snapshot, look_up};
+use crate::clock::Now;
+use crate::entry::{Entry, Processing};
+use crate::invariant::Invariant;
+use crate::memtable::table::Shard;
+use crate::metrics::Call;
+use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
+
+/// What the buckets know of a request's keys, and as of which seal.
+pub(super) struct DiskLookup {
+    flush_generation: u64,
+    /// The place of a key in its request, and what was found of it. In the order of the places.
+    entries: Vec<(usize, Entry)>,
+}
+
+impl DiskLookup {
+    fn entry(&self, index: usize) -> Option<&Entry> {
+        let start = self.entries.partition_point(|(found, _)| *found < index);
+        let here = self.entries.iter().skip(start).take_while(|(found, _)| *found == index);
+        // A key that was released and completed later, or forgotten and completed again, may be in two buckets.
+        here.map(|(_, entry)| entry).max_by_key(|entry| entry.token())
+    }
+}
+
+impl Engine {
+    /// What the buckets know of the keys of a request.
+    pub(super) fn look_up_on_disk(&self, request: &Request) -> Result<DiskLookup> {
+        // Before anything is looked at: what changes from here on is noticed.
+        let flush_generation = self.flush_generation.load(Ordering::Acquire);
+        let snapshot = self.buckets.snapshot();
+        let digests: Vec<u64> = request.digests().collect();
+        let mut column_bits = vec![0; digests.len()];
+        snapshot.candidates_of(&digests, &mut column_bits);
+        let mut lost = false;
+        let key_refs = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
+            |(index, column_bits)| {
+                let key_ref = request.get(index);
+                lost |= key_ref.is_none();
+                key_ref.map(|key_ref| (key_ref, *column_bits))
+            },
+        );
+        let found = self.in_buckets(&snapshot, key_refs)?;
+        if lost {
+            return Err(
+                self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
+            );
+        }
+        self.counters.filter_checks.add(digests.len() as u64);
+        Ok(DiskLookup { flush_generation, entries: found })
+    }
+
+    /// As [`Engine::look_up_on_disk`], for one key.
+    fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
+        let flush_generation = self.flush_generation.load(Ordering::Acquire);
+        let snapshot = self.buckets.snapshot();
+        let column_bits = snapshot.candidates(key_ref.digest);
+        let entries = self.in_buckets(&snapshot, (column_bits != 0).then_some((key_ref, column_bits)).into_iter())?;
+        Ok(DiskLookup { flush_generation, entries })
+    }
+
+    /// What the buckets that the filter named know of the keys: from what came there lately, or from the disk.
+    fn in_buckets<'a>(
+        &self,
+        snapshot: &Snapshot,
+        key_refs: impl Iterator<Item = (KeyRef<'a>, u64)>,
+    ) -> Result<Vec<(usize, Entry)>> {
+        let recent = self.memtable.recent();
+        let mut found = Vec::new();
+        let mut probes = Vec::new();
+        let mut hits = 0;
+        for (key_ref, column_bits) in key_refs {
+            hits += 1;
+            // What the hot table has beside that does not count here: a seal may be about to remove it.
+            match recent.get(key_ref.digest, key_ref.key) {
+                Some(entry) => found.push((key_ref.index, entry)),
+                None => {
+                    probes.push(Probe { index: key_ref.index, digest: key_ref.digest, key: key_ref.key, column_bits })
+                }
+            }
+        }
+        if hits == 0 {
+            return Ok(found);
+        }
+        look_up(&self.db, snapshot, &probes, |index, _, entry| found.push((index, entry)))?;
+        // Sorted, so that [`DiskLookup::entry`] finds a key without a walk through all of them.
+        found.sort_unstable_by_key(|(index, _)| *index);
+        self.counters.filter_hits.add(hits);
+        self.counters.filter_false_positives.add(hits.saturating_sub(found.len() as u64));
+        Ok(found)
+    }
+
+    /// Calls `decide` with the key's locked stripe and what is stored of it, which is the truth as long as the
+    /// stripe is locked.
+    pub(super) fn with_locked_key<R>(
+        &self,
+        key_ref: KeyRef<'_>,
+        on_disk: &DiskLookup,
+        decide: impl FnOnce(&mut Shard<'_>, Option<Entry>) -> R,
+    ) -> Result<R> {
+        let mut again;
+        let mut on_disk = on_disk;
+        self.has_key(key_ref.key)?;
+        loop {
+            let mut shard = self.memtable.shard(key_ref.digest);
+            let in_memory = shard.get(key_ref.digest, key_ref.key);
+            if in_memory.is_some() || self.flush_generation.load(Ordering::Acquire) == on_disk.flush_generation {
+                let stored = in_memory.or_else(|| on_disk.entry(key_ref.index).cloned());
+                return Ok(decide(&mut shard, stored));
+            }
+            // The key may have been completed and sealed since the disk was asked. Ask again.
+            drop(shard);
+            again = self.look_up_on_disk_again(key_ref)?;
+            on_disk = &again;
+        }
+    }
+
+    /// What a claim of each key would find. Changes nothing.
+    pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<KeyStatus>>> {
+        let _timer = self.metrics.call(Call::Check, request.len());
+        let now = self.now();
+        self.look_at(request, |key_ref, stored| {
+            let at_ms = request.at_ms(key_ref.index);
+            let now = match at_ms.map(|at_ms| (at_ms, self.timeline.foresee(at_ms))) {
+                None => now,
+                Some((_, Ok(time_ms))) => Now { time_ms, ..now },
+                Some((at_ms, Err(leap))) => return Err(too_far_ahead(key_ref, at_ms, leap)),
+            };
+            match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
+                Decision::Available { .. } => Ok(KeyStatus::New),
+                Decision::InProgress { retry_after_ms, attempt } => {
+                    Ok(KeyStatus::InProgress(in_progress(retry_after_ms, attempt)))
+                }
+                Decision::Completed(done) => Ok(KeyStatus::Completed(completed(done, &now, self.policy.window_ms))),
+                Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
+                Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
+            }
+        })
+    }
+
+    /// Everything that is stored about the key of a request, unless it has expired.
+    pub(crate) fn inspect(&self, request: &Request) -> Result<Option<StoredKey>> {
+        let now = self.now();
+        let found = self.look_at(request, |_, stored| stored.filter(|entry| self.counts_now(entry, now)))?;
+        Ok(found.into_iter().next().flatten().map(|entry| match entry {
+            Entry::Completed(done) => StoredKey::Completed(completed(&done, &now, self.policy.window_ms)),
+            Entry::Processing(processing) => StoredKey::processing(
+                FencingToken::new(processing.token),
+                processing.attempt,
+                public_state(self.lease_state_at(&processing, now)),
+            ),
+        }))
+    }
+
+    /// Whether what is stored of a key counts: it is inside its window, or in flight.
+    pub(super) fn counts_now(&self, entry: &Entry, now: Now) -> bool {
+        match entry {
+            Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
+            Entry::Processing(processing) => self.lease_state_at(processing, now) != LeaseState::Forgotten,
+        }
+    }
+
+    /// What `response` makes of each key and what is stored of it.
+    fn look_at<R>(&self, request: &Request, response: impl Fn(KeyRef<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
+        let on_disk = self.look_up_on_disk(request)?;
+        let responses = request
+            .iter()
+            .map(|key_ref| self.with_locked_key(key_ref, &on_disk, |_, stored| response(key_ref, stored)));
+        let responses = responses.collect::<Result<Vec<R>>>()?;
+        self.unbroken()?;
+        self.check_response_count(responses, request.len())
+    }
+
+    /// Fails where a request has lost a key: an encoded key has at least its first byte.
+    #[inline]
+    pub(super) fn has_key(&self, key: &[u8]) -> Result<()> {
+        if key.is_empty() {
+            return Err(self.broken(Invariant::KeyInRequest, format_args!("it has no bytes")));
+        }
+        Ok(())
+    }
+
+    pub(super) fn lease_state_at(&self, processing: &Processing, now: Now) -> LeaseState {
+        transition::lease_state(processing, now, self.policy)
+    }
+
+    /// The keys that are held for resolution, the oldest claim first. Visits the whole memtable.
+    pub(crate) fn held(&self) -> Result<Vec<HeldKey>> {
+        self.ready()?;
+        let now = self.now();
+        let mut held = Vec::new();
+        for shard in self.memtable.shards() {
+            held.extend(shard.in_flight().filter_map(|(_, key, processing)| {
+                let LeaseState::Held(prior) = self.lease_state_at(&processing, now) else { return None };
+                Some((Box::<[u8]>::from(key), processing, prior))
+            }));
+        }
+        held.sort_by_key(|(_, processing, _)| processing.token);
+        self.unbroken()?;
+        held.into_iter()
+            .map(|(key, Processing { token, attempt, since_ms, .. }, prior)| {
+                let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
+                    place: "a key in the journal".to_owned(),
+                    detail: format!("{} is not an encoded key", key.escape_ascii()),
+                })?;
+                Ok(HeldKey::new(key, FencingToken::new(token), attempt, prior, Timestamp::from_unix_ms(since_ms)))
+            })
+            .collect()
+    }
+}
+
+fn public_state(state: LeaseState) -> onlyonce_core::LeaseState {
+    use onlyonce_core::LeaseState as Public;
+    let duration = Duration::from_millis;
+    match state {
+        LeaseState::Active { remaining_ms } => Public::Leased(duration(remaining_ms)),
+        LeaseState::Committing => Public::Leased(Duration::ZERO),
+        LeaseState::Backoff { remaining_ms, prior } => Public::Backoff(duration(remaining_ms), prior),
+        LeaseState::Free(prior) => Public::Free(prior),
+        LeaseState::Held(prior) => Public::Held(prior),
+        // It expired between two readings of the clock.
+        LeaseState::Forgotten => Public::Free(PriorAttempt::LeaseExpired),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::response::{ClaimResponse, FinishKind, FinishedBy, Grant};
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::codec::RecordKind;
+    use crate::config::Options;
+    use crate::entry::Backoff;
+    use crate::fs::directory::Directory;
+    use onlyonce_core::Error;
+    use onlyonce_core::{PriorAttempt, StoredResult};
+
+    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        Engine::open(directory, options).unwrap()
+    }
+
+    #[test]
+    fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40));
+        let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
+        let engine = engine(&dir, &options);
+        // Each in a bucket of its own.
+        for key in ["a", "b"] {
+            engine.record(&engine.request([key]).unwrap()).unwrap();
+            engine.flush().unwrap();
+            clock.advance(Duration::from_secs(3_600));
+        }
+        let before = engine.stats();
+        let request = engine.request(["a", "new", "b"]).unwrap();
+        for cached in [true, false] {
+            if !cached {
+                request.digests().for_each(|digest| engine.memtable.invalidate_recent(digest));
+            }
+            let on_disk = engine.look_up_on_disk(&request).unwrap();
+            let found = [0, 1, 2].map(|index| on_disk.entry(index).is_some());
+            assert_eq!(found, [true, false, true], "at hand: {cached}");
+        }
+        let after = engine.stats();
+        assert_eq!(after.filter_checks - before.filter_checks, 6);
+        assert_eq!(after.filter_hits - before.filter_hits, 4);
+        assert_eq!(after.filter_false_positives, 0);
+    }
+
+    #[test]
+    fn what_was_sealed_since_the_disk_was_asked_is_asked_for_once_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["new", "sealed", "young"]).unwrap();
+        let on_disk = engine.look_up_on_disk(&request).unwrap();
+        engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
+        engine.flush().unwrap();
+        engine.record(&engine.request(["young"]).unwrap()).unwrap();
+        let stored =
+            request.iter().map(|key_ref| engine.with_locked_key(key_ref, &on_disk, |_, stored| stored).unwrap());
+        let stored: Vec<_> = stored.collect();
+        assert!(matches!(stored[..], [None, Some(Entry::Completed(_)), Some(Entry::Completed(_))]), "{stored:?}");
+    }
+
+    fn assert_broken(engine: &Engine, name: &str, failed: Result<()>, said: &str) {
+        let error = failed.expect_err(name);
+        assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(said)), "{name}: {error}");
+        for refused in [engine.ready(), engine.flush(), engine.held().map(drop)] {
+            let error = refused.expect_err(name);
+            assert!(matches!(&error, Error::Poisoned { reason } if reason.contains(said)), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_meets_a_broken_invariant_fails_and_the_next_is_refused() {
+        type Call = fn(&Engine, &Arc<Request>, &Grant) -> Result<()>;
+        let calls: [(&str, Call); 9] = [
+            ("check", |engine, request, _| engine.check(request).map(drop)),
+            ("get", |engine, request, _| engine.get(request).map(drop)),
+            ("claim", |engine, request, _| engine.claim(request).map(drop)),
+            ("record", |engine, request, _| engine.record(request).map(drop)),
+            ("complete", |engine, _, grant| {
+                let done = FinishKind::Complete(StoredResult::None, None);
+                engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(grant, done)]).map(drop)
+            }),
+            ("release", |engine, _, grant| {
+                let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
+                engine.finish(RecordKind::Released, FinishedBy::Holder, vec![(grant, open)]).map(drop)
+            }),
+            ("renew", |engine, _, grant| engine.renew(grant).map(drop)),
+            ("held", |engine, request, _| engine.held_grant(request).map(drop)),
+            ("forget", |engine, request, _| engine.forget(request).map(drop)),
+        ];
+        for (name, call) in calls {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&dir, &Options::default());
+            let request = engine.request(["a"]).unwrap();
+            let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
+                panic!("a is new")
+            };
+            engine.memtable.lose_slots(grant.digest());
+            assert_broken(&engine, name, call(&engine, &request, &grant), "points to a slot");
+        }
+    }
+
+    #[test]
+    fn a_seal_of_a_page_in_disorder_moves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        engine.record(&request).unwrap();
+        engine.memtable.lose_slots(request.digests().next().unwrap());
+        assert_broken(&engine, "seal", engine.flush(), "points to a slot");
+        engine.close().unwrap_err();
+        let engine = super::tests::engine(&dir, &Options::default());
+        let response = engine.check(&engine.request(["a"]).unwrap()).unwrap().pop().unwrap();
+        assert!(matches!(response, Ok(Response::Completed(_))), "the journal has it: {response:?}");
+    }
+
+    #[test]
+    fn a_key_without_bytes_is_neither_claimed_nor_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        let on_disk = engine.look_up_on_disk(&request).unwrap();
+        let key_ref = KeyRef { key: &[], ..request.get(0).unwrap() };
+        let decided = engine.with_locked_key(key_ref, &on_disk, |_, stored| stored);
+        assert_broken(&engine, "a lookup", decided.map(drop), "within the bytes of its request");
+
+        let dir = tempfile::tempdir().unwrap();
+        let engine = super::tests::engine(&dir, &Options::default());
+        let request = engine.request(["a"]).unwrap();
+        let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
+            panic!("a is new")
+        };
+        let nobodys = Grant { index: 7, ..grant };
+        let done = FinishKind::Complete(StoredResult::None, None);
+        let finished = engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&nobodys, done)]);
+        assert_broken(&engine, "a completion", finished.map(drop), "within the bytes of its request");
+    }
+}

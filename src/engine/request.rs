@@ -1,0 +1,222 @@
+//! The keys of one call, encoded and digested once for everything that follows.
+
+use crate::digest::Digester;
+use onlyonce_core::{Error, Result, TimestampError};
+use onlyonce_core::{Fingerprint, Key};
+
+/// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
+const CALL_BYTES: usize = 1 << 30;
+
+/// The size of an iterator over the key of a call that has one.
+const ONE: (usize, Option<usize>) = (1, Some(1));
+
+/// The keys of a call, in the caller's order.
+#[derive(Debug)]
+pub(crate) struct Request {
+    bytes: Vec<u8>,
+    items: Vec<Item>,
+    /// The times of their messages: none, or one for each.
+    times_ms: Vec<u64>,
+}
+
+/// What drives the time of the store that a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TimeSource {
+    /// Clocks: keys have no timestamps.
+    Clock,
+    /// Messages: every key has a timestamp.
+    Stream,
+    /// The request is about keys, not about work on them: timestamps are ignored.
+    Any,
+}
+
+#[derive(Debug)]
+struct Item {
+    end: usize,
+    digest: u64,
+    payload: Option<Fingerprint>,
+}
+
+/// One key of a request.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyRef<'a> {
+    pub(crate) index: usize,
+    pub(crate) digest: u64,
+    pub(crate) key: &'a [u8],
+    pub(crate) payload: Option<&'a Fingerprint>,
+}
+
+/// Refuses a call that brings too much.
+pub(super) fn admit_bytes(bytes: usize) -> Result<()> {
+    if bytes > CALL_BYTES { Err(Error::BatchTooLarge { bytes, limit: CALL_BYTES }) } else { Ok(()) }
+}
+
+impl Request {
+    /// Encodes and digests keys. An invalid key or timestamp fails all of them, and the error has its index; so do too many
+    /// bytes. Nothing after that is taken from the iterator.
+    pub(crate) fn new<'k, K: Into<Key<'k>>>(
+        keys: impl IntoIterator<Item = K>,
+        time: TimeSource,
+        key_limit: usize,
+        digester: &Digester,
+    ) -> Result<Self> {
+        let keys = keys.into_iter();
+        let is_batch = keys.size_hint() != ONE;
+        let mut request = Self::for_about(keys.size_hint().0);
+        for key in keys {
+            request.push(&key.into(), time, key_limit, digester).map_err(|error| request.indexed(error, is_batch))?;
+        }
+        Ok(request)
+    }
+
+    fn for_about(keys: usize) -> Self {
+        let keys = keys.min(1 << 16);
+        Self { bytes: Vec::with_capacity(keys * 48), items: Vec::with_capacity(keys), times_ms: Vec::new() }
+    }
+
+    /// An error about the next key, with its index if it is one of a batch.
+    #[cold]
+    fn indexed(&self, error: Error, is_batch: bool) -> Error {
+        if is_batch { error.at_index(self.items.len()) } else { error }
+    }
+
+    // As a call of its own it costs every key about sixty instructions.
+    #[inline(always)]
+    fn push(&mut self, key: &Key<'_>, time: TimeSource, key_limit: usize, digester: &Digester) -> Result<()> {
+        match (time, key.timestamp()) {
+            (TimeSource::Clock, None) | (TimeSource::Any, _) => {}
+            (TimeSource::Stream, Some(timestamp)) => self.times_ms.push(timestamp.as_unix_ms()),
+            (TimeSource::Stream, None) => return Err(TimestampError::Missing.into()),
+            (TimeSource::Clock, Some(_)) => return Err(TimestampError::Unexpected.into()),
+        }
+        let start = self.bytes.len();
+        key.encode(key_limit, &mut self.bytes)?;
+        admit_bytes(self.bytes.len())?;
+        let encoded = self.bytes.get(start..).unwrap_or_default();
+        let digest = digester.digest(encoded);
+        self.items.push(Item { end: self.bytes.len(), digest, payload: key.payload_fingerprint().copied() });
+        Ok(())
+    }
+
+    /// The keys of several calls, one call after the other. All of them with times, or none.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn concat<'r>(requests: impl Iterator<Item = &'r Self>) -> Self {
+        let mut all = Self { bytes: Vec::new(), items: Vec::new(), times_ms: Vec::new() };
+        for Self { bytes, items, times_ms } in requests {
+            all.times_ms.extend(times_ms);
+            let start = all.bytes.len();
+            all.bytes.extend_from_slice(bytes);
+            all.items.extend(items.iter().map(|item| Item { end: start + item.end, ..*item }));
+        }
+        all
+    }
+
+    /// The digests of its keys.
+    pub(crate) fn digests(&self) -> impl Iterator<Item = u64> {
+        self.items.iter().map(|item| item.digest)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Bytes of all encoded keys.
+    pub(crate) fn key_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// When the message in this place is of, on stream time.
+    pub(crate) fn at_ms(&self, index: usize) -> Option<u64> {
+        self.times_ms.get(index).copied()
+    }
+
+    /// The times of the messages behind this place.
+    pub(crate) fn timestamps_after(&self, index: usize) -> impl Iterator<Item = u64> {
+        self.times_ms.get(index + 1..).unwrap_or_default().iter().copied()
+    }
+
+    /// The key in this place.
+    pub(crate) fn get(&self, index: usize) -> Option<KeyRef<'_>> {
+        let item = self.items.get(index)?;
+        let before = index.checked_sub(1).and_then(|before| self.items.get(before));
+        let key = self.bytes.get(before.map_or(0, |before| before.end)..item.end).unwrap_or_default();
+        Some(KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() })
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = KeyRef<'_>> {
+        let mut start = 0;
+        self.items.iter().enumerate().map(move |(index, item)| {
+            let key = self.bytes.get(start..item.end).unwrap_or_default();
+            start = item.end;
+            KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEYS: [&str; 3] = ["a", "longer", "a"];
+
+    fn timed<'k>(keys: impl Iterator<Item = (&'k str, u64)>) -> impl Iterator<Item = Key<'k>> {
+        keys.map(|(key, ms)| Key::from(key).at(onlyonce_core::Timestamp::from_unix_ms(ms)))
+    }
+
+    fn digester() -> Digester {
+        Digester::new(&[5; 16])
+    }
+
+    fn encoded(key: &str) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Key::from(key).encode(1_024, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn assert_is_of(request: &Request, keys: &[&str]) {
+        assert_eq!(request.len(), keys.len());
+        assert_eq!(request.key_bytes(), keys.iter().map(|key| encoded(key).len()).sum::<usize>());
+        let digests: Vec<u64> = keys.iter().map(|key| digester().digest(&encoded(key))).collect();
+        assert_eq!(request.digests().collect::<Vec<_>>(), digests);
+        assert_eq!(request.iter().count(), keys.len());
+        for (index, key_ref) in request.iter().enumerate() {
+            for key_ref in [key_ref, request.get(index).unwrap()] {
+                assert_eq!((key_ref.index, key_ref.digest), (index, digests[index]));
+                assert_eq!((key_ref.key, key_ref.payload), (encoded(keys[index]).as_slice(), None));
+            }
+        }
+        assert!(request.get(keys.len()).is_none());
+    }
+
+    #[test]
+    fn a_call_has_its_keys_in_their_order_and_their_times() {
+        let request = Request::new(KEYS, TimeSource::Clock, 1_024, &digester()).unwrap();
+        assert_is_of(&request, &KEYS);
+        assert_eq!((request.at_ms(0), request.timestamps_after(0).count()), (None, 0));
+        let request =
+            Request::new(timed(KEYS.into_iter().zip([7, 5, 9])), TimeSource::Stream, 1_024, &digester()).unwrap();
+        assert_is_of(&request, &KEYS);
+        assert_eq!([0, 1, 2, 3].map(|index| request.at_ms(index)), [Some(7), Some(5), Some(9), None]);
+        assert_eq!(request.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
+        assert_eq!(request.timestamps_after(1).collect::<Vec<_>>(), [9]);
+        assert_eq!(request.timestamps_after(2).count(), 0);
+    }
+
+    #[cfg(feature = "tokio")]
+    #[test]
+    fn several_calls_in_one_have_all_their_keys_and_times() {
+        let calls = [&[("a", 7)][..], &[], &[("longer", 5), ("a", 9)]];
+        let calls = calls
+            .map(|call| Request::new(timed(call.iter().copied()), TimeSource::Stream, 1_024, &digester()).unwrap());
+        let all = Request::concat(calls.iter());
+        assert_is_of(&all, &KEYS);
+        assert_eq!(all.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
+    }
+
+    #[test]
+    fn a_call_may_bring_a_gigabyte_and_no_byte_more() {
+        admit_bytes(1 << 30).unwrap();
+        let refused = admit_bytes((1 << 30) + 1);
+        assert!(matches!(refused, Err(Error::BatchTooLarge { bytes: 1_073_741_825, limit: 1_073_741_824 })));
+    }
+}

@@ -1,0 +1,3 @@
+//! The journal: record numbers, and which records are still being written.
+
+pub(crate) mod numbers;

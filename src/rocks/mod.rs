@@ -1,0 +1,78 @@
+//! The disk: RocksDB, and nothing that knows what a claim is. The only folder that names `rocksdb::`.
+
+pub(crate) mod db;
+mod file_manifest;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_checks;
+mod journal_cf;
+mod lsn;
+mod options;
+pub(crate) mod sst;
+mod wal;
+
+use std::path::Path;
+
+use onlyonce_core::{Cause, Error};
+
+/// A RocksDB error as the source of ours. RocksDB reports a full disk in its text alone.
+fn cause(error: &rocksdb::Error) -> Cause {
+    let kind = match error.kind() {
+        _ if error.as_ref().contains("No space left on device") => std::io::ErrorKind::StorageFull,
+        rocksdb::ErrorKind::Corruption => std::io::ErrorKind::InvalidData,
+        rocksdb::ErrorKind::TimedOut => std::io::ErrorKind::TimedOut,
+        _ => std::io::ErrorKind::Other,
+    };
+    Cause::new(kind, error.clone())
+}
+
+/// A failed operation that changed nothing.
+fn failed(action: &'static str, path: &Path, error: &rocksdb::Error) -> Error {
+    match error.kind() {
+        rocksdb::ErrorKind::Corruption => {
+            let detail = error.to_string();
+            Error::Corrupt { place: place(path, &detail), detail }
+        }
+        _ => Error::io(action, path, cause(error)),
+    }
+}
+
+/// A failed look at what must be there: a file that is gone is corruption.
+fn unreadable(action: &'static str, database: &Path, error: &rocksdb::Error) -> Error {
+    let detail = error.to_string();
+    let place = place(database, &detail);
+    // RocksDB removes what it could not write: the words tell that apart from a file that was not there.
+    let is_gone = detail.contains("No such file") && matches!(Path::new(&place).try_exists(), Ok(false));
+    if error.kind() == rocksdb::ErrorKind::IOError && is_gone {
+        return Error::Corrupt { place, detail };
+    }
+    failed(action, database, error)
+}
+
+/// The file below `database` that RocksDB's words are about. It adds the manifest to most of them, which was found whole
+/// before: where no other file is named, it does not know which it is.
+fn place(database: &Path, words: &str) -> String {
+    let below = format!("{}/", database.display());
+    let mut names = words.match_indices(&below).map(|(at, _)| {
+        let name = words.get(at + below.len()..).unwrap_or_default();
+        let name = name.split(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-').next();
+        name.unwrap_or_default().trim_end_matches('.')
+    });
+    let name = names.find(|name| !name.starts_with("MANIFEST"));
+    name.map_or_else(|| database.display().to_string(), |name| format!("{below}{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_place_of_a_corruption_is_the_file_that_rocksdb_names() {
+        let place = |words: &str| place(Path::new("/a b/db"), words);
+        let manifest = "The file /a b/db/MANIFEST-000056 may be corrupted.";
+        let block = format!("bad block in /a b/db/000060.sst  {manifest}");
+        assert_eq!(place(&block), "/a b/db/000060.sst");
+        assert_eq!(place("IO error: /a b/db/000060.sst: No such file"), "/a b/db/000060.sst");
+        assert_eq!(place(manifest), "/a b/db");
+        assert_eq!(place("something else"), "/a b/db");
+    }
+}

@@ -1,0 +1,232 @@
+//! What must hold of any bytes, wherever they come from: they are refused, or read as what they are, and nothing panics.
+//! For the fuzzers in `fuzz/`, which look for bytes that break a law. The tests below try what they found worth keeping.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use crate::buckets::range::BucketRange;
+use crate::codec::{self, Event, Reader, RecordKind, RecordWriter};
+use crate::digest::Digester;
+use crate::filter::file::{self, Covered, FileKey, FilterFile};
+use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
+use crate::rocks;
+use crate::typed_result;
+use onlyonce_core::Key;
+
+/// A journal row is refused, or says the same when it is written again.
+pub fn journal_record(bytes: &[u8]) {
+    let read = |record: &[u8]| {
+        let mut events = Vec::new();
+        codec::read_record(record, |key, event| events.push((key.to_vec(), event))).map(|time_ms| (time_ms, events))
+    };
+    let Some((time_ms, events)) = read(bytes) else { return };
+    let kind = match bytes.get(1) {
+        Some(1) => RecordKind::Claimed,
+        Some(2) => RecordKind::Released,
+        Some(3) => RecordKind::Completed,
+        Some(4) => RecordKind::Forgotten,
+        other => unreachable!("a row of kind {other:?} was read"),
+    };
+    let mut record = RecordWriter::new(kind, time_ms, 0);
+    for (key, event) in &events {
+        match event {
+            Event::Claimed(processing) | Event::Released(processing) => record.processing(key, processing),
+            Event::Completed(done) => record.completed(key, &done.borrowed()),
+            Event::Forgotten { token } => record.forgotten(key, *token),
+        }
+    }
+    assert_eq!(record.is_empty(), events.is_empty());
+    let written = record.finish();
+    assert!(written.len() <= bytes.len(), "it was shorter than we write it");
+    assert_eq!(read(&written), Some((time_ms, events)));
+}
+
+/// The value of a bucket's row is refused, or says the same when it is written again. The bytes begin with the bucket's
+/// start.
+pub fn bucket_value(bytes: &[u8]) {
+    let mut reader = Reader::new(bytes);
+    let Some(start_ms) = reader.array().map(u64::from_le_bytes) else { return };
+    let value = reader.rest();
+    let Some(entry) = codec::read_value(value, start_ms) else { return };
+    let mut written = Vec::new();
+    codec::put_value(&entry.borrowed(), start_ms, &mut written).expect("what was read can be written");
+    assert!(written.len() <= value.len(), "it was shorter than we write it");
+    assert_eq!(codec::read_value(&written, start_ms), Some(entry));
+}
+
+/// What a store knows of itself, numbers, the names of buckets and typed results are refused, or the same when they are
+/// written again.
+pub fn meta_entries(bytes: &[u8]) {
+    if let Some(span) = codec::read_span(bytes) {
+        assert_eq!(codec::put_span(span), bytes);
+    }
+    if let Some(on_interrupt) = codec::read_on_interrupt(bytes) {
+        assert_eq!(codec::put_on_interrupt(on_interrupt), bytes);
+    }
+    if let Some(clock) = codec::read_clock(bytes) {
+        assert_eq!(codec::put_clock(&clock), bytes);
+    }
+    let mut reader = Reader::new(bytes);
+    if let Some(number) = reader.varint() {
+        let mut written = Vec::new();
+        codec::put_varint(&mut written, number);
+        assert!(written.len() + reader.rest().len() <= bytes.len());
+        assert_eq!(Reader::new(&written).varint(), Some(number));
+    }
+    let name = String::from_utf8_lossy(bytes);
+    if let Some(range) = BucketRange::of_family(&name) {
+        assert_eq!(range.family(), name);
+        assert!(range.start_ms < range.end_ms());
+    }
+    type Typed = (String, Vec<Option<u32>>, std::collections::BTreeMap<u8, Vec<u8>>, Result<(), char>);
+    if let Ok(result) = typed_result::decode::<Typed>(bytes) {
+        let written = typed_result::encode(&result, usize::MAX).unwrap_or_default();
+        assert_eq!(typed_result::decode::<Typed>(&written), Ok(result));
+    }
+    rocks::fuzz_checks::file_manifest(bytes);
+}
+
+/// A log, or a manifest, which has its form, is whole up to where it is said to be torn.
+pub fn wal(bytes: &[u8]) {
+    rocks::fuzz_checks::wal(bytes);
+}
+
+/// Two keys have the same bytes if and only if they are the same key; what is no key is refused; and rows lie in the
+/// order of the digests.
+///
+/// The bytes are two keys, each a form (1), a scope and a body with their lengths before them.
+pub fn keys(bytes: &[u8]) {
+    let mut reader = Reader::new(bytes);
+    let (Some(one), Some(other)) = (any_key(&mut reader), any_key(&mut reader)) else { return };
+    let encoded = |key: &Key<'_>| {
+        let mut encoded = Vec::new();
+        key.encode(usize::MAX, &mut encoded).ok().map(|()| encoded)
+    };
+    if let (Some(first), Some(second)) = (encoded(&one), encoded(&other)) {
+        assert_eq!(first == second, one == other, "{one} and {other}");
+        assert_eq!(Key::decode(&first).as_ref(), Some(&one));
+        let digester = Digester::new(&[9; 16]);
+        let entry_key = |encoded: &[u8]| {
+            let (mut out, digest) = (Vec::new(), digester.digest(encoded));
+            codec::put_entry_key(digest, encoded, &mut out);
+            assert_eq!(codec::digest_of_entry_key(&out), Some(digest));
+            (digest, out)
+        };
+        let (first, second) = (entry_key(&first), entry_key(&second));
+        if first.0 != second.0 {
+            assert_eq!(first.0 < second.0, first.1 < second.1, "rows lie in the order of their digests");
+        }
+    }
+    // As it may lie on a disk, too.
+    if let Some(key) = Key::decode(bytes) {
+        assert_eq!(encoded(&key).as_deref(), Some(bytes));
+        assert!(!key.to_string().contains(char::is_control));
+    }
+}
+
+fn any_key(reader: &mut Reader<'_>) -> Option<Key<'static>> {
+    let form = reader.byte()?;
+    let (scope, body) = (reader.prefixed()?, reader.prefixed()?);
+    let key = match form % 3 {
+        0 => Key::from(body.to_vec()),
+        // Cut into two parts at a place that is drawn as well.
+        1 => body
+            .split_at_checked(usize::from(form / 3))
+            .map_or_else(|| Key::composite([body]), |(one, other)| Key::composite([one, other])),
+        _ => Key::content(body),
+    };
+    Some(key.scope(scope).into_owned())
+}
+
+const FILTER_KEY: [u8; 16] = [3; 16];
+const BUCKET: &str = "bucket-1700000000000-10000";
+
+/// A filter file that was changed is not believed, whatever the change, and one that was not is.
+///
+/// Writes to `path`. The bytes are changes, each a kind (1), a place (2) and bytes with their length before them; or,
+/// if the first is 255, a header, which gets the checksum that belongs to it.
+pub fn filter_file(path: &Path, bytes: &[u8]) {
+    static GOOD: OnceLock<Vec<u8>> = OnceLock::new();
+    let key = FileKey::new(&FILTER_KEY);
+    let good = GOOD.get_or_init(|| {
+        let matrix = FilterMatrix::new(Columns::All(32), 300);
+        let _ = matrix.insert(7, (0..300_u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        let written = file::write(path, &key, BUCKET, &matrix, 7, &Covered { keys: 300, ssts: vec![11, 19] });
+        written.and_then(|()| std::fs::read(path)).unwrap_or_default()
+    });
+    let changed = match bytes.split_first() {
+        Some((255, header)) => [header, &key.hash(&[BUCKET.as_bytes(), header]), good].concat(),
+        _ => changed(good, bytes),
+    };
+    if std::fs::write(path, &changed).is_err() {
+        return;
+    }
+    let read = FilterFile::open(path, &key, BUCKET)
+        .and_then(|file| (0..SHARDS).map(|shard| file.column(shard)).collect::<std::io::Result<Vec<_>>>());
+    assert_eq!(read.is_ok(), changed == *good, "{read:?}");
+    assert!(!good.is_empty() && FilterFile::open(path, &key, "bucket-0-10000").is_err(), "it is of another bucket");
+}
+
+fn changed(good: &[u8], changes: &[u8]) -> Vec<u8> {
+    let mut file = good.to_vec();
+    let mut reader = Reader::new(changes);
+    while let (Some(kind), Some(place), Some(bytes)) = (reader.byte(), reader.array(), reader.prefixed()) {
+        let place = usize::from(u16::from_le_bytes(place)).min(file.len());
+        let end = (place + bytes.len()).min(file.len());
+        match kind % 3 {
+            0 => drop(file.splice(place..end, bytes.iter().copied())),
+            1 => drop(file.splice(place..place, bytes.iter().copied())),
+            _ => file.truncate(place),
+        }
+    }
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the fuzzers of `fuzz/` begin with.
+    fn replay(target: &str, law: impl Fn(&[u8])) {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+        let mut tried = 0;
+        for entry in std::fs::read_dir(corpus).unwrap() {
+            let path = entry.unwrap().path();
+            eprintln!("{}", path.display());
+            law(&std::fs::read(path).unwrap());
+            tried += 1;
+        }
+        assert!(tried > 2, "{tried} of {target}");
+    }
+
+    #[test]
+    fn journal_rows_hold_their_law() {
+        replay("journal_record", journal_record);
+    }
+
+    #[test]
+    fn bucket_values_hold_their_law() {
+        replay("bucket_value", bucket_value);
+    }
+
+    #[test]
+    fn notes_hold_their_law() {
+        replay("meta_entries", meta_entries);
+    }
+
+    #[test]
+    fn logs_hold_their_law() {
+        replay("wal", wal);
+    }
+
+    #[test]
+    fn keys_hold_their_law() {
+        replay("keys", keys);
+    }
+
+    #[test]
+    fn filter_files_hold_their_law() {
+        let dir = tempfile::tempdir().unwrap();
+        replay("filter_file", |bytes| filter_file(&dir.path().join("bucket.filter"), bytes));
+    }
+}

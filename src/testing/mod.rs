@@ -1,0 +1,11 @@
+//! What tests, benches and fuzzers need of the store: failpoints, checks, and synchronisation primitives that a model
+//! checker can replace.
+
+pub(crate) mod failpoint;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz_checks;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
+pub(crate) mod sync_shim;
