@@ -39,20 +39,20 @@ invariants! {
     // Calls.
     AnswerForEachKey: "each key of a call has exactly one answer",
     KeyInRequest: "a key lies within the bytes of its request and is not empty",
-    // Hot table.
-    IndexedSlot: "each entry of a page's index points to a slot that holds a key",
-    KeyInArena: "the key and the result of a slot lie within the bytes of their page",
-    CountsNotNegative: "the counts of the hot table are never negative",
-    OnlyEndedFlushed: "a page that is sealed holds completed keys and ended attempts only",
+    // Memtable.
+    IndexedSlot: "each entry of an arena's index points to a slot that holds a key",
+    KeyInArena: "the key and the result of a slot lie within the bytes of their arena",
+    CountsNotNegative: "the counts of the memtable are never negative",
+    OnlyEndedFlushed: "a frozen set holds completed keys and ended attempts only",
     // Journal.
-    RecordNumbersRise: "the numbers of journal rows strictly rise",
-    RecordFinishedOnce: "a journal row is finished once, and rows below the settled number are finished",
-    NumberReserved: "a token or row number is reserved on disk before it is used",
+    RecordNumbersRise: "the numbers of journal records strictly rise",
+    RecordFinishedOnce: "a journal record is finished once, and records below the finished number are finished",
+    NumberReserved: "a token or record number is reserved on disk before it is used",
     // Buckets.
-    SstSorted: "the keys of a run strictly rise",
-    KeyInRange: "the keys of a run have their time within the slice of its bucket",
-    SstComplete: "a run has all keys that were counted for it",
-    OnlyExpiredDropped: "a bucket is dropped only when all its keys have run out",
+    SstSorted: "the keys of an SST strictly rise",
+    KeyInRange: "the keys of an SST have their time within the range of its bucket",
+    SstComplete: "an SST has all keys that were counted for it",
+    OnlyExpiredDropped: "a bucket is dropped only when all its keys have expired",
     // Filter.
     FilterBits: "marking a key in the filter sets all its bits",
 }
@@ -124,11 +124,11 @@ mod tests {
         let error = poison.broken(Invariant::SstSorted, format_args!("a after b"));
         assert_eq!((error.outcome(), error.is_retryable()), (Outcome::Unknown, false));
         let said = error.to_string();
-        assert!(said.contains("the keys of a run strictly rise") && said.contains("a after b"), "{said}");
+        assert!(said.contains("the keys of an SST strictly rise") && said.contains("a after b"), "{said}");
         assert!(said.contains("bug in onlyonce"), "{said}");
         assert!(!poison.set("a write failed"));
         assert_eq!(poison.unbroken().unwrap_err().to_string(), said);
-        assert!(poison.reason().is_some_and(|reason| reason.contains("the keys of a run strictly rise")));
+        assert!(poison.reason().is_some_and(|reason| reason.contains("the keys of an SST strictly rise")));
 
         let poison = Poison::default();
         assert!(poison.set("a write failed"));

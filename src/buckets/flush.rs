@@ -114,9 +114,9 @@ mod tests {
             (&[(2, b"a" as &[u8], 5_500), (1, b"b", 5_500)][..], 2, "strictly rise"),
             (&[(1, b"b", 5_500), (1, b"a", 5_500)], 2, "strictly rise"),
             (&[(1, b"a", 5_500), (1, b"a", 5_600)], 2, "strictly rise"),
-            (&[(1, b"a", 4_999)], 1, "within the slice"),
-            (&[(1, b"a", 6_000)], 1, "within the slice"),
-            (&[(1, b"", 5_500)], 1, "within the slice"),
+            (&[(1, b"a", 4_999)], 1, "within the range"),
+            (&[(1, b"a", 6_000)], 1, "within the range"),
+            (&[(1, b"", 5_500)], 1, "within the range"),
             (&[(1, b"a", 5_500)], 2, "all keys that were counted"),
         ] {
             let dir = tempfile::tempdir().unwrap();

@@ -557,7 +557,7 @@ mod tests {
         registry.remove(&db, &first, &at(last_ms), window_ms);
         assert!(registry.snapshot().has(&first));
         let reason = registry.poison().reason().unwrap();
-        assert!(reason.contains("dropped only when all its keys have run out"), "{reason}");
+        assert!(reason.contains("dropped only when all its keys have expired"), "{reason}");
         assert!(reason.contains("bucket-0-1000 at 4998"), "{reason}");
         db.close().unwrap();
 

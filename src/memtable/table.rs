@@ -511,6 +511,6 @@ mod tests {
         table.poison.unbroken().unwrap();
         table.shard(5).remove(5, b"a");
         let said = table.poison.unbroken().unwrap_err().to_string();
-        assert!(said.contains("counts of the hot table are never negative"), "{said}");
+        assert!(said.contains("counts of the memtable are never negative"), "{said}");
     }
 }
