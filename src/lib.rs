@@ -79,3 +79,19 @@ pub use testing::fuzz_checks;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub use testing::internals;
+
+/// The examples of the documentation are compiled.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[cfg(feature = "tokio")]
+    #[doc = include_str!("../docs/async.md")]
+    struct Async;
+    #[doc = include_str!("../docs/batches.md")]
+    struct Batches;
+    #[doc = include_str!("../docs/offsets-and-outbox.md")]
+    struct OffsetsAndOutbox;
+    #[doc = include_str!("../docs/stream-time.md")]
+    struct StreamTime;
+}

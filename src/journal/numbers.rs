@@ -110,7 +110,7 @@ mod tests {
         };
         for again in [4, 5] {
             let said = broken(&|numbers| assert_eq!(numbers.begin(|| again), again));
-            assert!(said.contains("rows strictly rise"), "{said}");
+            assert!(said.contains("records strictly rise"), "{said}");
         }
         let said = broken(&|numbers| [5, 5].iter().for_each(|number| numbers.finish(*number)));
         assert!(said.contains("finished once"), "{said}");
@@ -118,6 +118,6 @@ mod tests {
             numbers.finish(5);
             numbers.finished_below(|| 5);
         });
-        assert!(said.contains("rows strictly rise"), "{said}");
+        assert!(said.contains("records strictly rise"), "{said}");
     }
 }

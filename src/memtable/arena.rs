@@ -649,15 +649,15 @@ mod tests {
     fn a_key_or_a_result_outside_its_page_breaks_an_invariant() {
         let get = |arena: &mut ShardArena| drop(arena.get(1, b"first", &RecordNumbers::default()));
         let said = broken(|arena| arena.slots[0].key_start = 1_000, get);
-        assert!(said.contains("within the bytes of their page (5 bytes from 1000 on, of 21)"), "{said}");
+        assert!(said.contains("within the bytes of their arena (5 bytes from 1000 on, of 21)"), "{said}");
         let said = broken(|arena| arena.slots[0].key_start = usize::MAX, get);
-        assert!(said.contains("within the bytes of their page"), "{said}");
+        assert!(said.contains("within the bytes of their arena"), "{said}");
         let said = broken(|arena| arena.slots[0].state = State::Heap { start: 5, len: 500 }, get);
-        assert!(said.contains("within the bytes of their page"), "{said}");
+        assert!(said.contains("within the bytes of their arena"), "{said}");
         let said = broken(
             |arena| arena.heap.truncate(3),
             |arena| assert!(arena.flushable().all(|here| here.key().is_empty())),
         );
-        assert!(said.contains("within the bytes of their page"), "{said}");
+        assert!(said.contains("within the bytes of their arena"), "{said}");
     }
 }
