@@ -355,7 +355,7 @@ mod tests {
         assert_eq!(shows(), (1_000, 0, 1_000));
         clock.advance(Duration::from_millis(50));
         assert_eq!(shows(), (1_050, 50, 1_050));
-        clock.set_wall_ms(7);
+        clock.set_wall(onlyonce_core::Timestamp::from_unix_ms(7));
         assert_eq!(shows(), (7, 50, 1_050));
         clock.suspend(Duration::from_millis(100));
         assert_eq!(shows(), (107, 50, 1_150));

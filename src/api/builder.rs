@@ -176,7 +176,10 @@ impl Builder {
     /// directory. None of them loses anything.
     pub fn open(self, path: impl AsRef<Path>) -> Result<Store> {
         self.options.check_bounds()?;
-        let directory = Directory::acquire(path.as_ref(), self.options.lock_wait, self.options.create)?;
+        if !self.options.create {
+            Directory::require_store(path.as_ref())?;
+        }
+        let directory = Directory::acquire(path.as_ref(), self.options.lock_wait)?;
         let engine = Engine::open(directory, &self.options)?;
         Ok(Store { shared: Shared::new(StoreHandle::start(engine)?) })
     }

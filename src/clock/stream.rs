@@ -155,7 +155,7 @@ mod tests {
             assert_eq!(stream.follow(at_ms, []), Ok(stream_ms), "{at_ms}");
         }
         for wall_ms in [0, u64::MAX, 1_000_000] {
-            clock.set_wall_ms(wall_ms);
+            clock.set_wall(onlyonce_core::Timestamp::from_unix_ms(wall_ms));
             assert_eq!(stream.now().time_ms, 5_200);
             assert_eq!(stream.follow(5_150, []), Ok(5_200));
         }

@@ -516,7 +516,7 @@ mod tests {
             for minute in 1..=7 * 24 * 60_u64 {
                 clock.advance(Duration::from_secs(60));
                 let drifted_ms = minute as i64 * 60_000 * drift_ppm / 1_000_000;
-                clock.set_wall_ms((START_MS + minute * 60_000).saturating_add_signed(drifted_ms));
+                clock.set_wall(onlyonce_core::Timestamp::from_unix_ms((START_MS + minute * 60_000).saturating_add_signed(drifted_ms)));
                 let off_ms = wall.now().time_ms.abs_diff(clock.wall().as_unix_ms());
                 assert!(off_ms <= 2 * TOLERANCE_MS, "{drift_ppm} ppm, minute {minute}: {off_ms} ms");
             }

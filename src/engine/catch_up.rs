@@ -80,8 +80,9 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy};
-    use crate::entry::StoredResult;
+    use crate::engine::response::{FinishKind, FinishedBy};
+    use onlyonce_core::Claim;
+    use onlyonce_core::StoredResult;
     use crate::fs::directory::Directory;
 
     fn options(clock: &ManualClock) -> Options {
@@ -100,11 +101,11 @@ mod tests {
     }
 
     fn complete(engine: &Engine, key: &str, result: &[u8]) {
-        let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop()
+        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop()
         else {
             panic!("{key} is new")
         };
-        let done = FinishKind::Complete(StoredResult::Bytes(result), None);
+        let done = FinishKind::Complete { result: StoredResult::Bytes(result), side_writes: None, follows: false };
         engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
     }
 

@@ -328,7 +328,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Durability, OnInterrupt, Options};
-    use crate::engine::response::ClaimResponse;
+    use onlyonce_core::Claim;
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
@@ -340,7 +340,7 @@ mod tests {
 
     fn claim(engine: &Engine, key: &str) -> Grant {
         match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
-            Ok(ClaimResponse::Acquired(grant)) => grant,
+            Ok(Claim::Acquired(grant)) => grant,
             other => panic!("{key}: {other:?}"),
         }
     }
@@ -361,7 +361,7 @@ mod tests {
             };
             syncs_of("a claim", started, &|| drop(claim(&engine, "a")));
             let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
-            let done = FinishKind::Complete(StoredResult::None, None);
+            let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
             for (what, expected, kind, finish_kind) in [
                 ("a release", started, RecordKind::Released, open),
                 ("a completion", finished, RecordKind::Completed, done),
@@ -385,11 +385,11 @@ mod tests {
         let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
         let least = grant.key().len() + 16;
         assert_eq!(encoded_len(&grant, &open), least);
-        assert_eq!(encoded_len(&grant, &FinishKind::Complete(StoredResult::Bytes(&[0; 100]), None)), least + 100);
-        let mut tx = Tx::default();
-        tx.enqueue("topic", "key", "bytes");
-        assert!(tx.len() > 13);
-        let both = FinishKind::Complete(StoredResult::Bytes(&[0; 100]), Some(&tx));
-        assert_eq!(encoded_len(&grant, &both), least + 100 + tx.len());
+        assert_eq!(encoded_len(&grant, &FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: None, follows: false }), least + 100);
+        let mut tx = SideWrites::default();
+        tx.message("topic", "key", "payload");
+        assert!(tx.encoded_len() > 15);
+        let both = FinishKind::Complete { result: StoredResult::Bytes(&[0; 100]), side_writes: Some(&tx), follows: false };
+        assert_eq!(encoded_len(&grant, &both), least + 100 + tx.encoded_len());
     }
 }

@@ -233,9 +233,10 @@ fn public_state(state: LeaseState) -> onlyonce_core::LeaseState {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::sync::Arc;
 
-    use super::super::response::{ClaimResponse, FinishKind, FinishedBy, Grant};
+    use super::super::response::{FinishKind, FinishedBy, Grant};
+    use onlyonce_core::Claim;
     use super::*;
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
@@ -307,11 +308,11 @@ mod tests {
         type Call = fn(&Engine, &Arc<Request>, &Grant) -> Result<()>;
         let calls: [(&str, Call); 9] = [
             ("check", |engine, request, _| engine.check(request).map(drop)),
-            ("get", |engine, request, _| engine.get(request).map(drop)),
+            ("inspect", |engine, request, _| engine.inspect(request).map(drop)),
             ("claim", |engine, request, _| engine.claim(request).map(drop)),
             ("record", |engine, request, _| engine.record(request).map(drop)),
             ("complete", |engine, _, grant| {
-                let done = FinishKind::Complete(StoredResult::None, None);
+                let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
                 engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(grant, done)]).map(drop)
             }),
             ("release", |engine, _, grant| {
@@ -326,7 +327,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(&dir, &Options::default());
             let request = engine.request(["a"]).unwrap();
-            let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
+            let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
                 panic!("a is new")
             };
             engine.memtable.lose_slots(grant.digest());
@@ -345,7 +346,7 @@ mod tests {
         engine.close().unwrap_err();
         let engine = super::tests::engine(&dir, &Options::default());
         let response = engine.check(&engine.request(["a"]).unwrap()).unwrap().pop().unwrap();
-        assert!(matches!(response, Ok(Response::Completed(_))), "the journal has it: {response:?}");
+        assert!(matches!(response, Ok(KeyStatus::Completed(_))), "the journal has it: {response:?}");
     }
 
     #[test]
@@ -361,11 +362,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = super::tests::engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
-        let Some(Ok(ClaimResponse::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
+        let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else {
             panic!("a is new")
         };
         let nobodys = Grant { index: 7, ..grant };
-        let done = FinishKind::Complete(StoredResult::None, None);
+        let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
         let finished = engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&nobodys, done)]);
         assert_broken(&engine, "a completion", finished.map(drop), "within the bytes of its request");
     }

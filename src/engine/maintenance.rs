@@ -410,7 +410,8 @@ mod tests {
     use crate::config::Durability;
     use crate::config::Options;
     use crate::engine::response::Grant;
-    use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy, Response};
+    use crate::engine::response::{FinishKind, FinishedBy};
+    use onlyonce_core::{Claim, Error, KeyStatus, RecordOutcome};
     use crate::entry::{Backoff, CompletedEntry, Holder};
     use crate::fs::directory::Directory;
     use crate::memtable::arena::{OVERHEAD_BYTES, Pending};
@@ -435,12 +436,12 @@ mod tests {
 
     fn record(engine: &Engine, key: &str) {
         let response = engine.record(&engine.request([key]).unwrap()).unwrap().pop().unwrap();
-        assert_eq!(response.unwrap(), Response::New);
+        assert_eq!(response.unwrap(), RecordOutcome::First);
     }
 
     fn claim(engine: &Engine, key: &str) -> Grant {
         match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
-            Ok(ClaimResponse::Acquired(grant)) => grant,
+            Ok(Claim::Acquired(grant)) => grant,
             other => panic!("{key}: {other:?}"),
         }
     }
@@ -642,7 +643,7 @@ mod tests {
         };
         let engine = engine(&dir, &options);
         let request = engine.request(["k"]).unwrap();
-        let Ok(ClaimResponse::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else {
+        let Ok(Claim::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else {
             panic!("k is new")
         };
         clock.advance(Duration::from_secs(1));
@@ -651,7 +652,7 @@ mod tests {
         assert!(engine.renew(&grant).unwrap());
         let rerun = vec![(&held, FinishKind::Release { prior, backoff: Backoff::NONE })];
         assert_eq!(engine.finish(RecordKind::Released, FinishedBy::Operator, rerun).unwrap(), [false]);
-        assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(ClaimResponse::InProgress { .. }))));
+        assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claim::InProgress { .. }))));
     }
 
     #[test]
@@ -684,9 +685,10 @@ mod tests {
         let engine = engine(&dir, &options);
         for lap in 0..2_u64 {
             let second_ms = |second| 1_000_000 + (lap * 48 + second) * 1_000;
-            let messages = (0..48).map(|second| (format!("{lap}/{second}"), second_ms(second)));
-            let request = engine.request_at(messages).unwrap();
-            assert!(engine.record(&request).unwrap().iter().all(|response| matches!(response, Ok(Response::New))));
+            let at = |second| onlyonce_core::Timestamp::from_unix_ms(second_ms(second));
+            let keys = (0..48).map(|second| onlyonce_core::Key::from(format!("{lap}/{second}")).at(at(second)));
+            let request = engine.request(keys).unwrap();
+            assert!(engine.record(&request).unwrap().iter().all(|response| matches!(response, Ok(RecordOutcome::First))));
             // No round of upkeep has come between.
             engine.flush().unwrap();
             assert_eq!(engine.buckets.snapshot().newest_first().len(), 48 + lap as usize, "lap {lap}");
@@ -713,12 +715,12 @@ mod tests {
         let responses = |engine: &Engine| engine.check(&request).unwrap().pop().unwrap().unwrap();
 
         engine.flush().unwrap();
-        assert!(matches!(responses(&engine), Response::InProgress { .. }));
+        assert!(matches!(responses(&engine), KeyStatus::InProgress(_)));
         assert_eq!(engine.memtable.flushable(), 1, "it waits for its row, and for the next seal");
         open.finish();
-        assert!(matches!(responses(&engine), Response::Completed(_)));
+        assert!(matches!(responses(&engine), KeyStatus::Completed(_)));
         engine.flush().unwrap();
         assert_eq!(engine.memtable.flushable(), 0);
-        assert!(matches!(responses(&engine), Response::Completed(_)));
+        assert!(matches!(responses(&engine), KeyStatus::Completed(_)));
     }
 }

@@ -232,7 +232,7 @@ mod tests {
     use super::*;
     use crate::clock::{Clock, ManualClock};
     use crate::config::Options;
-    use crate::engine::response::ClaimResponse;
+    use onlyonce_core::Claim;
     use crate::fs::directory::Directory;
 
     const LEASE: Duration = Duration::from_millis(60);
@@ -245,7 +245,7 @@ mod tests {
 
     fn grant(engine: &Arc<Engine>, key: &str) -> Grant {
         match engine.claim(&engine.request([key]).unwrap()).unwrap().pop() {
-            Some(Ok(ClaimResponse::Acquired(grant))) => grant,
+            Some(Ok(Claim::Acquired(grant))) => grant,
             other => panic!("{key} should be free, but is {other:?}"),
         }
     }
@@ -296,7 +296,7 @@ mod tests {
                         let renewal = Renewal::start(engine, &grant);
                         std::thread::sleep(Duration::from_millis(round * 300 % 700));
                         let other = engine.claim(&engine.request([&key]).unwrap()).unwrap().pop();
-                        assert!(matches!(other, Some(Ok(ClaimResponse::InProgress { .. }))), "{key}: {other:?}");
+                        assert!(matches!(other, Some(Ok(Claim::InProgress { .. }))), "{key}: {other:?}");
                         assert!(renewal.lost().is_none());
                     }
                 });

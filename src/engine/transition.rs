@@ -212,7 +212,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::entry::StoredResult;
+    use onlyonce_core::StoredResult;
 
     const WINDOW_MS: u64 = 1_000;
     const OPENED: Opened = Opened { time_ms: 5_000, monotonic_ms: 0 };

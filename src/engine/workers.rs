@@ -201,8 +201,9 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::engine::response::{ClaimResponse, FinishKind, FinishedBy};
-    use crate::entry::StoredResult;
+    use crate::engine::response::{FinishKind, FinishedBy};
+    use onlyonce_core::Claim;
+    use onlyonce_core::StoredResult;
     use crate::fs::directory::Directory;
 
     fn start(dir: &tempfile::TempDir, options: &Options) -> StoreHandle {
@@ -228,10 +229,10 @@ mod tests {
         let large = vec![7; 3 << 20];
         for key in ["a", "b", "c"] {
             let request = handle.engine.request([key]).unwrap();
-            let Some(Ok(ClaimResponse::Acquired(grant))) = handle.engine.claim(&request).unwrap().pop() else {
+            let Some(Ok(Claim::Acquired(grant))) = handle.engine.claim(&request).unwrap().pop() else {
                 panic!("{key} is new")
             };
-            let done = vec![(&grant, FinishKind::Complete(StoredResult::Bytes(&large), None))];
+            let done = vec![(&grant, FinishKind::Complete { result: StoredResult::Bytes(&large), side_writes: None, follows: false })];
             assert_eq!(handle.engine.finish(RecordKind::Completed, FinishedBy::Holder, done).unwrap(), [true]);
         }
         handle.close().unwrap();

@@ -42,16 +42,18 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
+    /// Fails unless the directory holds a store.
+    pub(crate) fn require_store(root: &Path) -> Result<()> {
+        if root.join(DATABASE).is_dir() { Ok(()) } else { Err(Error::NotFound { path: root.to_owned() }) }
+    }
+
     /// Makes the directory ours. Creates it, readable by its owner alone, where there is none; waits up to `wait`
     /// for another process to let go: a killed one holds its locks until the kernel has torn it down.
-    pub(crate) fn acquire(root: &Path, wait: Duration, create: bool) -> Result<Self> {
+    pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
         refuse_impossible(root)?;
         // A process that changes its working directory, as services do, must not lose its store.
         let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, error))?;
         refuse_foreign(root)?;
-        if !create && !root.join(DATABASE).exists() {
-            return Err(Error::NotFound { path: root.to_owned() });
-        }
         make_private(root)?;
         let path = root.join(LOCK);
         let lock = OpenOptions::new()

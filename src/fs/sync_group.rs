@@ -127,7 +127,7 @@ mod tests {
     fn after_a_sync_that_failed_none_is_believed() {
         let group = SyncGroup::default();
         let failed = group.wait(|| Err(Error::WriteFailed { source: "no space left".into() }));
-        assert!(failed.unwrap_err().to_string().contains("no space left"));
+        assert!(failed.unwrap_err().chain().contains("no space left"));
         assert!(group.wait(|| Ok(())).is_err());
     }
 }

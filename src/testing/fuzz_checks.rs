@@ -10,7 +10,6 @@ use crate::digest::Digester;
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
 use crate::rocks;
-use crate::typed_result;
 use onlyonce_core::Key;
 
 /// A journal row is refused, or says the same when it is written again.
@@ -78,12 +77,21 @@ pub fn meta_entries(bytes: &[u8]) {
         assert_eq!(range.family(), name);
         assert!(range.start_ms < range.end_ms());
     }
+    #[cfg(feature = "bincode")]
     type Typed = (String, Vec<Option<u32>>, std::collections::BTreeMap<u8, Vec<u8>>, Result<(), char>);
-    if let Ok(result) = typed_result::decode::<Typed>(bytes) {
-        let written = typed_result::encode(&result, usize::MAX).unwrap_or_default();
-        assert_eq!(typed_result::decode::<Typed>(&written), Ok(result));
+    #[cfg(feature = "bincode")]
+    if let Ok(Some(result)) = completed(bytes).result_as::<Typed>() {
+        let written = onlyonce_core::Completion::encode(&result).unwrap_or_default();
+        assert_eq!(completed(written.result()).result_as::<Typed>().ok(), Some(Some(result)));
     }
     rocks::fuzz_checks::file_manifest(bytes);
+}
+
+#[cfg(feature = "bincode")]
+fn completed(result: &[u8]) -> onlyonce_core::Completed {
+    let result = onlyonce_core::StoredResult::Bytes(std::sync::Arc::from(result));
+    let (token, time) = (onlyonce_core::FencingToken::new(1), onlyonce_core::Timestamp::UNIX_EPOCH);
+    onlyonce_core::Completed::new(result, token, time, time)
 }
 
 /// A log, or a manifest, which has its form, is whole up to where it is said to be torn.
