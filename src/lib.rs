@@ -86,7 +86,21 @@ pub use testing::fuzz_checks;
 #[doc(hidden)]
 pub use testing::internals;
 
-/// Runs the code of the page as doc tests.
-#[cfg(all(doctest, feature = "http"))]
-#[doc = include_str!("../docs/http.md")]
-struct HttpPage;
+/// The examples of the documentation are compiled.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[cfg(feature = "tokio")]
+    #[doc = include_str!("../docs/async.md")]
+    struct Async;
+    #[cfg(feature = "http")]
+    #[doc = include_str!("../docs/http.md")]
+    struct Http;
+    #[doc = include_str!("../docs/batches.md")]
+    struct Batches;
+    #[doc = include_str!("../docs/offsets-and-outbox.md")]
+    struct OffsetsAndOutbox;
+    #[doc = include_str!("../docs/stream-time.md")]
+    struct StreamTime;
+}
