@@ -70,6 +70,9 @@ pub use api::{
 pub use api::{DedupStream, Submitted, Unclaimed, UnclaimedReason};
 pub use clock::{BootTime, Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
+#[cfg(feature = "testing")]
+#[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
+pub use onlyonce_core::testing::MemoryStore;
 pub use onlyonce_core::{
     AttemptInfo, Cause, Completed, Completion, Error, ErrorKind, FencingToken, HeldKey, InProgress, Key, KeyError,
     KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
