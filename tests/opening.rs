@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use common::{Bench, copy_store};
-use onlyonce::{Claim, Error, Key, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
+use onlyonce::{Claim, Error, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
 
 #[test]
 fn a_second_open_is_refused_by_name_after_the_wait() {

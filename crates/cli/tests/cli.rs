@@ -1,4 +1,4 @@
-//! The command line end to end: what comes out, what is recorded, what it says, and what a kill leaves behind.
+//! The command end to end: output, recorded keys, messages, interrupts and kills.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -10,7 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use onlyonce::{Check, Claim, Key, Store};
+use onlyonce::{Claim, Key, KeyStatus, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
@@ -18,10 +18,10 @@ use tempfile::TempDir;
 
 const FLIGHT: [&str; 8] = ["--key", ".time_hour", "--key", ".carrier", "--key", ".flight", "--key", ".origin"];
 
-/// After so long what a test waits for will not come.
+/// The time after which a test stops waiting and fails.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A directory with a store that is not there yet.
+/// A directory in which the command creates its store.
 struct Cli {
     dir: TempDir,
 }
@@ -51,7 +51,7 @@ impl Cli {
     fn run(&self, verb: &str, args: &[&str], input: impl AsRef<[u8]>) -> Ran {
         let mut child = self.command(verb).args(args).spawn().unwrap();
         let (mut stdin, input) = (child.stdin.take().unwrap(), input.as_ref().to_vec());
-        // On its own thread, as the output has to be read meanwhile. It may end before it has read everything.
+        // On its own thread, because the output must be read meanwhile. The child may exit before it has read everything.
         let feeder = std::thread::spawn(move || drop(stdin.write_all(&input)));
         let output = child.wait_with_output().unwrap();
         feeder.join().unwrap();
@@ -62,7 +62,7 @@ impl Cli {
         self.run("filter", args, input)
     }
 
-    /// What comes out of a filter that has nothing to complain about.
+    /// The output of a filter that must succeed.
     fn passed(&self, args: &[&str], input: impl AsRef<[u8]>) -> String {
         let ran = self.filter(args, input);
         assert_eq!(ran.code, Some(0), "{}", ran.err);
@@ -89,10 +89,10 @@ struct Ran {
 }
 
 impl Ran {
-    /// Refused with a message that says all of this.
-    fn is_refused(&self, says: &[&str]) {
+    /// Asserts exit code 2 and a message that contains all of these parts.
+    fn is_error(&self, parts: &[&str]) {
         assert_eq!(self.code, Some(2), "{}", self.err);
-        for part in says {
+        for part in parts {
             assert!(self.err.contains(part), "`{part}` is not in: {}", self.err);
         }
     }
@@ -109,7 +109,7 @@ impl From<Output> for Ran {
     }
 }
 
-/// A child that does not outlive its test.
+/// A child that is killed when its test ends.
 struct Running(Child);
 
 impl Running {
@@ -118,7 +118,7 @@ impl Running {
         assert!(sent.success());
     }
 
-    /// The lines of its output as they come, so that a test that waits for one can give up.
+    /// The lines of the output as they arrive, so that a test can wait for one with a time limit.
     fn lines(&mut self) -> Receiver<String> {
         let (sender, lines) = mpsc::channel();
         let output = BufReader::new(self.0.stdout.take().unwrap());
@@ -131,7 +131,7 @@ impl Running {
         let status = loop {
             match self.0.try_wait().unwrap() {
                 Some(status) => break status,
-                None if begun.elapsed() > PATIENCE => panic!("it does not end"),
+                None if begun.elapsed() > PATIENCE => panic!("the child does not exit"),
                 None => std::thread::sleep(Duration::from_millis(2)),
             }
         };
@@ -146,7 +146,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Ended already, in a test that passes.
+        // In a test that passes, the child has exited already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -156,18 +156,18 @@ fn sample() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/data/flights.ndjson")
 }
 
-/// Each line once, where it stands first.
+/// The first occurrence of each line.
 fn first_occurrences(lines: &str) -> String {
     let mut seen = HashSet::new();
     lines.split_inclusive('\n').filter(|line| seen.insert(*line)).collect()
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What comes out
+// Output
 // ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn the_sample_comes_out_as_its_distinct_lines_in_order_and_only_once() {
+fn the_sample_passes_as_its_distinct_lines_in_order_and_only_once() {
     let cli = Cli::new();
     let sample = sample();
     let lines = fs::read_to_string(&sample).unwrap();
@@ -176,7 +176,7 @@ fn the_sample_comes_out_as_its_distinct_lines_in_order_and_only_once() {
     let first = cli.filter(&args, "");
     assert_eq!(first.code, Some(0), "{}", first.err);
     assert_eq!(first.out, first_occurrences(&lines));
-    assert_eq!((lines.lines().count(), first.out.lines().count()), (5_200, 4_892), "as its README says");
+    assert_eq!((lines.lines().count(), first.out.lines().count()), (5_200, 4_892), "as in the README of the sample");
     assert!(
         first.summary().starts_with("lines=5200 passed=4892 duplicates=308 missing=0 blank=0 seconds="),
         "{}",
@@ -189,7 +189,7 @@ fn the_sample_comes_out_as_its_distinct_lines_in_order_and_only_once() {
 }
 
 #[test]
-fn without_a_key_the_line_itself_is_the_key() {
+fn without_a_key_option_the_whole_line_is_the_key() {
     let cli = Cli::new();
     assert_eq!(cli.passed(&[], "b\na\n\nb\na \n\na\n"), "b\na\n\na \n");
     assert_eq!(cli.passed(&["--content"], "\nc\na\na "), "c\n");
@@ -197,7 +197,7 @@ fn without_a_key_the_line_itself_is_the_key() {
 }
 
 #[test]
-fn bytes_that_are_no_text_go_through_unchanged() {
+fn bytes_that_are_not_utf_8_pass_unchanged() {
     let cli = Cli::new();
     let mut child = cli.command("filter").spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"\xff\x00\n\xfe\n\xff\x00\n").unwrap();
@@ -205,23 +205,23 @@ fn bytes_that_are_no_text_go_through_unchanged() {
 }
 
 #[test]
-fn a_last_line_without_its_end_is_kept_so() {
+fn a_last_line_without_a_newline_gets_none() {
     let cli = Cli::new();
     assert_eq!(cli.passed(&[], "a\nb"), "a\nb");
-    assert_eq!(cli.passed(&[], "c\nb\na"), "c\n", "with and without its end it is the same line");
+    assert_eq!(cli.passed(&[], "c\nb\na"), "c\n", "the key of a line does not include its newline");
 }
 
 #[test]
-fn carriage_returns_stay() {
+fn carriage_returns_are_part_of_the_line() {
     let cli = Cli::new();
     assert_eq!(cli.passed(&[], "a\r\nb\r\na\r\n"), "a\r\nb\r\n");
-    assert_eq!(cli.passed(&["--key", ".k"], "{\"k\":1}\r\n{\"k\":1}\n"), "{\"k\":1}\r\n", "JSON does not see them");
+    assert_eq!(cli.passed(&["--key", ".k"], "{\"k\":1}\r\n{\"k\":1}\n"), "{\"k\":1}\r\n", "JSON ignores them");
 }
 
 const MARK: &str = "\u{feff}";
 
 #[test]
-fn a_byte_order_mark_at_the_start_of_an_input_is_left_out() {
+fn a_byte_order_mark_at_the_start_of_an_input_is_removed() {
     let cli = Cli::new();
     let (one, two) =
         (cli.file("one", format!("{MARK}{{\"k\":1}}\n")), cli.file("two", format!("{MARK}{{\"k\":2}}\r\n")));
@@ -233,23 +233,23 @@ fn a_byte_order_mark_at_the_start_of_an_input_is_left_out() {
         assert_eq!((ran.code, ran.out.as_str()), (Some(0), "{\"k\":1}\n{\"k\":2}\r\n{\"k\":3}\n"), "{}", ran.err);
         assert!(ran.summary().starts_with("lines=4 passed=3 duplicates=1 missing=0 blank=0 "), "{}", ran.err);
     }
-    // What `cat` puts together.
-    let put_together = format!("{MARK}{{\"k\":1}}\n{MARK}{{\"k\":2}}\n{{\"k\":2}}\n");
-    assert_eq!(Cli::new().passed(&["--key", ".k"], put_together), "{\"k\":1}\n{\"k\":2}\n");
+    // As `cat` joins files.
+    let joined = format!("{MARK}{{\"k\":1}}\n{MARK}{{\"k\":2}}\n{{\"k\":2}}\n");
+    assert_eq!(Cli::new().passed(&["--key", ".k"], joined), "{\"k\":1}\n{\"k\":2}\n");
 }
 
 #[test]
-fn a_byte_order_mark_is_no_part_of_a_line_that_is_its_own_key() {
+fn a_byte_order_mark_is_not_part_of_a_line_that_is_its_own_key() {
     let cli = Cli::new();
     assert_eq!(cli.passed(&["--max-line", "2"], format!("{MARK}ab\nb\nab\n")), "ab\nb\n");
-    // Within an input it is of the line.
+    // After the first line of an input it is part of the line.
     assert_eq!(cli.passed(&[], format!("{MARK}ab\n{MARK}ab\n")), format!("{MARK}ab\n"));
-    assert_eq!(Cli::new().passed(&[], MARK), "", "it is no line");
-    Cli::new().filter(&["--max-line", "2"], format!("{MARK}abc")).is_refused(&["<stdin>:1: ", "longer than 2 bytes"]);
+    assert_eq!(Cli::new().passed(&[], MARK), "", "a mark alone is not a line");
+    Cli::new().filter(&["--max-line", "2"], format!("{MARK}abc")).is_error(&["<stdin>:1: ", "longer than 2 bytes"]);
 }
 
 #[test]
-fn text_in_utf_16_is_refused_by_name() {
+fn utf_16_input_is_an_error_that_names_the_encoding() {
     let mark_and_text = |big: bool| -> Vec<u8> {
         let units = "\u{feff}{\"k\":1}\n".encode_utf16();
         units.flat_map(|unit| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
@@ -258,14 +258,14 @@ fn text_in_utf_16_is_refused_by_name() {
         for args in [&["--key", ".k"][..], &["--key", ".k", "--on-missing-key", "drop"], &[]] {
             let cli = Cli::new();
             let ran = cli.filter(args, &input);
-            ran.is_refused(&["onlyonce: <stdin>:1: ", "UTF-16", "convert it to UTF-8"]);
+            ran.is_error(&["onlyonce: <stdin>:1: ", "UTF-16", "convert it to UTF-8"]);
             assert_eq!(ran.out, "");
         }
     }
 }
 
 #[test]
-fn blank_lines_of_json_input_are_left_out_and_counted() {
+fn blank_lines_of_json_input_are_dropped_and_counted() {
     for on_missing_key in ["fail", "drop", "pass"] {
         let cli = Cli::new();
         let input = format!("{MARK}\n\n{{\"k\":1}}\r\n\r\n \t \n{{\"k\":1}}\n{{\"k\":2}}\n  ");
@@ -273,8 +273,8 @@ fn blank_lines_of_json_input_are_left_out_and_counted() {
         assert_eq!((ran.code, ran.out.as_str()), (Some(0), "{\"k\":1}\r\n{\"k\":2}\n"), "{}", ran.err);
         assert!(ran.summary().starts_with("lines=8 passed=2 duplicates=1 missing=0 blank=5 "), "{}", ran.err);
     }
-    // The number of a line counts them, and where lines are their own keys they are lines.
-    Cli::new().filter(&["--key", ".k"], "\n\nno json\n").is_refused(&["<stdin>:3: "]);
+    // They count for line numbers. Without --key they are lines.
+    Cli::new().filter(&["--key", ".k"], "\n\nno json\n").is_error(&["<stdin>:3: "]);
     assert_eq!(Cli::new().passed(&[], "\n\na\n \n"), "\na\n \n");
 }
 
@@ -286,7 +286,7 @@ fn several_files_are_one_stream_of_whole_lines() {
 }
 
 #[test]
-fn an_empty_input_is_no_error() {
+fn an_empty_input_is_not_an_error() {
     let cli = Cli::new();
     let ran = cli.filter(&FLIGHT, "");
     assert_eq!((ran.code, ran.out.as_str()), (Some(0), ""));
@@ -294,7 +294,7 @@ fn an_empty_input_is_no_error() {
 }
 
 #[test]
-fn a_batch_of_one_line_or_of_all_gives_the_same() {
+fn the_batch_size_does_not_change_the_output() {
     let lines = fs::read_to_string(sample()).unwrap();
     for batch in ["1", "7", "100000"] {
         let args = [&FLIGHT[..], &["--durability", "process", "--batch", batch]].concat();
@@ -303,7 +303,7 @@ fn a_batch_of_one_line_or_of_all_gives_the_same() {
 }
 
 #[test]
-fn a_line_comes_out_before_the_next_one_comes_in() {
+fn a_line_is_written_before_the_next_one_arrives() {
     let cli = Cli::new();
     let mut running = Running(cli.command("filter").spawn().unwrap());
     let mut input = running.0.stdin.take().unwrap();
@@ -321,7 +321,7 @@ fn a_line_comes_out_before_the_next_one_comes_in() {
 // ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn scopes_are_apart() {
+fn equal_keys_in_different_scopes_are_different_keys() {
     let cli = Cli::new();
     assert_eq!(cli.passed(&["--scope", "one"], "a\n"), "a\n");
     assert_eq!(cli.passed(&["--scope", "two"], "a\n"), "a\n");
@@ -330,14 +330,14 @@ fn scopes_are_apart() {
 }
 
 #[test]
-fn the_parts_of_a_composite_key_do_not_run_into_each_other() {
+fn the_parts_of_a_composite_key_are_kept_apart() {
     let cli = Cli::new();
     let lines = "{\"a\":\"ab\",\"b\":\"c\"}\n{\"a\":\"a\",\"b\":\"bc\"}\n{\"b\":\"\",\"a\":\"abc\"}\n";
     assert_eq!(cli.passed(&["--key", ".a", "--key", ".b"], lines.repeat(2)), lines);
 }
 
 #[test]
-fn a_key_is_found_by_its_path_whatever_else_a_line_holds() {
+fn a_key_is_selected_by_its_path_in_any_line() {
     let cli = Cli::new();
     let lines = [
         r#"{"id":"other","user":{"id":7,"name":"}{"},"tags":["x",{"n":1}]}"#,
@@ -363,7 +363,11 @@ fn numbers_that_differ_in_one_digit_are_two_keys() {
     let lines = "{\"n\":18446744073709551617}\n{\"n\":18446744073709551618}\n{\"n\":0.12345678901234567891}\n\
                  {\"n\":0.12345678901234567892}\n{\"n\":1}\n{\"n\":1.0}\n";
     assert_eq!(cli.passed(&["--key", ".n"], lines), lines);
-    assert_eq!(cli.passed(&["--key", ".n"], "{\"n\":\"1\"}\n"), "", "text and number of the same characters are one");
+    assert_eq!(
+        cli.passed(&["--key", ".n"], "{\"n\":\"1\"}\n"),
+        "",
+        "a string and a number with the same characters are one key"
+    );
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -371,26 +375,26 @@ fn numbers_that_differ_in_one_digit_are_two_keys() {
 // ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_line_without_a_key_ends_it_with_its_number_and_all_before_it_recorded() {
-    let whys = [
-        ("no json", "no JSON"),
-        ("{\"k\":1", "no JSON"),
-        ("{\"k\":1} 2", "no JSON"),
-        ("\u{a0}", "no JSON"),
-        ("{\"l\":1}", "it has no .k"),
-        ("[{\"k\":1}]", "it has no .k"),
-        ("{\"k\":null}", "its .k is null"),
-        ("{\"k\":{}}", "its .k is an object"),
-        ("{\"k\":[1]}", "its .k is an array"),
+fn a_line_without_a_key_ends_the_run_with_its_number_after_all_earlier_lines_are_recorded() {
+    let reasons = [
+        ("no json", "not JSON"),
+        ("{\"k\":1", "not JSON"),
+        ("{\"k\":1} 2", "not JSON"),
+        ("\u{a0}", "not JSON"),
+        ("{\"l\":1}", "the line has no .k"),
+        ("[{\"k\":1}]", "the line has no .k"),
+        ("{\"k\":null}", ": .k is null"),
+        ("{\"k\":{}}", ": .k is an object"),
+        ("{\"k\":[1]}", ": .k is an array"),
         ("{\"k\":\"\\ud800\"}", "broken escape"),
-        ("{\"k\":\"\"}", "its key is empty"),
+        ("{\"k\":\"\"}", "the key is empty"),
         (&format!("{{\"k\":\"{}\"}}", "k".repeat(65_535)), "65536 bytes"),
     ];
-    for (line, why) in whys {
+    for (line, why) in reasons {
         let cli = Cli::new();
         let input = format!("{{\"k\":1}}\n{{\"k\":2}}\n{line}\n{{\"k\":3}}\n");
         let ran = cli.filter(&["--key", ".k", "--scope", "s"], &input);
-        ran.is_refused(&["onlyonce: <stdin>:3: ", why, "--on-missing-key"]);
+        ran.is_error(&["onlyonce: <stdin>:3: ", why, "--on-missing-key"]);
         assert_eq!(ran.out, "{\"k\":1}\n{\"k\":2}\n", "{line}");
         assert!(ran.summary().starts_with("lines=2 passed=2 "), "{}", ran.err);
         let again = cli.passed(&["--key", ".k", "--scope", "s"], "{\"k\":1}\n{\"k\":2}\n{\"k\":3}\n");
@@ -399,16 +403,16 @@ fn a_line_without_a_key_ends_it_with_its_number_and_all_before_it_recorded() {
 }
 
 #[test]
-fn the_number_of_a_line_counts_in_its_own_file() {
+fn line_numbers_start_at_one_in_each_file() {
     let cli = Cli::new();
     let (one, two) = (cli.file("one", "{\"k\":1}\n{\"k\":2}\n"), cli.file("two", "{\"k\":3}\n{}\n"));
     let ran = cli.filter(&["--key", ".k", &one, &two], "");
-    ran.is_refused(&[&format!("onlyonce: {two}:2: it has no .k")]);
+    ran.is_error(&[&format!("onlyonce: {two}:2: the line has no .k")]);
     assert_eq!(ran.out.lines().count(), 3);
 }
 
 #[test]
-fn lines_without_a_key_pass_each_time_or_are_dropped() {
+fn lines_without_a_key_pass_every_time_or_are_dropped() {
     let cli = Cli::new();
     let input = "{\"k\":1}\nno json\n{\"k\":1}\n{}\nno json\n{\"k\":2}";
     let keyed = ["--key", ".k", "--on-missing-key"];
@@ -423,37 +427,37 @@ fn lines_without_a_key_pass_each_time_or_are_dropped() {
 }
 
 #[test]
-fn bytes_that_are_no_text_are_no_json() {
+fn a_line_that_is_not_utf_8_is_not_json() {
     let cli = Cli::new();
-    cli.filter(&["--key", ".k"], b"{\"k\":\"\xff\"}\n").is_refused(&["<stdin>:1: ", "no JSON", "UTF-8"]);
+    cli.filter(&["--key", ".k"], b"{\"k\":\"\xff\"}\n").is_error(&["<stdin>:1: ", "not JSON", "UTF-8"]);
 }
 
 #[test]
-fn a_line_over_the_limit_ends_it_with_its_number_and_all_before_it_recorded() {
+fn a_line_over_the_limit_ends_the_run_with_its_number_after_all_earlier_lines_are_recorded() {
     for (long, whole) in
         [("123456789\n", "12345678\n"), ("123456789", "12345678"), ("1234567890123456789\n", "12345678\n")]
     {
         let cli = Cli::new();
         let ran = cli.filter(&["--max-line", "8"], format!("a\n{long}b\n"));
-        ran.is_refused(&["onlyonce: <stdin>:2: ", "longer than 8 bytes", "--max-line"]);
+        ran.is_error(&["onlyonce: <stdin>:2: ", "longer than 8 bytes", "--max-line"]);
         assert_eq!(ran.out, "a\n");
         assert_eq!(cli.passed(&["--max-line", "8"], format!("a\n{whole}")), whole);
     }
 }
 
 #[test]
-fn a_line_larger_than_every_buffer_goes_through() {
+fn a_line_larger_than_every_buffer_passes() {
     let cli = Cli::new();
     let lines = format!("{}\nb\n{}\n", "a".repeat(3 << 20), "a".repeat((3 << 20) + 1));
     assert_eq!(cli.passed(&[], lines.repeat(2)), lines);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// What it says
+// Messages
 // ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn the_summary_is_one_line_of_names_and_figures() {
+fn the_summary_is_one_line_of_names_and_numbers() {
     let ran = Cli::new().filter(&[], "a\nb\na\n");
     let line = ran.err.strip_suffix('\n').unwrap();
     let (counts, seconds) = line.split_once(" seconds=").unwrap();
@@ -462,7 +466,7 @@ fn the_summary_is_one_line_of_names_and_figures() {
 }
 
 #[test]
-fn the_summary_is_one_json_object_if_asked_for() {
+fn the_summary_is_a_json_object_with_the_option_json() {
     let ran = Cli::new().filter(&["--json", "--key", ".k", "--on-missing-key", "drop"], "{\"k\":1}\n{\"k\":1}\n{}\n");
     let mut summary: Value = serde_json::from_str(&ran.err).unwrap();
     let seconds = summary.as_object_mut().unwrap().remove("seconds").unwrap();
@@ -471,7 +475,7 @@ fn the_summary_is_one_json_object_if_asked_for() {
 }
 
 #[test]
-fn verbose_says_what_the_store_does_and_changes_nothing_else() {
+fn verbose_logs_what_the_store_does_and_changes_nothing_else() {
     let cli = Cli::new();
     let ran = cli.filter(&["-v"], "a\n");
     assert_eq!((ran.code, ran.out.as_str()), (Some(0), "a\n"));
@@ -480,46 +484,48 @@ fn verbose_says_what_the_store_does_and_changes_nothing_else() {
 }
 
 #[test]
-fn bad_usage_is_named_and_touches_nothing() {
+fn bad_usage_is_an_error_that_names_the_option_and_creates_no_store() {
     let cli = Cli::new();
     let scope = "s".repeat(256);
     for (args, says) in [
-        (&["--key", "id"][..], "each field begins with a dot"),
-        (&["--key", ".a..b"], "no name"),
-        (&["--key", ".a[x].b"], "at [x].b, byte 2: brackets hold a place in an array"),
-        (&["--key", ".\"a"], "no quoted name"),
+        (&["--key", "id"][..], "a field begins with a dot"),
+        (&["--key", ".a..b"], "the name of the field is missing"),
+        (&["--key", ".a[x].b"], "at [x].b, byte 2: brackets contain an array index"),
+        (&["--key", ".\"a"], "not a quoted name"),
         (&["--key", ".a", "--content"], "cannot be used with"),
         (&["--batch", "0"], "0 is not in 1..="),
         (&["--window", "soon"], "--window"),
-        (&["--window", "0s"], "`window`"),
-        (&["--bucket", "25h"], "`bucket`"),
+        (&["--window", "0s"], "onlyonce: --window is 0ns, but it must be from 1ms"),
+        (&["--window", "100y"], "onlyonce: --window is "),
+        (&["--bucket", "25h"], "onlyonce: --bucket is "),
+        (&["--window", "30d", "--bucket", "1h"], "onlyonce: --bucket is "),
         (&["--durability", "none"], "disk, process"),
         (&["--on-missing-key", "skip"], "fail, pass, drop"),
-        (&["--scope", &scope], "over the limit of 255"),
+        (&["--scope", &scope], "the scope has 256 bytes; the limit is 255"),
         (&["--colour"], "--colour"),
         (&["no/such/file"], "no/such/file"),
         (&["/"], "it is a directory"),
     ] {
         let ran = cli.filter(args, "a\n");
-        ran.is_refused(&[says]);
+        ran.is_error(&[says]);
         assert_eq!(ran.out, "", "{args:?}");
         assert!(!cli.store().join("db").exists(), "{args:?}");
     }
 }
 
 #[test]
-fn a_directory_of_somebody_else_and_a_store_in_use_are_refused() {
+fn a_foreign_directory_and_a_store_in_use_are_errors() {
     let cli = Cli::new();
     fs::create_dir(cli.store()).unwrap();
     fs::write(cli.store().join("diary"), "").unwrap();
-    cli.filter(&[], "a\n").is_refused(&["onlyonce: ", "is not an onlyonce store", "diary"]);
+    cli.filter(&[], "a\n").is_error(&["onlyonce: ", "is not an onlyonce store", "diary"]);
     fs::remove_file(cli.store().join("diary")).unwrap();
 
     let store = Store::open(cli.store()).unwrap();
     for verb in ["filter", "stats"] {
-        cli.run(verb, &[], "").is_refused(&["onlyonce: ", "another process has"]);
+        cli.run(verb, &[], "").is_error(&["onlyonce: ", "is open in another process"]);
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
     assert_eq!(cli.passed(&[], "a\n"), "a\n");
 }
 
@@ -528,7 +534,7 @@ fn a_directory_of_somebody_else_and_a_store_in_use_are_refused() {
 // ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn get_finds_a_key_by_what_the_filter_made_it_of() {
+fn get_finds_a_key_by_the_values_that_filter_made_it_of() {
     let cli = Cli::new();
     let sample = sample();
     cli.passed(&[&FLIGHT[..], &[sample.to_str().unwrap()]].concat(), "");
@@ -538,6 +544,8 @@ fn get_finds_a_key_by_what_the_filter_made_it_of() {
     assert_eq!(flight["result"], Value::Null);
     assert!(flight["completed_at_ms"].as_u64().unwrap() > 1_700_000_000_000);
     assert!(flight["completed_at"].as_str().unwrap().ends_with('Z'));
+    let day_ms = 24 * 60 * 60 * 1_000;
+    assert_eq!(flight["remembered_until_ms"], flight["completed_at_ms"].as_u64().unwrap() + day_ms);
     assert!(flight["token"].as_u64().unwrap() > 0);
 
     cli.passed(&["--key", ".k", "--scope", "s"], "{\"k\":\"A\\u00e9\"}\n{\"k\":-1.50}\n");
@@ -547,37 +555,42 @@ fn get_finds_a_key_by_what_the_filter_made_it_of() {
     cli.passed(&["--content"], "a whole line\n");
     assert_eq!(cli.get(&["--content", "a whole line"])["state"], "completed");
 
+    // The arguments, and the options that the message suggests.
     let absents = [
-        &["Aé"][..],
-        &["--scope", "s", "--", "-1.5"],
-        &["a whole line"],
-        &["--content", "a whole line\n"],
-        &["UA", "1545"],
+        (&["Aé"][..], &["--content", "--scope"][..]),
+        (&["--scope", "s", "--", "-1.5"], &["--content"]),
+        (&["a whole line"], &["--content", "--scope"]),
+        (&["--content", "a whole line\n"], &["--scope"]),
+        (&["--content", "--scope", "s", "a"], &[]),
+        (&["--json", "{\"key\":\"a\",\"scope\":\"s\"}"], &[]),
+        (&["UA", "1545"], &["--content", "--scope"]),
     ];
-    for absent in absents {
+    for (absent, suggested) in absents {
         let ran = cli.run("get", absent, "");
         assert_eq!((ran.code, ran.out.as_str()), (Some(1), ""), "{absent:?}");
-        assert!(ran.err.contains("nothing is stored of "), "{}", ran.err);
-        assert_eq!(ran.err.contains("--content"), absent[0] != "--content", "{}", ran.err);
+        assert!(ran.err.starts_with("onlyonce: no entry for "), "{}", ran.err);
+        for option in ["--content", "--scope"] {
+            assert_eq!(ran.err.contains(option), suggested.contains(&option), "{absent:?}: {}", ran.err);
+        }
     }
 }
 
 #[test]
-fn get_shows_what_a_program_stored() {
+fn get_prints_the_entries_of_other_programs() {
     let cli = Cli::new();
     let store = Store::builder().result_limit(8).open(cli.store()).unwrap();
-    let lease = |key: &str| match store.claim(key).unwrap() {
+    let lease = |key: &str| match store.claim(key).wait().unwrap() {
         Claim::Acquired(lease) => lease,
         other => panic!("{other:?}"),
     };
-    lease("text").complete("charged").unwrap();
-    lease("bytes").complete(vec![0xff, 0x00]).unwrap();
-    lease("long").complete("123456789").unwrap();
+    lease("text").complete("charged").wait().unwrap();
+    lease("bytes").complete(vec![0xff, 0x00]).wait().unwrap();
+    lease("long").complete("123456789").wait().unwrap();
     let long_key = "k".repeat(1_000);
-    store.record(Key::from(&long_key)).unwrap();
+    store.record(Key::from(&long_key)).wait().unwrap();
     let crashed = lease("crashed");
-    lease("released").release_after(Duration::from_secs(600)).unwrap();
-    store.close().unwrap();
+    lease("released").release().after(Duration::from_secs(600)).wait().unwrap();
+    store.close().wait().unwrap();
     drop(crashed);
 
     let result = |key| {
@@ -586,23 +599,23 @@ fn get_shows_what_a_program_stored() {
     };
     assert_eq!(result("text"), (json!("text"), json!("charged")));
     assert_eq!(result("bytes"), (json!("hex"), json!("ff00")));
-    assert_eq!(result("long"), (json!("omitted"), Value::Null));
+    assert_eq!(result("long"), (json!("too_large"), Value::Null));
     assert_eq!(result(&long_key), (json!("none"), Value::Null));
 
     let crashed = cli.get(&["crashed"]);
     assert_eq!((&crashed["key"], &crashed["scope"]), (&json!("crashed"), &Value::Null));
     assert_eq!((&crashed["state"], &crashed["attempt"]), (&json!("processing"), &json!(1)));
-    assert_eq!((&crashed["phase"], &crashed["prior"]), (&json!("free"), &json!("crashed")));
+    assert_eq!((&crashed["lease"], &crashed["prior"]), (&json!("free"), &json!("crashed")));
     let released = cli.get(&["released"]);
-    assert_eq!((&released["phase"], &released["prior"]), (&json!("backoff"), &json!("released")));
+    assert_eq!((&released["lease"], &released["prior"]), (&json!("backoff"), &json!("released")));
     assert!((1..=600_000).contains(&released["remaining_ms"].as_u64().unwrap()), "{released}");
 
-    // Whoever works on it is nobody the filter knows of.
+    // A key that another program completed is a duplicate.
     assert_eq!(cli.passed(&["--key", ".k"], "{\"k\":\"text\"}\n{\"k\":\"new\"}\n"), "{\"k\":\"new\"}\n");
 }
 
 #[test]
-fn get_reads_back_the_keys_that_it_prints() {
+fn get_accepts_the_keys_that_it_prints() {
     let cli = Cli::new();
     let store = Store::open(cli.store()).unwrap();
     let parts: [&[u8]; 4] = [b"1", b"x\"),(\"", b"", b"\xff\0"];
@@ -622,17 +635,17 @@ fn get_reads_back_the_keys_that_it_prints() {
     let scopes: [(&[u8], Value); 3] = [(b"", Value::Null), (b"t1", json!("t1")), (b"\xff", json!({ "hex": "ff" }))];
     for (key, _) in &keys {
         for (scope, _) in &scopes {
-            store.record(key.clone().scope(*scope)).unwrap();
+            store.record(key.clone().scope(*scope)).wait().unwrap();
         }
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
     let mut tokens = HashSet::new();
     for (key, json) in &keys {
         for (scope, scope_json) in &scopes {
             let named = json!({ "key": json, "scope": scope_json });
             let printed = cli.get(&["--json", &named.to_string()]);
             assert_eq!((&printed["key"], &printed["scope"]), (json, scope_json), "{key}");
-            assert!(tokens.insert(printed["token"].as_u64().unwrap()), "it is another key than those before");
+            assert!(tokens.insert(printed["token"].as_u64().unwrap()), "each entry has a token of its own");
             assert_eq!(cli.get(&["--json", &printed.to_string()]), printed);
             if let Ok(scope) = str::from_utf8(scope) {
                 assert_eq!(cli.get(&["--json", "--scope", scope, &json.to_string()]), printed);
@@ -645,48 +658,62 @@ fn get_reads_back_the_keys_that_it_prints() {
 }
 
 #[test]
-fn get_and_stats_make_no_store() {
+fn errors_of_the_library_name_no_option_or_method_of_the_library() {
+    let cli = Cli::new();
+    Store::builder().stream_time(Duration::from_secs(1)).open(cli.store()).unwrap().close().wait().unwrap();
+    let stream_time = cli.filter(&[], "a\n");
+    stream_time.is_error(&["onlyonce: the store runs on stream time, but lines have no timestamp"]);
+    assert_eq!(stream_time.out, "");
+
+    let long = "k".repeat(65_536);
+    let too_long = cli.run("get", &[&long], "");
+    too_long.is_error(&["onlyonce: the key and the scope have 65536 bytes; the limit is 65535"]);
+    assert!(!too_long.err.contains("key_limit"), "{}", too_long.err);
+}
+
+#[test]
+fn get_and_stats_create_no_store() {
     let cli = Cli::new();
     for (verb, args) in [("get", &["k"][..]), ("stats", &[]), ("stats", &["--json"])] {
-        cli.run(verb, args, "").is_refused(&["onlyonce: ", cli.store().to_str().unwrap(), "holds no store"]);
+        cli.run(verb, args, "").is_error(&["onlyonce: ", cli.store().to_str().unwrap(), "contains no store"]);
         assert!(!cli.store().exists());
     }
     fs::create_dir(cli.store()).unwrap();
-    cli.run("stats", &[], "").is_refused(&["holds no store"]);
+    cli.run("stats", &[], "").is_error(&["contains no store"]);
     assert_eq!(fs::read_dir(cli.store()).unwrap().count(), 0);
 }
 
 #[test]
-fn get_with_bad_usage_is_refused() {
+fn bad_usage_of_get_is_an_error() {
     let cli = Cli::new();
     cli.passed(&[], "a\n");
-    cli.run("get", &[], "").is_refused(&["KEY"]);
-    cli.run("get", &["--content", "a", "b"], "").is_refused(&["one KEY"]);
-    cli.run("get", &[""], "").is_refused(&["the key is empty"]);
-    cli.run("get", &["--json", "a"], "").is_refused(&["KEY is no JSON"]);
-    cli.run("get", &["--json", "[\"a\", 1]"], "").is_refused(&["part 1 of KEY: 1 is no text"]);
-    cli.run("get", &["--json", "\"a\"", "\"b\""], "").is_refused(&["one KEY"]);
-    cli.run("get", &["--json", "--content", "a"], "").is_refused(&["cannot be used with"]);
+    cli.run("get", &[], "").is_error(&["KEY"]);
+    cli.run("get", &["--content", "a", "b"], "").is_error(&["one KEY"]);
+    cli.run("get", &[""], "").is_error(&["the key is empty"]);
+    cli.run("get", &["--json", "a"], "").is_error(&["KEY is not JSON"]);
+    cli.run("get", &["--json", "[\"a\", 1]"], "").is_error(&["part 1 of KEY: 1 is not a string"]);
+    cli.run("get", &["--json", "\"a\"", "\"b\""], "").is_error(&["one KEY"]);
+    cli.run("get", &["--json", "--content", "a"], "").is_error(&["cannot be used with"]);
     for verb in ["get", "stats", "filter"] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_onlyonce"));
         command.args([verb, "--store", ""]).args((verb == "get").then_some("k")).stdin(Stdio::null());
-        Ran::from(command.output().unwrap()).is_refused(&["--store <DIR>"]);
+        Ran::from(command.output().unwrap()).is_error(&["--store <DIR>"]);
     }
 }
 
 #[test]
-fn stats_says_how_much_a_store_holds() {
+fn stats_prints_the_number_of_keys_and_the_size() {
     let cli = Cli::new();
     cli.passed(&["--window", "2h"], "a\nb\nc\n");
     let store = Store::open(cli.store()).unwrap();
-    store.seal().unwrap();
-    store.record("d").unwrap();
-    drop(store.claim("e").unwrap());
-    store.close().unwrap();
+    store.flush().unwrap();
+    store.record("d").wait().unwrap();
+    drop(store.claim("e").wait().unwrap());
+    store.close().wait().unwrap();
 
     let stats = cli.stats();
     assert_eq!(stats["window_ms"], 7_200_000);
-    assert_eq!((&stats["in_flight"], &stats["unsealed"], &stats["sealed"]), (&json!(0), &json!(2), &json!(3)));
+    assert_eq!((&stats["in_flight"], &stats["unflushed"], &stats["flushed"]), (&json!(0), &json!(2), &json!(3)));
     assert!(stats["disk_bytes"].as_u64().unwrap() > 0);
     assert!(stats["now_ms"].as_u64().unwrap() > stats["remembers_since_ms"].as_u64().unwrap());
     let buckets = stats["buckets"].as_array().unwrap();
@@ -698,14 +725,14 @@ fn stats_says_how_much_a_store_holds() {
     let ran = cli.run("stats", &[], "");
     assert_eq!(ran.code, Some(0));
     assert!(ran.out.starts_with("window           2h\n"), "{}", ran.out);
-    for name in ["remembers since", "in flight", "unsealed keys", "sealed keys", "on disk", "buckets"] {
+    for name in ["remembers since", "in flight", "unflushed keys", "flushed keys", "on disk", "buckets"] {
         let line = ran.out.lines().find(|line| line.starts_with(name)).unwrap();
         assert_eq!(line.find(|char: char| !char.is_ascii_lowercase() && char != ' '), Some(17), "{line}");
     }
 }
 
 #[test]
-fn the_window_is_over_when_it_is_over_and_stays_as_it_was_set() {
+fn a_key_expires_with_the_window_and_the_store_keeps_its_window() {
     let cli = Cli::new();
     let args = ["--window", "100ms", "--bucket", "20ms"];
     assert_eq!(cli.passed(&args, "a\n"), "a\n");
@@ -717,17 +744,17 @@ fn the_window_is_over_when_it_is_over_and_stays_as_it_was_set() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// How it ends
+// Interrupts, closed outputs and kills
 // ---------------------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_closed_output_ends_it_cleanly_and_records_nothing_unwritten() {
+fn a_closed_output_ends_the_run_and_unwritten_lines_are_not_recorded() {
     let cli = Cli::new();
     let mut running = Running(cli.command("filter").spawn().unwrap());
     drop(running.0.stdout.take());
     let mut input = running.0.stdin.take().unwrap();
     input.write_all(b"a\nb\n").unwrap();
-    // The input stays open: it is the output that ends it.
+    // The input stays open, so only the closed output can end the run.
     let ran = running.ended();
     assert_eq!(ran.code, Some(0), "{}", ran.err);
     assert!(ran.summary().starts_with("lines=0 passed=0 "), "{}", ran.err);
@@ -736,7 +763,7 @@ fn a_closed_output_ends_it_cleanly_and_records_nothing_unwritten() {
 }
 
 #[test]
-fn a_reader_that_leaves_midway_stops_a_long_input() {
+fn a_reader_that_closes_the_output_early_ends_a_long_run() {
     let cli = Cli::new();
     let lines: String = (0..200_000).map(|line| format!("line {line}\n")).collect();
     let input = cli.file("input", lines);
@@ -752,16 +779,16 @@ fn a_reader_that_leaves_midway_stops_a_long_input() {
 }
 
 #[test]
-fn an_output_that_refuses_is_an_error_and_records_nothing() {
+fn a_failing_output_is_an_error_and_nothing_is_recorded() {
     let cli = Cli::new();
     let mut child = cli.command("filter").stdout(File::create("/dev/full").unwrap()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"a\n").unwrap();
-    Ran::from(child.wait_with_output().unwrap()).is_refused(&["onlyonce: cannot write to standard output"]);
+    Ran::from(child.wait_with_output().unwrap()).is_error(&["onlyonce: cannot write to standard output"]);
     assert_eq!(cli.passed(&[], "a\n"), "a\n");
 }
 
 #[test]
-fn an_interrupt_ends_it_cleanly_while_it_waits_for_input() {
+fn an_interrupt_ends_a_run_that_waits_for_input() {
     let cli = Cli::new();
     let mut running = Running(cli.command("filter").spawn().unwrap());
     let mut input = running.0.stdin.take().unwrap();
@@ -777,7 +804,7 @@ fn an_interrupt_ends_it_cleanly_while_it_waits_for_input() {
 }
 
 #[test]
-fn an_interrupt_in_the_middle_of_the_work_repeats_and_loses_nothing() {
+fn an_interrupt_under_load_repeats_and_loses_no_line() {
     let cli = Cli::new();
     let lines: String = (0..300_000).map(|line| format!("line {line}\n")).collect();
     let input = cli.file("input", &lines);
@@ -797,15 +824,15 @@ fn an_interrupt_in_the_middle_of_the_work_repeats_and_loses_nothing() {
 fn wait_until(mut happened: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !happened() {
-        assert!(begun.elapsed() < PATIENCE, "it does not happen");
+        assert!(begun.elapsed() < PATIENCE, "the condition does not become true");
         std::thread::yield_now();
     }
 }
 
-/// Kills the filter at random moments of its output, and starts it again on the same input each time: together the
-/// outputs hold every line, and for each kill no more lines come twice than a batch has, the last ones before it.
+/// Kills the filter at random moments and runs it again on the same input. Together the outputs contain every line, and each kill
+/// repeats at most the last batch before it.
 #[test]
-fn killed_and_run_again_it_repeats_at_most_a_batch_and_loses_nothing() {
+fn a_run_after_a_kill_repeats_at_most_one_batch_and_loses_no_line() {
     const BATCH: usize = 40;
     const KILLS: usize = 20;
     const DISTINCT: u32 = 12_000;
@@ -825,11 +852,11 @@ fn killed_and_run_again_it_repeats_at_most_a_batch_and_loses_nothing() {
     let input = cli.file("input", lines.concat());
     let wanted = first_occurrences(&lines.concat());
 
-    // What each run wrote, and where each line was written last: the run, and the place in its output.
+    // The output of each run, and where each line was written last: the run, and the index in its output.
     let mut outputs: Vec<Vec<String>> = Vec::new();
     let mut written: HashMap<String, (usize, usize)> = HashMap::new();
     let mut first_time = String::new();
-    // For each run, the places in its output of the lines that came again.
+    // For each run, the indexes of the lines in its output that a later run repeated.
     let mut again: Vec<Vec<usize>> = vec![Vec::new(); KILLS + 1];
     let mut killed = 0;
     for run in 0..=KILLS {
@@ -838,7 +865,7 @@ fn killed_and_run_again_it_repeats_at_most_a_batch_and_loses_nothing() {
         command.args(["--key", ".id", "--batch", &BATCH.to_string(), &input]).stdout(File::create(&out).unwrap());
         let mut running = Running(command.spawn().unwrap());
         if run < KILLS {
-            // Some die while they open the store, some as soon as they have written, the others at any moment.
+            // Some are killed while they open the store, some right after a write, the others at any moment.
             let bytes = if rng.random_bool(0.2) { 0 } else { rng.random_range(1..70_000) };
             let moment = if rng.random_bool(0.5) { 0 } else { rng.random_range(0..3_000) };
             wait_until(|| fs::metadata(&out).unwrap().len() >= bytes || running.0.try_wait().unwrap().is_some());
@@ -854,7 +881,7 @@ fn killed_and_run_again_it_repeats_at_most_a_batch_and_loses_nothing() {
         let mut output = Vec::new();
         for line in fs::read_to_string(&out).unwrap().split_inclusive('\n') {
             if !line.ends_with('\n') {
-                // The kill cut a write short. The batch was not recorded: the whole line comes again.
+                // The kill interrupted a write. The batch was not recorded, so a later run writes the whole line.
                 break;
             }
             match written.insert(line.to_owned(), (run, output.len())) {
@@ -866,13 +893,21 @@ fn killed_and_run_again_it_repeats_at_most_a_batch_and_loses_nothing() {
         outputs.push(output);
     }
 
-    assert!(first_time == wanted, "seed {seed}: what came out at first is not each line of the input, in its order");
+    assert!(
+        first_time == wanted,
+        "seed {seed}: the first occurrences in the outputs are not the lines of the input in their order"
+    );
     for (run, (output, again)) in outputs.iter().zip(&again).enumerate() {
-        // A line counts for the run that wrote it last, so that it counts once. It need not be the next run that writes
-        // it again: that one may be killed as well.
+        // A repeated line is attributed to the last run that wrote it before. The run that repeats it is not always the next
+        // one, which may be killed as well.
         let earliest = output.len().saturating_sub(BATCH);
         let early = again.iter().find(|place| **place < earliest);
-        assert_eq!(early, None, "seed {seed}: run {run} wrote {} lines, and had that one recorded", output.len());
+        assert_eq!(
+            early,
+            None,
+            "seed {seed}: a line before the last batch of run {run} was repeated, of {} lines",
+            output.len()
+        );
     }
     assert!(killed > 0, "seed {seed}: every run ended before it could be killed");
     eprintln!("{killed} runs killed, {} lines repeated", again.concat().len());
@@ -880,9 +915,9 @@ fn killed_and_run_again_it_repeats_at_most_a_batch_and_loses_nothing() {
 }
 
 #[test]
-fn a_key_of_any_bytes_can_be_looked_up() {
+fn get_finds_a_key_of_any_bytes() {
     let cli = Cli::new();
-    Store::open(cli.store()).unwrap().record(Key::from(b"\xff\xfe")).unwrap();
+    Store::open(cli.store()).unwrap().record(Key::from(b"\xff\xfe")).wait().unwrap();
     let output = cli.command("get").arg(OsStr::from_bytes(b"\xff\xfe")).output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["key"], json!({ "hex": "fffe" }));
@@ -892,7 +927,7 @@ fn a_key_of_any_bytes_can_be_looked_up() {
 // Hostile bytes
 // ---------------------------------------------------------------------------------------------------------------
 
-/// Bytes that break programs which take keys for text or for C strings.
+/// Bytes that break programs which treat keys as text or as C strings.
 const HOSTILE: [&[u8]; 16] = [
     b"\0",
     b"\0\0",
@@ -912,7 +947,7 @@ const HOSTILE: [&[u8]; 16] = [
     b"' OR 1=1; --",
 ];
 
-/// The one line of an output. Fails if it holds a control character, which a terminal would act on.
+/// The only line of an output. Fails if it contains a control character, which a terminal would act on.
 fn printable(bytes: &[u8]) -> &str {
     let line = str::from_utf8(bytes).unwrap().strip_suffix('\n').unwrap();
     assert!(!line.contains(char::is_control), "{line:?}");
@@ -937,13 +972,13 @@ fn the_output_of_get_holds_no_control_characters() {
     // An argument of a process cannot contain NUL.
     for bytes in HOSTILE.iter().filter(|bytes| !bytes.contains(&0)) {
         let store = Store::open(cli.store()).unwrap();
-        let Claim::Acquired(lease) = store.claim(Key::from(*bytes).scope(*bytes)).unwrap() else {
+        let Claim::Acquired(lease) = store.claim(Key::from(*bytes).scope(*bytes)).wait().unwrap() else {
             panic!("the key is new")
         };
         // JSON does not escape DEL and the C1 control characters. A result may contain NUL.
         let result = ["\0\u{7f}\u{80}\u{9b}31m\u{1b}[2J".as_bytes(), bytes].concat();
-        lease.complete(result.clone()).unwrap();
-        store.close().unwrap();
+        lease.complete(result.clone()).wait().unwrap();
+        store.close().wait().unwrap();
 
         let mut get = cli.command("get");
         get.arg("--scope").arg(OsStr::from_bytes(bytes)).arg("--").arg(OsStr::from_bytes(bytes));
@@ -965,13 +1000,13 @@ fn the_output_of_get_holds_no_control_characters() {
 }
 
 #[test]
-fn a_json_escape_in_a_key_stands_for_its_character() {
+fn a_json_escape_in_a_key_is_its_character() {
     let cli = Cli::new();
     let lines = "{\"k\":\"a\\u0000b\"}\n{\"k\":\"a\\u0000b\",\"more\":1}\n{\"k\":\"a\"}\n{\"k\":\"\\u009b31m\"}\n";
     assert_eq!(cli.passed(&["--key", ".k", "--scope", "s"], lines).lines().count(), 3);
     let store = Store::open(cli.store()).unwrap();
     for key in ["a\0b", "a", "\u{9b}31m"] {
-        assert!(matches!(store.check(Key::from(key).scope("s")).unwrap(), Check::Completed(_)), "{key:?}");
-        assert_eq!(store.check(key).unwrap(), Check::New, "{key:?} without its scope");
+        assert!(matches!(store.check(Key::from(key).scope("s")).wait().unwrap(), KeyStatus::Completed(_)), "{key:?}");
+        assert_eq!(store.check(key).wait().unwrap(), KeyStatus::New, "{key:?} without its scope");
     }
 }
