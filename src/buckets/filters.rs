@@ -194,7 +194,7 @@ impl Filters {
             }
             let path = self.path(&bucket.family);
             file::write(&path, &self.key, &bucket.family, matrix, bucket.column_id, &covered)
-                .map_err(|error| Error::io("cannot write", path, error))?;
+                .map_err(|error| Error::io("writing", path, error))?;
             tracing::debug!(bucket = %bucket.range, keys = covered.keys, "filter persisted");
             self.persisted.lock().insert(bucket.family.clone(), covered);
         }
@@ -206,14 +206,14 @@ impl Filters {
         let buckets = registry.snapshot().newest_first();
         let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
         self.persisted.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));
-        let unreadable = |error: io::Error| Error::io("cannot read", self.dir.clone(), error);
+        let unreadable = |error: io::Error| Error::io("reading", self.dir.clone(), error);
         for entry in fs::read_dir(&self.dir).map_err(unreadable)? {
             let path = entry.map_err(unreadable)?.path();
             // Foreign files in the directory are left alone.
             let is_ours = path.extension().is_some_and(|extension| extension == EXTENSION || extension == file::NEW);
             if is_ours && !is_live(&path) {
                 Failpoint::FilterOrphaned.pass();
-                fs::remove_file(&path).map_err(|error| Error::io("cannot remove", path, error))?;
+                fs::remove_file(&path).map_err(|error| Error::io("removing", path, error))?;
             }
         }
         Ok(())

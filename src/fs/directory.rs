@@ -53,7 +53,7 @@ impl Directory {
     pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
         reject_invalid_path(root)?;
         // Absolute, because a process may change its working directory.
-        let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, error))?;
+        let root = &std::path::absolute(root).map_err(|error| Error::io("resolving", root, error))?;
         reject_foreign(root)?;
         make_private(root)?;
         let path = root.join(LOCK);
@@ -64,7 +64,7 @@ impl Directory {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(|error| io_error("cannot open", &path, &error))?;
+            .map_err(|error| io_error("opening", &path, &error))?;
         let start = Instant::now();
         loop {
             match lock.try_lock() {
@@ -73,7 +73,7 @@ impl Directory {
                 Err(TryLockError::WouldBlock) => {
                     return Err(Error::AlreadyOpen { path: root.to_owned(), waited: wait });
                 }
-                Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, error)),
+                Err(TryLockError::Error(error)) => return Err(Error::io("locking", &path, error)),
             }
         }
         let counts_links = lock.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
@@ -93,11 +93,11 @@ impl Directory {
     /// exist.
     fn write_created_flag(&self) -> Result<()> {
         let path = self.root.join(LOCK);
-        let content = fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
+        let content = fs::read(&path).map_err(|error| Error::io("reading", &path, error))?;
         match (self.holds_a_store()?, content.is_empty()) {
             (true, true) => fs::write(&path, CREATED)
                 .and_then(|()| File::open(&path)?.sync_all())
-                .map_err(|error| Error::io("cannot write", &path, error)),
+                .map_err(|error| Error::io("writing", &path, error)),
             (false, false) => Err(Error::Corrupt {
                 place: self.database().display().to_string(),
                 detail: "the database is missing, but a store was created here".to_owned(),
@@ -153,7 +153,7 @@ impl Directory {
     /// Whether a store exists here.
     pub(crate) fn holds_a_store(&self) -> Result<bool> {
         let path = self.database();
-        path.try_exists().map_err(|error| Error::io("cannot look at", &path, error))
+        path.try_exists().map_err(|error| Error::io("looking up", &path, error))
     }
 
     /// Creates a database with `create` and renames it into place: after a crash it is complete or does not exist.
@@ -162,7 +162,7 @@ impl Directory {
         make_private(&new)?;
         create(&new)?;
         Failpoint::StoreCreated.pass();
-        fs::rename(&new, &database).map_err(|error| Error::io("cannot rename", &new, error))?;
+        fs::rename(&new, &database).map_err(|error| Error::io("renaming", &new, error))?;
         Failpoint::StorePlaced.pass();
         sync_dir(&self.root)?;
         // The directory's own entry must survive a power cut, too.
@@ -215,11 +215,11 @@ fn reject_foreign(root: &Path) -> Result<()> {
                 Some(reason) => Err(Error::NotAStore { path: root.to_owned(), reason }),
             };
         }
-        Err(error) => return Err(io_error("cannot read", root, &error)),
+        Err(error) => return Err(io_error("reading", root, &error)),
     };
     let mut found = None;
     for entry in entries {
-        let name = entry.map_err(|error| Error::io("cannot read", root, error))?.file_name();
+        let name = entry.map_err(|error| Error::io("reading", root, error))?.file_name();
         if name == LOCK {
             return Ok(());
         }
@@ -253,7 +253,7 @@ fn obstacle(path: &Path) -> Option<String> {
 }
 
 fn make_private(path: &Path) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_error("cannot create", path, &error))
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_error("creating", path, &error))
 }
 
 /// An I/O error, with a remedy if permissions are missing.
@@ -283,11 +283,11 @@ fn is_half_written_options(path: &Path) -> bool {
 
 /// Removes the files that match, which a crash left behind.
 fn remove_files(dir: &Path, is_leftover: impl Fn(&Path) -> bool) -> Result<()> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", dir, error);
+    let unreadable = |error: std::io::Error| Error::io("reading", dir, error);
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         if is_leftover(&path) {
-            fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, error))?;
+            fs::remove_file(&path).map_err(|error| Error::io("removing", &path, error))?;
         }
     }
     Ok(())
@@ -295,13 +295,13 @@ fn remove_files(dir: &Path, is_leftover: impl Fn(&Path) -> bool) -> Result<()> {
 
 fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", path, error)),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("removing", path, error)),
         _ => Ok(()),
     }
 }
 
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, error))
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("syncing", path, error))
 }
 
 #[cfg(test)]

@@ -77,7 +77,7 @@ impl Db {
         let path = directory.database();
         file_manifest::check(&directory.file_manifest(), &path)?;
         let options = tuning.database();
-        let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("cannot open", &path, &error))?;
+        let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("opening", &path, &error))?;
         let buckets: Vec<String> = families.iter().filter(|name| *name != JOURNAL && *name != META).cloned().collect();
         if !families.iter().any(|name| name == META) {
             return Err(Error::Corrupt {
@@ -102,7 +102,7 @@ impl Db {
                 Err(error) if error.kind() == rocksdb::ErrorKind::IOError && start.elapsed() < wait.min(OPEN_WAIT) => {
                     std::thread::sleep(OPEN_POLL);
                 }
-                Err(error) => return Err(unreadable("cannot open", &path, &error)),
+                Err(error) => return Err(unreadable("opening", &path, &error)),
             }
         };
         Failpoint::OpenDatabase.pass();
@@ -195,7 +195,7 @@ impl Db {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        rocks.get_cf(&family, name).map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
+        rocks.get_cf(&family, name).map_err(|error| unreadable("reading", &self.directory.database(), &error))
     }
 
     /// Passes the values of `meta` to `visit`, ordered by name from `from` on, until it returns false.
@@ -204,7 +204,7 @@ impl Db {
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         for item in rocks.iterator_cf(&family, IteratorMode::From(from, Direction::Forward)) {
-            let (name, value) = item.map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            let (name, value) = item.map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
             if !visit(&name, &value)? {
                 break;
             }
@@ -220,7 +220,7 @@ impl Db {
         match rocks.get_pinned_cf(&family, entry_key) {
             Ok(value) => Ok(value.map(|value| read(&value))),
             Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => Ok(None),
-            Err(error) => Err(unreadable("cannot read", &self.directory.database(), &error)),
+            Err(error) => Err(unreadable("reading", &self.directory.database(), &error)),
         }
     }
 
@@ -241,7 +241,7 @@ impl Db {
                 Ok(Some(value)) => read(index, &value)?,
                 Ok(None) => {}
                 Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => {}
-                Err(error) => return Err(unreadable("cannot read", &self.directory.database(), &error)),
+                Err(error) => return Err(unreadable("reading", &self.directory.database(), &error)),
             }
         }
         Ok(())
@@ -251,7 +251,7 @@ impl Db {
     pub(crate) fn for_each_record(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let open = self.rocks()?;
         for item in open.get()?.iterator(IteratorMode::Start) {
-            let (key, record) = item.map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            let (key, record) = item.map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
             let Some(number) = journal_cf::number(&key) else {
                 return Err(Error::Corrupt {
                     place: "the journal".to_owned(),
@@ -280,21 +280,21 @@ impl Db {
             }
             entries.next();
         }
-        entries.status().map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
+        entries.status().map_err(|error| unreadable("reading", &self.directory.database(), &error))
     }
 
     pub(crate) fn create_bucket(&self, bucket: &str) -> Result<()> {
         let open = self.rocks()?;
         open.get()?
             .create_cf(bucket, &self.tuning.bucket())
-            .map_err(|error| failed("cannot create a bucket in", &self.directory.database(), &error))
+            .map_err(|error| failed("creating a bucket in", &self.directory.database(), &error))
     }
 
     /// Drops a bucket. Its files are deleted once no reader uses them.
     pub(crate) fn drop_bucket(&self, bucket: &str) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
-        let cannot_drop = |error| failed("cannot drop a bucket in", &self.directory.database(), &error);
+        let cannot_drop = |error| failed("dropping a bucket in", &self.directory.database(), &error);
         // Deletes the files first: dropping a column family blocks all lookups, and is fast without files.
         if let Some(family) = rocks.cf_handle(bucket) {
             rocks.delete_file_in_range_cf(&family, FIRST_KEY, LAST_KEY).map_err(cannot_drop)?;
@@ -309,7 +309,7 @@ impl Db {
     pub(crate) fn sst_files(&self) -> Result<HashMap<String, Vec<u64>>> {
         let open = self.rocks()?;
         let path = self.directory.database();
-        let files = open.get()?.live_files().map_err(|error| failed("cannot list the files of", &path, &error))?;
+        let files = open.get()?.live_files().map_err(|error| failed("listing the files of", &path, &error))?;
         let mut sst_files: HashMap<String, Vec<u64>> = HashMap::new();
         for file in files {
             let number =
@@ -330,7 +330,7 @@ impl Db {
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
         let keys = rocks
             .property_int_value_cf(&family, properties::ESTIMATE_NUM_KEYS)
-            .map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            .map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
         Ok(keys.unwrap_or(0))
     }
 
@@ -356,7 +356,7 @@ impl Db {
         Failpoint::SstWritten.pass();
         rocks
             .ingest_external_file_cf_opts(&family, &options, vec![path])
-            .map_err(|error| failed("cannot ingest", path, &error))?;
+            .map_err(|error| failed("ingesting", path, &error))?;
         Failpoint::SstIngested.pass();
         Ok(())
     }
@@ -368,7 +368,7 @@ impl Db {
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         let database = self.directory.database();
-        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &database, &error))?;
+        rocks.flush_cf(&meta).map_err(|error| failed("flushing", &database, &error))?;
         self.lsn.begin_epoch(file_manifest::newest_log(&database)?.unwrap_or_default());
         self.write_manifest()
     }
@@ -401,7 +401,7 @@ impl Db {
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         let Some(journal) = rocks.cf_handle(JOURNAL) else { return Err(missing_family(JOURNAL)) };
-        let cannot_flush = |error| failed("cannot flush", &self.directory.database(), &error);
+        let cannot_flush = |error| failed("flushing", &self.directory.database(), &error);
         let mut families = vec![journal, meta];
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
             let entries =
@@ -527,7 +527,7 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
     options.create_missing_column_families(true);
     let descriptors =
         [ColumnFamilyDescriptor::new(JOURNAL, tuning.journal()), ColumnFamilyDescriptor::new(META, tuning.meta())];
-    let cannot_create = |error| failed("cannot create", path, &error);
+    let cannot_create = |error| failed("creating", path, &error);
     let rocks = Rocks::open_cf_descriptors(&options, path, descriptors).map_err(cannot_create)?;
     let mut batch = WriteBatch::default();
     let meta = rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;

@@ -81,7 +81,7 @@ pub(super) fn reopen(manifest_file: &Path) -> Result<()> {
 
 /// Writes the file manifest, with every file and its length if the store is `closed`.
 pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Result<()> {
-    let cannot_read = |error: std::io::Error| Error::io("cannot read", database, error);
+    let cannot_read = |error: std::io::Error| Error::io("reading", database, error);
     let (Some(number), Some(log)) = (current_manifest(&database.join("CURRENT"))?, newest_log(database)?) else {
         return Ok(());
     };
@@ -91,9 +91,7 @@ pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Resu
         return Ok(());
     };
     // The listed bytes of the manifest and the log's directory entry must survive a power cut.
-    File::open(&manifest)
-        .and_then(|file| file.sync_all())
-        .map_err(|error| Error::io("cannot sync", &manifest, error))?;
+    File::open(&manifest).and_then(|file| file.sync_all()).map_err(|error| Error::io("syncing", &manifest, error))?;
     sync_dir(database)?;
     let mut files = Vec::new();
     if closed {
@@ -111,12 +109,12 @@ pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Resu
 
 fn write_file(manifest_file: &Path, file_manifest: &FileManifest) -> Result<()> {
     let new = manifest_file.with_extension("new");
-    let cannot_write = |error: std::io::Error| Error::io("cannot write", &new, error);
+    let cannot_write = |error: std::io::Error| Error::io("writing", &new, error);
     let mut file =
         File::options().create(true).write(true).truncate(true).mode(0o600).open(&new).map_err(cannot_write)?;
     file.write_all(file_manifest.encode().as_bytes()).and_then(|()| file.sync_all()).map_err(cannot_write)?;
     Failpoint::ManifestWritten.pass();
-    fs::rename(&new, manifest_file).map_err(|error| Error::io("cannot rename", &new, error))?;
+    fs::rename(&new, manifest_file).map_err(|error| Error::io("renaming", &new, error))?;
     Failpoint::ManifestRenamed.pass();
     manifest_file.parent().map_or(Ok(()), sync_dir)
 }
@@ -128,7 +126,7 @@ fn read(manifest_file: &Path) -> Result<Option<FileManifest>> {
             None => Err(corrupt(manifest_file, "it does not match its checksum".to_owned())),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot read", manifest_file, error)),
+        Err(error) => Err(Error::io("reading", manifest_file, error)),
     }
 }
 
@@ -179,13 +177,13 @@ fn current_manifest(current: &Path) -> Result<Option<u64>> {
         Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
             Err(corrupt(current, "it does not name a manifest".to_owned()))
         }
-        Err(error) => Err(Error::io("cannot read", current, error)),
+        Err(error) => Err(Error::io("reading", current, error)),
     }
 }
 
 /// The highest number of a log.
 pub(super) fn newest_log(database: &Path) -> Result<Option<u64>> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", database, error);
+    let unreadable = |error: std::io::Error| Error::io("reading", database, error);
     let mut newest = None;
     for entry in fs::read_dir(database).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -199,7 +197,7 @@ fn length(path: &Path) -> Result<Option<u64>> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(Some(metadata.len())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot look at", path, error)),
+        Err(error) => Err(Error::io("looking up", path, error)),
     }
 }
 

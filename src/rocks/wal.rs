@@ -77,7 +77,7 @@ pub(super) fn number(path: &Path) -> Option<u64> {
 /// what was not. A log that was `closed` has no such place, and none has one in its first bytes that were on the disk as
 /// `synced` says. What is left is on the disk when this returns. Where it refuses, nothing has changed.
 pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) -> Result<()> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", database, error);
+    let unreadable = |error: std::io::Error| Error::io("reading", database, error);
     let mut logs = Vec::new();
     for entry in std::fs::read_dir(database).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -142,7 +142,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
         // A process that was killed has left some of it in memory. A bad place before what is going to be written must be
         // damage, and not what a power cut took from this.
         for (_, path) in &logs {
-            File::open(path).and_then(|log| log.sync_all()).map_err(|error| Error::io("cannot sync", path, error))?;
+            File::open(path).and_then(|log| log.sync_all()).map_err(|error| Error::io("syncing", path, error))?;
         }
     }
     Ok(())
@@ -151,7 +151,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
 fn truncate(path: &Path, len: u64) -> Result<()> {
     let log = OpenOptions::new().write(true).open(path);
     log.and_then(|log| log.set_len(len).and_then(|()| log.sync_all()))
-        .map_err(|error| Error::io("cannot truncate", path, error))
+        .map_err(|error| Error::io("truncating", path, error))
 }
 
 /// Reads a manifest, which has a log's form: refuses one with a hole, or with a bad record before `least`, which was read
@@ -197,8 +197,8 @@ fn read_synced(record: &[u8], mut found: impl FnMut(u64, u64)) -> Option<()> {
 }
 
 fn read_file(path: &Path, records: Records) -> Result<Contents> {
-    let mut file = File::open(path).map_err(|error| Error::io("cannot open", path, error))?;
-    read(&mut file, records).map_err(|error| Error::io("cannot read", path, error))
+    let mut file = File::open(path).map_err(|error| Error::io("opening", path, error))?;
+    read(&mut file, records).map_err(|error| Error::io("reading", path, error))
 }
 
 fn corrupt_record(path: &Path, at: u64, reason: &str) -> Error {
