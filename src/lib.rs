@@ -72,6 +72,9 @@ pub use onlyonce_core::{
     KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
     RecordOutcome, Resolution, Result, ResultError, SideWrites, StoredKey, StoredResult, Timestamp, TimestampError,
 };
+#[cfg(feature = "http")]
+#[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+pub use onlyonce_http as http;
 pub use stats::{BucketStats, Stats};
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -79,3 +82,8 @@ pub use testing::fuzz_checks;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub use testing::internals;
+
+/// Runs the code of the page as doc tests.
+#[cfg(all(doctest, feature = "http"))]
+#[doc = include_str!("../docs/http.md")]
+struct HttpPage;

@@ -50,8 +50,11 @@ fn every_test_exists(page: &str, at_least: usize) {
             Some(file) => {
                 let places =
                     ["tests", "examples", "crates/cli/tests"].map(|dir| root.join(dir).join(format!("{file}.rs")));
-                let source = places.iter().find_map(|path| fs::read_to_string(path).ok());
-                let source = source.unwrap_or_else(|| panic!("no file for {name}"));
+                let mut source: String = places.iter().filter_map(|path| fs::read_to_string(path).ok()).collect();
+                // Test binaries of several files.
+                let dirs = ["tests", "crates/http/tests"].map(|dir| root.join(dir).join(file));
+                dirs.iter().filter(|dir| dir.is_dir()).for_each(|dir| sources(dir, &mut source));
+                assert!(!source.is_empty(), "no file for {name}");
                 assert!(source.contains(&definition), "no test {name}");
             }
         }

@@ -1,15 +1,15 @@
-//! The key of a request.
+//! Parses and validates the key of a request.
 
 use std::borrow::Cow;
 
 use http::{HeaderMap, HeaderName};
 use sfv::{Parser, StringRef};
 
-use super::guard::Options;
-use super::problem::Problem;
+use crate::context::Options;
+use crate::problem::Problem;
 
-/// The key in a header: the characters that the client means, quoted or not.
-pub(super) fn key_of(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Problem> {
+/// Returns the key in a header, without quotes and escapes.
+pub(crate) fn key_in_header(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(name).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {
@@ -20,33 +20,33 @@ pub(super) fn key_of(headers: &HeaderMap, name: &HeaderName) -> Result<Option<St
     Ok(Some(key))
 }
 
-/// A key that is as the options want it.
-pub(super) fn checked(key: String, options: &Options) -> Result<String, Problem> {
+/// Checks length and format.
+pub(crate) fn validated(key: String, options: &Options) -> Result<String, Problem> {
     match key.len() {
         0 => Err(Problem::KeyMalformed("The key is empty.")),
         len if len > options.key_limit => Err(Problem::KeyTooLong { limit: options.key_limit }),
-        _ if !(options.key_form)(&key) => {
-            Err(Problem::KeyMalformed("The key does not have the form that this service requires."))
+        _ if !(options.validate_key)(&key) => {
+            Err(Problem::KeyMalformed("The key does not have the format that this service requires."))
         }
         _ => Ok(key),
     }
 }
 
-/// A string of RFC 9651, as the draft wants it. It gives parameters no meaning.
+/// Parses a structured-field string (RFC 9651), as the draft requires. Parameters are ignored.
 fn quoted(value: &[u8]) -> Result<String, Problem> {
     match Parser::new(value).parse_item::<Cow<'_, StringRef>>() {
         Ok(text) => Ok(text.as_str().to_owned()),
         Err(_) => {
-            Err(Problem::KeyMalformed("The key begins with a double quote and is not a valid string (RFC 9651)."))
+            Err(Problem::KeyMalformed("The key begins with a double quote but is not a valid string (RFC 9651)."))
         }
     }
 }
 
-/// As Stripe's clients send it. A comma may be a proxy's work, which has made one line of two.
+/// Parses the unquoted form of Stripe's clients. Commas are rejected: a proxy may have joined two header lines.
 fn bare(value: &[u8]) -> Result<String, Problem> {
-    let fits = |byte: &u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b',');
+    let is_allowed = |byte: &u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b',');
     match std::str::from_utf8(value) {
-        Ok(text) if value.iter().all(fits) => Ok(text.to_owned()),
+        Ok(text) if value.iter().all(is_allowed) => Ok(text.to_owned()),
         _ => Err(Problem::KeyMalformed("The key contains a character that is not allowed.")),
     }
 }
@@ -62,23 +62,23 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(&NAME, HeaderValue::from_bytes(value).unwrap());
         let options = Options { key_limit: 8, ..Options::default() };
-        key_of(&headers, &NAME)?.map(|key| checked(key, &options)).transpose()
+        key_in_header(&headers, &NAME)?.map(|key| validated(key, &options)).transpose()
     }
 
     #[test]
-    fn a_quoted_key_is_the_bare_one() {
-        for same in [&b"k-1"[..], b"\"k-1\"", b"  \"k-1\" ", b"\"k-1\";draft=7", b"\tk-1 "] {
-            assert_eq!(key(same), Ok(Some("k-1".to_owned())), "{}", same.escape_ascii());
+    fn a_quoted_key_equals_the_bare_key() {
+        for equal in [&b"k-1"[..], b"\"k-1\"", b"  \"k-1\" ", b"\"k-1\";draft=7", b"\tk-1 "] {
+            assert_eq!(key(equal), Ok(Some("k-1".to_owned())), "{}", equal.escape_ascii());
         }
         assert_eq!(key(br#""a\"b\\c""#), Ok(Some(r#"a"b\c"#.to_owned())));
         assert_eq!(key(b"\"a, b\""), Ok(Some("a, b".to_owned())));
         assert_eq!(key(b"a;b=c"), Ok(Some("a;b=c".to_owned())), "a bare key has no parameters");
-        assert_eq!(key_of(&HeaderMap::new(), &NAME), Ok(None));
+        assert_eq!(key_in_header(&HeaderMap::new(), &NAME), Ok(None));
     }
 
     #[test]
-    fn what_is_no_key_is_refused() {
-        for no in [
+    fn a_malformed_key_is_rejected() {
+        for malformed in [
             &b""[..],
             b"  ",
             b"\"\"",
@@ -94,7 +94,7 @@ mod tests {
             b"\"caf\xc3\xa9\"",
             b"\xff",
         ] {
-            assert!(matches!(key(no), Err(Problem::KeyMalformed(_))), "{}", no.escape_ascii());
+            assert!(matches!(key(malformed), Err(Problem::KeyMalformed(_))), "{}", malformed.escape_ascii());
         }
         assert!(key(b"12345678").is_ok() && key(b"\"12345678\"").is_ok());
         for long in [&b"123456789"[..], b"\"123456789\""] {
@@ -103,6 +103,6 @@ mod tests {
         let mut two = HeaderMap::new();
         two.append(&NAME, HeaderValue::from_static("a"));
         two.append(&NAME, HeaderValue::from_static("a"));
-        assert!(matches!(key_of(&two, &NAME), Err(Problem::KeyMalformed(_))));
+        assert!(matches!(key_in_header(&two, &NAME), Err(Problem::KeyMalformed(_))));
     }
 }
