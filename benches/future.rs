@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use onlyonce::{Claim, Durability, Store, future};
+use onlyonce::{Claim, Durability, Store};
 
 const BATCH: usize = 512;
 const TASKS: usize = 1_000;
@@ -63,7 +63,7 @@ fn measure(
     let after = store.stats();
     let lives = (after.completed - before.completed) as f64;
     assert_eq!(lives, keys as f64, "every key is completed once");
-    store.close()?;
+    store.close().wait()?;
     let syncs = (after.log_syncs - before.log_syncs).max(1) as f64;
     Ok(Figures { rate: lives / elapsed.as_secs_f64(), lives_a_sync: lives / syncs, cpu_us: cpu * 1e6 / lives })
 }
@@ -77,18 +77,18 @@ fn blocking(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<
                     let keys: Vec<String> = share(keys, workers, worker).map(key).collect();
                     for keys in keys.chunks(batch) {
                         if let [key] = keys {
-                            if let Claim::Acquired(lease) = store.claim(key)? {
-                                lease.complete(RESULT)?;
+                            if let Claim::Acquired(lease) = store.claim(key).wait()? {
+                                lease.complete(RESULT).wait()?;
                             }
                             continue;
                         }
                         let mut leases = Vec::with_capacity(keys.len());
-                        for claim in store.claim_batch(keys)? {
+                        for claim in store.claim_batch(keys).wait()? {
                             if let Claim::Acquired(lease) = claim? {
                                 leases.push((lease, RESULT));
                             }
                         }
-                        for completed in store.complete_batch(leases) {
+                        for completed in store.complete_batch(leases).wait() {
                             completed?;
                         }
                     }
@@ -103,7 +103,6 @@ fn blocking(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<
 /// Tasks that do the same with futures.
 fn awaited(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let store = future::Store::new(store.clone())?;
     runtime.block_on(async {
         let workers: Vec<_> = (0..workers)
             .map(|worker| {

@@ -2,7 +2,7 @@
 //!
 //! `hot_path KEYS`; it prints nothing. Each function named `counted_…` is one line of `benches/instructions.txt`.
 
-use onlyonce::{Check, Claim, Durability, Recorded, Store};
+use onlyonce::{Claim, Durability, KeyStatus, RecordOutcome, Store};
 
 const BATCH: usize = 512;
 
@@ -20,8 +20,8 @@ fn keys(from: u64, count: u64) -> Vec<String> {
 fn counted_record_batch(store: &Store, keys: &[String]) -> Result<usize, Failure> {
     let mut first = 0;
     for batch in keys.chunks(BATCH) {
-        for recorded in store.record_batch(batch)? {
-            first += usize::from(recorded? == Recorded::First);
+        for recorded in store.record_batch(batch).wait()? {
+            first += usize::from(recorded? == RecordOutcome::First);
         }
     }
     Ok(first)
@@ -31,7 +31,7 @@ fn counted_record_batch(store: &Store, keys: &[String]) -> Result<usize, Failure
 fn counted_record_one(store: &Store, keys: &[String]) -> Result<usize, Failure> {
     let mut first = 0;
     for key in keys {
-        first += usize::from(store.record(key)? == Recorded::First);
+        first += usize::from(store.record(key).wait()? == RecordOutcome::First);
     }
     Ok(first)
 }
@@ -41,12 +41,12 @@ fn counted_life_batch(store: &Store, keys: &[String]) -> Result<usize, Failure> 
     let mut completed = 0;
     for batch in keys.chunks(BATCH) {
         let mut leases = Vec::with_capacity(BATCH);
-        for claim in store.claim_batch(batch)? {
+        for claim in store.claim_batch(batch).wait()? {
             if let Claim::Acquired(lease) = claim? {
                 leases.push((lease, b"result-0123456789".as_slice()));
             }
         }
-        for outcome in store.complete_batch(leases) {
+        for outcome in store.complete_batch(leases).wait() {
             outcome?;
             completed += 1;
         }
@@ -56,18 +56,18 @@ fn counted_life_batch(store: &Store, keys: &[String]) -> Result<usize, Failure> 
 
 #[inline(never)]
 fn counted_check_new(store: &Store, keys: &[String]) -> Result<usize, Failure> {
-    check(store, keys, |check| *check == Check::New)
+    check(store, keys, |check| *check == KeyStatus::New)
 }
 
 #[inline(never)]
 fn counted_check_recent(store: &Store, keys: &[String]) -> Result<usize, Failure> {
-    check(store, keys, |check| matches!(check, Check::Completed(_)))
+    check(store, keys, |check| matches!(check, KeyStatus::Completed(_)))
 }
 
-fn check(store: &Store, keys: &[String], is: impl Fn(&Check) -> bool) -> Result<usize, Failure> {
+fn check(store: &Store, keys: &[String], is: impl Fn(&KeyStatus) -> bool) -> Result<usize, Failure> {
     let mut found = 0;
     for batch in keys.chunks(BATCH) {
-        for check in store.check_batch(batch)? {
+        for check in store.check_batch(batch).wait()? {
             found += usize::from(is(&check?));
         }
     }
@@ -81,11 +81,11 @@ fn main() -> Result<(), Failure> {
     let keys = |part: u64| keys(part * count, count);
     // Sealed, and forgotten by memory: the filter has something to say no to.
     for part in 10..14 {
-        for recorded in store.record_batch(keys(part))? {
+        for recorded in store.record_batch(keys(part)).wait()? {
             recorded?;
         }
     }
-    store.seal()?;
+    store.flush()?;
     let done = [
         counted_record_batch(&store, &keys(0))?,
         counted_record_one(&store, &keys(1))?,

@@ -104,6 +104,6 @@ fn commit_group(bencher: Bencher<'_, '_>) {
     let next = std::sync::atomic::AtomicU64::new(0);
     bencher.counter(ItemsCount::new(1_usize)).bench(|| {
         let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        store.record(key(number)).expect("a record")
+        store.record(key(number)).wait().expect("a record")
     });
 }

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use onlyonce::{Check, Claim, Durability, Lease, Recorded, Store};
+use onlyonce::{Claim, Durability, KeyStatus, Lease, RecordOutcome, Store};
 
 const BATCH: usize = 512;
 
@@ -56,12 +56,12 @@ fn main() -> Result<(), Failure> {
     let start = Instant::now();
     let mut first = 0;
     for batch in known.chunks(BATCH) {
-        for recorded in store.record_batch(batch)? {
-            first += usize::from(recorded? == Recorded::First);
+        for recorded in store.record_batch(batch).wait()? {
+            first += usize::from(recorded? == RecordOutcome::First);
         }
     }
     let answered = start.elapsed();
-    store.seal()?;
+    store.flush()?;
     report("record, until sealed", count, start.elapsed());
     report("record, until answered", count, answered);
     assert_eq!(first, count, "every key is new once");
@@ -69,8 +69,8 @@ fn main() -> Result<(), Failure> {
     let start = Instant::now();
     let mut absent = 0;
     for batch in new.chunks(BATCH) {
-        for check in store.check_batch(batch)? {
-            absent += usize::from(check? == Check::New);
+        for check in store.check_batch(batch).wait()? {
+            absent += usize::from(check? == KeyStatus::New);
         }
     }
     report("check of new keys", count, start.elapsed());
@@ -79,26 +79,26 @@ fn main() -> Result<(), Failure> {
     let start = Instant::now();
     let mut found = 0;
     for batch in known.chunks(BATCH).take(200_000 / BATCH) {
-        for check in store.check_batch(batch)? {
-            found += usize::from(matches!(check?, Check::Completed(_)));
+        for check in store.check_batch(batch).wait()? {
+            found += usize::from(matches!(check?, KeyStatus::Completed(_)));
         }
     }
     report("check of known keys, sealed", found, start.elapsed());
-    store.close()?;
+    store.close().wait()?;
 
     let store = open(&dir, "claim")?;
     let start = Instant::now();
     let mut completed = 0;
     for batch in known.chunks(BATCH) {
         let mut leases: Vec<(Lease, &[u8])> = Vec::with_capacity(BATCH);
-        for claim in store.claim_batch(batch)? {
+        for claim in store.claim_batch(batch).wait()? {
             if let Claim::Acquired(lease) = claim? {
                 leases.push((lease, b"result-0123456789"));
             }
         }
-        completed += store.complete_batch(leases).into_iter().filter(Result::is_ok).count();
+        completed += store.complete_batch(leases).wait().into_iter().filter(Result::is_ok).count();
     }
-    store.seal()?;
+    store.flush()?;
     report("claim and complete", count, start.elapsed());
     assert_eq!(completed, count);
     let stats = store.stats();

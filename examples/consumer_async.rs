@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use onlyonce::Claim;
-use onlyonce::future::Store;
+use onlyonce::Store;
 use tokio::sync::{mpsc, oneshot};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -26,14 +26,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Works on a delivery. True: acknowledge it. Otherwise the queue delivers it again, later.
 async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<bool> {
-    let mut lease = match store.claim_wait(order, PATIENCE).await? {
+    let mut lease = match store.claim(order).wait_up_to(PATIENCE).await? {
         Claim::Acquired(lease) => lease,
         // A duplicate, maybe of a delivery that another task finished while this one waited.
         Claim::Completed(_receipt) => return Ok(true),
         Claim::InProgress(_) => return Ok(false),
     };
     // An earlier attempt was cut off: the charge may have been made.
-    if lease.may_have_happened()
+    if lease.attempt().may_have_happened()
         && let Some(receipt) = shop.charge_of(order)
     {
         return lease.complete(receipt).await.map(|()| true).map_err(|failed| failed.error().clone());
@@ -49,7 +49,7 @@ async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<boo
         // The charge was refused and nothing has happened. After a timeout it would be the lease that is dropped:
         // then the charge may have been made, and the next attempt has to learn that.
         Err(Refused) => {
-            lease.release_after(Duration::from_millis(20)).await?;
+            lease.release().after(Duration::from_millis(20)).await?;
             Ok(false)
         }
     }
@@ -109,7 +109,7 @@ async fn deliver(order: String, lost_acknowledgements: u32, queue: mpsc::Sender<
 
 async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
     // Reading the journal back blocks, and nothing else runs yet.
-    let store = Store::new(onlyonce::Store::open(directory)?)?;
+    let store = Store::open(directory)?;
     let shop = Arc::new(Shop::default());
     let (queue, mut deliveries) = mpsc::channel(100);
     for i in 0..ORDERS {
@@ -132,11 +132,9 @@ async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
             }
         });
     }
-    let stats = tokio::task::spawn_blocking({
-        let store = store.blocking();
-        move || store.stats()
-    })
-    .await?;
+    // Counting visits all keys in memory: not on a thread of the runtime.
+    let counted = store.clone();
+    let stats = tokio::task::spawn_blocking(move || counted.stats()).await?;
     println!(
         "{delivered} deliveries of {ORDERS} orders: {} completed, {} duplicates, {} syncs",
         stats.completed, stats.duplicates, stats.log_syncs

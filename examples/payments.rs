@@ -25,7 +25,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
-use onlyonce::{Claim, Key, Prior, Store};
+use onlyonce::{Claim, Completion, Key, PriorAttempt, Store};
 use serde::{Deserialize, Serialize};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
@@ -45,7 +45,7 @@ enum Handled {
     /// Charged by an earlier delivery, whose receipt this is.
     Replayed(Receipt),
     /// Charged by an attempt that was interrupted: the provider said so, when asked.
-    Recovered(Prior, Receipt),
+    Recovered(PriorAttempt, Receipt),
     /// In the hands of another delivery.
     Later,
 }
@@ -54,20 +54,20 @@ enum Handled {
 fn handle(store: &Store, provider: &Provider, message: &Message) -> Result<Handled> {
     // By its fingerprint, the same order over another amount is an error and no duplicate.
     let key = Key::from(message.order).scope("charge").fingerprint(message.cents.to_be_bytes());
-    let lease = match store.claim(key)? {
+    let lease = match store.claim(key).wait()? {
         Claim::Acquired(lease) => lease,
         Claim::Completed(first) => return Ok(Handled::Replayed(first.result_as()?.ok_or("the receipt was not kept")?)),
         Claim::InProgress(_) => return Ok(Handled::Later),
     };
     // From here on, a `?` that fails drops the lease: "outcome unknown". The next attempt learns that, and asks.
-    if let Some(prior) = lease.prior().filter(|prior| prior.may_have_happened())
-        && let Some(receipt) = provider.charge_of(message.order, lease.token())?
+    if let Some(prior) = lease.attempt().prior().filter(|prior| prior.may_have_happened())
+        && let Some(receipt) = provider.charge_of(message.order, lease.token().get())?
     {
-        lease.complete_as(&receipt)?;
+        lease.complete(Completion::encode(&receipt).unwrap()).wait()?;
         return Ok(Handled::Recovered(prior, receipt));
     }
-    let receipt = provider.charge(message.order, message.cents, lease.token())?;
-    lease.complete_as(&receipt)?;
+    let receipt = provider.charge(message.order, message.cents, lease.token().get())?;
+    lease.complete(Completion::encode(&receipt).unwrap()).wait()?;
     Ok(Handled::Charged(receipt))
 }
 
@@ -128,7 +128,7 @@ fn story(dir: &Path, child: Command) -> Result<()> {
     let store = Store::open(dir.join("store"))?;
     lost_acknowledgement(&store, &provider)?;
     two_at_once(&store, &provider)?;
-    store.close()?;
+    store.close().wait()?;
     killed_while_charging(dir, &provider, child)
 }
 
@@ -180,7 +180,7 @@ fn killed_while_charging(dir: &Path, provider: &Provider, mut child: Command) ->
     let store = Store::open(dir.join("store"))?;
     let recovered = handle(&store, provider, &FATAL)?;
     println!("   The next process opens the store and gets the message: {recovered}.");
-    let Handled::Recovered(Prior::Crashed, receipt) = recovered else {
+    let Handled::Recovered(PriorAttempt::Crashed, receipt) = recovered else {
         return Err("the next process should learn of the crash, and find the charge".into());
     };
     deliver_again(&store, provider, &FATAL, &receipt)

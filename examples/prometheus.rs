@@ -34,9 +34,9 @@ fn recorder() -> Result<PrometheusBuilder, BuildError> {
 /// One round of work: every fourth order came before, and every tenth fails.
 fn work(store: &Store, round: u64) -> Result<(), Failure> {
     let order = if round % 4 == 3 { round - 3 } else { round };
-    match store.claim(format!("order-{order}"))? {
-        Claim::Acquired(lease) if round % 10 == 9 => lease.release()?,
-        Claim::Acquired(lease) => lease.complete("charged")?,
+    match store.claim(format!("order-{order}")).wait()? {
+        Claim::Acquired(lease) if round % 10 == 9 => lease.release().wait()?,
+        Claim::Acquired(lease) => lease.complete("charged").wait()?,
         Claim::Completed(_) | Claim::InProgress(_) => {}
     }
     Ok(())
@@ -79,7 +79,7 @@ mod tests {
         for round in 0..40 {
             work(&store, round).unwrap();
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
         let served = handle.render();
         let alerts = include_str!("../docs/alerts.yml");
         let mut seen = 0;

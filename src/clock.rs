@@ -234,6 +234,8 @@ pub(crate) const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 pub(crate) struct Saved {
     pub(crate) time_ms: u64,
     pub(crate) floor_ms: u64,
+    /// No key has a later time. It may be later than `time_ms`: the store's time went back, or was not saved before a crash.
+    pub(crate) newest_ms: u64,
 }
 
 impl Saved {

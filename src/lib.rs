@@ -72,6 +72,9 @@ pub use onlyonce_core::{
     KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
     RecordOutcome, Resolution, Result, ResultError, SideWrites, StoredKey, StoredResult, Timestamp, TimestampError,
 };
+#[cfg(feature = "http")]
+#[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+pub use onlyonce_http as http;
 pub use stats::{BucketStats, Stats};
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -94,4 +97,7 @@ mod documentation {
     struct OffsetsAndOutbox;
     #[doc = include_str!("../docs/stream-time.md")]
     struct StreamTime;
+    #[cfg(feature = "http")]
+    #[doc = include_str!("../docs/http.md")]
+    struct Http;
 }

@@ -7,14 +7,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{START_MS, copy_store};
-use onlyonce::{BootTime, Check, Claim, Clock, Durability, Lease, Prior, Store};
+use onlyonce::{BootTime, Claim, Clock, Durability, KeyStatus, Lease, PriorAttempt, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -45,8 +45,8 @@ struct Inner {
 }
 
 impl Clock for Clocks {
-    fn wall_ms(&self) -> u64 {
-        self.0.wall_ms.load(Ordering::SeqCst)
+    fn wall(&self) -> Timestamp {
+        Timestamp::from_unix_ms(self.0.wall_ms.load(Ordering::SeqCst))
     }
 
     fn monotonic_ms(&self) -> u64 {
@@ -74,6 +74,10 @@ impl Clocks {
         let clocks = Self::new();
         clocks.0.boot.store(0, Ordering::SeqCst);
         clocks
+    }
+
+    fn wall_ms(&self) -> u64 {
+        self.wall().as_unix_ms()
     }
 
     fn set_wall(&self, ms: u64) {
@@ -152,29 +156,34 @@ impl Bench {
     }
 
     fn reopen_after(&mut self, closed: impl FnOnce(&Clocks)) {
-        self.store.close().unwrap();
+        self.store.close().wait().unwrap();
         closed(&self.clocks);
         self.store = self.clocks.open(&self.path(), self.window_ms);
     }
 
     /// What a crash would leave of the store, opened.
     fn crash(&self) -> Self {
+        self.crash_after(|_| ())
+    }
+
+    fn crash_after(&self, crashed: impl FnOnce(&Clocks)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_store(&self.path(), &dir.path().join("store"));
+        crashed(&self.clocks);
         let store = self.clocks.open(&dir.path().join("store"), self.window_ms);
         Self { store, clocks: self.clocks.clone(), window_ms: self.window_ms, dir }
     }
 
     fn now_ms(&self) -> u64 {
-        self.store.stats().now_ms
+        self.store.stats().now.as_unix_ms()
     }
 
     fn record(&self, key: &str) {
-        self.store.record(key).unwrap();
+        self.store.record(key).wait().unwrap();
     }
 
     fn knows(&self, key: &str) -> bool {
-        matches!(self.store.check(key).unwrap(), Check::Completed(_))
+        matches!(self.store.check(key).wait().unwrap(), KeyStatus::Completed(_))
     }
 
     /// Time passes, and the store sees each minute of it.
@@ -197,14 +206,14 @@ impl Bench {
 }
 
 fn acquire(store: &Store, key: &str) -> Lease {
-    match store.claim(key).unwrap() {
+    match store.claim(key).wait().unwrap() {
         Claim::Acquired(lease) => lease,
         other => panic!("{key} should be free, but is {other:?}"),
     }
 }
 
 fn retry_after_ms(store: &Store, key: &str) -> u128 {
-    match store.claim(key).unwrap() {
+    match store.claim(key).wait().unwrap() {
         Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
         other => panic!("{key} should be in progress, but is {other:?}"),
     }
@@ -218,22 +227,22 @@ fn a_jump_of_the_wall_clock_ends_no_lease_and_lengthens_none() {
     for wall_ms in [START_MS + DAY_MS, START_MS - DAY_MS, START_MS + YEAR_MS, START_MS - YEAR_MS, 0] {
         clocks.set_wall(wall_ms);
         assert_eq!(retry_after_ms(store, "k"), u128::from(LEASE_MS), "at {wall_ms}");
-        store.seal().unwrap();
+        store.flush().unwrap();
     }
     clocks.run_on(LEASE_MS - 1);
     assert_eq!(retry_after_ms(store, "k"), 1);
     clocks.run_on(1);
     let second = acquire(store, "k");
-    assert_eq!((second.attempt(), second.prior()), (2, Some(Prior::LeaseExpired)));
-    assert!(lease.complete("late").is_err());
-    second.complete("r").unwrap();
+    assert_eq!((second.attempt().number(), second.attempt().prior()), (2, Some(PriorAttempt::LeaseExpired)));
+    assert!(lease.complete("late").wait().is_err());
+    second.complete("r").wait().unwrap();
 }
 
 #[test]
 fn a_jump_of_the_wall_clock_ends_no_backoff_and_lengthens_none() {
     let bench = Bench::new(Clocks::new(), 10 * SECOND_MS);
     let (store, clocks) = (&bench.store, &bench.clocks);
-    acquire(store, "k").release_after(Duration::from_secs(5)).unwrap();
+    acquire(store, "k").release().after(Duration::from_secs(5)).wait().unwrap();
     for wall_ms in [START_MS + HOUR_MS, IN_2099_MS, START_MS - DAY_MS, START_MS] {
         clocks.set_wall(wall_ms);
         assert_eq!(retry_after_ms(store, "k"), 5_000, "at {wall_ms}");
@@ -241,7 +250,7 @@ fn a_jump_of_the_wall_clock_ends_no_backoff_and_lengthens_none() {
     clocks.run_on(4_999);
     assert_eq!(retry_after_ms(store, "k"), 1);
     clocks.run_on(1);
-    assert_eq!(acquire(store, "k").prior(), Some(Prior::Released));
+    assert_eq!(acquire(store, "k").attempt().prior(), Some(PriorAttempt::Released));
 }
 
 #[test]
@@ -249,13 +258,13 @@ fn one_reading_in_2099_forgets_nothing_and_leaves_no_trace() {
     for restarted in [false, true] {
         let mut bench = Bench::new(Clocks::new(), HOUR_MS);
         bench.record("sealed");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         bench.record("young");
         let buckets = bench.store.stats().buckets.len();
         bench.clocks.set_wall(IN_2099_MS);
         assert!(bench.knows("sealed") && bench.knows("young"));
         bench.record("in 2099");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         if restarted {
             bench.reopen();
         }
@@ -270,7 +279,7 @@ fn one_reading_in_2099_forgets_nothing_and_leaves_no_trace() {
         bench.live(1);
         assert!(!["sealed", "young", "in 2099"].iter().any(|key| bench.knows(key)), "time goes on");
         bench.live(HOUR_MS / 10);
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0, "and nothing stays");
     }
 }
@@ -304,7 +313,7 @@ fn a_wall_clock_that_stands_still_stops_nothing() {
         assert!(bench.knows(&key), "round {round}");
         bench.live_with_a_stopped_clock(1);
         assert!(!bench.knows(&key), "round {round}");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         assert_eq!(bench.now_ms(), START_MS + (round + 1) * 10 * MINUTE_MS);
     }
     assert!(bench.store.stats().buckets.len() <= 13);
@@ -332,7 +341,7 @@ fn small_steps_are_followed_up_to_a_second_in_ten_minutes() {
 fn a_step_counts_when_every_reading_of_ten_minutes_said_so() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("old");
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     bench.clocks.pause(YEAR_MS);
     bench.live(CONFIRMED_AFTER_MS - 1);
     assert!(bench.knows("old"));
@@ -346,7 +355,7 @@ fn a_step_counts_when_every_reading_of_ten_minutes_said_so() {
     bench.live(1);
     assert!(!bench.knows("old"));
     assert_eq!(bench.now_ms(), START_MS + YEAR_MS + 2 * CONFIRMED_AFTER_MS - 1);
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0);
 }
 
@@ -366,7 +375,7 @@ fn completions_before_a_pause_is_confirmed_are_remembered_for_their_window() {
         bench.live(CONFIRMED_AFTER_MS - 2 * SECOND_MS);
         bench.record("late");
         if sealed {
-            bench.store.seal().unwrap();
+            bench.store.flush().unwrap();
         }
         if restarted {
             bench.reopen();
@@ -376,22 +385,69 @@ fn completions_before_a_pause_is_confirmed_are_remembered_for_their_window() {
         assert_eq!(bench.now_ms(), START_MS + MINUTE_MS + pause_ms + CONFIRMED_AFTER_MS, "{told}");
         assert_eq!(bench.knows("before"), pause_ms < HOUR_MS, "{told}");
         assert!(bench.knows("early") && bench.knows("late"), "{told}");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         if restarted {
             bench.reopen();
         }
-        assert_eq!(acquire(&bench.store, "dropped").attempt(), 2, "{told}: and so is what became of work");
+        assert_eq!(acquire(&bench.store, "dropped").attempt().number(), 2, "{told}: and so is what became of work");
         bench.live(HOUR_MS - CONFIRMED_AFTER_MS + SECOND_MS - 1);
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         assert!(bench.knows("early") && bench.knows("late"), "{told}");
         bench.live(1);
         assert!(!bench.knows("early") && bench.knows("late"), "{told}");
         bench.live(CONFIRMED_AFTER_MS - 2 * SECOND_MS);
         assert!(!bench.knows("late"), "{told}");
         bench.live(HOUR_MS);
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0, "{told}");
     }
+}
+
+#[test]
+fn work_that_ends_before_a_pause_is_confirmed_is_remembered_also_where_it_began_at_a_wrong_time() {
+    for flushed in [false, true] {
+        let mut bench = Bench::new(Clocks::without_a_boot_clock(), 5 * HOUR_MS);
+        bench.clocks.pause(2 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        let leases = ["completed", "dropped", "crashed"].map(|key| acquire(&bench.store, key));
+        let claimed_ms = bench.now_ms();
+        bench.clocks.set_wall(bench.clocks.wall_ms() - 2 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        assert!(bench.now_ms() < claimed_ms, "the time went back");
+        bench.clocks.pause(3 * DAY_MS);
+        bench.live(CONFIRMED_AFTER_MS / 2);
+        let [completed, dropped, crashed] = leases;
+        completed.complete("r").wait().unwrap();
+        drop(dropped);
+        if flushed {
+            bench.store.flush().unwrap();
+        }
+        bench.reopen();
+        drop(crashed);
+        bench.live(CONFIRMED_AFTER_MS / 2);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "the pause is confirmed");
+        bench.store.flush().unwrap();
+        assert!(bench.knows("completed"), "flushed {flushed}");
+        for key in ["dropped", "crashed"] {
+            assert_eq!(acquire(&bench.store, key).attempt().number(), 2, "{key}, flushed {flushed}");
+        }
+        bench.live(8 * HOUR_MS);
+        assert!(!bench.knows("completed"), "flushed {flushed}");
+    }
+}
+
+#[test]
+fn a_step_that_two_openings_confirm_forgets_no_completion_before_the_crash() {
+    let mut bench = Bench::new(Clocks::without_a_boot_clock(), HOUR_MS);
+    bench.reopen_after(|clocks| clocks.pause(DAY_MS));
+    // Less than what may pass until the next write saves the time.
+    bench.clocks.pass(9 * SECOND_MS);
+    bench.record("k");
+    let crashed = bench.crash_after(|clocks| clocks.pass(CONFIRMED_AFTER_MS));
+    assert_eq!(crashed.now_ms(), START_MS + DAY_MS, "the pause is confirmed");
+    assert!(crashed.knows("k"), "it is some minutes old");
+    crashed.live(HOUR_MS + MINUTE_MS);
+    assert!(!crashed.knows("k"));
 }
 
 #[test]
@@ -423,7 +479,7 @@ fn many_pauses_lose_no_key_and_delay_expiry_by_little_more_than_a_window() {
         bench.clocks.pause(40 * MINUTE_MS);
         bench.live(11 * MINUTE_MS);
         elapsed_ms += 51 * MINUTE_MS;
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         for (key, since_ms) in &alive_since {
             let age_ms = elapsed_ms - since_ms;
             assert!(age_ms >= 5 * HOUR_MS || bench.knows(key), "{key} is forgotten at an age of {age_ms} ms");
@@ -438,31 +494,43 @@ fn many_pauses_lose_no_key_and_delay_expiry_by_little_more_than_a_window() {
 
 #[test]
 fn a_second_pause_before_the_first_is_confirmed_forgets_nothing_early() {
-    let bench = Bench::new(Clocks::new(), DAY_MS);
-    bench.clocks.pause(HOUR_MS);
-    bench.live(3 * MINUTE_MS);
-    bench.record("between");
-    bench.live(2 * MINUTE_MS);
-    bench.clocks.pause(60 * HOUR_MS);
-    bench.live(2 * MINUTE_MS);
-    bench.record("k");
-    bench.live(2 * CONFIRMED_AFTER_MS);
-    assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "both are confirmed");
-    assert!(bench.knows("k"), "it is some minutes old");
-    assert!(!bench.knows("between"), "it is older than a day");
-    bench.live(DAY_MS);
-    assert!(!bench.knows("k"));
+    for first_ms in [HOUR_MS, 3 * DAY_MS] {
+        let bench = Bench::new(Clocks::new(), DAY_MS);
+        bench.clocks.pause(first_ms);
+        bench.live(3 * MINUTE_MS);
+        bench.record("between");
+        bench.live(2 * MINUTE_MS);
+        bench.clocks.pause(60 * HOUR_MS);
+        bench.live(2 * MINUTE_MS);
+        bench.record("k");
+        bench.live(2 * CONFIRMED_AFTER_MS);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "both are confirmed");
+        assert!(bench.knows("k"), "it is some minutes old, after a pause of {first_ms} ms");
+        assert!(!bench.knows("between"), "it is older than a day");
+        bench.live(DAY_MS);
+        assert!(!bench.knows("k"));
+    }
 }
 
 #[test]
 fn a_completion_that_waited_for_the_disk_when_the_clock_stepped_is_remembered() {
-    let bench = Bench::new(Clocks::new(), DAY_MS);
-    bench.record("acknowledged after the pause");
-    bench.clocks.pass(900);
-    bench.clocks.pause(60 * HOUR_MS);
-    bench.live(CONFIRMED_AFTER_MS);
-    assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
-    assert!(bench.knows("acknowledged after the pause"));
+    for went_back in [false, true] {
+        let mut bench = Bench::new(Clocks::new(), DAY_MS);
+        if went_back {
+            bench.clocks.pause(HOUR_MS);
+            bench.live(CONFIRMED_AFTER_MS);
+            bench.reopen();
+            bench.clocks.set_wall(bench.clocks.wall_ms() - HOUR_MS);
+            bench.live(CONFIRMED_AFTER_MS + MINUTE_MS);
+        }
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
+        bench.record("acknowledged after the pause");
+        bench.clocks.pass(900);
+        bench.clocks.pause(60 * HOUR_MS);
+        bench.live(CONFIRMED_AFTER_MS);
+        assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
+        assert!(bench.knows("acknowledged after the pause"), "the time went back: {went_back}");
+    }
 }
 
 #[test]
@@ -477,10 +545,10 @@ fn a_machine_that_was_suspended_knows_for_how_long() {
     bench.clocks.suspend(1_000);
     assert!(!bench.knows("old") && bench.knows("new"));
     assert_eq!(retry_after_ms(&bench.store, "leased"), u128::from(LEASE_MS));
-    lease.complete("r").unwrap();
+    lease.complete("r").wait().unwrap();
     // Also where the wall clock has stopped.
     bench.clocks.sleep(HOUR_MS);
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
     while bench.knows("new") {
         assert!(std::time::Instant::now() < deadline, "nobody looks at the boot clock");
@@ -497,7 +565,7 @@ fn put_right_after(wrong_ms: u64, window_ms: u64) -> Bench {
     bench.live(CONFIRMED_AFTER_MS);
     assert_eq!(bench.now_ms(), START_MS + A_MOMENT_MS + CONFIRMED_AFTER_MS + wrong_ms);
     bench.record("meanwhile");
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     bench.clocks.set_wall(bench.clocks.wall_ms() - wrong_ms);
     bench.live(CONFIRMED_AFTER_MS - 1);
     assert_eq!(bench.now_ms(), START_MS + A_MOMENT_MS - 1 + 2 * CONFIRMED_AFTER_MS + wrong_ms, "not at once");
@@ -516,16 +584,16 @@ fn the_time_goes_back_to_a_clock_that_is_put_right_within_the_window() {
         let now_ms = START_MS + A_MOMENT_MS + 2 * CONFIRMED_AFTER_MS;
         assert_eq!((bench.now_ms(), bench.clocks.wall_ms()), (now_ms, now_ms));
         assert!(bench.knows("before") && bench.knows("meanwhile") && bench.knows("before it counts"));
-        let floor_ms = bench.store.stats().remembers_since_ms;
+        let floor_ms = bench.store.stats().remembers_since.as_unix_ms();
         bench.live(5 * HOUR_MS);
         assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
-        assert!(bench.store.stats().remembers_since_ms >= floor_ms, "it never goes back");
+        assert!(bench.store.stats().remembers_since.as_unix_ms() >= floor_ms, "it never goes back");
         assert!(bench.knows("meanwhile"), "it has a time of two hours later");
         bench.live(2 * HOUR_MS + CONFIRMED_AFTER_MS);
         assert!(!bench.knows("meanwhile") && !bench.knows("before it counts"));
         // As wide as a bucket is.
         bench.live(HOUR_MS / 2);
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0);
     }
 }
@@ -535,7 +603,11 @@ fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
     let mut bench = put_right_after(YEAR_MS, HOUR_MS);
     let highest_ms = START_MS + A_MOMENT_MS + 2 * CONFIRMED_AFTER_MS + YEAR_MS;
     let floor_ms = highest_ms - HOUR_MS + 1;
-    assert_eq!((bench.now_ms(), bench.store.stats().remembers_since_ms), (floor_ms, floor_ms), "as far as it can");
+    assert_eq!(
+        (bench.now_ms(), bench.store.stats().remembers_since.as_unix_ms()),
+        (floor_ms, floor_ms),
+        "as far as it can"
+    );
     assert!(!bench.knows("before") && bench.knows("meanwhile") && bench.knows("before it counts"));
     // It runs on, also over restarts and where the clock stays where it is, and does not come back once more.
     for round in 0..6 {
@@ -544,7 +616,7 @@ fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
             4 => bench.reopen_after(|clocks| clocks.pass(5 * MINUTE_MS)),
             _ => bench.live(5 * MINUTE_MS),
         }
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
     }
     let passed_ms = 25 * MINUTE_MS;
     assert_eq!(bench.now_ms(), floor_ms + passed_ms);
@@ -552,7 +624,7 @@ fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
     bench.live(2 * HOUR_MS);
     assert!(!["meanwhile", "before it counts", "after"].iter().any(|key| bench.knows(key)), "everything has its end");
     assert_eq!(bench.now_ms(), floor_ms + passed_ms + 2 * HOUR_MS);
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     assert!(bench.store.stats().buckets.len() <= 13, "{:?}", bench.store.stats().buckets);
     // Small steps are followed as before, and one that catches up counts like any other.
     bench.clocks.set_wall(bench.clocks.wall_ms() + 300);
@@ -572,15 +644,15 @@ fn completions_at_a_wrong_time_expire_too() {
         bench.clocks.pause(wrong_ms);
         bench.live(CONFIRMED_AFTER_MS + MINUTE_MS);
         bench.record(&format!("wrong {round}"));
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         bench.clocks.set_wall(bench.clocks.wall_ms() - wrong_ms);
         bench.live(CONFIRMED_AFTER_MS + MINUTE_MS);
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         assert!(bench.knows(&format!("wrong {round}")), "round {round}");
         assert!(bench.store.stats().buckets.len() <= 16, "round {round}: {:?}", bench.store.stats().buckets);
     }
     bench.live(3 * HOUR_MS);
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0);
 }
 
@@ -589,7 +661,7 @@ fn a_store_that_was_closed_for_days_expires_its_keys() {
     for rebooted in [false, true] {
         let mut bench = Bench::new(Clocks::new(), DAY_MS);
         bench.record("old");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         bench.live(3 * HOUR_MS);
         let days_ms = 3 * DAY_MS;
         bench.reopen_after(|clocks| match rebooted {
@@ -606,7 +678,7 @@ fn a_store_that_was_closed_for_days_expires_its_keys() {
         }
         assert!(!bench.knows("old") && bench.knows("meanwhile"), "rebooted: {rebooted}");
         assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         let keys = bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>();
         assert_eq!(keys, 1, "rebooted: {rebooted}");
         bench.reopen();
@@ -622,13 +694,13 @@ fn a_clock_that_is_wrong_at_boot_until_it_is_corrected_forgets_nothing() {
     for wrong_ms in [HOUR_MS as i64, 3 * DAY_MS as i64, 80 * YEAR_MS as i64, -(HOUR_MS as i64), -(YEAR_MS as i64)] {
         let mut bench = Bench::new(Clocks::new(), DAY_MS);
         bench.record("old");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         bench.reopen_after(|clocks| {
             clocks.reboot_after(MINUTE_MS);
             clocks.set_wall(clocks.wall_ms().saturating_add_signed(wrong_ms));
         });
         bench.record("wrong");
-        bench.store.seal().unwrap();
+        bench.store.flush().unwrap();
         bench.live(5 * MINUTE_MS);
         assert_eq!(bench.now_ms(), START_MS + 5 * MINUTE_MS, "{wrong_ms}");
         bench.clocks.set_wall(START_MS + 6 * MINUTE_MS);
@@ -649,7 +721,7 @@ fn a_clock_that_is_a_year_behind_after_a_reboot_brings_nothing_back_and_stops_no
     bench.record("forgotten");
     bench.live(2 * HOUR_MS);
     bench.record("known");
-    bench.store.seal().unwrap();
+    bench.store.flush().unwrap();
     bench.reopen_after(|clocks| {
         clocks.reboot_after(MINUTE_MS);
         clocks.set_wall(clocks.wall_ms() - YEAR_MS);
@@ -684,7 +756,7 @@ fn a_command_that_runs_for_a_second_each_day_expires_its_keys() {
                 assert!(known || day - before >= 2, "{told}: of day {before}, on day {day}");
                 assert!(!known || day - before < kept_days, "{told}: of day {before}, on day {day}");
             }
-            bench.store.seal().unwrap();
+            bench.store.flush().unwrap();
             assert!(bench.store.stats().buckets.len() <= 16, "{told}: {:?}", bench.store.stats().buckets);
             bench.clocks.pass(SECOND_MS);
             bench.reopen_after(|clocks| match rebooted {
@@ -738,17 +810,17 @@ fn a_clock_that_is_set_between_two_runs_forgets_nothing_early_and_repeats_no_tok
         assert_eq!(bench.now_ms(), START_MS, "run {run}");
         assert!((0..run).all(|run| bench.knows(&format!("of run {run}"))), "run {run}");
         let lease = acquire(&bench.store, &format!("of run {run}"));
-        assert!(lease.token() > last_token, "run {run}");
-        last_token = lease.token();
-        lease.complete("r").unwrap();
+        assert!(lease.token().get() > last_token, "run {run}");
+        last_token = lease.token().get();
+        lease.complete("r").wait().unwrap();
     }
     bench.reopen_after(|clocks| {
         clocks.run_on(YEAR_MS);
         clocks.set_wall(START_MS + YEAR_MS);
     });
     assert!((0..5).all(|run| !bench.knows(&format!("of run {run}"))));
-    bench.store.seal().unwrap();
-    assert!(acquire(&bench.store, "new").token() > last_token);
+    bench.store.flush().unwrap();
+    assert!(acquire(&bench.store, "new").token().get() > last_token);
 }
 
 /// The rule, as it is written down: what the store's time should be.
@@ -758,21 +830,35 @@ struct Rule {
     time_ms: u64,
     floor_ms: u64,
     lead_ms: u64,
-    /// The store's time when the wall clock began to deviate in one direction, and the readings since, or since a step found no
-    /// room.
-    since_ms: u64,
+    /// The latest time before it went back.
+    newest_ms: u64,
+    /// Elapsed time as the store knows it, which never goes back.
+    elapsed_ms: u64,
+    /// When the wall clock began to deviate in one direction, and the readings since, or since a step found no room.
+    since: Moment,
     /// Whether what was confirmed last was ahead.
     was_ahead: bool,
     /// When the clock may have stepped further ahead.
-    grown_since_ms: u64,
+    grown_since: Option<Moment>,
     resumed_ms: u64,
     readings: Vec<Seen>,
     /// Completions from, to, and by how much later they count.
     steps: Vec<(u64, u64, u64)>,
+    /// All confirmed steps: since how much elapsed time the wall clock said so, and their sizes.
+    confirmed: Vec<(u64, u64)>,
     followed: (u64, u64),
     seen: Ticks,
     /// What happened how often.
     tally: BTreeMap<&'static str, u32>,
+}
+
+/// When the wall clock began to deviate.
+#[derive(Debug, Clone, Copy)]
+struct Moment {
+    /// The store's time, less how long a completion may have waited for the disk.
+    time_ms: u64,
+    /// How much time had elapsed at the first reading.
+    elapsed_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -812,12 +898,15 @@ impl Rule {
             time_ms,
             floor_ms: 0,
             lead_ms: 0,
-            since_ms: 0,
+            newest_ms: 0,
+            elapsed_ms: 0,
+            since: Moment { time_ms, elapsed_ms: 0 },
             was_ahead: false,
-            grown_since_ms: 0,
+            grown_since: None,
             resumed_ms: time_ms,
             readings,
             steps,
+            confirmed: Vec::new(),
             followed: (0, 0),
             seen,
             tally: BTreeMap::new(),
@@ -859,6 +948,13 @@ impl Rule {
         self.counted(completed_ms) >= self.floor_ms && !self.is_over(completed_ms)
     }
 
+    /// How long ago something happened, whatever time the store gave it: the elapsed time since, and the steps of a wall clock that
+    /// began to deviate after it.
+    fn age_ms(&self, happened_elapsed_ms: u64) -> u64 {
+        let later = self.confirmed.iter().filter(|(since_ms, _)| *since_ms >= happened_elapsed_ms);
+        self.elapsed_ms - happened_elapsed_ms + later.map(|(_, by_ms)| by_ms).sum::<u64>()
+    }
+
     fn reopen(&mut self, clocks: &Clocks) {
         let seen = Ticks::of(clocks);
         let elapsed_ms = seen.since(&self.seen);
@@ -872,6 +968,7 @@ impl Rule {
         }
         self.time_ms = self.time_ms.max(self.floor_ms);
         self.resumed_ms = self.time_ms;
+        self.elapsed_ms += self.time_ms - saved_ms;
         self.followed = (0, 0);
         let first = self.readings.first().copied();
         self.read(clocks.wall_ms());
@@ -890,7 +987,9 @@ impl Rule {
 
     fn observe(&mut self, clocks: &Clocks) {
         let seen = Ticks::of(clocks);
-        self.time_ms += seen.since(&self.seen).unwrap_or(seen.monotonic_ms - self.seen.monotonic_ms);
+        let elapsed_ms = seen.since(&self.seen).unwrap_or(seen.monotonic_ms - self.seen.monotonic_ms);
+        self.time_ms += elapsed_ms;
+        self.elapsed_ms += elapsed_ms;
         self.seen = seen;
         self.read(clocks.wall_ms());
     }
@@ -910,6 +1009,7 @@ impl Rule {
                 self.followed = (followed.0 + deviation_ms.unsigned_abs(), followed.1);
                 self.count("followed");
                 self.time_ms += deviation_ms.unsigned_abs();
+                self.elapsed_ms += deviation_ms.unsigned_abs();
                 return self.readings.clear();
             }
         } else if deviation_ms >= -(TOLERANCE_MS as i64) {
@@ -922,13 +1022,14 @@ impl Rule {
         }
         // What waited for the disk in this process when the clock stepped was acknowledged after it.
         let since_ms = (time_ms - TOLERANCE_MS).max(self.resumed_ms).min(time_ms);
+        let since = Moment { time_ms: since_ms, elapsed_ms: self.elapsed_ms };
         if self.readings.is_empty() {
-            self.since_ms = since_ms;
-            self.grown_since_ms = 0;
+            self.since = since;
+            self.grown_since = None;
         } else if deviation_ms.unsigned_abs() + TOLERANCE_MS < self.least_deviation_ms() {
-            self.grown_since_ms = self.since_ms;
-        } else if self.grown_since_ms == 0 && deviation_ms.unsigned_abs() > self.least_deviation_ms() + TOLERANCE_MS {
-            self.grown_since_ms = since_ms;
+            self.grown_since = Some(self.since);
+        } else if deviation_ms.unsigned_abs() > self.least_deviation_ms() + TOLERANCE_MS {
+            self.grown_since = self.grown_since.or(Some(since));
         }
         self.readings.push(Seen { time_ms, wall_ms, deviation_ms });
         if time_ms - self.readings[0].time_ms >= CONFIRMED_AFTER_MS && self.confirm() {
@@ -938,10 +1039,10 @@ impl Rule {
 
     /// Where the clock is still ahead after a step, the next one carries along what this one does.
     fn read_rest(&mut self, wall_ms: u64) {
-        let (grown_since_ms, was_ahead) = (self.grown_since_ms, self.was_ahead);
+        let grown_since = self.grown_since.filter(|_| self.was_ahead);
         self.read(wall_ms);
-        if was_ahead && grown_since_ms > 0 && self.readings.first().is_some_and(|rest| rest.deviation_ms > 0) {
-            self.since_ms = grown_since_ms;
+        if self.readings.first().is_some_and(|rest| rest.deviation_ms > 0) {
+            self.since = grown_since.unwrap_or(self.since);
         }
     }
 
@@ -951,6 +1052,7 @@ impl Rule {
         if first.deviation_ms < 0 {
             let wall_ms = time_ms - self.lead_ms - least_ms;
             self.floor_ms = self.forgotten_below();
+            self.newest_ms = self.newest_ms.max(time_ms);
             if wall_ms >= self.floor_ms {
                 self.time_ms = wall_ms;
                 self.count("back to the wall clock");
@@ -961,6 +1063,7 @@ impl Rule {
                 self.count("not back once more");
             }
             self.lead_ms = self.time_ms - wall_ms;
+            self.resumed_ms = self.resumed_ms.min(self.time_ms);
         } else if least_ms <= self.lead_ms {
             self.lead_ms -= least_ms;
             self.count("nearer");
@@ -968,8 +1071,10 @@ impl Rule {
             let by_ms = least_ms - self.lead_ms;
             if by_ms > TOLERANCE_MS {
                 let after_ms = time_ms + by_ms;
-                let mut steps = Self::living(&self.steps, after_ms, self.window_ms);
-                steps.push((self.since_ms, time_ms + TOLERANCE_MS, by_ms));
+                let mut steps = self.steps.clone();
+                // Work that began before the time went back keeps its later time when it ends.
+                steps.push((self.since.time_ms, time_ms.max(self.newest_ms) + TOLERANCE_MS, by_ms));
+                steps = Self::living(&steps, after_ms, self.window_ms);
                 if steps.len() > 3 {
                     let by = |pair: &[(u64, u64, u64)]| {
                         let overlap = pair[0].0 <= pair[1].1 && pair[1].0 <= pair[0].1;
@@ -979,7 +1084,7 @@ impl Rule {
                         steps.windows(2).map(by).enumerate().min_by_key(|(_, by_ms)| *by_ms).unwrap();
                     if largest_ms > self.window_ms / 10 {
                         self.readings.drain(..self.readings.len() - 1);
-                        self.grown_since_ms = 0;
+                        self.grown_since = None;
                         self.count("no room");
                         return false;
                     }
@@ -987,7 +1092,10 @@ impl Rule {
                     *into = (into.0.min(other.0), into.1.max(other.1), largest_ms);
                 }
                 self.steps = steps;
+                self.confirmed.push((self.since.elapsed_ms, by_ms));
                 self.count("a step");
+            } else {
+                self.elapsed_ms += by_ms;
             }
             self.time_ms += by_ms;
             self.lead_ms = 0;
@@ -998,12 +1106,12 @@ impl Rule {
     }
 }
 
-/// A time that depends on what was flushed when: from the first to the second.
-type Range = (u64, u64);
+/// A time that depends on what was flushed when: one of these.
+type OneOf = BTreeSet<u64>;
 
 /// The later of the two.
-fn not_before(time_ms: u64, range: Range) -> Range {
-    (range.0.max(time_ms), range.1.max(time_ms))
+fn not_before(time_ms: u64, times: &OneOf) -> OneOf {
+    times.iter().map(|other_ms| time_ms.max(*other_ms)).collect()
 }
 
 /// What should be known of a key.
@@ -1017,17 +1125,17 @@ enum Known {
         token: u64,
         attempt: u32,
         /// What ends it is not earlier, though the time may come back.
-        since: Range,
+        since: OneOf,
         until_monotonic_ms: u64,
     },
     /// Dropped, crashed or released at this time. Across a restart a dropped lease may be told as crashed.
     Left {
         attempt: u32,
-        priors: Vec<Prior>,
+        priors: Vec<PriorAttempt>,
         /// When it ended.
-        since: Range,
+        since: OneOf,
         /// When it was claimed: from there the next opening begins, where the end was not flushed.
-        claimed: Range,
+        claimed: OneOf,
         /// Whether it may have been a window old once: then it may be forgotten, though the time went back.
         was_over: bool,
     },
@@ -1038,6 +1146,8 @@ struct Walk {
     bench: Bench,
     rule: Rule,
     known: BTreeMap<String, Known>,
+    /// How much time had elapsed when the last attempt at a key ended, or its process.
+    ended: BTreeMap<String, u64>,
     leases: Vec<(String, Lease)>,
     last_token: u64,
 }
@@ -1046,7 +1156,7 @@ impl Walk {
     fn new(clocks: Clocks, window_ms: u64) -> Self {
         let bench = Bench::new(clocks, window_ms);
         let rule = Rule::new(&bench.clocks, window_ms);
-        Self { bench, rule, known: BTreeMap::new(), leases: Vec::new(), last_token: 0 }
+        Self { bench, rule, known: BTreeMap::new(), ended: BTreeMap::new(), leases: Vec::new(), last_token: 0 }
     }
 
     fn monotonic_ms(&self) -> u64 {
@@ -1056,7 +1166,7 @@ impl Walk {
     /// A change of one clock, which the store sees before the next one.
     fn change(&mut self, change: impl FnOnce(&Clocks)) {
         change(&self.bench.clocks);
-        self.bench.store.check("somebody asks").unwrap();
+        self.bench.store.check("somebody asks").wait().unwrap();
         self.rule.observe(&self.bench.clocks);
         self.is_as_it_should();
     }
@@ -1064,11 +1174,11 @@ impl Walk {
     fn is_as_it_should(&mut self) {
         // A check looks at two clocks, the figures at all of them.
         let stats = self.bench.store.stats();
-        assert_eq!(stats.now_ms, self.rule.time_ms, "{:?}", self.rule);
-        assert_eq!(stats.remembers_since_ms, self.rule.forgotten_below(), "{:?}", self.rule);
+        assert_eq!(stats.now.as_unix_ms(), self.rule.time_ms, "{:?}", self.rule);
+        assert_eq!(stats.remembers_since.as_unix_ms(), self.rule.forgotten_below(), "{:?}", self.rule);
         for known in self.known.values_mut() {
             if let Known::Left { since, was_over, .. } = known {
-                *was_over |= !self.rule.remembers(since.0);
+                *was_over |= !since.iter().all(|since_ms| self.rule.remembers(*since_ms));
             }
         }
     }
@@ -1103,9 +1213,9 @@ impl Walk {
     fn claim(&mut self, key: &str) {
         let monotonic_ms = self.monotonic_ms();
         let expected = self.known.get(key).cloned();
-        let claim = self.bench.store.claim(key).unwrap();
-        let again = |lease: &Lease, attempt: u32, priors: &[Prior], may_be_new: bool| {
-            let told = (lease.attempt(), lease.prior());
+        let claim = self.bench.store.claim(key).wait().unwrap();
+        let again = |lease: &Lease, attempt: u32, priors: &[PriorAttempt], may_be_new: bool| {
+            let told = (lease.attempt().number(), lease.attempt().prior());
             let as_expected = priors.iter().any(|prior| told == (attempt + 1, Some(*prior)));
             assert!(
                 as_expected || may_be_new && told == (1, None),
@@ -1114,17 +1224,27 @@ impl Walk {
             );
         };
         match (&expected, &claim) {
-            (None, Claim::Acquired(lease)) => assert_eq!((lease.attempt(), lease.prior()), (1, None), "{key}"),
+            (None, Claim::Acquired(lease)) => {
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{key}")
+            }
             (Some(Known::Completed { at_ms, result }), Claim::Completed(completed)) => {
                 assert!(self.rule.remembers(*at_ms), "{key} is remembered too long");
-                assert_eq!((completed.completed_at_ms(), completed.result()), (*at_ms, Some(&result[..])), "{key}");
+                assert_eq!(
+                    (completed.completed_at().as_unix_ms(), completed.result()),
+                    (*at_ms, Some(&result[..])),
+                    "{key}"
+                );
             }
             (Some(Known::Completed { at_ms, .. }), Claim::Acquired(lease)) => {
                 assert!(!self.rule.remembers(*at_ms), "{key} is forgotten early: {expected:?} at {:?}", self.rule);
                 // Where the time passed twice, a step of the second time may carry along an attempt of the first, but not the
                 // completion that came after it.
                 let passed_twice = self.rule.tally.keys().any(|event| event.starts_with("back to"));
-                assert!(lease.attempt() == 1 || passed_twice, "{key} is {expected:?} at {:?}, {lease:?}", self.rule);
+                assert!(
+                    lease.attempt().number() == 1 || passed_twice,
+                    "{key} is {expected:?} at {:?}, {lease:?}",
+                    self.rule
+                );
             }
             (Some(Known::Leased { until_monotonic_ms, .. }), Claim::InProgress(other)) => {
                 let left_ms = until_monotonic_ms.checked_sub(monotonic_ms).expect("a lease that has run out");
@@ -1133,27 +1253,41 @@ impl Walk {
             (Some(Known::Leased { attempt, until_monotonic_ms, .. }), Claim::Acquired(lease)) => {
                 assert!(monotonic_ms >= *until_monotonic_ms, "{key} has two holders");
                 let alone = monotonic_ms >= until_monotonic_ms + self.rule.window_ms;
-                again(lease, *attempt, &[Prior::LeaseExpired], alone);
+                again(lease, *attempt, &[PriorAttempt::LeaseExpired], alone);
             }
             (Some(Known::Left { attempt, priors, was_over, .. }), Claim::Acquired(lease)) => {
                 again(lease, *attempt, priors, *was_over);
             }
             _ => panic!("{key} is {expected:?}, and was answered {claim:?}"),
         }
+        self.is_not_forgotten_early(key, &claim, matches!(expected, Some(Known::Completed { .. })));
         if let Claim::Acquired(lease) = claim {
-            assert!(lease.token() > self.last_token, "{key}");
-            self.last_token = lease.token();
-            let (token, attempt) = (lease.token(), lease.attempt());
+            assert!(lease.token().get() > self.last_token, "{key}");
+            self.last_token = lease.token().get();
+            let (token, attempt) = (lease.token().get(), lease.attempt().number());
             let until_monotonic_ms = monotonic_ms + LEASE_MS;
             let since = match expected {
-                Some(Known::Left { since, .. } | Known::Leased { since, .. }) if lease.prior().is_some() => {
-                    not_before(self.rule.time_ms, since)
+                Some(Known::Left { since, .. } | Known::Leased { since, .. }) if lease.attempt().prior().is_some() => {
+                    not_before(self.rule.time_ms, &since)
                 }
-                _ => (self.rule.time_ms, self.rule.time_ms),
+                _ => OneOf::from([self.rule.time_ms]),
             };
             self.known.insert(key.to_owned(), Known::Leased { token, attempt, since, until_monotonic_ms });
             self.leases.push((key.to_owned(), lease));
         }
+    }
+
+    /// Whatever times the store gives to what it knows: it is remembered for a window from its end on.
+    fn is_not_forgotten_early(&mut self, key: &str, claim: &Claim, was_completed: bool) {
+        let Claim::Acquired(lease) = claim else { return };
+        let Some(ended_ms) = self.ended.remove(key) else { return };
+        let age_ms = self.rule.age_ms(ended_ms);
+        let is_known = !was_completed && lease.attempt().prior().is_some();
+        assert!(
+            is_known || age_ms >= self.rule.window_ms,
+            "{key} is forgotten {age_ms} ms after its end: {:?}",
+            self.rule
+        );
     }
 
     fn end_a_lease(&mut self, rng: &mut StdRng) {
@@ -1162,41 +1296,44 @@ impl Walk {
         }
         let (key, lease) = self.leases.swap_remove(rng.random_range(0..self.leases.len()));
         let held = match self.known.get(&key) {
-            Some(Known::Leased { token, until_monotonic_ms, .. }) if *token == lease.token() => {
+            Some(Known::Leased { token, until_monotonic_ms, .. }) if *token == lease.token().get() => {
                 Some(self.monotonic_ms() >= until_monotonic_ms + self.rule.window_ms)
             }
             _ => None,
         };
-        let (attempt, before) = (lease.attempt(), lease.prior());
-        let now = (self.rule.time_ms, self.rule.time_ms);
+        let (attempt, before) = (lease.attempt().number(), lease.attempt().prior());
+        let now_ms = self.rule.time_ms;
         let claimed = match self.known.get(&key) {
-            Some(Known::Leased { since, .. }) => *since,
-            _ => now,
+            Some(Known::Leased { since, .. }) => since.clone(),
+            _ => OneOf::from([now_ms]),
         };
-        let since = not_before(now.0, claimed);
-        let left = |priors, was_over| Known::Left { attempt, priors, since, claimed, was_over };
+        let since = not_before(now_ms, &claimed);
+        let left = |priors, was_over| {
+            let (since, claimed) = (since.clone(), claimed.clone());
+            Known::Left { attempt, priors, since, claimed, was_over }
+        };
         let (accepted, after) = match rng.random_range(0..4) {
             0 => {
                 drop(lease);
                 // One that had run out a window before may have been forgotten.
                 let was_over = held == Some(true);
-                (held.is_some(), left(vec![Prior::Dropped], was_over))
+                (held.is_some(), left(vec![PriorAttempt::Dropped], was_over))
             }
             1 => {
-                let accepted = lease.release().is_ok();
-                let priors = vec![before.unwrap_or(Prior::Released)];
+                let accepted = lease.release().wait().is_ok();
+                let priors = vec![before.unwrap_or(PriorAttempt::Released)];
                 (accepted, left(priors, false))
             }
             _ => {
-                let result = format!("result {}", lease.token()).into_bytes();
-                let accepted = lease.complete(result.clone()).is_ok();
-                let at_ms = match self.bench.store.check(&key).unwrap() {
-                    Check::Completed(first) if accepted => {
-                        let at_ms = first.completed_at_ms();
-                        assert!((since.0..=since.1).contains(&at_ms), "{key} was completed at {at_ms}: {since:?}");
+                let result = format!("result {}", lease.token().get()).into_bytes();
+                let accepted = lease.complete(result.clone()).wait().is_ok();
+                let at_ms = match self.bench.store.check(&key).wait().unwrap() {
+                    KeyStatus::Completed(first) if accepted => {
+                        let at_ms = first.completed_at().as_unix_ms();
+                        assert!(since.contains(&at_ms), "{key} was completed at {at_ms}: {since:?}");
                         at_ms
                     }
-                    _ => now.0,
+                    _ => now_ms,
                 };
                 (accepted, Known::Completed { at_ms, result })
             }
@@ -1207,6 +1344,10 @@ impl Walk {
             Some(true) if !accepted => drop(self.known.remove(&key)),
             Some(_) => {
                 assert!(accepted, "{key} was still its holder's");
+                match &after {
+                    Known::Left { was_over: true, .. } => self.ended.remove(&key),
+                    _ => self.ended.insert(key.clone(), self.rule.elapsed_ms),
+                };
                 self.known.insert(key, after);
             }
         }
@@ -1214,8 +1355,8 @@ impl Walk {
 
     /// Closes the store, lets time pass and sets the clock while nobody looks, and opens it again.
     fn reopen(&mut self, rng: &mut StdRng) {
-        let closed_at_ms = self.monotonic_ms();
-        self.bench.store.close().unwrap();
+        let (closed_at_ms, closed_elapsed_ms) = (self.monotonic_ms(), self.rule.elapsed_ms);
+        self.bench.store.close().wait().unwrap();
         self.leases.clear();
         let off_ms = rng.random_range(0..20 * MINUTE_MS);
         let far_ms = *[0, 0, 0, MINUTE_MS, DAY_MS, YEAR_MS].choose(rng).unwrap();
@@ -1230,20 +1371,22 @@ impl Walk {
             clocks.set_wall(if forward { wall_ms + far_ms } else { wall_ms.saturating_sub(far_ms) });
         });
         self.rule.reopen(&self.bench.clocks);
-        for known in self.known.values_mut() {
+        for (key, known) in &mut self.known {
             match known {
                 Known::Leased { attempt, until_monotonic_ms, since, .. } => {
-                    let priors = vec![Prior::Crashed, Prior::LeaseExpired];
+                    let priors = vec![PriorAttempt::Crashed, PriorAttempt::LeaseExpired];
                     // One that had run out a window before may have been forgotten.
                     let was_over = closed_at_ms >= *until_monotonic_ms + self.rule.window_ms;
-                    let claimed = *since;
-                    let since = not_before(self.rule.time_ms, claimed);
+                    if !was_over {
+                        self.ended.insert(key.clone(), closed_elapsed_ms);
+                    }
+                    let claimed = since.clone();
+                    let since = not_before(self.rule.time_ms, &claimed);
                     *known = Known::Left { attempt: *attempt, priors, since, claimed, was_over };
                 }
                 Known::Left { priors, since, claimed, .. } => {
-                    priors.push(Prior::Crashed);
-                    let again = not_before(self.rule.time_ms, *claimed);
-                    *since = (since.0.min(again.0), since.1.max(again.1));
+                    priors.push(PriorAttempt::Crashed);
+                    since.extend(not_before(self.rule.time_ms, claimed));
                 }
                 Known::Completed { .. } => {}
             }
@@ -1269,7 +1412,7 @@ fn a_random_walk_of_all_clocks_is_answered_as_a_plain_map_would() {
                 0..=39 => walk.move_clocks(&mut rng),
                 40..=69 => walk.claim(keys.choose(&mut rng).unwrap()),
                 70..=94 => walk.end_a_lease(&mut rng),
-                95..=97 => walk.bench.store.seal().unwrap(),
+                95..=97 => walk.bench.store.flush().unwrap(),
                 _ => walk.reopen(&mut rng),
             }
         }

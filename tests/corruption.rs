@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 use common::START_MS;
 use damage::{Damage, Harm, Image, KINDS, kind};
 use onlyonce::{
-    Builder, Check, Claim, Completed, Durability, Error, Lease, ManualClock, Phase, Prior, Store, Stored, Tx,
+    Builder, Claim, Completed, Completion, Durability, Error, KeyStatus, Lease, LeaseState, ManualClock, PriorAttempt,
+    Store, StoredKey, Timestamp,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -42,12 +43,14 @@ enum State {
 
 impl State {
     fn of(store: &Store, key: &str) -> onlyonce::Result<Self> {
-        Ok(match store.get(key)? {
+        Ok(match store.inspect(key).wait()? {
             None => Self::Absent,
-            Some(Stored::Processing { token, attempt, phase, .. }) => {
-                Self::Processing { token, attempt, released: phase == Phase::Free(Prior::Released) }
-            }
-            Some(Stored::Completed(completed)) => Self::Completed(completed),
+            Some(StoredKey::Processing { token, attempt, state, .. }) => Self::Processing {
+                token: token.get(),
+                attempt,
+                released: state == LeaseState::Free(PriorAttempt::Released),
+            },
+            Some(StoredKey::Completed(completed)) => Self::Completed(completed),
             Some(other) => panic!("{other:?}"),
         })
     }
@@ -99,22 +102,22 @@ fn builder(clock: &ManualClock) -> Builder {
 }
 
 fn complete(store: &Store, key: &str) {
-    let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
-    lease.complete(format!("the result of {key}")).unwrap();
+    let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
+    lease.complete(format!("the result of {key}")).wait().unwrap();
 }
 
 /// Completes with an offset and a message that says the same.
 fn complete_with(lease: Lease, result: &str, offset: u64) {
-    let with = |tx: &mut Tx| {
-        tx.set_offset("orders", 3, offset);
-        tx.enqueue("topic", "key", format!("message {offset}"));
-    };
-    lease.complete_with(result, with).unwrap();
+    let message = format!("message {offset}");
+    lease
+        .complete(Completion::new(result).offset("orders", 3, offset).message("topic", "key", message))
+        .wait()
+        .unwrap();
 }
 
 /// Claims, and lets nobody know that the work was dropped: its process is going to die.
 fn leave_in_flight(store: &Store, key: &str) {
-    let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is free") };
+    let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is free") };
     std::mem::forget(lease);
 }
 
@@ -144,7 +147,7 @@ impl Base {
     fn new(closed: bool, seal: bool) -> Self {
         let dir = scratch();
         let path = dir.path().join("store");
-        let clock = ManualClock::at(START_MS);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
         let mut keys: Vec<String> = (0..40).map(|i| format!("never-seen-{i}")).collect();
         let mut add = |key: String| {
             keys.push(key.clone());
@@ -157,28 +160,28 @@ impl Base {
                 (0..10).for_each(|i| complete(&store, &add(format!("sealed-{bucket}-{run}-{i}"))));
                 let many = if bucket == 0 { 200 } else { 10 };
                 let recorded: Vec<String> = (0..many).map(|i| add(format!("recorded-{bucket}-{run}-{i}"))).collect();
-                store.record_batch(&recorded).unwrap();
+                store.record_batch(&recorded).wait().unwrap();
                 (0..3).for_each(|i| leave_in_flight(&store, &add(format!("in-flight-{bucket}-{run}-{i}"))));
-                store.seal().unwrap();
+                store.flush().unwrap();
             }
             clock.advance(Duration::from_secs(10));
         }
         // A second life: what the log held is in a table of the journal now.
         (0..10).for_each(|i| complete(&store, &add(format!("journal-{i}"))));
         (0..3).for_each(|i| leave_in_flight(&store, &add(format!("journal-in-flight-{i}"))));
-        store.forget("sealed-0-0-0").unwrap();
-        let Claim::Acquired(lease) = store.claim(add("journal-with-more".to_owned())).unwrap() else {
+        store.forget("sealed-0-0-0").wait().unwrap();
+        let Claim::Acquired(lease) = store.claim(add("journal-with-more".to_owned())).wait().unwrap() else {
             panic!("it is new")
         };
         complete_with(lease, "the result of journal-with-more", 1);
-        store.close().unwrap();
+        store.close().wait().unwrap();
         drop(store);
         let store = builder(&clock).open(&path).unwrap();
         wait_for_filters(&path.join("filters"), 2);
         if seal {
             clock.advance(Duration::from_secs(10));
             (0..10).for_each(|i| complete(&store, &add(format!("sealed-late-{i}"))));
-            store.seal().unwrap();
+            store.flush().unwrap();
         }
 
         let new: Vec<String> = (0..12).map(|i| add(format!("log-{i}"))).collect();
@@ -192,11 +195,11 @@ impl Base {
             events.push(Event { key: key.to_owned(), state, log_bytes: log_bytes(&log) });
         };
         for (i, key) in new.iter().enumerate() {
-            let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
+            let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
             note(key);
             match i % 3 {
                 0 => complete_with(lease, &format!("the result of {key}"), 2 + i as u64),
-                1 => lease.release().unwrap(),
+                1 => lease.release().wait().unwrap(),
                 _ => {
                     std::mem::forget(lease);
                     continue;
@@ -208,16 +211,18 @@ impl Base {
                 along.push((i / 3 * 5 + 2, 2 + i as u64));
             }
         }
-        store.forget("sealed-1-0-0").unwrap();
+        store.forget("sealed-1-0-0").wait().unwrap();
         note("sealed-1-0-0");
         let vouched = log_bytes(&log);
-        let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").unwrap() else { panic!("its process is gone") };
+        let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").wait().unwrap() else {
+            panic!("its process is gone")
+        };
         note("in-flight-1-0-0");
-        let last_token = lease.token();
-        lease.complete("at the second attempt").unwrap();
+        let last_token = lease.token().get();
+        lease.complete("at the second attempt").wait().unwrap();
         note("in-flight-1-0-0");
         if closed {
-            store.close().unwrap();
+            store.close().wait().unwrap();
         }
         Self {
             image: Image::read_at_rest(&path),
@@ -244,7 +249,7 @@ impl Base {
 }
 
 fn clock_ms(clock: &ManualClock) -> u64 {
-    onlyonce::Clock::wall_ms(clock)
+    onlyonce::Clock::wall(clock).as_unix_ms()
 }
 
 /// What a store said when it was asked about everything.
@@ -261,7 +266,7 @@ enum Said {
 
 /// Opens what is in `path`, asks every key, and compares. `certain` is how many events of the newest log must be there.
 fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result<Said, String> {
-    let clock = ManualClock::at(base.now_ms);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(base.now_ms));
     let store = match builder(&clock).open(path) {
         Ok(store) => store,
         Err(error) => return Ok(Said::RefusedToOpen(error)),
@@ -269,13 +274,13 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
     let mut answers: BTreeMap<&str, State> = BTreeMap::new();
     let mut refused = Vec::new();
     let keys: Vec<&str> = base.before.keys().map(String::as_str).collect();
-    match store.check_batch(keys.iter().copied()) {
+    match store.check_batch(keys.iter().copied()).wait() {
         Ok(checks) => {
             for (key, check) in keys.iter().zip(checks) {
                 match check {
-                    Ok(Check::Completed(completed)) => drop(answers.insert(key, State::Completed(completed))),
-                    Ok(Check::New) => drop(answers.insert(key, State::Absent)),
-                    Ok(Check::InProgress(other)) => return Err(format!("{key} is held by the dead: {other:?}")),
+                    Ok(KeyStatus::Completed(completed)) => drop(answers.insert(key, State::Completed(completed))),
+                    Ok(KeyStatus::New) => drop(answers.insert(key, State::Absent)),
+                    Ok(KeyStatus::InProgress(other)) => return Err(format!("{key} is held by the dead: {other:?}")),
                     Err(error) => refused.push(error),
                 }
             }
@@ -306,9 +311,9 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
         return Err(format!("{key} is {state:?}, and was {truth:?}"));
     };
     let along: Vec<u64> = base.along.iter().filter(|(after, _)| *after <= events).map(|(_, offset)| *offset).collect();
-    match store.outbox(usize::MAX) {
+    match store.outbox(usize::MAX).wait() {
         Ok(messages) => {
-            let said: Vec<&[u8]> = messages.iter().map(|message| &*message.bytes).collect();
+            let said: Vec<&[u8]> = messages.iter().map(|message| &*message.payload).collect();
             let sent: Vec<String> = along.iter().map(|offset| format!("message {offset}")).collect();
             if !said.iter().copied().eq(sent.iter().map(String::as_bytes)) {
                 return Err(format!("the outbox has {messages:?}, and had {sent:?}"));
@@ -316,19 +321,19 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
         }
         Err(error) => refused.push(error),
     }
-    match store.offset("orders", 3) {
+    match store.offset("orders", 3).wait() {
         Ok(offset) if offset == along.last().copied() => {}
         Ok(offset) => return Err(format!("the offset is {offset:?}, and was {:?}", along.last())),
         Err(error) => refused.push(error),
     }
     // Tokens go on, whatever was lost.
-    match store.claim("a new one") {
-        Ok(Claim::Acquired(lease)) if lease.token() > base.last_token => drop(lease.release()),
+    match store.claim("a new one").wait() {
+        Ok(Claim::Acquired(lease)) if lease.token().get() > base.last_token => drop(lease.release().wait()),
         Ok(other) => return Err(format!("a new key after token {}: {other:?}", base.last_token)),
         Err(error) => refused.push(error),
     }
     // A merge in the background may have found the damage only now.
-    refused.extend(store.close().err());
+    refused.extend(store.close().wait().err());
     Ok(match refused.first() {
         None => Said::Answered { missing: all - events },
         Some(error) => Said::RefusedToAnswer(error.clone()),
@@ -451,7 +456,8 @@ impl Named {
             }
             Error::Corrupt { .. } => true,
             // A merge in the background had found it, and RocksDB writes no more.
-            Error::WriteFailed { detail } | Error::Poisoned { reason: detail } => detail.contains(&*file),
+            Error::WriteFailed { source } => source.to_string().contains(&*file),
+            Error::Poisoned { reason } => reason.contains(&*file),
             // Without its lock file a store is no store.
             Error::NotAStore { .. } => file == "onlyonce.lock",
             _ => false,
@@ -628,14 +634,14 @@ fn a_bad_place_in_a_log_is_corrupt_where_it_was_synced_and_its_end_where_it_was_
 fn long_rows() -> (Image, PathBuf, Vec<(String, usize)>, u64) {
     let dir = scratch();
     let path = dir.path().join("store");
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let store = builder(&clock).open(&path).unwrap();
     let log = Image::read(&path).newest(".log");
     let mut rows = Vec::new();
     for (number, bytes) in [100, 100_000, 100, 70_000, 33_000, 100, 120_000].into_iter().enumerate() {
         let key = format!("long-{number}");
-        let Claim::Acquired(lease) = store.claim(&key).unwrap() else { panic!("{key} is new") };
-        lease.complete(vec![b'r'; bytes]).unwrap();
+        let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("{key} is new") };
+        lease.complete(vec![b'r'; bytes]).wait().unwrap();
         rows.push((key, log_bytes(&path.join(&log))));
     }
     (Image::read(&path), log, rows, clock_ms(&clock))
@@ -654,10 +660,10 @@ fn a_row_over_several_blocks_of_the_log_is_there_whole_or_not_at_all() {
         let mut image = image.clone();
         image.files.get_mut(&log).unwrap().truncate(cut);
         image.write(path);
-        let store = builder(&ManualClock::at(now_ms)).open(path);
+        let store = builder(&ManualClock::at(Timestamp::from_unix_ms(now_ms))).open(path);
         let store = store.unwrap_or_else(|error| panic!("cut at {cut} of {whole}: {error}"));
         for (key, end) in &rows {
-            let there = matches!(store.check(key).unwrap(), Check::Completed(_));
+            let there = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
             assert_eq!(there, *end <= cut, "{key}, which ends at {end}, cut at {cut} of {whole}");
         }
     });
@@ -681,11 +687,11 @@ fn a_block_of_zeros_is_corrupt_where_the_log_was_synced_and_its_end_where_it_was
         image.files.get_mut(&log).unwrap()[from..to].fill(0);
         image.write(path);
         let what = format!("zeros from {from} to {to} of {whole}");
-        match builder(&ManualClock::at(now_ms)).open(path) {
+        match builder(&ManualClock::at(Timestamp::from_unix_ms(now_ms))).open(path) {
             Ok(store) => {
                 assert!(from >= vouched || to > last_claim.start, "{what}: what follows is forgotten in silence");
                 for (key, end) in &rows {
-                    let there = matches!(store.check(key).unwrap(), Check::Completed(_));
+                    let there = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
                     assert_eq!(there, *end <= from, "{what}: {key}, which ends at {end}");
                 }
             }
@@ -702,22 +708,22 @@ fn a_block_of_zeros_is_corrupt_where_the_log_was_synced_and_its_end_where_it_was
 fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
     let dir = scratch();
     let path = dir.path().join("store");
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     // Two logs that are both needed: the journal's memtable has been full once, and the removal of a sealed key, which
     // waits in its bucket's memtable, holds the older log back.
     let open = |path: &Path| builder(&clock).memory_budget(1 << 30).durability(Durability::Disk).open(path);
     let store = open(&path).unwrap();
     complete(&store, "sealed and forgotten");
-    store.seal().unwrap();
-    store.forget("sealed and forgotten").unwrap();
+    store.flush().unwrap();
+    store.forget("sealed and forgotten").wait().unwrap();
     // A quarter of it behind the older log, so that the newer one has been noted.
     let keys: Vec<String> = (0..96).map(|i| format!("key-{i}")).collect();
     for key in &keys {
-        let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
-        lease.complete(vec![b'r'; 900_000]).unwrap();
+        let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
+        lease.complete(vec![b'r'; 900_000]).wait().unwrap();
     }
     let image = Image::read_at_rest(&path);
-    store.close().unwrap();
+    store.close().wait().unwrap();
     let logs = image.logs();
     let [older, newer] = logs.as_slice() else { panic!("two logs: {logs:?}") };
     let whole = image.files[older].len();
@@ -727,15 +733,15 @@ fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
         damaged.write(&copy);
         let opened = open(&copy);
         let answers = opened.map(|store| {
-            let checks: Vec<Check> = keys.iter().map(|key| store.check(key).unwrap()).collect();
-            let forgotten = store.check("sealed and forgotten").unwrap();
-            store.close().unwrap();
-            (checks.iter().filter(|check| matches!(check, Check::Completed(_))).count(), forgotten)
+            let checks: Vec<KeyStatus> = keys.iter().map(|key| store.check(key).wait().unwrap()).collect();
+            let forgotten = store.check("sealed and forgotten").wait().unwrap();
+            store.close().wait().unwrap();
+            (checks.iter().filter(|check| matches!(check, KeyStatus::Completed(_))).count(), forgotten)
         });
         std::fs::remove_dir_all(&copy).unwrap();
         answers
     };
-    assert_eq!(try_with(&image).unwrap(), (keys.len(), Check::New), "as a crash leaves it");
+    assert_eq!(try_with(&image).unwrap(), (keys.len(), KeyStatus::New), "as a crash leaves it");
     for cut in [1, 3, 1_000, 900_000, 5_000_000, whole - 10, whole] {
         let mut damaged = image.clone();
         damaged.files.get_mut(older).unwrap().truncate(whole - cut);
@@ -762,7 +768,7 @@ fn predecessor(log: u64, len: usize) -> Vec<u8> {
 fn a_log_that_a_power_cut_ended_between_two_records_ends_there_though_a_newer_one_was_begun() {
     let dir = scratch();
     let path = dir.path().join("store");
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let open = |path: &Path| builder(&clock).durability(Durability::Process).open(path);
     let store = open(&path).unwrap();
     let log = Image::read(&path).newest(".log");
@@ -787,14 +793,14 @@ fn a_log_that_a_power_cut_ended_between_two_records_ends_there_though_a_newer_on
         torn.write(&copy);
         let store = open(&copy).unwrap_or_else(|error| panic!("cut at {edge} of {}: {error}", whole.len()));
         for (key, end) in keys.iter().zip(&ends) {
-            let there = matches!(store.check(key).unwrap(), Check::Completed(_));
+            let there = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
             assert_eq!(there, *end <= edge, "{key}, which ends at {end}, cut at {edge}");
         }
         // What comes now is not taken for what was lost.
         complete(&store, "after it");
-        store.close().unwrap();
+        store.close().wait().unwrap();
         let reopened = open(&copy).unwrap();
-        assert!(matches!(reopened.check("after it").unwrap(), Check::Completed(_)));
+        assert!(matches!(reopened.check("after it").wait().unwrap(), KeyStatus::Completed(_)));
         drop(reopened);
         std::fs::remove_dir_all(&copy).unwrap();
     }

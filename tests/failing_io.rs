@@ -17,7 +17,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use disk::{Disk, fill, or_skip, runs};
-use onlyonce::{Builder, Check, Claim, Durability, Error, Lease, Outcome, Recorded, Store};
+use onlyonce::{Builder, Claim, Durability, Error, KeyStatus, Lease, Outcome, RecordOutcome, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -64,7 +64,7 @@ impl Ledger {
     /// Works until something fails, for so many steps at most.
     fn work(&mut self, store: &Store, rng: &mut StdRng, steps: u64) -> Option<Error> {
         (0..steps).find_map(|_| match rng.random_range(0..20) {
-            0 => store.seal().err(),
+            0 => store.flush().err(),
             1..=5 => self.record(store, rng.random_range(1..200)),
             _ => self.complete(store, rng.random_range(0..30_000)),
         })
@@ -72,9 +72,9 @@ impl Ledger {
 
     fn record(&mut self, store: &Store, keys: u64) -> Option<Error> {
         let keys: Vec<String> = (0..keys).map(|_| self.key()).collect();
-        match store.record_batch(&keys) {
+        match store.record_batch(&keys).wait() {
             Ok(recorded) => {
-                assert!(recorded.iter().all(|recorded| matches!(recorded, Ok(Recorded::First))), "{recorded:?}");
+                assert!(recorded.iter().all(|recorded| matches!(recorded, Ok(RecordOutcome::First))), "{recorded:?}");
                 self.done.extend(keys.into_iter().map(|key| (key, None)));
                 None
             }
@@ -90,7 +90,7 @@ impl Ledger {
 
     fn complete(&mut self, store: &Store, bytes: usize) -> Option<Error> {
         let key = self.key();
-        let lease = match store.claim(&key) {
+        let lease = match store.claim(&key).wait() {
             Ok(Claim::Acquired(lease)) => lease,
             Ok(other) => panic!("{key} is new: {other:?}"),
             Err(error) => {
@@ -107,13 +107,13 @@ impl Ledger {
     }
 
     fn complete_lease(&mut self, key: String, lease: Lease, result: Vec<u8>) -> Option<Error> {
-        match lease.complete(result.clone()) {
+        match lease.complete(result.clone()).wait() {
             Ok(()) => {
                 self.done.insert(key, Some(result));
                 None
             }
             Err(error) => {
-                assert_eq!(error.result(), result, "the result comes back");
+                assert_eq!(error.completion().result(), result, "the result comes back");
                 let unknown = error.outcome() == Outcome::Unknown;
                 let (error, _, lease) = error.into_parts();
                 assert_eq!(lease.is_none(), unknown, "a lease that is still good comes back: {error}");
@@ -133,15 +133,15 @@ impl Ledger {
         let all = self.done.keys().chain(in_doubt.keys()).chain(&self.never);
         let keys: Vec<String> = all.cloned().collect();
         for keys in keys.chunks(500) {
-            let checks = match store.check_batch(keys) {
+            let checks = match store.check_batch(keys).wait() {
                 Ok(checks) => checks,
                 Err(_) if may_fail => continue,
                 Err(error) => panic!("{error}"),
             };
             for (key, check) in keys.iter().zip(checks) {
                 let result = match check.unwrap() {
-                    Check::Completed(completed) => Some(completed.result().map(<[u8]>::to_vec)),
-                    Check::New | Check::InProgress(_) => None,
+                    KeyStatus::Completed(completed) => Some(completed.result().map(<[u8]>::to_vec)),
+                    KeyStatus::New | KeyStatus::InProgress(_) => None,
                 };
                 match (self.done.get(key), in_doubt.get(key)) {
                     (Some(done), _) => assert_eq!(result.as_ref(), Some(done), "G1: {key} was acknowledged"),
@@ -163,7 +163,7 @@ impl Ledger {
 fn assert_poisoned(store: &Store, error: &Error) {
     assert!(matches!(error, Error::WriteFailed { .. }), "{error:?}");
     assert!(store.stats().poisoned.is_some());
-    for refused in [store.claim("other").map(drop), store.check("other").map(drop), store.seal()] {
+    for refused in [store.claim("other").wait().map(drop), store.check("other").wait().map(drop), store.flush()] {
         assert!(matches!(refused, Err(Error::Poisoned { .. })), "{refused:?}");
     }
 }
@@ -174,8 +174,8 @@ fn work_until_refused(ledger: &mut Ledger, store: &Store, rng: &mut StdRng) -> E
         match ledger.work(store, rng, 100_000) {
             Some(Error::Io { .. }) => {}
             // The keeper's write was the one that failed.
-            Some(Error::Poisoned { reason }) => return Error::WriteFailed { detail: reason },
-            Some(error @ (Error::WriteFailed { .. } | Error::SealingFailed { .. })) => return error,
+            Some(Error::Poisoned { reason }) => return Error::WriteFailed { source: reason.into() },
+            Some(error @ (Error::WriteFailed { .. } | Error::FlushFailed { .. })) => return error,
             other => panic!("{other:?}"),
         }
     }
@@ -199,10 +199,10 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
         let filler = fill(&disk.root(), rng.random_range(0..12 << 20));
         let error = work_until_refused(&mut ledger, &store, &mut rng);
         eprintln!("round {round}, {} acknowledged: {error}", ledger.done.len());
-        if matches!(error, Error::SealingFailed { .. }) {
+        if matches!(error, Error::FlushFailed { .. }) {
             // Nothing was written that could have failed: no reopening is needed.
             std::fs::remove_file(filler).unwrap();
-            store.seal().unwrap();
+            store.flush().unwrap();
             ledger.check(&store, false);
             assert!(ledger.work(&store, &mut rng, 20).is_none());
             continue;
@@ -257,19 +257,19 @@ fn a_disk_that_goes_away_poisons_the_store_and_has_what_was_acknowledged() {
         ledger.check(&store, false);
         let steps = rng.random_range(1..200);
         assert!(ledger.work(&store, &mut rng, steps).is_none());
-        let Claim::Acquired(lease) = store.claim("under way").unwrap() else { panic!("it was released") };
+        let Claim::Acquired(lease) = store.claim("under way").wait().unwrap() else { panic!("it was released") };
         disk.cut();
         // The lease is still in hand: its completion fails first, and gives back what it brought.
-        let failed = lease.complete("lost").unwrap_err();
-        assert_eq!((failed.outcome(), failed.result()), (Outcome::Unknown, &b"lost"[..]));
+        let failed = lease.complete("lost").wait().unwrap_err();
+        assert_eq!((failed.outcome(), failed.completion().result()), (Outcome::Unknown, &b"lost"[..]));
         assert_poisoned(&store, failed.error());
-        drop(store.close());
+        drop(store.close().wait());
         drop(store);
         assert!(disk.unmount() && disk.mount(5));
         let store = builder().open(&path).unwrap();
         ledger.check(&store, false);
-        match store.claim("under way").unwrap() {
-            Claim::Acquired(lease) => lease.release().unwrap(),
+        match store.claim("under way").wait().unwrap() {
+            Claim::Acquired(lease) => lease.release().wait().unwrap(),
             other => panic!("nothing was acknowledged: {other:?}"),
         }
     }
@@ -282,7 +282,7 @@ fn a_read_only_file_system_is_an_error_of_its_own_and_changes_nothing() {
     let mut ledger = Ledger::default();
     let store = builder().open(&path).unwrap();
     assert!(ledger.work(&store, &mut rng(), 50).is_none());
-    store.close().unwrap();
+    store.close().wait().unwrap();
     drop(store);
     assert!(disk.set_read_only(true));
     let refused = builder().open(&path);
@@ -308,24 +308,24 @@ fn a_directory_that_takes_no_new_file_stops_seals_and_not_claims() {
     let mut ledger = Ledger::default();
     let store = builder().open(&path).unwrap();
     assert!(ledger.work(&store, &mut rng, 50).is_none());
-    store.seal().unwrap();
+    store.flush().unwrap();
     for dir in ["runs", "db"] {
         assert!(ledger.record(&store, 10).is_none());
         assert!(freeze(&path.join(dir), true));
-        let refused = store.seal();
+        let refused = store.flush();
         // What is written needs no new file.
         let after = (ledger.record(&store, 10), ledger.complete(&store, 100));
         ledger.check(&store, false);
         assert!(freeze(&path.join(dir), false));
         assert!(matches!(&refused, Err(Error::Io { .. })), "{dir}: {refused:?}");
         assert!(matches!(&after, (None, None)), "{dir}: {after:?}");
-        store.seal().unwrap();
+        store.flush().unwrap();
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
     drop(store);
     let store = builder().open(&path).unwrap();
     ledger.check(&store, false);
-    store.seal().unwrap();
+    store.flush().unwrap();
 }
 
 #[test]
@@ -337,7 +337,7 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         let mut ledger = Ledger::default();
         let store = builder().durability(durability).sync_interval(Duration::from_secs(3_600)).open(&path).unwrap();
         assert!(ledger.work(&store, &mut rng, 100).is_none());
-        store.seal().unwrap();
+        store.flush().unwrap();
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         std::fs::remove_dir_all(&path).unwrap();
         // What is in memory and in open files is there, and nothing is invented.
@@ -354,9 +354,9 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
             Some(error) => assert!(is_named(error), "{error:?}"),
             None => assert_eq!(durability, Durability::Process, "acknowledged, and on no disk"),
         }
-        let refused = store.seal();
+        let refused = store.flush();
         assert!(refused.as_ref().is_err_and(is_named), "{refused:?}");
-        let refused = store.check("a key").unwrap_err();
+        let refused = store.check("a key").wait().unwrap_err();
         assert!(matches!(&refused, Error::DirectoryGone { path: at } if *at == path), "{refused:?}");
         let said = refused.to_string();
         assert_eq!(said.matches("deleted or moved").count(), 1, "{said}");
@@ -365,7 +365,7 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
             assert!(said.contains(part), "{said}");
         }
         assert!(store.stats().poisoned.is_some_and(|reason| reason.contains("deleted or moved")));
-        drop(store.close());
+        drop(store.close().wait());
         assert!(!path.exists(), "nothing comes back of a store that was deleted");
     }
 }
@@ -377,14 +377,14 @@ fn a_store_that_was_deleted_in_part_is_not_closed_as_if_nothing_had_happened() {
         let path = dir.path().join("store");
         let process = builder().durability(Durability::Process).sync_interval(Duration::from_secs(3_600));
         let store = process.open(&path).unwrap();
-        assert_eq!(store.record("a key").unwrap(), Recorded::First);
+        assert_eq!(store.record("a key").wait().unwrap(), RecordOutcome::First);
         let gone = path.join(gone);
         if gone.is_dir() {
             std::fs::remove_dir_all(&gone).unwrap()
         } else {
             std::fs::remove_file(&gone).unwrap()
         }
-        let closed = store.close();
+        let closed = store.close().wait();
         let is_named = |error: &Error| matches!(error, Error::DirectoryGone { path: at } if at.starts_with(&gone));
         assert!(closed.as_ref().is_err_and(is_named), "{closed:?}");
     }
@@ -419,7 +419,7 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
     // A running store meets the limit.
     assert!(ledger.record(&store, 10).is_none());
     let plugs = leave_files(0);
-    let refused = store.seal();
+    let refused = store.flush();
     drop(plugs);
     assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
     assert!(ledger.work(&store, &mut rng, 20).is_none(), "a seal that failed is tried again");

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use onlyonce::internals::Failpoint;
-use onlyonce::{Durability, ManualClock, Store};
+use onlyonce::{Durability, ManualClock, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
@@ -101,11 +101,11 @@ impl Victim {
 
     /// Opens the store and asks for every key; then nothing may be left that the store does not need.
     fn check(&mut self, durability: Durability, quietly: bool) {
-        let clock = ManualClock::at(self.oracle.clock_ms);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(self.oracle.clock_ms));
         let store = open(&self.path(), &clock, durability).unwrap();
         self.oracle.check(&store);
         if quietly {
-            store.seal().unwrap();
+            store.flush().unwrap();
             let begun = Instant::now();
             loop {
                 let left = left_over(&store, &self.path());
@@ -116,7 +116,7 @@ impl Victim {
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
 }
 
@@ -130,7 +130,9 @@ fn left_over(store: &Store, path: &Path) -> Vec<String> {
         .stats()
         .buckets
         .iter()
-        .map(|bucket| format!("bucket-{}-{}", bucket.start_ms, bucket.end_ms - bucket.start_ms))
+        .map(|bucket| {
+            format!("bucket-{}-{}", bucket.start.as_unix_ms(), bucket.end.as_unix_ms() - bucket.start.as_unix_ms())
+        })
         .collect();
     let database = path.join("db");
     // A reader beside the store sees what is in the manifest; while runs are merged, it may be too late for one of them.

@@ -11,10 +11,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::START_MS;
-use onlyonce::{Builder, Check, Claim, Error, Key, ManualClock, OnInterrupt, Prior, Recorded, Store};
+use onlyonce::{
+    Builder, Claim, Error, Key, KeyStatus, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome, Store, Timestamp,
+    TimestampError,
+};
 
 fn builder(now_ms: u64) -> Builder {
-    Store::builder().memory_budget(32 << 20).lease(Duration::from_secs(30)).clock(ManualClock::at(now_ms))
+    Store::builder()
+        .memory_budget(32 << 20)
+        .lease(Duration::from_secs(30))
+        .clock(ManualClock::at(Timestamp::from_unix_ms(now_ms)))
 }
 
 fn fixture() -> PathBuf {
@@ -44,7 +50,7 @@ fn write_the_fixture() {
     assert!(!fixture().exists(), "a fixture is written once");
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let store = Store::builder()
         .clock(clock.clone())
         .window(Duration::from_secs(3_600))
@@ -53,8 +59,8 @@ fn write_the_fixture() {
         .result_limit(64)
         .open(&path)
         .unwrap();
-    let complete = |key: Key<'_>, result: &[u8]| match store.claim(key).unwrap() {
-        Claim::Acquired(lease) => lease.complete(result).unwrap(),
+    let complete = |key: Key<'_>, result: &[u8]| match store.claim(key).wait().unwrap() {
+        Claim::Acquired(lease) => lease.complete(result).wait().unwrap(),
         other => panic!("{other:?}"),
     };
     complete(Key::from("sealed"), b"a result");
@@ -62,20 +68,20 @@ fn write_the_fixture() {
     complete(Key::composite(["ab", "c"]), &[b'x'; 65]);
     complete(Key::content("a payload"), b"by content");
     complete(Key::from("guarded").fingerprint("12 EUR"), b"receipt");
-    store.record("recorded").unwrap();
-    drop(store.claim(Key::from("dropped").fingerprint("5 EUR")).unwrap());
-    store.seal().unwrap();
+    store.record("recorded").wait().unwrap();
+    drop(store.claim(Key::from("dropped").fingerprint("5 EUR")).wait().unwrap());
+    store.flush().unwrap();
     clock.advance(Duration::from_secs(700));
     complete(Key::from("later"), b"in the second bucket");
-    store.seal().unwrap();
+    store.flush().unwrap();
     complete(Key::from("journal"), b"not sealed yet");
-    store.record(Key::from("journal").scope("recorded")).unwrap();
-    let Claim::Acquired(lease) = store.claim("released").unwrap() else { panic!("new") };
-    lease.release_after(Duration::from_secs(60)).unwrap();
-    let _crashed = store.claim(Key::from("crashed").fingerprint("99 EUR")).unwrap();
+    store.record(Key::from("journal").scope("recorded")).wait().unwrap();
+    let Claim::Acquired(lease) = store.claim("released").wait().unwrap() else { panic!("new") };
+    lease.release().after(Duration::from_secs(60)).wait().unwrap();
+    let _crashed = store.claim(Key::from("crashed").fingerprint("99 EUR")).wait().unwrap();
     complete(Key::from("forgotten"), b"gone");
-    store.forget("forgotten").unwrap();
-    store.close().unwrap();
+    store.forget("forgotten").wait().unwrap();
+    store.close().wait().unwrap();
     copy(&path, &fixture());
 }
 
@@ -87,42 +93,48 @@ fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
     let now_ms = START_MS + 700_000;
     let store = builder(now_ms).open(&path).unwrap();
     assert_eq!(store.stats().window, Duration::from_secs(3_600));
-    let completed = |key: Key<'_>| match store.check(key).unwrap() {
-        Check::Completed(completed) => completed,
+    let completed = |key: Key<'_>| match store.check(key).wait().unwrap() {
+        KeyStatus::Completed(completed) => completed,
         other => panic!("{other:?}"),
     };
     let sealed = completed(Key::from("sealed"));
-    assert_eq!((sealed.result(), sealed.completed_at_ms()), (Some(&b"a result"[..]), START_MS));
+    assert_eq!((sealed.result(), sealed.completed_at().as_unix_ms()), (Some(&b"a result"[..]), START_MS));
     assert_eq!(completed(Key::from("sealed").scope("tenant")).result(), Some(&b""[..]));
-    assert!(completed(Key::composite(["ab", "c"])).is_omitted());
+    assert!(completed(Key::composite(["ab", "c"])).is_result_too_large());
     assert_eq!(completed(Key::content("a payload")).result(), Some(&b"by content"[..]));
     assert_eq!(completed(Key::from("guarded").fingerprint("12 EUR")).result(), Some(&b"receipt"[..]));
-    let mismatch = store.check(Key::from("guarded").fingerprint("13 EUR"));
+    let mismatch = store.check(Key::from("guarded").fingerprint("13 EUR")).wait();
     assert!(matches!(mismatch, Err(Error::PayloadMismatch { .. })));
-    assert_eq!(store.record("recorded").unwrap(), Recorded::Duplicate { in_flight: false });
+    assert_eq!(store.record("recorded").wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
     let later = completed(Key::from("later"));
-    assert_eq!((later.result(), later.completed_at_ms()), (Some(&b"in the second bucket"[..]), now_ms));
+    assert_eq!((later.result(), later.completed_at().as_unix_ms()), (Some(&b"in the second bucket"[..]), now_ms));
     assert_eq!(completed(Key::from("journal")).result(), Some(&b"not sealed yet"[..]));
     assert_eq!(completed(Key::from("journal").scope("recorded")).result(), None);
-    assert_eq!(store.check("forgotten").unwrap(), Check::New);
-    match store.claim("released").unwrap() {
+    assert_eq!(store.check("forgotten").wait().unwrap(), KeyStatus::New);
+    match store.claim("released").wait().unwrap() {
         Claim::InProgress(other) => assert_eq!(other.retry_after, Some(Duration::from_secs(60))),
         other => panic!("{other:?}"),
     }
-    assert!(matches!(store.claim(Key::from("crashed").fingerprint("1 EUR")), Err(Error::PayloadMismatch { .. })));
-    assert!(matches!(store.claim(Key::from("dropped").fingerprint("1 EUR")), Err(Error::PayloadMismatch { .. })));
-    let Claim::Acquired(lease) = store.claim("dropped").unwrap() else { panic!("it was dropped") };
-    assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Dropped)));
-    lease.release().unwrap();
-    let Claim::Acquired(lease) = store.claim("crashed").unwrap() else { panic!("its process is gone") };
-    assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Crashed)));
-    assert!(lease.token() > sealed.token() && lease.token() > later.token());
-    lease.release().unwrap();
-    store.close().unwrap();
+    assert!(matches!(
+        store.claim(Key::from("crashed").fingerprint("1 EUR")).wait(),
+        Err(Error::PayloadMismatch { .. })
+    ));
+    assert!(matches!(
+        store.claim(Key::from("dropped").fingerprint("1 EUR")).wait(),
+        Err(Error::PayloadMismatch { .. })
+    ));
+    let Claim::Acquired(lease) = store.claim("dropped").wait().unwrap() else { panic!("it was dropped") };
+    assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Dropped)));
+    lease.release().wait().unwrap();
+    let Claim::Acquired(lease) = store.claim("crashed").wait().unwrap() else { panic!("its process is gone") };
+    assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
+    assert!(lease.token().get() > sealed.token().get() && lease.token().get() > later.token().get());
+    lease.release().wait().unwrap();
+    store.close().wait().unwrap();
 
     let store = builder(START_MS + 3_600_000).on_interrupt(OnInterrupt::Hold).open(&path).unwrap();
-    assert_eq!(store.check("sealed").unwrap(), Check::New, "its window has passed");
-    assert!(matches!(store.check("later").unwrap(), Check::Completed(_)));
+    assert_eq!(store.check("sealed").wait().unwrap(), KeyStatus::New, "its window has passed");
+    assert!(matches!(store.check("later").wait().unwrap(), KeyStatus::Completed(_)));
 }
 
 #[test]
@@ -137,20 +149,28 @@ fn write_the_stream_fixture() {
         .stream_time(Duration::from_secs(1_800))
         .open(&path)
         .unwrap();
-    let acquire = |key: &str, at_ms| match store.claim_at(key, at_ms).unwrap() {
-        Claim::Acquired(lease) => lease,
-        other => panic!("{other:?}"),
-    };
-    acquire("sealed", START_MS).complete("a result").unwrap();
-    store.seal().unwrap();
-    acquire("later", START_MS + 700_000).complete("in the second bucket").unwrap();
-    store.seal().unwrap();
+    let acquire =
+        |key: &str, at_ms| match store.claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
+            Claim::Acquired(lease) => lease,
+            other => panic!("{other:?}"),
+        };
+    acquire("sealed", START_MS).complete("a result").wait().unwrap();
+    store.flush().unwrap();
+    acquire("later", START_MS + 700_000).complete("in the second bucket").wait().unwrap();
+    store.flush().unwrap();
     // In one row: one behind stream time, and one ahead of it.
-    store.record_batch_at([("late", START_MS + 300_000), ("newest", START_MS + 800_000)]).unwrap();
-    acquire("journal", START_MS + 400_000).complete("not sealed yet").unwrap();
-    acquire("released", START_MS + 500_000).release_after(Duration::from_secs(60)).unwrap();
+    store
+        .record_batch(
+            ([("late", START_MS + 300_000), ("newest", START_MS + 800_000)])
+                .into_iter()
+                .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+        )
+        .wait()
+        .unwrap();
+    acquire("journal", START_MS + 400_000).complete("not sealed yet").wait().unwrap();
+    acquire("released", START_MS + 500_000).release().after(Duration::from_secs(60)).wait().unwrap();
     let _crashed = acquire("crashed", START_MS + 600_000);
-    store.close().unwrap();
+    store.close().wait().unwrap();
     copy(&path, &stream_fixture());
 }
 
@@ -162,7 +182,7 @@ fn a_stream_store_of_format_4_answers_as_on_the_day_it_was_written() {
     // No clock has a part in it.
     let store = builder(0).open(&path).unwrap();
     let stats = store.stats();
-    assert_eq!((stats.now_ms, stats.window), (START_MS + 800_000, Duration::from_secs(3_600)));
+    assert_eq!((stats.now.as_unix_ms(), stats.window), (START_MS + 800_000, Duration::from_secs(3_600)));
     for (key, after_ms, result) in [
         ("sealed", 0, Some(&b"a result"[..])),
         ("later", 700_000, Some(b"in the second bucket")),
@@ -170,24 +190,40 @@ fn a_stream_store_of_format_4_answers_as_on_the_day_it_was_written() {
         ("newest", 800_000, None),
         ("journal", 400_000, Some(b"not sealed yet")),
     ] {
-        match store.check_at(key, START_MS + after_ms).unwrap() {
-            Check::Completed(first) => {
-                assert_eq!((first.completed_at_ms(), first.result()), (START_MS + after_ms, result), "{key}");
+        match store.check(Key::from(key).at(Timestamp::from_unix_ms(START_MS + after_ms))).wait().unwrap() {
+            KeyStatus::Completed(first) => {
+                assert_eq!((first.completed_at().as_unix_ms(), first.result()), (START_MS + after_ms, result), "{key}");
             }
             other => panic!("{key}: {other:?}"),
         }
     }
-    for (key, after_ms, prior) in [("released", 500_000, Prior::Released), ("crashed", 600_000, Prior::Crashed)] {
-        match store.claim_at(key, START_MS + after_ms).unwrap() {
-            Claim::Acquired(lease) => assert_eq!((lease.attempt(), lease.prior()), (2, Some(prior)), "{key}"),
+    for (key, after_ms, prior) in
+        [("released", 500_000, PriorAttempt::Released), ("crashed", 600_000, PriorAttempt::Crashed)]
+    {
+        match store.claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS + after_ms))).wait().unwrap() {
+            Claim::Acquired(lease) => {
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(prior)), "{key}")
+            }
             other => panic!("{key}: {other:?}"),
         }
     }
-    assert!(matches!(store.check("sealed"), Err(Error::TimestampMissing)));
+    assert!(matches!(store.check("sealed").wait(), Err(Error::Timestamp(TimestampError::Missing))));
     let bound_ms = START_MS + 800_000 + 1_800_000;
-    assert!(matches!(store.record_at("too far", bound_ms + 1), Err(Error::TooFarAhead { .. })));
-    assert_eq!(store.record_at("far", bound_ms).unwrap(), Recorded::First);
-    store.advance_stream_time(START_MS + 3_600_000).unwrap();
-    assert!(matches!(store.check_at("sealed", START_MS), Err(Error::TooOld { .. })));
-    assert!(matches!(store.check_at("late", START_MS + 300_000), Ok(Check::Completed(_))));
+    assert!(matches!(
+        store.record(Key::from("too far").at(Timestamp::from_unix_ms(bound_ms + 1))).wait(),
+        Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
+    ));
+    assert_eq!(
+        store.record(Key::from("far").at(Timestamp::from_unix_ms(bound_ms))).wait().unwrap(),
+        RecordOutcome::First
+    );
+    store.advance_stream_time(Timestamp::from_unix_ms(START_MS + 3_600_000)).wait().unwrap();
+    assert!(matches!(
+        store.check(Key::from("sealed").at(Timestamp::from_unix_ms(START_MS))).wait(),
+        Err(Error::Timestamp(TimestampError::TooOld { .. }))
+    ));
+    assert!(matches!(
+        store.check(Key::from("late").at(Timestamp::from_unix_ms(START_MS + 300_000))).wait(),
+        Ok(KeyStatus::Completed(_))
+    ));
 }

@@ -10,8 +10,10 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use common::Bench;
-use onlyonce::future::{Claim, Lease, RunError, Store, Unclaimed, Why};
-use onlyonce::{Check, Durability, Error, Key, Phase, Prior, Ran, Recorded, Stored, Tx};
+use onlyonce::{
+    Claim, Completion, Durability, Error, Key, KeyError, KeyStatus, Lease, LeaseState, PriorAttempt, RecordOutcome,
+    RunError, RunOutcome, Store, StoredKey, Unclaimed, UnclaimedReason,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_stream::StreamExt;
@@ -19,8 +21,8 @@ use tokio_stream::StreamExt;
 const LONG: Duration = Duration::from_secs(60);
 
 fn open(dir: &tempfile::TempDir, durability: Durability, lease: Duration) -> Store {
-    let builder = onlyonce::Store::builder().durability(durability).lease(lease).memory_budget(32 << 20);
-    Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap()
+    let builder = Store::builder().durability(durability).lease(lease).memory_budget(32 << 20);
+    builder.open(dir.path().join("store")).unwrap()
 }
 
 async fn acquire(store: &Store, key: &str) -> Lease {
@@ -61,40 +63,40 @@ fn the_verbs_answer_as_those_that_block() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let store = Store::new(bench.store().clone()).unwrap();
-        assert_eq!(store.check("k").await.unwrap(), Check::New);
+        let store = bench.store().clone();
+        assert_eq!(store.check("k").await.unwrap(), KeyStatus::New);
         let mut lease = acquire(&store, "k").await;
-        assert_eq!((lease.key(), lease.attempt(), lease.prior()), (Key::from("k"), 1, None));
+        assert_eq!((lease.key(), lease.attempt().number(), lease.attempt().prior()), (Key::from("k"), 1, None));
         bench.advance_ms(400);
         assert_eq!(lease.remaining(), Duration::from_millis(600));
         lease.renew().unwrap();
         assert_eq!(lease.remaining(), Duration::from_secs(1));
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(other) if other.attempt == 1));
-        let stored = store.get("k").await.unwrap();
-        assert!(matches!(stored, Some(Stored::Processing { phase: Phase::Leased(_), .. })), "{stored:?}");
-        lease.release_after(Duration::from_millis(500)).await.unwrap();
+        let stored = store.inspect("k").await.unwrap();
+        assert!(matches!(stored, Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })), "{stored:?}");
+        lease.release().after(Duration::from_millis(500)).await.unwrap();
         assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)));
         bench.advance_ms(500);
         let lease = acquire(&store, "k").await;
-        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
-        lease.complete_as(&("charged".to_owned(), 12)).await.unwrap();
+        assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
+        lease.complete(Completion::encode(&("charged".to_owned(), 12)).unwrap()).await.unwrap();
         let Claim::Completed(first) = store.claim("k").await.unwrap() else { panic!("k is completed") };
         assert_eq!(first.result_as::<(String, i32)>().unwrap(), Some(("charged".to_owned(), 12)));
-        assert!(matches!(store.check("k").await.unwrap(), Check::Completed(_)));
+        assert!(matches!(store.check("k").await.unwrap(), KeyStatus::Completed(_)));
 
-        acquire(&store, "o").await.complete_with("", |tx| tx.set_offset("orders", 3, 9)).await.unwrap();
+        acquire(&store, "o").await.complete(Completion::new("").offset("orders", 3, 9)).await.unwrap();
         assert_eq!(store.offset("orders", 3).await.unwrap(), Some(9));
         store.set_offset("orders", 3, 10).await.unwrap();
         assert_eq!(store.offset("orders", 3).await.unwrap(), Some(10));
-        acquire(&store, "m").await.complete_with("", |tx| tx.enqueue("mails", "m", "hello")).await.unwrap();
+        acquire(&store, "m").await.complete(Completion::new("").message("mails", "m", "hello")).await.unwrap();
         let outbox = store.outbox(10).await.unwrap();
-        assert_eq!((outbox.len(), &outbox[0].bytes[..]), (1, &b"hello"[..]));
-        store.delivered([outbox[0].id]).await.unwrap();
+        assert_eq!((outbox.len(), &outbox[0].payload[..]), (1, &b"hello"[..]));
+        store.remove_messages([outbox[0].id]).await.unwrap();
         assert!(store.outbox(10).await.unwrap().is_empty());
 
-        assert_eq!(store.record("r").await.unwrap(), Recorded::First);
-        assert_eq!(store.record("r").await.unwrap(), Recorded::Duplicate { in_flight: false });
-        assert!(matches!(store.claim("").await, Err(Error::KeyEmpty { .. })));
+        assert_eq!(store.record("r").await.unwrap(), RecordOutcome::First);
+        assert_eq!(store.record("r").await.unwrap(), RecordOutcome::Duplicate { in_flight: false });
+        assert!(matches!(store.claim("").await, Err(Error::Key(KeyError::Empty { .. }))));
         drop(store.claim(Key::from("g").fingerprint("hers")).await.unwrap());
         let his = store.claim(Key::from("g").fingerprint("his")).await;
         assert!(matches!(his, Err(Error::PayloadMismatch { .. })));
@@ -102,10 +104,10 @@ fn the_verbs_answer_as_those_that_block() {
         bench.advance_ms(1_000);
         let taken = acquire(&store, "late").await;
         let failed = late.complete("late").await.unwrap_err();
-        assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.result() == b"late");
+        assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.completion().result() == b"late");
         drop(taken);
     });
-    assert_eq!(bench.acquire("late").prior(), Some(Prior::Dropped), "and both faces are of one store");
+    assert_eq!(bench.acquire("late").attempt().prior(), Some(PriorAttempt::Dropped), "and both faces are of one store");
 }
 
 #[test]
@@ -113,7 +115,7 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
     let (bench, other) = (Bench::new(), Bench::new());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let (store, other) = (Store::new(bench.store().clone()).unwrap(), Store::new(other.store().clone()).unwrap());
+        let (store, other) = (bench.store().clone(), other.store().clone());
         let mut claims = store.claim_batch(["a", "b", "a"]).await.unwrap().into_iter().map(Result::unwrap);
         let (a, b) = (acquired(claims.next().unwrap()), acquired(claims.next().unwrap()));
         assert!(matches!(claims.next(), Some(Claim::InProgress(_))));
@@ -121,7 +123,7 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
         let mut answers = store.complete_batch([(a, "1"), (foreign, "2"), (b, "3")]).await.into_iter();
         assert!(answers.next().unwrap().is_ok());
         let (error, result, foreign) = answers.next().unwrap().unwrap_err().into_parts();
-        assert!(matches!(error, Error::ForeignLease { .. }) && result == b"2");
+        assert!(matches!(error, Error::ForeignLease { .. }) && result.result() == b"2");
         assert!(answers.next().unwrap().is_ok());
         assert!(matches!(store.claim("b").await.unwrap(), Claim::Completed(b) if b.result() == Some(b"3")));
 
@@ -129,14 +131,14 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
         let released = store.release_batch([(mine, Duration::ZERO), (foreign.unwrap(), Duration::ZERO)]).await;
         assert!(released.iter().all(Result::is_ok), "{released:?}");
         for (store, key) in [(&store, "c"), (&other, "f")] {
-            assert_eq!(acquire(store, key).await.prior(), Some(Prior::Released), "{key}");
+            assert_eq!(acquire(store, key).await.attempt().prior(), Some(PriorAttempt::Released), "{key}");
         }
         let recorded = store.record_batch(["a", "n", "n"]).await.unwrap();
         let recorded: Vec<_> = recorded.into_iter().map(Result::unwrap).collect();
-        let duplicate = Recorded::Duplicate { in_flight: false };
-        assert_eq!(recorded, [duplicate, Recorded::First, duplicate]);
+        let duplicate = RecordOutcome::Duplicate { in_flight: false };
+        assert_eq!(recorded, [duplicate, RecordOutcome::First, duplicate]);
         let checked = store.check_batch(["a", "never"]).await.unwrap();
-        assert!(matches!(checked[..], [Ok(Check::Completed(_)), Ok(Check::New)]));
+        assert!(matches!(checked[..], [Ok(KeyStatus::Completed(_)), Ok(KeyStatus::New)]));
         assert!(store.complete_batch(Vec::<(Lease, Vec<u8>)>::new()).await.is_empty());
     });
 }
@@ -147,7 +149,7 @@ async fn a_thousand_tasks_share_their_syncs() {
     const LIVES: usize = 20;
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Disk, LONG);
-    let before = store.blocking().stats();
+    let before = store.stats();
     let begun = Instant::now();
     let tasks: Vec<_> = (0..TASKS)
         .map(|task| {
@@ -163,7 +165,7 @@ async fn a_thousand_tasks_share_their_syncs() {
         task.await.unwrap();
     }
     let elapsed = begun.elapsed();
-    let after = store.blocking().stats();
+    let after = store.stats();
     let (lives, syncs) = (after.completed - before.completed, after.log_syncs - before.log_syncs);
     assert_eq!(lives, (TASKS * LIVES) as u64);
     let per_sync = lives / syncs;
@@ -204,7 +206,7 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                     let key = format!("key-{i}");
                     let claim = Box::pin(async {
                         if wait {
-                            store.claim_wait(&key, Duration::from_millis(2)).await
+                            store.claim(&key).wait_up_to(Duration::from_millis(2)).await
                         } else {
                             store.claim(&key).await
                         }
@@ -219,13 +221,15 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                     holders[i].fetch_sub(1, Ordering::SeqCst);
                     match end {
                         0 => {
-                            let done = Cut { future: Box::pin(lease.complete(key.clone())), polls: second }.await;
+                            let done =
+                                Cut { future: Box::pin(lease.complete(key.clone()).into_future()), polls: second }
+                                    .await;
                             match done {
                                 Some(done) => completed[i].fetch_add(usize::from(done.is_ok()), Ordering::SeqCst),
                                 None => cut.fetch_add(1, Ordering::Relaxed),
                             };
                         }
-                        1 => drop(Cut { future: Box::pin(lease.release()), polls: second }.await),
+                        1 => drop(Cut { future: Box::pin(lease.release().into_future()), polls: second }.await),
                         _ => drop(lease),
                     }
                 }
@@ -239,7 +243,7 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
         let key = format!("key-{i}");
         let acknowledged = completed.load(Ordering::SeqCst);
         assert!(acknowledged <= 1, "{key} was completed {acknowledged} times");
-        match store.claim_wait(&key, Duration::from_secs(20)).await.unwrap() {
+        match store.claim(&key).wait_up_to(Duration::from_secs(20)).await.unwrap() {
             Claim::Completed(first) => assert_eq!(first.result(), Some(key.as_bytes())),
             Claim::Acquired(_) => assert_eq!(acknowledged, 0, "{key} was completed and is forgotten"),
             Claim::InProgress(_) => panic!("{key} is stuck"),
@@ -258,11 +262,11 @@ async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
     let waiters: Vec<_> = (0..50)
         .map(|_| {
             let store = store.clone();
-            tokio::spawn(async move { store.claim_wait("k", LONG).await.unwrap() })
+            tokio::spawn(async move { store.claim("k").wait_up_to(LONG).await.unwrap() })
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(200)).await;
-    let asked = store.blocking().stats().in_progress;
+    let asked = store.stats().in_progress;
     assert_eq!(asked, 100, "each asks once, takes its place and asks again: nobody polls");
     lease.complete("first").await.unwrap();
     for waiter in waiters {
@@ -275,11 +279,13 @@ async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(500));
     let begun = Instant::now();
-    for (end, prior) in [("release", Prior::Released), ("drop", Prior::Dropped), ("nothing", Prior::LeaseExpired)] {
+    for (end, prior) in
+        [("release", PriorAttempt::Released), ("drop", PriorAttempt::Dropped), ("nothing", PriorAttempt::LeaseExpired)]
+    {
         let lease = acquire(&store, end).await;
         let waiter = {
             let store = store.clone();
-            tokio::spawn(async move { store.claim_wait(end, LONG).await.unwrap() })
+            tokio::spawn(async move { store.claim(end).wait_up_to(LONG).await.unwrap() })
         };
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!waiter.is_finished());
@@ -295,7 +301,7 @@ async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
             _ => Some(lease),
         };
         let got = acquired(waiter.await.unwrap());
-        assert_eq!((got.attempt(), got.prior()), (2, Some(prior)), "{end}");
+        assert_eq!((got.attempt().number(), got.attempt().prior()), (2, Some(prior)), "{end}");
         drop((held, got));
     }
     assert!(begun.elapsed() < Duration::from_secs(10), "woken, not by the limit");
@@ -307,10 +313,10 @@ async fn a_wait_beyond_its_limit_finds_the_key_in_progress() {
     let store = open(&dir, Durability::Process, LONG);
     let _lease = acquire(&store, "k").await;
     let begun = Instant::now();
-    let answer = store.claim_wait("k", Duration::from_millis(100)).await.unwrap();
+    let answer = store.claim("k").wait_up_to(Duration::from_millis(100)).await.unwrap();
     assert!(matches!(answer, Claim::InProgress(_)), "{answer:?}");
     assert!((Duration::from_millis(100)..Duration::from_secs(20)).contains(&begun.elapsed()));
-    let at_once = store.claim_wait("k", Duration::ZERO).await.unwrap();
+    let at_once = store.claim("k").wait_up_to(Duration::ZERO).await.unwrap();
     assert!(matches!(at_once, Claim::InProgress(_)));
 }
 
@@ -331,7 +337,7 @@ async fn a_lease_that_is_kept_alive_outlasts_its_length() {
     assert!(!lease.remaining().is_zero(), "and it knows of its renewals");
     lease.complete(result).await.unwrap();
     tokio::time::sleep(Duration::from_millis(250)).await;
-    assert_eq!(store.blocking().stats().superseded, 0, "nothing is renewed after the end");
+    assert_eq!(store.stats().superseded, 0, "nothing is renewed after the end");
 }
 
 /// Runs on a thread of its own, in a runtime that has no other.
@@ -355,7 +361,7 @@ impl Blocking<'_> {
     /// Nobody gets the key while `work` runs, which is given what blocks. Its result is there afterwards.
     fn keeps_its_key(work: impl FnOnce(Blocking<'_>) + Send) {
         let dir = tempfile::tempdir().unwrap();
-        let builder = onlyonce::Store::builder().lease(Self::LEASE).durability(Durability::Process);
+        let builder = Store::builder().lease(Self::LEASE).durability(Durability::Process);
         let store = builder.memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
         let (begun, has_begun) = std::sync::mpsc::channel();
         let runs = AtomicUsize::new(0);
@@ -363,17 +369,17 @@ impl Blocking<'_> {
             let working = scope.spawn(|| work(Blocking { store: &store, begun, runs: &runs }));
             has_begun.recv().unwrap();
             while !working.is_finished() {
-                match store.claim("k").unwrap() {
-                    onlyonce::Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
-                    onlyonce::Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
-                    onlyonce::Claim::Completed(_) => break,
+                match store.claim("k").wait().unwrap() {
+                    Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
+                    Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
+                    Claim::Completed(_) => break,
                 }
             }
         });
-        let claim = store.claim("k").unwrap();
-        assert!(matches!(claim, onlyonce::Claim::Completed(first) if first.result() == Some(b"done")));
+        let claim = store.claim("k").wait().unwrap();
+        assert!(matches!(claim, Claim::Completed(first) if first.result() == Some(b"done")));
         assert_eq!((runs.into_inner(), store.stats().superseded), (1, 0));
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
 
     fn block(&self) -> &'static str {
@@ -388,7 +394,7 @@ impl Blocking<'_> {
 fn a_lease_is_renewed_while_its_work_blocks_the_only_thread() {
     Blocking::keeps_its_key(|blocking| {
         on_one_thread(async || {
-            let store = Store::new(blocking.store.clone()).unwrap();
+            let store = blocking.store.clone();
             let mut lease = acquire(&store, "k").await;
             let result = lease.keep_alive().during(async { blocking.block() }).await.unwrap();
             lease.complete(result).await.unwrap();
@@ -400,9 +406,9 @@ fn a_lease_is_renewed_while_its_work_blocks_the_only_thread() {
 fn a_lease_of_run_is_renewed_while_its_work_blocks_the_only_thread() {
     Blocking::keeps_its_key(|blocking| {
         on_one_thread(async || {
-            let store = Store::new(blocking.store.clone()).unwrap();
+            let store = blocking.store.clone();
             let work = async |_: &mut Lease| Ok::<_, Error>(blocking.block().into());
-            assert!(matches!(store.run("k", work).await, Ok(Ran::First(_))));
+            assert!(matches!(store.run_async("k", work).await, Ok(RunOutcome::First(_))));
         });
     });
 }
@@ -415,15 +421,15 @@ fn a_lease_is_renewed_while_a_call_that_blocks_works() {
             assert!(!lease.remaining().is_zero(), "it knows of its renewals");
             Ok::<_, Error>(result.into())
         };
-        assert!(matches!(blocking.store.run("k", work), Ok(Ran::First(_))));
+        assert!(matches!(blocking.store.run("k", work), Ok(RunOutcome::First(_))));
     });
     Blocking::keeps_its_key(|blocking| {
-        let onlyonce::Claim::Acquired(mut lease) = blocking.store.claim("k").unwrap() else { panic!("k is new") };
+        let Claim::Acquired(mut lease) = blocking.store.claim("k").wait().unwrap() else { panic!("k is new") };
         let alive = lease.keep_alive();
         let result = blocking.block();
-        assert!(alive.lost().is_none());
+        assert!(alive.error().is_none());
         drop(alive);
-        lease.complete(result).unwrap();
+        lease.complete(result).wait().unwrap();
     });
 }
 
@@ -431,30 +437,30 @@ fn a_lease_is_renewed_while_a_call_that_blocks_works() {
 fn a_lease_is_renewed_no_longer_than_is_allowed() {
     let dir = tempfile::tempdir().unwrap();
     let (lease, limit) = (Duration::from_millis(100), Duration::from_millis(400));
-    let builder = onlyonce::Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
+    let builder = Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
     let store = builder.open(dir.path().join("store")).unwrap();
-    let onlyonce::Claim::Acquired(mut hangs) = store.claim("k").unwrap() else { panic!("k is new") };
+    let Claim::Acquired(mut hangs) = store.claim("k").wait().unwrap() else { panic!("k is new") };
     let claimed = Instant::now();
     let alive = hangs.keep_alive();
     let next = loop {
-        match store.claim("k").unwrap() {
-            onlyonce::Claim::Acquired(next) => break next,
+        match store.claim("k").wait().unwrap() {
+            Claim::Acquired(next) => break next,
             _ => std::thread::sleep(Duration::from_millis(5)),
         }
     };
     assert!(claimed.elapsed() >= limit - Duration::from_millis(50), "after {:?}", claimed.elapsed());
-    assert_eq!(next.prior(), Some(Prior::LeaseExpired));
+    assert_eq!(next.attempt().prior(), Some(PriorAttempt::LeaseExpired));
     // It is told, though it is not renewed any more.
     let deadline = Instant::now() + LONG;
-    while alive.lost().is_none() {
+    while alive.error().is_none() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(5));
     }
-    assert!(matches!(alive.lost(), Some(Error::Superseded { .. })));
+    assert!(matches!(alive.error(), Some(Error::Superseded { .. })));
     drop(alive);
-    assert!(matches!(hangs.complete("late").unwrap_err().error(), Error::Superseded { .. }));
+    assert!(matches!(hangs.complete("late").wait().unwrap_err().error(), Error::Superseded { .. }));
     for refused in [Duration::ZERO, Duration::MAX] {
-        let error = onlyonce::Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
+        let error = Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
         assert!(matches!(error, Error::Config { option: "renew_for", .. }), "{error}");
     }
 }
@@ -480,7 +486,7 @@ fn work_that_is_cancelled_is_renewed_no_more() {
         for key in ["kept alive", "run"] {
             let hangs = async {
                 if key == "run" {
-                    drop(store.run(key, async |_| std::future::pending::<Result<Vec<u8>, Error>>().await).await);
+                    drop(store.run_async(key, async |_| std::future::pending::<Result<Vec<u8>, Error>>().await).await);
                 } else {
                     let mut lease = acquire(&store, key).await;
                     let _ = lease.keep_alive().during(std::future::pending::<()>()).await;
@@ -489,15 +495,19 @@ fn work_that_is_cancelled_is_renewed_no_more() {
             assert!(tokio::time::timeout(Duration::from_millis(200), hangs).await.is_err());
             for attempt in [2, 3] {
                 let next = acquire(&store, key).await;
-                assert_eq!((next.attempt(), next.prior()), (attempt, Some(Prior::Dropped)), "{key}");
+                assert_eq!(
+                    (next.attempt().number(), next.attempt().prior()),
+                    (attempt, Some(PriorAttempt::Dropped)),
+                    "{key}"
+                );
                 drop(next);
                 // Time for a renewal that should not be.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     });
-    assert_eq!(store.blocking().stats().superseded, 0);
-    store.blocking().close().unwrap();
+    assert_eq!(store.stats().superseded, 0);
+    store.close().wait().unwrap();
 }
 
 #[cfg(target_os = "linux")]
@@ -511,16 +521,16 @@ fn one_thread_renews_for_all_stores() {
         tasks.filter_map(|task| comm(task).ok()).filter(|comm| comm.trim_end() == name).count()
     };
     let dirs: Vec<_> = (0..5).map(|_| tempfile::tempdir().unwrap()).collect();
-    let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG).blocking()).collect();
+    let stores: Vec<_> = dirs.iter().map(|dir| open(dir, Durability::Process, LONG)).collect();
     let mut leases: Vec<_> = stores
         .iter()
-        .map(|store| if let Ok(onlyonce::Claim::Acquired(lease)) = store.claim("k") { lease } else { panic!("new") })
+        .map(|store| if let Ok(Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
         .collect();
     let alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
     assert!(named("onlyonce-worker") >= stores.len());
     assert_eq!(named("onlyonce-renew"), 1);
     drop(alive);
-    stores.iter().for_each(|store| store.close().unwrap());
+    stores.iter().for_each(|store| store.close().wait().unwrap());
 }
 
 #[test]
@@ -528,7 +538,7 @@ fn a_lease_that_is_lost_stops_the_work() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let store = Store::new(bench.store().clone()).unwrap();
+        let store = bench.store().clone();
         let mut lease = acquire(&store, "k").await;
         let stopped = Arc::new(AtomicUsize::new(0));
         struct Count(Arc<AtomicUsize>);
@@ -562,48 +572,49 @@ fn a_lease_that_is_lost_stops_the_work() {
 async fn run_does_the_work_once_and_releases_it_where_it_fails() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
-    let failed = store.run("k", async |_| Err::<Vec<u8>, _>("declined")).await;
+    let failed = store.run_async("k", async |_| Err::<Vec<u8>, _>("declined")).await;
     assert!(matches!(failed, Err(RunError::Work("declined"))), "{failed:?}");
     // On another task: its future can be sent there.
     let (again, token) = {
         let store = store.clone();
         let work = async move {
             let mut token = 0;
-            let ran = store.run("k", async |lease: &mut Lease| {
-                assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
+            let ran = store.run_async("k", async |lease: &mut Lease| {
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
                 tokio::task::yield_now().await;
                 lease.renew().unwrap();
-                token = lease.token();
+                token = lease.token().get();
                 Ok::<_, Error>(b"receipt".to_vec())
             });
             (ran.await.unwrap(), token)
         };
         tokio::spawn(work).await.unwrap()
     };
-    assert!(matches!(again, Ran::First(result) if result == b"receipt"));
-    let replayed = store.run("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
-    assert!(matches!(replayed, Ran::Replayed(first) if first.token() == token));
+    assert!(matches!(again, RunOutcome::First(result) if result == b"receipt"));
+    let replayed = store.run_async("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
+    assert!(matches!(replayed, RunOutcome::Replayed(first) if first.token().get() == token));
     let _lease = acquire(&store, "held").await;
-    let other = store.run("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
-    assert!(matches!(other, Ran::InProgress(_)));
+    let other =
+        store.run_async("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
+    assert!(matches!(other, RunOutcome::InProgress(_)));
 }
 
 #[tokio::test]
 async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
-    let hangs = store.run("cancelled", async |_| std::future::pending::<Result<Vec<u8>, Error>>().await);
+    let hangs = store.run_async("cancelled", async |_| std::future::pending::<Result<Vec<u8>, Error>>().await);
     assert!(tokio::time::timeout(Duration::from_millis(100), hangs).await.is_err());
     let panicking = {
         let store = store.clone();
         tokio::spawn(async move {
-            let _ = store.run("panicked", async |_| -> Result<Vec<u8>, Error> { panic!("as it should") }).await;
+            let _ = store.run_async("panicked", async |_| -> Result<Vec<u8>, Error> { panic!("as it should") }).await;
         })
     };
     assert!(panicking.await.is_err());
     for key in ["cancelled", "panicked"] {
         let lease = acquire(&store, key).await;
-        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Dropped)), "{key}");
+        assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Dropped)), "{key}");
     }
 }
 
@@ -613,7 +624,7 @@ async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
     let store = open(&dir, Durability::Process, LONG);
     let duplicates = Arc::new(AtomicUsize::new(0));
     let deliveries = tokio_stream::iter(["a", "b", "a", "fails", "b", "c", "fails", "c"]);
-    let mut once = store.once(deliveries, LONG, |item| Key::from(*item)).on_duplicate({
+    let mut once = store.dedup_stream(deliveries, LONG, |item| Key::from(*item)).on_duplicate({
         let duplicates = Arc::clone(&duplicates);
         move |_, first| {
             assert_eq!(first.result(), Some(&b"done"[..]));
@@ -623,9 +634,9 @@ async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
     let mut passed = Vec::new();
     while let Some(next) = once.next().await {
         let (item, lease) = next.unwrap();
-        passed.push((item, lease.attempt()));
+        passed.push((item, lease.attempt().number()));
         match item {
-            "fails" if lease.attempt() == 1 => drop(lease),
+            "fails" if lease.attempt().number() == 1 => drop(lease),
             _ => lease.complete("done").await.unwrap(),
         }
     }
@@ -638,18 +649,23 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let (soon, never) = (acquire(&store, "soon").await, acquire(&store, "never").await);
-    let mut once = store
-        .once(tokio_stream::iter(["soon", "never", "", "new"]), Duration::from_millis(300), |item| Key::from(*item));
+    let mut once =
+        store.dedup_stream(tokio_stream::iter(["soon", "never", "", "new"]), Duration::from_millis(300), |item| {
+            Key::from(*item)
+        });
     let holder = tokio::spawn(async move {
         tokio::time::sleep(Duration::from_millis(50)).await;
         soon.release().await.unwrap();
     });
     let (item, lease) = once.next().await.unwrap().unwrap();
-    assert_eq!((item, lease.prior()), ("soon", Some(Prior::Released)));
-    assert!(matches!(once.next().await, Some(Err(Unclaimed { item: "never", why: Why::InProgress(_) }))));
+    assert_eq!((item, lease.attempt().prior()), ("soon", Some(PriorAttempt::Released)));
     assert!(matches!(
         once.next().await,
-        Some(Err(Unclaimed { item: "", why: Why::Failed(Error::KeyEmpty { place: None }) }))
+        Some(Err(Unclaimed { item: "never", reason: UnclaimedReason::InProgress(_) }))
+    ));
+    assert!(matches!(
+        once.next().await,
+        Some(Err(Unclaimed { item: "", reason: UnclaimedReason::Failed(Error::Key(KeyError::Empty { index: None })) }))
     ));
     assert_eq!(once.next().await.unwrap().unwrap().0, "new");
     assert!(once.next().await.is_none());
@@ -663,7 +679,7 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
     runtime.block_on(async {
-        let store = Store::new(bench.store().clone()).unwrap();
+        let store = bench.store().clone();
         let mut batches = Vec::new();
         for batch in 0..BATCHES {
             let late = acquire(&store, &format!("{batch}-late")).await;
@@ -684,10 +700,10 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
             .map(|(batch, leases)| {
                 let store = store.clone();
                 tokio::spawn(async move {
-                    let leases = leases.into_iter().map(|(lease, offset)| {
-                        (lease, "done", move |tx: &mut Tx| tx.set_offset("orders", batch, offset))
-                    });
-                    store.complete_batch_with(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
+                    let leases = leases
+                        .into_iter()
+                        .map(|(lease, offset)| (lease, Completion::new("done").offset("orders", batch, offset)));
+                    store.complete_batch(leases).await.iter().map(Result::is_ok).collect::<Vec<_>>()
                 })
             })
             .collect();
@@ -708,8 +724,8 @@ async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
     drop(store);
     // The lease is the last one.
     drop(lease);
-    let builder = onlyonce::Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
-    let again = Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
+    let builder = Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
+    let again = builder.open(dir.path().join("store")).unwrap();
     assert!(matches!(again.claim("done").await.unwrap(), Claim::Completed(_)));
     again.close().await.unwrap();
 }
@@ -718,7 +734,7 @@ async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
 fn a_queue_has_bounds() {
     let bench = Bench::new();
     for calls in [0, 1_000_001] {
-        let refused = Store::with_queue(bench.store().clone(), calls).unwrap_err();
+        let refused = bench.builder().queue_limit(calls).open(bench.path().with_file_name("other")).unwrap_err();
         assert!(matches!(&refused, Error::Config { value, .. } if *value == calls.to_string()), "{refused}");
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::copy_store;
-use onlyonce::{Builder, Check, Claim, Durability, ManualClock, Recorded, Store};
+use onlyonce::{Builder, Claim, Durability, KeyStatus, ManualClock, RecordOutcome, Store, Timestamp};
 use tempfile::TempDir;
 
 const START_MS: u64 = 1_700_000_000_000;
@@ -91,7 +91,7 @@ struct Cron {
 
 impl Cron {
     fn new(window: Duration, bucket: Duration) -> Self {
-        Self { dir: scratch(), clock: ManualClock::at(START_MS), window, bucket, runs: 0 }
+        Self { dir: scratch(), clock: ManualClock::at(Timestamp::from_unix_ms(START_MS)), window, bucket, runs: 0 }
     }
 
     fn path(&self) -> PathBuf {
@@ -113,7 +113,7 @@ impl Cron {
     fn run(&mut self, work: impl FnOnce(&Store, u64)) -> Footprint {
         let store = self.builder().open(self.path()).unwrap();
         work(&store, self.runs);
-        store.close().unwrap();
+        store.close().wait().unwrap();
         self.runs += 1;
         Footprint::of(&self.path())
     }
@@ -124,7 +124,7 @@ impl Cron {
         work(&store, self.runs);
         let left = self.dir.path().join("left");
         copy_store(&self.path(), &left);
-        store.close().unwrap();
+        store.close().wait().unwrap();
         fs::remove_dir_all(self.path()).unwrap();
         fs::rename(left, self.path()).unwrap();
         self.runs += 1;
@@ -138,7 +138,7 @@ fn open_time(builder: &impl Fn() -> Builder, path: &Path) -> Duration {
         let begun = Instant::now();
         let store = builder().open(path).unwrap();
         let time = begun.elapsed();
-        store.close().unwrap();
+        store.close().wait().unwrap();
         time
     });
     times.sort_unstable();
@@ -152,10 +152,10 @@ fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() 
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
     for run in 0..2_000 {
         let left = cron.run(|store, run| {
-            assert_eq!(store.record(format!("job {run}")).unwrap(), Recorded::First);
+            assert_eq!(store.record(format!("job {run}")).wait().unwrap(), RecordOutcome::First);
             if run > 0 {
-                let again = store.record(format!("job {}", run - 1)).unwrap();
-                assert_eq!(again, Recorded::Duplicate { in_flight: false });
+                let again = store.record(format!("job {}", run - 1)).wait().unwrap();
+                assert_eq!(again, RecordOutcome::Duplicate { in_flight: false });
             }
         });
         cron.clock.advance(Duration::from_secs(20));
@@ -188,25 +188,25 @@ fn keys_of_short_runs_are_sealed_and_go_when_they_have_run_out() {
     let mut most = Footprint::default();
     for _ in 0..112 {
         most = most.or(cron.run(|store, run| {
-            store.record(format!("line {run}")).unwrap();
+            store.record(format!("line {run}")).wait().unwrap();
         }));
         cron.clock.advance(Duration::from_millis(1_300));
     }
     cron.run(|store, runs| {
         let live = MINUTE.as_millis() as u64 / 1_300;
         let stats = store.stats();
-        assert!(stats.unsealed <= 2, "{} keys are not sealed", stats.unsealed);
+        assert!(stats.unflushed <= 2, "{} keys are not sealed", stats.unflushed);
         let kept: u64 = stats.buckets.iter().map(|bucket| bucket.keys).sum();
         assert!((live - 2..live + 6).contains(&kept), "{kept} of {runs} keys are kept, {live} count");
-        let known = |run: u64| matches!(store.check(format!("line {run}")).unwrap(), Check::Completed(_));
+        let known = |run: u64| matches!(store.check(format!("line {run}")).wait().unwrap(), KeyStatus::Completed(_));
         assert!(known(runs - 1) && known(runs - live) && !known(runs - live - 2));
     });
     cron.clock.advance(2 * MINUTE);
     cron.run(|store, runs| {
         let stats = store.stats();
-        assert_eq!((stats.unsealed, stats.buckets.len()), (0, 0), "a minute after the last window");
+        assert_eq!((stats.unflushed, stats.buckets.len()), (0, 0), "a minute after the last window");
         for run in 0..runs {
-            assert!(matches!(store.check(format!("line {run}")).unwrap(), Check::New));
+            assert!(matches!(store.check(format!("line {run}")).wait().unwrap(), KeyStatus::New));
         }
     });
     // The options and the manifest of the run that dropped them go with the next.
@@ -222,8 +222,10 @@ fn runs_that_are_killed_leave_no_more_than_runs_that_end() {
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
     for run in 0..240 {
         let left = cron.run_and_die(|store, run| {
-            store.record(format!("done {run}")).unwrap();
-            let Claim::Acquired(lease) = store.claim(format!("begun {run}")).unwrap() else { panic!("it is new") };
+            store.record(format!("done {run}")).wait().unwrap();
+            let Claim::Acquired(lease) = store.claim(format!("begun {run}")).wait().unwrap() else {
+                panic!("it is new")
+            };
             // The process dies at it.
             std::mem::drop(lease);
         });
@@ -242,7 +244,7 @@ fn runs_that_are_killed_leave_no_more_than_runs_that_end() {
     }
     cron.run(|store, _| {
         let stats = store.stats();
-        assert_eq!((stats.in_flight, stats.unsealed, stats.buckets.len()), (0, 0, 0), "all have run out");
+        assert_eq!((stats.in_flight, stats.unflushed, stats.buckets.len()), (0, 0, 0), "all have run out");
     });
 }
 
@@ -251,12 +253,12 @@ fn forgotten_keys_leave_nothing_behind_in_short_runs_nor_in_a_long_one() {
     let mut cron = Cron::new(60 * 24 * MINUTE, 60 * MINUTE);
     cron.run(|store, _| {
         let keys = (0..2_000).map(|i| format!("key {i}"));
-        assert!(store.record_batch(keys).unwrap().iter().all(Result::is_ok));
-        store.seal().unwrap();
+        assert!(store.record_batch(keys).wait().unwrap().iter().all(Result::is_ok));
+        store.flush().unwrap();
     });
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
     for run in 0..200 {
-        let left = cron.run(|store, run| assert!(store.forget(format!("key {run}")).unwrap()));
+        let left = cron.run(|store, run| assert!(store.forget(format!("key {run}")).wait().unwrap()));
         if run < 60 {
             early = early.or(left);
         } else {
@@ -266,15 +268,15 @@ fn forgotten_keys_leave_nothing_behind_in_short_runs_nor_in_a_long_one() {
     late.assert_no_more_than(early);
     let left = cron.run(|store, run| {
         for i in run..2_000 {
-            assert!(store.forget(format!("key {i}")).unwrap());
+            assert!(store.forget(format!("key {i}")).wait().unwrap());
             if i % 50 == 0 {
-                store.seal().unwrap();
+                store.flush().unwrap();
             }
         }
     });
     // A manifest is written afresh by the next open.
     Footprint { manifest: 0, ..left }.assert_no_more_than(early);
-    cron.run(|store, _| assert!(matches!(store.check("key 7").unwrap(), Check::New)));
+    cron.run(|store, _| assert!(matches!(store.check("key 7").wait().unwrap(), KeyStatus::New)));
 }
 
 #[test]
@@ -284,9 +286,9 @@ fn buckets_that_come_and_go_and_idle_hours_leave_nothing_behind_in_a_long_run() 
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
     cron.run(|store, _| {
         for second in 0..600 {
-            store.record(format!("second {second}")).unwrap();
+            store.record(format!("second {second}")).wait().unwrap();
             clock.advance(Duration::from_secs(1));
-            store.seal().unwrap();
+            store.flush().unwrap();
             assert!(store.stats().buckets.len() <= 7);
             let here = Footprint::of(&path);
             match second {
@@ -300,7 +302,7 @@ fn buckets_that_come_and_go_and_idle_hours_leave_nothing_behind_in_a_long_run() 
         let rested = late;
         for _ in 0..200 {
             clock.advance(60 * MINUTE);
-            store.seal().unwrap();
+            store.flush().unwrap();
         }
         let idle = Footprint::of(&path);
         assert!(idle.files <= rested.files && idle.bytes <= rested.bytes, "{idle:?} after {rested:?}");
@@ -314,20 +316,22 @@ fn an_open_and_a_close_cost_no_more_tokens_than_are_taken() {
     let mut last = 0;
     for _ in 0..20 {
         cron.run(|store, run| {
-            let Claim::Acquired(lease) = store.claim(format!("job {run}")).unwrap() else { panic!("it is new") };
-            assert!(lease.token() > last, "tokens rise over restarts");
-            last = lease.token();
-            lease.complete("done").unwrap();
+            let Claim::Acquired(lease) = store.claim(format!("job {run}")).wait().unwrap() else { panic!("it is new") };
+            assert!(lease.token().get() > last, "tokens rise over restarts");
+            last = lease.token().get();
+            lease.complete("done").wait().unwrap();
         });
     }
     assert!(last < 1_000, "20 leases came to token {last}");
     // A process that dies has given back none.
     cron.run_and_die(|store, _| {
-        let Claim::Acquired(lease) = store.claim("the last one").unwrap() else { panic!("it is new") };
-        last = lease.token();
+        let Claim::Acquired(lease) = store.claim("the last one").wait().unwrap() else { panic!("it is new") };
+        last = lease.token().get();
     });
     cron.run(|store, _| {
-        let Claim::Acquired(lease) = store.claim("the last one").unwrap() else { panic!("it was not completed") };
-        assert!(lease.token() > last);
+        let Claim::Acquired(lease) = store.claim("the last one").wait().unwrap() else {
+            panic!("it was not completed")
+        };
+        assert!(lease.token().get() > last);
     });
 }

@@ -17,7 +17,8 @@ use std::time::Duration;
 use child::memory_growth;
 use common::Bench;
 use onlyonce::{
-    Check, Claim, Error, Key, OnInterrupt, Outcome, Phase, Prior, Ran, Recorded, Resolution, Store, Stored,
+    Claim, Completion, Error, Key, KeyError, KeyStatus, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome,
+    Resolution, RunOutcome, Store, StoredKey, Timestamp,
 };
 use siphasher::sip::SipHasher13;
 
@@ -93,9 +94,9 @@ fn keys_that_were_chosen_to_crowd_are_spread_by_each_store_in_a_way_of_its_own()
     let stores: Vec<BTreeMap<Vec<u8>, u64>> = (0..2)
         .map(|_| {
             let bench = Bench::new();
-            bench.store().record_batch(&chosen).unwrap();
-            bench.store().seal().unwrap();
-            bench.store().close().unwrap();
+            bench.store().record_batch(&chosen).wait().unwrap();
+            bench.store().flush().unwrap();
+            bench.store().close().wait().unwrap();
             let (found, secret) = (digests(&bench.path()), secret(&bench.path()));
             let seeded = SipHasher13::new_with_key(&secret.try_into().unwrap());
             assert!(found.iter().all(|(key, digest)| seeded.hash(key) == *digest), "the secret is what makes them");
@@ -122,27 +123,27 @@ fn the_secret_of_a_store_is_in_nothing_that_it_says() {
     let mut said = String::new();
     let mut say = |what: &dyn Debug| writeln!(said, "{what:?} {what:#?}").unwrap();
     say(store);
-    let claim = store.claim(Key::from("k").fingerprint("p")).unwrap();
+    let claim = store.claim(Key::from("k").fingerprint("p")).wait().unwrap();
     say(&claim);
-    say(&store.claim("k"));
-    say(&store.claim(Key::from("k").fingerprint("q")));
-    say(&store.get("k"));
+    say(&store.claim("k").wait());
+    say(&store.claim(Key::from("k").fingerprint("q")).wait());
+    say(&store.inspect("k").wait());
     drop(claim);
-    say(&store.held());
-    say(&store.check_batch(["k", "new"]));
-    say(&store.resolve("k", Resolution::Completed(b"r".to_vec())));
-    say(&store.resolve("k", Resolution::Rerun));
-    say(&store.get("k"));
-    say(&store.record_batch(["k", "other"]));
-    say(&store.claim(""));
-    say(&store.claim("k".repeat(2_000)));
-    say(&store.claim_batch(["1", "2", "3", "4", "5"]));
+    say(&store.held().wait());
+    say(&store.check_batch(["k", "new"]).wait());
+    say(&store.resolve("k", Resolution::Completed(b"r".to_vec())).wait());
+    say(&store.resolve("k", Resolution::Rerun).wait());
+    say(&store.inspect("k").wait());
+    say(&store.record_batch(["k", "other"]).wait());
+    say(&store.claim("").wait());
+    say(&store.claim("k".repeat(2_000)).wait());
+    say(&store.claim_batch(["1", "2", "3", "4", "5"]).wait());
     say(&store.run("run", |lease| Err::<Vec<u8>, _>(format!("{lease:?}"))));
-    store.seal().unwrap();
+    store.flush().unwrap();
     say(&store.stats());
     say(&bench.builder().open(bench.path()));
-    store.close().unwrap();
-    say(&store.claim("k"));
+    store.close().wait().unwrap();
+    say(&store.claim("k").wait());
 
     let secret = secret(&bench.path());
     assert!(!secret.iter().all(|byte| *byte == 0));
@@ -193,35 +194,37 @@ fn a_gigabyte_of_result_is_not_kept_and_not_copied() {
     let growth = memory_growth("a_gigabyte_of_result_is_not_kept_and_not_copied", || {
         let bench = Bench::with(|builder| builder.result_limit(64 << 20).on_interrupt(OnInterrupt::Hold));
         let store = bench.store();
-        let omitted = |key| match store.check(key).unwrap() {
-            Check::Completed(completed) => completed.is_omitted() && completed.result().is_none(),
+        let omitted = |key| match store.check(key).wait().unwrap() {
+            KeyStatus::Completed(completed) => completed.is_result_too_large() && completed.result().is_none(),
             other => panic!("{key} is {other:?}"),
         };
-        bench.acquire("completed").complete(huge()).unwrap();
+        bench.acquire("completed").complete(huge()).wait().unwrap();
         assert!(omitted("completed"));
-        let Ran::First(result) = store.run("run", |_| Ok::<_, Error>(huge())).unwrap() else { panic!("run is new") };
+        let RunOutcome::First(result) = store.run("run", |_| Ok::<_, Error>(huge())).unwrap() else {
+            panic!("run is new")
+        };
         assert_eq!(result.len(), 1 << 30, "whoever did the work has the result");
         assert!(omitted("run"));
         drop(bench.acquire("held"));
-        store.resolve("held", Resolution::Completed(huge())).unwrap();
+        store.resolve("held", Resolution::Completed(huge())).wait().unwrap();
         assert!(omitted("held"));
 
         // Each of them would be kept, and all of them are too much for one call.
         let keys: Vec<String> = (0..17).map(|i| format!("batch-{i}")).collect();
-        let leases = store.claim_batch(&keys).unwrap().into_iter().map(|claim| match claim.unwrap() {
+        let leases = store.claim_batch(&keys).wait().unwrap().into_iter().map(|claim| match claim.unwrap() {
             Claim::Acquired(lease) => (lease, vec![0_u8; 64 << 20]),
             other => panic!("{other:?}"),
         });
-        for refused in store.complete_batch(leases) {
+        for refused in store.complete_batch(leases).wait() {
             let refused = refused.unwrap_err();
             assert!(matches!(refused.error(), Error::BatchTooLarge { limit, .. } if *limit == 1 << 30), "{refused}");
             assert_eq!(refused.outcome(), Outcome::NotWritten);
-            let (_, result, lease) = refused.into_parts();
-            assert_eq!(result.len(), 64 << 20);
-            lease.expect("it is still good").complete("small").unwrap();
+            let (_, completion, lease) = refused.into_parts();
+            assert_eq!(completion.result().len(), 64 << 20);
+            lease.expect("it is still good").complete("small").wait().unwrap();
         }
         assert!(keys.iter().all(|key| bench.completed(key).unwrap() == b"small"));
-        store.close().unwrap();
+        store.close().wait().unwrap();
     });
     assert!(growth < BUDGET + BESIDE, "{growth}");
 }
@@ -232,9 +235,9 @@ fn a_flood_of_results_at_the_limit_stays_in_the_budget() {
         let bench = Bench::new();
         let key = |i: u32| format!("key-{i}");
         let result = |i: u32| vec![i as u8; 1 << 20];
-        (0..300).for_each(|i| bench.acquire(&key(i)).complete(result(i)).unwrap());
+        (0..300).for_each(|i| bench.acquire(&key(i)).complete(result(i)).wait().unwrap());
         assert!((0..300).step_by(7).all(|i| bench.completed(&key(i)).unwrap() == result(i)));
-        bench.store().close().unwrap();
+        bench.store().close().wait().unwrap();
     });
     assert!(growth < BUDGET + BESIDE, "{growth}");
 }
@@ -247,19 +250,20 @@ fn a_million_new_keys_stay_in_the_budget() {
         for start in (0..1_000_000).step_by(1_000) {
             let keys = (start..start + 1_000).map(key);
             if start % 2_000 == 0 {
-                let recorded = bench.store().record_batch(keys).unwrap();
-                assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == Recorded::First));
+                let recorded = bench.store().record_batch(keys).wait().unwrap();
+                assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == RecordOutcome::First));
                 continue;
             }
-            let leases = bench.store().claim_batch(keys).unwrap().into_iter().map(|claim| match claim.unwrap() {
-                Claim::Acquired(lease) => (lease, b"thirty bytes of a short result".to_vec()),
-                other => panic!("{other:?}"),
-            });
-            assert!(bench.store().complete_batch(leases).into_iter().all(|completed| completed.is_ok()));
+            let leases =
+                bench.store().claim_batch(keys).wait().unwrap().into_iter().map(|claim| match claim.unwrap() {
+                    Claim::Acquired(lease) => (lease, b"thirty bytes of a short result".to_vec()),
+                    other => panic!("{other:?}"),
+                });
+            assert!(bench.store().complete_batch(leases).wait().into_iter().all(|completed| completed.is_ok()));
         }
-        let checks = bench.store().check_batch((0..1_000_000).step_by(97).map(key)).unwrap();
-        assert!(checks.into_iter().all(|check| matches!(check.unwrap(), Check::Completed(_))));
-        bench.store().close().unwrap();
+        let checks = bench.store().check_batch((0..1_000_000).step_by(97).map(key)).wait().unwrap();
+        assert!(checks.into_iter().all(|check| matches!(check.unwrap(), KeyStatus::Completed(_))));
+        bench.store().close().wait().unwrap();
     });
     assert!(growth < BUDGET + BESIDE, "{growth}");
 }
@@ -269,11 +273,11 @@ fn dropped_claims_take_no_memory_of_their_own() {
     let growth = memory_growth("dropped_claims_take_no_memory_of_their_own", || {
         let bench = Bench::with(|builder| builder.in_flight_limit(1_000));
         for start in (0..200_000).step_by(500) {
-            let claims = bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).unwrap();
+            let claims = bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).wait().unwrap();
             assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))));
         }
         assert_eq!(bench.store().stats().in_flight, 0);
-        bench.store().close().unwrap();
+        bench.store().close().wait().unwrap();
     });
     assert!(growth < BUDGET + BESIDE, "{growth}");
 }
@@ -287,7 +291,7 @@ fn claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_
         let bench = Bench::with(|builder| builder.in_flight_limit(LIMIT as usize));
         let (mut acquired, mut refused) = (0, 0);
         for start in (0..2 * LIMIT).step_by(500) {
-            for claim in bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).unwrap() {
+            for claim in bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).wait().unwrap() {
                 match claim {
                     Ok(Claim::Acquired(lease)) => {
                         // Its work hangs.
@@ -301,7 +305,7 @@ fn claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_
         }
         assert_eq!((acquired, refused), (LIMIT, LIMIT));
         assert_eq!(bench.store().stats().in_flight, LIMIT);
-        bench.store().close().unwrap();
+        bench.store().close().wait().unwrap();
     });
     assert!(growth < BUDGET + BESIDE + LIMIT * (6 * KEY + 250), "{growth}");
 }
@@ -310,20 +314,20 @@ fn claims_that_nobody_completes_end_at_the_limit_and_take_their_keys_and_little_
 fn a_call_of_a_million_keys_is_one_call_and_one_without_an_end_is_refused_unread() {
     let bench = Bench::with(|builder| builder.key_limit(65_535).memory_budget(256 << 20));
     let keys: Vec<String> = (0..1_000_000).map(|i| format!("key-{i}")).collect();
-    let recorded = bench.store().record_batch(&keys).unwrap();
-    assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == Recorded::First));
-    let again = bench.store().claim_batch(&keys).unwrap();
+    let recorded = bench.store().record_batch(&keys).wait().unwrap();
+    assert!(recorded.into_iter().all(|recorded| recorded.unwrap() == RecordOutcome::First));
+    let again = bench.store().claim_batch(&keys).wait().unwrap();
     assert!(again.into_iter().all(|claim| matches!(claim.unwrap(), Claim::Completed(_))));
 
     let long = "k".repeat(65_535);
     let read = std::cell::Cell::new(0);
     let endless = || std::iter::repeat_with(|| long.as_str()).inspect(|_| read.set(read.get() + 1));
     let too_large = |error| matches!(error, Error::BatchTooLarge { limit, .. } if limit == 1 << 30);
-    assert!(too_large(bench.store().record_batch(endless()).unwrap_err()));
-    assert!(too_large(bench.store().claim_batch(endless()).unwrap_err()));
-    assert!(too_large(bench.store().check_batch(endless()).unwrap_err()));
+    assert!(too_large(bench.store().record_batch(endless()).wait().unwrap_err()));
+    assert!(too_large(bench.store().claim_batch(endless()).wait().unwrap_err()));
+    assert!(too_large(bench.store().check_batch(endless()).wait().unwrap_err()));
     assert_eq!(read.get(), 3 * ((1 << 30) / 65_536 + 1), "no more of it is read");
-    assert_eq!(bench.store().check(&long).unwrap(), Check::New);
+    assert_eq!(bench.store().check(&long).wait().unwrap(), KeyStatus::New);
     assert_eq!(bench.store().stats().in_flight, 0);
 }
 
@@ -349,50 +353,56 @@ fn every_verb_takes_keys_of_any_bytes() {
     let result = |key: &Key<'_>| [key.as_bytes(), b"\0\xff"].concat();
     let store = bench.store();
     for key in &keys {
-        assert_eq!(store.get(key).unwrap(), None);
-        assert_eq!(store.check(key).unwrap(), Check::New);
-        let Claim::Acquired(mut lease) = store.claim(key).unwrap() else { panic!("{key} is new") };
+        assert_eq!(store.inspect(key).wait().unwrap(), None);
+        assert_eq!(store.check(key).wait().unwrap(), KeyStatus::New);
+        let Claim::Acquired(mut lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
         lease.renew().unwrap();
-        assert!(matches!(store.check(key).unwrap(), Check::InProgress(other) if other.attempt == 1));
-        assert!(matches!(store.get(key).unwrap(), Some(Stored::Processing { phase: Phase::Leased(_), .. })));
-        assert_eq!(store.record(key).unwrap(), Recorded::Duplicate { in_flight: true });
-        assert!(matches!(store.forget(key), Err(Error::InUse { .. })));
-        lease.release().unwrap();
-        let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("{key} is free") };
-        assert_eq!((lease.attempt(), lease.prior()), (2, Some(Prior::Released)));
-        lease.complete(result(key)).unwrap();
-        assert_eq!(store.record(key).unwrap(), Recorded::Duplicate { in_flight: false });
+        assert!(matches!(store.check(key).wait().unwrap(), KeyStatus::InProgress(other) if other.attempt == 1));
+        assert!(matches!(
+            store.inspect(key).wait().unwrap(),
+            Some(StoredKey::Processing { state: LeaseState::Leased(_), .. })
+        ));
+        assert_eq!(store.record(key).wait().unwrap(), RecordOutcome::Duplicate { in_flight: true });
+        assert!(matches!(store.forget(key).wait(), Err(Error::InUse { .. })));
+        lease.release().wait().unwrap();
+        let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is free") };
+        assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Released)));
+        lease.complete(result(key)).wait().unwrap();
+        assert_eq!(store.record(key).wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
     }
-    store.seal().unwrap();
+    store.flush().unwrap();
     bench.reopen();
     let store = bench.store();
-    for (key, check) in keys.iter().zip(store.check_batch(&keys).unwrap()) {
-        assert!(matches!(&check, Ok(Check::Completed(it)) if it.result() == Some(&result(key))), "{key}: {check:?}");
-        assert!(matches!(store.run(key, |_| Err::<Vec<u8>, _>("again")), Ok(Ran::Replayed(_))));
-        assert!(store.forget(key).unwrap() && !store.forget(key).unwrap());
-        assert!(matches!(store.run(key, |_| Ok::<_, Error>(vec![0])), Ok(Ran::First(_))));
+    for (key, check) in keys.iter().zip(store.check_batch(&keys).wait().unwrap()) {
+        assert!(
+            matches!(&check, Ok(KeyStatus::Completed(it)) if it.result() == Some(&result(key))),
+            "{key}: {check:?}"
+        );
+        assert!(matches!(store.run(key, |_| Err::<Vec<u8>, _>("again")), Ok(RunOutcome::Replayed(_))));
+        assert!(store.forget(key).wait().unwrap() && !store.forget(key).wait().unwrap());
+        assert!(matches!(store.run(key, |_| Ok::<_, Error>(vec![0])), Ok(RunOutcome::First(_))));
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
 }
 
 #[test]
 fn a_held_key_of_any_bytes_is_listed_as_it_is_and_resolved_by_that_name() {
     let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
     let keys: HashSet<Key<'static>> = ODD.iter().flat_map(|bytes| forms(bytes)).collect();
-    for claim in bench.store().claim_batch(&keys).unwrap() {
+    for claim in bench.store().claim_batch(&keys).wait().unwrap() {
         assert!(matches!(claim.unwrap(), Claim::Acquired(_)));
     }
     bench.reopen();
-    let held = bench.store().held().unwrap();
+    let held = bench.store().held().wait().unwrap();
     assert_eq!(held.iter().map(|held| held.key.clone()).collect::<HashSet<_>>(), keys);
     for held in &held {
         let shown = format!("{} {:?}", held.key, held);
         assert!(!shown.contains(char::is_control), "{shown:?} does something to a terminal");
-        bench.store().resolve(&held.key, Resolution::Completed(b"decided".to_vec())).unwrap();
+        bench.store().resolve(&held.key, Resolution::Completed(b"decided".to_vec())).wait().unwrap();
     }
-    assert!(bench.store().held().unwrap().is_empty());
-    let checks = bench.store().check_batch(&keys).unwrap();
-    assert!(checks.into_iter().all(|check| matches!(check, Ok(Check::Completed(_)))));
+    assert!(bench.store().held().wait().unwrap().is_empty());
+    let checks = bench.store().check_batch(&keys).wait().unwrap();
+    assert!(checks.into_iter().all(|check| matches!(check, Ok(KeyStatus::Completed(_)))));
 }
 
 #[test]
@@ -400,14 +410,14 @@ fn errors_show_odd_keys_escaped_and_cut() {
     let bench = Bench::with(|builder| builder.key_limit(100));
     for bytes in ODD {
         let guarded = |payload: &'static str| Key::from(bytes).scope(bytes).fingerprint(payload);
-        let _lease = bench.store().claim(guarded("one")).unwrap();
+        let _lease = bench.store().claim(guarded("one")).wait().unwrap();
         let long = bytes.repeat(1_000);
         let errors = [
-            bench.store().claim(guarded("other")).unwrap_err(),
-            bench.store().forget(guarded("one")).unwrap_err(),
-            bench.store().resolve(bytes, Resolution::Rerun).unwrap_err(),
-            bench.store().claim(&long).unwrap_err(),
-            bench.store().claim(Key::from("k").scope(&long)).unwrap_err(),
+            bench.store().claim(guarded("other")).wait().unwrap_err(),
+            bench.store().forget(guarded("one")).wait().unwrap_err(),
+            bench.store().resolve(bytes, Resolution::Rerun).wait().unwrap_err(),
+            bench.store().claim(&long).wait().unwrap_err(),
+            bench.store().claim(Key::from("k").scope(&long)).wait().unwrap_err(),
         ];
         for error in errors {
             let shown = format!("{error} {error:?}");
@@ -448,17 +458,17 @@ fn no_scope_and_key_are_another_scope_and_key() {
     }
     let mut bench = Bench::new();
     for (start, batch) in keys.chunks(4_000).enumerate() {
-        let claims = bench.store().claim_batch(batch).unwrap();
+        let claims = bench.store().claim_batch(batch).wait().unwrap();
         let leases = claims.into_iter().enumerate().map(|(place, claim)| match claim.unwrap() {
             Claim::Acquired(lease) => (lease, (start * 4_000 + place).to_string()),
             other => panic!("{} is another: {other:?}", batch[place]),
         });
-        assert!(bench.store().complete_batch(leases).into_iter().all(|completed| completed.is_ok()));
+        assert!(bench.store().complete_batch(leases).wait().into_iter().all(|completed| completed.is_ok()));
     }
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
     bench.reopen();
-    for (place, check) in bench.store().check_batch(&keys).unwrap().into_iter().enumerate() {
-        let Ok(Check::Completed(completed)) = check else { panic!("{}: {check:?}", keys[place]) };
+    for (place, check) in bench.store().check_batch(&keys).wait().unwrap().into_iter().enumerate() {
+        let Ok(KeyStatus::Completed(completed)) = check else { panic!("{}: {check:?}", keys[place]) };
         assert_eq!(completed.result().unwrap(), place.to_string().as_bytes(), "{}", keys[place]);
     }
     assert!(keys.len() > 25_000, "{} keys", keys.len());
@@ -469,27 +479,33 @@ fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
     let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
     let key = |scope: &'static str| Key::from("order-1").scope(scope);
     let store = bench.store();
-    let Claim::Acquired(theirs) = store.claim(key("theirs").fingerprint("their payload")).unwrap() else { panic!() };
+    let Claim::Acquired(theirs) = store.claim(key("theirs").fingerprint("their payload")).wait().unwrap() else {
+        panic!()
+    };
     // In progress there is new here, with any payload; whatever is done here changes nothing there.
     for scope in ["ours", "", "their", "theirs\0", "theirs2"] {
-        assert_eq!(store.check(key(scope)).unwrap(), Check::New, "{scope}");
-        assert_eq!(store.get(key(scope)).unwrap(), None, "{scope}");
-        assert!(!store.forget(key(scope)).unwrap());
-        assert!(matches!(store.resolve(key(scope), Resolution::Rerun), Err(Error::NotHeld { .. })));
-        let Claim::Acquired(lease) = store.claim(key(scope).fingerprint("ours")).unwrap() else { panic!("{scope}") };
-        lease.complete(format!("of {scope}")).unwrap();
+        assert_eq!(store.check(key(scope)).wait().unwrap(), KeyStatus::New, "{scope}");
+        assert_eq!(store.inspect(key(scope)).wait().unwrap(), None, "{scope}");
+        assert!(!store.forget(key(scope)).wait().unwrap());
+        assert!(matches!(store.resolve(key(scope), Resolution::Rerun).wait(), Err(Error::NotHeld { .. })));
+        let Claim::Acquired(lease) = store.claim(key(scope).fingerprint("ours")).wait().unwrap() else {
+            panic!("{scope}")
+        };
+        lease.complete(format!("of {scope}")).wait().unwrap();
     }
-    assert!(matches!(store.check(key("theirs")).unwrap(), Check::InProgress(_)));
+    assert!(matches!(store.check(key("theirs")).wait().unwrap(), KeyStatus::InProgress(_)));
     drop(theirs);
-    let held: Vec<String> = store.held().unwrap().iter().map(|held| held.key.to_string()).collect();
+    let held: Vec<String> = store.held().wait().unwrap().iter().map(|held| held.key.to_string()).collect();
     assert_eq!(held, ["\"order-1\" in \"theirs\""]);
-    store.resolve(key("theirs"), Resolution::Completed(b"of theirs".to_vec())).unwrap();
-    assert!(store.forget(key("ours")).unwrap());
-    store.seal().unwrap();
+    store.resolve(key("theirs"), Resolution::Completed(b"of theirs".to_vec())).wait().unwrap();
+    assert!(store.forget(key("ours")).wait().unwrap());
+    store.flush().unwrap();
     bench.reopen();
-    assert_eq!(bench.store().check(key("ours")).unwrap(), Check::New);
+    assert_eq!(bench.store().check(key("ours")).wait().unwrap(), KeyStatus::New);
     for scope in ["", "their", "theirs", "theirs\0", "theirs2"] {
-        let Check::Completed(completed) = bench.store().check(key(scope)).unwrap() else { panic!("{scope}") };
+        let KeyStatus::Completed(completed) = bench.store().check(key(scope)).wait().unwrap() else {
+            panic!("{scope}")
+        };
         assert_eq!(completed.result().unwrap(), format!("of {scope}").as_bytes());
     }
 }
@@ -497,18 +513,23 @@ fn a_scope_neither_sees_nor_blocks_what_is_in_another() {
 #[test]
 fn a_scope_that_fills_the_store_keeps_others_from_new_claims_and_from_nothing_else() {
     let bench = Bench::with(|builder| builder.in_flight_limit(100));
-    bench.store().record(Key::from("done").scope("ours")).unwrap();
-    let Claim::Acquired(at_work) = bench.store().claim(Key::from("at work").scope("ours")).unwrap() else { panic!() };
+    bench.store().record(Key::from("done").scope("ours")).wait().unwrap();
+    let Claim::Acquired(at_work) = bench.store().claim(Key::from("at work").scope("ours")).wait().unwrap() else {
+        panic!()
+    };
     let flood: Vec<String> = (0..1_000).map(|i| format!("flood-{i}")).collect();
-    let claims = bench.store().claim_batch(flood.iter().map(|key| Key::from(key).scope("theirs"))).unwrap();
+    let claims = bench.store().claim_batch(flood.iter().map(|key| Key::from(key).scope("theirs"))).wait().unwrap();
     assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 99);
     let new = || Key::from("new").scope("ours");
-    assert!(matches!(bench.store().claim(new()), Err(Error::TooManyInFlight { .. })), "the limit is the store's");
-    assert!(matches!(bench.store().claim(Key::from("done").scope("ours")).unwrap(), Claim::Completed(_)));
-    assert_eq!(bench.store().check(new()).unwrap(), Check::New);
-    assert_eq!(bench.store().record(Key::from("recorded").scope("ours")).unwrap(), Recorded::First);
-    at_work.complete("r").unwrap();
-    assert!(matches!(bench.store().claim(new()).unwrap(), Claim::Acquired(_)), "there is room for one again");
+    assert!(
+        matches!(bench.store().claim(new()).wait(), Err(Error::TooManyInFlight { .. })),
+        "the limit is the store's"
+    );
+    assert!(matches!(bench.store().claim(Key::from("done").scope("ours")).wait().unwrap(), Claim::Completed(_)));
+    assert_eq!(bench.store().check(new()).wait().unwrap(), KeyStatus::New);
+    assert_eq!(bench.store().record(Key::from("recorded").scope("ours")).wait().unwrap(), RecordOutcome::First);
+    at_work.complete("r").wait().unwrap();
+    assert!(matches!(bench.store().claim(new()).wait().unwrap(), Claim::Acquired(_)), "there is room for one again");
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -523,52 +544,58 @@ fn keys_at_the_limit_are_taken_by_every_verb_and_over_it_by_none() {
         let bytes = |len: usize| vec![0xff; len];
         let (most, over) = (bytes(limit), bytes(limit + 1));
         let is_refused = |error: Error| match error {
-            Error::KeyTooLong { len, limit: said, .. } => (len, said) == (limit + 1, limit),
-            Error::KeyEmpty { .. } => false,
+            Error::Key(KeyError::TooLong { len, limit: said, .. }) => (len, said) == (limit + 1, limit),
+            Error::Key(KeyError::Empty { .. }) => false,
             other => panic!("{other}"),
         };
         let mut too_long = vec![Key::from(&over)];
         if limit > 255 {
             // A scope counts with its key.
             too_long.push(Key::from(&over[..limit + 1 - 255]).scope(&over[..255]));
-            assert!(matches!(store.claim(Key::from(&most[..limit - 255]).scope(&most[..255])), Ok(Claim::Acquired(_))));
             assert!(matches!(
-                store.claim(Key::from("k").scope(&most[..256])),
-                Err(Error::ScopeTooLong { len: 256, .. })
+                store.claim(Key::from(&most[..limit - 255]).scope(&most[..255])).wait(),
+                Ok(Claim::Acquired(_))
+            ));
+            assert!(matches!(
+                store.claim(Key::from("k").scope(&most[..256])).wait(),
+                Err(Error::Key(KeyError::ScopeTooLong { len: 256, .. }))
             ));
         }
         for key in too_long {
-            assert!(is_refused(store.claim(&key).unwrap_err()));
-            assert!(is_refused(store.check(&key).unwrap_err()));
-            assert!(is_refused(store.record(&key).unwrap_err()));
+            assert!(is_refused(store.claim(&key).wait().unwrap_err()));
+            assert!(is_refused(store.check(&key).wait().unwrap_err()));
+            assert!(is_refused(store.record(&key).wait().unwrap_err()));
             // It may have been claimed when the limit was higher, though there is one for all stores.
             if limit == 65_535 {
-                assert!(is_refused(store.get(&key).unwrap_err()));
-                assert!(is_refused(store.forget(&key).unwrap_err()));
-                assert!(is_refused(store.resolve(&key, Resolution::Rerun).unwrap_err()));
+                assert!(is_refused(store.inspect(&key).wait().unwrap_err()));
+                assert!(is_refused(store.forget(&key).wait().unwrap_err()));
+                assert!(is_refused(store.resolve(&key, Resolution::Rerun).wait().unwrap_err()));
             } else {
-                assert_eq!(store.get(&key).unwrap(), None);
-                assert!(!store.forget(&key).unwrap());
-                assert!(matches!(store.resolve(&key, Resolution::Rerun), Err(Error::NotHeld { .. })));
+                assert_eq!(store.inspect(&key).wait().unwrap(), None);
+                assert!(!store.forget(&key).wait().unwrap());
+                assert!(matches!(store.resolve(&key, Resolution::Rerun).wait(), Err(Error::NotHeld { .. })));
             }
             assert!(store.run(&key, |_| -> Result<_, Error> { panic!("the work is not begun") }).is_err());
             // One of them refuses its batch, and nothing of it is done.
             let batch = || [Key::from("a"), key.clone()];
-            assert!(is_refused(store.claim_batch(batch()).unwrap_err()));
-            assert!(is_refused(store.record_batch(batch()).unwrap_err()));
-            assert!(is_refused(store.check_batch(batch()).unwrap_err()));
-            assert_eq!(store.check("a").unwrap(), Check::New);
+            assert!(is_refused(store.claim_batch(batch()).wait().unwrap_err()));
+            assert!(is_refused(store.record_batch(batch()).wait().unwrap_err()));
+            assert!(is_refused(store.check_batch(batch()).wait().unwrap_err()));
+            assert_eq!(store.check("a").wait().unwrap(), KeyStatus::New);
         }
         for empty in [Key::from(""), Key::from("").scope("s"), Key::composite([""; 0])] {
-            assert!(matches!(store.claim(&empty), Err(Error::KeyEmpty { .. })));
-            assert!(matches!(store.record_batch([Key::from("a"), empty]), Err(Error::KeyEmpty { .. })));
+            assert!(matches!(store.claim(&empty).wait(), Err(Error::Key(KeyError::Empty { .. }))));
+            assert!(matches!(
+                store.record_batch([Key::from("a"), empty]).wait(),
+                Err(Error::Key(KeyError::Empty { .. }))
+            ));
         }
-        let Claim::Acquired(lease) = store.claim(&most).unwrap() else { panic!("it is new") };
-        lease.complete("r").unwrap();
-        store.seal().unwrap();
-        assert_eq!(store.record(&most).unwrap(), Recorded::Duplicate { in_flight: false });
-        assert!(matches!(store.get(&most).unwrap(), Some(Stored::Completed(_))));
-        assert!(store.forget(&most).unwrap());
+        let Claim::Acquired(lease) = store.claim(&most).wait().unwrap() else { panic!("it is new") };
+        lease.complete("r").wait().unwrap();
+        store.flush().unwrap();
+        assert_eq!(store.record(&most).wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
+        assert!(matches!(store.inspect(&most).wait().unwrap(), Some(StoredKey::Completed(_))));
+        assert!(store.forget(&most).wait().unwrap());
     }
 }
 
@@ -584,27 +611,44 @@ fn a_key_that_refuses_its_batch_is_named_by_its_place() {
             let messages = || batch().map(|key| (key, common::START_MS));
             let (store, stream) = (bench.store(), stream.store());
             [
-                store.claim_batch(batch()).unwrap_err(),
-                store.record_batch(batch()).unwrap_err(),
-                store.check_batch(batch()).unwrap_err(),
-                stream.claim_batch_at(messages()).unwrap_err(),
-                stream.record_batch_at(messages()).unwrap_err(),
-                stream.check_batch_at(messages()).unwrap_err(),
+                store.claim_batch(batch()).wait().unwrap_err(),
+                store.record_batch(batch()).wait().unwrap_err(),
+                store.check_batch(batch()).wait().unwrap_err(),
+                stream
+                    .claim_batch(
+                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+                    )
+                    .wait()
+                    .unwrap_err(),
+                stream
+                    .record_batch(
+                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+                    )
+                    .wait()
+                    .unwrap_err(),
+                stream
+                    .check_batch(
+                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+                    )
+                    .wait()
+                    .unwrap_err(),
             ]
         };
         for place in 0..3 {
             for error in said(place) {
-                let (Error::KeyEmpty { place: at }
-                | Error::KeyTooLong { place: at, .. }
-                | Error::ScopeTooLong { place: at, .. }) = &error
+                let (Error::Key(KeyError::Empty { index: at })
+                | Error::Key(KeyError::TooLong { index: at, .. })
+                | Error::Key(KeyError::ScopeTooLong { index: at, .. })) = &error
                 else {
                     panic!("{error:?}")
                 };
                 assert_eq!(*at, Some(place), "{error}");
-                assert!(error.to_string().contains(&format!(" at position {place} of the batch (from 0)")), "{error}");
+                assert!(error.to_string().contains(&format!(" at index {place} of the batch")), "{error}");
             }
         }
-        for error in [bench.store().claim(key()).unwrap_err(), bench.store().claim_batch([key()]).unwrap_err()] {
+        for error in
+            [bench.store().claim(key()).wait().unwrap_err(), bench.store().claim_batch([key()]).wait().unwrap_err()]
+        {
             assert!(!error.to_string().contains("position"), "{error}");
         }
     }
@@ -621,19 +665,22 @@ fn keys_and_results_that_are_over_a_limit_by_now_are_still_read() {
     let (held, done) = ("h".repeat(5_000), "d".repeat(5_000));
     let store = open(5_000, 3_000);
     for key in [&held, &done] {
-        let Claim::Acquired(lease) = store.claim(key).unwrap() else { panic!("it is new") };
-        if key == &done { lease.complete(vec![7; 3_000]).unwrap() } else { drop(lease) }
+        let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("it is new") };
+        if key == &done { lease.complete(vec![7; 3_000]).wait().unwrap() } else { drop(lease) }
     }
-    store.close().unwrap();
+    store.close().wait().unwrap();
     let store = open(10, 10);
-    let listed = store.held().unwrap();
+    let listed = store.held().wait().unwrap();
     assert_eq!(listed.iter().map(|held| held.key.as_bytes()).collect::<Vec<_>>(), [held.as_bytes()]);
-    assert!(matches!(store.get(&held).unwrap(), Some(Stored::Processing { phase: Phase::Held(_), .. })));
-    store.resolve(&listed[0].key, Resolution::Completed(b"by hand".to_vec())).unwrap();
+    assert!(matches!(
+        store.inspect(&held).wait().unwrap(),
+        Some(StoredKey::Processing { state: LeaseState::Held(_), .. })
+    ));
+    store.resolve(&listed[0].key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
     for (key, result) in [(&held, &b"by hand"[..]), (&done, &[7; 3_000])] {
-        let stored = store.get(key).unwrap();
-        assert!(matches!(&stored, Some(Stored::Completed(first)) if first.result() == Some(result)), "{stored:?}");
-        assert!(store.forget(key).unwrap());
+        let stored = store.inspect(key).wait().unwrap();
+        assert!(matches!(&stored, Some(StoredKey::Completed(first)) if first.result() == Some(result)), "{stored:?}");
+        assert!(store.forget(key).wait().unwrap());
     }
 }
 
@@ -644,24 +691,26 @@ fn offsets_and_messages_with_names_of_any_length_are_read_back() {
     let names = [Vec::new(), vec![0], vec![0xff; 300], vec![b'n'; 100_000], vec![0x80; 9 << 20]];
     for (i, name) in names.iter().enumerate() {
         let lease = bench.acquire(&i.to_string());
-        lease
-            .complete_with("r", |tx| {
-                tx.set_offset(name, u32::MAX, i as u64);
-                tx.enqueue(name, name, name);
-            })
-            .unwrap();
-        bench.store().set_offset(name, 0, u64::MAX).unwrap();
+        let completion = Completion::new("r").offset(name.as_slice(), u32::MAX, i as u64).message(
+            name.as_slice(),
+            name.as_slice(),
+            name.as_slice(),
+        );
+        lease.complete(completion).wait().unwrap();
+        bench.store().set_offset(name.as_slice(), 0, u64::MAX).wait().unwrap();
     }
     for round in 0..3 {
         for (i, name) in names.iter().enumerate() {
-            assert_eq!(bench.store().offset(name, u32::MAX).unwrap(), Some(i as u64), "{round}");
-            assert_eq!(bench.store().offset(name, 0).unwrap(), Some(u64::MAX));
-            assert_eq!(bench.store().offset(name, 1).unwrap(), None);
+            assert_eq!(bench.store().offset(name.as_slice(), u32::MAX).wait().unwrap(), Some(i as u64), "{round}");
+            assert_eq!(bench.store().offset(name.as_slice(), 0).wait().unwrap(), Some(u64::MAX));
+            assert_eq!(bench.store().offset(name.as_slice(), 1).wait().unwrap(), None);
         }
-        let outbox = bench.store().outbox(10).unwrap();
+        let outbox = bench.store().outbox(10).wait().unwrap();
         assert_eq!(outbox.len(), names.len());
-        assert!(outbox.iter().zip(&names).all(|(it, name)| &it.topic == name && &it.key == name && &it.bytes == name));
-        if round == 0 { bench.store().seal().unwrap() } else { bench.reopen() }
+        assert!(
+            outbox.iter().zip(&names).all(|(it, name)| &it.topic == name && &it.key == name && &it.payload == name)
+        );
+        if round == 0 { bench.store().flush().unwrap() } else { bench.reopen() }
     }
 }
 
@@ -669,7 +718,7 @@ fn offsets_and_messages_with_names_of_any_length_are_read_back() {
 fn a_payload_that_differs_is_told_nothing_of_the_first_one() {
     let mut bench = Bench::new();
     let guarded = |key: &'static str, payload: &'static [u8]| Key::from(key).fingerprint(payload);
-    let lease = match bench.store().claim(guarded("k", b"amount=12")).unwrap() {
+    let lease = match bench.store().claim(guarded("k", b"amount=12")).wait().unwrap() {
         Claim::Acquired(lease) => lease,
         other => panic!("{other:?}"),
     };
@@ -677,26 +726,26 @@ fn a_payload_that_differs_is_told_nothing_of_the_first_one() {
     let others: [&[u8]; 5] = [b"", b"amount=13", b"amount=1", b"amount=12\0", b"\xffamount=12"];
     let refused = |bench: &Bench| {
         for payload in others {
-            let batch = bench.store().claim_batch([guarded("k", payload), guarded("other", payload)]).unwrap();
+            let batch = bench.store().claim_batch([guarded("k", payload), guarded("other", payload)]).wait().unwrap();
             let [Err(error @ Error::PayloadMismatch { .. }), Ok(Claim::Acquired(_))] = batch.as_slice() else {
                 panic!("{batch:?}")
             };
             let shown = format!("{error} {error:?}");
             assert!(!shown.contains("secret") && !shown.contains("amount"), "{shown}");
             drop(batch);
-            bench.store().forget("other").unwrap();
-            assert!(matches!(bench.store().check(guarded("k", payload)), Err(Error::PayloadMismatch { .. })));
-            assert!(matches!(bench.store().record(guarded("k", payload)), Err(Error::PayloadMismatch { .. })));
+            bench.store().forget("other").wait().unwrap();
+            assert!(matches!(bench.store().check(guarded("k", payload)).wait(), Err(Error::PayloadMismatch { .. })));
+            assert!(matches!(bench.store().record(guarded("k", payload)).wait(), Err(Error::PayloadMismatch { .. })));
         }
     };
     refused(&bench);
-    lease.complete("a secret result").unwrap();
+    lease.complete("a secret result").wait().unwrap();
     refused(&bench);
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
     refused(&bench);
     bench.reopen();
     refused(&bench);
-    let Claim::Completed(first) = bench.store().claim(guarded("k", b"amount=12")).unwrap() else { panic!() };
+    let Claim::Completed(first) = bench.store().claim(guarded("k", b"amount=12")).wait().unwrap() else { panic!() };
     assert_eq!(first.result(), Some(&b"a secret result"[..]));
     assert_eq!(bench.completed("k").unwrap(), b"a secret result", "a call without a payload is not checked");
 }
@@ -707,7 +756,7 @@ fn a_payload_that_differs_is_told_nothing_of_the_first_one() {
 
 /// Makes a store with all kinds of files in it, in a directory that anybody may enter.
 fn fill(path: &Path) {
-    let clock = onlyonce::ManualClock::at(common::START_MS);
+    let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
     let open = || {
         let builder = Store::builder().window(Duration::from_secs(10)).bucket(Duration::from_secs(1));
         builder.clock(clock.clone()).open(path).unwrap()
@@ -715,8 +764,8 @@ fn fill(path: &Path) {
     for life in 0..2 {
         let store = open();
         for i in 0..3 {
-            store.record(format!("key-{life}-{i}")).unwrap();
-            store.seal().unwrap();
+            store.record(format!("key-{life}-{i}")).wait().unwrap();
+            store.flush().unwrap();
             clock.advance(Duration::from_secs(1));
         }
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
@@ -724,7 +773,7 @@ fn fill(path: &Path) {
             assert!(std::time::Instant::now() < deadline, "no filters are kept");
             std::thread::sleep(Duration::from_millis(20));
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
 }
 

@@ -8,7 +8,7 @@ mod torture;
 use std::process::Stdio;
 use std::time::Duration;
 
-use onlyonce::{Durability, ManualClock};
+use onlyonce::{Durability, ManualClock, Timestamp};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use torture::{Life, Oracle, WHOLE_LIFE, command, number, open, start};
@@ -47,12 +47,12 @@ fn what_was_acknowledged_survives_sigkill_and_what_was_not_is_no_duplicate() {
         child.wait().unwrap();
         // A line that arrives after the kill was said before it.
         oracle.hear_all(&listener.all(), usize::MAX);
-        let clock = ManualClock::at(oracle.clock_ms);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(oracle.clock_ms));
         let store = open(&path, &clock, Durability::Process)
             .unwrap_or_else(|error| panic!("round {round} of seed {seed}: {error}"));
         oracle.check(&store);
         if rng.random_bool(0.5) {
-            store.close().unwrap();
+            store.close().wait().unwrap();
         }
     }
     let Oracle { opened, acknowledged, .. } = oracle;

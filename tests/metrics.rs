@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use metrics_util::MetricKind;
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshotter};
 use onlyonce::delivery::{Delivery, Job, KeyOrigin, Processor, Settled};
-use onlyonce::{Builder, Claim, Error, Key, Lease, ManualClock, OnInterrupt, Recorded, Store};
+use onlyonce::{
+    Builder, Claim, Error, Key, Lease, ManualClock, OnInterrupt, RecordOutcome, Store, Timestamp, TimestampError,
+};
 
 const START_MS: u64 = 1_700_000_000_000;
 
@@ -94,7 +96,7 @@ fn builder(clock: &ManualClock) -> Builder {
 }
 
 fn acquire(store: &Store, key: &str) -> Lease {
-    match store.claim(key).unwrap() {
+    match store.claim(key).wait().unwrap() {
         Claim::Acquired(lease) => lease,
         other => panic!("{key}: {other:?}"),
     }
@@ -102,50 +104,58 @@ fn acquire(store: &Store, key: &str) -> Lease {
 
 /// Everything that a store counts happens here.
 fn live(dir: &Path) {
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let path = dir.join("store");
     let store = builder(&clock).open(&path).unwrap();
-    store.check("secret-key").unwrap();
-    acquire(&store, "secret-key").complete("r").unwrap();
-    assert!(matches!(store.claim("secret-key").unwrap(), Claim::Completed(_)));
-    drop(store.claim(Key::from("guarded").fingerprint("a")).unwrap());
-    assert!(matches!(store.claim(Key::from("guarded").fingerprint("b")), Err(Error::PayloadMismatch { .. })));
-    acquire(&store, "released").release().unwrap();
-    acquire(&store, "released").complete("r").unwrap();
+    store.check("secret-key").wait().unwrap();
+    acquire(&store, "secret-key").complete("r").wait().unwrap();
+    assert!(matches!(store.claim("secret-key").wait().unwrap(), Claim::Completed(_)));
+    drop(store.claim(Key::from("guarded").fingerprint("a")).wait().unwrap());
+    assert!(matches!(store.claim(Key::from("guarded").fingerprint("b")).wait(), Err(Error::PayloadMismatch { .. })));
+    acquire(&store, "released").release().wait().unwrap();
+    acquire(&store, "released").complete("r").wait().unwrap();
     drop(acquire(&store, "dropped"));
     let late = acquire(&store, "dropped");
-    assert!(matches!(store.claim("dropped").unwrap(), Claim::InProgress(_)));
+    assert!(matches!(store.claim("dropped").wait().unwrap(), Claim::InProgress(_)));
     clock.advance(Duration::from_millis(1_500));
     let next = acquire(&store, "dropped");
-    late.complete("late").unwrap_err();
+    late.complete("late").wait().unwrap_err();
     clock.advance(Duration::from_millis(250));
-    next.complete("r").unwrap();
+    next.complete("r").wait().unwrap();
     let _crashes = acquire(&store, "crashed");
     store.count_fail_open();
     // Enough for the filter to be wrong at times.
     for batch in 0..60_u64 {
         let keys: Vec<String> = (0..1_000).map(|i| format!("{batch}/{i}")).collect();
-        assert!(store.record_batch(&keys).unwrap().into_iter().all(|answer| answer.unwrap() == Recorded::First));
+        assert!(
+            store.record_batch(&keys).wait().unwrap().into_iter().all(|answer| answer.unwrap() == RecordOutcome::First)
+        );
     }
-    store.seal().unwrap();
+    store.flush().unwrap();
     for batch in 0..300_u64 {
-        store.check_batch((0..1_000).map(|i| format!("new {batch}/{i}"))).unwrap();
+        store.check_batch((0..1_000).map(|i| format!("new {batch}/{i}"))).wait().unwrap();
         if store.stats().filter_false_positives > 0 {
             break;
         }
     }
     assert!(store.stats().filter_false_positives > 0, "300,000 new keys, and not one of them may be there");
     // The counters go on where the store is closed and opened again.
-    store.close().unwrap();
+    store.close().wait().unwrap();
     let store = builder(&clock).open(&path).unwrap();
-    acquire(&store, "crashed").complete("r").unwrap();
-    store.close().unwrap();
+    acquire(&store, "crashed").complete("r").wait().unwrap();
+    store.close().wait().unwrap();
 
     let stream = builder(&clock).stream_time(Duration::from_secs(60)).open(dir.join("stream")).unwrap();
-    stream.record_at("a", START_MS).unwrap();
-    assert!(matches!(stream.record_at("b", 5), Err(Error::TooOld { .. })));
-    assert!(matches!(stream.record_at("c", u64::MAX), Err(Error::TooFarAhead { .. })));
-    stream.close().unwrap();
+    stream.record(Key::from("a").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
+    assert!(matches!(
+        stream.record(Key::from("b").at(Timestamp::from_unix_ms(5))).wait(),
+        Err(Error::Timestamp(TimestampError::TooOld { .. }))
+    ));
+    assert!(matches!(
+        stream.record(Key::from("c").at(Timestamp::from_unix_ms(u64::MAX))).wait(),
+        Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
+    ));
+    stream.close().wait().unwrap();
 }
 
 /// A delivery of a queue, which takes answers or does not.
@@ -187,9 +197,9 @@ impl Delivery for Delivered {
 
 /// Everything that a processor counts happens here.
 async fn deliveries(dir: &Path) {
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let store = builder(&clock).open(dir.join("deliveries")).unwrap();
-    let store = onlyonce::future::Store::new(store).unwrap();
+    let store = onlyonce::store;
     let processor = Processor::new(store.clone()).attempts(2).give_up_after(Duration::ZERO);
     let receipt = async |_: &Delivered, _: &mut Job| Ok("receipt");
     for origin in [KeyOrigin::Id, KeyOrigin::Position, KeyOrigin::Digest] {
@@ -214,7 +224,7 @@ async fn deliveries(dir: &Path) {
     store.close().await.unwrap();
 
     let store = builder(&clock).in_flight_limit(1).open(dir.join("full")).unwrap();
-    let store = onlyonce::future::Store::new(store).unwrap();
+    let store = onlyonce::store;
     let other = store.claim("other").await.unwrap();
     let settled = Processor::new(store.clone()).process(Delivered("full", KeyOrigin::Id, true), receipt).await.unwrap();
     assert!(matches!(settled, Settled::StoreFailed { .. }), "{settled:?}");
@@ -230,13 +240,13 @@ fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
     let dir = tempfile::tempdir().unwrap();
     live(dir.path());
     // One that stays open, until its keeper has told what there is.
-    let clock = ManualClock::at(START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let held = builder(&clock).on_interrupt(OnInterrupt::Hold).open(dir.path().join("held")).unwrap();
     drop(acquire(&held, "held"));
     let _running = acquire(&held, "running");
-    held.record("sealed").unwrap();
-    held.seal().unwrap();
-    held.record("unsealed").unwrap();
+    held.record("sealed").wait().unwrap();
+    held.flush().unwrap();
+    held.record("unsealed").wait().unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     let (shapes, values) = documented();
     let gauges: Vec<&String> = shapes.iter().filter(|(_, shape)| shape.0 == "gauge").map(|(name, _)| name).collect();
@@ -247,7 +257,7 @@ fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
         std::thread::sleep(Duration::from_millis(50));
         told.hear(&snapshotter);
     }
-    held.close().unwrap();
+    held.close().wait().unwrap();
     told.hear(&snapshotter);
 
     let expected = [

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::{Bench, START_MS};
-use onlyonce::{Check, Claim, Error, Key, Lease, OnInterrupt, Prior, Recorded, Resolution};
+use onlyonce::{Claim, Error, Key, KeyStatus, Lease, OnInterrupt, PriorAttempt, RecordOutcome, Resolution, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt, SeedableRng};
@@ -33,11 +33,11 @@ enum Holder {
     },
     /// Interrupted at the earliest at this time; the store may have noticed later, after a restart.
     Gone {
-        priors: Vec<Prior>,
+        priors: Vec<PriorAttempt>,
         since_ms: u64,
     },
     Open {
-        prior: Vec<Prior>,
+        prior: Vec<PriorAttempt>,
         since_ms: u64,
         not_before_ms: u64,
     },
@@ -50,7 +50,7 @@ enum Expected {
     /// Acquired again; or, where it was left alone for a window, as good as new.
     Again {
         attempt: u32,
-        priors: Vec<Prior>,
+        priors: Vec<PriorAttempt>,
         or_new: bool,
     },
     InProgress {
@@ -76,7 +76,7 @@ impl Model {
             Known::Completed { payload, .. } => (*payload, Expected::Completed),
             Known::Processing { attempt, payload, holder, .. } => {
                 let attempt = *attempt;
-                let interrupted = |priors: &[Prior], since_ms: u64| match self.on_interrupt {
+                let interrupted = |priors: &[PriorAttempt], since_ms: u64| match self.on_interrupt {
                     OnInterrupt::Hold => Expected::InProgress { attempt, retry_after_ms: None },
                     OnInterrupt::Rerun => Expected::Again {
                         attempt: attempt + 1,
@@ -88,7 +88,7 @@ impl Model {
                     Holder::Leased { until_ms } if self.now_ms < *until_ms => {
                         Expected::InProgress { attempt, retry_after_ms: Some(until_ms - self.now_ms) }
                     }
-                    Holder::Leased { until_ms } => interrupted(&[Prior::LeaseExpired], *until_ms),
+                    Holder::Leased { until_ms } => interrupted(&[PriorAttempt::LeaseExpired], *until_ms),
                     Holder::Gone { priors, since_ms } => interrupted(priors, *since_ms),
                     Holder::Open { since_ms, .. } if self.now_ms >= since_ms + WINDOW_MS => return Expected::New,
                     Holder::Open { not_before_ms, .. } if self.now_ms < *not_before_ms => {
@@ -124,14 +124,14 @@ impl Model {
     /// The store acquired the key, as it was allowed to.
     fn acquired(&mut self, key: &str, payload: Option<u8>, lease: &Lease) {
         let stored = match self.known.get(key) {
-            Some(Known::Processing { payload, .. }) if lease.prior().is_some() => *payload,
+            Some(Known::Processing { payload, .. }) if lease.attempt().prior().is_some() => *payload,
             _ => None,
         };
         self.known.insert(
             key.to_owned(),
             Known::Processing {
-                token: lease.token(),
-                attempt: lease.attempt(),
+                token: lease.token().get(),
+                attempt: lease.attempt().number(),
                 payload: payload.or(stored),
                 holder: Holder::Leased { until_ms: self.now_ms + LEASE_MS },
             },
@@ -139,14 +139,14 @@ impl Model {
     }
 }
 
-struct Held {
+struct HeldKey {
     key: String,
     lease: Lease,
 }
 
 struct Round {
     // Dropped before the store's directory is: a lease keeps its store open.
-    leases: Vec<Held>,
+    leases: Vec<HeldKey>,
     bench: Bench,
     model: Model,
     rng: StdRng,
@@ -178,7 +178,7 @@ impl Round {
         *[None, None, None, Some(1), Some(1), Some(2)].choose(&mut self.rng).unwrap()
     }
 
-    fn lease(&mut self) -> Option<Held> {
+    fn lease(&mut self) -> Option<HeldKey> {
         if self.leases.is_empty() {
             return None;
         }
@@ -202,21 +202,21 @@ impl Round {
             75..79 => self.resolve(),
             79..82 => self.held(),
             82..92 => self.advance(),
-            92..97 => self.bench.store().seal().unwrap(),
+            92..97 => self.bench.store().flush().unwrap(),
             _ => self.reopen(),
         }
     }
 
     fn claim(&mut self) {
         let (key, payload) = (self.key(), self.payload());
-        let claimed = self.bench.store().claim(with_payload(&key, payload));
+        let claimed = self.bench.store().claim(with_payload(&key, payload)).wait();
         self.claimed(&key, payload, claimed);
     }
 
     fn claim_batch(&mut self) {
         let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
         let asked = keys.iter().map(|(key, payload)| with_payload(key, *payload));
-        let claimed = self.bench.store().claim_batch(asked).unwrap();
+        let claimed = self.bench.store().claim_batch(asked).wait().unwrap();
         assert_eq!(claimed.len(), keys.len());
         for ((key, payload), claimed) in keys.iter().zip(claimed) {
             self.claimed(key, *payload, claimed);
@@ -227,12 +227,13 @@ impl Round {
         let expected = self.model.expect(key, payload);
         match (&expected, claimed) {
             (Expected::New, Ok(Claim::Acquired(lease))) => {
-                assert_eq!((lease.attempt(), lease.prior()), (1, None), "{key}");
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{key}");
                 self.acquired(key, payload, lease);
             }
             (Expected::Again { attempt, priors, or_new }, Ok(Claim::Acquired(lease))) => {
-                let again = lease.attempt() == *attempt && lease.prior().is_some_and(|prior| priors.contains(&prior));
-                let new = *or_new && lease.attempt() == 1 && lease.prior().is_none();
+                let again = lease.attempt().number() == *attempt
+                    && lease.attempt().prior().is_some_and(|prior| priors.contains(&prior));
+                let new = *or_new && lease.attempt().number() == 1 && lease.attempt().prior().is_none();
                 assert!(again || new, "{key}: {lease:?} where {expected:?}");
                 self.acquired(key, payload, lease);
             }
@@ -247,10 +248,10 @@ impl Round {
     }
 
     fn acquired(&mut self, key: &str, payload: Option<u8>, lease: Lease) {
-        assert!(lease.token() > self.model.last_token, "tokens increase");
-        self.model.last_token = lease.token();
+        assert!(lease.token().get() > self.model.last_token, "tokens increase");
+        self.model.last_token = lease.token().get();
         self.model.acquired(key, payload, &lease);
-        self.leases.push(Held { key: key.to_owned(), lease });
+        self.leases.push(HeldKey { key: key.to_owned(), lease });
     }
 
     fn is_as_known(&self, key: &str, completed: &onlyonce::Completed) {
@@ -258,8 +259,8 @@ impl Round {
             panic!("{key} was never completed")
         };
         assert_eq!(completed.result(), result.as_deref(), "{key}");
-        assert_eq!(completed.is_omitted(), *omitted, "{key}");
-        assert_eq!(completed.completed_at_ms(), *at_ms, "{key}");
+        assert_eq!(completed.is_result_too_large(), *omitted, "{key}");
+        assert_eq!(completed.completed_at().as_unix_ms(), *at_ms, "{key}");
     }
 
     fn result(&mut self) -> Vec<u8> {
@@ -269,9 +270,9 @@ impl Round {
     }
 
     /// The answer that settling a lease should get, where only one is right.
-    fn settles(&self, held: &Held) -> Option<bool> {
+    fn settles(&self, held: &HeldKey) -> Option<bool> {
         match self.model.known.get(&held.key) {
-            Some(Known::Processing { token, .. }) if *token == held.lease.token() => {
+            Some(Known::Processing { token, .. }) if *token == held.lease.token().get() => {
                 if self.model.may_be_forgotten(&held.key) { None } else { Some(true) }
             }
             _ => Some(false),
@@ -300,7 +301,7 @@ impl Round {
             Err(error) => {
                 assert_ne!(expected, Some(true), "{key}: {error}");
                 assert!(matches!(error.error(), Error::Superseded { .. }), "{error}");
-                assert_eq!(error.result(), result, "the result comes back");
+                assert_eq!(error.completion().result(), result, "the result comes back");
             }
         }
     }
@@ -308,7 +309,7 @@ impl Round {
     fn complete(&mut self) {
         let Some(held) = self.lease() else { return };
         let (expected, result) = (self.settles(&held), self.result());
-        let answer = held.lease.complete(result.clone());
+        let answer = held.lease.complete(result.clone()).wait();
         self.completed(&held.key, expected, &result, answer);
     }
 
@@ -326,7 +327,7 @@ impl Round {
             asked.push((held.key, expected, result.clone()));
             leases.push((held.lease, result));
         }
-        let answers = self.bench.store().complete_batch(leases);
+        let answers = self.bench.store().complete_batch(leases).wait();
         assert_eq!(answers.len(), asked.len());
         for ((key, expected, result), answer) in asked.into_iter().zip(answers) {
             self.completed(&key, expected, &result, answer);
@@ -337,8 +338,8 @@ impl Round {
         let Some(held) = self.lease() else { return };
         let expected = self.settles(&held);
         let backoff_ms = *[0, 0, 500, 15_000].choose(&mut self.rng).unwrap();
-        let doubt = held.lease.prior();
-        match held.lease.release_after(Duration::from_millis(backoff_ms)) {
+        let doubt = held.lease.attempt().prior();
+        match held.lease.release().after(Duration::from_millis(backoff_ms)).wait() {
             Ok(()) => {
                 assert_ne!(expected, Some(false), "{}", held.key);
                 let now_ms = self.model.now_ms;
@@ -346,8 +347,8 @@ impl Round {
                     // What it left must outlive it.
                     let not_before_ms = now_ms + backoff_ms.min(WINDOW_MS / 2);
                     // A doubt persists across releases, and with it the payload.
-                    let prior = doubt.unwrap_or(Prior::Released);
-                    if prior == Prior::Released {
+                    let prior = doubt.unwrap_or(PriorAttempt::Released);
+                    if prior == PriorAttempt::Released {
                         *payload = None;
                     }
                     *holder = Holder::Open { prior: vec![prior], since_ms: now_ms, not_before_ms };
@@ -362,8 +363,8 @@ impl Round {
 
     fn drop_lease(&mut self) {
         let Some(held) = self.lease() else { return };
-        let Held { key, lease } = held;
-        let token = lease.token();
+        let HeldKey { key, lease } = held;
+        let token = lease.token().get();
         drop(lease);
         let now_ms = self.model.now_ms;
         if let Some(Known::Processing { token: current, holder, .. }) = self.model.known.get_mut(&key)
@@ -372,7 +373,11 @@ impl Round {
         {
             // One that ran out a window ago may be forgotten already, and dropping it says nothing new.
             let stale = now_ms >= until_ms + WINDOW_MS;
-            let priors = if stale { vec![Prior::Dropped, Prior::LeaseExpired] } else { vec![Prior::Dropped] };
+            let priors = if stale {
+                vec![PriorAttempt::Dropped, PriorAttempt::LeaseExpired]
+            } else {
+                vec![PriorAttempt::Dropped]
+            };
             *holder = Holder::Gone { priors, since_ms: if stale { until_ms } else { now_ms } };
         }
     }
@@ -403,7 +408,7 @@ impl Round {
     fn record(&mut self) {
         let (key, payload) = (self.key(), self.payload());
         self.settle_doubt(&key);
-        let recorded = self.bench.store().record(with_payload(&key, payload));
+        let recorded = self.bench.store().record(with_payload(&key, payload)).wait();
         self.recorded(&key, payload, recorded);
     }
 
@@ -411,7 +416,7 @@ impl Round {
         let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
         keys.iter().for_each(|(key, _)| self.settle_doubt(key));
         let asked = keys.iter().map(|(key, payload)| with_payload(key, *payload));
-        let recorded = self.bench.store().record_batch(asked).unwrap();
+        let recorded = self.bench.store().record_batch(asked).wait().unwrap();
         assert_eq!(recorded.len(), keys.len());
         for ((key, payload), recorded) in keys.iter().zip(recorded) {
             self.recorded(key, *payload, recorded);
@@ -422,15 +427,15 @@ impl Round {
     /// bind, or none. Begins such a key anew.
     fn settle_doubt(&mut self, key: &str) {
         if let Expected::Again { or_new: true, .. } = self.model.expect(key, None) {
-            self.bench.store().forget(key).unwrap();
+            self.bench.store().forget(key).wait().unwrap();
             self.model.known.remove(key);
         }
     }
 
-    fn recorded(&mut self, key: &str, payload: Option<u8>, recorded: onlyonce::Result<Recorded>) {
+    fn recorded(&mut self, key: &str, payload: Option<u8>, recorded: onlyonce::Result<RecordOutcome>) {
         let expected = self.model.expect(key, payload);
         match (&expected, recorded) {
-            (Expected::New | Expected::Again { .. }, Ok(Recorded::First)) => {
+            (Expected::New | Expected::Again { .. }, Ok(RecordOutcome::First)) => {
                 let stored = match (&expected, self.model.known.get(key)) {
                     (Expected::Again { .. }, Some(Known::Processing { payload, .. })) => *payload,
                     _ => None,
@@ -443,8 +448,8 @@ impl Round {
                 };
                 self.model.known.insert(key.to_owned(), known);
             }
-            (Expected::InProgress { .. }, Ok(Recorded::Duplicate { in_flight: true }))
-            | (Expected::Completed, Ok(Recorded::Duplicate { in_flight: false }))
+            (Expected::InProgress { .. }, Ok(RecordOutcome::Duplicate { in_flight: true }))
+            | (Expected::Completed, Ok(RecordOutcome::Duplicate { in_flight: false }))
             | (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
             (_, recorded) => panic!("{key}: {recorded:?} where {expected:?}"),
         }
@@ -453,11 +458,11 @@ impl Round {
     fn check(&mut self) {
         let (key, payload) = (self.key(), self.payload());
         let expected = self.model.expect(&key, payload);
-        match (&expected, self.bench.store().check(with_payload(&key, payload))) {
-            (Expected::New | Expected::Again { .. }, Ok(Check::New))
-            | (Expected::InProgress { .. }, Ok(Check::InProgress(_)))
+        match (&expected, self.bench.store().check(with_payload(&key, payload)).wait()) {
+            (Expected::New | Expected::Again { .. }, Ok(KeyStatus::New))
+            | (Expected::InProgress { .. }, Ok(KeyStatus::InProgress(_)))
             | (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
-            (Expected::Completed, Ok(Check::Completed(completed))) => self.is_as_known(&key, &completed),
+            (Expected::Completed, Ok(KeyStatus::Completed(completed))) => self.is_as_known(&key, &completed),
             (_, checked) => panic!("{key}: {checked:?} where {expected:?}"),
         }
     }
@@ -473,7 +478,7 @@ impl Round {
             )
         );
         let held = self.model.is_held(&key);
-        match self.bench.store().forget(&key) {
+        match self.bench.store().forget(&key).wait() {
             Ok(there) => {
                 assert!(!alive && !held, "{key} was forgotten under its holder, or before its decision");
                 match expected {
@@ -498,7 +503,7 @@ impl Round {
             let result = self.result();
             (Resolution::Completed(result.clone()), Some(result))
         };
-        match self.bench.store().resolve(&key, resolution) {
+        match self.bench.store().resolve(&key, resolution).wait() {
             Err(Error::NotHeld { .. }) => assert!(!held, "{key} is held"),
             Err(error) => panic!("{key}: {error}"),
             Ok(()) => {
@@ -510,7 +515,7 @@ impl Round {
                         if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&key) {
                             let prior = match &holder {
                                 Holder::Gone { priors, .. } => priors.clone(),
-                                _ => vec![Prior::LeaseExpired],
+                                _ => vec![PriorAttempt::LeaseExpired],
                             };
                             *holder = Holder::Open { prior, since_ms: now_ms, not_before_ms: 0 };
                         }
@@ -521,7 +526,7 @@ impl Round {
     }
 
     fn held(&mut self) {
-        let held = self.bench.store().held().unwrap();
+        let held = self.bench.store().held().wait().unwrap();
         let listed: Vec<String> =
             held.iter().map(|held| String::from_utf8(held.key.as_bytes().to_vec()).unwrap()).collect();
         let mut expected: Vec<(u64, &String)> = Vec::new();
@@ -550,12 +555,12 @@ impl Round {
         let right_ms = self.model.now_ms;
         let wrong_ms =
             *[0, right_ms - 3_600_000, right_ms + 3_600_000, 4_080_000_000_000].choose(&mut self.rng).unwrap();
-        self.bench.clock.set_wall_ms(wrong_ms);
-        self.bench.store().check("somebody asks").unwrap();
+        self.bench.clock.set_wall(Timestamp::from_unix_ms(wrong_ms));
+        self.bench.store().check("somebody asks").wait().unwrap();
         if self.rng.random_bool(0.2) {
-            self.bench.store().seal().unwrap();
+            self.bench.store().flush().unwrap();
         }
-        self.bench.clock.set_wall_ms(right_ms);
+        self.bench.clock.set_wall(Timestamp::from_unix_ms(right_ms));
     }
 
     fn reopen(&mut self) {
@@ -569,10 +574,10 @@ impl Round {
                 match holder {
                     Holder::Leased { until_ms } => {
                         let since_ms = (*until_ms).min(now_ms);
-                        *holder = Holder::Gone { priors: vec![Prior::Crashed, Prior::Dropped], since_ms };
+                        *holder = Holder::Gone { priors: vec![PriorAttempt::Crashed, PriorAttempt::Dropped], since_ms };
                     }
                     // Whether the store wrote down that it was dropped depends on when it sealed.
-                    Holder::Gone { priors, .. } => priors.push(Prior::Crashed),
+                    Holder::Gone { priors, .. } => priors.push(PriorAttempt::Crashed),
                     Holder::Open { .. } => {}
                 }
             }
@@ -587,7 +592,7 @@ impl Round {
         self.reopen();
         for i in 0..12 {
             let key = format!("key-{i}");
-            let claimed = self.bench.store().claim(&key);
+            let claimed = self.bench.store().claim(&key).wait();
             self.claimed(&key, None, claimed);
         }
     }

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use common::{Bench, copy_store};
-use onlyonce::{Check, Claim, Error, Outcome, Recorded, Store};
+use onlyonce::{Claim, Error, Key, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
 
 #[test]
 fn a_second_open_is_refused_by_name_after_the_wait() {
@@ -18,20 +18,20 @@ fn a_second_open_is_refused_by_name_after_the_wait() {
     let Err(error @ Error::AlreadyOpen { .. }) = refused else { panic!("{refused:?}") };
     assert!(start.elapsed() >= Duration::from_millis(120));
     assert!(error.to_string().contains(&bench.path().display().to_string()), "{error}");
-    assert!(error.retryable());
-    bench.store().record("the first one works on").unwrap();
+    assert!(error.is_retryable());
+    bench.store().record("the first one works on").wait().unwrap();
 }
 
 #[test]
 fn a_store_that_is_let_go_meanwhile_is_opened() {
     let mut bench = Bench::new();
-    bench.store().record("k").unwrap();
+    bench.store().record("k").wait().unwrap();
     let (builder, path) = (bench.builder().lock_wait(Duration::from_secs(20)), bench.path());
-    let second = std::thread::spawn(move || builder.open(path).map(|store| store.check("k")));
+    let second = std::thread::spawn(move || builder.open(path).map(|store| store.check("k").wait()));
     std::thread::sleep(Duration::from_millis(50));
-    bench.store().close().unwrap();
+    bench.store().close().wait().unwrap();
     let check = second.join().unwrap().unwrap().unwrap();
-    assert!(matches!(check, Check::Completed(_)), "{check:?}");
+    assert!(matches!(check, KeyStatus::Completed(_)), "{check:?}");
     bench.reopen();
 }
 
@@ -41,31 +41,31 @@ fn the_last_clone_and_lease_close_the_store() {
     let path = dir.path().join("store");
     let store = Store::open(&path).unwrap();
     let clone = store.clone();
-    let Claim::Acquired(lease) = store.claim("k").unwrap() else { panic!("k is new") };
+    let Claim::Acquired(lease) = store.claim("k").wait().unwrap() else { panic!("k is new") };
     drop((store, clone));
     let again = Store::builder().lock_wait(Duration::ZERO).open(&path);
     assert!(matches!(again, Err(Error::AlreadyOpen { .. })), "the lease holds it open");
-    lease.complete("r").unwrap();
+    lease.complete("r").wait().unwrap();
     let store = Store::builder().lock_wait(Duration::ZERO).open(&path).unwrap();
-    assert!(matches!(store.claim("k").unwrap(), Claim::Completed(_)));
+    assert!(matches!(store.claim("k").wait().unwrap(), Claim::Completed(_)));
 }
 
 #[test]
 fn a_closed_store_refuses_and_gives_back_what_it_was_given() {
     let bench = Bench::new();
     let lease = bench.acquire("k");
-    bench.store().close().unwrap();
-    bench.store().close().expect("closing twice is closing once");
-    assert!(matches!(bench.store().claim("k"), Err(Error::Closed)));
-    assert!(matches!(bench.store().check("new"), Err(Error::Closed)));
-    assert!(matches!(bench.store().record_batch(["a"]), Err(Error::Closed)));
-    assert!(matches!(bench.store().held(), Err(Error::Closed)));
-    assert!(matches!(bench.store().seal(), Err(Error::Closed)));
-    let error = lease.complete("result").unwrap_err();
+    bench.store().close().wait().unwrap();
+    bench.store().close().wait().expect("closing twice is closing once");
+    assert!(matches!(bench.store().claim("k").wait(), Err(Error::Closed)));
+    assert!(matches!(bench.store().check("new").wait(), Err(Error::Closed)));
+    assert!(matches!(bench.store().record_batch(["a"]).wait(), Err(Error::Closed)));
+    assert!(matches!(bench.store().held().wait(), Err(Error::Closed)));
+    assert!(matches!(bench.store().flush(), Err(Error::Closed)));
+    let error = lease.complete("result").wait().unwrap_err();
     assert!(matches!(error.error(), Error::Closed));
-    assert_eq!((error.outcome(), error.result()), (Outcome::NotWritten, &b"result"[..]));
-    let (_, result, lease) = error.into_parts();
-    assert_eq!((result, lease.map(|lease| lease.attempt())), (b"result".to_vec(), Some(1)));
+    assert_eq!((error.outcome(), error.completion().result()), (Outcome::NotWritten, &b"result"[..]));
+    let (_, completion, lease) = error.into_parts();
+    assert_eq!((completion.into_result(), lease.map(|lease| lease.attempt().number())), (b"result".to_vec(), Some(1)));
 }
 
 #[test]
@@ -148,11 +148,11 @@ fn a_path_of_any_bytes_and_one_through_a_link_are_stores() {
     fs::create_dir(dir.path().join("real")).unwrap();
     std::os::unix::fs::symlink("real", &link).unwrap();
     for path in [&unusual, &link] {
-        for expected in [Recorded::First, Recorded::Duplicate { in_flight: false }] {
+        for expected in [RecordOutcome::First, RecordOutcome::Duplicate { in_flight: false }] {
             let store = Store::open(path).unwrap();
-            assert_eq!(store.record("k").unwrap(), expected);
-            store.seal().unwrap();
-            store.close().unwrap();
+            assert_eq!(store.record("k").wait().unwrap(), expected);
+            store.flush().unwrap();
+            store.close().wait().unwrap();
         }
     }
     assert!(dir.path().join("real/onlyonce.lock").exists());
@@ -163,7 +163,7 @@ fn a_new_store_is_its_owners_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a/b/store");
     let store = Store::open(&path).unwrap();
-    store.record("k").unwrap();
+    store.record("k").wait().unwrap();
     let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&path), 0o700);
     assert_eq!(mode(&path.join("db")), 0o700);
@@ -173,8 +173,8 @@ fn a_new_store_is_its_owners_alone() {
 #[test]
 fn what_a_crash_left_half_done_is_cleared_away() {
     let mut bench = Bench::new();
-    bench.store().record("k").unwrap();
-    bench.store().close().unwrap();
+    bench.store().record("k").wait().unwrap();
+    bench.store().close().wait().unwrap();
     let (runs, new) = (bench.path().join("runs"), bench.path().join("db.new"));
     fs::write(runs.join("7.sst"), "half a run").unwrap();
     fs::create_dir(&new).unwrap();
@@ -186,7 +186,7 @@ fn what_a_crash_left_half_done_is_cleared_away() {
     assert!(!new.exists());
     assert!(!runs.join("7.sst").exists() && !options.exists());
     assert!(runs.join("notes.txt").exists(), "what is not ours stays");
-    assert_eq!(bench.store().record("k").unwrap(), Recorded::Duplicate { in_flight: false });
+    assert_eq!(bench.store().record("k").wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
 }
 
 #[test]
@@ -196,14 +196,14 @@ fn a_crash_during_creation_is_no_obstacle() {
     fs::create_dir_all(path.join("db.new")).unwrap();
     fs::write(path.join("onlyonce.lock"), "").unwrap();
     fs::write(path.join("db.new/000004.log"), "half").unwrap();
-    Store::open(&path).unwrap().record("k").unwrap();
+    Store::open(&path).unwrap().record("k").wait().unwrap();
 }
 
 #[test]
 fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
     let bench = Bench::new();
-    bench.store().record("k").unwrap();
-    bench.store().close().unwrap();
+    bench.store().record("k").wait().unwrap();
+    bench.store().close().wait().unwrap();
     fs::remove_file(bench.path().join("db/CURRENT")).unwrap();
     let refused = bench.builder().open(bench.path());
     assert!(matches!(&refused, Err(Error::Corrupt { place, .. }) if place.ends_with("CURRENT")), "{refused:?}");
@@ -222,7 +222,7 @@ fn a_budget_that_no_machine_has_is_refused_before_rocksdb_is_told_of_it() {
             assert!(matches!(refused, Err(Error::Config { option: "memory_budget", .. })), "{bytes}: {refused:?}");
         }
         if !exists {
-            Store::open(&path).unwrap().close().unwrap();
+            Store::open(&path).unwrap().close().wait().unwrap();
         }
     }
 }
@@ -232,12 +232,12 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
     let bench = Bench::with(|builder| builder.durability(onlyonce::Durability::Disk));
     // Each in a row, and so in a record, of its own.
     for i in 0..100 {
-        bench.store().record(format!("key-{i}")).unwrap();
+        bench.store().record(format!("key-{i}")).wait().unwrap();
     }
     // As a crash leaves it: where a store was closed, every log has its end.
     let crashed = bench.path().join("../crashed");
     copy_store(&bench.path(), &crashed);
-    bench.store().close().unwrap();
+    bench.store().close().wait().unwrap();
     let log = fs::read_dir(crashed.join("db"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -271,9 +271,9 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
         let copy = bench.path().join("../copy");
         copy_store(&crashed, &copy);
         let store = bench.builder().open(&copy).unwrap_or_else(|error| panic!("{what}: {error}"));
-        let remembered = |i: usize| matches!(store.check(format!("key-{i}")).unwrap(), Check::Completed(_));
+        let remembered = |i: usize| matches!(store.check(format!("key-{i}")).wait().unwrap(), KeyStatus::Completed(_));
         assert!((0..98).all(remembered), "only the end may be missing: {what}");
-        store.close().unwrap();
+        store.close().wait().unwrap();
         fs::remove_dir_all(&copy).unwrap();
     }
 }
@@ -282,7 +282,7 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
 fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
     for buckets in [1, 13, 14, 30, 31, 48] {
         let dir = tempfile::tempdir().unwrap();
-        let clock = onlyonce::ManualClock::at(common::START_MS);
+        let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
         let open = || {
             Store::builder()
                 .window(Duration::from_secs(buckets))
@@ -293,14 +293,14 @@ fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
         };
         let store = open().unwrap();
         for second in 0..buckets + 3 {
-            store.record(format!("key-{second}")).unwrap();
-            store.seal().unwrap();
+            store.record(format!("key-{second}")).wait().unwrap();
+            store.flush().unwrap();
             clock.advance(Duration::from_secs(1));
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
         let store = open().unwrap_or_else(|error| panic!("{buckets} buckets: {error}"));
         for second in 0..buckets + 3 {
-            let remembered = matches!(store.check(format!("key-{second}")).unwrap(), Check::Completed(_));
+            let remembered = matches!(store.check(format!("key-{second}")).wait().unwrap(), KeyStatus::Completed(_));
             assert_eq!(remembered, second > 3, "key {second} of {buckets} buckets");
         }
     }
@@ -309,22 +309,29 @@ fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
 #[test]
 fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
     let mut bench = Bench::with(|builder| builder.in_flight_limit(1));
-    bench.acquire("done").complete("r").unwrap();
+    bench.acquire("done").complete("r").wait().unwrap();
     drop(bench.acquire("dropped"));
     let running = bench.acquire("running");
-    assert!(matches!(bench.store().claim("new"), Err(Error::TooManyInFlight { .. })));
-    assert!(matches!(bench.store().claim("dropped"), Err(Error::TooManyInFlight { .. })), "it would be one more");
+    assert!(matches!(bench.store().claim("new").wait(), Err(Error::TooManyInFlight { .. })));
+    assert!(
+        matches!(bench.store().claim("dropped").wait(), Err(Error::TooManyInFlight { .. })),
+        "it would be one more"
+    );
     bench.advance_ms(1_000);
     let taken_over = bench.acquire("running");
-    assert_eq!(taken_over.attempt(), 2, "what has run out adds none");
-    assert!(running.complete("late").is_err());
-    taken_over.complete("r").unwrap();
+    assert_eq!(taken_over.attempt().number(), 2, "what has run out adds none");
+    assert!(running.complete("late").wait().is_err());
+    taken_over.complete("r").wait().unwrap();
     assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate is answered");
-    assert_eq!(bench.store().record("recorded").unwrap(), Recorded::First, "a record leaves nothing in flight");
+    assert_eq!(
+        bench.store().record("recorded").wait().unwrap(),
+        RecordOutcome::First,
+        "a record leaves nothing in flight"
+    );
     bench.reopen();
     let again = bench.acquire("dropped");
-    assert_eq!(again.attempt(), 2, "what was interrupted can be claimed again");
-    let batch = bench.store().claim_batch(["done", "new", "dropped"]).unwrap();
+    assert_eq!(again.attempt().number(), 2, "what was interrupted can be claimed again");
+    let batch = bench.store().claim_batch(["done", "new", "dropped"]).wait().unwrap();
     assert!(
         matches!(
             batch.as_slice(),
@@ -332,8 +339,8 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
         ),
         "{batch:?}"
     );
-    again.complete("r").unwrap();
-    bench.acquire("new").complete("r").unwrap();
+    again.complete("r").wait().unwrap();
+    bench.acquire("new").complete("r").wait().unwrap();
 }
 
 #[test]
@@ -341,10 +348,10 @@ fn keys_whose_lease_ran_out_make_way_after_a_window() {
     let bench = Bench::with(|builder| builder.in_flight_limit(10));
     // Their holders hang: nobody drops them.
     (0..10).for_each(|i| std::mem::forget(bench.acquire(&format!("left-{i}"))));
-    assert!(matches!(bench.store().claim("new"), Err(Error::TooManyInFlight { .. })));
+    assert!(matches!(bench.store().claim("new").wait(), Err(Error::TooManyInFlight { .. })));
     bench.advance_ms(11_000);
     let deadline = Instant::now() + Duration::from_secs(20);
-    while bench.store().claim("new").is_err() {
+    while bench.store().claim("new").wait().is_err() {
         assert!(Instant::now() < deadline, "the store does not heal");
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -356,17 +363,17 @@ fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
     let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>1000}")).collect();
     for batch in keys.chunks(1_000) {
         // Forgotten, not dropped: their process is going to die with them.
-        std::mem::forget(bench.store().claim_batch(batch).unwrap());
+        std::mem::forget(bench.store().claim_batch(batch).wait().unwrap());
     }
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
     bench.reopen();
     let stats = bench.store().stats();
     assert_eq!((stats.in_flight, stats.held), (0, 20_000));
-    bench.store().resolve(&keys[12_345], onlyonce::Resolution::Rerun).unwrap();
+    bench.store().resolve(&keys[12_345], onlyonce::Resolution::Rerun).wait().unwrap();
     let again = bench.acquire(&keys[12_345]);
-    assert_eq!((again.attempt(), again.prior()), (2, Some(onlyonce::Prior::Crashed)));
+    assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(onlyonce::PriorAttempt::Crashed)));
     drop(again);
-    bench.store().close().unwrap();
+    bench.store().close().wait().unwrap();
 }
 
 #[test]
@@ -375,7 +382,7 @@ fn the_longest_key_and_the_largest_result_fit_into_a_call() {
     // With its scope and its form it comes to the limit of 1,024 bytes, or nearly.
     let key = "k".repeat(1_000);
     let result = vec![7; 64 << 20];
-    bench.acquire(&key).complete(result.clone()).unwrap();
+    bench.acquire(&key).complete(result.clone()).wait().unwrap();
     bench.reopen();
     assert!(bench.completed(&key) == Some(result));
 }
@@ -383,41 +390,45 @@ fn the_longest_key_and_the_largest_result_fit_into_a_call() {
 #[test]
 fn what_was_sealed_is_not_read_back_from_the_journal() {
     let mut bench = Bench::new();
-    bench.acquire("sealed").complete("r").unwrap();
+    bench.acquire("sealed").complete("r").wait().unwrap();
     let open = bench.acquire("open");
-    bench.store().seal().unwrap();
-    bench.acquire("later").complete("r").unwrap();
+    bench.store().flush().unwrap();
+    bench.acquire("later").complete("r").wait().unwrap();
     bench.reopen();
     drop(open);
     let stats = bench.store().stats();
-    assert_eq!((stats.unsealed, stats.in_flight), (2, 0), "what came later, and what was open");
+    assert_eq!((stats.unflushed, stats.in_flight), (2, 0), "what came later, and what was open");
     assert_eq!(bench.completed("sealed").as_deref(), Some(&b"r"[..]));
 }
 
 #[test]
 fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
     let bench = Bench::new();
-    bench.store().record("k").unwrap();
-    bench.store().seal().unwrap();
+    bench.store().record("k").wait().unwrap();
+    bench.store().flush().unwrap();
     bench.advance_ms(86_400_000);
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
     let copy = bench.path().join("../copy");
     copy_store(&bench.path(), &copy);
-    bench.clock.set_wall_ms(common::START_MS + 1_000);
+    bench.clock.set_wall(Timestamp::from_unix_ms(common::START_MS + 1_000));
     let store = bench.builder().open(&copy).unwrap();
-    assert_eq!(store.stats().now_ms, common::START_MS + 86_400_000, "whatever the clock shows");
-    assert_eq!(store.check("k").unwrap(), Check::New);
+    assert_eq!(store.stats().now.as_unix_ms(), common::START_MS + 86_400_000, "whatever the clock shows");
+    assert_eq!(store.check("k").wait().unwrap(), KeyStatus::New);
 }
 
 #[test]
 fn a_clock_at_the_end_of_time_is_no_obstacle() {
     let dir = tempfile::tempdir().unwrap();
-    let open = || Store::builder().clock(onlyonce::ManualClock::at(u64::MAX - 10)).open(dir.path().join("store"));
+    let open = || {
+        Store::builder()
+            .clock(onlyonce::ManualClock::at(Timestamp::from_unix_ms(u64::MAX - 10)))
+            .open(dir.path().join("store"))
+    };
     let store = open().unwrap();
-    store.record("k").unwrap();
-    store.seal().unwrap();
-    store.close().unwrap();
-    assert!(matches!(open().unwrap().check("k").unwrap(), Check::Completed(_)));
+    store.record("k").wait().unwrap();
+    store.flush().unwrap();
+    store.close().wait().unwrap();
+    assert!(matches!(open().unwrap().check("k").wait().unwrap(), KeyStatus::Completed(_)));
 }
 
 #[test]
@@ -425,12 +436,12 @@ fn a_lease_of_another_store_is_given_back_unharmed() {
     let (bench, other) = (Bench::new(), Bench::new());
     let lease = other.acquire("k");
     assert_eq!(lease.key(), onlyonce::Key::from("k"));
-    let mut answers = bench.store().complete_batch([(lease, "r"), (bench.acquire("ours"), "r")]);
+    let mut answers = bench.store().complete_batch([(lease, "r"), (bench.acquire("ours"), "r")]).wait();
     assert!(answers.pop().unwrap().is_ok());
-    let (error, result, lease) = answers.pop().unwrap().unwrap_err().into_parts();
+    let (error, completion, lease) = answers.pop().unwrap().unwrap_err().into_parts();
     assert!(matches!(error, Error::ForeignLease { .. }), "{error}");
-    assert_eq!(result, b"r");
-    lease.unwrap().complete("r").unwrap();
+    assert_eq!(completion.result(), b"r");
+    lease.unwrap().complete("r").wait().unwrap();
     assert_eq!(other.completed("k").unwrap(), b"r");
 }
 
@@ -438,16 +449,16 @@ fn a_lease_of_another_store_is_given_back_unharmed() {
 fn limits_refuse_by_name_and_change_nothing() {
     let bench = Bench::with(|builder| builder.key_limit(8).in_flight_limit(2));
     let store = bench.store();
-    assert!(matches!(store.claim(""), Err(Error::KeyEmpty { .. })));
-    let error = store.record_batch(["fits", "far too long"]).unwrap_err();
-    assert!(matches!(error, Error::KeyTooLong { len: 12, limit: 8, .. }), "{error}");
-    assert_eq!(store.check("fits").unwrap(), Check::New, "a refused batch records nothing");
+    assert!(matches!(store.claim("").wait(), Err(Error::Key(KeyError::Empty { .. }))));
+    let error = store.record_batch(["fits", "far too long"]).wait().unwrap_err();
+    assert!(matches!(error, Error::Key(KeyError::TooLong { len: 12, limit: 8, .. })), "{error}");
+    assert_eq!(store.check("fits").wait().unwrap(), KeyStatus::New, "a refused batch records nothing");
 
     let _leases = (bench.acquire("one"), bench.acquire("two"));
-    let error = store.claim("three").unwrap_err();
+    let error = store.claim("three").wait().unwrap_err();
     assert!(matches!(error, Error::TooManyInFlight { in_flight: 2, limit: 2 }), "{error}");
-    assert!(error.retryable());
-    assert_eq!(store.check("three").unwrap(), Check::New);
+    assert!(error.is_retryable());
+    assert_eq!(store.check("three").wait().unwrap(), KeyStatus::New);
 }
 
 #[test]
@@ -455,12 +466,12 @@ fn bytes_of_any_kind_are_keys() {
     let mut bench = Bench::new();
     let keys: [&[u8]; 5] = [b"\0", b"\0\0", b"\xff\xfe", b"a\nb", &[0x80; 300]];
     for key in keys {
-        assert_eq!(bench.store().record(key).unwrap(), Recorded::First, "{key:?}");
+        assert_eq!(bench.store().record(key).wait().unwrap(), RecordOutcome::First, "{key:?}");
     }
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
     bench.reopen();
     for key in keys {
-        assert_eq!(bench.store().record(key).unwrap(), Recorded::Duplicate { in_flight: false }, "{key:?}");
+        assert_eq!(bench.store().record(key).wait().unwrap(), RecordOutcome::Duplicate { in_flight: false }, "{key:?}");
     }
 }
 
@@ -468,11 +479,11 @@ fn bytes_of_any_kind_are_keys() {
 fn the_filter_answers_after_a_reopen_and_answers_are_right_before() {
     let mut bench = Bench::new();
     let keys: Vec<String> = (0..50_000).map(|i| format!("key-{i}")).collect();
-    bench.store().record_batch(&keys).unwrap();
-    bench.store().seal().unwrap();
+    bench.store().record_batch(&keys).wait().unwrap();
+    bench.store().flush().unwrap();
     bench.reopen();
-    let checks = bench.store().check_batch(keys.iter().take(2_000)).unwrap();
-    assert!(checks.into_iter().all(|check| matches!(check, Ok(Check::Completed(_)))));
+    let checks = bench.store().check_batch(keys.iter().take(2_000)).wait().unwrap();
+    assert!(checks.into_iter().all(|check| matches!(check, Ok(KeyStatus::Completed(_)))));
     let deadline = Instant::now() + Duration::from_secs(30);
     while bench.store().stats().buckets.iter().any(|bucket| !bucket.filtered) {
         assert!(Instant::now() < deadline, "the filter is not rebuilt");
@@ -480,8 +491,8 @@ fn the_filter_answers_after_a_reopen_and_answers_are_right_before() {
     }
     let before = bench.store().stats();
     let new: Vec<String> = (0..50_000).map(|i| format!("new-{i}")).collect();
-    let checks = bench.store().check_batch(&new).unwrap();
-    assert!(checks.into_iter().all(|check| matches!(check, Ok(Check::New))));
+    let checks = bench.store().check_batch(&new).wait().unwrap();
+    assert!(checks.into_iter().all(|check| matches!(check, Ok(KeyStatus::New))));
     let after = bench.store().stats();
     assert_eq!(after.filter_checks - before.filter_checks, 50_000);
     let to_disk = after.filter_hits - before.filter_hits;
@@ -498,9 +509,10 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         let failure = (0..10_000).find_map(|i| {
             store
                 .claim(format!("key-{i}"))
+                .wait()
                 .and_then(|claim| match claim {
-                    Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).map_err(|error| {
-                        assert_eq!(error.result().len(), 4_096, "the result comes back");
+                    Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).wait().map_err(|error| {
+                        assert_eq!(error.completion().result().len(), 4_096, "the result comes back");
                         error.into_parts().0
                     }),
                     other => panic!("{other:?}"),
@@ -510,7 +522,8 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         let failure = failure.expect("the limit is reached");
         assert!(matches!(failure, Error::WriteFailed { .. }), "{failure}");
         assert_eq!(failure.outcome(), Outcome::Unknown);
-        for refused in [store.claim("other").map(|_| ()), store.check("other").map(|_| ()), store.seal()] {
+        for refused in [store.claim("other").wait().map(|_| ()), store.check("other").wait().map(|_| ()), store.flush()]
+        {
             assert!(matches!(refused, Err(Error::Poisoned { .. })), "{refused:?}");
         }
         assert!(store.stats().poisoned.is_some());
@@ -529,7 +542,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         .unwrap();
     assert!(status.success(), "{status}");
     let store = Store::open(&path).unwrap();
-    assert!(matches!(store.claim("key-0").unwrap(), Claim::Completed(_)));
+    assert!(matches!(store.claim("key-0").wait().unwrap(), Claim::Completed(_)));
 }
 
 #[test]
@@ -538,9 +551,9 @@ fn a_store_that_is_told_what_to_expect_has_no_need_to_grow_its_filter() {
         let keys: Vec<String> = (0..150_000).map(|i| format!("key-{i}")).collect();
         let before = bench.store().stats().filter_bytes;
         for batch in keys.chunks(1_000) {
-            bench.store().record_batch(batch).unwrap();
+            bench.store().record_batch(batch).wait().unwrap();
         }
-        bench.store().seal().unwrap();
+        bench.store().flush().unwrap();
         (before, bench.store().stats().filter_bytes)
     };
     let (before, after) = fill(&Bench::with(|builder| builder.expected_rate(150_000)));

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::Bench;
-use onlyonce::{Claim, Durability, Error, Lease, Store, Tx};
+use onlyonce::{Claim, Completion, Durability, Error, Lease, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -19,44 +19,42 @@ const OPEN: &str = "the store is open";
 #[test]
 fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
     let mut bench = Bench::new();
-    assert_eq!(bench.store().offset("orders", 0).unwrap(), None);
-    bench
-        .acquire("a")
-        .complete_with("done", |tx| {
-            tx.set_offset("orders", 0, 17);
-            tx.set_offset("orders", 300, 4);
-            tx.enqueue("charges", "a", "12 EUR");
-            tx.enqueue("mails", "", "");
-        })
-        .unwrap();
-    bench.acquire("b").complete_with("", |tx| tx.set_offset("orders", 0, 16)).unwrap();
-    // Behind what were duplicates.
-    bench.store().set_offset("orders", 0, 18).unwrap();
-    bench.acquire("c").complete_with("", |tx| tx.enqueue("charges", "c", "7 EUR")).unwrap();
+    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), None);
+    let completion = Completion::new("done")
+        .offset("orders", 0, 17)
+        .offset("orders", 300, 4)
+        .message("charges", "a", "12 EUR")
+        .message("mails", "", "");
+    bench.acquire("a").complete(completion).wait().unwrap();
+    bench.acquire("b").complete(Completion::new("").offset("orders", 0, 16)).wait().unwrap();
+    // After a run of duplicates.
+    bench.store().set_offset("orders", 0, 18).wait().unwrap();
+    bench.acquire("c").complete(Completion::new("").message("charges", "c", "7 EUR")).wait().unwrap();
     for restarted in [false, true] {
         let store = bench.store();
-        assert!(store.outbox(0).unwrap().is_empty(), "and none of them is stepped over");
-        assert_eq!(store.offset("orders", 0).unwrap(), Some(18));
-        assert_eq!(store.offset("orders", 300).unwrap(), Some(4));
-        assert_eq!(store.offset("order", 0).unwrap(), None);
-        let outbox = store.outbox(10).unwrap();
-        let shown: Vec<_> = outbox.iter().map(|it| (&it.topic[..], &it.key[..], &it.bytes[..])).collect();
+        assert!(store.outbox(0).wait().unwrap().is_empty(), "and none of them is stepped over");
+        assert_eq!(store.offset("orders", 0).wait().unwrap(), Some(18));
+        assert_eq!(store.offset("orders", 300).wait().unwrap(), Some(4));
+        assert_eq!(store.offset("order", 0).wait().unwrap(), None);
+        let outbox = store.outbox(10).wait().unwrap();
+        let shown: Vec<_> = outbox.iter().map(|it| (&it.topic[..], &it.key[..], &it.payload[..])).collect();
         let expected: [(&[u8], &[u8], &[u8]); 3] =
             [(b"charges", b"a", b"12 EUR"), (b"mails", b"", b""), (b"charges", b"c", b"7 EUR")];
         assert_eq!(shown, expected, "restarted: {restarted}");
-        assert_eq!(store.outbox(1).unwrap(), outbox[..1]);
-        store.seal().unwrap();
+        assert_eq!(store.outbox(1).wait().unwrap(), outbox[..1]);
+        store.flush().unwrap();
         if restarted {
-            store.delivered([outbox[1].id, outbox[0].id]).unwrap();
-            assert_eq!(store.outbox(10).unwrap(), outbox[2..]);
-            store.delivered([outbox[2].id]).unwrap();
-            assert!(store.outbox(10).unwrap().is_empty());
+            store.remove_messages([outbox[1].id, outbox[0].id]).wait().unwrap();
+            assert_eq!(store.outbox(10).wait().unwrap(), outbox[2..]);
+            store.remove_messages([outbox[2].id]).wait().unwrap();
+            assert!(store.outbox(10).wait().unwrap().is_empty());
         }
         bench.reopen();
     }
-    assert!(bench.store().outbox(10).unwrap().is_empty());
-    bench.acquire("d").complete_with("", |tx| (0..5).for_each(|i| tx.enqueue("charges", i.to_string(), ""))).unwrap();
-    let keys = bench.store().outbox(10).unwrap().into_iter().map(|message| message.key);
+    assert!(bench.store().outbox(10).wait().unwrap().is_empty());
+    let messages = (0..5).fold(Completion::new(""), |all, i| all.message("charges", i.to_string(), ""));
+    bench.acquire("d").complete(messages).wait().unwrap();
+    let keys = bench.store().outbox(10).wait().unwrap().into_iter().map(|message| message.key);
     assert_eq!(keys.collect::<Vec<_>>(), [b"0", b"1", b"2", b"3", b"4"]);
 }
 
@@ -66,13 +64,10 @@ fn nothing_comes_with_a_completion_that_was_overtaken() {
     let late = bench.acquire("k");
     bench.advance_ms(1_000);
     let _taken = bench.acquire("k");
-    let failed = late.complete_with("late", |tx| {
-        tx.set_offset("orders", 0, 1);
-        tx.enqueue("charges", "k", "");
-    });
+    let failed = late.complete(Completion::new("late").offset("orders", 0, 1).message("charges", "k", "")).wait();
     assert!(matches!(failed.unwrap_err().error(), Error::Superseded { .. }));
-    assert_eq!(bench.store().offset("orders", 0).unwrap(), None);
-    assert!(bench.store().outbox(10).unwrap().is_empty());
+    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), None);
+    assert!(bench.store().outbox(10).wait().unwrap().is_empty());
 }
 
 #[test]
@@ -81,28 +76,24 @@ fn behind_an_overtaken_lease_of_its_batch_no_offset_is_stored_and_messages_are()
     let late = bench.acquire("b");
     bench.advance_ms(1_000);
     let _taken = bench.acquire("b");
-    let with = |number: u64| {
-        move |tx: &mut Tx| {
-            tx.set_offset("orders", 0, number);
-            tx.enqueue("charges", number.to_string(), "");
-        }
-    };
+    let done =
+        |number: u64| Completion::new("done").offset("orders", 0, number).message("charges", number.to_string(), "");
     let complete = |batch: Vec<(Lease, u64)>| -> Vec<bool> {
-        let batch = batch.into_iter().map(|(lease, number)| (lease, "done", with(number)));
-        bench.store().complete_batch_with(batch).iter().map(Result::is_ok).collect()
+        let batch = batch.into_iter().map(|(lease, number)| (lease, done(number)));
+        bench.store().complete_batch(batch).wait().iter().map(Result::is_ok).collect()
     };
     let batch = vec![(bench.acquire("a"), 1), (late, 2), (bench.acquire("c"), 3), (bench.acquire("d"), 4)];
     assert_eq!(complete(batch), [true, false, true, true]);
-    assert_eq!(bench.store().offset("orders", 0).unwrap(), Some(1), "the second is not done");
-    let keys = || bench.store().outbox(10).unwrap().into_iter().map(|message| message.key).collect::<Vec<_>>();
+    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(1), "the second is not done");
+    let keys = || bench.store().outbox(10).wait().unwrap().into_iter().map(|message| message.key).collect::<Vec<_>>();
     assert_eq!(keys(), [b"1", b"3", b"4"]);
 
     let batch = vec![(bench.acquire("e"), 5), (other.acquire("f"), 6), (bench.acquire("g"), 7)];
     assert_eq!(complete(batch), [true, false, true], "of another store");
-    assert_eq!(bench.store().offset("orders", 0).unwrap(), Some(5));
+    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(5));
     // The next batch begins anew.
     assert_eq!(complete(vec![(bench.acquire("h"), 8), (bench.acquire("i"), 9)]), [true, true]);
-    assert_eq!(bench.store().offset("orders", 0).unwrap(), Some(9));
+    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(9));
     assert_eq!(keys(), [b"1", b"3", b"4", b"5", b"7", b"8", b"9"]);
     assert_eq!(bench.completed("d").unwrap(), b"done");
 }
@@ -119,20 +110,22 @@ fn a_message_whose_completion_took_longer_is_not_stepped_over() {
             let store = &store;
             scope.spawn(move || {
                 for i in thread * EACH..(thread + 1) * EACH {
-                    let Claim::Acquired(lease) = store.claim(i.to_string()).unwrap() else { panic!("{i} is new") };
-                    lease.complete_with("", |tx| tx.enqueue("t", i.to_string(), "")).unwrap();
+                    let Claim::Acquired(lease) = store.claim(i.to_string()).wait().unwrap() else {
+                        panic!("{i} is new")
+                    };
+                    lease.complete(Completion::new("").message("t", i.to_string(), "")).wait().unwrap();
                 }
             });
         }
         // Reads and removes all the while: what it has not seen yet must come up later.
         while got.len() < (THREADS * EACH) as usize {
-            for message in store.outbox(7).unwrap() {
+            for message in store.outbox(7).wait().unwrap() {
                 assert!(got.insert(message.key.clone()), "{message:?} came twice");
-                store.delivered([message.id]).unwrap();
+                store.remove_messages([message.id]).wait().unwrap();
             }
         }
     });
-    assert!(store.outbox(1).unwrap().is_empty());
+    assert!(store.outbox(1).wait().unwrap().is_empty());
 }
 
 fn open(path: &Path) -> Store {
@@ -149,28 +142,28 @@ fn child() {
     let store = open(&dir.join("store"));
     println!("{OPEN}");
     let mut published = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("published")).unwrap();
-    for next in store.offset("orders", 0).unwrap().unwrap_or(0).. {
+    for next in store.offset("orders", 0).wait().unwrap().unwrap_or(0).. {
         // What was completed took its offset along: no order is met twice.
-        let Claim::Acquired(lease) = store.claim(format!("order-{next}")).unwrap() else {
+        let Claim::Acquired(lease) = store.claim(format!("order-{next}")).wait().unwrap() else {
             panic!("{next} was met twice")
         };
-        lease
-            .complete_with("charged", |tx| {
-                tx.set_offset("orders", 0, next + 1);
-                tx.enqueue("charges", next.to_string(), format!("charge of {next}"));
-            })
-            .unwrap();
+        let completion = Completion::new("charged").offset("orders", 0, next + 1).message(
+            "charges",
+            next.to_string(),
+            format!("charge of {next}"),
+        );
+        lease.complete(completion).wait().unwrap();
         if next % 16 == 0 {
-            let messages = store.outbox(100).unwrap();
+            let messages = store.outbox(100).wait().unwrap();
             let mut lines = String::new();
             for message in &messages {
                 lines += &format!("{} {}\n", message.id, String::from_utf8_lossy(&message.key));
             }
             published.write_all(lines.as_bytes()).unwrap();
-            store.delivered(messages.iter().map(|message| message.id)).unwrap();
+            store.remove_messages(messages.iter().map(|message| message.id)).wait().unwrap();
         }
         if next % 400 == 0 {
-            store.seal().unwrap();
+            store.flush().unwrap();
         }
     }
 }
@@ -203,7 +196,7 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
         child.kill().unwrap();
         child.wait().unwrap();
         let store = open(&dir.path().join("store"));
-        let offset = store.offset("orders", 0).unwrap().unwrap_or(0);
+        let offset = store.offset("orders", 0).wait().unwrap().unwrap_or(0);
         assert!(offset >= last, "the offset went back from {last} to {offset}");
         moved += usize::from(offset > last);
         last = offset;
@@ -215,7 +208,7 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
             .map(|line| line.split_once(' ').unwrap())
             .map(|(id, key)| (id.to_owned(), key.parse().unwrap()))
             .collect();
-        for message in store.outbox(usize::MAX).unwrap() {
+        for message in store.outbox(usize::MAX).wait().unwrap() {
             messages.insert((message.id.to_string(), String::from_utf8(message.key).unwrap().parse().unwrap()));
         }
         let orders: Vec<u64> = messages.iter().map(|(_, order)| *order).collect();
@@ -228,7 +221,10 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
         assert!(distinct.last().is_none_or(|last| *last == offset - 1));
         let step = (offset / 50).max(1) as usize;
         for order in (0..offset).step_by(step) {
-            assert!(matches!(store.claim(format!("order-{order}")).unwrap(), Claim::Completed(_)), "order {order}");
+            assert!(
+                matches!(store.claim(format!("order-{order}")).wait().unwrap(), Claim::Completed(_)),
+                "order {order}"
+            );
         }
         // As a torn line would be: by whoever reads the file.
         std::fs::write(dir.path().join("published"), whole.to_owned() + if whole.is_empty() { "" } else { "\n" })
@@ -243,12 +239,12 @@ fn an_offset_that_is_read_is_on_the_disk_before_it_is_told() {
     for (durability, syncs) in [(Durability::Disk, 1), (Durability::Process, 0)] {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::builder().durability(durability).open(dir.path().join("store")).unwrap();
-        store.set_offset("orders", 0, 17).unwrap();
+        store.set_offset("orders", 0, 17).wait().unwrap();
         let before = store.stats().log_syncs;
         // Another thread may have written it, and wait for its sync.
-        assert_eq!(store.offset("orders", 0).unwrap(), Some(17));
+        assert_eq!(store.offset("orders", 0).wait().unwrap(), Some(17));
         assert_eq!(store.stats().log_syncs - before, syncs, "{durability:?}");
-        assert_eq!(store.offset("others", 0).unwrap(), None);
+        assert_eq!(store.offset("others", 0).wait().unwrap(), None);
         assert_eq!(store.stats().log_syncs - before, syncs, "there is nothing to sync");
     }
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use chronicle::{Chronicle, Found, Verdict};
 use disk::Disk;
-use onlyonce::{Durability, ManualClock};
+use onlyonce::{Durability, ManualClock, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -134,7 +134,7 @@ fn what_was_acknowledged_on_disk_survives_a_power_cut() {
             cuts += 1;
             in_recovery += u64::from(!has_opened(&said.lines));
         }
-        let clock = ManualClock::at(oracle.clock_ms);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(oracle.clock_ms));
         let store = open(&path, &clock, Durability::Disk).unwrap_or_else(|error| panic!("round {round}: {error}"));
         oracle.check(&store);
         drop(store);
@@ -181,7 +181,7 @@ fn lose(torment: &mut Torment<'_>, before: Found, life: Life, interval_ms: u64, 
         let said = torment.cut_in_recovery(life, clock_ms);
         clock_ms = add(&mut chronicle, said);
     }
-    let store = open(torment.store, &ManualClock::at(clock_ms), Durability::Process);
+    let store = open(torment.store, &ManualClock::at(Timestamp::from_unix_ms(clock_ms)), Durability::Process);
     let store = store.unwrap_or_else(|error| panic!("the store does not open: {error}"));
     let found = chronicle.find(&store);
     let verdict = chronicle.judge(&found, token);
@@ -273,7 +273,7 @@ fn without_syncs_the_same_test_finds_losses() {
     let said = torment.cut_at_work(without_syncs(), oracle.clock_ms, 300..400);
     oracle.hear_all(&said.lines, said.certain);
     let acknowledged = oracle.acknowledged as usize;
-    let missing = match open(&path, &ManualClock::at(oracle.clock_ms), Durability::Process) {
+    let missing = match open(&path, &ManualClock::at(Timestamp::from_unix_ms(oracle.clock_ms)), Durability::Process) {
         Ok(store) => oracle.missing(&store),
         // Not even the store is there.
         Err(_) => acknowledged,

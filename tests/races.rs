@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
-use onlyonce::{Claim, Durability, ManualClock, OnInterrupt, Recorded, Store};
+use onlyonce::{Claim, Durability, ManualClock, OnInterrupt, RecordOutcome, Store, Timestamp};
 use oracle::{Oracle, Seen};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -43,11 +43,11 @@ fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
                 let mut rng = StdRng::seed_from_u64(thread as u64);
                 while Instant::now() < end {
                     let i = rng.random_range(0..keys.len());
-                    match store.claim(&keys[i]).unwrap() {
+                    match store.claim(&keys[i]).wait().unwrap() {
                         Claim::Acquired(lease) => {
                             assert_eq!(holders[i].fetch_add(1, Ordering::SeqCst), 0, "two holders of {}", keys[i]);
-                            let last = last_tokens[i].swap(lease.token(), Ordering::SeqCst);
-                            assert!(last < lease.token(), "{last} came before {}", lease.token());
+                            let last = last_tokens[i].swap(lease.token().get(), Ordering::SeqCst);
+                            assert!(last < lease.token().get(), "{last} came before {}", lease.token().get());
                             acquired.fetch_add(1, Ordering::SeqCst);
                             if rng.random_bool(0.3) {
                                 std::thread::yield_now();
@@ -55,7 +55,7 @@ fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
                             holders[i].fetch_sub(1, Ordering::SeqCst);
                             match rng.random_range(0..3) {
                                 0 => drop(lease),
-                                _ => lease.release().unwrap(),
+                                _ => lease.release().wait().unwrap(),
                             }
                         }
                         Claim::InProgress(other) => assert!(other.retry_after.is_some()),
@@ -66,7 +66,7 @@ fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
         }
         scope.spawn(|| {
             while Instant::now() < end {
-                store.seal().unwrap();
+                store.flush().unwrap();
             }
         });
     });
@@ -91,10 +91,10 @@ fn every_key_is_worked_on_once_while_seals_move_it() {
                 // Every thread gets every key, in an order of its own.
                 for step in 0..KEYS {
                     let i = (step * 7_919 + thread * 1_871) % KEYS;
-                    match store.claim(i.to_string()).unwrap() {
+                    match store.claim(i.to_string()).wait().unwrap() {
                         Claim::Acquired(lease) => {
                             effects[i].fetch_add(1, Ordering::SeqCst);
-                            lease.complete(i.to_string()).unwrap();
+                            lease.complete(i.to_string()).wait().unwrap();
                         }
                         Claim::Completed(first) => assert_eq!(first.result(), Some(i.to_string().as_bytes())),
                         Claim::InProgress(_) => {}
@@ -105,7 +105,7 @@ fn every_key_is_worked_on_once_while_seals_move_it() {
         }
         scope.spawn(|| {
             while done.load(Ordering::SeqCst) < THREADS {
-                store.seal().unwrap();
+                store.flush().unwrap();
             }
         });
     });
@@ -129,17 +129,17 @@ fn batches_that_overlap_record_each_key_once() {
                 for batch in 0..40 {
                     let keys: Vec<u64> = (0..200).map(|i| (batch * 100 + i * 3 + thread) % 5_000).collect();
                     let named: Vec<String> = keys.iter().map(u64::to_string).collect();
-                    let recorded = store.record_batch(&named).unwrap();
+                    let recorded = store.record_batch(&named).wait().unwrap();
                     let mut firsts = firsts.lock().unwrap();
                     for (key, recorded) in keys.into_iter().zip(recorded) {
-                        if recorded.unwrap() == Recorded::First {
+                        if recorded.unwrap() == RecordOutcome::First {
                             *firsts.entry(key).or_default() += 1;
                         }
                     }
                 }
             });
         }
-        scope.spawn(|| (0..20).for_each(|_| store.seal().unwrap()));
+        scope.spawn(|| (0..20).for_each(|_| store.flush().unwrap()));
     });
     let firsts = firsts.into_inner().unwrap();
     assert!(firsts.values().all(|count| *count == 1));
@@ -148,7 +148,7 @@ fn batches_that_overlap_record_each_key_once() {
 
 #[test]
 fn a_takeover_and_a_late_completion_never_both_win() {
-    let clock = ManualClock::at(common::START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
     let dir = tempfile::tempdir().unwrap();
     let store = Store::builder()
         .clock(clock.clone())
@@ -160,19 +160,19 @@ fn a_takeover_and_a_late_completion_never_both_win() {
     let (mut late_won, mut taken_over) = (0, 0);
     for round in 0..2_000 {
         let key = format!("key-{round}");
-        let Claim::Acquired(first) = store.claim(&key).unwrap() else { panic!("{key} is new") };
+        let Claim::Acquired(first) = store.claim(&key).wait().unwrap() else { panic!("{key} is new") };
         clock.advance(Duration::from_millis(10));
         let barrier = Barrier::new(2);
         let (late, second) = std::thread::scope(|scope| {
             let late = scope.spawn(|| {
                 barrier.wait();
-                first.complete("first").is_ok()
+                first.complete("first").wait().is_ok()
             });
             barrier.wait();
-            let second = match store.claim(&key).unwrap() {
+            let second = match store.claim(&key).wait().unwrap() {
                 Claim::Acquired(lease) => {
-                    assert_eq!(lease.attempt(), 2);
-                    lease.complete("second").unwrap();
+                    assert_eq!(lease.attempt().number(), 2);
+                    lease.complete("second").wait().unwrap();
                     true
                 }
                 _ => false,
@@ -182,7 +182,7 @@ fn a_takeover_and_a_late_completion_never_both_win() {
         assert_ne!(late, second, "{key}: exactly one of them completes");
         late_won += usize::from(late);
         taken_over += usize::from(second);
-        let Claim::Completed(completed) = store.claim(&key).unwrap() else { panic!("{key} is completed") };
+        let Claim::Completed(completed) = store.claim(&key).wait().unwrap() else { panic!("{key} is completed") };
         assert_eq!(completed.result(), Some(if late { &b"first"[..] } else { b"second" }));
     }
     eprintln!("late completions {late_won}, takeovers {taken_over}");
@@ -196,7 +196,7 @@ fn everything_at_once(durability: Durability, time: Duration, seed: u64) -> Seen
     const WINDOW_MS: u64 = 400;
     const LEASE_MS: u64 = 5;
     let dir = tempfile::tempdir().unwrap();
-    let clock = ManualClock::at(common::START_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
     let store = Store::builder()
         .window(Duration::from_millis(WINDOW_MS))
         .bucket(Duration::from_millis(WINDOW_MS / 10))
@@ -230,19 +230,19 @@ fn everything_at_once(durability: Durability, time: Duration, seed: u64) -> Seen
         });
         scope.spawn(|| {
             while Instant::now() < end {
-                oracle.store.seal().unwrap();
+                oracle.store.flush().unwrap();
                 seals.fetch_add(1, Ordering::Relaxed);
             }
         });
     });
-    oracle.store.seal().unwrap();
+    oracle.store.flush().unwrap();
     let stats = oracle.store.stats();
     assert_eq!(stats.poisoned, None);
     assert_eq!(stats.acquired, oracle.seen.acquired.load(Ordering::SeqCst));
     assert_eq!(stats.completed, oracle.seen.completed.load(Ordering::SeqCst));
     assert_eq!(stats.recorded, oracle.seen.recorded.load(Ordering::SeqCst));
     assert!(stats.buckets.len() <= 16, "{} buckets are left", stats.buckets.len());
-    let windows = (stats.now_ms - common::START_MS) / WINDOW_MS;
+    let windows = (stats.now.as_unix_ms() - common::START_MS) / WINDOW_MS;
     eprintln!("{durability:?}: {} seals, {windows} windows, {:?}", seals.into_inner(), oracle.seen);
     oracle.seen
 }

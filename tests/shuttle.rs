@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use common::START_MS;
 use onlyonce::internals::{RecordNumbers, SyncGroup};
-use onlyonce::{Claim, Durability, Error, ManualClock, Store};
+use onlyonce::{Claim, Durability, Error, ManualClock, Store, Timestamp};
 use oracle::Oracle;
 use shuttle::rand::Rng;
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
@@ -65,7 +65,7 @@ impl Bench {
     fn new(keys: usize, durability: Durability) -> Arc<Self> {
         let memory = std::path::Path::new("/dev/shm");
         let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
-        let clock = ManualClock::at(START_MS);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
         let store = Store::builder()
             .window(Duration::from_millis(WINDOW_MS))
             .bucket(Duration::from_millis(WINDOW_MS / 2))
@@ -109,15 +109,15 @@ fn whatever_consumers_do_the_answers_are_right_while_seals_move_keys_and_leases_
                             bench.oracle.step(&mut pick, &mut held);
                         }
                         for work in held {
-                            bench.oracle.complete(work);
+                            bench.oracle.complete(work).wait();
                         }
                     })
                 })
                 .collect();
             threads.push(spawn(&bench, |bench| {
-                bench.oracle.store.seal().unwrap();
+                bench.oracle.store.flush().unwrap();
                 bench.advance_ms(LEASE_MS);
-                bench.oracle.store.seal().unwrap();
+                bench.oracle.store.flush().unwrap();
             }));
             join(threads);
             bench.advance_ms(LEASE_MS);
@@ -130,21 +130,21 @@ fn a_key_that_is_completed_again_after_its_window_is_never_hidden_by_its_older_s
     model(600, || {
         let bench = Bench::new(2, Durability::Process);
         // The older self lies in a bucket, and at hand.
-        assert!(bench.oracle.complete(bench.oracle.claim(0).unwrap()));
-        bench.oracle.store.seal().unwrap();
+        assert!(bench.oracle.complete(bench.oracle.claim(0).wait().unwrap()).wait());
+        bench.oracle.store.flush().unwrap();
         bench.advance_ms(WINDOW_MS);
         let mut threads: Vec<_> = (0..2)
             .map(|_| {
                 spawn(&bench, |bench| {
                     for _ in 0..2 {
-                        if let Some(work) = bench.oracle.claim(0) {
-                            assert!(bench.oracle.complete(work));
+                        if let Some(work) = bench.oracle.claim(0).wait() {
+                            assert!(bench.oracle.complete(work).wait());
                         }
                     }
                 })
             })
             .collect();
-        threads.push(spawn(&bench, |bench| (0..2).for_each(|_| bench.oracle.store.seal().unwrap())));
+        threads.push(spawn(&bench, |bench| (0..2).for_each(|_| bench.oracle.store.flush().unwrap())));
         join(threads);
         assert_eq!(bench.oracle.seen.completed.load(Ordering::SeqCst), 2, "once in each window");
     });
@@ -154,18 +154,18 @@ fn a_key_that_is_completed_again_after_its_window_is_never_hidden_by_its_older_s
 fn a_completion_and_a_takeover_of_its_lease_never_both_win() {
     model(600, || {
         let bench = Bench::new(1, Durability::Process);
-        let late = bench.oracle.claim(0).unwrap();
+        let late = bench.oracle.claim(0).wait().unwrap();
         let threads = [
             spawn(&bench, |bench| {
-                bench.oracle.complete(late);
+                bench.oracle.complete(late).wait();
             }),
             spawn(&bench, |bench| bench.advance_ms(LEASE_MS)),
-            spawn(&bench, |bench| bench.oracle.store.seal().unwrap()),
+            spawn(&bench, |bench| bench.oracle.store.flush().unwrap()),
             spawn(&bench, |bench| {
                 for _ in 0..2 {
                     thread::yield_now();
-                    if let Some(work) = bench.oracle.claim(0) {
-                        assert!(bench.oracle.complete(work));
+                    if let Some(work) = bench.oracle.claim(0).wait() {
+                        assert!(bench.oracle.complete(work).wait());
                     }
                 }
             }),
@@ -181,26 +181,26 @@ fn a_completion_and_a_takeover_of_its_lease_never_both_win() {
 fn what_is_forgotten_stays_forgotten_and_what_comes_after_it_stays() {
     model(400, || {
         let bench = Bench::new(1, Durability::Process);
-        assert!(bench.oracle.complete(bench.oracle.claim(0).unwrap()));
+        assert!(bench.oracle.complete(bench.oracle.claim(0).wait().unwrap()).wait());
         if pick(2) == 0 {
-            bench.oracle.store.seal().unwrap();
+            bench.oracle.store.flush().unwrap();
         }
         let threads = [
             spawn(&bench, |bench| {
-                bench.oracle.forget(0);
-                bench.oracle.check(0);
+                bench.oracle.forget(0).wait();
+                bench.oracle.check(0).wait();
             }),
             spawn(&bench, |bench| {
-                bench.oracle.check(0);
-                if let Some(work) = bench.oracle.claim(0) {
-                    assert!(bench.oracle.complete(work));
-                    bench.oracle.check(0);
+                bench.oracle.check(0).wait();
+                if let Some(work) = bench.oracle.claim(0).wait() {
+                    assert!(bench.oracle.complete(work).wait());
+                    bench.oracle.check(0).wait();
                 }
             }),
-            spawn(&bench, |bench| (0..2).for_each(|_| bench.oracle.store.seal().unwrap())),
+            spawn(&bench, |bench| (0..2).for_each(|_| bench.oracle.store.flush().unwrap())),
         ];
         join(threads);
-        bench.oracle.check(0);
+        bench.oracle.check(0).wait();
     });
 }
 
@@ -212,10 +212,10 @@ fn a_seal_that_fails_takes_nothing_away() {
             .map(|_| {
                 spawn(&bench, |bench| {
                     for key in 0..2 {
-                        if let Some(work) = bench.oracle.claim(key) {
-                            assert!(bench.oracle.complete(work));
+                        if let Some(work) = bench.oracle.claim(key).wait() {
+                            assert!(bench.oracle.complete(work).wait());
                         }
-                        bench.oracle.check(key);
+                        bench.oracle.check(key).wait();
                     }
                 })
             })
@@ -224,12 +224,12 @@ fn a_seal_that_fails_takes_nothing_away() {
             let runs = bench.dir.path().join("store/runs");
             std::fs::remove_dir(&runs).unwrap();
             // It works where there was nothing to seal yet.
-            let _ = bench.oracle.store.seal();
+            let _ = bench.oracle.store.flush();
             std::fs::create_dir(&runs).unwrap();
-            bench.oracle.store.seal().unwrap();
+            bench.oracle.store.flush().unwrap();
         }));
         join(threads);
-        (0..2).for_each(|key| bench.oracle.check(key));
+        (0..2).for_each(|key| bench.oracle.check(key).wait());
         let stats = bench.oracle.store.stats();
         assert_eq!((stats.completed, stats.in_flight), (2, 0));
     });
@@ -244,8 +244,10 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
             .map(|key| {
                 let said = Arc::clone(&said);
                 spawn(&bench, move |bench| {
-                    let completed = match bench.oracle.store.claim(key.to_string()) {
-                        Ok(Claim::Acquired(lease)) => lease.complete("done").map_err(|error| error.into_parts().0),
+                    let completed = match bench.oracle.store.claim(key.to_string()).wait() {
+                        Ok(Claim::Acquired(lease)) => {
+                            lease.complete("done").wait().map_err(|error| error.into_parts().0)
+                        }
                         Ok(other) => panic!("{other:?}"),
                         Err(error) => Err(error),
                     };
@@ -256,15 +258,15 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
                 })
             })
             .collect();
-        threads.push(spawn(&bench, |bench| match bench.oracle.store.seal() {
+        threads.push(spawn(&bench, |bench| match bench.oracle.store.flush() {
             Ok(()) | Err(Error::Closed) => {}
             Err(error) => panic!("{error}"),
         }));
-        threads.push(spawn(&bench, |bench| bench.oracle.store.close().unwrap()));
+        threads.push(spawn(&bench, |bench| bench.oracle.store.close().wait().unwrap()));
         join(threads);
         let again = Store::builder().clock(bench.oracle.clock.clone()).open(bench.dir.path().join("store")).unwrap();
         for key in said.lock().unwrap().iter() {
-            assert!(matches!(again.claim(key.to_string()), Ok(Claim::Completed(_))), "{key}");
+            assert!(matches!(again.claim(key.to_string()).wait(), Ok(Claim::Completed(_))), "{key}");
         }
     });
 }
@@ -315,11 +317,11 @@ fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
                 spawn(&bench, |bench| {
                     loop {
                         // A wake-up that is lost leaves it waiting, for no time passes here: the model takes it for a deadlock.
-                        match bench.oracle.store.claim_wait("k", Duration::MAX).unwrap() {
+                        match bench.oracle.store.claim("k").wait_up_to(Duration::MAX).wait().unwrap() {
                             Claim::Acquired(lease) => match pick(4) {
                                 0 => drop(lease),
-                                1 => lease.release().unwrap(),
-                                _ => lease.complete("done").unwrap(),
+                                1 => lease.release().wait().unwrap(),
+                                _ => lease.complete("done").wait().unwrap(),
                             },
                             Claim::Completed(first) => break assert_eq!(first.result(), Some(&b"done"[..])),
                             Claim::InProgress(other) => panic!("it gave up waiting: {other:?}"),
@@ -328,7 +330,7 @@ fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
                 })
             })
             .collect();
-        let sealer = spawn(&bench, |bench| bench.oracle.store.seal().unwrap());
+        let sealer = spawn(&bench, |bench| bench.oracle.store.flush().unwrap());
         join(threads.into_iter().chain([sealer]));
     });
 }
@@ -337,12 +339,12 @@ fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
 fn whoever_waits_for_a_key_is_told_that_the_store_was_closed() {
     model(600, || {
         let bench = Bench::new(1, Durability::Process);
-        let Claim::Acquired(lease) = bench.oracle.store.claim("k").unwrap() else { panic!("it is new") };
+        let Claim::Acquired(lease) = bench.oracle.store.claim("k").wait().unwrap() else { panic!("it is new") };
         let waits = spawn(&bench, |bench| {
-            let told = bench.oracle.store.claim_wait("k", Duration::MAX);
+            let told = bench.oracle.store.claim("k").wait_up_to(Duration::MAX).wait();
             assert!(matches!(told, Err(Error::Closed)), "{told:?}");
         });
-        let closes = spawn(&bench, |bench| bench.oracle.store.close().unwrap());
+        let closes = spawn(&bench, |bench| bench.oracle.store.close().wait().unwrap());
         join([waits, closes]);
         drop(lease);
     });

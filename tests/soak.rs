@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use onlyonce::{Check, Claim, Clock, Completed, Durability, ManualClock, Store};
+use onlyonce::{Claim, Clock, Completed, Durability, KeyStatus, ManualClock, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use torture::number;
@@ -62,13 +62,13 @@ fn open(path: &Path, clock: &ManualClock, window_ms: u64) -> Store {
         .open(path)
         .unwrap();
     // Answers are checked by the wall clock, which must not be tolerated beside the store's time.
-    clock.set_wall_ms(store.stats().now_ms);
+    clock.set_wall(Timestamp::from_unix_ms(store.stats().now.as_unix_ms()));
     store
 }
 
 fn clock() -> ManualClock {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-    ManualClock::at(u64::try_from(now.as_millis()).unwrap())
+    ManualClock::at(Timestamp::from_unix_ms(u64::try_from(now.as_millis()).unwrap()))
 }
 
 /// Deliveries `first..first + BATCH` of a worker, completed between these two times.
@@ -167,34 +167,34 @@ impl Worker<'_> {
         let name = key(self.number, delivery);
         assert!(before_ms < batch.ended_ms + self.window_ms, "G4: {name} is remembered too long: {batch:?}");
         assert_eq!(completed.result(), Some(&result(self.number, delivery)[..]), "G1: {name} has another result");
-        let at_ms = completed.completed_at_ms();
+        let at_ms = completed.completed_at().as_unix_ms();
         assert!((batch.started_ms..=batch.ended_ms).contains(&at_ms), "G1: {name}: {at_ms} is not in {batch:?}");
     }
 
     /// What counts as new must be past its window.
     fn check_passed(&self, batch: Batch, delivery: u64) {
-        let now_ms = self.clock.wall_ms();
+        let now_ms = self.clock.wall().as_unix_ms();
         let name = key(self.number, delivery);
         assert!(now_ms >= batch.started_ms + self.window_ms, "G1: {name} is forgotten at {now_ms}: {batch:?}");
     }
 
     /// Looks at every key of a batch.
     fn check(&self, batch: Batch) {
-        let before_ms = self.clock.wall_ms();
-        for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).unwrap()) {
+        let before_ms = self.clock.wall().as_unix_ms();
+        for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).wait().unwrap()) {
             match check.unwrap() {
-                Check::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
-                Check::New => self.check_passed(batch, delivery),
-                Check::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
+                KeyStatus::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
+                KeyStatus::New => self.check_passed(batch, delivery),
+                KeyStatus::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
             }
         }
     }
 
     /// Claims keys of a batch again, as a duplicate would.
     fn claim_again(&self, batch: Batch, keys: usize) {
-        let before_ms = self.clock.wall_ms();
+        let before_ms = self.clock.wall().as_unix_ms();
         let keys = self.keys(batch).into_iter().take(keys);
-        for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).unwrap()) {
+        for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).wait().unwrap()) {
             match claim.unwrap() {
                 Claim::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
                 // Dropped: nobody completes it again.
@@ -208,17 +208,17 @@ impl Worker<'_> {
     fn settle_doubt(&mut self) {
         let Some(first) = self.ledger.doubtful.take() else { return };
         let batch = Batch { first, started_ms: 0, ended_ms: u64::MAX / 2 };
-        let checks: Vec<Check> =
-            self.store.check_batch(self.keys(batch)).unwrap().into_iter().map(Result::unwrap).collect();
+        let checks: Vec<KeyStatus> =
+            self.store.check_batch(self.keys(batch)).wait().unwrap().into_iter().map(Result::unwrap).collect();
         let completed: Vec<&Completed> = checks
             .iter()
-            .filter_map(|check| if let Check::Completed(completed) = check { Some(completed) } else { None })
+            .filter_map(|check| if let KeyStatus::Completed(completed) = check { Some(completed) } else { None })
             .collect();
         match completed.first() {
-            None => assert!(checks.iter().all(|check| matches!(check, Check::New)), "G2: {checks:?}"),
+            None => assert!(checks.iter().all(|check| matches!(check, KeyStatus::New)), "G2: {checks:?}"),
             Some(one) => {
                 assert_eq!(completed.len() as u64, BATCH, "half of {batch:?} is completed");
-                let at_ms = one.completed_at_ms();
+                let at_ms = one.completed_at().as_unix_ms();
                 let batch = Batch { first, started_ms: at_ms, ended_ms: at_ms };
                 for (delivery, completed) in (first..).zip(completed) {
                     self.check_completed(batch, delivery, 0, completed);
@@ -236,16 +236,16 @@ impl Worker<'_> {
         file.write_all(format!("try {first}\n").as_bytes()).unwrap();
         let mut leases = Vec::with_capacity(BATCH as usize);
         let mut last_token = tokens_before;
-        for (delivery, claim) in (first..).zip(self.store.claim_batch(self.keys(batch)).unwrap()) {
+        for (delivery, claim) in (first..).zip(self.store.claim_batch(self.keys(batch)).wait().unwrap()) {
             let Claim::Acquired(lease) = claim.unwrap() else { panic!("G2: {delivery} of {batch:?} is new") };
-            assert!(lease.token() > last_token, "G3: {} after {last_token}", lease.token());
-            last_token = lease.token();
+            assert!(lease.token().get() > last_token, "G3: {} after {last_token}", lease.token().get());
+            last_token = lease.token().get();
             leases.push((lease, result(self.number, delivery)));
         }
-        batch.started_ms = self.clock.wall_ms();
-        let completed = self.store.complete_batch(leases);
+        batch.started_ms = self.clock.wall().as_unix_ms();
+        let completed = self.store.complete_batch(leases).wait();
         assert!(completed.iter().all(Result::is_ok), "{completed:?}");
-        batch.ended_ms = self.clock.wall_ms();
+        batch.ended_ms = self.clock.wall().as_unix_ms();
         file.write_all(done_line(&batch, last_token).as_bytes()).unwrap();
         self.ledger.last_token = last_token;
         self.ledger.known.push_back(batch);
@@ -253,7 +253,7 @@ impl Worker<'_> {
 
     /// The batch whose window ends about now, if there is one.
     fn ending(&self) -> Option<Batch> {
-        let began_ms = self.clock.wall_ms().checked_sub(self.window_ms)?;
+        let began_ms = self.clock.wall().as_unix_ms().checked_sub(self.window_ms)?;
         let place = self.ledger.known.partition_point(|batch| batch.ended_ms < began_ms);
         self.ledger.known.get(place).copied()
     }
@@ -264,7 +264,7 @@ impl Worker<'_> {
         let drawn = known[rng.random_range(0..known.len())];
         let batch = if rng.random_bool(0.3) { self.ending().unwrap_or(drawn) } else { drawn };
         // What it acquires is dropped, and stays in memory for a window: few of those.
-        let passed = self.clock.wall_ms() >= batch.started_ms + self.window_ms;
+        let passed = self.clock.wall().as_unix_ms() >= batch.started_ms + self.window_ms;
         if rng.random_bool(0.5) && !passed {
             self.claim_again(batch, BATCH as usize);
         } else if rng.random_bool(0.05) {
@@ -273,8 +273,8 @@ impl Worker<'_> {
             self.check(batch);
         }
         let never = (0..32).map(|_| key(self.number, rng.random_range(1 << 50..1 << 51)));
-        for check in self.store.check_batch(never).unwrap() {
-            assert!(matches!(check, Ok(Check::New)), "G5: {check:?} of a key that was never delivered");
+        for check in self.store.check_batch(never).wait().unwrap() {
+            assert!(matches!(check, Ok(KeyStatus::New)), "G5: {check:?} of a key that was never delivered");
         }
         BATCH
     }
@@ -311,13 +311,13 @@ fn child() {
                 worker.settle_doubt();
                 // What was acknowledged last is what a crash is most likely to lose.
                 worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch));
-                worker.ledger.trim(clock.wall_ms(), window_ms);
+                worker.ledger.trim(clock.wall().as_unix_ms(), window_ms);
                 let mut file = worker.ledger.rewrite(&path);
                 let mut tokens = tokens_before;
                 loop {
                     worker.deliver(&mut file, tokens);
                     tokens = worker.ledger.last_token;
-                    worker.ledger.trim(clock.wall_ms(), window_ms);
+                    worker.ledger.trim(clock.wall().as_unix_ms(), window_ms);
                     let asked = if rng.random_bool(0.3) { worker.ask(&mut rng) } else { 0 };
                     let said = format!("@{BATCH} {asked}\n");
                     std::io::stdout().lock().write_all(said.as_bytes()).unwrap();
@@ -470,7 +470,7 @@ impl Soak {
                 checked += BATCH;
             }
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
         checked
     }
 

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use onlyonce::{
-    Builder, Check, Claim, Completed, Durability, Error, Key, Lease, ManualClock, OnInterrupt, Prior, Recorded,
-    Resolution, Store,
+    Builder, Claim, Completed, Durability, Error, Key, KeyStatus, Lease, ManualClock, OnInterrupt, PriorAttempt,
+    RecordOutcome, Resolution, Store, Timestamp, TimestampError,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -53,7 +53,7 @@ impl Stream {
     }
 
     fn with(on_interrupt: OnInterrupt) -> Self {
-        let (clock, dir) = (ManualClock::at(TODAY_MS), tempfile::tempdir().unwrap());
+        let (clock, dir) = (ManualClock::at(Timestamp::from_unix_ms(TODAY_MS)), tempfile::tempdir().unwrap());
         let mut stream = Self { store: None, clock, dir, on_interrupt };
         stream.store = Some(stream.open());
         stream
@@ -73,46 +73,49 @@ impl Stream {
     }
 
     fn reopen(&mut self) {
-        self.store().close().unwrap();
+        self.store().close().wait().unwrap();
         self.store = Some(self.open());
     }
 
     fn now_ms(&self) -> u64 {
-        self.store().stats().now_ms
+        self.store().stats().now.as_unix_ms()
     }
 
     fn acquire(&self, key: &str, at_ms: u64) -> Lease {
-        match self.store().claim_at(key, at_ms).unwrap() {
+        match self.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
             Claim::Acquired(lease) => lease,
             other => panic!("{key} of {at_ms} should be free, but is {other:?}"),
         }
     }
 
     fn complete(&self, key: &str, at_ms: u64) {
-        self.acquire(key, at_ms).complete(at_ms.to_string()).unwrap();
+        self.acquire(key, at_ms).complete(at_ms.to_string()).wait().unwrap();
     }
 
     /// Takes stream time along.
     fn tick(&self, at_ms: u64) {
-        assert_eq!(self.store().record_at(format!("tick {at_ms}"), at_ms).unwrap(), Recorded::First);
+        assert_eq!(
+            self.store().record(Key::from(format!("tick {at_ms}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
+            RecordOutcome::First
+        );
     }
 
     fn answer(&self, key: &str, at_ms: u64) -> &'static str {
-        match self.store().check_at(key, at_ms) {
-            Ok(Check::New) => "new",
-            Ok(Check::InProgress(_)) => "in progress",
-            Ok(Check::Completed(_)) => "completed",
-            Err(Error::TooOld { .. }) => "too old",
-            Err(Error::TooFarAhead { .. }) => "too far ahead",
+        match self.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait() {
+            Ok(KeyStatus::New) => "new",
+            Ok(KeyStatus::InProgress(_)) => "in progress",
+            Ok(KeyStatus::Completed(_)) => "completed",
+            Err(Error::Timestamp(TimestampError::TooOld { .. })) => "too old",
+            Err(Error::Timestamp(TimestampError::TooFarAhead { .. })) => "too far ahead",
             Err(error) => panic!("{key} of {at_ms}: {error}"),
         }
     }
 
     fn is_too_far_ahead(&self, key: &str, at_ms: u64) -> bool {
-        match self.store().record_at(key, at_ms) {
+        match self.store().record(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait() {
             Ok(_) => false,
-            Err(error @ Error::TooFarAhead { .. }) => {
-                assert!(error.retryable());
+            Err(error @ Error::Timestamp(TimestampError::TooFarAhead { .. })) => {
+                assert!(error.is_retryable());
                 true
             }
             Err(error) => panic!("{key} of {at_ms}: {error}"),
@@ -129,16 +132,20 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
             let at_ms = START_MS - 123;
             stream.complete("k", at_ms);
             if sealed {
-                stream.store().seal().unwrap();
+                stream.store().flush().unwrap();
             }
             if reopened {
                 stream.reopen();
             }
             stream.tick(at_ms + WINDOW_MS / 2);
             stream.tick(at_ms + WINDOW_MS - 1);
-            stream.store().seal().unwrap();
-            let Check::Completed(first) = stream.store().check_at("k", at_ms).unwrap() else { panic!("{sealed}") };
-            assert_eq!(first.completed_at_ms(), at_ms);
+            stream.store().flush().unwrap();
+            let KeyStatus::Completed(first) =
+                stream.store().check(Key::from("k").at(Timestamp::from_unix_ms(at_ms))).wait().unwrap()
+            else {
+                panic!("{sealed}")
+            };
+            assert_eq!(first.completed_at().as_unix_ms(), at_ms);
             assert_eq!(first.result(), Some(at_ms.to_string().as_bytes()));
             stream.tick(at_ms + WINDOW_MS);
             assert_eq!(stream.answer("k", at_ms), "too old", "sealed {sealed}, reopened {reopened}");
@@ -151,50 +158,68 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
 fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
     const HOUR_MS: u64 = 3_600_000;
     for (dropped, narrow_again) in [(true, false), (false, false), (true, true)] {
-        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(TODAY_MS));
+        let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(Timestamp::from_unix_ms(TODAY_MS)));
         let path = dir.path().join("store");
         let open = |hours: u32| {
             let hour = Duration::from_secs(3_600);
             builder(&clock).window(hour * hours).bucket(hour * hours / 24).stream_time(hour).open(&path).unwrap()
         };
-        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store.claim_at(key, at_ms) {
-            Err(Error::TooOld { remembers_since_ms, .. }) => {
-                assert_eq!(remembers_since_ms, store.stats().remembers_since_ms);
+        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store
+            .claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms)))
+            .wait()
+        {
+            Err(Error::Timestamp(TimestampError::TooOld { remembers_since, .. })) => {
+                assert_eq!(remembers_since, store.stats().remembers_since);
                 true
             }
             Ok(Claim::Acquired(lease)) => {
-                lease.release().unwrap();
+                lease.release().wait().unwrap();
                 false
             }
             other => panic!("{key} of {at_ms}: {other:?}"),
         };
         let store = open(24);
-        store.record_at("done", START_MS).unwrap();
+        store.record(Key::from("done").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
         for hour in 1..=5 {
-            store.record_at(format!("tick {hour}"), START_MS + hour * HOUR_MS).unwrap();
+            store
+                .record(Key::from(format!("tick {hour}")).at(Timestamp::from_unix_ms(START_MS + hour * HOUR_MS)))
+                .wait()
+                .unwrap();
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
         let store = open(1);
         let since_ms = START_MS + 4 * HOUR_MS + 1;
-        assert_eq!(store.stats().remembers_since_ms, since_ms);
+        assert_eq!(store.stats().remembers_since.as_unix_ms(), since_ms);
         assert!(is_too_old(&store, "done", START_MS));
         if dropped {
-            store.seal().unwrap();
+            store.flush().unwrap();
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
         if narrow_again {
-            open(3).close().unwrap();
+            open(3).close().wait().unwrap();
         }
         let store = open(24);
         let told = format!("dropped {dropped}, narrow again {narrow_again}");
-        assert_eq!(store.stats().remembers_since_ms, since_ms, "{told}");
+        assert_eq!(store.stats().remembers_since.as_unix_ms(), since_ms, "{told}");
         assert!(is_too_old(&store, "done", START_MS), "{told}: it was done and forgotten");
         assert!(
             is_too_old(&store, "never seen", since_ms - 1) && !is_too_old(&store, "never seen", since_ms),
             "{told}"
         );
-        assert!(matches!(store.check_at("tick 5", START_MS + 5 * HOUR_MS), Ok(Check::Completed(_))), "{told}");
-        assert!(matches!(store.check_at("tick 4", START_MS + 4 * HOUR_MS), Err(Error::TooOld { .. })), "{told}");
+        assert!(
+            matches!(
+                store.check(Key::from("tick 5").at(Timestamp::from_unix_ms(START_MS + 5 * HOUR_MS))).wait(),
+                Ok(KeyStatus::Completed(_))
+            ),
+            "{told}"
+        );
+        assert!(
+            matches!(
+                store.check(Key::from("tick 4").at(Timestamp::from_unix_ms(START_MS + 4 * HOUR_MS))).wait(),
+                Err(Error::Timestamp(TimestampError::TooOld { .. }))
+            ),
+            "{told}"
+        );
     }
 }
 
@@ -208,7 +233,7 @@ fn a_check_says_what_a_claim_of_its_message_would_find_and_moves_nothing() {
     assert_eq!((stream.answer("k", ahead_ms - 1), stream.answer("k", ahead_ms)), ("completed", "new"));
     assert_eq!((stream.now_ms(), stream.answer("k", START_MS)), (START_MS + WINDOW_MS / 2, "completed"));
     let claimed = stream.acquire("k", ahead_ms);
-    assert_eq!((claimed.attempt(), stream.now_ms()), (1, ahead_ms));
+    assert_eq!((claimed.attempt().number(), stream.now_ms()), (1, ahead_ms));
     assert_eq!(stream.answer("k", START_MS), "in progress");
 }
 
@@ -220,9 +245,9 @@ fn the_work_may_take_longer_than_the_window_and_the_key_still_gets_its_messages_
         stream.tick(START_MS + step * AHEAD_MS);
     }
     assert_eq!(stream.answer("k", START_MS), "in progress", "however far the stream has come");
-    lease.complete("r").unwrap();
+    lease.complete("r").wait().unwrap();
     assert_eq!(stream.answer("k", START_MS), "too old");
-    assert_eq!(stream.store().get("k").unwrap(), None);
+    assert_eq!(stream.store().inspect("k").wait().unwrap(), None);
 }
 
 #[test]
@@ -230,25 +255,31 @@ fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
     let mut stream = Stream::new();
     stream.tick(START_MS);
     stream.tick(START_MS + AHEAD_MS);
-    stream.store().seal().unwrap();
+    stream.store().flush().unwrap();
     // Its bucket has ended, and was never there.
     let late_ms = START_MS - 2_500;
-    assert_eq!(stream.store().record_at("late", late_ms).unwrap(), Recorded::First);
-    stream.store().seal().unwrap();
+    assert_eq!(
+        stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
+        RecordOutcome::First
+    );
+    stream.store().flush().unwrap();
     let bucket = late_ms - late_ms % 1_000;
     let buckets = stream.store().stats().buckets;
-    assert!(buckets.iter().any(|stats| stats.start_ms == bucket && stats.keys == 1), "{buckets:?}");
+    assert!(buckets.iter().any(|stats| stats.start.as_unix_ms() == bucket && stats.keys == 1), "{buckets:?}");
     stream.reopen();
-    assert_eq!(stream.store().record_at("late", late_ms).unwrap(), Recorded::Duplicate { in_flight: false });
+    assert_eq!(
+        stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
+        RecordOutcome::Duplicate { in_flight: false }
+    );
     stream.tick(late_ms + WINDOW_MS - 1);
-    stream.store().seal().unwrap();
+    stream.store().flush().unwrap();
     assert_eq!(stream.answer("late", late_ms), "completed");
     stream.tick(late_ms + WINDOW_MS);
-    stream.store().seal().unwrap();
+    stream.store().flush().unwrap();
     assert_eq!(stream.answer("late", late_ms), "too old");
     stream.tick(bucket + 1_000 + WINDOW_MS);
-    stream.store().seal().unwrap();
-    assert!(stream.store().stats().buckets.iter().all(|stats| stats.start_ms > bucket));
+    stream.store().flush().unwrap();
+    assert!(stream.store().stats().buckets.iter().all(|stats| stats.start.as_unix_ms() > bucket));
 }
 
 #[test]
@@ -257,13 +288,24 @@ fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate()
     stream.tick(START_MS);
     let old_ms = START_MS - WINDOW_MS;
     for answer in [
-        stream.store().claim_at("old", old_ms).map(drop),
-        stream.store().record_at("old", old_ms).map(drop),
-        stream.store().check_at("old", old_ms).map(drop),
-        stream.store().claim_batch_at([("old", old_ms)]).unwrap().pop().unwrap().map(drop),
+        stream.store().claim(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
+        stream.store().record(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
+        stream.store().check(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
+        stream
+            .store()
+            .claim_batch(
+                ([("old", old_ms)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap()
+            .pop()
+            .unwrap()
+            .map(drop),
     ] {
-        let Err(Error::TooOld { key, at_ms, remembers_since_ms }) = answer else { panic!("{answer:?}") };
-        assert_eq!((key.as_str(), at_ms, remembers_since_ms), ("\"old\"", old_ms, old_ms + 1));
+        let Err(Error::Timestamp(TimestampError::TooOld { key, at, remembers_since })) = answer else {
+            panic!("{answer:?}")
+        };
+        assert_eq!((key.as_str(), at.as_unix_ms(), remembers_since.as_unix_ms()), ("\"old\"", old_ms, old_ms + 1));
     }
     assert_eq!(stream.answer("old", old_ms + 1), "new");
     assert_eq!((stream.store().stats().too_old, stream.now_ms()), (3, START_MS), "a check counts nothing");
@@ -280,12 +322,12 @@ fn what_is_known_answers_before_the_age_of_the_message() {
     assert_eq!(stream.answer("done", old_ms), "completed");
     assert_eq!(stream.answer("held", old_ms), "in progress");
     assert_eq!(stream.answer("alive", old_ms), "in progress");
-    alive.release().unwrap();
-    assert_eq!(stream.acquire("alive", old_ms).attempt(), 2, "work that is known not to be done");
+    alive.release().wait().unwrap();
+    assert_eq!(stream.acquire("alive", old_ms).attempt().number(), 2, "work that is known not to be done");
     stream.tick(START_MS + 2 * AHEAD_MS);
     assert_eq!(stream.answer("done", START_MS), "too old");
     assert_eq!(stream.answer("held", START_MS), "in progress", "a decision does not run out");
-    stream.store().resolve("held", Resolution::Rerun).unwrap();
+    stream.store().resolve("held", Resolution::Rerun).wait().unwrap();
     assert_eq!(stream.answer("held", START_MS), "too old");
 }
 
@@ -297,10 +339,10 @@ fn last_year_is_replayed_as_it_was_lived() {
     let mut times: Vec<u64> = (0..3_600).map(|second| START_MS + second * 1_000).collect();
     times.extend((0..3_600).map(|second| START_MS + DAY_MS / 2 + second * 1_000));
     let (mut first, mut duplicates, mut too_old) = (0, 0, 0);
-    let mut count = |answer: onlyonce::Result<Recorded>| match answer {
-        Ok(Recorded::First) => first += 1,
-        Ok(Recorded::Duplicate { in_flight: false }) => duplicates += 1,
-        Err(Error::TooOld { .. }) => too_old += 1,
+    let mut count = |answer: onlyonce::Result<RecordOutcome>| match answer {
+        Ok(RecordOutcome::First) => first += 1,
+        Ok(RecordOutcome::Duplicate { in_flight: false }) => duplicates += 1,
+        Err(Error::Timestamp(TimestampError::TooOld { .. })) => too_old += 1,
         other => panic!("{other:?}"),
     };
     for at in 0..times.len() {
@@ -312,7 +354,13 @@ fn last_year_is_replayed_as_it_was_lived() {
         if at % 7 == 0 && at >= 20 {
             batch.push(message(at - 20));
         }
-        stream.store().record_batch_at(batch).unwrap().into_iter().for_each(&mut count);
+        stream
+            .store()
+            .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+            .wait()
+            .unwrap()
+            .into_iter()
+            .for_each(&mut count);
         if at % 1_500 == 1_499 {
             stream.reopen();
         }
@@ -324,7 +372,7 @@ fn last_year_is_replayed_as_it_was_lived() {
     assert_eq!(duplicates, times.len() + within.len());
     assert_eq!(too_old, across.len() + ancient);
     assert_eq!(stream.now_ms(), *times.last().unwrap());
-    stream.store().seal().unwrap();
+    stream.store().flush().unwrap();
     assert!(stream.store().stats().buckets.len() <= 13, "{:?}", stream.store().stats().buckets);
 }
 
@@ -334,7 +382,7 @@ fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
     for second in 0..60 {
         stream.complete(&format!("k{second}"), START_MS + second * 1_000);
     }
-    stream.store().close().unwrap();
+    stream.store().close().wait().unwrap();
     stream.clock.advance(Duration::from_millis(DAY_MS));
     stream.store = Some(stream.open());
     assert_eq!(stream.now_ms(), START_MS + 59_000, "nobody was there to live it");
@@ -359,25 +407,40 @@ fn one_stray_message_takes_nothing_along() {
     assert_eq!(stream.now_ms(), START_MS + 49);
     assert_eq!(stream.answer("k", START_MS), "completed");
     assert_eq!(stream.store().stats().too_far_ahead, 49);
-    let Err(Error::TooFarAhead { key, at_ms, stream_ms, max_ahead, in_future }) =
-        stream.store().claim_at("a", START_MS + DAY_MS)
+    let Err(Error::Timestamp(TimestampError::TooFarAhead { key, at, stream_time, max_ahead, in_future })) =
+        stream.store().claim(Key::from("a").at(Timestamp::from_unix_ms(START_MS + DAY_MS))).wait()
     else {
         panic!("it is still a stray")
     };
-    assert_eq!((key.as_str(), at_ms, stream_ms), ("\"a\"", START_MS + DAY_MS, START_MS + 49));
+    assert_eq!((key.as_str(), at.as_unix_ms(), stream_time.as_unix_ms()), ("\"a\"", START_MS + DAY_MS, START_MS + 49));
     assert_eq!((max_ahead, in_future), (Duration::from_millis(AHEAD_MS), false));
 }
 
 #[test]
 fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
     let dir = tempfile::tempdir().unwrap();
-    let clock = ManualClock::at(TODAY_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(TODAY_MS));
     let window = Duration::from_millis(WINDOW_MS);
     let store = builder(&clock).stream_time(window).open(dir.path().join("store")).unwrap();
-    store.record_at("k", START_MS).unwrap();
-    assert_eq!(store.record_at("as far as one can go", START_MS + WINDOW_MS).unwrap(), Recorded::First);
-    assert_eq!(store.record_at("next in order", START_MS + 1).unwrap(), Recorded::First);
-    assert!(matches!(store.record_at("k", START_MS), Err(Error::TooOld { .. })), "and no duplicate passes");
+    store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
+    assert_eq!(
+        store
+            .record(Key::from("as far as one can go").at(Timestamp::from_unix_ms(START_MS + WINDOW_MS)))
+            .wait()
+            .unwrap(),
+        RecordOutcome::First
+    );
+    assert_eq!(
+        store.record(Key::from("next in order").at(Timestamp::from_unix_ms(START_MS + 1))).wait().unwrap(),
+        RecordOutcome::First
+    );
+    assert!(
+        matches!(
+            store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
+            Err(Error::Timestamp(TimestampError::TooOld { .. }))
+        ),
+        "and no duplicate passes"
+    );
 }
 
 #[test]
@@ -396,15 +459,23 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() 
     // A batch that has them all, and spans more than a window.
     let week_ms = friday_ms + 7 * DAY_MS;
     let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i * 2_000)).collect();
-    let claims = stream.store().claim_batch_at(batch).unwrap();
+    let claims = stream
+        .store()
+        .claim_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+        .wait()
+        .unwrap();
     assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
     assert_eq!(stream.now_ms(), week_ms + 18_000);
     // Every step is a leap.
     let batch: Vec<(String, u64)> = (1..10).map(|i| (format!("y{i}"), week_ms + i * DAY_MS)).collect();
-    let claims = stream.store().claim_batch_at(batch.clone()).unwrap();
+    let claims = stream
+        .store()
+        .claim_batch((batch.clone()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+        .wait()
+        .unwrap();
     let (last, others) = claims.split_last().unwrap();
     assert!(others.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
-    assert!(matches!(last, Err(Error::TooFarAhead { .. })));
+    assert!(matches!(last, Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
     assert!(!stream.is_too_far_ahead("y9", week_ms + 9 * DAY_MS));
 }
 
@@ -417,10 +488,18 @@ fn a_stray_in_a_batch_is_refused_alone_whatever_comes_in_the_next() {
         let at_ms = START_MS + round * 10;
         let batch =
             [("a", at_ms), ("stray", stray_ms), ("b", at_ms + 1)].map(|(key, at)| (format!("{key}{round}"), at));
-        let answers = stream.store().record_batch_at(batch).unwrap();
+        let answers = stream
+            .store()
+            .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+            .wait()
+            .unwrap();
         assert!(matches!(
             answers.as_slice(),
-            [Ok(Recorded::First), Err(Error::TooFarAhead { .. }), Ok(Recorded::First)]
+            [
+                Ok(RecordOutcome::First),
+                Err(Error::Timestamp(TimestampError::TooFarAhead { .. })),
+                Ok(RecordOutcome::First)
+            ]
         ));
         // Two in a row, were the first one still counted.
         assert!(stream.is_too_far_ahead("stray", stray_ms));
@@ -454,8 +533,19 @@ fn messages_of_the_future_stay_out_however_many_they_are() {
             assert!(stream.is_too_far_ahead(&format!("future {i}"), future_ms + i));
         }
         assert!(stream.is_too_far_ahead("broken", u64::MAX));
-        let batch = stream.store().record_batch_at([("x", future_ms), ("y", future_ms)]).unwrap();
-        assert!(batch.iter().all(|answer| matches!(answer, Err(Error::TooFarAhead { in_future: true, .. }))));
+        let batch = stream
+            .store()
+            .record_batch(
+                ([("x", future_ms), ("y", future_ms)])
+                    .into_iter()
+                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap();
+        assert!(batch.iter().all(|answer| matches!(
+            answer,
+            Err(Error::Timestamp(TimestampError::TooFarAhead { in_future: true, .. }))
+        )));
         // When it has become the present, it is a message like others.
         stream.clock.advance(Duration::from_secs(3_600));
         stream.is_too_far_ahead("future 0", future_ms);
@@ -469,14 +559,14 @@ fn an_operator_can_take_stream_time_along() {
     stream.complete("k", START_MS);
     let future_ms = TODAY_MS + DAY_MS;
     assert!(stream.is_too_far_ahead("future", future_ms));
-    stream.store().advance_stream_time(future_ms - 1_000).unwrap();
+    stream.store().advance_stream_time(Timestamp::from_unix_ms(future_ms - 1_000)).wait().unwrap();
     assert!(!stream.is_too_far_ahead("future", future_ms));
     assert_eq!(stream.answer("k", START_MS), "too old");
-    stream.store().advance_stream_time(START_MS).unwrap();
+    stream.store().advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait().unwrap();
     assert_eq!(stream.now_ms(), future_ms, "it never goes back");
-    stream.store().advance_stream_time(future_ms + 5).unwrap();
+    stream.store().advance_stream_time(Timestamp::from_unix_ms(future_ms + 5)).wait().unwrap();
     for another_unit in [future_ms * 1_000, u64::MAX] {
-        let refused = stream.store().advance_stream_time(another_unit);
+        let refused = stream.store().advance_stream_time(Timestamp::from_unix_ms(another_unit)).wait();
         assert!(matches!(refused, Err(Error::Config { option: "advance_stream_time", .. })), "{refused:?}");
     }
     stream.reopen();
@@ -488,10 +578,10 @@ fn the_wall_clock_ages_nothing_and_brings_nothing_back() {
     let mut stream = Stream::new();
     stream.complete("k", START_MS);
     for wall_ms in [0, TODAY_MS, START_MS - 1, TODAY_MS + 10_000 * DAY_MS, u64::MAX, 5] {
-        stream.clock.set_wall_ms(wall_ms);
+        stream.clock.set_wall(Timestamp::from_unix_ms(wall_ms));
         assert_eq!((stream.answer("k", START_MS), stream.now_ms()), ("completed", START_MS), "at {wall_ms}");
         stream.reopen();
-        stream.store().seal().unwrap();
+        stream.store().flush().unwrap();
         assert_eq!((stream.answer("k", START_MS), stream.now_ms()), ("completed", START_MS), "at {wall_ms}");
     }
     // At the fifth millisecond of 1970 a stream still runs.
@@ -505,23 +595,28 @@ fn the_wall_clock_ages_nothing_and_brings_nothing_back() {
 fn leases_and_backoffs_run_on_monotonic_time() {
     let mut stream = Stream::new();
     let _lease = stream.acquire("leased", START_MS);
-    stream.acquire("released", START_MS).release_after(Duration::from_secs(5)).unwrap();
-    stream.clock.set_wall_ms(0);
+    stream.acquire("released", START_MS).release().after(Duration::from_secs(5)).wait().unwrap();
+    stream.clock.set_wall(Timestamp::from_unix_ms(0));
     stream.tick(START_MS + AHEAD_MS);
-    let retry_after = |key: &str| match stream.store().claim_at(key, START_MS).unwrap() {
-        Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
-        other => panic!("{key}: {other:?}"),
-    };
+    let retry_after =
+        |key: &str| match stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS))).wait().unwrap() {
+            Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
+            other => panic!("{key}: {other:?}"),
+        };
     assert_eq!((retry_after("leased"), retry_after("released")), (1_000, 5_000));
     stream.clock.advance(Duration::from_millis(999));
     assert_eq!((retry_after("leased"), retry_after("released")), (1, 4_001));
     stream.clock.advance(Duration::from_millis(1));
     let second = stream.acquire("leased", START_MS);
-    assert_eq!((second.attempt(), second.prior()), (2, Some(Prior::LeaseExpired)));
+    assert_eq!((second.attempt().number(), second.attempt().prior()), (2, Some(PriorAttempt::LeaseExpired)));
     drop(second);
     stream.reopen();
     let released = stream.acquire("released", START_MS);
-    assert_eq!((released.attempt(), released.prior()), (2, Some(Prior::Released)), "a backoff ends with its process");
+    assert_eq!(
+        (released.attempt().number(), released.attempt().prior()),
+        (2, Some(PriorAttempt::Released)),
+        "a backoff ends with its process"
+    );
 }
 
 #[test]
@@ -533,24 +628,25 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
     stream.tick(START_MS + 3_000);
     stream.reopen();
     drop(crashed);
-    let since: Vec<u64> = stream.store().held().unwrap().iter().map(|held| held.since_ms).collect();
+    let since: Vec<u64> = stream.store().held().wait().unwrap().iter().map(|held| held.since.as_unix_ms()).collect();
     assert_eq!(since, [START_MS + 100, START_MS + 200]);
     for key in ["crashed", "dropped"] {
-        stream.store().resolve(key, Resolution::Completed(b"by hand".to_vec())).unwrap();
+        stream.store().resolve(key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
     }
-    stream.store().seal().unwrap();
-    let completed_at = |key, at_ms| match stream.store().check_at(key, at_ms).unwrap() {
-        Check::Completed(completed) => Completed::completed_at_ms(&completed),
-        other => panic!("{key}: {other:?}"),
-    };
+    stream.store().flush().unwrap();
+    let completed_at =
+        |key, at_ms| match stream.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
+            KeyStatus::Completed(completed) => completed.completed_at().as_unix_ms(),
+            other => panic!("{key}: {other:?}"),
+        };
     assert_eq!(completed_at("crashed", START_MS + 100), START_MS + 100);
     assert_eq!(completed_at("dropped", START_MS + 200), START_MS + 200);
 
     // Another message about work that was not done: both are to be known as long as their windows last.
     drop(stream.acquire("twice", START_MS + 1_000));
-    stream.store().resolve("twice", Resolution::Rerun).unwrap();
-    stream.acquire("twice", START_MS + 2_000).release().unwrap();
-    stream.acquire("twice", START_MS + 1_000).complete("r").unwrap();
+    stream.store().resolve("twice", Resolution::Rerun).wait().unwrap();
+    stream.acquire("twice", START_MS + 2_000).release().wait().unwrap();
+    stream.acquire("twice", START_MS + 1_000).complete("r").wait().unwrap();
     assert_eq!(completed_at("twice", START_MS + 1_000), START_MS + 2_000);
 }
 
@@ -558,30 +654,58 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
 fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
     let stream = Stream::new();
     let store = stream.store();
-    assert!(matches!(store.claim("k"), Err(Error::TimestampMissing)));
-    assert!(matches!(store.check("k"), Err(Error::TimestampMissing)));
-    assert!(matches!(store.record("k"), Err(Error::TimestampMissing)));
-    assert!(matches!(store.claim_wait("k", Duration::ZERO), Err(Error::TimestampMissing)));
-    assert!(matches!(store.claim_batch(["k"]), Err(Error::TimestampMissing)));
-    assert!(matches!(store.record_batch(["k"]), Err(Error::TimestampMissing)));
-    assert!(matches!(store.check_batch(["k"]), Err(Error::TimestampMissing)));
+    assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert!(matches!(store.check("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert!(matches!(store.record("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert!(matches!(
+        store.claim("k").wait_up_to(Duration::ZERO).wait(),
+        Err(Error::Timestamp(TimestampError::Missing))
+    ));
+    assert!(matches!(store.claim_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert!(matches!(store.record_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert!(matches!(store.check_batch(["k"]).wait(), Err(Error::Timestamp(TimestampError::Missing))));
     stream.complete("k", START_MS);
-    assert!(store.get("k").unwrap().is_some() && store.forget("k").unwrap(), "which are not about messages");
-    store.close().unwrap();
+    assert!(
+        store.inspect("k").wait().unwrap().is_some() && store.forget("k").wait().unwrap(),
+        "which are not about messages"
+    );
+    store.close().wait().unwrap();
     // It stays what it is, and keeps its bound.
     let store = builder(&stream.clock).open(stream.path()).unwrap();
-    assert!(matches!(store.claim("k"), Err(Error::TimestampMissing)));
-    assert_eq!(store.record_at("a", START_MS + AHEAD_MS).unwrap(), Recorded::First);
-    assert!(matches!(store.record_at("b", START_MS + 2 * AHEAD_MS + 1), Err(Error::TooFarAhead { .. })));
+    assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
+    assert_eq!(
+        store.record(Key::from("a").at(Timestamp::from_unix_ms(START_MS + AHEAD_MS))).wait().unwrap(),
+        RecordOutcome::First
+    );
+    assert!(matches!(
+        store.record(Key::from("b").at(Timestamp::from_unix_ms(START_MS + 2 * AHEAD_MS + 1))).wait(),
+        Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
+    ));
 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let store = builder(&stream.clock).open(&path).unwrap();
-    assert!(matches!(store.claim_at("k", START_MS), Err(Error::TimestampUnexpected)));
-    assert!(matches!(store.check_at("k", START_MS), Err(Error::TimestampUnexpected)));
-    assert!(matches!(store.record_batch_at([("k", START_MS)]), Err(Error::TimestampUnexpected)));
-    assert!(matches!(store.advance_stream_time(START_MS), Err(Error::TimestampUnexpected)));
-    store.close().unwrap();
+    assert!(matches!(
+        store.claim(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    assert!(matches!(
+        store.check(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    assert!(matches!(
+        store
+            .record_batch(
+                ([("k", START_MS)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))
+            )
+            .wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    assert!(matches!(
+        store.advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait(),
+        Err(Error::Timestamp(TimestampError::Unexpected))
+    ));
+    store.close().wait().unwrap();
     let refused = builder(&stream.clock).stream_time(Duration::from_secs(1)).open(&path);
     assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
     for out_of_bounds in [Duration::ZERO, Duration::from_millis(WINDOW_MS + 1)] {
@@ -593,7 +717,7 @@ fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
 #[test]
 fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_early() {
     let dir = tempfile::tempdir().unwrap();
-    let clock = ManualClock::at(TODAY_MS);
+    let clock = ManualClock::at(Timestamp::from_unix_ms(TODAY_MS));
     // As many buckets as there may be.
     let builder = Store::builder().window(Duration::from_secs(48)).bucket(Duration::from_secs(1)).clock(clock);
     let builder = builder.durability(Durability::Process).memory_budget(32 << 20);
@@ -602,19 +726,37 @@ fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_
     let messages: Vec<(String, u64)> = (0..100_000).map(|i| (format!("m{i}"), START_MS + i * 100)).collect();
     let mut sent = 0;
     for batch in messages.chunks(400) {
-        let answers = store.record_batch_at(batch.iter().map(|(key, at_ms)| (key, *at_ms))).unwrap();
-        assert!(answers.iter().all(|answer| matches!(answer, Ok(Recorded::First))));
+        let answers = store
+            .record_batch(
+                (batch.iter().map(|(key, at_ms)| (key, *at_ms)))
+                    .into_iter()
+                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap();
+        assert!(answers.iter().all(|answer| matches!(answer, Ok(RecordOutcome::First))));
         sent += batch.len();
         // 480 of them are within the window.
         let again = messages[sent.saturating_sub(480)..sent].iter().step_by(37);
-        for answer in store.record_batch_at(again.map(|(key, at_ms)| (key, *at_ms))).unwrap() {
-            assert_eq!(answer.unwrap(), Recorded::Duplicate { in_flight: false });
+        for answer in store
+            .record_batch(
+                (again.map(|(key, at_ms)| (key, *at_ms)))
+                    .into_iter()
+                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            )
+            .wait()
+            .unwrap()
+        {
+            assert_eq!(answer.unwrap(), RecordOutcome::Duplicate { in_flight: false });
         }
         if let Some((key, at_ms)) = sent.checked_sub(481).map(|old| &messages[old]) {
-            assert!(matches!(store.record_at(key, *at_ms), Err(Error::TooOld { .. })));
+            assert!(matches!(
+                store.record(Key::from(key).at(Timestamp::from_unix_ms(*at_ms))).wait(),
+                Err(Error::Timestamp(TimestampError::TooOld { .. }))
+            ));
         }
     }
-    store.seal().unwrap();
+    store.flush().unwrap();
     assert!(store.stats().buckets.len() <= 51, "{}", store.stats().buckets.len());
 }
 
@@ -624,18 +766,21 @@ fn nobody_who_looks_a_key_up_while_the_stream_leaps_is_told_that_it_is_new() {
     let mut at_ms = START_MS;
     for round in 0..30 {
         let key = format!("k{round}");
-        assert_eq!(stream.store().record_at(&key, at_ms).unwrap(), Recorded::First);
-        stream.store().seal().unwrap();
+        assert_eq!(
+            stream.store().record(Key::from(&key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
+            RecordOutcome::First
+        );
+        stream.store().flush().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 stream.tick(at_ms + AHEAD_MS);
                 stream.tick(at_ms + 2 * AHEAD_MS);
-                stream.store().seal().unwrap();
+                stream.store().flush().unwrap();
             });
             loop {
-                match stream.store().record_at(&key, at_ms) {
-                    Ok(Recorded::Duplicate { in_flight: false }) => {}
-                    Err(Error::TooOld { .. }) => break,
+                match stream.store().record(Key::from(&key).at(Timestamp::from_unix_ms(at_ms))).wait() {
+                    Ok(RecordOutcome::Duplicate { in_flight: false }) => {}
+                    Err(Error::Timestamp(TimestampError::TooOld { .. })) => break,
                     other => panic!("{key}: {other:?}"),
                 }
             }
@@ -706,7 +851,8 @@ impl Model {
             }
             _ => self.time(rng),
         };
-        let (is_let_in, claim) = (self.lets_in(at_ms), self.stream.store().claim_at(key, at_ms));
+        let (is_let_in, claim) =
+            (self.lets_in(at_ms), self.stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait());
         assert_eq!(self.stream.now_ms(), self.now_ms);
         let now_ms = self.now_ms;
         let counts = |at_ms: u64| now_ms < at_ms + WINDOW_MS;
@@ -716,12 +862,16 @@ impl Model {
         });
         let context = format!("{key} of {at_ms} at {now_ms}, which is {known:?}");
         let taken_at_ms = match (is_let_in, known, claim) {
-            (false, _, Err(Error::TooFarAhead { stream_ms, in_future: false, .. })) => {
-                assert_eq!(stream_ms, now_ms, "{context}");
+            (false, _, Err(Error::Timestamp(TimestampError::TooFarAhead { stream_time, in_future: false, .. }))) => {
+                assert_eq!(stream_time.as_unix_ms(), now_ms, "{context}");
                 return;
             }
             (true, Some(Known::Completed { at_ms, result }), Ok(Claim::Completed(first))) => {
-                assert_eq!((first.completed_at_ms(), first.result()), (*at_ms, Some(&result[..])), "{context}");
+                assert_eq!(
+                    (first.completed_at().as_unix_ms(), first.result()),
+                    (*at_ms, Some(&result[..])),
+                    "{context}"
+                );
                 return;
             }
             (true, Some(Known::Leased { attempt, .. }), Ok(Claim::InProgress(other))) => {
@@ -729,23 +879,27 @@ impl Model {
                 return;
             }
             (true, Some(Known::Left { attempt, at_ms: left_ms }), Ok(Claim::Acquired(lease))) => {
-                assert_eq!(lease.attempt(), attempt + 1, "{context}");
+                assert_eq!(lease.attempt().number(), attempt + 1, "{context}");
                 (lease, at_ms.max(*left_ms))
             }
-            (true, None, Err(Error::TooOld { at_ms: said_ms, remembers_since_ms, .. })) => {
+            (true, None, Err(Error::Timestamp(TimestampError::TooOld { at, remembers_since, .. }))) => {
                 assert!(!counts(at_ms), "{context}");
-                assert_eq!((said_ms, remembers_since_ms), (at_ms, now_ms - WINDOW_MS + 1), "{context}");
+                assert_eq!(
+                    (at.as_unix_ms(), remembers_since.as_unix_ms()),
+                    (at_ms, now_ms - WINDOW_MS + 1),
+                    "{context}"
+                );
                 return;
             }
             (true, None, Ok(Claim::Acquired(lease))) => {
                 assert!(counts(at_ms), "{context}: it should be too old");
-                assert_eq!((lease.attempt(), lease.prior()), (1, None), "{context}");
+                assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{context}");
                 (lease, at_ms)
             }
             (_, _, other) => panic!("{context}, was answered {other:?}"),
         };
         let (lease, at_ms) = taken_at_ms;
-        let (token, attempt) = (lease.token(), lease.attempt());
+        let (token, attempt) = (lease.token().get(), lease.attempt().number());
         self.known.insert(key.to_owned(), Known::Leased { token, attempt, at_ms });
         self.leases.push((key.to_owned(), lease));
     }
@@ -756,19 +910,19 @@ impl Model {
         }
         let (key, lease) = self.leases.swap_remove(rng.random_range(0..self.leases.len()));
         let Some(Known::Leased { token, attempt, at_ms }) = self.known.get(&key).cloned() else { panic!("{key}") };
-        assert_eq!(token, lease.token());
+        assert_eq!(token, lease.token().get());
         let after = match rng.random_range(0..5) {
             0 => {
                 drop(lease);
                 Known::Left { attempt, at_ms }
             }
             1 => {
-                lease.release().unwrap();
+                lease.release().wait().unwrap();
                 Known::Left { attempt, at_ms }
             }
             _ => {
                 let result = token.to_string().into_bytes();
-                lease.complete(result.clone()).unwrap();
+                lease.complete(result.clone()).wait().unwrap();
                 Known::Completed { at_ms, result }
             }
         };
@@ -808,8 +962,11 @@ fn random_streams_are_answered_as_a_plain_map_would() {
                     model.claim(&mut rng, key);
                 }
                 64..=89 => model.end_a_lease(&mut rng),
-                90..=94 => model.stream.store().seal().unwrap(),
-                95..=97 => model.stream.clock.set_wall_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS)),
+                90..=94 => model.stream.store().flush().unwrap(),
+                95..=97 => model
+                    .stream
+                    .clock
+                    .set_wall(Timestamp::from_unix_ms(rng.random_range(START_MS + 300 * DAY_MS..TODAY_MS))),
                 _ => model.reopen(),
             }
         }
@@ -818,13 +975,16 @@ fn random_streams_are_answered_as_a_plain_map_would() {
 
 /// Records a stream and says each answer, until it is killed.
 fn record_until_killed(path: &Path, from: u64) -> ! {
-    let store = builder(&ManualClock::at(TODAY_MS)).stream_time(Duration::from_millis(AHEAD_MS)).open(path).unwrap();
+    let store = builder(&ManualClock::at(Timestamp::from_unix_ms(TODAY_MS)))
+        .stream_time(Duration::from_millis(AHEAD_MS))
+        .open(path)
+        .unwrap();
     let mut out = std::io::stdout();
-    writeln!(out, "\nopened {}", store.stats().now_ms).unwrap();
+    writeln!(out, "\nopened {}", store.stats().now.as_unix_ms()).unwrap();
     for i in from.. {
         // Every seventh is late.
         let at_ms = START_MS + i * 40 - if i % 7 == 0 { 3_000 } else { 0 };
-        store.record_at(format!("m{i}"), at_ms).unwrap();
+        store.record(Key::from(format!("m{i}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap();
         writeln!(out, "recorded {i} {at_ms}").unwrap();
     }
     unreachable!("there are many")
@@ -865,18 +1025,23 @@ fn a_killed_store_goes_on_where_its_stream_was() {
         }
         process.wait().unwrap();
         next = recorded.keys().last().map_or(0, |last| last + 1);
-        let store = builder(&ManualClock::at(0)).lock_wait(Duration::from_secs(10)).open(&path).unwrap();
-        let now_ms = store.stats().now_ms;
+        let store = builder(&ManualClock::at(Timestamp::from_unix_ms(0)))
+            .lock_wait(Duration::from_secs(10))
+            .open(&path)
+            .unwrap();
+        let now_ms = store.stats().now.as_unix_ms();
         assert!(now_ms >= newest_ms, "round {round}: stream time went back");
         for (i, at_ms) in &recorded {
-            let answer = store.check_at(Key::from(format!("m{i}")), *at_ms);
+            let answer = store.check(Key::from(format!("m{i}")).at(Timestamp::from_unix_ms(*at_ms))).wait();
             match answer {
-                Ok(Check::Completed(first)) => assert_eq!(first.completed_at_ms(), *at_ms),
-                Err(Error::TooOld { .. }) => assert!(at_ms + WINDOW_MS <= now_ms, "m{i} of {at_ms} at {now_ms}"),
+                Ok(KeyStatus::Completed(first)) => assert_eq!(first.completed_at().as_unix_ms(), *at_ms),
+                Err(Error::Timestamp(TimestampError::TooOld { .. })) => {
+                    assert!(at_ms + WINDOW_MS <= now_ms, "m{i} of {at_ms} at {now_ms}")
+                }
                 other => panic!("round {round} of seed {seed}: m{i} of {at_ms} at {now_ms}: {other:?}"),
             }
         }
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
     eprintln!("12 kills, {} records", recorded.len());
 }

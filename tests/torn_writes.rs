@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use chronicle::{Chronicle, Found, Verdict};
 use disk::Disk;
-use onlyonce::{Durability, ManualClock};
+use onlyonce::{Durability, ManualClock, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -82,7 +82,7 @@ fn replay(player: &mut Player<'_>, chronicle: &Chronicle, cut: u64, rng: &mut St
     let (clock_ms, token) = chronicle.latest(|line| line.at <= cut);
     let path = disk.root().join("store");
     let acknowledged = chronicle.acknowledged(|line| line.at <= cut);
-    let store = match open(&path, &ManualClock::at(clock_ms), Durability::Disk) {
+    let store = match open(&path, &ManualClock::at(Timestamp::from_unix_ms(clock_ms)), Durability::Disk) {
         Ok(store) => store,
         Err(error) => return Err(format!("{acknowledged} acknowledged, and it does not open: {error}")),
     };

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::{Bench, START_MS, copy_store};
-use onlyonce::{Check, Key, Recorded, Store};
+use onlyonce::{Key, KeyStatus, RecordOutcome, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 const WINDOW_MS: u64 = 10_000;
 
 fn is_completed(store: &Store, key: &str) -> bool {
-    matches!(store.check(key).unwrap(), Check::Completed(_))
+    matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_))
 }
 
 #[test]
@@ -23,19 +23,19 @@ fn a_key_is_forgotten_at_the_millisecond_its_window_ends() {
         for reopened in [false, true] {
             let mut bench = Bench::new();
             bench.advance_ms(123);
-            bench.acquire("k").complete("r").unwrap();
+            bench.acquire("k").complete("r").wait().unwrap();
             if sealed {
-                bench.store().seal().unwrap();
+                bench.store().flush().unwrap();
             }
             if reopened {
                 bench.reopen();
             }
             bench.advance_ms(WINDOW_MS - 1);
-            bench.store().seal().unwrap();
+            bench.store().flush().unwrap();
             assert!(is_completed(bench.store(), "k"), "sealed {sealed}, reopened {reopened}");
             bench.advance_ms(1);
             assert!(!is_completed(bench.store(), "k"), "sealed {sealed}, reopened {reopened}");
-            assert_eq!(bench.acquire("k").attempt(), 1);
+            assert_eq!(bench.acquire("k").attempt().number(), 1);
         }
     }
 }
@@ -48,13 +48,13 @@ fn every_key_of_many_buckets_is_remembered_exactly_as_long_as_its_window() {
     // 400 keys over 40 s: four windows of ten buckets each.
     for i in 0..400_u64 {
         let key = format!("key-{i}");
-        bench.store().record(&key).unwrap();
+        bench.store().record(&key).wait().unwrap();
         completed_ms.insert(key, now_ms);
         let step_ms = 37 + i * 41 % 127;
         bench.advance_ms(step_ms);
         now_ms += step_ms;
         match i % 40 {
-            13 | 31 => bench.store().seal().unwrap(),
+            13 | 31 => bench.store().flush().unwrap(),
             39 => bench.reopen(),
             _ => {}
         }
@@ -66,7 +66,7 @@ fn every_key_of_many_buckets_is_remembered_exactly_as_long_as_its_window() {
     let stats = bench.store().stats();
     assert!(stats.buckets.len() <= 13, "passed buckets are dropped: {:?}", stats.buckets);
     assert!(stats.buckets.len() >= 9, "living ones are not: {:?}", stats.buckets);
-    assert_eq!(stats.remembers_since_ms, now_ms - WINDOW_MS + 1);
+    assert_eq!(stats.remembers_since.as_unix_ms(), now_ms - WINDOW_MS + 1);
 }
 
 #[test]
@@ -74,7 +74,7 @@ fn the_window_counts_from_completion_and_not_from_the_claim() {
     let bench = Bench::with(|builder| builder.lease(Duration::from_secs(60)));
     let lease = bench.acquire("k");
     bench.advance_ms(25_000);
-    lease.complete("r").unwrap();
+    lease.complete("r").wait().unwrap();
     bench.advance_ms(WINDOW_MS - 1);
     assert!(is_completed(bench.store(), "k"));
     bench.advance_ms(1);
@@ -85,12 +85,12 @@ fn the_window_counts_from_completion_and_not_from_the_claim() {
 fn a_passed_bucket_leaves_the_disk() {
     let bench = Bench::new();
     let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>64}")).collect();
-    bench.store().record_batch(&keys).unwrap();
-    bench.store().seal().unwrap();
+    bench.store().record_batch(&keys).wait().unwrap();
+    bench.store().flush().unwrap();
     let full = bench.store().stats();
     assert_eq!(full.buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 20_000);
     bench.advance_ms(WINDOW_MS + 1_000);
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
     let empty = bench.store().stats();
     assert!(empty.buckets.iter().all(|bucket| bucket.keys == 0), "{:?}", empty.buckets);
     // RocksDB removes the files of a dropped family in the background.
@@ -109,20 +109,20 @@ fn a_passed_bucket_leaves_the_disk() {
 #[test]
 fn a_clock_that_goes_back_brings_nothing_back_and_forgets_nothing() {
     let mut bench = Bench::new();
-    bench.store().record("old").unwrap();
+    bench.store().record("old").wait().unwrap();
     bench.advance_ms(WINDOW_MS);
     assert!(!is_completed(bench.store(), "old"));
-    bench.store().record("new").unwrap();
+    bench.store().record("new").wait().unwrap();
 
-    bench.clock.set_wall_ms(START_MS - 86_400_000);
+    bench.clock.set_wall(Timestamp::from_unix_ms(START_MS - 86_400_000));
     assert!(!is_completed(bench.store(), "old"));
     assert!(is_completed(bench.store(), "new"));
     bench.reopen();
     assert!(!is_completed(bench.store(), "old"), "also after a restart");
     assert!(is_completed(bench.store(), "new"));
-    assert_eq!(bench.store().stats().now_ms, START_MS + WINDOW_MS);
+    assert_eq!(bench.store().stats().now.as_unix_ms(), START_MS + WINDOW_MS);
 
-    bench.store().record("at a wrong time").unwrap();
+    bench.store().record("at a wrong time").wait().unwrap();
     bench.advance_ms(WINDOW_MS - 1);
     assert!(is_completed(bench.store(), "at a wrong time"));
     bench.advance_ms(1);
@@ -133,26 +133,26 @@ fn a_clock_that_goes_back_brings_nothing_back_and_forgets_nothing() {
 fn a_clock_that_jumps_a_year_forgets_what_is_a_year_old() {
     let bench = Bench::new();
     let keys: Vec<String> = (0..1_000).map(|i| format!("key-{i}")).collect();
-    bench.store().record_batch(&keys).unwrap();
-    bench.store().seal().unwrap();
+    bench.store().record_batch(&keys).wait().unwrap();
+    bench.store().flush().unwrap();
     bench.advance_ms(366 * 86_400_000);
     assert!(keys.iter().all(|key| !is_completed(bench.store(), key)));
-    bench.store().seal().unwrap();
-    bench.store().record_batch(&keys).unwrap();
-    bench.store().seal().unwrap();
+    bench.store().flush().unwrap();
+    bench.store().record_batch(&keys).wait().unwrap();
+    bench.store().flush().unwrap();
     assert!(keys.iter().all(|key| is_completed(bench.store(), key)));
 }
 
 #[test]
 fn a_store_reopened_with_another_bucket_width_remembers_both() {
     let bench = Bench::new();
-    bench.store().record("narrow").unwrap();
-    bench.store().seal().unwrap();
-    bench.store().close().unwrap();
+    bench.store().record("narrow").wait().unwrap();
+    bench.store().flush().unwrap();
+    bench.store().close().wait().unwrap();
     let wide = bench.builder().bucket(Duration::from_secs(5)).open(bench.path()).unwrap();
     bench.advance_ms(1_700);
-    wide.record("wide").unwrap();
-    wide.seal().unwrap();
+    wide.record("wide").wait().unwrap();
+    wide.flush().unwrap();
     assert!(is_completed(&wide, "narrow") && is_completed(&wide, "wide"));
     assert!(wide.stats().buckets.len() >= 2);
     bench.advance_ms(WINDOW_MS - 1_700);
@@ -164,17 +164,17 @@ fn a_store_reopened_with_another_bucket_width_remembers_both() {
 #[test]
 fn a_store_keeps_its_window_when_it_is_opened_without_one() {
     let bench = Bench::new();
-    bench.store().record("k").unwrap();
-    bench.store().close().unwrap();
+    bench.store().record("k").wait().unwrap();
+    bench.store().close().wait().unwrap();
     let reopened = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
     assert_eq!(reopened.stats().window, Duration::from_millis(WINDOW_MS));
     bench.advance_ms(WINDOW_MS - 1);
-    assert!(matches!(reopened.check(Key::from("k")).unwrap(), Check::Completed(_)));
+    assert!(matches!(reopened.check(Key::from("k")).wait().unwrap(), KeyStatus::Completed(_)));
     bench.advance_ms(1);
-    assert_eq!(reopened.check(Key::from("k")).unwrap(), Check::New);
-    reopened.close().unwrap();
+    assert_eq!(reopened.check(Key::from("k")).wait().unwrap(), KeyStatus::New);
+    reopened.close().wait().unwrap();
     let wider = Store::builder().clock(bench.clock.clone()).window(Duration::from_millis(2 * WINDOW_MS));
-    wider.open(bench.path()).unwrap().close().unwrap();
+    wider.open(bench.path()).unwrap().close().wait().unwrap();
     let reopened = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
     assert_eq!(reopened.stats().window, Duration::from_millis(2 * WINDOW_MS), "the last that it was told");
 }
@@ -185,47 +185,55 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
     for (dropped, crashed) in [(true, false), (false, false), (false, true)] {
         let mut bench =
             Bench::with(|builder| builder.window(Duration::from_secs(24 * 3_600)).bucket(Duration::from_secs(3_600)));
-        bench.store().record("forgotten").unwrap();
-        bench.store().seal().unwrap();
+        bench.store().record("forgotten").wait().unwrap();
+        bench.store().flush().unwrap();
         bench.advance_ms(9 * HOUR_MS / 2);
         // Of one bucket, and as far apart as can be.
-        bench.store().record("just forgotten").unwrap();
+        bench.store().record("just forgotten").wait().unwrap();
         bench.advance_ms(1);
-        bench.store().record("just known").unwrap();
+        bench.store().record("just known").wait().unwrap();
         bench.advance_ms(HOUR_MS / 2 - 1);
-        bench.store().record("known").unwrap();
+        bench.store().record("known").wait().unwrap();
         bench.advance_ms(HOUR_MS / 2);
-        bench.store().seal().unwrap();
-        bench.store().close().unwrap();
+        bench.store().flush().unwrap();
+        bench.store().close().wait().unwrap();
         let hour = Duration::from_secs(3_600);
         let narrow = bench.builder().window(hour).bucket(hour / 4).open(bench.path()).unwrap();
-        let since_ms = narrow.stats().remembers_since_ms;
+        let since_ms = narrow.stats().remembers_since.as_unix_ms();
         assert_eq!(since_ms, START_MS + 5 * HOUR_MS + HOUR_MS / 2 - HOUR_MS + 1);
         assert!(!is_completed(&narrow, "forgotten") && is_completed(&narrow, "known"));
         assert!(!is_completed(&narrow, "just forgotten") && is_completed(&narrow, "just known"));
         if dropped {
-            narrow.seal().unwrap();
+            narrow.flush().unwrap();
         }
         if crashed {
             // As a crash would leave it, before anything else was written.
             let left = tempfile::tempdir().unwrap();
             copy_store(&bench.path(), &left.path().join("store"));
             let wide = bench.builder().open(left.path().join("store")).unwrap();
-            assert_eq!(wide.stats().remembers_since_ms, since_ms);
+            assert_eq!(wide.stats().remembers_since.as_unix_ms(), since_ms);
             assert!(!is_completed(&wide, "forgotten"));
         }
-        narrow.close().unwrap();
+        narrow.close().wait().unwrap();
         bench.reopen();
         let told = format!("dropped {dropped}, crashed {crashed}");
-        assert_eq!(bench.store().stats().remembers_since_ms, since_ms, "{told}");
+        assert_eq!(bench.store().stats().remembers_since.as_unix_ms(), since_ms, "{told}");
         assert!(!is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
         assert!(!is_completed(bench.store(), "just forgotten") && is_completed(bench.store(), "just known"), "{told}");
-        assert_eq!(bench.store().record("forgotten").unwrap(), Recorded::First, "{told}");
+        assert_eq!(bench.store().record("forgotten").wait().unwrap(), RecordOutcome::First, "{told}");
         bench.advance_ms(20 * HOUR_MS);
         assert!(is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
-        assert_eq!(bench.store().stats().remembers_since_ms, since_ms, "{told}: the wide window is not full yet");
+        assert_eq!(
+            bench.store().stats().remembers_since.as_unix_ms(),
+            since_ms,
+            "{told}: the wide window is not full yet"
+        );
         bench.advance_ms(4 * HOUR_MS);
-        assert_eq!(bench.store().stats().remembers_since_ms, bench.store().stats().now_ms - 24 * HOUR_MS + 1, "{told}");
+        assert_eq!(
+            bench.store().stats().remembers_since.as_unix_ms(),
+            bench.store().stats().now.as_unix_ms() - 24 * HOUR_MS + 1,
+            "{told}"
+        );
     }
 }
 
@@ -243,7 +251,7 @@ fn random_windows_are_answered_as_a_plain_map_would() {
             match rng.random_range(0..10) {
                 0..=3 => {
                     let key = format!("key-{step}");
-                    store.record(&key).unwrap();
+                    store.record(&key).wait().unwrap();
                     completed_ms.insert(key, now_ms);
                 }
                 4..=6 => {
@@ -251,18 +259,18 @@ fn random_windows_are_answered_as_a_plain_map_would() {
                     bench.advance_ms(ms);
                     now_ms += ms;
                 }
-                7 => store.seal().unwrap(),
+                7 => store.flush().unwrap(),
                 _ => {
                     floor_ms = floor_ms.max(now_ms + 1 - window_ms);
                     window_ms = *[3_000, WINDOW_MS, 30_000].choose(&mut rng).unwrap();
-                    store.close().unwrap();
+                    store.close().wait().unwrap();
                     let window = Duration::from_millis(window_ms);
                     let builder = bench.builder().window(window).bucket(Duration::from_secs(1));
                     store = builder.open(bench.path().with_file_name("windows")).unwrap();
                 }
             }
             let since_ms = floor_ms.max(now_ms + 1 - window_ms);
-            assert_eq!(store.stats().remembers_since_ms, since_ms, "step {step}");
+            assert_eq!(store.stats().remembers_since.as_unix_ms(), since_ms, "step {step}");
             for (key, completed_ms) in &completed_ms {
                 assert_eq!(
                     is_completed(&store, key),

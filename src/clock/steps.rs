@@ -61,9 +61,15 @@ impl Steps {
 
     /// The steps without those whose completions are all forgotten at this time.
     pub(crate) fn pruned(&self, time_ms: u64, window_ms: u64) -> Self {
+        self.pruned_before(Step { from_ms: u64::MAX, ..Step::default() }, time_ms, window_ms)
+    }
+
+    /// The same, where `next` is about to be added: a step stays if `next` carries some of its completions further.
+    pub(crate) fn pruned_before(&self, next: Step, time_ms: u64, window_ms: u64) -> Self {
         let mut kept = Self::default();
         let newest_ms = |step: &Step| self.newest_counted_ms(step.from_ms, step.to_ms);
-        let living = self.iter().filter(|step| time_ms < newest_ms(step).saturating_add(window_ms));
+        let is_living = |step: &Step| time_ms < newest_ms(step).saturating_add(window_ms);
+        let living = self.iter().filter(|step| next.from_ms <= step.to_ms || is_living(step));
         kept.0.iter_mut().zip(living).for_each(|(place, step)| *place = step);
         kept
     }
@@ -113,6 +119,14 @@ mod tests {
         assert_eq!(overlapping.counted_ms(160), 1_660, "both carry it");
         assert_eq!((overlapping.counted_ms(140), overlapping.counted_ms(250)), (1_140, 750));
         assert_eq!(overlapping.newest_counted_ms(100, 300), 1_700);
+    }
+
+    #[test]
+    fn a_step_is_kept_where_the_next_one_carries_its_completions_further() {
+        let steps = Steps::of(&[step(100, 200, 1_000)]).unwrap();
+        for (from_ms, kept) in [(150, steps), (200, steps), (201, Steps::default())] {
+            assert_eq!(steps.pruned_before(step(from_ms, 300, 9_000), 10_000, 500), kept, "from {from_ms}");
+        }
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl StreamTime {
 
     pub(super) fn save(&self) -> Saved {
         let time_ms = self.high_water_ms();
-        Saved { time_ms, floor_ms: wall::floor_ms(self.floor_ms, time_ms, self.window_ms) }
+        Saved { time_ms, floor_ms: wall::floor_ms(self.floor_ms, time_ms, self.window_ms), newest_ms: time_ms }
     }
 }
 
@@ -143,7 +143,7 @@ mod tests {
 
     fn of_messages(high_water_ms: u64) -> (ManualClock, StreamTime) {
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
-        let saved = Saved { time_ms: high_water_ms, floor_ms: 0 };
+        let saved = Saved { time_ms: high_water_ms, ..Saved::default() };
         (clock.clone(), StreamTime::resume(Arc::new(clock), &saved, 100, 500))
     }
 

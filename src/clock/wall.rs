@@ -152,6 +152,8 @@ struct Course {
     floor_ms: u64,
     steps: Steps,
     deviation: Option<Deviation>,
+    /// No key had a later time when this process began, or when the store's time went back since.
+    newest_ms: u64,
     /// How far the wall clock was followed since this time.
     followed_ms: u64,
     following_since_ms: u64,
@@ -175,6 +177,7 @@ impl Course {
             floor_ms: saved.floor_ms,
             steps: state.steps,
             deviation: state.deviation,
+            newest_ms: saved.newest_ms,
             followed_ms: 0,
             following_since_ms: 0,
             resumed_ms: 0,
@@ -311,9 +314,11 @@ impl Course {
         };
         let stepped_ms = time_ms.saturating_add(by_ms).min(MAX_WALL_MS);
         if by_ms > TOLERANCE_MS {
-            // Some other thread may have read its clocks a moment ago and use what it read a moment later.
-            let step = Step { from_ms: deviation.since_ms, to_ms: time_ms.saturating_add(TOLERANCE_MS), by_ms };
-            let others = self.steps.pruned(stepped_ms, self.span.window_ms);
+            // Work that began before the store's time went back keeps its later time when it ends. And some other thread may have
+            // read its clocks a moment ago and use what it read a moment later.
+            let to_ms = time_ms.max(self.newest_ms).saturating_add(TOLERANCE_MS).min(MAX_WALL_MS);
+            let step = Step { from_ms: deviation.since_ms, to_ms, by_ms };
+            let others = self.steps.pruned_before(step, stepped_ms, self.span.window_ms);
             let Some(steps) = others.with(step, self.span.bucket_ms) else { return false };
             self.steps = steps;
         }
@@ -333,7 +338,9 @@ impl Course {
             _ => time_ms,
         };
         self.floor_ms = floor_ms;
+        self.newest_ms = self.newest_ms.max(time_ms);
         self.lead_ms = back_to_ms.saturating_sub(wall_ms);
+        self.resumed_ms = self.resumed_ms.min(back_to_ms);
         self.set(back_to_ms, reading);
         let (back_ms, ahead_ms) = (time_ms - back_to_ms, self.lead_ms);
         if ahead_ms == 0 {
@@ -454,7 +461,10 @@ impl WallTime {
         let time_ms = course.time_ms(&reading);
         let floor_ms = floor_ms(course.floor_ms, time_ms, course.span.window_ms);
         let Course { lead_ms, deviation, steps, .. } = *course;
-        (Saved { time_ms, floor_ms }, ClockState { boot: reading.boot, lead_ms, deviation, steps })
+        (
+            Saved { time_ms, floor_ms, newest_ms: course.newest_ms },
+            ClockState { boot: reading.boot, lead_ms, deviation, steps },
+        )
     }
 }
 
@@ -516,7 +526,9 @@ mod tests {
             for minute in 1..=7 * 24 * 60_u64 {
                 clock.advance(Duration::from_secs(60));
                 let drifted_ms = minute as i64 * 60_000 * drift_ppm / 1_000_000;
-                clock.set_wall(onlyonce_core::Timestamp::from_unix_ms((START_MS + minute * 60_000).saturating_add_signed(drifted_ms)));
+                clock.set_wall(onlyonce_core::Timestamp::from_unix_ms(
+                    (START_MS + minute * 60_000).saturating_add_signed(drifted_ms),
+                ));
                 let off_ms = wall.now().time_ms.abs_diff(clock.wall().as_unix_ms());
                 assert!(off_ms <= 2 * TOLERANCE_MS, "{drift_ppm} ppm, minute {minute}: {off_ms} ms");
             }
@@ -577,10 +589,10 @@ mod tests {
         let step = (ms(), ms(), 1..=MAX_WALL_MS).prop_map(|(from_ms, to_ms, by_ms)| Step { from_ms, to_ms, by_ms });
         let steps = proptest::collection::vec(step, 0..=3);
         let boot = proptest::option::of((0_u8..2, any::<u64>()).prop_map(|(id, ms)| BootTime { id: [id; 16], ms }));
-        (ms(), ms(), boot, ms(), proptest::option::of(deviation), steps).prop_map(
-            |(time_ms, floor_ms, boot, lead_ms, deviation, steps)| {
+        (ms(), ms(), ms(), boot, ms(), proptest::option::of(deviation), steps).prop_map(
+            |(time_ms, floor_ms, newest_ms, boot, lead_ms, deviation, steps)| {
                 let steps = Steps::of(&steps).unwrap_or_default();
-                let saved = Saved { time_ms, floor_ms: floor_ms.min(time_ms) };
+                let saved = Saved { time_ms, floor_ms: floor_ms.min(time_ms), newest_ms };
                 (saved, ClockState { boot, lead_ms, deviation, steps })
             },
         )

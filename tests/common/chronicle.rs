@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use onlyonce::{Check, Claim, Store};
+use onlyonce::{Claim, KeyStatus, Store};
 
 use crate::torture::{Line, Messages, WINDOW_MS, has_come_along, messages, name};
 
@@ -158,26 +158,26 @@ impl Chronicle {
 
     /// Asks a store for every key that was ever spoken of.
     pub fn find(&self, store: &Store) -> Found {
-        let mut found = Found { now_ms: store.stats().now_ms, messages: messages(store), ..Found::nothing() };
+        let mut found = Found { now_ms: store.stats().now.as_unix_ms(), messages: messages(store), ..Found::nothing() };
         let keys: Vec<&String> = self.attempts.keys().chain(self.before.completed.keys()).collect();
         // The first of them are asked while the filter is being rebuilt, the last by the filter.
-        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).unwrap());
+        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).wait().unwrap());
         for (key, check) in keys.iter().zip(checks) {
             match check.unwrap() {
-                Check::Completed(first) => {
+                KeyStatus::Completed(first) => {
                     found.torn_apart.extend(has_come_along(store, &found.messages, key, &first).err());
-                    let first = (name(first.result()), first.completed_at_ms());
+                    let first = (name(first.result()), first.completed_at().as_unix_ms());
                     found.completed.insert((*key).clone(), first);
                 }
-                Check::New => {}
-                Check::InProgress(_) => found.in_progress.push((*key).clone()),
+                KeyStatus::New => {}
+                KeyStatus::InProgress(_) => found.in_progress.push((*key).clone()),
             }
         }
-        let Claim::Acquired(lease) = store.claim("nobody spoke of this").unwrap() else {
+        let Claim::Acquired(lease) = store.claim("nobody spoke of this").wait().unwrap() else {
             panic!("G2: a key is blocked")
         };
-        found.token = lease.token();
-        lease.release().unwrap();
+        found.token = lease.token().get();
+        lease.release().wait().unwrap();
         found
     }
 

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use onlyonce::{Builder, Claim, InProgress, Lease, ManualClock, Store};
+use onlyonce::{Builder, Claim, InProgress, Lease, ManualClock, Store, Timestamp};
 use tempfile::TempDir;
 
 /// When every test begins.
@@ -27,8 +27,12 @@ impl Bench {
     }
 
     pub fn with(configure: fn(Builder) -> Builder) -> Self {
-        let mut bench =
-            Self { clock: ManualClock::at(START_MS), dir: tempfile::tempdir().unwrap(), configure, store: None };
+        let mut bench = Self {
+            clock: ManualClock::at(Timestamp::from_unix_ms(START_MS)),
+            dir: tempfile::tempdir().unwrap(),
+            configure,
+            store: None,
+        };
         bench.store = Some(bench.open().unwrap());
         bench
     }
@@ -59,7 +63,7 @@ impl Bench {
 
     /// Closes the store and opens it again. Leases that are left belong to a process that is no more.
     pub fn reopen(&mut self) {
-        self.store().close().unwrap();
+        self.store().close().wait().unwrap();
         // Tests beside this one start processes, which have its lock for a moment.
         let builder = self.builder().lock_wait(Duration::from_secs(10));
         self.store = Some(builder.open(self.path()).unwrap());
@@ -70,14 +74,14 @@ impl Bench {
     }
 
     pub fn acquire(&self, key: &str) -> Lease {
-        match self.store().claim(key).unwrap() {
+        match self.store().claim(key).wait().unwrap() {
             Claim::Acquired(lease) => lease,
             other => panic!("{key} should be free, but is {other:?}"),
         }
     }
 
     pub fn in_progress(&self, key: &str) -> InProgress {
-        match self.store().claim(key).unwrap() {
+        match self.store().claim(key).wait().unwrap() {
             Claim::InProgress(in_progress) => in_progress,
             other => panic!("{key} should be in progress, but is {other:?}"),
         }
@@ -85,7 +89,7 @@ impl Bench {
 
     /// The result that a claim is answered with.
     pub fn completed(&self, key: &str) -> Option<Vec<u8>> {
-        match self.store().claim(key).unwrap() {
+        match self.store().claim(key).wait().unwrap() {
             Claim::Completed(completed) => completed.result().map(<[u8]>::to_vec),
             other => panic!("{key} should be completed, but is {other:?}"),
         }

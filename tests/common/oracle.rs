@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use onlyonce::{Check, Claim, Clock, Completed, Error, Lease, ManualClock, Prior, Recorded, Store};
+use onlyonce::{Claim, Clock, Completed, Error, KeyStatus, Lease, ManualClock, PriorAttempt, RecordOutcome, Store};
 
 /// A store whose every answer is judged.
 pub struct Oracle {
@@ -136,7 +136,7 @@ impl Oracle {
     fn before(&self, key: usize) -> Before {
         let history = self.history(key);
         Before {
-            wall_ms: self.clock.wall_ms(),
+            wall_ms: self.clock.wall().as_unix_ms(),
             monotonic_ms: self.clock.monotonic_ms(),
             newest_token: self.newest_token.load(Ordering::SeqCst),
             done: history.done,
@@ -150,12 +150,12 @@ impl Oracle {
     /// The completion that the answer of a call must tell of, if there is one.
     fn must_tell(&self, history: &History, before: &Before) -> Option<Done> {
         let done = before.done.filter(|_| history.forgets == before.forgets)?;
-        (self.clock.wall_ms() < done.from_ms + self.window_ms).then_some(done)
+        (self.clock.wall().as_unix_ms() < done.from_ms + self.window_ms).then_some(done)
     }
 
     fn judge_completed(&self, key: usize, before: &Before, answer: &Completed) {
         let mut history = self.history(key);
-        let (token, at_ms) = (answer.token(), answer.completed_at_ms());
+        let (token, at_ms) = (answer.token().get(), answer.completed_at().as_unix_ms());
         let name = name(key);
         if let Some(result) = answer.result() {
             assert!(result == self.result(key, token), "{name}: the result of {token} is another's");
@@ -186,7 +186,7 @@ impl Oracle {
 
     fn judge_acquired(&self, key: usize, before: &Before, lease: Lease) -> Work {
         self.judge_unfinished(key, before, "acquired");
-        let (name, token, now_ms) = (name(key), lease.token(), self.clock.monotonic_ms());
+        let (name, token, now_ms) = (name(key), lease.token().get(), self.clock.monotonic_ms());
         assert!(token > before.newest_token, "G3: {name}: {token} after {}", before.newest_token);
         self.newest_token.fetch_max(token, Ordering::SeqCst);
         let ours = Holder { token, alive_until_ms: before.monotonic_ms + self.lease_ms };
@@ -208,9 +208,14 @@ impl Oracle {
         }
         history.holders.push(ours);
         drop(history);
-        assert_eq!(lease.attempt() == 1, lease.prior().is_none(), "{name}: {:?}", lease.prior());
+        assert_eq!(
+            lease.attempt().number() == 1,
+            lease.attempt().prior().is_none(),
+            "{name}: {:?}",
+            lease.attempt().prior()
+        );
         count(&self.seen.acquired);
-        if lease.prior() == Some(Prior::LeaseExpired) {
+        if lease.attempt().prior() == Some(PriorAttempt::LeaseExpired) {
             count(&self.seen.taken_over);
         }
         Work { key, lease }
@@ -230,31 +235,31 @@ impl Oracle {
 
     pub fn claim(&self, key: usize) -> Option<Work> {
         let before = self.before(key);
-        let claim = self.store.claim(name(key)).unwrap();
+        let claim = self.store.claim(name(key)).wait().unwrap();
         self.judge_claim(key, &before, claim)
     }
 
     pub fn claim_batch(&self, keys: &BTreeSet<usize>) -> Vec<Work> {
         let before: Vec<Before> = keys.iter().map(|key| self.before(*key)).collect();
         let names: Vec<String> = keys.iter().map(|key| name(*key)).collect();
-        let claims = self.store.claim_batch(&names).unwrap();
+        let claims = self.store.claim_batch(&names).wait().unwrap();
         let judged = keys.iter().zip(&before).zip(claims);
         judged.filter_map(|((key, before), claim)| self.judge_claim(*key, before, claim.unwrap())).collect()
     }
 
     pub fn check(&self, key: usize) {
         let before = self.before(key);
-        match self.store.check(name(key)).unwrap() {
-            Check::New => self.judge_unfinished(key, &before, "new"),
-            Check::InProgress(_) => self.judge_unfinished(key, &before, "in progress"),
-            Check::Completed(answer) => self.judge_completed(key, &before, &answer),
+        match self.store.check(name(key)).wait().unwrap() {
+            KeyStatus::New => self.judge_unfinished(key, &before, "new"),
+            KeyStatus::InProgress(_) => self.judge_unfinished(key, &before, "in progress"),
+            KeyStatus::Completed(answer) => self.judge_completed(key, &before, &answer),
         }
     }
 
     /// From here on others may come by the key.
     fn let_go(&self, work: &Work) -> Before {
         let before = self.before(work.key);
-        let token = work.lease.token();
+        let token = work.lease.token().get();
         self.history(work.key).holders.retain(|holder| holder.token != token);
         before
     }
@@ -273,7 +278,7 @@ impl Oracle {
     }
 
     fn note_done(&self, key: usize, before: &Before, token: Option<u64>) {
-        let done = Done { token, from_ms: before.wall_ms, to_ms: self.clock.wall_ms() };
+        let done = Done { token, from_ms: before.wall_ms, to_ms: self.clock.wall().as_unix_ms() };
         let mut history = self.history(key);
         if before.forgetting > 0 || history.forgets != before.forgets {
             // Whether it or the forgetting came last is open.
@@ -290,7 +295,7 @@ impl Oracle {
     }
 
     fn alive_until_ms(&self, work: &Work) -> u64 {
-        let token = work.lease.token();
+        let token = work.lease.token().get();
         let history = self.history(work.key);
         history.holders.iter().find(|holder| holder.token == token).unwrap().alive_until_ms
     }
@@ -298,8 +303,8 @@ impl Oracle {
     pub fn complete(&self, work: Work) -> bool {
         let alive_until_ms = self.alive_until_ms(&work);
         let before = self.let_go(&work);
-        let (key, token) = (work.key, work.lease.token());
-        let outcome = work.lease.complete(self.result(key, token)).map_err(|error| error.into_parts().0);
+        let (key, token) = (work.key, work.lease.token().get());
+        let outcome = work.lease.complete(self.result(key, token)).wait().map_err(|error| error.into_parts().0);
         self.judge_completion(key, &before, token, alive_until_ms, outcome)
     }
 
@@ -323,11 +328,11 @@ impl Oracle {
         let mut begun = Vec::new();
         let mut leases = Vec::new();
         for work in works {
-            let (key, token, alive_until_ms) = (work.key, work.lease.token(), self.alive_until_ms(&work));
+            let (key, token, alive_until_ms) = (work.key, work.lease.token().get(), self.alive_until_ms(&work));
             begun.push((key, token, alive_until_ms, self.let_go(&work)));
             leases.push((work.lease, self.result(key, token)));
         }
-        let outcomes = self.store.complete_batch(leases);
+        let outcomes = self.store.complete_batch(leases).wait();
         for ((key, token, alive_until_ms, before), outcome) in begun.into_iter().zip(outcomes) {
             let outcome = outcome.map_err(|error| error.into_parts().0);
             self.judge_completion(key, &before, token, alive_until_ms, outcome);
@@ -337,7 +342,7 @@ impl Oracle {
     pub fn release(&self, work: Work) {
         let alive_until_ms = self.alive_until_ms(&work);
         self.let_go(&work);
-        if self.judge_settled(work.key, alive_until_ms, work.lease.release()) {
+        if self.judge_settled(work.key, alive_until_ms, work.lease.release().wait()) {
             count(&self.seen.released);
         }
     }
@@ -352,7 +357,7 @@ impl Oracle {
     pub fn renew(&self, mut work: Work) -> Option<Work> {
         let alive_until_ms = self.alive_until_ms(&work);
         let now_ms = self.clock.monotonic_ms();
-        let token = work.lease.token();
+        let token = work.lease.token().get();
         if !self.judge_settled(work.key, alive_until_ms, work.lease.renew()) {
             self.let_go(&work);
             return None;
@@ -364,9 +369,9 @@ impl Oracle {
         Some(work)
     }
 
-    fn judge_record(&self, key: usize, before: &Before, recorded: Recorded) {
+    fn judge_record(&self, key: usize, before: &Before, recorded: RecordOutcome) {
         match recorded {
-            Recorded::First => {
+            RecordOutcome::First => {
                 self.judge_unfinished(key, before, "recorded");
                 let now_ms = self.clock.monotonic_ms();
                 let history = self.history(key);
@@ -378,21 +383,21 @@ impl Oracle {
                 self.note_done(key, before, None);
                 count(&self.seen.recorded);
             }
-            Recorded::Duplicate { in_flight: true } => self.judge_unfinished(key, before, "in flight"),
-            Recorded::Duplicate { in_flight: false } => count(&self.seen.duplicates),
+            RecordOutcome::Duplicate { in_flight: true } => self.judge_unfinished(key, before, "in flight"),
+            RecordOutcome::Duplicate { in_flight: false } => count(&self.seen.duplicates),
         }
     }
 
     pub fn record(&self, key: usize) {
         let before = self.before(key);
-        let recorded = self.store.record(name(key)).unwrap();
+        let recorded = self.store.record(name(key)).wait().unwrap();
         self.judge_record(key, &before, recorded);
     }
 
     pub fn record_batch(&self, keys: &BTreeSet<usize>) {
         let before: Vec<Before> = keys.iter().map(|key| self.before(*key)).collect();
         let names: Vec<String> = keys.iter().map(|key| name(*key)).collect();
-        let recorded = self.store.record_batch(&names).unwrap();
+        let recorded = self.store.record_batch(&names).wait().unwrap();
         for ((key, before), recorded) in keys.iter().zip(&before).zip(recorded) {
             self.judge_record(*key, before, recorded.unwrap());
         }
@@ -405,7 +410,7 @@ impl Oracle {
         history.forgets += 1;
         history.forgetting += 1;
         drop(history);
-        let forgotten = self.store.forget(name(key));
+        let forgotten = self.store.forget(name(key)).wait();
         let mut history = self.history(key);
         history.forgetting -= 1;
         match forgotten {

@@ -178,7 +178,7 @@ impl TapedDisk {
 impl Drop for TapedDisk {
     fn drop(&mut self) {
         unmount(&self.root());
-        // Once the loop device has let go of it.
+        // DedupStream the loop device has let go of it.
         let gone = unmount(&self.fuse());
         if let Some(session) = self.session.take().filter(|_| gone) {
             let _ = session.umount_and_join();

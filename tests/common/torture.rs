@@ -17,7 +17,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use onlyonce::{Builder, Check, Claim, Completed, Durability, Lease, ManualClock, Prior, Recorded, Store};
+use onlyonce::{
+    Builder, Claim, Completed, Completion, Durability, KeyStatus, Lease, ManualClock, PriorAttempt, RecordOutcome,
+    Store, Timestamp,
+};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -222,7 +225,7 @@ pub fn end_at_panic() {
 /// What the process does that is to die.
 pub fn child() {
     end_at_panic();
-    let clock = ManualClock::at(variable(CLOCK).parse().unwrap());
+    let clock = ManualClock::at(Timestamp::from_unix_ms(variable(CLOCK).parse().unwrap()));
     let (seed, round): (u64, u64) = (variable(CHILD_SEED).parse().unwrap(), variable(ROUND).parse().unwrap());
     let flush_ms: u64 = variable(FLUSH_MS).parse().unwrap();
     let pace = Duration::from_millis(variable(PACE).parse().unwrap());
@@ -235,7 +238,7 @@ pub fn child() {
         let store = builder.open(variable(STORE)).unwrap();
         // Somebody may have died here whose last words did not count, and the store knows their time.
         // The listener knows nothing of the store's time: it goes by the wall clock, which must not be tolerated beside it.
-        clock.set_wall_ms(store.stats().now_ms);
+        clock.set_wall(Timestamp::from_unix_ms(store.stats().now.as_unix_ms()));
         say("@open\n");
         let seed = seed + opening;
         let stage = &Stage {
@@ -260,7 +263,7 @@ pub fn child() {
                 let mut rng = StdRng::seed_from_u64(seed ^ 0x5ea1);
                 while !stage.is_over() {
                     std::thread::sleep(Duration::from_millis(rng.random_range(0..flush_ms)));
-                    store.seal().unwrap();
+                    store.flush().unwrap();
                 }
             });
             scope.spawn(|| watch(stage, StdRng::seed_from_u64(seed ^ 0x3a7c4)));
@@ -274,7 +277,7 @@ pub fn child() {
                 stage.over.store(true, Ordering::Relaxed);
             }
         });
-        store.close().unwrap();
+        store.close().wait().unwrap();
     }
 }
 
@@ -307,19 +310,19 @@ impl Stage<'_> {
     }
 
     fn now_ms(&self) -> u64 {
-        onlyonce::Clock::wall_ms(self.clock)
+        onlyonce::Clock::wall(self.clock).as_unix_ms()
     }
 
     /// A claim of one key, said where it was given.
     fn acquire(&self, key: &str) -> Option<Lease> {
-        let Claim::Acquired(lease) = self.store.claim(key).unwrap() else { return None };
+        let Claim::Acquired(lease) = self.store.claim(key).wait().unwrap() else { return None };
         self.say_got(key, &lease);
         Some(lease)
     }
 
     fn say_got(&self, key: &str, lease: &Lease) {
-        let prior = lease.prior().map_or("none".to_owned(), |prior| format!("{prior:?}"));
-        say(&format!("@got {key} {} {prior} {}\n", lease.token(), self.now_ms()));
+        let prior = lease.attempt().prior().map_or("none".to_owned(), |prior| format!("{prior:?}"));
+        say(&format!("@got {key} {} {prior} {}\n", lease.token().get(), self.now_ms()));
     }
 
     /// Completes leases of these keys with padded results, and says so before and after. One alone takes a message and an
@@ -327,22 +330,23 @@ impl Stage<'_> {
     fn complete(&self, leases: Vec<(String, Lease)>, padding: usize) {
         let started = self.now_ms();
         let tried: String =
-            leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token())).collect();
+            leases.iter().map(|(key, lease)| format!("@try {key} result-{}\n", lease.token().get())).collect();
         say(&tried);
-        let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token())).collect();
+        let results: Vec<String> = leases.iter().map(|(_, lease)| format!("result-{}", lease.token().get())).collect();
         let (keys, mut leases): (Vec<String>, Vec<_>) = leases.into_iter().unzip();
         let completed = if let (1, [key], [result]) = (leases.len(), &keys[..], &results[..]) {
             let lease = leases.remove(0);
-            let token = lease.token();
+            let token = lease.token().get();
             let padded = format!("{result}{}{WITH_MORE}", ".".repeat(padding));
-            let completed = lease.complete_with(padded, |tx| {
-                tx.set_offset(key, 0, token);
-                tx.enqueue("torture", key, result);
-            });
-            vec![completed]
+            let completion = Completion::new(padded).offset(key.as_str(), 0, token).message(
+                "torture",
+                key.as_str(),
+                result.as_str(),
+            );
+            vec![lease.complete(completion).wait()]
         } else {
             let padded = results.iter().map(|result| format!("{result}{}", ".".repeat(padding)));
-            self.store.complete_batch(leases.into_iter().zip(padded))
+            self.store.complete_batch(leases.into_iter().zip(padded)).wait()
         };
         assert!(completed.iter().all(Result::is_ok), "{completed:?}");
         let ended = self.now_ms();
@@ -353,7 +357,7 @@ impl Stage<'_> {
     /// Forgets a key that is completed, if it is anything, and that nobody completes meanwhile.
     fn forget(&self, key: &str) {
         say(&format!("@forget {key}\n"));
-        self.store.forget(key).unwrap();
+        self.store.forget(key).wait().unwrap();
         say(&format!("@forgot {key}\n"));
     }
 }
@@ -371,7 +375,13 @@ pub type Messages = BTreeSet<(String, String)>;
 
 pub fn messages(store: &Store) -> Messages {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    store.outbox(usize::MAX).unwrap().into_iter().map(|message| (text(message.key), text(message.bytes))).collect()
+    store
+        .outbox(usize::MAX)
+        .wait()
+        .unwrap()
+        .into_iter()
+        .map(|message| (text(message.key), text(message.payload)))
+        .collect()
 }
 
 /// What a completion took along must be there with it.
@@ -384,9 +394,9 @@ pub fn has_come_along(store: &Store, messages: &Messages, key: &str, first: &Com
         return Err(format!("G1: {key} is completed with {result}, and its message is not there"));
     }
     // Under `Disk` each question syncs.
-    if first.token().is_multiple_of(16) {
-        let offset = store.offset(key, 0).unwrap();
-        if offset != Some(first.token()) {
+    if first.token().get().is_multiple_of(16) {
+        let offset = store.offset(key, 0).wait().unwrap();
+        if offset != Some(first.token().get()) {
             return Err(format!("G1: {key} is completed with {result}, and its offset is {offset:?}"));
         }
     }
@@ -399,12 +409,12 @@ fn watch(stage: &Stage<'_>, mut rng: StdRng) {
     while !stage.is_over() {
         let keys: Vec<String> = (0..100).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
         let mut said = String::new();
-        for (key, check) in keys.iter().zip(stage.store.check_batch(&keys).unwrap()) {
-            if let Check::Completed(first) = check.unwrap()
-                && first.completed_at_ms() + 1_000 > stage.now_ms()
+        for (key, check) in keys.iter().zip(stage.store.check_batch(&keys).wait().unwrap()) {
+            if let KeyStatus::Completed(first) = check.unwrap()
+                && first.completed_at().as_unix_ms() + 1_000 > stage.now_ms()
             {
                 let result = name(first.result());
-                said.push_str(&format!("@dup {key} {result} {}\n", first.completed_at_ms()));
+                said.push_str(&format!("@dup {key} {result} {}\n", first.completed_at().as_unix_ms()));
             }
         }
         say(&said);
@@ -431,8 +441,8 @@ fn work(stage: &Stage<'_>, mut rng: StdRng, worker: &str) {
             let keys: Vec<String> = (0..rng.random_range(1..30)).map(|i| format!("r{worker}-{step}-{i}")).collect();
             let started = stage.now_ms();
             say(&keys.iter().map(|key| format!("@try {key} -\n")).collect::<String>());
-            let recorded = stage.store.record_batch(&keys).unwrap();
-            assert!(recorded.into_iter().all(|recorded| matches!(recorded, Ok(Recorded::First))));
+            let recorded = stage.store.record_batch(&keys).wait().unwrap();
+            assert!(recorded.into_iter().all(|recorded| matches!(recorded, Ok(RecordOutcome::First))));
             let ended = stage.now_ms();
             say(&keys.iter().map(|key| format!("@done {key} - {started} {ended}\n")).collect::<String>());
             own.extend(keys.into_iter().take(2));
@@ -444,7 +454,7 @@ fn work(stage: &Stage<'_>, mut rng: StdRng, worker: &str) {
         let keys: Vec<String> =
             (0..rng.random_range(1..4)).map(|_| format!("k{}", rng.random_range(0..POOL))).collect();
         let mut leases = Vec::new();
-        for (key, claimed) in keys.iter().zip(stage.store.claim_batch(&keys).unwrap()) {
+        for (key, claimed) in keys.iter().zip(stage.store.claim_batch(&keys).wait().unwrap()) {
             if let Claim::Acquired(lease) = claimed.unwrap() {
                 stage.say_got(key, &lease);
                 leases.push((key.clone(), lease));
@@ -457,7 +467,7 @@ fn work(stage: &Stage<'_>, mut rng: StdRng, worker: &str) {
             }),
             1 => leases.into_iter().for_each(|(key, lease)| {
                 say(&format!("@left {key}\n"));
-                lease.release().unwrap();
+                lease.release().wait().unwrap();
             }),
             2 => leases.into_iter().for_each(|(_, lease)| std::mem::forget(lease)),
             _ => {
@@ -476,7 +486,7 @@ fn forget_own(stage: &Stage<'_>, rng: &mut StdRng, own: &mut VecDeque<String>) {
     stage.forget(&key);
     if rng.random_bool(0.5) {
         let lease = stage.acquire(&key).expect("a forgotten key is free");
-        assert_eq!(lease.prior(), None, "and its next claim is its first");
+        assert_eq!(lease.attempt().prior(), None, "and its next claim is its first");
         stage.complete(vec![(key.clone(), lease)], 0);
         own.push_back(key);
     }
@@ -558,14 +568,14 @@ impl Oracle {
 
     /// How many completions that were acknowledged, and whose window is not over, the store does not know.
     pub fn missing(&self, store: &Store) -> usize {
-        let now_ms = store.stats().now_ms;
+        let now_ms = store.stats().now.as_unix_ms();
         let done = self
             .said
             .iter()
             .filter(|(_, said)| matches!(said, Said::Done { started_ms, .. } if now_ms < started_ms + WINDOW_MS));
         let keys: Vec<&String> = done.map(|(key, _)| key).collect();
-        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).unwrap());
-        checks.filter(|check| !matches!(check, Ok(Check::Completed(_)))).count()
+        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys.iter().copied()).wait().unwrap());
+        checks.filter(|check| !matches!(check, Ok(KeyStatus::Completed(_)))).count()
     }
 
     fn hear(&mut self, line: &str) {
@@ -631,38 +641,38 @@ impl Oracle {
 
     /// Looks every key up and compares; then what is known is what the store says.
     pub fn check(&mut self, store: &Store) {
-        let now_ms = store.stats().now_ms;
+        let now_ms = store.stats().now.as_unix_ms();
         self.clock_ms = now_ms;
         let keys: Vec<String> = self.said.keys().cloned().collect();
         // The first of them are asked while the filter is being rebuilt, the last by the filter.
-        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys).unwrap());
+        let checks = keys.chunks(1_000).flat_map(|keys| store.check_batch(keys).wait().unwrap());
         let mut passed = Vec::new();
         self.messages.extend(messages(store));
         for (key, check) in keys.iter().cloned().zip(checks) {
             let check = check.unwrap();
-            if let Check::Completed(first) = &check {
+            if let KeyStatus::Completed(first) = &check {
                 has_come_along(store, &self.messages, &key, first).unwrap();
             }
             let said = self.said.get_mut(&key).unwrap();
             match (&*said, check) {
-                (Said::Done { result, started_ms, ended_ms }, Check::Completed(completed)) => {
+                (Said::Done { result, started_ms, ended_ms }, KeyStatus::Completed(completed)) => {
                     assert!(now_ms < ended_ms + WINDOW_MS, "G4: {key} is remembered too long");
-                    assert!((*started_ms..=*ended_ms).contains(&completed.completed_at_ms()), "G1: {key}");
+                    assert!((*started_ms..=*ended_ms).contains(&completed.completed_at().as_unix_ms()), "G1: {key}");
                     assert_eq!(&name(completed.result()), result, "G1: {key} has another result");
                 }
                 (Said::Done { started_ms, .. }, check) => {
                     assert!(now_ms >= started_ms + WINDOW_MS, "G1: {key} was acknowledged: {said:?}, but is {check:?}");
                     passed.push(key);
                 }
-                (Said::Tried { result } | Said::Forgetting { result }, Check::Completed(completed)) => {
+                (Said::Tried { result } | Said::Forgetting { result }, KeyStatus::Completed(completed)) => {
                     // The completion was written, and only the acknowledgement was lost; or the end of it was not.
                     assert_eq!(&name(completed.result()), result, "{key}");
-                    let at_ms = completed.completed_at_ms();
+                    let at_ms = completed.completed_at().as_unix_ms();
                     *said = Said::Done { result: result.clone(), started_ms: at_ms, ended_ms: at_ms };
                 }
-                (Said::Got | Said::Left, Check::Completed(_)) => panic!("G2: {key} was never completed: {said:?}"),
-                (_, Check::New) => *said = Said::Left,
-                (_, Check::InProgress(other)) => panic!("G2: {key} is blocked by the dead: {other:?}"),
+                (Said::Got | Said::Left, KeyStatus::Completed(_)) => panic!("G2: {key} was never completed: {said:?}"),
+                (_, KeyStatus::New) => *said = Said::Left,
+                (_, KeyStatus::InProgress(other)) => panic!("G2: {key} is blocked by the dead: {other:?}"),
             }
         }
         for key in passed {
@@ -677,18 +687,21 @@ impl Oracle {
         }
         self.messages
             .retain(|(key, with)| matches!(self.said.get(key), Some(Said::Done { result, .. }) if result == with));
-        store.delivered(store.outbox(usize::MAX).unwrap().into_iter().map(|message| message.id)).unwrap();
+        store
+            .remove_messages(store.outbox(usize::MAX).wait().unwrap().into_iter().map(|message| message.id))
+            .wait()
+            .unwrap();
         if self.said.len() > KNOWN {
             self.said.retain(|key, said| *said != Said::Left || !key.starts_with('r'));
         }
         // A key that was left by the dead is told so, and its token is higher than all before.
         let left = self.said.iter().find(|(_, said)| **said == Said::Left).map(|(key, _)| key.clone());
         if let Some(key) = left {
-            let Claim::Acquired(lease) = store.claim(&key).unwrap() else { panic!("G2: {key} can be claimed") };
-            assert!(lease.token() > self.last_token, "G3: {} after {}", lease.token(), self.last_token);
-            assert_ne!(lease.prior(), Some(Prior::LeaseExpired));
-            self.last_token = lease.token();
-            lease.release().unwrap();
+            let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("G2: {key} can be claimed") };
+            assert!(lease.token().get() > self.last_token, "G3: {} after {}", lease.token().get(), self.last_token);
+            assert_ne!(lease.attempt().prior(), Some(PriorAttempt::LeaseExpired));
+            self.last_token = lease.token().get();
+            lease.release().wait().unwrap();
         }
     }
 }

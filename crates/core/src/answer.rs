@@ -139,7 +139,7 @@ impl Completed {
         self.remembered_until
     }
 
-    /// The fencing token of the lease that completed the key, or of its record.
+    /// The fencing token of the lease that completed the key, or of its record or resolution, which have tokens of their own.
     #[must_use]
     pub fn token(&self) -> FencingToken {
         self.token
@@ -313,6 +313,18 @@ impl std::fmt::Display for MessageId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}-{}", self.record, self.index)
     }
+}
+
+/// What happens to a key whose holder vanished: its lease expired or was dropped, or its process crashed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnInterrupt {
+    /// The next claim acquires the key, and [`AttemptInfo::prior`](crate::AttemptInfo::prior) reports how the last attempt
+    /// ended.
+    #[default]
+    Rerun,
+    /// The key is held: no claim acquires it until [`resolve`](crate::Engine::resolve) decides whether the work happened. For
+    /// effects that must not be repeated without a check.
+    Hold,
 }
 
 /// What to do with work while the store fails.

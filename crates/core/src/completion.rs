@@ -199,6 +199,12 @@ impl<const N: usize> From<&[u8; N]> for Completion {
     }
 }
 
+impl<const N: usize> From<[u8; N]> for Completion {
+    fn from(result: [u8; N]) -> Self {
+        Self::new(result)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -22,28 +22,49 @@ pub type Answers<T> = Result<Vec<Result<T>>>;
 /// The local store implements it, and [`MemoryStore`](crate::testing::MemoryStore) for tests. An implementation passes the
 /// conformance suite (`onlyonce_core::conformance`, feature `conformance`).
 ///
-/// Every call can be repeated after an error whose [`outcome`](Error::outcome) is unknown: a grant identifies its attempt by
-/// its fencing token, so that a repeated completion, release or renewal either succeeds again, or fails with
-/// [`Error::Superseded`] if another holder claimed the key in between. A call whose future is dropped happens or does not happen as a
-/// whole; a lease that a dropped claim would have returned is given back.
+/// # Tokens
+///
+/// A grant identifies its attempt by its fencing token. The token decides, never the clock: a late completion is accepted if no
+/// claim came first. So every call can be repeated after an error whose [`outcome`](Error::outcome) is unknown:
+///
+/// - A completion that is repeated with the token that completed the key succeeds and changes nothing, as long as the key is
+///   remembered. The first result and the first side writes stay.
+/// - A renewal that is repeated succeeds again.
+/// - A claim that is repeated does not get the lease of the first one, whose answer was lost: that lease expires.
+/// - After a release, or after [`Engine::abandon`], the engine may forget the token: a finish with it succeeds or fails with
+///   [`Error::Superseded`]. A renewal fails.
+/// - Every other call with the token fails with [`Error::Superseded`] and changes nothing: after another claim of the key, after
+///   [`Engine::forget`], after a resolution as completed, and a release or a renewal after the completion.
+///
+/// # Dropped futures
+///
+/// A call whose future is dropped happens or does not happen as a whole. A lease that a dropped claim would have returned is
+/// given back, as if it was released.
 pub trait Engine: Send + Sync + 'static {
     /// Claims each key. A key that occurs twice in `keys` is acquired once and in progress the second time.
+    ///
+    /// The call fails as a whole if a key is not valid ([`Error::Key`], with the key's index if the call has several), or if
+    /// its timestamp is missing or unexpected. So do [`Engine::record`] and [`Engine::check`].
     fn claim<'a>(&'a self, keys: Vec<Key<'static>>) -> BoxFuture<'a, Answers<Claim<Grant>>>;
 
     /// Claims one key. If it is in progress, waits up to `limit` until its holder finishes or its lease or backoff ends. A
     /// limit of zero does not wait.
     fn claim_wait<'a>(&'a self, key: Key<'static>, limit: Duration) -> BoxFuture<'a, Result<Claim<Grant>>>;
 
-    /// Completes each key without a lease or a result.
+    /// Completes each key that a claim would acquire, without a lease or a result. A key that occurs twice in `keys` is
+    /// recorded once and completed the second time.
     fn record<'a>(&'a self, keys: Vec<Key<'static>>) -> BoxFuture<'a, Answers<RecordOutcome>>;
 
     /// Returns what a claim of each key would return. Changes nothing.
     fn check<'a>(&'a self, keys: Vec<Key<'static>>) -> BoxFuture<'a, Answers<KeyStatus>>;
 
     /// Returns everything that is stored about a key. `None` if a claim would be its first.
+    ///
+    /// This call, [`Engine::resolve`] and [`Engine::forget`] accept keys over the engine's limit, which was higher when they were
+    /// stored, and ignore a key's timestamp.
     fn inspect<'a>(&'a self, key: Key<'static>) -> BoxFuture<'a, Result<Option<StoredKey>>>;
 
-    /// Restarts the time of each lease.
+    /// Restarts the time of each lease, also of an expired one that no other holder has claimed.
     fn renew<'a>(&'a self, grants: Vec<Arc<Grant>>) -> BoxFuture<'a, Answers<()>>;
 
     /// Renews a lease in the background until the returned value is dropped, or the engine's limit is reached.
@@ -52,19 +73,25 @@ pub trait Engine: Send + Sync + 'static {
     /// Completes or releases each lease.
     ///
     /// The order counts for offsets: after a lease whose completion is rejected, the offsets of the following completions in
-    /// this call are not stored, because they would cover its message. Outbox messages depend on their own lease alone.
+    /// this call are not stored, because they would cover its message. A release holds back no offsets: the caller has decided
+    /// about its message. Outbox messages depend on their own lease alone.
     fn finish<'a>(&'a self, leases: Vec<(Arc<Grant>, Finish)>) -> BoxFuture<'a, Vec<Result<()>>>;
 
-    /// Ends an attempt with unknown outcome. Called when a lease is dropped: it does not block, and reports no error.
+    /// Ends an attempt with unknown outcome. Called when a lease is dropped: it does not block, and reports no error. It has no
+    /// effect if the lease was finished or taken over.
     fn abandon(&self, grant: Arc<Grant>);
 
-    /// Lists the keys that are held for resolution, the oldest first.
+    /// Lists the keys that are held for resolution, the oldest claim first.
     fn held(&self) -> BoxFuture<'_, Result<Vec<HeldKey>>>;
 
-    /// Decides about a held key.
+    /// Decides about a held key. Fails with [`Error::NotHeld`] for any other key.
+    ///
+    /// After [`Resolution::Rerun`] the old holder cannot renew, and can complete until the next claim.
+    /// [`Resolution::Completed`] takes a token of its own, so that the old holder's completion fails with [`Error::Superseded`].
     fn resolve<'a>(&'a self, key: Key<'static>, resolution: Resolution) -> BoxFuture<'a, Result<()>>;
 
-    /// Removes everything that is stored about a key that has no lease and is not held. True if there was something.
+    /// Removes everything that is stored about a key. True if there was something. Fails with [`Error::InUse`] if the key has a
+    /// lease, and with [`Error::Undecided`] if it is held.
     fn forget<'a>(&'a self, key: Key<'static>) -> BoxFuture<'a, Result<bool>>;
 
     /// Returns the stored offset of a partition. It is as durable as the store's completions when this returns.
@@ -73,7 +100,7 @@ pub trait Engine: Send + Sync + 'static {
     /// Stores an offset without a completion, for example after a run of duplicates.
     fn set_offset<'a>(&'a self, stream: &'a [u8], partition: u32, offset: u64) -> BoxFuture<'a, Result<()>>;
 
-    /// Returns the first messages of the outbox, at most `limit`.
+    /// Returns the first messages of the outbox, at most `limit`, in the order of their ids.
     fn outbox(&self, limit: usize) -> BoxFuture<'_, Result<Vec<Message>>>;
 
     /// Removes messages from the outbox. Unknown ids are ignored.
@@ -138,7 +165,8 @@ pub enum Finish {
 pub struct Release {
     /// The key cannot be claimed before this time is over. An engine may shorten it, to half its window at most.
     pub backoff: Duration,
-    /// True if the attempt may have had its effect: the next claim reports it.
+    /// True if the attempt may have had its effect: the next claim reports it. Under [`OnInterrupt::Hold`](crate::OnInterrupt::Hold)
+    /// the key is held instead, as if the lease was dropped.
     pub may_have_happened: bool,
     /// True if the attempts count from 1 again, for example after the delivery was rejected.
     pub reset_attempts: bool,
@@ -155,7 +183,8 @@ impl Release {
 /// Renews a lease until it is dropped.
 pub trait KeepAlive: Send {
     /// Waits until the lease cannot be renewed any more, and returns why. [`Error::Superseded`] means that another holder
-    /// claimed the key; any other error means that renewal ended and the work may finish within the lease.
+    /// claimed the key, or that the lease was finished or dropped; any other error means that renewal ended and the work may
+    /// finish within the lease. A second call returns the same error.
     fn lost<'a>(&'a mut self) -> BoxFuture<'a, Error>;
 }
 

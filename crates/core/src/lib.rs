@@ -34,8 +34,8 @@ mod typed;
 pub mod wire;
 
 pub use answer::{
-    Claim, Completed, HeldKey, InProgress, KeyStatus, LeaseState, Message, MessageId, OnStoreFailure, RecordOutcome,
-    Resolution, StoredKey, StoredResult,
+    Claim, Completed, HeldKey, InProgress, KeyStatus, LeaseState, Message, MessageId, OnInterrupt, OnStoreFailure,
+    RecordOutcome, Resolution, StoredKey, StoredResult,
 };
 pub use attempt::{AttemptInfo, FencingToken, PriorAttempt};
 pub use completion::{Completion, NewMessage, Offset, SideWrites};
