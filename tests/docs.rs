@@ -105,6 +105,16 @@ fn anchor(heading: &str) -> String {
 }
 
 #[test]
+fn every_file_that_the_architecture_names_exists() {
+    let sources: Vec<_> = ["src", "crates", "tests"].into_iter().flat_map(|dir| files(dir, "rs")).collect();
+    let page = read(&root().join("docs/architecture.md"));
+    let named: Vec<_> = page.split('`').skip(1).step_by(2).filter(|name| name.ends_with(".rs")).collect();
+    let missing: Vec<_> = named.iter().filter(|name| !sources.iter().any(|path| path.ends_with(name))).collect();
+    assert!(missing.is_empty(), "docs/architecture.md names files that do not exist: {missing:?}");
+    assert!(named.len() > 50, "docs/architecture.md names only {} files", named.len());
+}
+
+#[test]
 fn the_index_lists_every_page() {
     let index = read(&root().join("docs/README.md"));
     let missing: Vec<_> = files("docs", "md")
