@@ -45,6 +45,9 @@ mod buckets;
 mod clock;
 mod codec;
 mod config;
+#[cfg(feature = "delivery")]
+#[cfg_attr(docsrs, doc(cfg(feature = "delivery")))]
+pub mod delivery;
 mod digest;
 mod engine;
 mod entry;
@@ -67,6 +70,9 @@ pub use api::{
 pub use api::{DedupStream, Submitted, Unclaimed, UnclaimedReason};
 pub use clock::{BootTime, Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
+#[cfg(feature = "testing")]
+#[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
+pub use onlyonce_core::testing::MemoryStore;
 pub use onlyonce_core::{
     AttemptInfo, Cause, Completed, Completion, Error, ErrorKind, FencingToken, HeldKey, InProgress, Key, KeyError,
     KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
@@ -83,7 +89,24 @@ pub use testing::fuzz_checks;
 #[doc(hidden)]
 pub use testing::internals;
 
-/// Runs the code of the page as doc tests.
-#[cfg(all(doctest, feature = "http"))]
-#[doc = include_str!("../docs/http.md")]
-struct HttpPage;
+/// The examples of the documentation are compiled.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[cfg(feature = "tokio")]
+    #[doc = include_str!("../docs/async.md")]
+    struct Async;
+    #[cfg(feature = "http")]
+    #[doc = include_str!("../docs/http.md")]
+    struct Http;
+    #[doc = include_str!("../docs/batches.md")]
+    struct Batches;
+    #[doc = include_str!("../docs/offsets-and-outbox.md")]
+    struct OffsetsAndOutbox;
+    #[doc = include_str!("../docs/stream-time.md")]
+    struct StreamTime;
+    #[cfg(feature = "http")]
+    #[doc = include_str!("../docs/http.md")]
+    struct Http;
+}

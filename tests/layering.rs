@@ -28,6 +28,7 @@ const LAYERS: &[&[&str]] = &[
     &["engine"],
     &["testing::internals", "testing::fuzz_checks", "lib"],
     &["api"],
+    &["delivery"],
 ];
 
 const ORDER: &[(&str, &[&str])] = &[

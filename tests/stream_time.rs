@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use onlyonce::{
-    Builder, Claim, Completed, Durability, Error, Key, KeyStatus, Lease, ManualClock, OnInterrupt, PriorAttempt,
-    RecordOutcome, Resolution, Store, Timestamp, TimestampError,
+    Builder, Claim, Durability, Error, Key, KeyStatus, Lease, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome,
+    Resolution, Store, Timestamp, TimestampError,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;

@@ -119,7 +119,7 @@ mod tests {
         let engine = engine(&dir);
         fill(&engine, 1, 8 << 20);
         let request = engine.request(["k"]).unwrap();
-        *engine.backlog.failure.lock() = Some(Error::io("cannot write", "/", "no space"));
+        *engine.backlog.failure.lock() = Some(Error::io("writing", "/", "no space"));
         for refused in [engine.claim(&request).map(|_| ()), engine.record(&request).map(|_| ())] {
             let Err(Error::FlushFailed { source }) = refused else { panic!("{refused:?}") };
             assert!(onlyonce_core::chain(&source).contains("no space"), "{source}");

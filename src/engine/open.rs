@@ -163,7 +163,7 @@ fn first_meta_entries(options: &Options, path: &Path) -> Result<Vec<(&'static st
     let mut secret = codec::Secret::default();
     // A model run is repeatable only if its keys fall into the same shards each time.
     if !cfg!(shuttle) {
-        getrandom::fill(&mut secret).map_err(|error| Error::io("cannot draw a secret for", path, error.to_string()))?;
+        getrandom::fill(&mut secret).map_err(|error| Error::io("drawing a secret for", path, error.to_string()))?;
     }
     let format = if config.max_ahead_ms.is_some() { codec::STREAM_FORMAT } else { codec::FORMAT };
     let mut meta_entries = vec![

@@ -57,7 +57,7 @@ impl Renewal {
             && !cfg!(shuttle)
             && let Err(error) = RENEWER.add(&renewal.entry)
         {
-            let error = Error::io("cannot start a thread for", engine.path(), error);
+            let error = Error::io("starting a thread for", engine.path(), error);
             tracing::error!(error = error.chain(), "a lease is not renewed while its work runs");
             renewal.entry.state.lock().lost = Some(error);
         }

@@ -66,7 +66,7 @@ impl BackgroundWorkers {
                 work(&engine, &stopped);
                 drop(guard);
             })
-            .map_err(|error| Error::io("cannot start a thread for", path, error))?;
+            .map_err(|error| Error::io("starting a thread for", path, error))?;
         self.threads.lock().push(thread);
         Ok(())
     }

@@ -41,7 +41,7 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
     );
     goal(
         W1,
-        "batches: at least 10 times RocksDB with as many families",
+        "batches: at least 10 times RocksDB with as many column families",
         beside("rocksdb-families").map(|(ours, theirs)| times(ours, theirs, 10.0)),
     );
 
