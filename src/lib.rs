@@ -106,7 +106,7 @@ mod documentation {
     struct OffsetsAndOutbox;
     #[doc = include_str!("../docs/stream-time.md")]
     struct StreamTime;
-    #[cfg(feature = "http")]
-    #[doc = include_str!("../docs/http.md")]
-    struct Http;
+    #[cfg(feature = "delivery")]
+    #[doc = include_str!("../docs/deliveries.md")]
+    struct Deliveries;
 }
