@@ -1,7 +1,7 @@
 //! What the tests of all brokers share: consumer processes that are killed at random, and a ledger of effects that survives
 //! them.
 
-#![allow(unreachable_pub, reason = "each broker's file uses it")]
+#![allow(dead_code, unreachable_pub, reason = "each broker's file uses a part of it")]
 
 #[path = "../common/child.rs"]
 mod child;
@@ -9,6 +9,7 @@ mod child;
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -48,6 +49,39 @@ pub trait Source {
     type Delivery: Delivery + 'static;
 
     fn next(&mut self) -> impl Future<Output = Self::Delivery>;
+}
+
+/// A store in a temporary directory. It is closed when it is dropped, because a process must not exit while a store closes
+/// in the background.
+pub struct TestStore {
+    store: Store,
+    _dir: tempfile::TempDir,
+}
+
+impl TestStore {
+    pub fn new() -> Self {
+        Self::with(|builder| builder)
+    }
+
+    pub fn with(configure: impl FnOnce(onlyonce::Builder) -> onlyonce::Builder) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let builder = configure(Store::builder().memory_budget(32 << 20));
+        Self { store: builder.open(dir.path().join("store")).unwrap(), _dir: dir }
+    }
+}
+
+impl Deref for TestStore {
+    type Target = Store;
+
+    fn deref(&self) -> &Store {
+        &self.store
+    }
+}
+
+impl Drop for TestStore {
+    fn drop(&mut self) {
+        drop(self.store.close().wait());
+    }
 }
 
 /// The address of a broker, from this environment variable.
@@ -292,6 +326,7 @@ pub fn every_effect_happens_once_while_consumers_are_killed<B: Broker>(test: &'s
         assert!(stats.duplicates >= messages as u64, "{stats:?}");
         assert_eq!((stats.acquired, stats.in_flight), (0, 0), "{stats:?}");
         assert_eq!(broker.pending().await, 0);
+        store.close().await.unwrap();
     });
     assert_eq!(run.test_dir.count("ledger"), ledger);
 }
@@ -380,7 +415,7 @@ pub fn work_in_progress_is_not_started_again<B: Broker>(test: &'static str) {
         send(&broker, MESSAGES).await;
         tokio::time::sleep(B::ID_EXPIRY).await;
         send(&broker, MESSAGES).await;
-        let (_store, processor) = run.test_dir.open_store();
+        let (store, processor) = run.test_dir.open_store();
         run.test_dir.consume(&mut broker.source().await, Some(&processor), CONSUMERS).await;
         let (ledger, events) = (run.test_dir.count("ledger"), run.test_dir.count("events"));
         assert!(ledger.len() == MESSAGES && ledger.values().all(|times| *times == 1), "{ledger:?}");
@@ -389,6 +424,7 @@ pub fn work_in_progress_is_not_started_again<B: Broker>(test: &'static str) {
         assert_eq!(count("done"), MESSAGES);
         assert!(count("in progress") >= MESSAGES && count("duplicate") >= MESSAGES);
         assert_eq!(broker.pending().await, 0);
+        store.close().await.unwrap();
     });
 }
 
@@ -453,6 +489,7 @@ pub fn keys_delays_and_counters_are_right<B: Broker>(test: &'static str) {
         assert_eq!(counters, (6, 5, 2, 1, 0), "{stats:?}");
         drop(source);
         assert_eq!(broker.pending().await, 0);
+        store.close().await.unwrap();
     });
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use harness::{Broker, Source, address};
+use harness::{Broker, Source, TestStore, address};
 use onlyonce::Store;
 use onlyonce::delivery::kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use onlyonce::delivery::kafka::rdkafka::client::DefaultClientContext;
@@ -198,10 +198,6 @@ tests_of!(
     work_in_progress_is_not_started_again,
 );
 
-fn store(dir: &tempfile::TempDir) -> Store {
-    Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap()
-}
-
 fn name(test: &str) -> String {
     format!("{test}-{}", std::process::id())
 }
@@ -264,8 +260,7 @@ async fn work_whose_partition_is_revoked_runs_once_and_its_answer_is_refused() {
     for message in (0..200).chain(0..200) {
         broker.send(Some(&format!("order-{message}")), &format!("charge {message}")).await;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let store = store(&dir);
+    let store = TestStore::new();
     let processor = Processor::new(store.clone()).max_retry_after(Duration::from_millis(300));
     let (log, may_end) = (Arc::new(Log::default()), Arc::new(Semaphore::new(0)));
     let member = || {
@@ -314,8 +309,7 @@ async fn with_one_uncommitted_record_a_partition_waits_for_its_delayed_record() 
         let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(&body);
         broker.producer.send(record, WAIT).await.unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
-    let store = store(&dir);
+    let store = TestStore::new();
     let processor = Processor::new(store.clone()).backoff(Duration::from_millis(50), Duration::from_millis(50));
     let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     let mut done = Vec::new();
@@ -361,7 +355,7 @@ async fn a_consumer_resumes_at_the_offsets_in_its_store() {
     let dir = tempfile::tempdir().unwrap();
     let mut effects = Vec::new();
     for (group, records) in [("one", 37), ("two", 63)] {
-        let store = store(&dir);
+        let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
         let offsets = store.clone();
         let start = move |topic: &str, partition: i32| offsets.offset(topic, partition.unsigned_abs()).wait().unwrap();
         let mut consumer =
@@ -400,9 +394,8 @@ async fn a_record_with_a_timestamp_in_a_wrong_unit_does_not_stop_its_partition()
         let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(&body).timestamp(at_ms);
         broker.producer.send(record, WAIT).await.unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
-    let builder = Store::builder().memory_budget(32 << 20).stream_time(Duration::from_secs(3_600));
-    let processor = Processor::new(builder.open(dir.path().join("store")).unwrap());
+    let store = TestStore::with(|builder| builder.stream_time(Duration::from_secs(3_600)));
+    let processor = Processor::new(store.clone());
     let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     let mut rejected = 0;
     for _ in 0..10 {
@@ -430,8 +423,8 @@ async fn two_tombstones_of_one_key_are_both_processed() {
         record.payload = payload;
         broker.producer.send(record, WAIT).await.unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
-    let processor = Processor::new(store(&dir));
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone());
     let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     for _ in 0..4 {
         let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();

@@ -4,8 +4,7 @@ mod harness;
 
 use std::time::Duration;
 
-use harness::{Broker, Source, address};
-use onlyonce::Store;
+use harness::{Broker, Source, TestStore, address};
 use onlyonce::delivery::nats::async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
 use onlyonce::delivery::nats::async_nats::jetstream::message::StreamMessage;
 use onlyonce::delivery::nats::async_nats::jetstream::stream::{Config, Stream};
@@ -114,9 +113,8 @@ tests_of!(
 );
 
 async fn reject(message: Message) -> Outcome {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
-    let processor = Processor::new(store);
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone());
     let work = async |_: &Message, _: &mut Attempt| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
     processor.process(message, work).await.unwrap()
 }

@@ -4,8 +4,7 @@ mod harness;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use harness::{Broker, Source, address};
-use onlyonce::Store;
+use harness::{Broker, Source, TestStore, address};
 use onlyonce::delivery::rabbitmq::lapin::message::BasicGetMessage;
 use onlyonce::delivery::rabbitmq::lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
@@ -140,9 +139,8 @@ async fn a_consumer_without_retry_queues_delays_deliveries_in_its_process() {
     let max = Duration::from_millis(300);
     let mut consumer =
         Consumer::builder(channel, &broker.queue).prefetch(1).retries(Retries::InProcess(max)).build().await.unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
-    let processor = Processor::new(store).backoff(max * 2, max * 2);
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone()).backoff(max * 2, max * 2);
     let start = std::time::Instant::now();
     let mut outcomes = Vec::new();
     while !matches!(outcomes.last(), Some(Outcome::Done)) {
@@ -165,9 +163,8 @@ async fn a_consumer_without_retry_queues_delays_deliveries_in_its_process() {
 async fn an_acknowledgement_on_a_closed_channel_is_an_error_and_the_redelivery_is_a_duplicate() {
     let broker = Rabbit::open(&format!("closed-{}", std::process::id())).await;
     broker.send(Some("order-1"), "charge").await;
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
-    let processor = Processor::new(store);
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone());
     let channel = broker.connection.create_channel().await.unwrap();
     let mut consumer = Consumer::builder(channel.clone(), &broker.queue).prefetch(1).build().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
@@ -204,10 +201,9 @@ async fn fails_three_times(broker: &Rabbit, properties: BasicProperties) -> Basi
     let dead = format!("{}.dead", broker.queue);
     let mut consumer = Consumer::builder(channel, &broker.queue).prefetch(1).dead_letters(&dead).build().await.unwrap();
     broker.publish(properties, b"charge").await;
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+    let store = TestStore::new();
     let backoff = Duration::from_millis(900);
-    let processor = Processor::new(store).attempts(3).backoff(backoff, backoff);
+    let processor = Processor::new(store.clone()).attempts(3).backoff(backoff, backoff);
     let mut outcomes = Vec::new();
     while !matches!(outcomes.last(), Some(Outcome::Rejected { .. })) {
         let next = tokio::time::timeout(Duration::from_secs(20), consumer.next());

@@ -4,7 +4,7 @@ mod harness;
 
 use std::time::{Duration, Instant};
 
-use harness::{Broker, Source, address};
+use harness::{Broker, Source, TestStore, address};
 use onlyonce::Store;
 use onlyonce::delivery::sqs::aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use onlyonce::delivery::sqs::aws_sdk_sqs::types::{
@@ -161,10 +161,6 @@ mod fifo {
     );
 }
 
-fn store(dir: &tempfile::TempDir) -> Store {
-    Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap()
-}
-
 fn processor(store: &Store) -> Processor {
     Processor::new(store.clone()).backoff(Duration::from_millis(10), Duration::MAX)
 }
@@ -197,8 +193,7 @@ async fn a_group_of_a_fifo_queue_waits_for_its_delayed_message() {
     for body in ["first 77", "second 77", "third 77"] {
         broker.send(None, body).await;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let store = store(&dir);
+    let store = TestStore::new();
     let processor = processor(&store);
     let mut done = Vec::new();
     let mut consumer = broker.consumer();
@@ -218,8 +213,7 @@ async fn a_group_of_a_fifo_queue_waits_for_its_delayed_message() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_message_ids_two_messages_with_equal_content_are_distinct() {
     let broker = Standard::open(&format!("ids-{}", std::process::id())).await;
-    let dir = tempfile::tempdir().unwrap();
-    let store = store(&dir);
+    let store = TestStore::new();
     let processor = processor(&store);
     let mut by_id = broker.builder().fall_back_to_message_id().build().unwrap();
     let mut outcomes = Vec::new();

@@ -176,5 +176,6 @@ async fn concurrent_duplicates_run_once_and_are_all_acknowledged() {
         let effects = effects.lock().unwrap();
         assert!(effects.len() == KEYS && effects.values().all(|count| *count == 1), "{effects:?}");
         assert_eq!(store.stats().duplicates, (KEYS * (COPIES - 1)) as u64);
+        store.close().await.unwrap();
     }
 }

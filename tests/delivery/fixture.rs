@@ -93,6 +93,13 @@ impl Fixture {
     }
 }
 
+/// A store that is only dropped closes in the background, where the exit of the process could interrupt it.
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        drop(self.store().close().wait());
+    }
+}
+
 fn processor(bench: &Bench) -> Processor {
     let processor = Processor::new(bench.store().clone());
     processor.attempts(3).backoff(SECOND, 3 * SECOND).max_retry_after(MAX_RETRY_AFTER)

@@ -1,7 +1,5 @@
 //! Keys of messages: ids, positions, digests and keys that the caller chose.
 
-use std::sync::{Arc, Mutex};
-
 use onlyonce::Key;
 use onlyonce::delivery::{Attempt, Delivery, Failure, KeyOrigin, MissingId, Outcome};
 
@@ -53,58 +51,6 @@ async fn a_processor_that_requires_ids_rejects_messages_without_one() {
     assert!(matches!(fixture.process(charge).await, Outcome::Done));
     assert!(matches!(fixture.process_without_id(KeyOrigin::Position).await, Outcome::Duplicate(_)));
     assert_eq!((fixture.processor.stats().without_id, fixture.processor.stats().rejected), (2, 2));
-}
-
-/// Collects the field `expected` of warnings.
-#[derive(Clone, Default)]
-struct Warnings(Arc<Mutex<Vec<String>>>);
-
-struct Expected(Option<String>);
-
-impl tracing::field::Visit for Expected {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-        if field.name() == "expected" {
-            self.0 = Some(format!("{value:?}"));
-        }
-    }
-}
-
-impl tracing::Subscriber for Warnings {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        *metadata.level() == tracing::Level::WARN
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
-        tracing::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
-
-    fn event(&self, event: &tracing::Event<'_>) {
-        let mut expected = Expected(None);
-        event.record(&mut expected);
-        self.0.lock().unwrap().extend(expected.0);
-    }
-
-    fn enter(&self, _: &tracing::Id) {}
-
-    fn exit(&self, _: &tracing::Id) {}
-}
-
-#[tokio::test]
-async fn only_the_first_message_without_an_id_is_logged_as_a_warning() {
-    let warnings = Warnings::default();
-    let _guard = tracing::subscriber::set_default(warnings.clone());
-    let fixture = Fixture::new();
-    for message in 0..3 {
-        fixture.queue.send(&format!("{message}"));
-        assert!(fixture.process_without_id(KeyOrigin::Digest).await.is_acknowledged());
-        fixture.queue.send(&format!("{message}"));
-        assert!(fixture.process_without_id(KeyOrigin::Position).await.is_acknowledged());
-    }
-    assert_eq!(*warnings.0.lock().unwrap(), ["\"header `id` of topic `orders`\""]);
 }
 
 #[tokio::test]

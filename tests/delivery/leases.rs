@@ -64,6 +64,7 @@ async fn work_that_takes_longer_than_its_lease_keeps_it() {
         })
         .await;
     assert!(matches!(outcome, Ok(Outcome::Done)), "{outcome:?}");
+    store.close().await.unwrap();
 }
 
 #[test]

@@ -71,6 +71,10 @@ impl Delivery for Order {
         self.origin
     }
 
+    fn id_location(&self) -> String {
+        "header `id` of topic `orders`".to_owned()
+    }
+
     fn payload(&self) -> &[u8] {
         self.id.as_bytes()
     }
