@@ -381,7 +381,7 @@ fn typed_results_are_read_back_unchanged() {
 }
 
 #[test]
-fn a_result_type_that_cannot_be_decoded_is_rejected_at_completion() {
+fn a_result_type_that_cannot_be_decoded_is_rejected_by_encode() {
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[serde(tag = "kind")]
     enum Kind {
@@ -404,31 +404,32 @@ fn a_result_type_that_cannot_be_decoded_is_rejected_at_completion() {
         note: Option<String>,
         cents: u64,
     }
-    fn encoding_fails<T: Serialize + serde::de::DeserializeOwned>(lease: Lease, result: T) -> Lease {
-        let (error, _, lease) = lease.complete(Completion::encode(&result).unwrap()).wait().unwrap_err().into_parts();
+    fn assert_not_encodable<T: Serialize + serde::de::DeserializeOwned>(result: T) {
+        let error = Completion::encode(&result).unwrap_err();
         let text = error.to_string();
         assert!(
-            matches!(error, Error::Result(ResultError::Encode { .. })) && text.contains("give the bytes to `complete`"),
+            matches!(error, Error::Result(ResultError::Encode { .. })) && text.contains("complete with the bytes"),
             "{text}"
         );
-        lease.expect("the lease is returned")
     }
     let card = || Kind::Card { last4: "4711".to_owned() };
+    assert_not_encodable(serde_json::json!({ "id": 1 }));
+    assert_not_encodable(card());
+    assert_not_encodable(Amount::Cents(12));
+    assert_not_encodable(Flattened { id: 1, kind: card() });
+    assert_not_encodable(Skipping { note: None, cents: 12 });
     let bench = Bench::new();
-    let lease = encoding_fails(bench.acquire("k"), serde_json::json!({ "id": 1 }));
-    let lease = encoding_fails(encoding_fails(lease, card()), Amount::Cents(12));
-    let lease = encoding_fails(lease, Flattened { id: 1, kind: card() });
-    let lease = encoding_fails(lease, Skipping { note: None, cents: 12 });
-    lease.complete(Completion::encode(&Skipping { note: Some("paid".to_owned()), cents: 12 }).unwrap()).wait().unwrap();
+    let completion = Completion::encode(&Skipping { note: Some("paid".to_owned()), cents: 12 }).unwrap();
+    bench.acquire("k").complete(completion).wait().unwrap();
     let Claim::Completed(first) = bench.store().claim("k").wait().unwrap() else { panic!("not completed") };
     assert_eq!(first.result_as().unwrap(), Some(Skipping { note: Some("paid".to_owned()), cents: 12 }));
 }
 
 #[test]
-fn a_typed_completion_that_fails_returns_the_lease() {
+fn an_encoding_error_contains_the_error_of_the_type() {
     #[derive(Deserialize)]
-    struct Refuses;
-    impl Serialize for Refuses {
+    struct Unencodable;
+    impl Serialize for Unencodable {
         fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
             Err(serde::ser::Error::custom("cannot be encoded"))
         }
@@ -438,26 +439,14 @@ fn a_typed_completion_that_fails_returns_the_lease() {
         #[serde(skip_serializing_if = "Vec::is_empty")]
         list: Vec<u8>,
     }
-    let bench = Bench::new();
-    let (error, _, lease) =
-        bench.acquire("k").complete(Completion::encode(&Refuses).unwrap()).wait().unwrap_err().into_parts();
-    assert!(
-        matches!(error, Error::Result(ResultError::Encode { .. })) && error.to_string().contains("cannot be encoded"),
-        "{error}"
-    );
-    let (error, _, lease) = lease
-        .unwrap()
-        .complete(Completion::encode(&Lopsided { list: Vec::new() }).unwrap())
-        .wait()
-        .unwrap_err()
-        .into_parts();
-    assert!(
-        matches!(error, Error::Result(ResultError::Encode { .. }))
-            && error.to_string().contains("could not be read back"),
-        "{error}"
-    );
-    lease.unwrap().complete("encoded by the caller").wait().unwrap();
-    assert_eq!(bench.completed("k").unwrap(), b"encoded by the caller");
+    let errors = [
+        (Completion::encode(&Unencodable).unwrap_err(), "cannot be encoded"),
+        (Completion::encode(&Lopsided { list: Vec::new() }).unwrap_err(), "could not be read back"),
+    ];
+    for (error, text) in errors {
+        assert!(matches!(error, Error::Result(ResultError::Encode { .. })), "{error}");
+        assert!(error.to_string().contains(text), "{error}");
+    }
 }
 
 #[test]
@@ -587,11 +576,11 @@ fn a_waiting_claim_is_woken_when_the_holder_finishes() {
     ];
     for (key, end, prior) in ends {
         let lease = bench.acquire(key);
-        let (asked, store) = (bench.store().stats().in_progress, bench.store());
+        let (before, store) = (bench.store().stats().in_progress, bench.store());
         std::thread::scope(|scope| {
             let ended = scope.spawn(move || {
                 // After its second attempt the claim waits.
-                while store.stats().in_progress < asked + 2 {
+                while store.stats().in_progress < before + 2 {
                     std::thread::yield_now();
                 }
                 end(lease, store)

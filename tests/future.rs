@@ -270,8 +270,8 @@ async fn a_waiting_claim_is_woken_by_the_completion_and_returns_its_result() {
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(200)).await;
-    let asked = store.stats().in_progress;
-    assert_eq!(asked, 100, "each call claims once, registers as a waiter and claims again: none polls");
+    let claims = store.stats().in_progress;
+    assert_eq!(claims, 100, "each call claims once, registers as a waiter and claims again: none polls");
     lease.complete("first").await.unwrap();
     for waiter in waiters {
         assert!(matches!(waiter.await.unwrap(), Claim::Completed(first) if first.result() == Some(b"first")));

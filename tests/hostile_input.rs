@@ -29,7 +29,7 @@ const BUDGET: u64 = 32 * MIB;
 const BESIDE: u64 = 128 * MIB;
 
 /// Keys of known attacks.
-const ODD: [&[u8]; 16] = [
+const HOSTILE: [&[u8]; 16] = [
     b"\0",
     b"\0\0",
     b"a\0",
@@ -105,7 +105,7 @@ fn keys_chosen_to_collide_are_spread_by_the_secret_of_each_store() {
         .collect();
     let [one, other] = stores.as_slice() else { panic!("two stores") };
     assert_eq!((one.len(), other.len()), (chosen.len(), chosen.len()));
-    assert_eq!(crowd(&chosen.iter().map(|key| unseeded(key)).collect::<Vec<_>>(), 7), chosen.len());
+    assert_eq!(most_frequent(&chosen.iter().map(|key| unseeded(key)).collect::<Vec<_>>(), 7), chosen.len());
     for byte in 0..8 {
         for store in [one, other] {
             // Eight on average; forty by chance is practically impossible.
@@ -349,7 +349,7 @@ fn forms(bytes: &[u8]) -> [Key<'static>; 5] {
 #[test]
 fn every_call_accepts_keys_of_any_bytes() {
     let mut bench = Bench::new();
-    let keys: Vec<Key<'static>> = ODD.iter().flat_map(|bytes| forms(bytes)).collect();
+    let keys: Vec<Key<'static>> = HOSTILE.iter().flat_map(|bytes| forms(bytes)).collect();
     let result = |key: &Key<'_>| [key.as_bytes(), b"\0\xff"].concat();
     let store = bench.store();
     for key in &keys {
@@ -388,7 +388,7 @@ fn every_call_accepts_keys_of_any_bytes() {
 #[test]
 fn a_held_key_of_any_bytes_is_listed_unchanged_and_can_be_resolved() {
     let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
-    let keys: HashSet<Key<'static>> = ODD.iter().flat_map(|bytes| forms(bytes)).collect();
+    let keys: HashSet<Key<'static>> = HOSTILE.iter().flat_map(|bytes| forms(bytes)).collect();
     for claim in bench.store().claim_batch(&keys).wait().unwrap() {
         assert!(matches!(claim.unwrap(), Claim::Acquired(_)));
     }
@@ -408,7 +408,7 @@ fn a_held_key_of_any_bytes_is_listed_unchanged_and_can_be_resolved() {
 #[test]
 fn errors_show_keys_escaped_and_truncated() {
     let bench = Bench::with(|builder| builder.key_limit(100));
-    for bytes in ODD {
+    for bytes in HOSTILE {
         let guarded = |payload: &'static str| Key::from(bytes).scope(bytes).fingerprint(payload);
         let _lease = bench.store().claim(guarded("one")).wait().unwrap();
         let long = bytes.repeat(1_000);
@@ -497,7 +497,7 @@ fn a_scope_neither_sees_nor_blocks_the_keys_of_another() {
     drop(theirs);
     let held: Vec<String> = store.held().wait().unwrap().iter().map(|held| held.key.to_string()).collect();
     assert_eq!(held, ["\"order-1\" in \"theirs\""]);
-    store.resolve(key("theirs"), Resolution::Completed(b"their result".to_vec())).wait().unwrap();
+    store.resolve(key("theirs"), Resolution::Completed(b"of theirs".to_vec())).wait().unwrap();
     assert!(store.forget(key("ours")).wait().unwrap());
     store.flush().unwrap();
     bench.reopen();
@@ -646,13 +646,13 @@ fn an_error_names_the_index_of_the_invalid_key_in_its_batch() {
                     panic!("{error:?}")
                 };
                 assert_eq!(*at, Some(index), "{error}");
-                assert!(error.to_string().contains(&format!(" at position {index} of the batch (from 0)")), "{error}");
+                assert!(error.to_string().contains(&format!(" at index {index} of the batch")), "{error}");
             }
         }
         for error in
             [bench.store().claim(key()).wait().unwrap_err(), bench.store().claim_batch([key()]).wait().unwrap_err()]
         {
-            assert!(!error.to_string().contains("position"), "{error}");
+            assert!(!error.to_string().contains("at index"), "{error}");
         }
     }
     assert_eq!(bench.store().stats().in_flight, 0, "a rejected batch has no effect");
@@ -679,8 +679,8 @@ fn keys_and_results_over_a_lowered_limit_are_still_read() {
         store.inspect(&held).wait().unwrap(),
         Some(StoredKey::Processing { state: LeaseState::Held(_), .. })
     ));
-    store.resolve(&listed[0].key, Resolution::Completed(b"by an operator".to_vec())).wait().unwrap();
-    for (key, result) in [(&held, &b"by an operator"[..]), (&done, &[7; 3_000])] {
+    store.resolve(&listed[0].key, Resolution::Completed(b"resolved".to_vec())).wait().unwrap();
+    for (key, result) in [(&held, &b"resolved"[..]), (&done, &[7; 3_000])] {
         let stored = store.inspect(key).wait().unwrap();
         assert!(matches!(&stored, Some(StoredKey::Completed(first)) if first.result() == Some(result)), "{stored:?}");
         assert!(store.forget(key).wait().unwrap());

@@ -135,7 +135,10 @@ fn an_error_about_an_unwritable_directory_names_the_required_permission() {
     let path = std::path::Path::new("/sys/onlyonce-store");
     let error = Store::open(path).unwrap_err();
     assert!(matches!(&error, Error::Io { path: at, .. } if at == path), "{error:?}");
-    assert!(error.to_string().ends_with("the process needs to read and write the store's directory"), "{error}");
+    assert!(
+        error.chain().to_string().ends_with("the process needs to read and write the store's directory"),
+        "{error}"
+    );
 }
 
 #[test]
