@@ -1,9 +1,10 @@
-//! Clocks that misbehave: a wall clock that is wrong for a moment, for an hour or forever, a machine that is suspended, paused,
-//! rebooted or booted with a wrong clock, and processes that run for a second. The store's time runs on elapsed time; a step of
-//! the wall clock counts once its readings confirm it for 10 minutes. Leases follow the monotonic clock alone.
+//! Clocks that misbehave: a wall clock that is wrong for a moment, for an hour or forever, a machine that is suspended,
+//! paused, rebooted or booted with a wrong clock, and processes that run for a second. The store's time runs on elapsed
+//! time; a step of the wall clock counts once its readings confirm it for 10 minutes. Leases follow the monotonic clock
+//! alone.
 //!
-//! `ONLYONCE_CLOCK_ROUNDS` (default: 25) sets the number of random walks, and `ONLYONCE_CLOCK_SEED` (default: random, and printed)
-//! their seed.
+//! `ONLYONCE_CLOCK_ROUNDS` (default: 25) sets the number of random walks, and `ONLYONCE_CLOCK_SEED` (default: random,
+//! and printed) their seed.
 
 mod common;
 
@@ -859,7 +860,8 @@ struct Rule {
     newest_ms: u64,
     /// Elapsed time as the store measures it, which never goes back.
     elapsed_ms: u64,
-    /// When the wall clock began to deviate in one direction, and the readings since then, or since a step could not be stored.
+    /// When the wall clock began to deviate in one direction, and the readings since then, or since a step could not be
+    /// stored.
     since: Moment,
     /// True if the last confirmed step was ahead.
     was_ahead: bool,
@@ -973,8 +975,8 @@ impl Rule {
         self.counted(completed_ms) >= self.floor_ms && !self.is_over(completed_ms)
     }
 
-    /// The true age of an event, whatever time the store gave it: the elapsed time since, and the confirmed steps whose deviation
-    /// began after it.
+    /// The true age of an event, whatever time the store gave it: the elapsed time since, and the confirmed steps whose
+    /// deviation began after it.
     fn age_ms(&self, happened_elapsed_ms: u64) -> u64 {
         let later = self.confirmed.iter().filter(|(since_ms, _)| *since_ms >= happened_elapsed_ms);
         self.elapsed_ms - happened_elapsed_ms + later.map(|(_, by_ms)| by_ms).sum::<u64>()
@@ -1262,8 +1264,8 @@ impl Walk {
             }
             (Some(Known::Completed { at_ms, .. }), Claim::Acquired(lease)) => {
                 assert!(!self.rule.remembers(*at_ms), "{key} expired early: {expected:?} at {:?}", self.rule);
-                // Where the store's time repeats, a step during the second pass can shift an attempt of the first pass, but not the
-                // completion after it.
+                // Where the store's time repeats, a step during the second pass can shift an attempt of the first pass,
+                // but not the completion after it.
                 let repeats = self.rule.tally.keys().any(|event| event.starts_with("back to"));
                 assert!(
                     lease.attempt().number() == 1 || repeats,

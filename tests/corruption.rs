@@ -1,13 +1,14 @@
-//! Damaged files: flipped bits, removed bytes, zeroed blocks and missing files, in every kind of file that a store has. After any
-//! damage the store fails with an error that names the file, or answers correctly: never a wrong answer, a panic, a hang, or a
-//! store that is silently empty.
+//! Damaged files: flipped bits, removed bytes, zeroed blocks and missing files, in every kind of file that a store has.
+//! After any damage the store fails with an error that names the file, or answers correctly: never a wrong answer, a
+//! panic, a hang, or a store that is silently empty.
 //!
-//! Two damages to the log of a crashed store are excluded, because nothing on disk can reveal them: log_len records removed from its
-//! start, and log_len records removed after the last proof of a sync.
+//! Two damages to the log of a crashed store are excluded, because nothing on disk can reveal them: log_len records
+//! removed from its start, and log_len records removed after the last proof of a sync.
 //!
-//! `ONLYONCE_CORRUPTION_ROUNDS` (default: 600) sets the rounds, `ONLYONCE_CORRUPTION_SEED` (default: random, and printed) the seed,
-//! and `ONLYONCE_CORRUPTION_FIRST` the first round. A round depends on the seed and its number alone, so that it can be repeated: the
-//! same kind of file and of damage, but not the same byte, because each store has a new random secret.
+//! `ONLYONCE_CORRUPTION_ROUNDS` (default: 600) sets the rounds, `ONLYONCE_CORRUPTION_SEED` (default: random, and
+//! printed) the seed, and `ONLYONCE_CORRUPTION_FIRST` the first round. A round depends on the seed and its number
+//! alone, so that it can be repeated: the same kind of file and of damage, but not the same byte, because each store
+//! has a new random secret.
 
 mod common;
 #[path = "common/damage.rs"]
@@ -382,14 +383,14 @@ fn edges(log: &[u8]) -> Vec<usize> {
     edges
 }
 
-/// The start of the newest log's third write: writes before it could be in an older log. The first record is RocksDB's own, about
-/// the log before it.
+/// The start of the newest log's third write: writes before it could be in an older log. The first record is RocksDB's
+/// own, about the log before it.
 fn third_write(base: &Base) -> usize {
     record_edges(base)[3]
 }
 
-/// True if a damage removes log_len records from the newest log of a crashed store so that the result is a valid log: that of a
-/// process that never wrote them, or wrote them to an older log.
+/// True if a damage removes log_len records from the newest log of a crashed store so that the result is a valid log:
+/// that of a process that never wrote them, or wrote them to an older log.
 fn is_undetectable(base: &Base, damage: &Damage) -> bool {
     let Harm::CutOut { len } = damage.harm else { return false };
     if base.closed || damage.file != base.log {
@@ -448,7 +449,8 @@ impl Watchdog {
 #[derive(Debug, PartialEq)]
 enum Named {
     File,
-    /// The database. RocksDB sometimes reads a damaged properties block before its checksum, and does not name the file then.
+    /// The database. RocksDB sometimes reads a damaged properties block before its checksum, and does not name the file
+    /// then.
     Database,
     Nothing,
 }
@@ -718,8 +720,8 @@ fn a_missing_or_truncated_log_before_a_newer_one_is_corruption() {
     let dir = scratch();
     let path = dir.path().join("store");
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
-    // Two logs that are both needed: the journal's memtable was full once, and the removal of a flushed key, which is still in its
-    // bucket's memtable, keeps the older log.
+    // Two logs that are both needed: the journal's memtable was full once, and the removal of a flushed key, which is
+    // still in its bucket's memtable, keeps the older log.
     let open = |path: &Path| builder(&clock).memory_budget(1 << 30).durability(Durability::Disk).open(path);
     let store = open(&path).unwrap();
     complete(&store, "flushed and forgotten");

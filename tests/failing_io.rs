@@ -1,6 +1,6 @@
-//! Failing disks: full, read-only, with lost writes; deleted directories, and too many open files. Every call returns a correct
-//! answer or the error that `docs/guarantees.md` promises (G6), a store with a failed write rejects all calls until it is
-//! reopened, and completions that were acknowledged under `Disk` are stored once the disk works again.
+//! Failing disks: full, read-only, with lost writes; deleted directories, and too many open files. Every call returns a
+//! correct answer or the error that `docs/guarantees.md` promises (G6), a store with a failed write rejects all calls
+//! until it is reopened, and completions that were acknowledged under `Disk` are stored once the disk works again.
 //!
 //! Most tests need root, loop devices, mkfs.ext4 and python3. Without them they print that they are skipped, or fail if
 //! `ONLYONCE_REQUIRE_POWER_LOSS` is set. `ONLYONCE_FAILING_IO_ROUNDS` (default: 4) sets the rounds, and

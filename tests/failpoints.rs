@@ -1,9 +1,9 @@
-//! SIGKILL at failpoints, which are between any two steps that a crash can separate (`src/testing/failpoint.rs`). A child works until
-//! it reaches a failpoint for the n-th time; sometimes the next child is killed at a failpoint of the open. The store must agree
-//! with the children's reports, and no file may be left over.
+//! SIGKILL at failpoints, which are between any two steps that a crash can separate (`src/testing/failpoint.rs`). A
+//! child works until it reaches a failpoint for the n-th time; sometimes the next child is killed at a failpoint of the
+//! open. The store must agree with the children's reports, and no file may be left over.
 //!
-//! `ONLYONCE_FAILPOINTS_ROUNDS` (default: 1) sets the rounds, each over all failpoints, `ONLYONCE_FAILPOINTS_SEED` (default: random,
-//! and printed) the seed, and `ONLYONCE_FAILPOINTS_ONLY` selects one failpoint.
+//! `ONLYONCE_FAILPOINTS_ROUNDS` (default: 1) sets the rounds, each over all failpoints, `ONLYONCE_FAILPOINTS_SEED`
+//! (default: random, and printed) the seed, and `ONLYONCE_FAILPOINTS_ONLY` selects one failpoint.
 
 #[path = "common/torture.rs"]
 mod torture;

@@ -1,8 +1,8 @@
 //! The format on disk: a store that an earlier version wrote must open and answer correctly.
 //!
-//! `write_the_fixture` wrote `tests/fixtures/store-v3` when format 3 was introduced, and `write_the_stream_fixture` wrote `store-v4`,
-//! which runs on stream time, when format 4 was. From the first release on they are never written again; a new format gets a new
-//! fixture.
+//! `write_the_fixture` wrote `tests/fixtures/store-v3` when format 3 was introduced, and `write_the_stream_fixture`
+//! wrote `store-v4`, which runs on stream time, when format 4 was. From the first release on they are never written
+//! again; a new format gets a new fixture.
 
 mod common;
 

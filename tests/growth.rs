@@ -1,5 +1,5 @@
-//! Disk usage and open times must not grow with opens, closes, crashes, idle hours, forgotten keys and expired buckets. The stores are
-//! on a file system in memory if there is one, so that thousands of opens do not wait for a disk.
+//! Disk usage and open times must not grow with opens, closes, crashes, idle hours, forgotten keys and expired buckets.
+//! The stores are on a file system in memory if there is one, so that thousands of opens do not wait for a disk.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! Keys, results and scopes of hostile callers: limits hold, memory is bounded, and a caller can neither see nor block the keys
-//! of another scope.
+//! Keys, results and scopes of hostile callers: limits hold, memory is bounded, and a caller can neither see nor block
+//! the keys of another scope.
 
 #[path = "common/child.rs"]
 mod child;
@@ -25,7 +25,8 @@ use siphasher::sip::SipHasher13;
 const MIB: u64 = 1 << 20;
 /// The smallest budget.
 const BUDGET: u64 = 32 * MIB;
-/// Memory of a process besides the budget: RocksDB with its write buffers, the current call, the free memory of the allocator.
+/// Memory of a process besides the budget: RocksDB with its write buffers, the current call, the free memory of the
+/// allocator.
 const BESIDE: u64 = 128 * MIB;
 
 /// Keys of known attacks.
@@ -568,7 +569,8 @@ fn every_call_accepts_keys_at_the_limit_and_rejects_longer_ones() {
             assert!(is_refused(store.claim(&key).wait().unwrap_err()));
             assert!(is_refused(store.check(&key).wait().unwrap_err()));
             assert!(is_refused(store.record(&key).wait().unwrap_err()));
-            // These calls accept it, because it may have been claimed when the limit was higher; but there is a limit for all stores.
+            // These calls accept it, because it may have been claimed when the limit was higher; but there is a limit
+            // for all stores.
             if limit == 65_535 {
                 assert!(is_refused(store.inspect(&key).wait().unwrap_err()));
                 assert!(is_refused(store.forget(&key).wait().unwrap_err()));

@@ -1,5 +1,5 @@
-//! A store exports exactly the metrics that `docs/metrics.md` lists, each with its kind, unit and labels, and each of them occurs. One
-//! test, because a process has one recorder.
+//! A store exports exactly the metrics that `docs/metrics.md` lists, each with its kind, unit and labels, and each of
+//! them occurs. One test, because a process has one recorder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

@@ -423,8 +423,8 @@ impl Round {
         }
     }
 
-    /// A record does not tell whether it found an expired attempt, whose payload still counts, or none. Removes such a key from the
-    /// model and the store.
+    /// A record does not tell whether it found an expired attempt, whose payload still counts, or none. Removes such a
+    /// key from the model and the store.
     fn forget_if_uncertain(&mut self, key: &str) {
         if let Expected::Again { or_new: true, .. } = self.model.expect(key, None) {
             self.bench.store().forget(key).wait().unwrap();

@@ -248,7 +248,8 @@ fn a_log_with_a_bit_flip_is_corrupt_and_a_torn_log_opens() {
         .max_by_key(|path| fs::metadata(path).unwrap().len())
         .unwrap();
     let intact = fs::read(&log).unwrap();
-    // Three bits of each byte of a record's header and of some of its payload, in the middle of the log; and a header of zeros.
+    // Three bits of each byte of a record's header and of some of its payload, in the middle of the log; and a header
+    // of zeros.
     let middle = intact.len() / 2;
     for at in middle..middle + 60 {
         for bit in [0, 3, 7] {

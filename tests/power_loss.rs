@@ -1,10 +1,11 @@
-//! Power cuts: ext4 on a loop device, shut down without flushing its journal, as a power cut leaves it. Some cuts happen while the
-//! store recovers from the cut before. Under `Disk`, every acknowledged completion must be stored; under `Process`, only those of
-//! the last sync interval can be missing. Without syncs the same tests must find losses, which proves that they can.
+//! Power cuts: ext4 on a loop device, shut down without flushing its journal, as a power cut leaves it. Some cuts
+//! happen while the store recovers from the cut before. Under `Disk`, every acknowledged completion must be stored;
+//! under `Process`, only those of the last sync interval can be missing. Without syncs the same tests must find losses,
+//! which proves that they can.
 //!
-//! Needs root, loop devices, mkfs.ext4 and python3 (for one ioctl). Without them the tests print that they are skipped, or fail
-//! if `ONLYONCE_REQUIRE_POWER_LOSS` is set. `ONLYONCE_POWER_ROUNDS` (default: 10, in each durability) sets the rounds, and
-//! `ONLYONCE_POWER_SEED` (default: random, and printed) the seed.
+//! Needs root, loop devices, mkfs.ext4 and python3 (for one ioctl). Without them the tests print that they are skipped,
+//! or fail if `ONLYONCE_REQUIRE_POWER_LOSS` is set. `ONLYONCE_POWER_ROUNDS` (default: 10, in each durability) sets the
+//! rounds, and `ONLYONCE_POWER_SEED` (default: random, and printed) the seed.
 
 #[path = "common/disk.rs"]
 mod disk;
@@ -26,8 +27,9 @@ use torture::{ChildOptions, Line, Oracle, number, open, spawn_at};
 
 /// How much older than the sync interval a lost completion may be, on an idle machine.
 const MARGIN_MS: u64 = 100;
-/// The most disk writes between a completion and the end of the sync that covers it: a running sync can miss it, the next one has to
-/// end, and each writes the log, the file system's journal and its commit block. The child's `pulse` lines measure a write.
+/// The most disk writes between a completion and the end of the sync that covers it: a running sync can miss it, the
+/// next one has to end, and each writes the log, the file system's journal and its commit block. The child's `pulse`
+/// lines measure a write.
 const WRITES: u64 = 8;
 
 /// The process whose power is cut. Only the tests below run it.
@@ -54,7 +56,8 @@ fn rounds() -> u64 {
 /// The reports of a process until its power cut.
 struct ChildOutput {
     lines: Vec<Line>,
-    /// Later lines may be void: a sync that runs during the cut can return success. On a real machine those lines never arrive.
+    /// Later lines may be void: a sync that runs during the cut can return success. On a real machine those lines never
+    /// arrive.
     certain: usize,
     /// The time of the cut on the clock of the lines, in microseconds.
     cut_us: u64,

@@ -1,7 +1,7 @@
 //! Many threads on few keys: one holder at a time, increasing tokens, no work done twice.
 //!
-//! `ONLYONCE_RACES_SECONDS` sets the length of the longest test. `ONLYONCE_RACES_SEED` repeats its random choices, but not its
-//! schedule.
+//! `ONLYONCE_RACES_SECONDS` sets the length of the longest test. `ONLYONCE_RACES_SEED` repeats its random choices, but
+//! not its schedule.
 
 mod common;
 #[path = "common/oracle.rs"]
@@ -193,8 +193,8 @@ fn a_takeover_and_a_late_completion_never_both_win() {
     eprintln!("late completions {late_won}, takeovers {taken_over}");
 }
 
-/// Concurrent claims, completions, releases, drops, renewals, records and forgets, single and in batches, while leases expire, keys
-/// are flushed, and buckets are created and dropped. The oracle checks every answer.
+/// Concurrent claims, completions, releases, drops, renewals, records and forgets, single and in batches, while leases
+/// expire, keys are flushed, and buckets are created and dropped. The oracle checks every answer.
 fn run_all_calls(durability: Durability, time: Duration, seed: u64) -> Seen {
     const THREADS: u64 = 64;
     const KEYS: usize = 192;

@@ -1,10 +1,10 @@
-//! Races under a model checker: shuttle runs one thread at a time, and chooses the next thread at every lock and atomic of the store.
-//! The store is real, with its database, but without background threads: a thread of the model flushes.
+//! Races under a model checker: shuttle runs one thread at a time, and chooses the next thread at every lock and atomic
+//! of the store. The store is real, with its database, but without background threads: a thread of the model flushes.
 //!
 //!     cargo test --config .cargo/shuttle.toml --release --features internals --test shuttle
 //!
-//! `ONLYONCE_SHUTTLE_ROUNDS` sets the schedules per model (default: a few hundred), and `ONLYONCE_SHUTTLE_SEED` the seed. A failure
-//! prints its schedule; run the test with `ONLYONCE_SHUTTLE_SCHEDULE` set to it to repeat it.
+//! `ONLYONCE_SHUTTLE_ROUNDS` sets the schedules per model (default: a few hundred), and `ONLYONCE_SHUTTLE_SEED` the
+//! seed. A failure prints its schedule; run the test with `ONLYONCE_SHUTTLE_SCHEDULE` set to it to repeat it.
 //!
 //! The model's memory is sequentially consistent: reordering by a processor is not covered here, but by `races.rs`.
 
@@ -35,8 +35,8 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|value| value.parse().unwrap())
 }
 
-/// Runs a model under many schedules: half of them random, the others by changing priorities, which finds races that need few but
-/// specific switches.
+/// Runs a model under many schedules: half of them random, the others by changing priorities, which finds races that
+/// need few but specific switches.
 fn model(rounds: u64, model: impl Fn() + Send + Sync + 'static) {
     if let Ok(schedule) = std::env::var("ONLYONCE_SHUTTLE_SCHEDULE") {
         return shuttle::replay(model, &schedule);

@@ -1,11 +1,12 @@
-//! A long run at full speed with expiring buckets, killed and reopened every few seconds: every answer is checked, and memory, open
-//! files and disk space must not grow.
+//! A long run at full speed with expiring buckets, killed and reopened every few seconds: every answer is checked, and
+//! memory, open files and disk space must not grow.
 //!
-//! The child processes numbered deliveries in batches and writes each batch to a ledger, before and after: a plain file, which
-//! survives a kill. It also checks batches of the last two windows, mostly those whose window is just ending. The next child reads
-//! the ledger, and continues from it.
+//! The child processes numbered deliveries in batches and writes each batch to a ledger, before and after: a plain
+//! file, which survives a kill. It also checks batches of the last two windows, mostly those whose window is just
+//! ending. The next child reads the ledger, and continues from it.
 //!
-//! `ONLYONCE_SOAK_SECONDS` (default: 10) sets the duration, and `ONLYONCE_SOAK_SEED` (default: random, and printed) the seed.
+//! `ONLYONCE_SOAK_SECONDS` (default: 10) sets the duration, and `ONLYONCE_SOAK_SEED` (default: random, and printed) the
+//! seed.
 
 #[path = "common/torture.rs"]
 mod torture;
@@ -34,11 +35,11 @@ const BATCH: u64 = 512;
 const BUCKETS: u64 = 16;
 const BUDGET_BYTES: usize = 64 << 20;
 
-/// Memory of a process besides the budget: its code, RocksDB's structures, current batches, and the free memory of the allocator,
-/// which with glibc is more than half of the used memory.
+/// Memory of a process besides the budget: its code, RocksDB's structures, current batches, and the free memory of the
+/// allocator, which with glibc is more than half of the used memory.
 const RSS_MARGIN_BYTES: u64 = 160 << 20;
-/// A child that runs this long is checked for slow growth: its last quarter may exceed its second quarter, when every part has been in
-/// use once, by this percentage.
+/// A child that runs this long is checked for slow growth: its last quarter may exceed its second quarter, when every
+/// part has been in use once, by this percentage.
 const LONG_RUN: Duration = Duration::from_secs(60);
 const GROWTH_PERCENT: u64 = 15;
 /// Slack for the number of open files: a compaction opens some more.

@@ -1,8 +1,8 @@
 //! Stream time: the window follows the messages' timestamps and no clock. A backlog and a replay are deduplicated as in the
 //! original run, a single outlier does not advance the time, and a message that is too old is reported as such.
 //!
-//! `ONLYONCE_STREAM_ROUNDS` (default: 10) sets the number of random streams, and `ONLYONCE_STREAM_SEED` (default: random, and
-//! printed) their seed.
+//! `ONLYONCE_STREAM_ROUNDS` (default: 10) sets the number of random streams, and `ONLYONCE_STREAM_SEED` (default:
+//! random, and printed) their seed.
 
 #[path = "common/child.rs"]
 mod child;
@@ -338,8 +338,8 @@ fn a_stored_state_answers_before_the_message_is_checked_for_age() {
 #[test]
 fn a_replay_of_last_year_is_deduplicated_as_in_the_original_run() {
     let mut stream = Stream::new();
-    // A message every second for an hour, a pause of half a day, and another hour. Each is delivered up to four times: twice at
-    // once, then half a window later, and two windows later, which is too late.
+    // A message every second for an hour, a pause of half a day, and another hour. Each is delivered up to four times:
+    // twice at once, then half a window later, and two windows later, which is too late.
     let mut times: Vec<u64> = (0..3_600).map(|second| START_MS + second * 1_000).collect();
     times.extend((0..3_600).map(|second| START_MS + DAY_MS / 2 + second * 1_000));
     let (mut first, mut duplicates, mut too_old) = (0, 0, 0);

@@ -1,13 +1,14 @@
-//! Torn and reordered writes: after a power cut the disk has some of the writes since its last flush, and parts of others. A
-//! process works on a store on a disk that records its writes; then the recording is replayed up to random events, and the store
-//! is opened on the result. Under `Disk`, every completion that was acknowledged before that event must be stored; under
-//! `Process`, only the most recent ones can be missing. No key may be invented, and no file may count as corrupt.
+//! Torn and reordered writes: after a power cut the disk has some of the writes since its last flush, and parts of
+//! others. A process works on a store on a disk that records its writes; then the recording is replayed up to random
+//! events, and the store is opened on the result. Under `Disk`, every completion that was acknowledged before that
+//! event must be stored; under `Process`, only the most recent ones can be missing. No key may be invented, and no file
+//! may count as corrupt.
 //!
-//! The disk is a FUSE file system with one file, under a loop device, which receives each write and flush in order. It needs only
-//! root, loop devices, /dev/fuse and mkfs.ext4. (A network block device and `dm-log-writes` need modules that many kernels lack,
-//! and the recorder of qemu needs a server.) Without them the tests print that they are skipped, or fail if
-//! `ONLYONCE_REQUIRE_POWER_LOSS` is set. `ONLYONCE_TORN_REPLAYS` (default: 20, in each durability) sets the replays, and
-//! `ONLYONCE_TORN_SEED` (default: random, and printed) the seed.
+//! The disk is a FUSE file system with one file, under a loop device, which receives each write and flush in order. It
+//! needs only root, loop devices, /dev/fuse and mkfs.ext4. (A network block device and `dm-log-writes` need modules
+//! that many kernels lack, and the recorder of qemu needs a server.) Without them the tests print that they are
+//! skipped, or fail if `ONLYONCE_REQUIRE_POWER_LOSS` is set. `ONLYONCE_TORN_REPLAYS` (default: 20, in each durability)
+//! sets the replays, and `ONLYONCE_TORN_SEED` (default: random, and printed) the seed.
 #![cfg(target_os = "linux")]
 
 #[path = "common/disk.rs"]
@@ -98,7 +99,8 @@ fn seed() -> u64 {
     seed
 }
 
-/// The events of the power cuts, in order: half of them random, half of them just before a flush, where most writes are unflushed.
+/// The events of the power cuts, in order: half of them random, half of them just before a flush, where most writes are
+/// unflushed.
 fn random_cuts(recording: &Recording, count: u64, rng: &mut StdRng) -> Vec<u64> {
     let is_flush = |event: usize| matches!(recording.events.get(event), Some(Event::Flush));
     let end = recording.events.len();

@@ -96,8 +96,8 @@ pub struct Damage {
 /// The unit in which a disk loses data.
 const SECTOR: usize = 512;
 
-/// The kinds of files, by the start or the end of their names, and the percentage of damages for each: most for the files that
-/// answers are read from, and some for every kind, however few files or bytes it has.
+/// The kinds of files, by the start or the end of their names, and the percentage of damages for each: most for the
+/// files that answers are read from, and some for every kind, however few files or bytes it has.
 pub const KINDS: [(&str, u32); 10] = [
     ("sst", 25),
     ("log", 20),

@@ -1,5 +1,5 @@
-//! Temporary file systems that tests fill, damage and cut off: ext4 on a loop device. Needs root, loop devices, mkfs.ext4 and
-//! python3 (for one ioctl).
+//! Temporary file systems that tests fill, damage and cut off: ext4 on a loop device. Needs root, loop devices,
+//! mkfs.ext4 and python3 (for one ioctl).
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -41,8 +41,8 @@ pub fn run_program(program: &str, args: &[&str]) -> bool {
     Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
 }
 
-/// Unmounts a file system. Retries, because a killed child, or a process between fork and exec, can hold its files or the loop
-/// device open for a moment.
+/// Unmounts a file system. Retries, because a killed child, or a process between fork and exec, can hold its files or
+/// the loop device open for a moment.
 pub fn unmount(root: &Path) -> bool {
     let root = root.to_str().unwrap();
     (0..500).any(|_| {
@@ -124,8 +124,8 @@ impl Disk {
             && (self.pool != Pool::Short || self.write_page_by_page())
     }
 
-    /// Limits writes to one page each: the loop device reports a partial write to its file as complete (Linux 6.18), but a page is
-    /// written completely or fails.
+    /// Limits writes to one page each: the loop device reports a partial write to its file as complete (Linux 6.18),
+    /// but a page is written completely or fails.
     fn write_page_by_page(&self) -> bool {
         let out = Command::new("losetup").args(["-n", "-O", "NAME", "-j"]).arg(self.image()).output().unwrap();
         let device = String::from_utf8(out.stdout).unwrap();

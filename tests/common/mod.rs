@@ -96,8 +96,8 @@ impl Bench {
     }
 }
 
-/// Copies the directory of a store, open or closed, as a crash at this moment leaves it. RocksDB can remove a file between the
-/// listing and the copy: then the whole copy is repeated.
+/// Copies the directory of a store, open or closed, as a crash at this moment leaves it. RocksDB can remove a file
+/// between the listing and the copy: then the whole copy is repeated.
 pub fn copy_store(from: &Path, to: &Path) {
     while !try_copy(from, to) {
         fs::remove_dir_all(to).unwrap();

@@ -1,5 +1,5 @@
-//! Checks the answers of a store that many threads use at the same time, from outside: by tokens, by results, and by the times at
-//! which calls start and return. Covers G1, G3 and G4 for concurrent calls.
+//! Checks the answers of a store that many threads use at the same time, from outside: by tokens, by results, and by
+//! the times at which calls start and return. Covers G1, G3 and G4 for concurrent calls.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 

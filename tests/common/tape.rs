@@ -1,5 +1,5 @@
-//! A disk that records every write and flush in order, and the states in which a power cut can leave it: ext4 on a loop device
-//! whose file is served by a FUSE file system in this process.
+//! A disk that records every write and flush in order, and the states in which a power cut can leave it: ext4 on a loop
+//! device whose file is served by a FUSE file system in this process.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -225,9 +225,10 @@ impl<'a> Player<'a> {
         Self { events: &recording.events, flushed: 0, image: recording.blank.clone() }
     }
 
-    /// A possible state after this many events; never fewer than in the call before. All writes up to the last flush are complete.
-    /// Of the later ones some are complete, some are lost, and some are torn between two sectors. This covers reordering: for
-    /// writes that do not overlap, another order equals the loss of some; and the kernel does not reorder overlapping writes.
+    /// A possible state after this many events; never fewer than in the call before. All writes up to the last flush
+    /// are complete. Of the later ones some are complete, some are lost, and some are torn between two sectors. This
+    /// covers reordering: for writes that do not overlap, another order equals the loss of some; and the kernel does
+    /// not reorder overlapping writes.
     pub fn cut(&mut self, after: usize, rng: &mut StdRng) -> Remains {
         let before = &self.events[..after];
         let flush = before.iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0).max(self.flushed);

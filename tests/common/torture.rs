@@ -1,8 +1,8 @@
 //! A child process that is killed, and the oracle that checks the store against the child's reports.
 //!
-//! The child works on a store with several threads, while other threads flush it and run its clock many times as fast as real
-//! time, so that buckets are created and dropped. It reports each step before and after it, as lines on a pipe. The parent
-//! then opens the store, and checks G1 to G4 for every reported key.
+//! The child works on a store with several threads, while other threads flush it and run its clock many times as fast
+//! as real time, so that buckets are created and dropped. It reports each step before and after it, as lines on a pipe.
+//! The parent then opens the store, and checks G1 to G4 for every reported key.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -324,8 +324,8 @@ impl Session<'_> {
         report(&format!("@got {key} {} {prior} {}\n", lease.token().get(), self.now_ms()));
     }
 
-    /// Completes the leases of these keys with padded results, and reports it before and after. A single lease is completed with
-    /// a message and an offset.
+    /// Completes the leases of these keys with padded results, and reports it before and after. A single lease is
+    /// completed with a message and an offset.
     fn complete(&self, leases: Vec<(String, Lease)>, padding: usize) {
         let started = self.now_ms();
         let tried: String =
@@ -492,8 +492,8 @@ fn forget_own(session: &Session<'_>, rng: &mut StdRng, own: &mut VecDeque<String
     }
 }
 
-/// Completes and forgets a key that other threads want. The clock is stopped meanwhile, so that they cannot acquire it because its
-/// window ends.
+/// Completes and forgets a key that other threads want. The clock is stopped meanwhile, so that they cannot acquire it
+/// because its window ends.
 fn forget_contended(session: &Session<'_>, rng: &mut StdRng) {
     let key = format!("h{}", rng.random_range(0..4));
     let Some(lease) = session.acquire(&key) else { return };
@@ -631,8 +631,8 @@ impl Oracle {
         }
     }
 
-    /// The threads of one child report their tokens in any order. Each token must be higher than all tokens of earlier children,
-    /// which `apply_all` checks.
+    /// The threads of one child report their tokens in any order. Each token must be higher than all tokens of earlier
+    /// children, which `apply_all` checks.
     fn tokens_seen(&mut self, token: u64) {
         self.last_token = self.last_token.max(token);
     }
