@@ -82,12 +82,12 @@ fn a_path_that_is_not_a_store_is_rejected_and_not_changed() {
 
     // A directory of another program, with names that a store uses, too.
     let theirs = dir.path().join("theirs");
-    for name in ["runs", "db", "db.new"] {
+    for name in ["ssts", "db", "db.new"] {
         fs::create_dir_all(theirs.join(name)).unwrap();
         fs::write(theirs.join(name).join("1.sst"), "weights").unwrap();
     }
     assert!(matches!(Store::open(&theirs), Err(Error::NotAStore { .. })));
-    assert!(["runs", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
+    assert!(["ssts", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn unfinished_files_of_a_crash_are_removed() {
     let mut bench = Bench::new();
     bench.store().record("k").wait().unwrap();
     bench.store().close().wait().unwrap();
-    let (ssts, new) = (bench.path().join("runs"), bench.path().join("db.new"));
+    let (ssts, new) = (bench.path().join("ssts"), bench.path().join("db.new"));
     fs::write(ssts.join("7.sst"), "half an SST").unwrap();
     fs::create_dir(&new).unwrap();
     fs::write(new.join("CURRENT"), "half a store").unwrap();
