@@ -48,8 +48,8 @@ fn every_test_exists(page: &str, at_least: usize) {
         match file {
             None => assert!(library.contains(&definition), "no unit test {test}"),
             Some(file) => {
-                let places =
-                    ["tests", "examples", "crates/cli/tests"].map(|dir| root.join(dir).join(format!("{file}.rs")));
+                let places = ["tests", "tests/behaviour", "examples", "crates/cli/tests"]
+                    .map(|dir| root.join(dir).join(format!("{file}.rs")));
                 let source = places.iter().find_map(|path| fs::read_to_string(path).ok());
                 let source = source.unwrap_or_else(|| panic!("no file for {name}"));
                 assert!(source.contains(&definition), "no test {name}");

@@ -286,7 +286,7 @@ fn a_read_only_file_system_is_reported_and_nothing_is_changed() {
     assert!(disk.set_read_only(true));
     let rejected = builder().open(&path);
     let Err(error @ Error::Io { .. }) = rejected else { panic!("{rejected:?}") };
-    assert!(error.to_string().contains("Read-only file system"), "{error}");
+    assert!(error.chain().contains("Read-only file system"), "{error}");
     let new = builder().open(disk.root().join("new"));
     assert!(matches!(new, Err(Error::Io { .. })), "{new:?}");
     assert!(disk.set_read_only(false));
@@ -308,7 +308,7 @@ fn a_directory_without_new_files_stops_flushes_but_not_claims() {
     let store = builder().open(&path).unwrap();
     assert!(ledger.work(&store, &mut rng, 50).is_none());
     store.flush().unwrap();
-    for dir in ["run_program", "db"] {
+    for dir in ["runs", "db"] {
         assert!(ledger.record(&store, 10).is_none());
         assert!(freeze(&path.join(dir), true));
         let rejected = store.flush();
