@@ -6,15 +6,13 @@
 //! `ONLYONCE_CLOCK_ROUNDS` (default: 25) sets the number of random walks, and `ONLYONCE_CLOCK_SEED` (default: random,
 //! and printed) their seed.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::{START_MS, copy_store};
+use crate::common::{START_MS, copy_store};
 use onlyonce::{BootTime, Claim, Clock, Durability, KeyStatus, Lease, PriorAttempt, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;

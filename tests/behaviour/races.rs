@@ -3,17 +3,14 @@
 //! `ONLYONCE_RACES_SECONDS` sets the length of the longest test. `ONLYONCE_RACES_SEED` repeats its random choices, but
 //! not its schedule.
 
-mod common;
-#[path = "common/oracle.rs"]
-mod oracle;
-
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::START_MS;
+use crate::oracle::{Oracle, Seen};
 use onlyonce::{Claim, Durability, ManualClock, OnInterrupt, RecordOutcome, Store, Timestamp};
-use oracle::{Oracle, Seen};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -153,7 +150,7 @@ fn overlapping_batches_record_each_key_once() {
 
 #[test]
 fn a_takeover_and_a_late_completion_never_both_win() {
-    let clock = ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let dir = tempfile::tempdir().unwrap();
     let store = Store::builder()
         .clock(clock.clone())
@@ -201,7 +198,7 @@ fn run_all_calls(durability: Durability, time: Duration, seed: u64) -> Seen {
     const WINDOW_MS: u64 = 400;
     const LEASE_MS: u64 = 5;
     let dir = tempfile::tempdir().unwrap();
-    let clock = ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let store = Store::builder()
         .window(Duration::from_millis(WINDOW_MS))
         .bucket(Duration::from_millis(WINDOW_MS / 10))
@@ -247,7 +244,7 @@ fn run_all_calls(durability: Durability, time: Duration, seed: u64) -> Seen {
     assert_eq!(stats.completed, oracle.seen.completed.load(Ordering::SeqCst));
     assert_eq!(stats.recorded, oracle.seen.recorded.load(Ordering::SeqCst));
     assert!(stats.buckets.len() <= 16, "{} buckets are left", stats.buckets.len());
-    let windows = (stats.now.as_unix_ms() - common::START_MS) / WINDOW_MS;
+    let windows = (stats.now.as_unix_ms() - START_MS) / WINDOW_MS;
     eprintln!("{durability:?}: {} flushes, {windows} windows, {:?}", flushes.into_inner(), oracle.seen);
     oracle.seen
 }

@@ -1,13 +1,11 @@
 //! Opening a store: the paths and options that it rejects, what it keeps, and which leftovers it removes.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use common::{Bench, copy_store};
+use crate::common::{Bench, START_MS, copy_store};
 use onlyonce::{Claim, Error, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
 
 #[test]
@@ -135,7 +133,7 @@ fn an_error_about_an_unwritable_directory_names_the_required_permission() {
     let path = std::path::Path::new("/sys/onlyonce-store");
     let error = Store::open(path).unwrap_err();
     assert!(matches!(&error, Error::Io { path: at, .. } if at == path), "{error:?}");
-    assert!(error.chain().ends_with("the process needs to read and write the store's directory"), "{error:?}");
+    assert!(error.chain().ends_with("the process needs to read and write the store's directory"), "{error}");
 }
 
 #[test]
@@ -283,7 +281,7 @@ fn a_log_with_a_bit_flip_is_corrupt_and_a_torn_log_opens() {
 fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
     for buckets in [1, 13, 14, 30, 31, 48] {
         let dir = tempfile::tempdir().unwrap();
-        let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+        let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(START_MS));
         let open = || {
             Store::builder()
                 .window(Duration::from_secs(buckets))
@@ -407,11 +405,11 @@ fn a_bucket_is_dropped_only_after_the_time_that_expired_it_is_on_disk() {
     bench.store().flush().unwrap();
     let copy = bench.path().join("../copy");
     copy_store(&bench.path(), &copy);
-    bench.clock.set_wall(Timestamp::from_unix_ms(common::START_MS + 1_000));
+    bench.clock.set_wall(Timestamp::from_unix_ms(START_MS + 1_000));
     let store = bench.builder().open(&copy).unwrap();
     assert_eq!(
         store.stats().now.as_unix_ms(),
-        common::START_MS + 86_400_000,
+        START_MS + 86_400_000,
         "the store's time does not depend on the clock of the reopen"
     );
     assert_eq!(store.check("k").wait().unwrap(), KeyStatus::New);
@@ -537,7 +535,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
     let status = std::process::Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 2000; exec \"$0\" --exact \"$1\""])
         .arg(&exe)
-        .arg("a_failed_write_poisons_the_store_until_it_is_reopened")
+        .arg("opening::a_failed_write_poisons_the_store_until_it_is_reopened")
         .env("ONLYONCE_POISON_STORE", &path)
         .stdout(std::process::Stdio::null())
         .status()

@@ -4,13 +4,11 @@
 //! wrote `store-v4`, which runs on stream time, when format 4 was. From the first release on they are never written
 //! again; a new format gets a new fixture.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::START_MS;
+use crate::common::START_MS;
 use onlyonce::{
     Builder, Claim, Error, Key, KeyStatus, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome, Store, Timestamp,
     TimestampError,

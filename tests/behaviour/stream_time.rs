@@ -4,9 +4,6 @@
 //! `ONLYONCE_STREAM_ROUNDS` (default: 10) sets the number of random streams, and `ONLYONCE_STREAM_SEED` (default:
 //! random, and printed) their seed.
 
-#[path = "common/child.rs"]
-mod child;
-
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -1000,10 +997,10 @@ fn record_until_killed(path: &Path, from: u64) -> ! {
 
 #[test]
 fn a_killed_store_resumes_at_its_stream_time() {
-    const TEST: &str = "a_killed_store_resumes_at_its_stream_time";
+    const TEST: &str = "stream_time::a_killed_store_resumes_at_its_stream_time";
     const STORE: &str = "ONLYONCE_STREAM_STORE";
     const FROM: &str = "ONLYONCE_STREAM_FROM";
-    if child::is_child(TEST) {
+    if crate::child::is_child(TEST) {
         record_until_killed(Path::new(&std::env::var(STORE).unwrap()), number(FROM).unwrap());
     }
     let seed = number("ONLYONCE_STREAM_SEED").unwrap_or_else(|| rand::rng().random());
@@ -1013,7 +1010,7 @@ fn a_killed_store_resumes_at_its_stream_time() {
     let path = dir.path().join("store");
     let (mut next, mut newest_ms, mut recorded) = (0, 0, BTreeMap::new());
     for round in 0..12 {
-        let mut process = child::command(TEST).env(STORE, &path).env(FROM, next.to_string()).spawn().unwrap();
+        let mut process = crate::child::command(TEST).env(STORE, &path).env(FROM, next.to_string()).spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines().map(Result::unwrap);
         let stream_time_ms =
             lines.by_ref().find_map(|line| line.strip_prefix("opened ").map(|ms| ms.parse::<u64>().unwrap()));

@@ -4,12 +4,10 @@
 //! answer of each operation. `ONLYONCE_MODEL_ROUNDS` (default 60) sets the rounds; a failure prints its seed, which
 //! `ONLYONCE_MODEL_SEED` repeats alone.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Bench, START_MS};
+use crate::common::{Bench, START_MS};
 use onlyonce::{Claim, Error, Key, KeyStatus, Lease, OnInterrupt, PriorAttempt, RecordOutcome, Resolution, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;

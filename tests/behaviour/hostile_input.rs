@@ -1,10 +1,6 @@
 //! Keys, results and scopes of hostile callers: limits hold, memory is bounded, and a caller can neither see nor block
 //! the keys of another scope.
 
-#[path = "common/child.rs"]
-mod child;
-mod common;
-
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::{Debug, Write as _};
 use std::fs;
@@ -14,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use child::memory_growth;
-use common::Bench;
+use crate::child::memory_growth;
+use crate::common::{Bench, START_MS};
 use onlyonce::{
     Claim, Completion, Error, Key, KeyError, KeyStatus, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome,
     Resolution, RunOutcome, Store, StoredKey, Timestamp,
@@ -192,7 +188,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 fn a_result_of_a_gigabyte_is_neither_stored_nor_copied() {
     // Untouched zero pages take no memory before they are copied.
     let huge = || vec![0_u8; 1 << 30];
-    let growth = memory_growth("a_result_of_a_gigabyte_is_neither_stored_nor_copied", || {
+    let growth = memory_growth("hostile_input::a_result_of_a_gigabyte_is_neither_stored_nor_copied", || {
         let bench = Bench::with(|builder| builder.result_limit(64 << 20).on_interrupt(OnInterrupt::Hold));
         let store = bench.store();
         let omitted = |key| match store.check(key).wait().unwrap() {
@@ -232,7 +228,7 @@ fn a_result_of_a_gigabyte_is_neither_stored_nor_copied() {
 
 #[test]
 fn many_results_at_the_limit_stay_in_the_memory_budget() {
-    let growth = memory_growth("many_results_at_the_limit_stay_in_the_memory_budget", || {
+    let growth = memory_growth("hostile_input::many_results_at_the_limit_stay_in_the_memory_budget", || {
         let bench = Bench::new();
         let key = |i: u32| format!("key-{i}");
         let result = |i: u32| vec![i as u8; 1 << 20];
@@ -245,7 +241,7 @@ fn many_results_at_the_limit_stay_in_the_memory_budget() {
 
 #[test]
 fn a_million_new_keys_stay_in_the_memory_budget() {
-    let growth = memory_growth("a_million_new_keys_stay_in_the_memory_budget", || {
+    let growth = memory_growth("hostile_input::a_million_new_keys_stay_in_the_memory_budget", || {
         let bench = Bench::new();
         let key = |i: u32| format!("{i:032x}-of-a-other_user");
         for start in (0..1_000_000).step_by(1_000) {
@@ -271,7 +267,7 @@ fn a_million_new_keys_stay_in_the_memory_budget() {
 
 #[test]
 fn dropped_claims_take_no_memory() {
-    let growth = memory_growth("dropped_claims_take_no_memory", || {
+    let growth = memory_growth("hostile_input::dropped_claims_take_no_memory", || {
         let bench = Bench::with(|builder| builder.in_flight_limit(1_000));
         for start in (0..200_000).step_by(500) {
             let claims = bench.store().claim_batch((start..start + 500).map(|i| format!("{i:01024}"))).wait().unwrap();
@@ -287,7 +283,7 @@ fn dropped_claims_take_no_memory() {
 fn claims_that_are_never_completed_stop_at_the_limit_with_bounded_memory() {
     const LIMIT: u64 = 100_000;
     const KEY: u64 = 1_024;
-    let test = "claims_that_are_never_completed_stop_at_the_limit_with_bounded_memory";
+    let test = "hostile_input::claims_that_are_never_completed_stop_at_the_limit_with_bounded_memory";
     let growth = memory_growth(test, || {
         let bench = Bench::with(|builder| builder.in_flight_limit(LIMIT as usize));
         let (mut acquired, mut rejected) = (0, 0);
@@ -613,7 +609,7 @@ fn an_error_names_the_index_of_the_invalid_key_in_its_batch() {
         let key = || bad.clone();
         let errors = |index: usize| {
             let batch = || (0..3).map(|i| if i == index { key() } else { Key::from(format!("key {i}")) });
-            let messages = || batch().map(|key| (key, common::START_MS));
+            let messages = || batch().map(|key| (key, START_MS));
             let (store, stream) = (bench.store(), stream.store());
             [
                 store.claim_batch(batch()).wait().unwrap_err(),
@@ -761,7 +757,7 @@ fn an_error_about_a_different_payload_reveals_nothing_of_the_first_one() {
 
 /// Creates a store with files of all kinds, in a directory that is open to every user.
 fn fill(path: &Path) {
-    let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+    let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let open = || {
         let builder = Store::builder().window(Duration::from_secs(10)).bucket(Duration::from_secs(1));
         builder.clock(clock.clone()).open(path).unwrap()
@@ -784,8 +780,8 @@ fn fill(path: &Path) {
 
 #[test]
 fn only_its_owner_can_read_a_store_whatever_the_umask() {
-    let test = "only_its_owner_can_read_a_store_whatever_the_umask";
-    if child::is_child(test) {
+    let test = "hostile_input::only_its_owner_can_read_a_store_whatever_the_umask";
+    if crate::child::is_child(test) {
         fill(Path::new(&std::env::var("ONLYONCE_TEST_STORE").unwrap()));
         return;
     }
@@ -799,7 +795,7 @@ fn only_its_owner_can_read_a_store_whatever_the_umask() {
             fs::create_dir(&store).unwrap();
             fs::set_permissions(&store, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        let alone = child::command(test);
+        let alone = crate::child::command(test);
         let mut shell = Command::new("sh");
         shell.arg("-c").arg(format!("umask {mask} && exec \"$0\" \"$@\"")).arg(alone.get_program());
         shell.args(alone.get_args()).envs(alone.get_envs().filter_map(|(name, value)| Some((name, value?))));

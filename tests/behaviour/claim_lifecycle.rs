@@ -1,10 +1,8 @@
 //! The state table, row by row: what a claim returns in each state of its key, and what its lease permits.
 
-mod common;
-
 use std::time::Duration;
 
-use common::{Bench, START_MS};
+use crate::common::{Bench, START_MS};
 use onlyonce::{
     Claim, Completion, Error, Key, KeyStatus, Lease, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome,
     Resolution, ResultError, RunError, RunOutcome, Store, StoredKey, Timestamp,
@@ -513,7 +511,7 @@ fn inspect_returns_everything_that_is_stored() {
     match bench.store().inspect("k").wait().unwrap() {
         Some(StoredKey::Completed(completed)) => {
             assert_eq!((completed.token().get(), completed.result()), (token, Some(&b"done"[..])));
-            assert_eq!(completed.completed_at().as_unix_ms(), common::START_MS + 50);
+            assert_eq!(completed.completed_at().as_unix_ms(), START_MS + 50);
         }
         other => panic!("{other:?}"),
     }
@@ -640,8 +638,8 @@ fn the_stats_count_the_answers_of_each_call() {
     assert_eq!((stats.completed, stats.released, stats.superseded), (3, 1, 0));
     assert_eq!((stats.payload_mismatches, stats.too_old, stats.too_far_ahead, stats.fail_open), (0, 0, 0, 1));
     assert_eq!((stats.in_flight, stats.held, stats.unflushed), (1, 0, 8), "one key is leased, one was released");
-    assert_eq!((stats.now.as_unix_ms(), stats.window), (common::START_MS, Duration::from_secs(10)));
-    assert_eq!(stats.remembers_since.as_unix_ms(), common::START_MS - 10_000 + 1);
+    assert_eq!((stats.now.as_unix_ms(), stats.window), (START_MS, Duration::from_secs(10)));
+    assert_eq!(stats.remembers_since.as_unix_ms(), START_MS - 10_000 + 1);
     assert!(stats.buckets.is_empty());
 
     store.flush().unwrap();
@@ -649,7 +647,7 @@ fn the_stats_count_the_answers_of_each_call() {
     store.record("later").wait().unwrap();
     store.flush().unwrap();
     let stats = store.stats();
-    let second = |second: u64| common::START_MS + second * 1_000;
+    let second = |second: u64| START_MS + second * 1_000;
     let buckets =
         stats.buckets.iter().map(|it| (it.start.as_unix_ms(), it.end.as_unix_ms(), it.keys)).collect::<Vec<_>>();
     assert_eq!(buckets, [(second(0), second(1), 8), (second(1), second(2), 1)], "the oldest first");

@@ -1,13 +1,11 @@
 //! Disk usage and open times must not grow with opens, closes, crashes, idle hours, forgotten keys and expired buckets.
 //! The stores are on a file system in memory if there is one, so that thousands of opens do not wait for a disk.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::copy_store;
+use crate::common::copy_store;
 use onlyonce::{Builder, Claim, Durability, KeyStatus, ManualClock, RecordOutcome, Store, Timestamp};
 use tempfile::TempDir;
 

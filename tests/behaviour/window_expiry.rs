@@ -1,11 +1,9 @@
 //! G4: a key answers "completed" if and only if `now < completed + window`, to the millisecond.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Bench, START_MS, copy_store};
+use crate::common::{Bench, START_MS, copy_store};
 use onlyonce::{Key, KeyStatus, RecordOutcome, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;

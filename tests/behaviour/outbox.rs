@@ -1,14 +1,12 @@
 //! Offsets and messages that are written with a completion: a completion is atomic with them, also if the process is killed.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::Bench;
+use crate::common::Bench;
 use onlyonce::{Claim, Completion, Durability, Error, Lease, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -181,7 +179,7 @@ fn a_killed_consumer_processes_each_order_once_and_loses_no_message() {
     let mut moved = 0;
     for round in 0..20 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["child", "--exact", "--ignored", "--nocapture"])
+            .args(["outbox::child", "--exact", "--ignored", "--nocapture"])
             .env(DIR, dir.path())
             .stdout(Stdio::piped())
             .spawn()

@@ -1,7 +1,5 @@
 //! Awaited calls: the same answers as blocking calls, shared syncs, and dropped futures, which leave no key stuck.
 
-mod common;
-
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use common::Bench;
+use crate::common::Bench;
 use onlyonce::{
     Claim, Completion, Durability, Error, Key, KeyError, KeyStatus, Lease, LeaseState, PriorAttempt, RecordOutcome,
     RunError, RunOutcome, Store, StoredKey, Unclaimed, UnclaimedReason,
