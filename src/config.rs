@@ -30,7 +30,7 @@ pub enum Durability {
 /// What happens to a key whose attempt was interrupted: its lease expired or was dropped, or its process died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnInterrupt {
-    /// The next claim gets the key at once, and [`Lease::prior`](crate::Lease::prior) reports the interruption.
+    /// The next claim gets the key at once, and [`AttemptInfo::prior`](crate::AttemptInfo::prior) reports the interruption.
     /// Claims are not synced: a power cut can lose the claim itself, and then `prior` is `None`.
     Rerun,
     /// The key is held until [`Store::resolve`](crate::Store::resolve). For effects that must not be repeated
@@ -124,6 +124,7 @@ pub(crate) struct Config {
     pub(crate) key_limit: usize,
     pub(crate) in_flight_limit: usize,
     pub(crate) held_limit: usize,
+    #[cfg_attr(not(feature = "tokio"), expect(dead_code, reason = "only submitted calls have a queue"))]
     pub(crate) queue_limit: usize,
 }
 

@@ -1,14 +1,14 @@
-//! Damaged files: bits flipped, bytes cut, blocks zeroed, files gone, in every kind of file that a store has. Whatever
-//! the damage, the store refuses with an error that says where it is, or answers as if nothing had happened: never a
-//! wrong answer, a panic, a hang, or a store that is silently empty.
+//! Damaged files: flipped bits, removed bytes, zeroed blocks and missing files, in every kind of file that a store has.
+//! After any damage the store fails with an error that names the file, or answers correctly: never a wrong answer, a
+//! panic, a hang, or a store that is silently empty.
 //!
-//! Of the log of a store that had crashed two things are left out, for nobody could tell: whole records that are taken out
-//! of its very beginning, and whole records that are taken out of what no later write knows to be synced.
+//! Two damages to the log of a crashed store are excluded, because nothing on disk can reveal them: log_len records
+//! removed from its start, and log_len records removed after the last proof of a sync.
 //!
-//! `ONLYONCE_CORRUPTION_ROUNDS` (600 if not set), `ONLYONCE_CORRUPTION_SEED` (default: drawn, and printed) and
-//! `ONLYONCE_CORRUPTION_FIRST` (the round to begin with) set how often and how. Each round draws from the seed and its
-//! own number, so that one can be repeated alone; to the kind of file and of damage, not to the byte, for a store's files
-//! hold a secret that is drawn anew.
+//! `ONLYONCE_CORRUPTION_ROUNDS` (default: 600) sets the rounds, `ONLYONCE_CORRUPTION_SEED` (default: random, and
+//! printed) the seed, and `ONLYONCE_CORRUPTION_FIRST` the first round. A round depends on the seed and its number
+//! alone, so that it can be repeated: the same kind of file and of damage, but not the same byte, because each store
+//! has a new random secret.
 
 mod common;
 #[path = "common/damage.rs"]
@@ -33,7 +33,7 @@ use tempfile::TempDir;
 
 const DEFAULT_ROUNDS: u64 = 600;
 
-/// What a key is, as far as it outlives the process.
+/// The persistent state of a key.
 #[derive(Debug, Clone, PartialEq)]
 enum State {
     Absent,
@@ -56,35 +56,35 @@ impl State {
     }
 }
 
-/// One change of one key, and how long the newest log was when it was written.
+/// One change of one key, and the length of the newest log after it.
 struct Event {
     key: String,
     state: State,
     log_bytes: usize,
 }
 
-/// A store with all that a store can hold, and what is true of it.
+/// A store with data of every kind, and its expected state.
 struct Base {
     image: Image,
-    /// Whether it was closed, or is as a crash leaves it.
+    /// True if it was closed; otherwise it is as a crash leaves it.
     closed: bool,
     /// The newest log.
     log: PathBuf,
-    /// What each key was before the newest log was begun.
+    /// The state of each key before the first record of the newest log.
     before: BTreeMap<String, State>,
-    /// What the newest log says.
+    /// The changes in the newest log.
     events: Vec<Event>,
-    /// What completions took along, the offset and the message each: behind how many events of the newest log.
-    along: Vec<(usize, u64)>,
-    /// Whether this life began with it, so that nothing can have stood before it.
+    /// The number in the offset and the message of completions, each with the number of events of the newest log before it.
+    side_writes: Vec<(usize, u64)>,
+    /// True if the last process started with the newest log, so that no older log belongs to it.
     is_first: bool,
-    /// So many bytes of it were synced before its last write was made, which says so.
-    vouched: usize,
+    /// The bytes of the newest log that were synced before its last write, which proves it.
+    proven_synced: usize,
     now_ms: u64,
     last_token: u64,
 }
 
-/// Where files cost nothing to sync, if this machine has such a place.
+/// A directory in memory if stored is one, because its syncs cost nothing.
 fn scratch() -> TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
@@ -106,7 +106,7 @@ fn complete(store: &Store, key: &str) {
     lease.complete(format!("the result of {key}")).wait().unwrap();
 }
 
-/// Completes with an offset and a message that says the same.
+/// Completes with an offset and a message with the same number.
 fn complete_with(lease: Lease, result: &str, offset: u64) {
     let message = format!("message {offset}");
     lease
@@ -115,18 +115,20 @@ fn complete_with(lease: Lease, result: &str, offset: u64) {
         .unwrap();
 }
 
-/// Claims, and lets nobody know that the work was dropped: its process is going to die.
+/// Claims a key, and leaks the lease, as a crash does.
 fn leave_in_flight(store: &Store, key: &str) {
-    let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is free") };
+    let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is unclaimed") };
     std::mem::forget(lease);
 }
 
-/// Waits until the filters of so many ended buckets are on disk.
+/// Waits until the filters of this many ended buckets are on disk.
 fn wait_for_filters(dir: &Path, count: usize) {
     let deadline = Instant::now() + Duration::from_secs(60);
-    let whole = |name: &std::ffi::OsStr| name.to_string_lossy().ends_with(".filter");
-    while std::fs::read_dir(dir).unwrap().filter(|entry| whole(&entry.as_ref().unwrap().file_name())).count() < count {
-        assert!(Instant::now() < deadline, "no filters are kept");
+    let is_filter = |name: &std::ffi::OsStr| name.to_string_lossy().ends_with(".filter");
+    while std::fs::read_dir(dir).unwrap().filter(|entry| is_filter(&entry.as_ref().unwrap().file_name())).count()
+        < count
+    {
+        assert!(Instant::now() < deadline, "no filter file was written");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -136,15 +138,14 @@ fn log_bytes(path: &Path) -> usize {
 }
 
 impl Base {
-    /// Closed or not; and with a last life that has sealed keys before the newest log, or that has found some in the
-    /// journal.
+    /// Closed or crashed, and with a last process that flushed keys before the newest log, or found keys in the journal.
     fn all() -> Vec<Self> {
         [(false, false), (false, true), (true, false), (true, true)]
-            .map(|(closed, seal)| Self::new(closed, seal))
+            .map(|(closed, flush_first)| Self::new(closed, flush_first))
             .into()
     }
 
-    fn new(closed: bool, seal: bool) -> Self {
+    fn new(closed: bool, flush_first: bool) -> Self {
         let dir = scratch();
         let path = dir.path().join("store");
         let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
@@ -155,32 +156,32 @@ impl Base {
         };
         let store = builder(&clock).open(&path).unwrap();
         for bucket in 0..2 {
-            // The first bucket has one run of several blocks, the second has two runs: an open costs what it has buckets.
-            for run in 0..1 + bucket {
-                (0..10).for_each(|i| complete(&store, &add(format!("sealed-{bucket}-{run}-{i}"))));
+            // The first bucket has one SST of several blocks, the second has two. More buckets would make each open slower.
+            for sst in 0..1 + bucket {
+                (0..10).for_each(|i| complete(&store, &add(format!("flushed-{bucket}-{sst}-{i}"))));
                 let many = if bucket == 0 { 200 } else { 10 };
-                let recorded: Vec<String> = (0..many).map(|i| add(format!("recorded-{bucket}-{run}-{i}"))).collect();
+                let recorded: Vec<String> = (0..many).map(|i| add(format!("recorded-{bucket}-{sst}-{i}"))).collect();
                 store.record_batch(&recorded).wait().unwrap();
-                (0..3).for_each(|i| leave_in_flight(&store, &add(format!("in-flight-{bucket}-{run}-{i}"))));
+                (0..3).for_each(|i| leave_in_flight(&store, &add(format!("in-flight-{bucket}-{sst}-{i}"))));
                 store.flush().unwrap();
             }
             clock.advance(Duration::from_secs(10));
         }
-        // A second life: what the log held is in a table of the journal now.
+        // A second process: its open has moved the log's records to an SST of the journal.
         (0..10).for_each(|i| complete(&store, &add(format!("journal-{i}"))));
         (0..3).for_each(|i| leave_in_flight(&store, &add(format!("journal-in-flight-{i}"))));
-        store.forget("sealed-0-0-0").wait().unwrap();
+        store.forget("flushed-0-0-0").wait().unwrap();
         let Claim::Acquired(lease) = store.claim(add("journal-with-more".to_owned())).wait().unwrap() else {
-            panic!("it is new")
+            panic!("the key is new")
         };
         complete_with(lease, "the result of journal-with-more", 1);
         store.close().wait().unwrap();
         drop(store);
         let store = builder(&clock).open(&path).unwrap();
         wait_for_filters(&path.join("filters"), 2);
-        if seal {
+        if flush_first {
             clock.advance(Duration::from_secs(10));
-            (0..10).for_each(|i| complete(&store, &add(format!("sealed-late-{i}"))));
+            (0..10).for_each(|i| complete(&store, &add(format!("flushed-late-{i}"))));
             store.flush().unwrap();
         }
 
@@ -189,14 +190,14 @@ impl Base {
         let newest = Image::read_at_rest(&path).newest(".log");
         let log = path.join(&newest);
         let mut events = Vec::new();
-        let mut along = vec![(0, 1)];
-        let mut note = |key: &str| {
+        let mut side_writes = vec![(0, 1)];
+        let mut add_event = |key: &str| {
             let state = State::of(&store, key).unwrap();
             events.push(Event { key: key.to_owned(), state, log_bytes: log_bytes(&log) });
         };
         for (i, key) in new.iter().enumerate() {
             let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
-            note(key);
+            add_event(key);
             match i % 3 {
                 0 => complete_with(lease, &format!("the result of {key}"), 2 + i as u64),
                 1 => lease.release().wait().unwrap(),
@@ -205,22 +206,22 @@ impl Base {
                     continue;
                 }
             }
-            note(key);
+            add_event(key);
             if i % 3 == 0 {
-                // Two events of each of the keys before, or one.
-                along.push((i / 3 * 5 + 2, 2 + i as u64));
+                // Each earlier key has two events or one.
+                side_writes.push((i / 3 * 5 + 2, 2 + i as u64));
             }
         }
-        store.forget("sealed-1-0-0").wait().unwrap();
-        note("sealed-1-0-0");
-        let vouched = log_bytes(&log);
+        store.forget("flushed-1-0-0").wait().unwrap();
+        add_event("flushed-1-0-0");
+        let proven_synced = log_bytes(&log);
         let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").wait().unwrap() else {
-            panic!("its process is gone")
+            panic!("its process has ended")
         };
-        note("in-flight-1-0-0");
+        add_event("in-flight-1-0-0");
         let last_token = lease.token().get();
         lease.complete("at the second attempt").wait().unwrap();
-        note("in-flight-1-0-0");
+        add_event("in-flight-1-0-0");
         if closed {
             store.close().wait().unwrap();
         }
@@ -230,21 +231,22 @@ impl Base {
             log: newest,
             before,
             events,
-            along,
-            is_first: !seal,
-            vouched,
+            side_writes,
+            is_first: !flush_first,
+            proven_synced,
             now_ms: clock_ms(&clock),
             last_token,
         }
     }
 
-    /// What each key is after the first `events` events of the newest log.
-    fn truth(&self, events: usize) -> BTreeMap<&str, &State> {
-        let mut truth: BTreeMap<&str, &State> = self.before.iter().map(|(key, state)| (key.as_str(), state)).collect();
+    /// The state of each key after the first `events` events of the newest log.
+    fn state_after(&self, events: usize) -> BTreeMap<&str, &State> {
+        let mut state_after: BTreeMap<&str, &State> =
+            self.before.iter().map(|(key, state)| (key.as_str(), state)).collect();
         for event in self.events.iter().take(events) {
-            truth.insert(&event.key, &event.state);
+            state_after.insert(&event.key, &event.state);
         }
-        truth
+        state_after
     }
 }
 
@@ -252,27 +254,27 @@ fn clock_ms(clock: &ManualClock) -> u64 {
     onlyonce::Clock::wall(clock).as_unix_ms()
 }
 
-/// What a store said when it was asked about everything.
+/// The result of an examination of a damaged store.
 #[derive(Debug)]
-enum Said {
-    RefusedToOpen(Error),
-    /// It refused some questions, the first of them so, and answered the others rightly.
-    RefusedToAnswer(Error),
-    /// All is as it was, but for the last so many events of its log.
-    Answered {
+enum Findings {
+    OpenFailed(Error),
+    /// Some calls failed, the first of them with this error; the other answers are correct.
+    CallFailed(Error),
+    /// All answers are correct, without the last `missing` events of the log.
+    Correct {
         missing: usize,
     },
 }
 
-/// Opens what is in `path`, asks every key, and compares. `certain` is how many events of the newest log must be there.
-fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result<Said, String> {
+/// Opens the store in `path`, and checks every key. The first `certain` events of the newest log must be stored.
+fn examine(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result<Findings, String> {
     let clock = ManualClock::at(Timestamp::from_unix_ms(base.now_ms));
     let store = match builder(&clock).open(path) {
         Ok(store) => store,
-        Err(error) => return Ok(Said::RefusedToOpen(error)),
+        Err(error) => return Ok(Findings::OpenFailed(error)),
     };
     let mut answers: BTreeMap<&str, State> = BTreeMap::new();
-    let mut refused = Vec::new();
+    let mut rejected = Vec::new();
     let keys: Vec<&str> = base.before.keys().map(String::as_str).collect();
     match store.check_batch(keys.iter().copied()).wait() {
         Ok(checks) => {
@@ -280,21 +282,23 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
                 match check {
                     Ok(KeyStatus::Completed(completed)) => drop(answers.insert(key, State::Completed(completed))),
                     Ok(KeyStatus::New) => drop(answers.insert(key, State::Absent)),
-                    Ok(KeyStatus::InProgress(other)) => return Err(format!("{key} is held by the dead: {other:?}")),
-                    Err(error) => refused.push(error),
+                    Ok(KeyStatus::InProgress(other)) => {
+                        return Err(format!("{key} is blocked by an ended process: {other:?}"));
+                    }
+                    Err(error) => rejected.push(error),
                 }
             }
         }
-        Err(error) => refused.push(error),
+        Err(error) => rejected.push(error),
     }
-    // One by one, too: all that a batch cannot tell from new keys, or did not get to, and a few of the others.
+    // Single calls: for keys that look new in a batch, for keys without an answer, and for a few others.
     for key in &keys {
-        let asked = !key.contains("sealed") && !key.contains("recorded") || !answers.contains_key(key);
-        if !asked && !rng.random_bool(0.02) {
+        let is_needed = !key.contains("flushed") && !key.contains("recorded") || !answers.contains_key(key);
+        if !is_needed && !rng.random_bool(0.02) {
             continue;
         }
         match (State::of(&store, key), answers.get(key)) {
-            (Err(error), _) => refused.push(error),
+            (Err(error), _) => rejected.push(error),
             (Ok(State::Completed(one)), Some(many)) if State::Completed(one.clone()) != *many => {
                 return Err(format!("{key} is {one:?} alone and {many:?} in a batch"));
             }
@@ -302,45 +306,49 @@ fn interrogate(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Re
         }
     }
     let fits = |events: usize| {
-        let truth = base.truth(events);
-        answers.iter().find(|(key, state)| truth[**key] != *state).map(|(key, state)| (*key, state, truth[key]))
+        let state_after = base.state_after(events);
+        answers
+            .iter()
+            .find(|(key, state)| state_after[**key] != *state)
+            .map(|(key, state)| (*key, state, state_after[key]))
     };
     let all = base.events.len();
     let Some(events) = (certain..=all).rev().find(|events| fits(*events).is_none()) else {
-        let (key, state, truth) = fits(all).unwrap();
-        return Err(format!("{key} is {state:?}, and was {truth:?}"));
+        let (key, state, state_after) = fits(all).unwrap();
+        return Err(format!("{key} is {state:?}, but was {state_after:?}"));
     };
-    let along: Vec<u64> = base.along.iter().filter(|(after, _)| *after <= events).map(|(_, offset)| *offset).collect();
+    let side_writes: Vec<u64> =
+        base.side_writes.iter().filter(|(after, _)| *after <= events).map(|(_, offset)| *offset).collect();
     match store.outbox(usize::MAX).wait() {
         Ok(messages) => {
-            let said: Vec<&[u8]> = messages.iter().map(|message| &*message.payload).collect();
-            let sent: Vec<String> = along.iter().map(|offset| format!("message {offset}")).collect();
-            if !said.iter().copied().eq(sent.iter().map(String::as_bytes)) {
-                return Err(format!("the outbox has {messages:?}, and had {sent:?}"));
+            let findings: Vec<&[u8]> = messages.iter().map(|message| &*message.payload).collect();
+            let sent: Vec<String> = side_writes.iter().map(|offset| format!("message {offset}")).collect();
+            if !findings.iter().copied().eq(sent.iter().map(String::as_bytes)) {
+                return Err(format!("the outbox has {messages:?}, but had {sent:?}"));
             }
         }
-        Err(error) => refused.push(error),
+        Err(error) => rejected.push(error),
     }
     match store.offset("orders", 3).wait() {
-        Ok(offset) if offset == along.last().copied() => {}
-        Ok(offset) => return Err(format!("the offset is {offset:?}, and was {:?}", along.last())),
-        Err(error) => refused.push(error),
+        Ok(offset) if offset == side_writes.last().copied() => {}
+        Ok(offset) => return Err(format!("the offset is {offset:?}, but was {:?}", side_writes.last())),
+        Err(error) => rejected.push(error),
     }
-    // Tokens go on, whatever was lost.
-    match store.claim("a new one").wait() {
+    // Tokens increase whatever was lost.
+    match store.claim("a new key").wait() {
         Ok(Claim::Acquired(lease)) if lease.token().get() > base.last_token => drop(lease.release().wait()),
         Ok(other) => return Err(format!("a new key after token {}: {other:?}", base.last_token)),
-        Err(error) => refused.push(error),
+        Err(error) => rejected.push(error),
     }
-    // A merge in the background may have found the damage only now.
-    refused.extend(store.close().wait().err());
-    Ok(match refused.first() {
-        None => Said::Answered { missing: all - events },
-        Some(error) => Said::RefusedToAnswer(error.clone()),
+    // A compaction in the background may have found the damage in the meantime.
+    rejected.extend(store.close().wait().err());
+    Ok(match rejected.first() {
+        None => Findings::Correct { missing: all - events },
+        Some(error) => Findings::CallFailed(error.clone()),
     })
 }
 
-/// How many events of the newest log a damage leaves certain.
+/// How many events of the newest log must survive this damage.
 fn certain(base: &Base, damage: &Damage) -> usize {
     let all = base.events.len();
     if base.closed || damage.file != base.log {
@@ -352,45 +360,45 @@ fn certain(base: &Base, damage: &Damage) -> usize {
         Harm::CutTail => usize::MAX,
         Harm::Deleted => return all,
     };
-    // The last write says what was synced before it. What lies behind that may be what a crash leaves.
-    let is_told = damage.at < base.vouched && damaged_to <= base.events[all - 2].log_bytes;
+    // The last write proves what was synced before it. Later records look like the unsynced tail of a crash.
+    let is_told = damage.at < base.proven_synced && damaged_to <= base.events[all - 2].log_bytes;
     if is_told && (base.is_first || damage.at >= third_write(base)) {
         return all;
     }
     base.events.iter().filter(|event| event.log_bytes <= damage.at).count()
 }
 
-/// Where the newest log's records end, and the first begins.
+/// The start of the newest log's first record, and the end of each record.
 fn record_edges(base: &Base) -> Vec<usize> {
     edges(&base.image.files[&base.log])
 }
 
 fn edges(log: &[u8]) -> Vec<usize> {
     let mut edges = vec![0];
-    // A header is a checksum (4), the length of what follows it (2) and a type (1).
+    // A header has a checksum (4 bytes), the length of the payload (2) and a type (1).
     while let Some(header) = log.get(edges[edges.len() - 1]..).and_then(|rest| rest.first_chunk::<7>()) {
         edges.push(edges[edges.len() - 1] + header.len() + usize::from(u16::from_le_bytes([header[4], header[5]])));
     }
-    assert_eq!(edges.last(), Some(&log.len()), "the records of the undamaged log are not understood");
+    assert_eq!(edges.last(), Some(&log.len()), "the undamaged log cannot be parsed");
     edges
 }
 
-/// Where the newest log's third write begins: of those before it nobody knows whether they stood in an older log. Its first
-/// record is RocksDB's own, about the log before it.
+/// The start of the newest log's third write: writes before it could be in an older log. The first record is RocksDB's
+/// own, about the log before it.
 fn third_write(base: &Base) -> usize {
     record_edges(base)[3]
 }
 
-/// Whether a damage takes whole records out of the newest log as a crash leaves it, and that makes the log of another life:
-/// of one in which they were not written, or had gone with an older log.
-fn makes_another_life(base: &Base, damage: &Damage) -> bool {
+/// True if a damage removes log_len records from the newest log of a crashed store so that the result is a valid log:
+/// that of a process that never wrote them, or wrote them to an older log.
+fn is_undetectable(base: &Base, damage: &Damage) -> bool {
     let Harm::CutOut { len } = damage.harm else { return false };
     if base.closed || damage.file != base.log {
         return false;
     }
     let edges = record_edges(base);
     let is_whole = edges.contains(&damage.at) && edges.contains(&(damage.at + len));
-    is_whole && (damage.at >= base.vouched || !base.is_first && damage.at < third_write(base))
+    is_whole && (damage.at >= base.proven_synced || !base.is_first && damage.at < third_write(base))
 }
 
 fn rounds() -> u64 {
@@ -405,7 +413,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect(name))
 }
 
-/// Ends the process, with a word, where a round does not end.
+/// Aborts the process with a message if a round hangs.
 struct Watchdog {
     round: Arc<AtomicU64>,
 }
@@ -417,7 +425,7 @@ impl Watchdog {
         let round = Arc::new(AtomicU64::new(0));
         let watched = Arc::downgrade(&round);
         std::thread::spawn(move || {
-            // Seconds that were seen to pass: a machine that was asleep has not kept the round from ending.
+            // Counts its own wakeups, not the clock: the suspend of a machine is not a hang.
             let (mut last, mut seconds) = (u64::MAX, 0);
             while let Some(round) = watched.upgrade().map(|round| round.load(Ordering::Relaxed)) {
                 seconds = if round == last { seconds + 1 } else { 0 };
@@ -437,12 +445,12 @@ impl Watchdog {
     }
 }
 
-/// What an error says of the place.
+/// What an error names.
 #[derive(Debug, PartialEq)]
 enum Named {
     File,
-    /// The database, for RocksDB does not know better: a garbled block of properties is sometimes read before its
-    /// checksum, and then nobody knows whose it is.
+    /// The database. RocksDB sometimes reads a damaged properties block before its checksum, and does not name the file
+    /// then.
     Database,
     Nothing,
 }
@@ -455,10 +463,10 @@ impl Named {
                 return if file.ends_with(".sst") && place.ends_with("/db") { Self::Database } else { Self::Nothing };
             }
             Error::Corrupt { .. } => true,
-            // A merge in the background had found it, and RocksDB writes no more.
+            // A compaction in the background found it first, so that RocksDB rejects writes.
             Error::WriteFailed { source } => source.to_string().contains(&*file),
             Error::Poisoned { reason } => reason.contains(&*file),
-            // Without its lock file a store is no store.
+            // A directory without the lock file is not a store.
             Error::NotAStore { .. } => file == "onlyonce.lock",
             _ => false,
         };
@@ -466,77 +474,77 @@ impl Named {
     }
 }
 
-/// What came of the rounds of one kind of file.
+/// The results of the rounds of one kind of file.
 #[derive(Default)]
 struct Count {
     rounds: u64,
-    refused: u64,
-    refused_without_file: u64,
-    answered: u64,
-    answered_without_last: u64,
+    rejected: u64,
+    rejected_without_file: u64,
+    correct: u64,
+    correct_without_tail: u64,
     time: Duration,
 }
 
-/// What came of the rounds.
+/// The results of all rounds.
 #[derive(Default)]
 struct Tally {
     counts: BTreeMap<&'static str, Count>,
-    wrong: Vec<String>,
+    failures: Vec<String>,
 }
 
 impl Tally {
     fn print(&self) {
-        let columns = ["kind", "rounds", "refused by name", "refused", "right", "right to its end", "us each"];
+        let columns = ["kind", "rounds", "rejected by name", "rejected", "correct", "correct, no tail", "us each"];
         eprintln!("{}", columns.map(|column| format!("{column:>17}")).concat());
         for (kind, _) in KINDS {
             let Some(count) = self.counts.get(kind) else { continue };
             let micros = count.time.as_micros() as u64 / count.rounds;
-            let Count { rounds, refused, refused_without_file, answered, answered_without_last, .. } = count;
-            let figures = [rounds, refused, refused_without_file, answered, answered_without_last, &micros];
-            eprintln!("{kind:>17}{}", figures.map(|figure| format!("{figure:>17}")).concat());
+            let Count { rounds, rejected, rejected_without_file, correct, correct_without_tail, .. } = count;
+            let cells = [rounds, rejected, rejected_without_file, correct, correct_without_tail, &micros];
+            eprintln!("{kind:>17}{}", cells.map(|cell| format!("{cell:>17}")).concat());
         }
     }
 }
 
-/// Damages one file of one store and asks it everything.
+/// Damages one file of one store, and examines the store.
 fn round(bases: &[Base], path: &Path, seed: u64, round: u64, tally: &Mutex<Tally>) {
     let mut rng = StdRng::seed_from_u64(seed << 32 ^ round);
     let base = &bases[rng.random_range(0..bases.len())];
     let mut image = base.image.clone();
     let damage = Damage::draw(&image, &mut rng);
-    if makes_another_life(base, &damage) || !damage.inflict(&mut image) {
+    if is_undetectable(base, &damage) || !damage.inflict(&mut image) {
         return;
     }
     let begun = Instant::now();
     image.write(path);
     let certain = certain(base, &damage);
-    let said = std::panic::catch_unwind(AssertUnwindSafe(|| interrogate(base, path, certain, &mut rng)));
+    let findings = std::panic::catch_unwind(AssertUnwindSafe(|| examine(base, path, certain, &mut rng)));
     let mut tally = tally.lock().unwrap();
     let count = tally.counts.entry(kind(&damage.file)).or_default();
     count.rounds += 1;
     count.time += begun.elapsed();
-    let why = match said {
+    let why = match findings {
         Err(_) => "a panic".to_owned(),
         Ok(Err(why)) => why,
-        Ok(Ok(Said::RefusedToOpen(error) | Said::RefusedToAnswer(error))) => match Named::by(&error, &damage) {
-            Named::File => return count.refused += 1,
-            Named::Database => return count.refused_without_file += 1,
-            Named::Nothing => format!("it is refused for another reason: {error:?}"),
+        Ok(Ok(Findings::OpenFailed(error) | Findings::CallFailed(error))) => match Named::by(&error, &damage) {
+            Named::File => return count.rejected += 1,
+            Named::Database => return count.rejected_without_file += 1,
+            Named::Nothing => format!("it fails with an error that does not name the file: {error:?}"),
         },
-        Ok(Ok(Said::Answered { missing: 0 })) => return count.answered += 1,
-        Ok(Ok(Said::Answered { .. })) => return count.answered_without_last += 1,
+        Ok(Ok(Findings::Correct { missing: 0 })) => return count.correct += 1,
+        Ok(Ok(Findings::Correct { .. })) => return count.correct_without_tail += 1,
     };
     let why = format!("round {round} of seed {seed}, closed: {}, {damage:?}: {why}", base.closed);
     eprintln!("{why}");
-    tally.wrong.push(why);
+    tally.failures.push(why);
 }
 
-/// Calls `work` with every number below `end` from `first` on, on a few threads, each with a directory of its own.
+/// Calls `work` for each number in `first..end` on several threads, each with its own directory.
 fn in_parallel(first: u64, end: u64, work: impl Fn(u64, &Path) + Sync) {
     let dir = scratch();
     let next = AtomicU64::new(first);
     std::thread::scope(|scope| {
-        // An open waits for threads and files more than it computes.
+        // More threads than cores, because an open mostly waits.
         for worker in 0..2 * std::thread::available_parallelism().unwrap().get() {
             let (work, next, path) = (&work, &next, dir.path().join(worker.to_string()));
             scope.spawn(move || {
@@ -559,7 +567,7 @@ fn in_parallel(first: u64, end: u64, work: impl Fn(u64, &Path) + Sync) {
 }
 
 #[test]
-fn no_damage_to_any_file_makes_a_wrong_answer() {
+fn damage_to_any_file_causes_no_wrong_answer() {
     let (rounds, seed) = (rounds(), seed());
     let first = number("ONLYONCE_CORRUPTION_FIRST").unwrap_or(0);
     eprintln!("ONLYONCE_CORRUPTION_SEED={seed} ONLYONCE_CORRUPTION_ROUNDS={rounds}");
@@ -571,89 +579,89 @@ fn no_damage_to_any_file_makes_a_wrong_answer() {
     tally.print();
     let elapsed = begun.elapsed();
     eprintln!("{rounds} rounds in {elapsed:.1?}, {:.1?} each", elapsed / u32::try_from(rounds.max(1)).unwrap());
-    let wrong = &tally.wrong;
-    assert!(wrong.is_empty(), "{} wrong: {:#?}", wrong.len(), &wrong[..wrong.len().min(20)]);
+    let failures = &tally.failures;
+    assert!(failures.is_empty(), "{} failures: {:#?}", failures.len(), &failures[..failures.len().min(20)]);
     let missed: Vec<_> = KINDS.iter().filter(|(kind, _)| !tally.counts.contains_key(kind)).collect();
     assert!(rounds < DEFAULT_ROUNDS || missed.is_empty(), "no file of these kinds was damaged: {missed:?}");
 }
 
 #[test]
-fn a_log_cut_at_any_byte_loses_only_what_lies_behind_the_cut() {
+fn a_log_truncated_at_any_byte_loses_only_the_records_after_it() {
     let base = Base::new(false, true);
-    let whole = base.image.files[&base.log].len();
-    // At every byte where the rounds are many.
+    let log_len = base.image.files[&base.log].len();
+    // With many rounds, every byte.
     let step = if rounds() > DEFAULT_ROUNDS { 1 } else { 7 };
-    in_parallel(0, (whole / step) as u64 + 1, |number, path| {
+    in_parallel(0, (log_len / step) as u64 + 1, |number, path| {
         let mut image = base.image.clone();
         let at = number as usize * step;
         image.files.get_mut(&base.log).unwrap().truncate(at);
         image.write(path);
-        let there = base.events.iter().filter(|event| event.log_bytes <= at).count();
-        let said = interrogate(&base, path, there, &mut StdRng::seed_from_u64(number)).unwrap();
-        let Said::Answered { missing } = said else { panic!("cut at {at} of {whole}: {said:?}") };
-        assert_eq!(missing, base.events.len() - there, "cut at {at} of {whole}");
+        let stored = base.events.iter().filter(|event| event.log_bytes <= at).count();
+        let findings = examine(&base, path, stored, &mut StdRng::seed_from_u64(number)).unwrap();
+        let Findings::Correct { missing } = findings else { panic!("truncated at {at} of {log_len}: {findings:?}") };
+        assert_eq!(missing, base.events.len() - stored, "truncated at {at} of {log_len}");
     });
 }
 
 #[test]
-fn a_bad_place_in_a_log_is_corrupt_where_it_was_synced_and_its_end_where_it_was_not() {
+fn damage_in_a_log_is_corruption_if_it_was_synced_and_a_torn_tail_if_not() {
     let base = Base::new(false, false);
     let seed = seed();
     eprintln!("ONLYONCE_CORRUPTION_SEED={seed}");
-    let whole = base.image.files[&base.log].len();
+    let log_len = base.image.files[&base.log].len();
     let last_but_one = base.events[base.events.len() - 2].log_bytes;
     in_parallel(0, rounds() / 4, |number, path| {
         let mut rng = StdRng::seed_from_u64(seed << 32 ^ number);
         let mut image = base.image.clone();
         let log = image.files.get_mut(&base.log).unwrap();
-        // Half of them behind what the last write knows to be synced.
-        let begin = if rng.random_bool(0.5) { base.vouched } else { 0 };
-        let at = rng.random_range(begin..whole);
-        let end = rng.random_range(at..whole.min(at + 40)) + 1;
+        // Half of them after the bytes that the last write proves to be synced.
+        let begin = if rng.random_bool(0.5) { base.proven_synced } else { 0 };
+        let at = rng.random_range(begin..log_len);
+        let end = rng.random_range(at..log_len.min(at + 40)) + 1;
         for byte in &mut log[at..end] {
             *byte ^= rng.random_range(1..=255_u8);
         }
         image.write(path);
-        let there = base.events.iter().filter(|event| event.log_bytes <= at).count();
-        let said = interrogate(&base, path, there, &mut rng);
-        let what = format!("round {number} of seed {seed}: {at}..{end} of {whole}: {said:?}");
-        match said {
-            Ok(Said::RefusedToOpen(Error::Corrupt { place, .. })) => {
-                assert!(at < base.vouched && place.ends_with(base.log.to_str().unwrap()), "{what}");
+        let stored = base.events.iter().filter(|event| event.log_bytes <= at).count();
+        let findings = examine(&base, path, stored, &mut rng);
+        let what = format!("round {number} of seed {seed}: {at}..{end} of {log_len}: {findings:?}");
+        match findings {
+            Ok(Findings::OpenFailed(Error::Corrupt { place, .. })) => {
+                assert!(at < base.proven_synced && place.ends_with(base.log.to_str().unwrap()), "{what}");
             }
-            Ok(Said::Answered { missing }) => {
-                assert_eq!(missing, base.events.len() - there, "{what}");
-                assert!(at >= base.vouched || end > last_but_one, "{what}");
+            Ok(Findings::Correct { missing }) => {
+                assert_eq!(missing, base.events.len() - stored, "{what}");
+                assert!(at >= base.proven_synced || end > last_but_one, "{what}");
             }
             _ => panic!("{what}"),
         }
     });
 }
 
-/// Rows over several blocks of the log, and a small one between them and at the end, each with the log's length behind it.
-fn long_rows() -> (Image, PathBuf, Vec<(String, usize)>, u64) {
+/// Records over several blocks of the log, and a small one between them and at the end, each with the log's length after it.
+fn long_records() -> (Image, PathBuf, Vec<(String, usize)>, u64) {
     let dir = scratch();
     let path = dir.path().join("store");
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let store = builder(&clock).open(&path).unwrap();
     let log = Image::read(&path).newest(".log");
-    let mut rows = Vec::new();
+    let mut records = Vec::new();
     for (number, bytes) in [100, 100_000, 100, 70_000, 33_000, 100, 120_000].into_iter().enumerate() {
         let key = format!("long-{number}");
         let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("{key} is new") };
         lease.complete(vec![b'r'; bytes]).wait().unwrap();
-        rows.push((key, log_bytes(&path.join(&log))));
+        records.push((key, log_bytes(&path.join(&log))));
     }
-    (Image::read(&path), log, rows, clock_ms(&clock))
+    (Image::read(&path), log, records, clock_ms(&clock))
 }
 
 #[test]
-fn a_row_over_several_blocks_of_the_log_is_there_whole_or_not_at_all() {
-    let (image, log, rows, now_ms) = long_rows();
-    let whole = image.files[&log].len();
-    // Around the ends of blocks and of rows, where headers lie and are cut in two.
-    let edges = (0..=whole).step_by(32 * 1024).chain(rows.iter().map(|(_, end)| *end));
-    let cuts: BTreeSet<usize> = edges.flat_map(|edge| edge.saturating_sub(8)..(edge + 9).min(whole + 1)).collect();
+fn a_record_over_several_blocks_of_the_log_is_atomic() {
+    let (image, log, records, now_ms) = long_records();
+    let log_len = image.files[&log].len();
+    // Around the ends of blocks and of records, so that headers are truncated, too.
+    let edges = (0..=log_len).step_by(32 * 1024).chain(records.iter().map(|(_, end)| *end));
+    let cuts: BTreeSet<usize> = edges.flat_map(|edge| edge.saturating_sub(8)..(edge + 9).min(log_len + 1)).collect();
     let cuts: Vec<usize> = cuts.into_iter().collect();
     in_parallel(0, cuts.len() as u64, |number, path| {
         let cut = cuts[number as usize];
@@ -661,42 +669,45 @@ fn a_row_over_several_blocks_of_the_log_is_there_whole_or_not_at_all() {
         image.files.get_mut(&log).unwrap().truncate(cut);
         image.write(path);
         let store = builder(&ManualClock::at(Timestamp::from_unix_ms(now_ms))).open(path);
-        let store = store.unwrap_or_else(|error| panic!("cut at {cut} of {whole}: {error}"));
-        for (key, end) in &rows {
-            let there = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
-            assert_eq!(there, *end <= cut, "{key}, which ends at {end}, cut at {cut} of {whole}");
+        let store = store.unwrap_or_else(|error| panic!("truncated at {cut} of {log_len}: {error}"));
+        for (key, end) in &records {
+            let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
+            assert_eq!(stored, *end <= cut, "{key}, which ends at {end}, truncated at {cut} of {log_len}");
         }
     });
 }
 
 #[test]
-fn a_block_of_zeros_is_corrupt_where_the_log_was_synced_and_its_end_where_it_was_not() {
-    let (image, log, rows, now_ms) = long_rows();
-    let whole = image.files[&log].len();
-    let sectors = whole.div_ceil(512);
-    // The last claim and the last completion say that everything up to the completion before them was synced.
-    let vouched = rows[rows.len() - 2].1;
-    let last_claim = vouched..vouched + 200;
+fn a_block_of_zeros_is_corruption_if_it_was_synced_and_a_torn_tail_if_not() {
+    let (image, log, records, now_ms) = long_records();
+    let log_len = image.files[&log].len();
+    let sectors = log_len.div_ceil(512);
+    // The last claim and the last completion prove that everything up to the completion before them was synced.
+    let proven_synced = records[records.len() - 2].1;
+    let last_claim = proven_synced..proven_synced + 200;
     in_parallel(0, sectors as u64 / 4, |number, path| {
         let mut rng = StdRng::seed_from_u64(number);
-        // A few sectors, and in every second round all behind them.
+        // A few sectors, and in every second round all sectors after them.
         let from = number as usize * 4 * 512;
         let torn = rng.random_bool(0.5);
-        let to = if torn { whole } else { (from + 512 * rng.random_range(1..16)).min(whole) };
+        let to = if torn { log_len } else { (from + 512 * rng.random_range(1..16)).min(log_len) };
         let mut image = image.clone();
         image.files.get_mut(&log).unwrap()[from..to].fill(0);
         image.write(path);
-        let what = format!("zeros from {from} to {to} of {whole}");
+        let what = format!("zeros from {from} to {to} of {log_len}");
         match builder(&ManualClock::at(Timestamp::from_unix_ms(now_ms))).open(path) {
             Ok(store) => {
-                assert!(from >= vouched || to > last_claim.start, "{what}: what follows is forgotten in silence");
-                for (key, end) in &rows {
-                    let there = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
-                    assert_eq!(there, *end <= from, "{what}: {key}, which ends at {end}");
+                assert!(
+                    from >= proven_synced || to > last_claim.start,
+                    "{what}: later records are lost without an error"
+                );
+                for (key, end) in &records {
+                    let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
+                    assert_eq!(stored, *end <= from, "{what}: {key}, which ends at {end}");
                 }
             }
             Err(Error::Corrupt { place, .. }) => {
-                assert!(from < vouched && to <= last_claim.end, "{what}: nobody was told of what was there");
+                assert!(from < proven_synced && to <= last_claim.end, "{what}: an error without a lost synced record");
                 assert!(place.ends_with(log.to_str().unwrap()), "{what}: {place}");
             }
             Err(error) => panic!("{what}: {error}"),
@@ -705,18 +716,18 @@ fn a_block_of_zeros_is_corrupt_where_the_log_was_synced_and_its_end_where_it_was
 }
 
 #[test]
-fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
+fn a_missing_or_truncated_log_before_a_newer_one_is_corruption() {
     let dir = scratch();
     let path = dir.path().join("store");
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
-    // Two logs that are both needed: the journal's memtable has been full once, and the removal of a sealed key, which
-    // waits in its bucket's memtable, holds the older log back.
+    // Two logs that are both needed: the journal's memtable was full once, and the removal of a flushed key, which is
+    // still in its bucket's memtable, keeps the older log.
     let open = |path: &Path| builder(&clock).memory_budget(1 << 30).durability(Durability::Disk).open(path);
     let store = open(&path).unwrap();
-    complete(&store, "sealed and forgotten");
+    complete(&store, "flushed and forgotten");
     store.flush().unwrap();
-    store.forget("sealed and forgotten").wait().unwrap();
-    // A quarter of it behind the older log, so that the newer one has been noted.
+    store.forget("flushed and forgotten").wait().unwrap();
+    // A quarter of it after the older log, so that the file manifest has the newer one.
     let keys: Vec<String> = (0..96).map(|i| format!("key-{i}")).collect();
     for key in &keys {
         let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
@@ -726,7 +737,7 @@ fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
     store.close().wait().unwrap();
     let logs = image.logs();
     let [older, newer] = logs.as_slice() else { panic!("two logs: {logs:?}") };
-    let whole = image.files[older].len();
+    let log_len = image.files[older].len();
 
     let copy = dir.path().join("copy");
     let try_with = |damaged: &Image| {
@@ -734,7 +745,7 @@ fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
         let opened = open(&copy);
         let answers = opened.map(|store| {
             let checks: Vec<KeyStatus> = keys.iter().map(|key| store.check(key).wait().unwrap()).collect();
-            let forgotten = store.check("sealed and forgotten").wait().unwrap();
+            let forgotten = store.check("flushed and forgotten").wait().unwrap();
             store.close().wait().unwrap();
             (checks.iter().filter(|check| matches!(check, KeyStatus::Completed(_))).count(), forgotten)
         });
@@ -742,21 +753,24 @@ fn a_log_that_is_gone_or_torn_before_a_newer_one_is_corrupt() {
         answers
     };
     assert_eq!(try_with(&image).unwrap(), (keys.len(), KeyStatus::New), "as a crash leaves it");
-    for cut in [1, 3, 1_000, 900_000, 5_000_000, whole - 10, whole] {
+    for cut in [1, 3, 1_000, 900_000, 5_000_000, log_len - 10, log_len] {
         let mut damaged = image.clone();
-        damaged.files.get_mut(older).unwrap().truncate(whole - cut);
+        damaged.files.get_mut(older).unwrap().truncate(log_len - cut);
         let answers = try_with(&damaged);
-        assert!(matches!(&answers, Err(Error::Corrupt { .. })), "the older without its last {cut} bytes: {answers:?}");
+        assert!(
+            matches!(&answers, Err(Error::Corrupt { .. })),
+            "the older log without its last {cut} bytes: {answers:?}"
+        );
     }
-    for gone in [older, newer] {
+    for missing_log in [older, newer] {
         let mut damaged = image.clone();
-        damaged.files.remove(gone);
+        damaged.files.remove(missing_log);
         let answers = try_with(&damaged);
-        assert!(matches!(&answers, Err(Error::Corrupt { .. })), "{gone:?} is gone: {answers:?}");
+        assert!(matches!(&answers, Err(Error::Corrupt { .. })), "{missing_log:?} is missing: {answers:?}");
     }
 }
 
-/// What RocksDB writes to a log before all else: how long the one before it was.
+/// The first record of a log, written by RocksDB: the length of the log before it.
 fn predecessor(log: u64, len: usize) -> Vec<u8> {
     let checked = [&[130][..], &log.to_le_bytes(), &(len as u64).to_le_bytes(), &99_u64.to_le_bytes()].concat();
     let crc = crc32c::crc32c(&checked).rotate_right(15).wrapping_add(0xa282_ead8);
@@ -765,7 +779,7 @@ fn predecessor(log: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_log_that_a_power_cut_ended_between_two_records_ends_there_though_a_newer_one_was_begun() {
+fn a_log_that_a_power_cut_truncated_between_two_records_ends_there_although_a_newer_one_exists() {
     let dir = scratch();
     let path = dir.path().join("store");
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
@@ -782,25 +796,25 @@ fn a_log_that_a_power_cut_ended_between_two_records_ends_there_though_a_newer_on
     drop(store);
     let number: u64 = log.file_stem().unwrap().to_str().unwrap().parse().unwrap();
     let newer = log.with_file_name(format!("{:06}.log", number + 1));
-    let whole = &image.files[&log];
-    assert_eq!(whole.len(), ends[keys.len() - 1]);
-    let edges = edges(whole);
+    let bytes = &image.files[&log];
+    assert_eq!(bytes.len(), ends[keys.len() - 1]);
+    let edges = edges(bytes);
     for edge in edges[..edges.len() - 1].iter().copied() {
         let mut torn = image.clone();
         torn.files.get_mut(&log).unwrap().truncate(edge);
-        torn.files.insert(newer.clone(), predecessor(number, whole.len()));
+        torn.files.insert(newer.clone(), predecessor(number, bytes.len()));
         let copy = dir.path().join("copy");
         torn.write(&copy);
-        let store = open(&copy).unwrap_or_else(|error| panic!("cut at {edge} of {}: {error}", whole.len()));
+        let store = open(&copy).unwrap_or_else(|error| panic!("truncated at {edge} of {}: {error}", bytes.len()));
         for (key, end) in keys.iter().zip(&ends) {
-            let there = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
-            assert_eq!(there, *end <= edge, "{key}, which ends at {end}, cut at {edge}");
+            let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
+            assert_eq!(stored, *end <= edge, "{key}, which ends at {end}, truncated at {edge}");
         }
-        // What comes now is not taken for what was lost.
-        complete(&store, "after it");
+        // New records are not confused with the lost ones.
+        complete(&store, "after the loss");
         store.close().wait().unwrap();
         let reopened = open(&copy).unwrap();
-        assert!(matches!(reopened.check("after it").wait().unwrap(), KeyStatus::Completed(_)));
+        assert!(matches!(reopened.check("after the loss").wait().unwrap(), KeyStatus::Completed(_)));
         drop(reopened);
         std::fs::remove_dir_all(&copy).unwrap();
     }

@@ -1,11 +1,10 @@
-//! Disks that fail: full ones, ones that cannot keep what they took, read-only ones, directories that vanish, too many
-//! open files. Every call answers rightly or fails with the error that `docs/guarantees.md` promises (G6), a store whose
-//! write has failed refuses until it is reopened, and what was acknowledged under `Disk` is there when the disk is well
-//! again.
+//! Failing disks: full, read-only, with lost writes; deleted directories, and too many open files. Every call returns a
+//! correct answer or the error that `docs/guarantees.md` promises (G6), a store with a failed write rejects all calls
+//! until it is reopened, and completions that were acknowledged under `Disk` are stored once the disk works again.
 //!
-//! Most need root, loop devices, mkfs.ext4 and python3, and skip, aloud, where they are missing;
-//! `ONLYONCE_REQUIRE_POWER_LOSS` makes that a failure. `ONLYONCE_FAILING_IO_ROUNDS` (4 if not set) and
-//! `ONLYONCE_FAILING_IO_SEED` (default: drawn, and printed) set how often and how.
+//! Most tests need root, loop devices, mkfs.ext4 and python3. Without them they print that they are skipped, or fail if
+//! `ONLYONCE_REQUIRE_POWER_LOSS` is set. `ONLYONCE_FAILING_IO_ROUNDS` (default: 4) sets the rounds, and
+//! `ONLYONCE_FAILING_IO_SEED` (default: random, and printed) the seed.
 
 #[path = "common/disk.rs"]
 mod disk;
@@ -16,7 +15,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use disk::{Disk, fill, or_skip, runs};
+use disk::{Disk, fill, or_skip, run_program};
 use onlyonce::{Builder, Claim, Durability, Error, KeyStatus, Lease, Outcome, RecordOutcome, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -43,15 +42,15 @@ fn rng() -> StdRng {
     StdRng::seed_from_u64(seed)
 }
 
-/// What is known of every key that was ever worked on.
+/// The expected state of every key.
 #[derive(Default)]
 struct Ledger {
     next: u64,
-    /// Acknowledged, with the result.
+    /// Acknowledged completions, with their results.
     done: BTreeMap<String, Option<Vec<u8>>>,
     /// Completed or recorded with an unknown outcome.
     in_doubt: BTreeMap<String, Option<Vec<u8>>>,
-    /// Claimed, or refused: never completed.
+    /// Claimed or rejected, and never completed.
     never: BTreeSet<String>,
 }
 
@@ -61,7 +60,7 @@ impl Ledger {
         format!("key-{}", self.next)
     }
 
-    /// Works until something fails, for so many steps at most.
+    /// Works until a call fails, for at most `steps` steps.
     fn work(&mut self, store: &Store, rng: &mut StdRng, steps: u64) -> Option<Error> {
         (0..steps).find_map(|_| match rng.random_range(0..20) {
             0 => store.flush().err(),
@@ -113,10 +112,10 @@ impl Ledger {
                 None
             }
             Err(error) => {
-                assert_eq!(error.completion().result(), result, "the result comes back");
+                assert_eq!(error.completion().result(), result, "the error returns the result");
                 let unknown = error.outcome() == Outcome::Unknown;
                 let (error, _, lease) = error.into_parts();
-                assert_eq!(lease.is_none(), unknown, "a lease that is still good comes back: {error}");
+                assert_eq!(lease.is_none(), unknown, "the error returns a lease that is still good: {error}");
                 if unknown {
                     self.in_doubt.insert(key, Some(result));
                 } else {
@@ -127,7 +126,7 @@ impl Ledger {
         }
     }
 
-    /// Asks everything. With `may_fail`, questions may be refused.
+    /// Checks every key. With `may_fail`, checks can fail.
     fn check(&mut self, store: &Store, may_fail: bool) {
         let in_doubt = std::mem::take(&mut self.in_doubt);
         let all = self.done.keys().chain(in_doubt.keys()).chain(&self.never);
@@ -152,28 +151,28 @@ impl Ledger {
                         }
                         None => drop(self.never.insert(key.clone())),
                     },
-                    (None, None) => assert_eq!(result, None, "G2: {key} was never completed"),
+                    (None, None) => assert_eq!(result, None, "G2: {key} was not completed"),
                 }
             }
         }
     }
 }
 
-/// A write has failed: everything is refused from here on, and the store says why.
+/// After a failed write the store rejects all calls, and reports the reason.
 fn assert_poisoned(store: &Store, error: &Error) {
     assert!(matches!(error, Error::WriteFailed { .. }), "{error:?}");
     assert!(store.stats().poisoned.is_some());
-    for refused in [store.claim("other").wait().map(drop), store.check("other").wait().map(drop), store.flush()] {
-        assert!(matches!(refused, Err(Error::Poisoned { .. })), "{refused:?}");
+    for rejected in [store.claim("other").wait().map(drop), store.check("other").wait().map(drop), store.flush()] {
+        assert!(matches!(rejected, Err(Error::Poisoned { .. })), "{rejected:?}");
     }
 }
 
-/// Works until the store refuses. A seal or a new bucket that fails by itself is not yet a reason.
-fn work_until_refused(ledger: &mut Ledger, store: &Store, rng: &mut StdRng) -> Error {
+/// Works until the store rejects calls. A failed flush or a failed creation of a bucket does not poison it.
+fn work_until_poisoned(ledger: &mut Ledger, store: &Store, rng: &mut StdRng) -> Error {
     loop {
         match ledger.work(store, rng, 100_000) {
             Some(Error::Io { .. }) => {}
-            // The keeper's write was the one that failed.
+            // A write of a background worker failed first.
             Some(Error::Poisoned { reason }) => return Error::WriteFailed { source: reason.into() },
             Some(error @ (Error::WriteFailed { .. } | Error::FlushFailed { .. })) => return error,
             other => panic!("{other:?}"),
@@ -182,14 +181,14 @@ fn work_until_refused(ledger: &mut Ledger, store: &Store, rng: &mut StdRng) -> E
 }
 
 #[test]
-fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
+fn a_full_disk_loses_nothing_and_the_store_works_again_once_there_is_space() {
     let Some(disk) = or_skip(Disk::new(96)) else { return };
     let mut rng = rng();
     let path = disk.root().join("store");
     let mut ledger = Ledger::default();
     for round in 0..rounds() {
         if ledger.done.len() > 30_000 {
-            // So that it is the filler that fills the disk.
+            // Only the filler file fills the disk.
             std::fs::remove_dir_all(&path).unwrap();
             ledger = Ledger::default();
         }
@@ -197,10 +196,10 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
         ledger.check(&store, false);
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         let filler = fill(&disk.root(), rng.random_range(0..12 << 20));
-        let error = work_until_refused(&mut ledger, &store, &mut rng);
+        let error = work_until_poisoned(&mut ledger, &store, &mut rng);
         eprintln!("round {round}, {} acknowledged: {error}", ledger.done.len());
         if matches!(error, Error::FlushFailed { .. }) {
-            // Nothing was written that could have failed: no reopening is needed.
+            // No write failed, so that no reopen is needed.
             std::fs::remove_file(filler).unwrap();
             store.flush().unwrap();
             ledger.check(&store, false);
@@ -209,7 +208,7 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
         }
         assert_poisoned(&store, &error);
         drop(store);
-        // It may open where there is no space; then it knows everything.
+        // The open can succeed without space; then every key must be known.
         match builder().open(&path) {
             Ok(store) => ledger.check(&store, true),
             Err(error) => assert!(matches!(error, Error::Io { .. } | Error::WriteFailed { .. }), "{error:?}"),
@@ -222,7 +221,7 @@ fn a_full_disk_loses_nothing_and_is_worked_on_when_there_is_space_again() {
 }
 
 #[test]
-fn a_disk_that_cannot_keep_what_it_took_poisons_the_store() {
+fn a_disk_whose_sync_fails_poisons_the_store() {
     let mut rng = rng();
     for round in 0..rounds() {
         let Some(disk) = or_skip(Disk::thin(256, 64)) else { return };
@@ -231,7 +230,7 @@ fn a_disk_that_cannot_keep_what_it_took_poisons_the_store() {
         let store = builder().open(&path).unwrap();
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         let filler = fill(&disk.pool(), rng.random_range(0..12 << 20));
-        let error = work_until_refused(&mut ledger, &store, &mut rng);
+        let error = work_until_poisoned(&mut ledger, &store, &mut rng);
         eprintln!("round {round}, {} acknowledged: {error}", ledger.done.len());
         assert_poisoned(&store, &error);
         drop(store);
@@ -247,7 +246,7 @@ fn a_disk_that_cannot_keep_what_it_took_poisons_the_store() {
 }
 
 #[test]
-fn a_disk_that_goes_away_poisons_the_store_and_has_what_was_acknowledged() {
+fn a_removed_disk_poisons_the_store_and_keeps_acknowledged_completions() {
     let Some(disk) = or_skip(Disk::new(256)) else { return };
     let mut rng = rng();
     let path = disk.root().join("store");
@@ -257,9 +256,9 @@ fn a_disk_that_goes_away_poisons_the_store_and_has_what_was_acknowledged() {
         ledger.check(&store, false);
         let steps = rng.random_range(1..200);
         assert!(ledger.work(&store, &mut rng, steps).is_none());
-        let Claim::Acquired(lease) = store.claim("under way").wait().unwrap() else { panic!("it was released") };
+        let Claim::Acquired(lease) = store.claim("leased").wait().unwrap() else { panic!("the key was released") };
         disk.cut();
-        // The lease is still in hand: its completion fails first, and gives back what it brought.
+        // The completion of the lease is the first call that fails, and returns the lease's completion.
         let failed = lease.complete("lost").wait().unwrap_err();
         assert_eq!((failed.outcome(), failed.completion().result()), (Outcome::Unknown, &b"lost"[..]));
         assert_poisoned(&store, failed.error());
@@ -268,15 +267,15 @@ fn a_disk_that_goes_away_poisons_the_store_and_has_what_was_acknowledged() {
         assert!(disk.unmount() && disk.mount(5));
         let store = builder().open(&path).unwrap();
         ledger.check(&store, false);
-        match store.claim("under way").wait().unwrap() {
+        match store.claim("leased").wait().unwrap() {
             Claim::Acquired(lease) => lease.release().wait().unwrap(),
-            other => panic!("nothing was acknowledged: {other:?}"),
+            other => panic!("no completion was acknowledged: {other:?}"),
         }
     }
 }
 
 #[test]
-fn a_read_only_file_system_is_an_error_of_its_own_and_changes_nothing() {
+fn a_read_only_file_system_is_reported_and_nothing_is_changed() {
     let Some(disk) = or_skip(Disk::new(64)) else { return };
     let path = disk.root().join("store");
     let mut ledger = Ledger::default();
@@ -285,8 +284,8 @@ fn a_read_only_file_system_is_an_error_of_its_own_and_changes_nothing() {
     store.close().wait().unwrap();
     drop(store);
     assert!(disk.set_read_only(true));
-    let refused = builder().open(&path);
-    let Err(error @ Error::Io { .. }) = refused else { panic!("{refused:?}") };
+    let rejected = builder().open(&path);
+    let Err(error @ Error::Io { .. }) = rejected else { panic!("{rejected:?}") };
     assert!(error.chain().contains("Read-only file system"), "{error}");
     let new = builder().open(disk.root().join("new"));
     assert!(matches!(new, Err(Error::Io { .. })), "{new:?}");
@@ -295,13 +294,13 @@ fn a_read_only_file_system_is_an_error_of_its_own_and_changes_nothing() {
     ledger.check(&store, false);
 }
 
-/// Forbids everybody, root too, to create or remove files in a directory.
+/// Makes a directory immutable: not even root can create or remove files in it.
 fn freeze(dir: &Path, frozen: bool) -> bool {
-    runs("chattr", &[if frozen { "+i" } else { "-i" }, dir.to_str().unwrap()])
+    run_program("chattr", &[if frozen { "+i" } else { "-i" }, dir.to_str().unwrap()])
 }
 
 #[test]
-fn a_directory_that_takes_no_new_file_stops_seals_and_not_claims() {
+fn a_directory_without_new_files_stops_flushes_but_not_claims() {
     let Some(disk) = or_skip(Disk::new(64)) else { return };
     let mut rng = rng();
     let path = disk.root().join("store");
@@ -312,12 +311,12 @@ fn a_directory_that_takes_no_new_file_stops_seals_and_not_claims() {
     for dir in ["runs", "db"] {
         assert!(ledger.record(&store, 10).is_none());
         assert!(freeze(&path.join(dir), true));
-        let refused = store.flush();
-        // What is written needs no new file.
+        let rejected = store.flush();
+        // Claims and completions need no new file.
         let after = (ledger.record(&store, 10), ledger.complete(&store, 100));
         ledger.check(&store, false);
         assert!(freeze(&path.join(dir), false));
-        assert!(matches!(&refused, Err(Error::Io { .. })), "{dir}: {refused:?}");
+        assert!(matches!(&rejected, Err(Error::Io { .. })), "{dir}: {rejected:?}");
         assert!(matches!(&after, (None, None)), "{dir}: {after:?}");
         store.flush().unwrap();
     }
@@ -329,7 +328,7 @@ fn a_directory_that_takes_no_new_file_stops_seals_and_not_claims() {
 }
 
 #[test]
-fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
+fn a_deleted_directory_causes_no_wrong_answer() {
     for durability in [Durability::Disk, Durability::Process] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
@@ -340,57 +339,57 @@ fn a_directory_that_is_deleted_under_a_store_makes_no_wrong_answer() {
         store.flush().unwrap();
         assert!(ledger.work(&store, &mut rng, 20).is_none());
         std::fs::remove_dir_all(&path).unwrap();
-        // What is in memory and in open files is there, and nothing is invented.
+        // Keys in memory and in open files are still found, and no other key is.
         ledger.check(&store, true);
         let is_named = |error: &Error| match error {
             Error::Io { path: at, .. } => at.starts_with(&path),
-            // The database is deleted at once, and the directory with it.
+            // Deletes the database and the directory at once.
             Error::DirectoryGone { path: at } => *at == path,
             _ => false,
         };
         let later = ledger.record(&store, 10);
         match &later {
-            // Nothing is acknowledged that is not on a disk. RocksDB may have met it first, in the background.
+            // No completion is acknowledged without a disk. A background thread of RocksDB can find the loss first.
             Some(error) => assert!(is_named(error), "{error:?}"),
-            None => assert_eq!(durability, Durability::Process, "acknowledged, and on no disk"),
+            None => assert_eq!(durability, Durability::Process, "acknowledged, but on no disk"),
         }
-        let refused = store.flush();
-        assert!(refused.as_ref().is_err_and(is_named), "{refused:?}");
-        let refused = store.check("a key").wait().unwrap_err();
-        assert!(matches!(&refused, Error::DirectoryGone { path: at } if *at == path), "{refused:?}");
-        let said = refused.to_string();
-        assert_eq!(said.matches("deleted or moved").count(), 1, "{said}");
-        assert_eq!(said.matches(path.to_str().unwrap()).count(), 1, "{said}");
+        let rejected = store.flush();
+        assert!(rejected.as_ref().is_err_and(is_named), "{rejected:?}");
+        let rejected = store.check("a key").wait().unwrap_err();
+        assert!(matches!(&rejected, Error::DirectoryGone { path: at } if *at == path), "{rejected:?}");
+        let text = rejected.to_string();
+        assert_eq!(text.matches("deleted or moved").count(), 1, "{text}");
+        assert_eq!(text.matches(path.to_str().unwrap()).count(), 1, "{text}");
         for part in ["move it back", "restore the directory", "before you open it again"] {
-            assert!(said.contains(part), "{said}");
+            assert!(text.contains(part), "{text}");
         }
         assert!(store.stats().poisoned.is_some_and(|reason| reason.contains("deleted or moved")));
         drop(store.close().wait());
-        assert!(!path.exists(), "nothing comes back of a store that was deleted");
+        assert!(!path.exists(), "no file of a deleted store is created again");
     }
 }
 
 #[test]
-fn a_store_that_was_deleted_in_part_is_not_closed_as_if_nothing_had_happened() {
-    for gone in ["onlyonce.lock", "db"] {
+fn closing_a_partly_deleted_store_fails() {
+    for deleted in ["onlyonce.lock", "db"] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
         let process = builder().durability(Durability::Process).sync_interval(Duration::from_secs(3_600));
         let store = process.open(&path).unwrap();
         assert_eq!(store.record("a key").wait().unwrap(), RecordOutcome::First);
-        let gone = path.join(gone);
-        if gone.is_dir() {
-            std::fs::remove_dir_all(&gone).unwrap()
+        let deleted = path.join(deleted);
+        if deleted.is_dir() {
+            std::fs::remove_dir_all(&deleted).unwrap()
         } else {
-            std::fs::remove_file(&gone).unwrap()
+            std::fs::remove_file(&deleted).unwrap()
         }
         let closed = store.close().wait();
-        let is_named = |error: &Error| matches!(error, Error::DirectoryGone { path: at } if at.starts_with(&gone));
+        let is_named = |error: &Error| matches!(error, Error::DirectoryGone { path: at } if at.starts_with(&deleted));
         assert!(closed.as_ref().is_err_and(is_named), "{closed:?}");
     }
 }
 
-/// Opens all files that this process may, but so many. There are more again when they are dropped.
+/// Opens files until this process can open only `left` more, until they are dropped.
 fn leave_files(left: usize) -> Vec<File> {
     let mut plugs: Vec<File> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
     plugs.truncate(plugs.len().saturating_sub(left));
@@ -398,14 +397,14 @@ fn leave_files(left: usize) -> Vec<File> {
 }
 
 #[test]
-fn too_many_open_files_are_an_error_and_lose_nothing() {
-    // The limit holds for a process, so the store that meets it lives in a child.
+fn too_many_open_files_cause_an_error_and_lose_nothing() {
+    // The limit applies to a process, so that the store needs a child process.
     let Ok(path) = std::env::var("ONLYONCE_FEW_FILES_STORE") else {
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("bash")
             .args(["-c", "ulimit -n 256; exec \"$0\" --exact \"$1\" --nocapture"])
             .arg(std::env::current_exe().unwrap())
-            .arg("too_many_open_files_are_an_error_and_lose_nothing")
+            .arg("too_many_open_files_cause_an_error_and_lose_nothing")
             .env("ONLYONCE_FEW_FILES_STORE", dir.path().join("store"))
             .status()
             .unwrap();
@@ -416,13 +415,13 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
     let mut ledger = Ledger::default();
     let store = builder().open(&path).unwrap();
     assert!(ledger.work(&store, &mut rng, 200).is_none());
-    // A running store meets the limit.
+    // A running store reaches the limit.
     assert!(ledger.record(&store, 10).is_none());
     let plugs = leave_files(0);
-    let refused = store.flush();
+    let rejected = store.flush();
     drop(plugs);
-    assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
-    assert!(ledger.work(&store, &mut rng, 20).is_none(), "a seal that failed is tried again");
+    assert!(matches!(rejected, Err(Error::Io { .. })), "{rejected:?}");
+    assert!(ledger.work(&store, &mut rng, 20).is_none(), "a failed flush is retried");
     drop(store);
     for left in 0..8 {
         let store = builder().open(&path).unwrap();
@@ -435,7 +434,7 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
         assert!(error.clone().is_none_or(ours), "{left}: {error:?}");
         drop(store);
     }
-    // A store that is being opened does: refused, until there are enough.
+    // An open reaches the limit, and fails until there are enough files.
     let mut opened = 0;
     for left in 0..80 {
         let plugs = leave_files(left);
@@ -450,7 +449,7 @@ fn too_many_open_files_are_an_error_and_lose_nothing() {
         drop(store);
         drop(plugs);
     }
-    assert!((1..80).contains(&opened), "{opened} of 80 opened");
+    assert!((1..80).contains(&opened), "{opened} of 80 opens succeeded");
     let store = builder().open(&path).unwrap();
     ledger.check(&store, false);
 }

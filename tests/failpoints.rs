@@ -1,9 +1,9 @@
-//! SIGKILL at named moments: between any two steps that a crash must not tear apart (`src/testing/failpoint.rs`). A child works,
-//! passes the moment for the n-th time and is gone; sometimes the next one dies at a moment of the opening that follows. What
-//! was said before must hold, and nothing may be left over.
+//! SIGKILL at failpoints, which are between any two steps that a crash can separate (`src/testing/failpoint.rs`). A
+//! child works until it reaches a failpoint for the n-th time; sometimes the next child is killed at a failpoint of the
+//! open. The store must agree with the children's reports, and no file may be left over.
 //!
-//! `ONLYONCE_FAILPOINTS_ROUNDS` (default 1) sets how often each moment is tried, `ONLYONCE_FAILPOINTS_SEED` (default: drawn,
-//! and printed) how, `ONLYONCE_FAILPOINTS_ONLY` names a single one.
+//! `ONLYONCE_FAILPOINTS_ROUNDS` (default: 1) sets the rounds, each over all failpoints, `ONLYONCE_FAILPOINTS_SEED`
+//! (default: random, and printed) the seed, and `ONLYONCE_FAILPOINTS_ONLY` selects one failpoint.
 
 #[path = "common/torture.rs"]
 mod torture;
@@ -18,11 +18,11 @@ use onlyonce::{Durability, ManualClock, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
-use torture::{Life, Oracle, WHOLE_LIFE, command, number, open, start};
+use torture::{ChildOptions, Oracle, REOPENS, command, number, open, start};
 
-/// What a new store passes, once.
+/// The failpoints of a store's creation.
 const CREATION: [Failpoint; 2] = [Failpoint::StoreCreated, Failpoint::StorePlaced];
-/// What every opening passes, once.
+/// The failpoints of every open.
 const OPENING: [Failpoint; 5] = [
     Failpoint::OpenChecked,
     Failpoint::OpenDatabase,
@@ -31,20 +31,20 @@ const OPENING: [Failpoint; 5] = [
     Failpoint::OpenTokensReserved,
 ];
 
-/// How long a child may take to get to its moment.
+/// The time limit for a child to reach its failpoint.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a store may take to tidy up.
+/// The time limit for a store to remove leftovers.
 const QUIET: Duration = Duration::from_secs(20);
 
-/// The process that is killed. Run by the test below, never by itself.
+/// The process that is killed. Only the test below runs it.
 #[test]
 #[ignore = "run by the test that kills it"]
 fn child() {
     torture::child();
 }
 
-/// How often a moment may have to be passed before the kill: what is rare is not waited for long.
-fn most_times(point: Failpoint) -> u64 {
+/// The largest n for a failpoint: small for rare ones, which would take too long.
+fn max_times(point: Failpoint) -> u64 {
     let name = format!("{point:?}");
     match name.as_str() {
         _ if CREATION.contains(&point) => 1,
@@ -55,7 +55,7 @@ fn most_times(point: Failpoint) -> u64 {
     }
 }
 
-/// A store that is killed over and over, and what is known of it.
+/// A store that is killed repeatedly, and its expected state.
 struct Victim {
     dir: tempfile::TempDir,
     oracle: Oracle,
@@ -67,15 +67,15 @@ impl Victim {
         self.dir.path().join("store")
     }
 
-    /// Has a child work until it passes a moment for the n-th time.
+    /// Runs a child until it reaches a failpoint for the n-th time.
     fn kill_at(&mut self, point: Failpoint, times: u64, durability: Durability, rng: &mut StdRng) {
         let aim = format!("{point:?}:{times}");
         let errors = self.dir.path().join("errors");
-        let life = Life { durability, ..Life::default() };
-        let mut command = command(&self.path(), life, self.oracle.clock_ms, rng.random(), self.children);
+        let options = ChildOptions { durability, ..ChildOptions::default() };
+        let mut command = command(&self.path(), options, self.oracle.clock_ms, rng.random(), self.children);
         let (mut child, listener) = start(
             command
-                .env(WHOLE_LIFE, "1")
+                .env(REOPENS, "1")
                 .env("ONLYONCE_FAILPOINT", &aim)
                 .env("RUST_BACKTRACE", "0")
                 .stderr(File::create(&errors).unwrap()),
@@ -90,16 +90,16 @@ impl Victim {
                 None => {
                     child.kill().unwrap();
                     child.wait().unwrap();
-                    panic!("{aim} was not passed in {PATIENCE:?}");
+                    panic!("{aim} was not reached in {PATIENCE:?}");
                 }
             }
         };
-        let said = fs::read_to_string(&errors).unwrap();
-        assert_eq!(ended.signal(), Some(9), "{aim}: the child ended by itself: {ended}\n{said}");
-        self.oracle.hear_all(&listener.all(), usize::MAX);
+        let stderr_text = fs::read_to_string(&errors).unwrap();
+        assert_eq!(ended.signal(), Some(9), "{aim}: the child ended by itself: {ended}\n{stderr_text}");
+        self.oracle.apply_all(&listener.all(), usize::MAX);
     }
 
-    /// Opens the store and asks for every key; then nothing may be left that the store does not need.
+    /// Opens the store and checks every key; then no unneeded file may be left.
     fn check(&mut self, durability: Durability, quietly: bool) {
         let clock = ManualClock::at(Timestamp::from_unix_ms(self.oracle.clock_ms));
         let store = open(&self.path(), &clock, durability).unwrap();
@@ -108,7 +108,7 @@ impl Victim {
             store.flush().unwrap();
             let begun = Instant::now();
             loop {
-                let left = left_over(&store, &self.path());
+                let left = leftovers(&store, &self.path());
                 if left.is_empty() {
                     break;
                 }
@@ -120,8 +120,8 @@ impl Victim {
     }
 }
 
-/// Files and column families that belong to nothing.
-fn left_over(store: &Store, path: &Path) -> Vec<String> {
+/// Files and column families that the store does not need.
+fn leftovers(store: &Store, path: &Path) -> Vec<String> {
     let names = |dir: &str| -> Vec<String> {
         let entries = fs::read_dir(path.join(dir)).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
@@ -135,11 +135,11 @@ fn left_over(store: &Store, path: &Path) -> Vec<String> {
         })
         .collect();
     let database = path.join("db");
-    // A reader beside the store sees what is in the manifest; while runs are merged, it may be too late for one of them.
+    // A second reader of the database sees its manifest; a compaction can delete an SST before the reader opens it.
     let scratch = tempfile::tempdir().unwrap();
     let mut options = rocksdb::Options::default();
     options.set_db_log_dir(scratch.path());
-    // Else RocksDB would note that it does not track them, and a reader has nothing to note it in: it ends with SIGSEGV.
+    // Otherwise RocksDB would write to the manifest that it does not track them, which crashes a reader with SIGSEGV.
     options.set_track_and_verify_wals_in_manifest(true);
     let families = rocksdb::DB::list_cf(&options, &database).unwrap();
     let reader = match rocksdb::DB::open_cf_for_read_only(&options, &database, &families, false) {
@@ -149,9 +149,9 @@ fn left_over(store: &Store, path: &Path) -> Vec<String> {
     let tables: Vec<String> =
         reader.live_files().unwrap().into_iter().map(|file| file.name.trim_start_matches('/').to_owned()).collect();
 
-    let ours = ["onlyonce.lock", "onlyonce.files", "db", "runs", "filters"];
+    let ours = ["onlyonce.lock", "onlyonce.files", "db", "ssts", "filters"];
     let mut left: Vec<String> = names("").into_iter().filter(|name| !ours.contains(&name.as_str())).collect();
-    left.extend(names("runs"));
+    left.extend(names("ssts"));
     left.extend(
         names("filters")
             .into_iter()
@@ -164,7 +164,7 @@ fn left_over(store: &Store, path: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_process_killed_between_any_two_steps_leaves_a_store_that_keeps_its_word_and_nothing_else() {
+fn a_store_is_correct_and_has_no_leftovers_after_a_kill_at_any_failpoint() {
     let rounds = number("ONLYONCE_FAILPOINTS_ROUNDS").unwrap_or(1);
     let seed = number("ONLYONCE_FAILPOINTS_SEED").unwrap_or_else(|| rand::rng().random());
     let only = std::env::var("ONLYONCE_FAILPOINTS_ONLY").ok();
@@ -184,10 +184,10 @@ fn a_process_killed_between_any_two_steps_leaves_a_store_that_keeps_its_word_and
             let name = format!("{point:?}");
             let syncs = name.starts_with("Sync") || rng.random_bool(0.3);
             let durability = if syncs { Durability::Disk } else { Durability::Process };
-            let times = rng.random_range(1..=most_times(point));
+            let times = rng.random_range(1..=max_times(point));
             victim.kill_at(point, times, durability, &mut rng);
             kills += 1;
-            // What creates a store is passed in the next life, unless somebody has opened it meanwhile.
+            // The next child must reach the failpoints of the creation, so that the store is not opened in between.
             if CREATION.contains(&point) {
                 continue;
             }
@@ -206,5 +206,5 @@ fn a_process_killed_between_any_two_steps_leaves_a_store_that_keeps_its_word_and
          acknowledged",
         Failpoint::ALL.len()
     );
-    assert!(only.is_some() || acknowledged > 25 * kills, "too little was at stake");
+    assert!(only.is_some() || acknowledged > 25 * kills, "too few completions were acknowledged");
 }

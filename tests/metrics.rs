@@ -1,5 +1,5 @@
-//! The figures that a store tells are those that `docs/metrics.md` lists: no more, no fewer, each of its kind and unit and
-//! with its labels, and each of them happens. One test, for a process has one recorder.
+//! A store exports exactly the metrics that `docs/metrics.md` lists, each with its kind, unit and labels, and each of
+//! them occurs. One test, because a process has one recorder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,10 +13,10 @@ use onlyonce::{
 
 const START_MS: u64 = 1_700_000_000_000;
 
-/// Kind, unit, and the labels beside the store's.
+/// Kind, unit, and the labels without that of the store.
 type Shape = (String, String, BTreeSet<String>);
 
-/// The table of `docs/metrics.md`, and the values that it names of each label.
+/// The table of `docs/metrics.md`, and the values of labels that it names.
 fn documented() -> (BTreeMap<String, Shape>, BTreeSet<(String, String)>) {
     // The crates of HTTP and deliveries export the other metrics of the page, and test them.
     let page = include_str!("../docs/metrics.md").split("## Metrics of deliveries").next().unwrap();
@@ -27,52 +27,52 @@ fn documented() -> (BTreeMap<String, Shape>, BTreeSet<(String, String)>) {
         let [name, kind, unit, labels, text] = cells[..] else { panic!("{line}") };
         let (name, labels) = (ticked(name).remove(0), ticked(labels));
         if labels.is_empty() || labels[0] == "synced" {
-            // What is ticked in the text is not a value of a label.
+            // Code in the text is not a value of a label.
         } else {
-            let said = text.split_once(':').unwrap().1.split(". ").next().unwrap();
-            values.extend(ticked(said).into_iter().map(|value| (name.clone(), value)));
+            let listed = text.split_once(':').unwrap().1.split(". ").next().unwrap();
+            values.extend(ticked(listed).into_iter().map(|value| (name.clone(), value)));
         }
         shapes.insert(name, (kind.to_owned(), unit.to_owned(), labels.into_iter().collect()));
     }
     (shapes, values)
 }
 
-/// What was told, summed up over snapshots, each of which begins anew.
+/// The exported metrics, summed over snapshots, each of which starts from zero.
 #[derive(Default)]
-struct Told {
+struct Exported {
     shapes: BTreeMap<String, Shape>,
-    /// By name and value of the label beside the store's.
+    /// By name and by the value of the label that is not the store's.
     counts: BTreeMap<(String, String), u64>,
     gauges: BTreeMap<(String, String), f64>,
-    figures: BTreeMap<(String, String), Vec<f64>>,
+    histograms: BTreeMap<(String, String), Vec<f64>>,
     labels: BTreeSet<String>,
 }
 
-impl Told {
-    fn hear(&mut self, snapshotter: &Snapshotter) {
+impl Exported {
+    fn add(&mut self, snapshotter: &Snapshotter) {
         for (key, unit, description, value) in snapshotter.snapshot().into_vec() {
             let name = key.key().name().to_owned();
             assert!(description.is_some(), "{name} is not described");
             let labels: BTreeMap<_, _> = key.key().labels().map(|label| (label.key(), label.value())).collect();
-            assert!(labels.contains_key("store"), "{name} does not say of which store");
+            assert!(labels.contains_key("store"), "{name} has no label `store`");
             self.labels.extend(labels.values().map(|value| (*value).to_owned()));
             let own = labels.iter().filter(|(label, _)| **label != "store");
             let (own, value_of): (BTreeSet<String>, Vec<&str>) =
                 own.map(|(label, value)| ((*label).to_owned(), *value)).unzip();
-            let place = (name.clone(), value_of.join(","));
+            let series = (name.clone(), value_of.join(","));
             let kind = match (key.kind(), value) {
                 (MetricKind::Counter, DebugValue::Counter(count)) => {
-                    *self.counts.entry(place).or_default() += count;
+                    *self.counts.entry(series).or_default() += count;
                     "counter"
                 }
                 (MetricKind::Gauge, DebugValue::Gauge(level)) => {
-                    let highest = self.gauges.entry(place).or_default();
+                    let highest = self.gauges.entry(series).or_default();
                     *highest = highest.max(level.into_inner());
                     "gauge"
                 }
-                (MetricKind::Histogram, DebugValue::Histogram(figures)) => {
-                    let all = self.figures.entry(place).or_default();
-                    all.extend(figures.into_iter().map(|figure| figure.into_inner()));
+                (MetricKind::Histogram, DebugValue::Histogram(values)) => {
+                    let all = self.histograms.entry(series).or_default();
+                    all.extend(values.into_iter().map(|value| value.into_inner()));
                     "histogram"
                 }
                 other => panic!("{name}: {other:?}"),
@@ -102,7 +102,7 @@ fn acquire(store: &Store, key: &str) -> Lease {
     }
 }
 
-/// Everything that a store counts happens here.
+/// Makes a store count every event.
 fn live(dir: &Path) {
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let path = dir.join("store");
@@ -124,7 +124,7 @@ fn live(dir: &Path) {
     next.complete("r").wait().unwrap();
     let _crashes = acquire(&store, "crashed");
     store.count_fail_open();
-    // Enough for the filter to be wrong at times.
+    // Enough for false positives of the filter.
     for batch in 0..60_u64 {
         let keys: Vec<String> = (0..1_000).map(|i| format!("{batch}/{i}")).collect();
         assert!(
@@ -138,8 +138,8 @@ fn live(dir: &Path) {
             break;
         }
     }
-    assert!(store.stats().filter_false_positives > 0, "300,000 new keys, and not one of them may be there");
-    // The counters go on where the store is closed and opened again.
+    assert!(store.stats().filter_false_positives > 0, "300,000 new keys without a false positive");
+    // The counters continue after a reopen.
     store.close().wait().unwrap();
     let store = builder(&clock).open(&path).unwrap();
     acquire(&store, "crashed").complete("r").wait().unwrap();
@@ -159,32 +159,34 @@ fn live(dir: &Path) {
 }
 
 #[test]
-fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
+fn the_exported_metrics_are_those_of_the_docs_and_each_of_them_occurs() {
     let recorder = DebuggingRecorder::new();
-    let (snapshotter, mut told) = (recorder.snapshotter(), Told::default());
+    let (snapshotter, mut exported) = (recorder.snapshotter(), Exported::default());
     recorder.install().unwrap();
     let dir = tempfile::tempdir().unwrap();
     live(dir.path());
-    // One that stays open, until its keeper has told what there is.
+    // A store that stays open until its background workers have exported the gauges.
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let held = builder(&clock).on_interrupt(OnInterrupt::Hold).open(dir.path().join("held")).unwrap();
     drop(acquire(&held, "held"));
     let _running = acquire(&held, "running");
-    held.record("sealed").wait().unwrap();
+    held.record("flushed").wait().unwrap();
     held.flush().unwrap();
-    held.record("unsealed").wait().unwrap();
+    held.record("unflushed").wait().unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     let (shapes, values) = documented();
     let gauges: Vec<&String> = shapes.iter().filter(|(_, shape)| shape.0 == "gauge").map(|(name, _)| name).collect();
-    let is_told = |told: &Told, name: &str| told.gauges.iter().any(|(place, level)| place.0 == name && *level > 0.0);
-    // No store is poisoned here.
-    while gauges.iter().any(|name| *name != "onlyonce.poisoned" && !is_told(&told, name)) {
-        assert!(Instant::now() < deadline, "{:?}", told.gauges);
+    let is_exported = |exported: &Exported, name: &str| {
+        exported.gauges.iter().any(|(series, level)| series.0 == name && *level > 0.0)
+    };
+    // No store in this test is poisoned.
+    while gauges.iter().any(|name| *name != "onlyonce.poisoned" && !is_exported(&exported, name)) {
+        assert!(Instant::now() < deadline, "{:?}", exported.gauges);
         std::thread::sleep(Duration::from_millis(50));
-        told.hear(&snapshotter);
+        exported.add(&snapshotter);
     }
     held.close().wait().unwrap();
-    told.hear(&snapshotter);
+    exported.add(&snapshotter);
 
     let expected = [
         ("onlyonce.claims", "acquired", 11),
@@ -204,45 +206,47 @@ fn the_figures_are_those_of_the_page_and_each_of_them_happens() {
         ("onlyonce.fail_open", "", 1),
     ];
     for (name, label, count) in expected {
-        assert_eq!(told.count(name, label), count, "{name} {label}");
+        assert_eq!(exported.count(name, label), count, "{name} {label}");
     }
-    let mut attempts = told.figures[&("onlyonce.claim.attempt".to_owned(), String::new())].clone();
+    let mut attempts = exported.histograms[&("onlyonce.claim.attempt".to_owned(), String::new())].clone();
     attempts.sort_by(f64::total_cmp);
     assert_eq!(attempts, [2.0, 2.0, 2.0, 3.0]);
-    let processing = &told.figures[&("onlyonce.processing.duration".to_owned(), String::new())];
+    let processing = &exported.histograms[&("onlyonce.processing.duration".to_owned(), String::new())];
     assert!(processing.contains(&0.25) && processing.len() == 4, "{processing:?}");
-    let keys = &told.figures[&("onlyonce.call.keys".to_owned(), "record".to_owned())];
+    let keys = &exported.histograms[&("onlyonce.call.keys".to_owned(), "record".to_owned())];
     assert_eq!(keys.iter().filter(|keys| **keys == 1_000.0).count(), 60);
 
-    let (documented, emitted): (BTreeSet<_>, BTreeSet<_>) = (shapes.keys().collect(), told.shapes.keys().collect());
-    assert_eq!(documented, emitted, "the names of docs/metrics.md, and what was told");
+    let (documented, emitted): (BTreeSet<_>, BTreeSet<_>) = (shapes.keys().collect(), exported.shapes.keys().collect());
+    assert_eq!(documented, emitted, "the names of docs/metrics.md, and the exported names");
     for (name, shape) in &shapes {
-        assert_eq!(told.shapes[name], *shape, "{name}");
+        assert_eq!(exported.shapes[name], *shape, "{name}");
         match shape.0.as_str() {
-            "counter" => assert!(told.counts.iter().any(|(place, count)| place.0 == *name && *count > 0), "{name}"),
+            "counter" => {
+                assert!(exported.counts.iter().any(|(series, count)| series.0 == *name && *count > 0), "{name}")
+            }
             "histogram" => {
-                let figures = told.figures.iter().filter(|(place, _)| place.0 == *name);
-                assert!(figures.clone().all(|(_, figures)| figures.iter().all(|figure| (0.0..1e6).contains(figure))));
-                assert!(figures.clone().any(|(_, figures)| !figures.is_empty()), "{name} never happened");
+                let values = exported.histograms.iter().filter(|(series, _)| series.0 == *name);
+                assert!(values.clone().all(|(_, values)| values.iter().all(|value| (0.0..1e6).contains(value))));
+                assert!(values.clone().any(|(_, values)| !values.is_empty()), "{name} never occurred");
             }
             _ => {}
         }
     }
-    let named: BTreeSet<(String, String)> = told
+    let named: BTreeSet<(String, String)> = exported
         .counts
         .keys()
-        .chain(told.figures.keys())
+        .chain(exported.histograms.keys())
         .filter(|(name, label)| !label.is_empty() && name != "onlyonce.commit.duration")
         .cloned()
         .collect();
-    assert_eq!(values, named, "the values of labels on the page, and what was told");
+    assert_eq!(values, named, "the values of labels in docs/metrics.md, and the exported values");
     for (name, value) in &values {
-        let happened = told.count(name, value) > 0
-            || told.figures.get(&(name.clone(), value.clone())).is_some_and(|figures| !figures.is_empty());
-        assert!(happened, "{name} with {value} never happened");
+        let occurred = exported.count(name, value) > 0
+            || exported.histograms.get(&(name.clone(), value.clone())).is_some_and(|values| !values.is_empty());
+        assert!(occurred, "{name} with {value} never occurred");
     }
 
-    for label in &told.labels {
+    for label in &exported.labels {
         assert!(!label.contains("secret") && !label.contains("order"), "a key is a label: {label}");
     }
 }

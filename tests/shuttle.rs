@@ -1,12 +1,12 @@
-//! Races under a model checker: shuttle runs one thread at a time and chooses, at every lock and atomic of the store, who
-//! is next. The store is the real one, with its database, but for its own threads: a model's thread seals.
+//! Races under a model checker: shuttle runs one thread at a time, and chooses the next thread at every lock and atomic
+//! of the store. The store is real, with its database, but without background threads: a thread of the model flushes.
 //!
 //!     cargo test --config .cargo/shuttle.toml --release --features internals --test shuttle
 //!
-//! `ONLYONCE_SHUTTLE_ROUNDS` schedules a model instead of a few hundred, `ONLYONCE_SHUTTLE_SEED` for others. A failure prints
-//! its schedule; with `ONLYONCE_SHUTTLE_SCHEDULE` set to it and the test's name, it is repeated.
+//! `ONLYONCE_SHUTTLE_ROUNDS` sets the schedules per model (default: a few hundred), and `ONLYONCE_SHUTTLE_SEED` the
+//! seed. A failure prints its schedule; run the test with `ONLYONCE_SHUTTLE_SCHEDULE` set to it to repeat it.
 //!
-//! Memory is as strong here as it gets: what a processor reorders is not seen. `races.rs` is for that.
+//! The model's memory is sequentially consistent: reordering by a processor is not covered here, but by `races.rs`.
 
 #![cfg(shuttle)]
 
@@ -35,8 +35,8 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|value| value.parse().unwrap())
 }
 
-/// Runs a model under many schedules: half of them choose at random, the others let threads go by changing priorities,
-/// which finds what takes few but special changes of turn.
+/// Runs a model under many schedules: half of them random, the others by changing priorities, which finds races that
+/// need few but specific switches.
 fn model(rounds: u64, model: impl Fn() + Send + Sync + 'static) {
     if let Ok(schedule) = std::env::var("ONLYONCE_SHUTTLE_SCHEDULE") {
         return shuttle::replay(model, &schedule);
@@ -44,7 +44,7 @@ fn model(rounds: u64, model: impl Fn() + Send + Sync + 'static) {
     let rounds = number("ONLYONCE_SHUTTLE_ROUNDS").unwrap_or(rounds);
     let seed = number("ONLYONCE_SHUTTLE_SEED").unwrap_or(20_261_121);
     let mut config = Config::new();
-    // The database runs on the stacks of the model's threads.
+    // RocksDB runs on the stacks of the model's threads.
     config.stack_size = 1 << 20;
     let model = Arc::new(model);
     let half = rounds.div_ceil(2) as usize;
@@ -54,10 +54,10 @@ fn model(rounds: u64, model: impl Fn() + Send + Sync + 'static) {
     Runner::new(PctScheduler::new_from_seed(seed, 4, half), config).run(move || model());
 }
 
-/// A store of a model, on a file system in memory where there is one.
+/// The store of a model, on a file system in memory if there is one.
 struct Bench {
     oracle: Oracle,
-    // After the store.
+    // After the store, so that it is dropped last.
     dir: tempfile::TempDir,
 }
 
@@ -97,7 +97,7 @@ fn pick(below: usize) -> usize {
 }
 
 #[test]
-fn whatever_consumers_do_the_answers_are_right_while_seals_move_keys_and_leases_run_out() {
+fn all_answers_are_correct_while_flushes_move_keys_and_leases_expire() {
     model(300, || {
         let bench = Bench::new(3, if pick(2) == 0 { Durability::Disk } else { Durability::Process });
         for _ in 0..4 {
@@ -126,10 +126,10 @@ fn whatever_consumers_do_the_answers_are_right_while_seals_move_keys_and_leases_
 }
 
 #[test]
-fn a_key_that_is_completed_again_after_its_window_is_never_hidden_by_its_older_self() {
+fn a_key_completed_again_after_its_window_is_never_hidden_by_its_older_entry() {
     model(600, || {
         let bench = Bench::new(2, Durability::Process);
-        // The older self lies in a bucket, and at hand.
+        // The older entry is in a bucket and in the recent cache.
         assert!(bench.oracle.complete(bench.oracle.claim(0).unwrap()));
         bench.oracle.store.flush().unwrap();
         bench.advance_ms(WINDOW_MS);
@@ -178,7 +178,7 @@ fn a_completion_and_a_takeover_of_its_lease_never_both_win() {
 }
 
 #[test]
-fn what_is_forgotten_stays_forgotten_and_what_comes_after_it_stays() {
+fn a_forgotten_key_stays_forgotten_and_a_later_completion_is_kept() {
     model(400, || {
         let bench = Bench::new(1, Durability::Process);
         assert!(bench.oracle.complete(bench.oracle.claim(0).unwrap()));
@@ -205,7 +205,7 @@ fn what_is_forgotten_stays_forgotten_and_what_comes_after_it_stays() {
 }
 
 #[test]
-fn a_seal_that_fails_takes_nothing_away() {
+fn a_failed_flush_loses_nothing() {
     model(400, || {
         let bench = Bench::new(2, Durability::Process);
         let mut threads: Vec<_> = (0..2)
@@ -221,11 +221,11 @@ fn a_seal_that_fails_takes_nothing_away() {
             })
             .collect();
         threads.push(spawn(&bench, |bench| {
-            let runs = bench.dir.path().join("store/runs");
-            std::fs::remove_dir(&runs).unwrap();
-            // It works where there was nothing to seal yet.
+            let sst_dir = bench.dir.path().join("store/runs");
+            std::fs::remove_dir(&sst_dir).unwrap();
+            // It succeeds if there is nothing to flush.
             let _ = bench.oracle.store.flush();
-            std::fs::create_dir(&runs).unwrap();
+            std::fs::create_dir(&sst_dir).unwrap();
             bench.oracle.store.flush().unwrap();
         }));
         join(threads);
@@ -236,13 +236,13 @@ fn a_seal_that_fails_takes_nothing_away() {
 }
 
 #[test]
-fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
+fn a_store_closed_during_calls_keeps_what_it_acknowledged() {
     model(300, || {
         let bench = Bench::new(2, Durability::Disk);
-        let said = Arc::new(Mutex::new(BTreeSet::new()));
+        let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
         let mut threads: Vec<_> = (0..2)
             .map(|key| {
-                let said = Arc::clone(&said);
+                let acknowledged = Arc::clone(&acknowledged);
                 spawn(&bench, move |bench| {
                     let completed = match bench.oracle.store.claim(key.to_string()).wait() {
                         Ok(Claim::Acquired(lease)) => {
@@ -252,7 +252,7 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
                         Err(error) => Err(error),
                     };
                     match completed {
-                        Ok(()) => drop(said.lock().unwrap().insert(key)),
+                        Ok(()) => drop(acknowledged.lock().unwrap().insert(key)),
                         Err(error) => assert!(matches!(error, Error::Closed), "{error}"),
                     }
                 })
@@ -265,42 +265,42 @@ fn a_store_that_is_closed_under_its_callers_keeps_what_it_said() {
         threads.push(spawn(&bench, |bench| bench.oracle.store.close().wait().unwrap()));
         join(threads);
         let again = Store::builder().clock(bench.oracle.clock.clone()).open(bench.dir.path().join("store")).unwrap();
-        for key in said.lock().unwrap().iter() {
+        for key in acknowledged.lock().unwrap().iter() {
             assert!(matches!(again.claim(key.to_string()).wait(), Ok(Claim::Completed(_))), "{key}");
         }
     });
 }
 
 #[test]
-fn a_row_is_settled_when_it_is_finished_and_not_before() {
+fn a_record_counts_as_finished_exactly_when_it_is() {
     model(20_000, || {
-        let rows = Arc::new(RecordNumbers::default());
+        let records = Arc::new(RecordNumbers::default());
         let next = Arc::new(AtomicU64::new(1));
-        // Begun, and not about to be finished.
+        // Started, and not finished soon.
         let open = Arc::new(Mutex::new(BTreeSet::new()));
         let writers = (0..3).map(|_| {
-            let (rows, next, open) = (Arc::clone(&rows), Arc::clone(&next), Arc::clone(&open));
+            let (records, next, open) = (Arc::clone(&records), Arc::clone(&next), Arc::clone(&open));
             thread::spawn(move || {
                 for _ in 0..2 {
-                    let number = rows.begin(|| next.fetch_add(1, Ordering::SeqCst));
+                    let number = records.begin(|| next.fetch_add(1, Ordering::SeqCst));
                     open.lock().unwrap().insert(number);
-                    assert!(!rows.is_finished(number));
+                    assert!(!records.is_finished(number));
                     open.lock().unwrap().remove(&number);
-                    rows.finish(number);
-                    assert!(rows.is_finished(number));
+                    records.finish(number);
+                    assert!(records.is_finished(number));
                 }
             })
         });
         let mut threads: Vec<_> = writers.collect();
-        let (rows, open) = (Arc::clone(&rows), Arc::clone(&open));
+        let (records, open) = (Arc::clone(&records), Arc::clone(&open));
         threads.push(thread::spawn(move || {
             for _ in 0..3 {
                 let before: Vec<u64> = open.lock().unwrap().iter().copied().collect();
-                let settled = before.iter().filter(|number| rows.is_finished(**number)).count();
-                let below = rows.finished_below(|| next.load(Ordering::SeqCst));
+                let finished = before.iter().filter(|number| records.is_finished(**number)).count();
+                let below = records.finished_below(|| next.load(Ordering::SeqCst));
                 let open = open.lock().unwrap();
                 let still = before.iter().filter(|number| open.contains(number)).copied();
-                assert!(settled + still.clone().count() <= before.len());
+                assert!(finished + still.clone().count() <= before.len());
                 assert!(still.clone().all(|number| below <= number), "{below} is above one of {before:?}");
             }
         }));
@@ -309,14 +309,14 @@ fn a_row_is_settled_when_it_is_finished_and_not_before() {
 }
 
 #[test]
-fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
+fn a_waiting_claim_is_woken_by_every_end_of_the_work() {
     model(600, || {
         let bench = Bench::new(1, if pick(2) == 0 { Durability::Disk } else { Durability::Process });
         let threads: Vec<_> = (0..3)
             .map(|_| {
                 spawn(&bench, |bench| {
                     loop {
-                        // A wake-up that is lost leaves it waiting, for no time passes here: the model takes it for a deadlock.
+                        // After a lost wakeup it waits forever, because no time passes here: the model reports a deadlock.
                         match bench.oracle.store.claim("k").wait_up_to(Duration::MAX).wait().unwrap() {
                             Claim::Acquired(lease) => match pick(4) {
                                 0 => drop(lease),
@@ -324,7 +324,7 @@ fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
                                 _ => lease.complete("done").wait().unwrap(),
                             },
                             Claim::Completed(first) => break assert_eq!(first.result(), Some(&b"done"[..])),
-                            Claim::InProgress(other) => panic!("it gave up waiting: {other:?}"),
+                            Claim::InProgress(other) => panic!("the claim returned at its limit: {other:?}"),
                         }
                     }
                 })
@@ -336,13 +336,13 @@ fn whoever_waits_for_a_key_is_woken_by_every_end_of_its_work() {
 }
 
 #[test]
-fn whoever_waits_for_a_key_is_told_that_the_store_was_closed() {
+fn a_waiting_claim_returns_an_error_when_the_store_is_closed() {
     model(600, || {
         let bench = Bench::new(1, Durability::Process);
         let Claim::Acquired(lease) = bench.oracle.store.claim("k").wait().unwrap() else { panic!("it is new") };
         let waits = spawn(&bench, |bench| {
-            let told = bench.oracle.store.claim("k").wait_up_to(Duration::MAX).wait();
-            assert!(matches!(told, Err(Error::Closed)), "{told:?}");
+            let answer = bench.oracle.store.claim("k").wait_up_to(Duration::MAX).wait();
+            assert!(matches!(answer, Err(Error::Closed)), "{answer:?}");
         });
         let closes = spawn(&bench, |bench| bench.oracle.store.close().wait().unwrap());
         join([waits, closes]);
@@ -350,7 +350,7 @@ fn whoever_waits_for_a_key_is_told_that_the_store_was_closed() {
     });
 }
 
-/// A disk that has what was written when its last sync began.
+/// A disk with the writes before the start of its last sync.
 #[derive(Default)]
 struct Disk {
     written: AtomicU64,
@@ -362,13 +362,13 @@ struct Disk {
 
 impl Disk {
     fn sync(&self) -> onlyonce::Result<()> {
-        assert_eq!(self.syncing.fetch_add(1, Ordering::SeqCst), 0, "one at a time");
+        assert_eq!(self.syncing.fetch_add(1, Ordering::SeqCst), 0, "two syncs at a time");
         let covered = self.written.load(Ordering::SeqCst);
         thread::yield_now();
         let this = self.syncs.fetch_add(1, Ordering::SeqCst);
         self.syncing.fetch_sub(1, Ordering::SeqCst);
         if self.fails_at == Some(this) {
-            return Err(Error::WriteFailed { source: "the disk is gone".into() });
+            return Err(Error::WriteFailed { source: "the disk failed".into() });
         }
         self.synced.store(covered, Ordering::SeqCst);
         Ok(())
@@ -390,8 +390,11 @@ fn share_syncs(fails_at: impl Fn() -> Option<u64> + Send + Sync + 'static) {
                         let outcome = group.wait(|| disk.sync());
                         match outcome {
                             Ok(()) => {
-                                assert!(!failed, "believed after a failure");
-                                assert!(disk.synced.load(Ordering::SeqCst) >= mine, "it came back too early");
+                                assert!(!failed, "a sync succeeded after a failure");
+                                assert!(
+                                    disk.synced.load(Ordering::SeqCst) >= mine,
+                                    "the call returned before its write was synced"
+                                );
                             }
                             Err(_) => failed = true,
                         }
@@ -400,21 +403,21 @@ fn share_syncs(fails_at: impl Fn() -> Option<u64> + Send + Sync + 'static) {
                 })
             })
             .collect();
-        // A wake-up that is lost leaves a thread waiting, which the model takes for a deadlock.
+        // After a lost wakeup a thread waits forever, which the model reports as a deadlock.
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         if let Some(fails_at) = disk.fails_at.filter(|fails_at| disk.syncs.load(Ordering::SeqCst) > *fails_at) {
-            assert_eq!(disk.syncs.load(Ordering::SeqCst), fails_at + 1, "nobody syncs after a failure");
+            assert_eq!(disk.syncs.load(Ordering::SeqCst), fails_at + 1, "no sync after a failure");
             assert!(group.wait(|| disk.sync()).is_err());
         }
     });
 }
 
 #[test]
-fn callers_that_share_a_sync_all_come_back_and_none_too_early() {
+fn all_callers_of_a_shared_sync_return_and_none_too_early() {
     share_syncs(|| None);
 }
 
 #[test]
-fn a_sync_that_fails_is_believed_by_nobody_and_leaves_nobody_waiting() {
+fn a_failed_sync_fails_all_callers_and_leaves_none_waiting() {
     share_syncs(|| Some(pick(3) as u64));
 }

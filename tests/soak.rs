@@ -1,11 +1,12 @@
-//! At full speed for long, with buckets coming and going all the while, killed and reopened every few seconds: every answer
-//! is checked, and memory, open files and disk space stay where they are.
+//! A long run at full speed with expiring buckets, killed and reopened every few seconds: every answer is checked, and
+//! memory, open files and disk space must not grow.
 //!
-//! The child works through numbered deliveries in batches and notes each batch in a ledger, before and after: a plain file,
-//! which a kill leaves as it is. It asks again for batches of the last two windows, most of all for those whose window ends
-//! just now. The one that follows reads the ledger, and goes on from there.
+//! The child processes numbered deliveries in batches and writes each batch to a ledger, before and after: a plain
+//! file, which survives a kill. It also checks batches of the last two windows, mostly those whose window is just
+//! ending. The next child reads the ledger, and continues from it.
 //!
-//! `ONLYONCE_SOAK_SECONDS` (default 10) sets how long, `ONLYONCE_SOAK_SEED` (default: drawn, and printed) how.
+//! `ONLYONCE_SOAK_SECONDS` (default: 10) sets the duration, and `ONLYONCE_SOAK_SEED` (default: random, and printed) the
+//! seed.
 
 #[path = "common/torture.rs"]
 mod torture;
@@ -30,24 +31,24 @@ const CHILD_SEED: &str = "ONLYONCE_SOAK_CHILD_SEED";
 
 const WORKERS: u64 = 2;
 const BATCH: u64 = 512;
-/// Buckets that cover a window.
+/// The number of buckets per window.
 const BUCKETS: u64 = 16;
 const BUDGET_BYTES: usize = 64 << 20;
 
-/// What a process takes beside the budget: its code, RocksDB's own structures, batches on their way, and what the allocator
-/// keeps between what is in use, which with glibc's is more than half of it again.
+/// Memory of a process besides the budget: its code, RocksDB's structures, current batches, and the free memory of the
+/// allocator, which with glibc is more than half of the used memory.
 const RSS_MARGIN_BYTES: u64 = 160 << 20;
-/// A life this long is looked at by itself, for what grows slowly: by no more than so much may its last quarter be above its
-/// second one, when everything has been there once.
-const LONG_LIFE: Duration = Duration::from_secs(60);
+/// A child that runs this long is checked for slow growth: its last quarter may exceed its second quarter, when every
+/// part has been in use once, by this percentage.
+const LONG_RUN: Duration = Duration::from_secs(60);
 const GROWTH_PERCENT: u64 = 15;
-/// Of files there are few, and a merge has some more open.
+/// Slack for the number of open files: a compaction opens some more.
 const GROWTH_FILES: u64 = 20;
-/// RocksDB keeps 512 files open at most.
+/// RocksDB keeps at most 512 files open.
 const FILES_MAX: u64 = 600;
-/// What a remembered key takes on disk, with its share of a filter: and while runs are merged, it is there twice.
+/// The disk space of a remembered key, with its share of a filter, and with a second copy during compactions.
 const DISK_BYTES_PER_KEY: u64 = 3 * 90;
-/// Logs and the journal.
+/// Disk space of the logs and the journal.
 const DISK_MARGIN_BYTES: u64 = 256 << 20;
 
 fn open(path: &Path, clock: &ManualClock, window_ms: u64) -> Store {
@@ -61,7 +62,7 @@ fn open(path: &Path, clock: &ManualClock, window_ms: u64) -> Store {
         .clock(clock.clone())
         .open(path)
         .unwrap();
-    // Answers are checked by the wall clock, which must not be tolerated beside the store's time.
+    // Answers are checked with the wall clock, so that the store's time must equal it.
     clock.set_wall(Timestamp::from_unix_ms(store.stats().now.as_unix_ms()));
     store
 }
@@ -71,7 +72,7 @@ fn clock() -> ManualClock {
     ManualClock::at(Timestamp::from_unix_ms(u64::try_from(now.as_millis()).unwrap()))
 }
 
-/// Deliveries `first..first + BATCH` of a worker, completed between these two times.
+/// The deliveries `first..first + BATCH` of a worker, completed between these two times.
 #[derive(Debug, Clone, Copy)]
 struct Batch {
     first: u64,
@@ -88,54 +89,54 @@ fn result(worker: u64, delivery: u64) -> [u8; 16] {
     (u128::from(mixed) << 64 | u128::from(delivery)).to_le_bytes()
 }
 
-/// A worker's notes, as they are in its file.
+/// The ledger of a worker, as in its file.
 struct Ledger {
     known: VecDeque<Batch>,
-    /// Begun, and not known to be completed.
-    doubtful: Option<u64>,
+    /// The batch that was started, and may be completed.
+    uncertain: Option<u64>,
     next: u64,
     last_token: u64,
 }
 
 impl Ledger {
     fn read(path: &Path) -> Self {
-        let mut ledger = Self { known: VecDeque::new(), doubtful: None, next: 0, last_token: 0 };
+        let mut ledger = Self { known: VecDeque::new(), uncertain: None, next: 0, last_token: 0 };
         let text = fs::read_to_string(path).unwrap_or_default();
-        // A line without its end was being written.
+        // A line without a line feed is incomplete: the child was killed while it wrote it.
         for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
             let mut words = line.split(' ');
             let word = words.next().unwrap();
             let numbers: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();
             match (word, numbers.as_slice()) {
                 ("try", &[first]) => {
-                    ledger.doubtful = Some(first);
+                    ledger.uncertain = Some(first);
                     ledger.next = first + BATCH;
                 }
                 ("done", &[first, started_ms, ended_ms, token]) => {
-                    ledger.doubtful = None;
+                    ledger.uncertain = None;
                     ledger.next = ledger.next.max(first + BATCH);
                     ledger.last_token = ledger.last_token.max(token);
                     ledger.known.push_back(Batch { first, started_ms, ended_ms });
                 }
-                _ => panic!("the ledger says {line:?}"),
+                _ => panic!("the ledger has {line:?}"),
             }
         }
         ledger
     }
 
-    /// Drops what is older than two windows.
+    /// Removes batches that are older than two windows.
     fn trim(&mut self, now_ms: u64, window_ms: u64) {
-        // One stays: it says where to go on.
+        // Keeps the last one, which tells the next delivery.
         while self.known.len() > 1 && self.known.front().is_some_and(|old| old.ended_ms + 2 * window_ms < now_ms) {
             self.known.pop_front();
         }
     }
 
-    /// Writes a new file without what was dropped, and gives it for further lines.
+    /// Writes a new file without the removed batches, and returns it for further lines.
     fn rewrite(&self, path: &Path) -> File {
         let new = path.with_extension("new");
         let mut text: String = self.known.iter().map(|batch| done_line(batch, self.last_token)).collect();
-        if let Some(first) = self.doubtful {
+        if let Some(first) = self.uncertain {
             text.push_str(&format!("try {first}\n"));
         }
         fs::write(&new, text).unwrap();
@@ -148,7 +149,7 @@ fn done_line(batch: &Batch, token: u64) -> String {
     format!("done {} {} {} {token}\n", batch.first, batch.started_ms, batch.ended_ms)
 }
 
-/// One of the child's threads.
+/// A thread of the child.
 struct Worker<'a> {
     number: u64,
     store: &'a Store,
@@ -162,51 +163,51 @@ impl Worker<'_> {
         (batch.first..batch.first + BATCH).map(|delivery| key(self.number, delivery)).collect()
     }
 
-    /// What is said of a delivery that was completed must be what was stored, and inside the window.
+    /// Checks the answer `Completed`: it must have the stored result, within the window.
     fn check_completed(&self, batch: Batch, delivery: u64, before_ms: u64, completed: &Completed) {
         let name = key(self.number, delivery);
-        assert!(before_ms < batch.ended_ms + self.window_ms, "G4: {name} is remembered too long: {batch:?}");
-        assert_eq!(completed.result(), Some(&result(self.number, delivery)[..]), "G1: {name} has another result");
+        assert!(before_ms < batch.ended_ms + self.window_ms, "G4: {name} is remembered after its window: {batch:?}");
+        assert_eq!(completed.result(), Some(&result(self.number, delivery)[..]), "G1: {name} has a different result");
         let at_ms = completed.completed_at().as_unix_ms();
         assert!((batch.started_ms..=batch.ended_ms).contains(&at_ms), "G1: {name}: {at_ms} is not in {batch:?}");
     }
 
-    /// What counts as new must be past its window.
-    fn check_passed(&self, batch: Batch, delivery: u64) {
+    /// Checks the answer `New`: the window must have ended.
+    fn check_expired(&self, batch: Batch, delivery: u64) {
         let now_ms = self.clock.wall().as_unix_ms();
         let name = key(self.number, delivery);
         assert!(now_ms >= batch.started_ms + self.window_ms, "G1: {name} is forgotten at {now_ms}: {batch:?}");
     }
 
-    /// Looks at every key of a batch.
+    /// Checks every key of a batch.
     fn check(&self, batch: Batch) {
         let before_ms = self.clock.wall().as_unix_ms();
         for (delivery, check) in (batch.first..).zip(self.store.check_batch(self.keys(batch)).wait().unwrap()) {
             match check.unwrap() {
                 KeyStatus::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
-                KeyStatus::New => self.check_passed(batch, delivery),
+                KeyStatus::New => self.check_expired(batch, delivery),
                 KeyStatus::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
             }
         }
     }
 
-    /// Claims keys of a batch again, as a duplicate would.
+    /// Claims keys of a batch again, as a duplicate delivery does.
     fn claim_again(&self, batch: Batch, keys: usize) {
         let before_ms = self.clock.wall().as_unix_ms();
         let keys = self.keys(batch).into_iter().take(keys);
         for (delivery, claim) in (batch.first..).zip(self.store.claim_batch(keys).wait().unwrap()) {
             match claim.unwrap() {
                 Claim::Completed(completed) => self.check_completed(batch, delivery, before_ms, &completed),
-                // Dropped: nobody completes it again.
-                Claim::Acquired(_) => self.check_passed(batch, delivery),
+                // Dropped, so that it is not completed again.
+                Claim::Acquired(_) => self.check_expired(batch, delivery),
                 Claim::InProgress(other) => panic!("{delivery} of {batch:?} is in progress: {other:?}"),
             }
         }
     }
 
-    /// A batch that was under way when the process died is completed whole or not at all.
-    fn settle_doubt(&mut self) {
-        let Some(first) = self.ledger.doubtful.take() else { return };
+    /// A batch that was being completed during a kill is completed atomically.
+    fn check_uncertain(&mut self) {
+        let Some(first) = self.ledger.uncertain.take() else { return };
         let batch = Batch { first, started_ms: 0, ended_ms: u64::MAX / 2 };
         let checks: Vec<KeyStatus> =
             self.store.check_batch(self.keys(batch)).wait().unwrap().into_iter().map(Result::unwrap).collect();
@@ -228,7 +229,7 @@ impl Worker<'_> {
         }
     }
 
-    /// The next deliveries, which are new.
+    /// Processes the next deliveries, which are new.
     fn deliver(&mut self, file: &mut File, tokens_before: u64) {
         let first = self.ledger.next;
         self.ledger.next += BATCH;
@@ -251,21 +252,21 @@ impl Worker<'_> {
         self.ledger.known.push_back(batch);
     }
 
-    /// The batch whose window ends about now, if there is one.
+    /// A batch whose window is just ending.
     fn ending(&self) -> Option<Batch> {
         let began_ms = self.clock.wall().as_unix_ms().checked_sub(self.window_ms)?;
-        let place = self.ledger.known.partition_point(|batch| batch.ended_ms < began_ms);
-        self.ledger.known.get(place).copied()
+        let index = self.ledger.known.partition_point(|batch| batch.ended_ms < began_ms);
+        self.ledger.known.get(index).copied()
     }
 
-    /// How many answers it got of keys that were known, or never delivered.
-    fn ask(&self, rng: &mut StdRng) -> u64 {
+    /// Checks keys of known batches and keys that were never delivered. Returns the number of answers.
+    fn recheck(&self, rng: &mut StdRng) -> u64 {
         let known = &self.ledger.known;
         let drawn = known[rng.random_range(0..known.len())];
         let batch = if rng.random_bool(0.3) { self.ending().unwrap_or(drawn) } else { drawn };
-        // What it acquires is dropped, and stays in memory for a window: few of those.
-        let passed = self.clock.wall().as_unix_ms() >= batch.started_ms + self.window_ms;
-        if rng.random_bool(0.5) && !passed {
+        // An acquired key is dropped, and stays in memory for a window: only few of them.
+        let is_over = self.clock.wall().as_unix_ms() >= batch.started_ms + self.window_ms;
+        if rng.random_bool(0.5) && !is_over {
             self.claim_again(batch, BATCH as usize);
         } else if rng.random_bool(0.05) {
             self.claim_again(batch, 8);
@@ -280,7 +281,7 @@ impl Worker<'_> {
     }
 }
 
-/// The process that is killed. Run by the test below, never by itself.
+/// The process that is killed. Only the test below runs it.
 #[test]
 #[ignore = "run by the test that kills it"]
 fn child() {
@@ -291,16 +292,16 @@ fn child() {
     let clock = &clock();
     let store = &open(Path::new(&path), clock, window_ms);
     let ledger_of = |number: u64| Path::new(&ledgers).join(format!("worker-{number}"));
-    // Tokens of all threads before.
+    // The highest token of all threads before.
     let tokens_before = (0..WORKERS).map(|number| Ledger::read(&ledger_of(number)).last_token).max().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut last = Instant::now();
             loop {
                 std::thread::sleep(Duration::from_millis(1));
-                let passed = Duration::from_millis(u64::try_from(last.elapsed().as_millis()).unwrap());
-                last += passed;
-                clock.advance(passed);
+                let elapsed = Duration::from_millis(u64::try_from(last.elapsed().as_millis()).unwrap());
+                last += elapsed;
+                clock.advance(elapsed);
             }
         });
         for number in 0..WORKERS {
@@ -308,8 +309,8 @@ fn child() {
             scope.spawn(move || {
                 let mut rng = StdRng::seed_from_u64(seed + number);
                 let mut worker = Worker { number, store, clock, window_ms, ledger: Ledger::read(&path) };
-                worker.settle_doubt();
-                // What was acknowledged last is what a crash is most likely to lose.
+                worker.check_uncertain();
+                // A crash most likely loses the batches that were acknowledged last.
                 worker.ledger.known.iter().rev().take(20).for_each(|batch| worker.check(*batch));
                 worker.ledger.trim(clock.wall().as_unix_ms(), window_ms);
                 let mut file = worker.ledger.rewrite(&path);
@@ -318,27 +319,27 @@ fn child() {
                     worker.deliver(&mut file, tokens);
                     tokens = worker.ledger.last_token;
                     worker.ledger.trim(clock.wall().as_unix_ms(), window_ms);
-                    let asked = if rng.random_bool(0.3) { worker.ask(&mut rng) } else { 0 };
-                    let said = format!("@{BATCH} {asked}\n");
-                    std::io::stdout().lock().write_all(said.as_bytes()).unwrap();
+                    let rechecked = if rng.random_bool(0.3) { worker.recheck(&mut rng) } else { 0 };
+                    let line = format!("@{BATCH} {rechecked}\n");
+                    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
                 }
             });
         }
     });
 }
 
-/// What was looked at from outside.
+/// A measurement of the child.
 #[derive(Debug, Default, Clone, Copy)]
 struct Sample {
     at: Duration,
     rss_bytes: u64,
     files: u64,
     disk_bytes: u64,
-    /// Keys that were completed by then, in all.
+    /// The total number of completed keys.
     keys: u64,
 }
 
-/// The largest of each, between these shares of the whole time.
+/// The maximum of each value between these fractions of the whole time.
 fn largest(samples: &[Sample], total: Duration, from: f64, to: f64) -> Sample {
     let within = samples.iter().filter(|sample| sample.at >= total.mul_f64(from) && sample.at <= total.mul_f64(to));
     within.fold(Sample::default(), |largest, sample| Sample {
@@ -349,15 +350,15 @@ fn largest(samples: &[Sample], total: Duration, from: f64, to: f64) -> Sample {
     })
 }
 
-/// What a life takes while it has begun, and at its end: memory and open files, the middle ones of the samples.
-fn growth(life: &[Sample]) -> [(u64, u64); 2] {
-    let quarter = life.len() / 4;
+/// Memory and open files of a child in its second and its last quarter: the medians of the samples.
+fn growth(samples: &[Sample]) -> [(u64, u64); 2] {
+    let quarter = samples.len() / 4;
     let middle = |samples: &[Sample], of: fn(&Sample) -> u64| {
         let mut values: Vec<u64> = samples.iter().map(of).collect();
         values.sort_unstable();
         values[values.len() / 2]
     };
-    let (begun, ending) = (&life[quarter..2 * quarter], &life[3 * quarter..]);
+    let (begun, ending) = (&samples[quarter..2 * quarter], &samples[3 * quarter..]);
     [|sample: &Sample| sample.rss_bytes, |sample: &Sample| sample.files]
         .map(|of| (middle(begun, of), middle(ending, of)))
 }
@@ -369,7 +370,7 @@ fn resident_bytes(process: u32) -> Option<u64> {
 }
 
 fn bytes_below(path: &Path) -> u64 {
-    // Files go while one looks.
+    // Files are deleted concurrently.
     let Ok(entries) = fs::read_dir(path) else { return 0 };
     let bytes = |entry: fs::DirEntry| match entry.metadata() {
         Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
@@ -385,7 +386,7 @@ struct Soak {
     begun: Instant,
     samples: Vec<Sample>,
     keys: AtomicU64,
-    asked: AtomicU64,
+    rechecked: AtomicU64,
 }
 
 impl Soak {
@@ -405,20 +406,20 @@ impl Soak {
             .unwrap()
     }
 
-    /// Lets a child work for so long, looks at it meanwhile, and kills it.
-    fn live(&mut self, lasts: Duration, seed: u32) {
+    /// Runs a child for this long, measures it, and kills it.
+    fn run_child(&mut self, lasts: Duration, seed: u32) {
         let mut child = self.spawn(seed);
         let out = child.stdout.take().unwrap();
-        let (keys, asked) = (&self.keys, &self.asked);
+        let (keys, rechecked) = (&self.keys, &self.rechecked);
         let (begun, store) = (self.begun, self.store());
         let samples = std::thread::scope(|scope| {
             scope.spawn(move || {
                 for line in BufReader::new(out).lines().map_while(Result::ok) {
-                    let Some((more, again)) = line.strip_prefix('@').and_then(|said| said.split_once(' ')) else {
+                    let Some((more, again)) = line.strip_prefix('@').and_then(|line| line.split_once(' ')) else {
                         continue;
                     };
                     keys.fetch_add(more.parse().unwrap(), Ordering::Relaxed);
-                    asked.fetch_add(again.parse().unwrap(), Ordering::Relaxed);
+                    rechecked.fetch_add(again.parse().unwrap(), Ordering::Relaxed);
                 }
             });
             let mut samples = Vec::new();
@@ -440,23 +441,26 @@ impl Soak {
             child.wait().unwrap();
             samples
         });
-        if lasts >= LONG_LIFE {
+        if lasts >= LONG_RUN {
             let [memory, files] = growth(&samples);
             let [begun, ending] = [memory.0, memory.1].map(|bytes| bytes >> 20);
             eprintln!(
-                "a life of {} s: memory {begun} MiB in its second quarter and {ending} in its last, open files {} and {}",
+                "a child of {} s: memory {begun} MiB in its second quarter and {ending} in its last, open files {} and {}",
                 lasts.as_secs(),
                 files.0,
                 files.1,
             );
             for ((begun, ending), slack) in [(memory, 0), (files, GROWTH_FILES)] {
-                assert!(ending <= begun + begun * GROWTH_PERCENT / 100 + slack, "it grows: {begun} to {ending}");
+                assert!(
+                    ending <= begun + begun * GROWTH_PERCENT / 100 + slack,
+                    "memory or open files grow: {begun} to {ending}"
+                );
             }
         }
         self.samples.extend(samples);
     }
 
-    /// Opens the store and asks for every key that the ledgers know.
+    /// Opens the store and checks every key of the ledgers.
     fn check_all(&self) -> u64 {
         let clock = clock();
         let store = open(&self.store(), &clock, self.window_ms);
@@ -464,7 +468,7 @@ impl Soak {
         for number in 0..WORKERS {
             let ledger = Ledger::read(&self.dir.path().join(format!("worker-{number}")));
             let mut worker = Worker { number, store: &store, clock: &clock, window_ms: self.window_ms, ledger };
-            worker.settle_doubt();
+            worker.check_uncertain();
             for batch in &worker.ledger.known {
                 worker.check(*batch);
                 checked += BATCH;
@@ -474,7 +478,7 @@ impl Soak {
         checked
     }
 
-    /// No sample may show more on disk than what is remembered at that time takes.
+    /// In no sample may the disk space exceed the bound for the keys that are remembered at that time.
     fn check_disk(&self) {
         let kept = Duration::from_millis(self.window_ms + 3 * self.window_ms / BUCKETS);
         let mut from = 0;
@@ -482,7 +486,7 @@ impl Soak {
             while self.samples[from].at + kept < sample.at {
                 from += 1;
             }
-            // Nothing is said while nobody lives, and what was said last may be missing: the sample before counts.
+            // Between two children there are no reports, and the last report may be missing: the sample before counts.
             let remembered = sample.keys - self.samples[from.saturating_sub(1)].keys;
             let bound = remembered * DISK_BYTES_PER_KEY + DISK_MARGIN_BYTES;
             assert!(sample.disk_bytes <= bound, "{sample:?}: {remembered} keys are remembered");
@@ -491,7 +495,7 @@ impl Soak {
 }
 
 #[test]
-fn a_store_at_full_speed_stays_right_and_as_large_as_it_is_through_kills_and_rotation() {
+fn a_store_at_full_speed_stays_correct_and_bounded_through_kills_and_expiry() {
     let seconds = number("ONLYONCE_SOAK_SECONDS").unwrap_or(10);
     let seed = number("ONLYONCE_SOAK_SEED").unwrap_or_else(|| rand::rng().random());
     eprintln!("ONLYONCE_SOAK_SEED={seed} ONLYONCE_SOAK_SECONDS={seconds}");
@@ -503,30 +507,30 @@ fn a_store_at_full_speed_stays_right_and_as_large_as_it_is_through_kills_and_rot
         begun: Instant::now(),
         samples: Vec::new(),
         keys: AtomicU64::new(0),
-        asked: AtomicU64::new(0),
+        rechecked: AtomicU64::new(0),
     };
     let mut kills = 0;
     while let left = total.saturating_sub(soak.begun.elapsed())
         && !left.is_zero()
     {
-        // The first and some others live long, where time allows: what grows slowly is seen in them.
-        let long = seconds >= 600 && (kills == 0 || rng.random_bool(0.01));
-        let lasts = if long {
-            (total / 12).max(LONG_LIFE)
+        // In a long test the first child and some others run for long, to detect slow growth.
+        let is_long = seconds >= 600 && (kills == 0 || rng.random_bool(0.01));
+        let lasts = if is_long {
+            (total / 12).max(LONG_RUN)
         } else {
             (total / 4).min(Duration::from_millis(rng.random_range(1_500..6_000)))
         };
-        soak.live(lasts.min(left), rng.random());
+        soak.run_child(lasts.min(left), rng.random());
         kills += 1;
     }
     let checked = soak.check_all();
     let keys = soak.keys.load(Ordering::Relaxed);
-    let asked = soak.asked.load(Ordering::Relaxed);
+    let rechecked = soak.rechecked.load(Ordering::Relaxed);
     let (early, late) = (largest(&soak.samples, total, 0.05, 0.15), largest(&soak.samples, total, 0.9, 1.0));
     let most = largest(&soak.samples, total, 0.0, 1.0);
     let mib = |bytes: u64| bytes >> 20;
     eprintln!(
-        "{keys} keys in {seconds} s ({} a second), {asked} asked again and {checked} at the end, {kills} kills\n\
+        "{keys} keys in {seconds} s ({} a second), {rechecked} keys checked again and {checked} at the end, {kills} kills\n\
          at 10 %, at the end, at most: memory {}, {}, {} MiB of a budget of {}; open files {}, {}, {}; disk {}, {}, {} MiB",
         keys / seconds,
         mib(early.rss_bytes),
@@ -540,8 +544,8 @@ fn a_store_at_full_speed_stays_right_and_as_large_as_it_is_through_kills_and_rot
         mib(late.disk_bytes),
         mib(most.disk_bytes),
     );
-    assert!(most.rss_bytes <= BUDGET_BYTES as u64 + RSS_MARGIN_BYTES, "it takes too much memory");
+    assert!(most.rss_bytes <= BUDGET_BYTES as u64 + RSS_MARGIN_BYTES, "it uses too much memory");
     assert!(most.files <= FILES_MAX, "it has too many files open");
     soak.check_disk();
-    assert!(keys > 1_000 * seconds && asked > 100 * seconds, "too little was at stake");
+    assert!(keys > 1_000 * seconds && rechecked > 100 * seconds, "too few keys");
 }

@@ -340,3 +340,6 @@ fn finish<W, A>(calls: Vec<Finish<W, A>>, one_by_one: bool, act: impl Fn(Vec<Vec
         let _ = reply.send(answers.by_ref().take(count).collect());
     }
 }
+
+#[cfg(test)]
+mod tests;

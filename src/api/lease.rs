@@ -476,3 +476,6 @@ pub(crate) fn in_order<E>(
 pub(crate) fn unanswered(shared: &Shared) -> Error {
     shared.engine().broken(Invariant::AnswerForEachKey, format_args!("a lease has none"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@
 //! STORE/onlyonce.files  the file manifest: the required content of `db/`, see `file_manifest.rs`
 //! STORE/db/             RocksDB
 //! STORE/db.new/         a store that is being created; removed at open if a crash left it
-//! STORE/runs/           SSTs that are written but not ingested yet; removed at open
+//! STORE/ssts/           SSTs that are written but not ingested yet; removed at open
 //! STORE/filters/        filters of ended buckets; rebuilt if missing or mismatched
 //! ```
 
@@ -25,7 +25,7 @@ const LOCK: &str = "onlyonce.lock";
 const FILES: &str = "onlyonce.files";
 const DATABASE: &str = "db";
 const NEW_DATABASE: &str = "db.new";
-const SST_DIR: &str = "runs";
+const SST_DIR: &str = "ssts";
 const FILTERS: &str = "filters";
 /// The content of the lock file once a store exists. Without it, a store whose database was lost would be taken for a
 /// new one, and every duplicate would be new.

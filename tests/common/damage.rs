@@ -1,4 +1,4 @@
-//! A store in memory, file by file, and the ways to damage it.
+//! A copy of a store's files in memory, and the ways to damage them.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -17,14 +17,14 @@ pub struct Image {
 }
 
 impl Image {
-    /// Reads a store's directory as it lies there.
+    /// Reads a store's directory as it is.
     pub fn read(root: &Path) -> Self {
         let mut files = BTreeMap::new();
         read_below(root, Path::new(""), &mut files);
         Self { files }
     }
 
-    /// Reads a store that has nothing to do, once its flushes and merges have come to an end.
+    /// Reads an idle store, once its flushes and compactions have ended.
     pub fn read_at_rest(root: &Path) -> Self {
         let mut before = Self::read(root);
         loop {
@@ -39,8 +39,8 @@ impl Image {
 
     /// Writes it to a new directory.
     pub fn write(&self, root: &Path) {
-        // A store without runs has the directory for them all the same.
-        for dir in ["db", "runs", "filters"] {
+        // A store creates these directories even if they are empty.
+        for dir in ["db", "ssts", "filters"] {
             fs::create_dir_all(root.join(dir)).unwrap();
         }
         for (path, bytes) in &self.files {
@@ -53,7 +53,7 @@ impl Image {
         self.files.keys().filter(|path| path.extension().is_some_and(|extension| extension == "log")).cloned().collect()
     }
 
-    /// The newest file whose name ends so.
+    /// The newest file with this ending.
     pub fn newest(&self, ending: &str) -> PathBuf {
         self.files.keys().rfind(|path| path.to_string_lossy().ends_with(ending)).expect(ending).clone()
     }
@@ -68,14 +68,14 @@ fn read_below(root: &Path, inside: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>
         } else {
             match fs::read(entry.path()) {
                 Ok(bytes) => drop(files.insert(path, bytes)),
-                // A store at work removes what it needs no more.
+                // A running store removes files that it no longer needs.
                 Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}"),
             }
         }
     }
 }
 
-/// What happened to a file.
+/// A kind of damage to a file.
 #[derive(Debug, Clone)]
 pub enum Harm {
     Flipped { bit: u8 },
@@ -85,7 +85,7 @@ pub enum Harm {
     Deleted,
 }
 
-/// One damage to one file, from byte `at` on.
+/// Damage to one file, from byte `at`.
 #[derive(Debug, Clone)]
 pub struct Damage {
     pub file: PathBuf,
@@ -93,11 +93,11 @@ pub struct Damage {
     pub harm: Harm,
 }
 
-/// What a disk loses at a time.
+/// The unit in which a disk loses data.
 const SECTOR: usize = 512;
 
-/// The kinds of files, by their endings or the beginnings of their names, and how many of a hundred damages each gets:
-/// most go where the answers come from, and every kind gets its share, however few files or bytes it has.
+/// The kinds of files, by the start or the end of their names, and the percentage of damages for each: most for the
+/// files that answers are read from, and some for every kind, however few files or bytes it has.
 pub const KINDS: [(&str, u32); 10] = [
     ("sst", 25),
     ("log", 20),
@@ -111,24 +111,24 @@ pub const KINDS: [(&str, u32); 10] = [
     ("LOCK", 2),
 ];
 
-/// Which of the kinds a file is of.
+/// The kind of a file.
 pub fn kind(path: &Path) -> &'static str {
     let name = path.file_name().unwrap().to_str().unwrap();
     let is_it = |kind: &str| match kind.chars().all(char::is_uppercase) {
         true => name.split(['-', '.']).next() == Some(kind),
         false => path.extension().is_some_and(|extension| extension == kind),
     };
-    KINDS.iter().map(|(kind, _)| *kind).find(|kind| is_it(kind)).unwrap_or_else(|| panic!("{name} is of no kind"))
+    KINDS.iter().map(|(kind, _)| *kind).find(|kind| is_it(kind)).unwrap_or_else(|| panic!("{name} has an unknown kind"))
 }
 
 impl Damage {
-    /// A random one to a random file of a random kind.
+    /// Random damage to a random file of a random kind.
     pub fn draw(image: &Image, rng: &mut StdRng) -> Self {
-        let mut place = rng.random_range(0..KINDS.iter().map(|(_, share)| share).sum());
+        let mut point = rng.random_range(0..KINDS.iter().map(|(_, share)| share).sum());
         let wanted = KINDS.iter().find(|(_, share)| {
-            let found = place < *share;
-            place = place.saturating_sub(*share);
-            found
+            let is_chosen = point < *share;
+            point = point.saturating_sub(*share);
+            is_chosen
         });
         let (wanted, _) = wanted.unwrap();
         let files: Vec<_> = image.files.iter().filter(|(path, _)| kind(path) == *wanted).collect();
@@ -147,7 +147,7 @@ impl Damage {
         Self { file: file.clone(), at, harm }
     }
 
-    /// Does it. False where nothing changed: zeros that were zeros.
+    /// Damages the file. False if its bytes do not change, such as zeros over zeros.
     pub fn inflict(&self, image: &mut Image) -> bool {
         if matches!(self.harm, Harm::Deleted) {
             return image.files.remove(&self.file).is_some();

@@ -1,4 +1,4 @@
-//! What the behaviour tests share: a store on a clock that they move.
+//! Shared by the behaviour tests: a store with a clock that the test advances.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -9,12 +9,12 @@ use std::time::Duration;
 use onlyonce::{Builder, Claim, InProgress, Lease, ManualClock, Store, Timestamp};
 use tempfile::TempDir;
 
-/// When every test begins.
+/// The time at the start of every test.
 pub const START_MS: u64 = 1_700_000_000_000;
 
-/// A store in a directory of its own, with a window of ten seconds in buckets of one, and leases of one second.
+/// A store in a temporary directory, with a window of ten seconds, buckets of one second, and leases of one second.
 pub struct Bench {
-    // Dropped before its directory is.
+    // Before the directory, so that it is dropped first.
     store: Option<Store>,
     pub clock: ManualClock,
     dir: TempDir,
@@ -61,10 +61,10 @@ impl Bench {
         self.store.as_ref().unwrap()
     }
 
-    /// Closes the store and opens it again. Leases that are left belong to a process that is no more.
+    /// Closes the store and opens it again. Its leases then count as those of an ended process.
     pub fn reopen(&mut self) {
         self.store().close().wait().unwrap();
-        // Tests beside this one start processes, which have its lock for a moment.
+        // Concurrent tests start processes, which hold this store's lock between fork and exec.
         let builder = self.builder().lock_wait(Duration::from_secs(10));
         self.store = Some(builder.open(self.path()).unwrap());
     }
@@ -76,7 +76,7 @@ impl Bench {
     pub fn acquire(&self, key: &str) -> Lease {
         match self.store().claim(key).wait().unwrap() {
             Claim::Acquired(lease) => lease,
-            other => panic!("{key} should be free, but is {other:?}"),
+            other => panic!("{key} should be unclaimed, but is {other:?}"),
         }
     }
 
@@ -87,7 +87,7 @@ impl Bench {
         }
     }
 
-    /// The result that a claim is answered with.
+    /// The result of a completed key.
     pub fn completed(&self, key: &str) -> Option<Vec<u8>> {
         match self.store().claim(key).wait().unwrap() {
             Claim::Completed(completed) => completed.result().map(<[u8]>::to_vec),
@@ -96,8 +96,8 @@ impl Bench {
     }
 }
 
-/// Copies the directory of a store, open or not, as a crash at this moment would leave it. RocksDB may remove a file
-/// between listing and copying: then the whole copy starts over.
+/// Copies the directory of a store, open or closed, as a crash at this moment leaves it. RocksDB can remove a file
+/// between the listing and the copy: then the whole copy is repeated.
 pub fn copy_store(from: &Path, to: &Path) {
     while !try_copy(from, to) {
         fs::remove_dir_all(to).unwrap();

@@ -1,5 +1,5 @@
-//! What may be true of keys that many threads work on at a time, judged from outside: by tokens, by the results, and by
-//! when calls began and returned. G1, G3 and G4 while everything happens at once.
+//! Checks the answers of a store that many threads use at the same time, from outside: by tokens, by results, and by
+//! the times at which calls start and return. Covers G1, G3 and G4 for concurrent calls.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use onlyonce::{Claim, Clock, Completed, Error, KeyStatus, Lease, ManualClock, PriorAttempt, RecordOutcome, Store};
 
-/// A store whose every answer is judged.
+/// A store, and the checks of all its answers.
 pub struct Oracle {
     pub store: Store,
     pub clock: ManualClock,
@@ -22,7 +22,7 @@ pub struct Oracle {
     pub seen: Seen,
 }
 
-/// How often what was seen, so that a test can tell that it saw anything.
+/// How often each event happened, so that a test can assert that it happened at all.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub acquired: AtomicU64,
@@ -36,54 +36,54 @@ pub struct Seen {
     pub duplicates: AtomicU64,
 }
 
-/// A key that this thread may work on.
+/// A key that this thread has leased.
 pub struct Work {
     pub key: usize,
     pub lease: Lease,
 }
 
-/// What is known for certain of a key.
+/// The certain facts about a key.
 #[derive(Debug, Default)]
 struct History {
     holders: Vec<Holder>,
-    /// The acquisition with the highest token that is known, ended or not.
+    /// The known acquisition with the highest token, whether or not it has ended.
     newest: Option<Acquired>,
-    /// A completion whose call has returned, and that nobody has begun to forget since.
+    /// A completion whose call has returned, without a `forget` that started since.
     done: Option<Done>,
-    /// An answer that said "completed", which nobody has begun to forget since: its token and time.
+    /// The token and time of an answer `Completed`, without a `forget` that started since.
     answered: Option<(u64, u64)>,
-    /// Calls of `forget` that have begun, and those that have not returned yet.
+    /// Calls of `forget` that have started, and those that have not returned.
     forgets: u64,
     forgetting: u64,
-    /// What was completed with this token, or a lower one, is forgotten.
+    /// Completions with this token or a lower one are forgotten.
     dead_token: u64,
 }
 
-/// An acquisition whose holder has not begun to end it.
+/// An acquisition that its holder has not started to end.
 #[derive(Debug, Clone, Copy)]
 struct Holder {
     token: u64,
-    /// Its lease cannot run out before that.
-    alive_until_ms: u64,
+    /// The lease cannot expire before this time.
+    leased_until_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Acquired {
     token: u64,
-    /// It was acquired before that, in monotonic time.
+    /// It was acquired before this monotonic time.
     before_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Done {
-    /// `None` where it was recorded.
+    /// `None` if the key was recorded.
     token: Option<u64>,
-    /// Between these two it was completed, in wall time.
+    /// It was completed between these two wall times.
     from_ms: u64,
     to_ms: u64,
 }
 
-/// What was known when a call began.
+/// The facts at the start of a call.
 struct Before {
     wall_ms: u64,
     monotonic_ms: u64,
@@ -104,7 +104,7 @@ pub fn name(key: usize) -> String {
 }
 
 impl Oracle {
-    /// Judges `keys` keys of a store with these options.
+    /// An oracle for `keys` keys of a store with these options.
     pub fn new(
         store: Store,
         clock: ManualClock,
@@ -126,7 +126,7 @@ impl Oracle {
         self.keys[key].lock().unwrap()
     }
 
-    /// The result that a key is completed with says whose it is.
+    /// The result of a completion, which contains its key and token.
     fn result(&self, key: usize, token: u64) -> Vec<u8> {
         let mut result = format!("{}:{token}:", name(key)).into_bytes();
         result.resize(result.len().max(self.result_bytes), b'.');
@@ -147,25 +147,28 @@ impl Oracle {
         }
     }
 
-    /// The completion that the answer of a call must tell of, if there is one.
-    fn must_tell(&self, history: &History, before: &Before) -> Option<Done> {
+    /// The completion that the answer of a call must report, if there is one.
+    fn required_completion(&self, history: &History, before: &Before) -> Option<Done> {
         let done = before.done.filter(|_| history.forgets == before.forgets)?;
         (self.clock.wall().as_unix_ms() < done.from_ms + self.window_ms).then_some(done)
     }
 
-    fn judge_completed(&self, key: usize, before: &Before, answer: &Completed) {
+    fn check_completed(&self, key: usize, before: &Before, answer: &Completed) {
         let mut history = self.history(key);
         let (token, at_ms) = (answer.token().get(), answer.completed_at().as_unix_ms());
         let name = name(key);
         if let Some(result) = answer.result() {
-            assert!(result == self.result(key, token), "{name}: the result of {token} is another's");
+            assert!(result == self.result(key, token), "{name}: the result does not belong to token {token}");
         }
-        assert!(token > before.dead_token, "{name}: {token} was forgotten and came back");
-        assert!(at_ms + self.window_ms > before.wall_ms, "G4: {name}: {token} of {at_ms} has run out");
-        if let Some(done) = self.must_tell(&history, before) {
-            assert!(done.token.is_none_or(|known| known == token), "G1: {name}: {token} instead of {done:?}");
+        assert!(token > before.dead_token, "{name}: {token} was returned after it was forgotten");
+        assert!(
+            at_ms + self.window_ms > before.wall_ms,
+            "G4: {name}: {token} of {at_ms} was returned after its window"
+        );
+        if let Some(done) = self.required_completion(&history, before) {
+            assert!(done.token.is_none_or(|done| done == token), "G1: {name}: {token} instead of {done:?}");
         }
-        // Not where somebody forgets the key at the same time.
+        // Not if another thread forgets the key at the same time.
         if before.forgetting == 0 && before.forgets == history.forgets {
             if let Some((other, other_ms)) = history.answered {
                 let apart_ms = at_ms.abs_diff(other_ms);
@@ -179,28 +182,31 @@ impl Oracle {
         count(&self.seen.duplicates);
     }
 
-    fn judge_unfinished(&self, key: usize, before: &Before, answer: &str) {
-        let done = self.must_tell(&self.history(key), before);
-        assert!(done.is_none(), "G1: {} is {answer} though it was completed: {done:?}", name(key));
+    fn check_unfinished(&self, key: usize, before: &Before, answer: &str) {
+        let done = self.required_completion(&self.history(key), before);
+        assert!(done.is_none(), "G1: {} is {answer}, but was completed: {done:?}", name(key));
     }
 
-    fn judge_acquired(&self, key: usize, before: &Before, lease: Lease) -> Work {
-        self.judge_unfinished(key, before, "acquired");
+    fn check_acquired(&self, key: usize, before: &Before, lease: Lease) -> Work {
+        self.check_unfinished(key, before, "acquired");
         let (name, token, now_ms) = (name(key), lease.token().get(), self.clock.monotonic_ms());
         assert!(token > before.newest_token, "G3: {name}: {token} after {}", before.newest_token);
         self.newest_token.fetch_max(token, Ordering::SeqCst);
-        let ours = Holder { token, alive_until_ms: before.monotonic_ms + self.lease_ms };
+        let ours = Holder { token, leased_until_ms: before.monotonic_ms + self.lease_ms };
         let mut history = self.history(key);
         for other in &history.holders {
-            // Whichever came first must have run out when the other came: by now, as far as we know.
+            // The earlier lease must have expired when the other was granted, which was before now.
             let earlier = if other.token < token { other } else { &ours };
-            assert!(now_ms >= earlier.alive_until_ms, "G3: {name}: two holders, {token} and {}", other.token);
+            assert!(now_ms >= earlier.leased_until_ms, "G3: {name}: two holders, {token} and {}", other.token);
         }
         match history.newest {
             Some(newest) if newest.token > token => {
-                assert!(newest.before_ms >= ours.alive_until_ms, "G3: {name}: {token} was overtaken in its lease");
+                assert!(
+                    newest.before_ms >= ours.leased_until_ms,
+                    "G3: {name}: {token} was taken over during its lease"
+                );
             }
-            Some(newest) => assert_ne!(newest.token, token, "G3: {name}: one token twice"),
+            Some(newest) => assert_ne!(newest.token, token, "G3: {name}: the same token twice"),
             None => {}
         }
         if history.newest.is_none_or(|newest| newest.token < token) {
@@ -221,13 +227,13 @@ impl Oracle {
         Work { key, lease }
     }
 
-    fn judge_claim(&self, key: usize, before: &Before, claim: Claim) -> Option<Work> {
+    fn check_claim(&self, key: usize, before: &Before, claim: Claim) -> Option<Work> {
         match claim {
-            Claim::Acquired(lease) => return Some(self.judge_acquired(key, before, lease)),
-            Claim::Completed(answer) => self.judge_completed(key, before, &answer),
+            Claim::Acquired(lease) => return Some(self.check_acquired(key, before, lease)),
+            Claim::Completed(answer) => self.check_completed(key, before, &answer),
             Claim::InProgress(other) => {
-                self.judge_unfinished(key, before, "in progress");
-                assert!(other.retry_after.is_some(), "nothing is held");
+                self.check_unfinished(key, before, "in progress");
+                assert!(other.retry_after.is_some(), "no key is held here");
             }
         }
         None
@@ -236,7 +242,7 @@ impl Oracle {
     pub fn claim(&self, key: usize) -> Option<Work> {
         let before = self.before(key);
         let claim = self.store.claim(name(key)).wait().unwrap();
-        self.judge_claim(key, &before, claim)
+        self.check_claim(key, &before, claim)
     }
 
     pub fn claim_batch(&self, keys: &BTreeSet<usize>) -> Vec<Work> {
@@ -244,32 +250,32 @@ impl Oracle {
         let names: Vec<String> = keys.iter().map(|key| name(*key)).collect();
         let claims = self.store.claim_batch(&names).wait().unwrap();
         let judged = keys.iter().zip(&before).zip(claims);
-        judged.filter_map(|((key, before), claim)| self.judge_claim(*key, before, claim.unwrap())).collect()
+        judged.filter_map(|((key, before), claim)| self.check_claim(*key, before, claim.unwrap())).collect()
     }
 
     pub fn check(&self, key: usize) {
         let before = self.before(key);
         match self.store.check(name(key)).wait().unwrap() {
-            KeyStatus::New => self.judge_unfinished(key, &before, "new"),
-            KeyStatus::InProgress(_) => self.judge_unfinished(key, &before, "in progress"),
-            KeyStatus::Completed(answer) => self.judge_completed(key, &before, &answer),
+            KeyStatus::New => self.check_unfinished(key, &before, "new"),
+            KeyStatus::InProgress(_) => self.check_unfinished(key, &before, "in progress"),
+            KeyStatus::Completed(answer) => self.check_completed(key, &before, &answer),
         }
     }
 
-    /// From here on others may come by the key.
-    fn let_go(&self, work: &Work) -> Before {
+    /// Removes the holder: after this other threads may acquire the key.
+    fn end_hold(&self, work: &Work) -> Before {
         let before = self.before(work.key);
         let token = work.lease.token().get();
         self.history(work.key).holders.retain(|holder| holder.token != token);
         before
     }
 
-    fn judge_settled(&self, key: usize, alive_until_ms: u64, outcome: Result<(), Error>) -> bool {
+    fn check_end(&self, key: usize, leased_until_ms: u64, outcome: Result<(), Error>) -> bool {
         match outcome {
             Ok(()) => true,
             Err(Error::Superseded { token, .. }) => {
                 let now_ms = self.clock.monotonic_ms();
-                assert!(now_ms >= alive_until_ms, "G3: {}: {token} was superseded in its lease", name(key));
+                assert!(now_ms >= leased_until_ms, "G3: {}: {token} was superseded during its lease", name(key));
                 count(&self.seen.superseded);
                 false
             }
@@ -277,11 +283,11 @@ impl Oracle {
         }
     }
 
-    fn note_done(&self, key: usize, before: &Before, token: Option<u64>) {
+    fn add_completion(&self, key: usize, before: &Before, token: Option<u64>) {
         let done = Done { token, from_ms: before.wall_ms, to_ms: self.clock.wall().as_unix_ms() };
         let mut history = self.history(key);
         if before.forgetting > 0 || history.forgets != before.forgets {
-            // Whether it or the forgetting came last is open.
+            // It is unknown whether the completion or the `forget` came last.
             return;
         }
         if let Some(other) = history.done {
@@ -294,31 +300,31 @@ impl Oracle {
         }
     }
 
-    fn alive_until_ms(&self, work: &Work) -> u64 {
+    fn leased_until_ms(&self, work: &Work) -> u64 {
         let token = work.lease.token().get();
         let history = self.history(work.key);
-        history.holders.iter().find(|holder| holder.token == token).unwrap().alive_until_ms
+        history.holders.iter().find(|holder| holder.token == token).unwrap().leased_until_ms
     }
 
     pub fn complete(&self, work: Work) -> bool {
-        let alive_until_ms = self.alive_until_ms(&work);
-        let before = self.let_go(&work);
+        let leased_until_ms = self.leased_until_ms(&work);
+        let before = self.end_hold(&work);
         let (key, token) = (work.key, work.lease.token().get());
         let outcome = work.lease.complete(self.result(key, token)).wait().map_err(|error| error.into_parts().0);
-        self.judge_completion(key, &before, token, alive_until_ms, outcome)
+        self.check_completion(key, &before, token, leased_until_ms, outcome)
     }
 
-    fn judge_completion(
+    fn check_completion(
         &self,
         key: usize,
         before: &Before,
         token: u64,
-        alive_until_ms: u64,
+        leased_until_ms: u64,
         outcome: Result<(), Error>,
     ) -> bool {
-        let ours = self.judge_settled(key, alive_until_ms, outcome);
+        let ours = self.check_end(key, leased_until_ms, outcome);
         if ours {
-            self.note_done(key, before, Some(token));
+            self.add_completion(key, before, Some(token));
             count(&self.seen.completed);
         }
         ours
@@ -328,62 +334,62 @@ impl Oracle {
         let mut begun = Vec::new();
         let mut leases = Vec::new();
         for work in works {
-            let (key, token, alive_until_ms) = (work.key, work.lease.token().get(), self.alive_until_ms(&work));
-            begun.push((key, token, alive_until_ms, self.let_go(&work)));
+            let (key, token, leased_until_ms) = (work.key, work.lease.token().get(), self.leased_until_ms(&work));
+            begun.push((key, token, leased_until_ms, self.end_hold(&work)));
             leases.push((work.lease, self.result(key, token)));
         }
         let outcomes = self.store.complete_batch(leases).wait();
-        for ((key, token, alive_until_ms, before), outcome) in begun.into_iter().zip(outcomes) {
+        for ((key, token, leased_until_ms, before), outcome) in begun.into_iter().zip(outcomes) {
             let outcome = outcome.map_err(|error| error.into_parts().0);
-            self.judge_completion(key, &before, token, alive_until_ms, outcome);
+            self.check_completion(key, &before, token, leased_until_ms, outcome);
         }
     }
 
     pub fn release(&self, work: Work) {
-        let alive_until_ms = self.alive_until_ms(&work);
-        self.let_go(&work);
-        if self.judge_settled(work.key, alive_until_ms, work.lease.release().wait()) {
+        let leased_until_ms = self.leased_until_ms(&work);
+        self.end_hold(&work);
+        if self.check_end(work.key, leased_until_ms, work.lease.release().wait()) {
             count(&self.seen.released);
         }
     }
 
     pub fn abandon(&self, work: Work) {
-        self.let_go(&work);
+        self.end_hold(&work);
         drop(work.lease);
         count(&self.seen.dropped);
     }
 
-    /// The work itself, unless it was taken over.
+    /// Ends the work in a random way, unless it was taken over.
     pub fn renew(&self, mut work: Work) -> Option<Work> {
-        let alive_until_ms = self.alive_until_ms(&work);
+        let leased_until_ms = self.leased_until_ms(&work);
         let now_ms = self.clock.monotonic_ms();
         let token = work.lease.token().get();
-        if !self.judge_settled(work.key, alive_until_ms, work.lease.renew()) {
-            self.let_go(&work);
+        if !self.check_end(work.key, leased_until_ms, work.lease.renew()) {
+            self.end_hold(&work);
             return None;
         }
         let mut history = self.history(work.key);
         let holder = history.holders.iter_mut().find(|holder| holder.token == token).unwrap();
-        holder.alive_until_ms = now_ms + self.lease_ms;
+        holder.leased_until_ms = now_ms + self.lease_ms;
         drop(history);
         Some(work)
     }
 
-    fn judge_record(&self, key: usize, before: &Before, recorded: RecordOutcome) {
+    fn check_record(&self, key: usize, before: &Before, recorded: RecordOutcome) {
         match recorded {
             RecordOutcome::First => {
-                self.judge_unfinished(key, before, "recorded");
+                self.check_unfinished(key, before, "recorded");
                 let now_ms = self.clock.monotonic_ms();
                 let history = self.history(key);
-                for holder in before.holders.iter().filter(|holder| holder.alive_until_ms > now_ms) {
+                for holder in before.holders.iter().filter(|holder| holder.leased_until_ms > now_ms) {
                     let still = history.holders.iter().any(|other| other.token == holder.token);
-                    assert!(!still, "G3: {}: recorded while {} holds it", name(key), holder.token);
+                    assert!(!still, "G3: {}: recorded while token {} holds it", name(key), holder.token);
                 }
                 drop(history);
-                self.note_done(key, before, None);
+                self.add_completion(key, before, None);
                 count(&self.seen.recorded);
             }
-            RecordOutcome::Duplicate { in_flight: true } => self.judge_unfinished(key, before, "in flight"),
+            RecordOutcome::Duplicate { in_flight: true } => self.check_unfinished(key, before, "in flight"),
             RecordOutcome::Duplicate { in_flight: false } => count(&self.seen.duplicates),
         }
     }
@@ -391,7 +397,7 @@ impl Oracle {
     pub fn record(&self, key: usize) {
         let before = self.before(key);
         let recorded = self.store.record(name(key)).wait().unwrap();
-        self.judge_record(key, &before, recorded);
+        self.check_record(key, &before, recorded);
     }
 
     pub fn record_batch(&self, keys: &BTreeSet<usize>) {
@@ -399,13 +405,13 @@ impl Oracle {
         let names: Vec<String> = keys.iter().map(|key| name(*key)).collect();
         let recorded = self.store.record_batch(&names).wait().unwrap();
         for ((key, before), recorded) in keys.iter().zip(&before).zip(recorded) {
-            self.judge_record(*key, before, recorded.unwrap());
+            self.check_record(*key, before, recorded.unwrap());
         }
     }
 
     pub fn forget(&self, key: usize) {
         let mut history = self.history(key);
-        let known = history.done.take().and_then(|done| done.token);
+        let token = history.done.take().and_then(|done| done.token);
         history.answered = None;
         history.forgets += 1;
         history.forgetting += 1;
@@ -415,7 +421,7 @@ impl Oracle {
         history.forgetting -= 1;
         match forgotten {
             Ok(counted) => {
-                history.dead_token = history.dead_token.max(known.unwrap_or(0));
+                history.dead_token = history.dead_token.max(token.unwrap_or(0));
                 if counted {
                     count(&self.seen.forgotten);
                 }
@@ -425,7 +431,7 @@ impl Oracle {
         }
     }
 
-    /// One random thing that a consumer may do; `pick` chooses a number below the one it is given.
+    /// Makes one random call of a consumer. `pick` returns a number below its argument.
     pub fn step(&self, pick: &mut dyn FnMut(usize) -> usize, held: &mut Vec<Work>) {
         let keys = self.keys();
         match pick(20) {

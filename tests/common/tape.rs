@@ -1,5 +1,5 @@
-//! A disk that remembers every write and every flush, in the order in which they came, and what a power cut could have
-//! left of it: ext4 on a loop device whose file is exported by a FUSE file system of our own.
+//! A disk that records every write and flush in order, and the states in which a power cut can leave it: ext4 on a loop
+//! device whose file is served by a FUSE file system in this process.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -16,15 +16,15 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use tempfile::TempDir;
 
-use crate::disk::{runs, unmount};
+use crate::disk::{run_program, unmount};
 
-/// What a disk writes whole, whatever happens.
+/// The unit that a disk writes atomically.
 const SECTOR: usize = 512;
 const IMAGE: &str = "image";
 const IMAGE_INODE: INodeNo = INodeNo(2);
 const FOREVER: Duration = Duration::from_secs(3_600);
 
-/// What came to the disk.
+/// The writes and flushes of the disk.
 pub enum Event {
     Write { offset: usize, bytes: Vec<u8> },
     Flush,
@@ -36,7 +36,7 @@ struct Tape {
     events: Vec<Event>,
 }
 
-/// The file system with the one file that is the disk. One thread serves it: what comes is in one order.
+/// The file system with one file, the disk. One thread serves it, so that events have one order.
 struct Recorder(Arc<Mutex<Tape>>);
 
 impl Recorder {
@@ -77,7 +77,7 @@ impl Filesystem for Recorder {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Past the kernel's cache: what the loop device writes comes here at once, and in its order.
+        // Without the kernel's cache: writes of the loop device arrive at once and in their order.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
     }
 
@@ -112,14 +112,14 @@ impl Filesystem for Recorder {
     ) {
         let mut tape = self.0.lock().unwrap();
         let offset = offset as usize;
-        let Some(place) = tape.image.get_mut(offset..offset + data.len()) else { return reply.error(Errno::ENOSPC) };
-        place.copy_from_slice(data);
+        let Some(target) = tape.image.get_mut(offset..offset + data.len()) else { return reply.error(Errno::ENOSPC) };
+        target.copy_from_slice(data);
         tape.events.push(Event::Write { offset, bytes: data.to_vec() });
         reply.written(data.len() as u32);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        // A descriptor is closed. The disk knows nothing of that.
+        // A descriptor is closed, which is no event of a disk.
         reply.ok();
     }
 
@@ -138,7 +138,7 @@ pub struct TapedDisk {
 }
 
 impl TapedDisk {
-    /// `None` where this machine cannot do it.
+    /// `None` if this machine does not support it.
     pub fn new(mib: usize, commit_s: u32) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let blank = formatted(&dir.path().join("plain"), mib)?;
@@ -150,7 +150,7 @@ impl TapedDisk {
         disk.session = Some(session.ok()?);
         let options = format!("loop,commit={commit_s}");
         let (image, root) = (disk.fuse().join(IMAGE), disk.root());
-        runs("mount", &["-o", &options, image.to_str()?, root.to_str()?]).then_some(disk)
+        run_program("mount", &["-o", &options, image.to_str()?, root.to_str()?]).then_some(disk)
     }
 
     fn fuse(&self) -> PathBuf {
@@ -162,13 +162,13 @@ impl TapedDisk {
         self.dir.path().join("root")
     }
 
-    /// A clock that counts what has come to the disk.
+    /// A clock that counts the events of the disk.
     pub fn clock(&self) -> impl Fn() -> u64 + Send + 'static {
         let tape = Arc::clone(&self.tape);
         move || tape.lock().unwrap().events.len() as u64
     }
 
-    /// Takes the tape out, and unmounts the disk. What comes to it now is not on the tape.
+    /// Ends the recording, and unmounts the disk. Later events are not recorded.
     pub fn eject(mut self) -> Recording {
         let events = std::mem::take(&mut self.tape.lock().unwrap().events);
         Recording { blank: std::mem::take(&mut self.blank), events }
@@ -178,44 +178,44 @@ impl TapedDisk {
 impl Drop for TapedDisk {
     fn drop(&mut self) {
         unmount(&self.root());
-        // DedupStream the loop device has let go of it.
-        let gone = unmount(&self.fuse());
-        if let Some(session) = self.session.take().filter(|_| gone) {
+        // Once the loop device has released it.
+        let is_unmounted = unmount(&self.fuse());
+        if let Some(session) = self.session.take().filter(|_| is_unmounted) {
             let _ = session.umount_and_join();
         }
     }
 }
 
-/// An empty ext4 file system that has nothing left to do in the background.
+/// An empty ext4 file system without pending background work.
 fn formatted(path: &Path, mib: usize) -> Option<Vec<u8>> {
     std::fs::File::create(path).unwrap().set_len((mib as u64) << 20).unwrap();
     let done = "nodiscard,lazy_itable_init=0,lazy_journal_init=0";
-    runs("mkfs.ext4", &["-q", "-F", "-b", "4096", "-J", "size=4", "-E", done, path.to_str()?]).then_some(())?;
+    run_program("mkfs.ext4", &["-q", "-F", "-b", "4096", "-J", "size=4", "-E", done, path.to_str()?]).then_some(())?;
     let image = std::fs::read(path).unwrap();
     std::fs::remove_file(path).unwrap();
     Some(image)
 }
 
-/// All that came to a disk.
+/// All events of a disk.
 pub struct Recording {
-    /// What was on it in the beginning.
+    /// The initial contents.
     blank: Vec<u8>,
     pub events: Vec<Event>,
 }
 
-/// What is left of a disk whose power was cut.
+/// The state of a disk after a power cut.
 pub struct Remains {
     pub image: Vec<u8>,
-    /// Writes behind the last flush: those that are there, those of which a part is, and those that are not.
-    pub whole: usize,
+    /// Writes after the last flush: those that are complete, torn, and lost.
+    pub complete: usize,
     pub torn: usize,
     pub lost: usize,
 }
 
-/// Plays a tape from its beginning.
+/// Replays a recording from its start.
 pub struct Player<'a> {
     events: &'a [Event],
-    /// Everything before this is on the disk.
+    /// All events before this one are on the disk.
     flushed: usize,
     image: Vec<u8>,
 }
@@ -225,9 +225,10 @@ impl<'a> Player<'a> {
         Self { events: &recording.events, flushed: 0, image: recording.blank.clone() }
     }
 
-    /// What may be left after so many events; not fewer than the time before. All up to the last flush is there. Of what
-    /// came after it, some is, some is not, and some is torn between two sectors. Where writes do not overlap, doing them
-    /// in another order is leaving some of them out; where they do, the kernel waits for one before it sends the other.
+    /// A possible state after this many events; never fewer than in the call before. All writes up to the last flush
+    /// are complete. Of the later ones some are complete, some are lost, and some are torn between two sectors. This
+    /// covers reordering: for writes that do not overlap, another order equals the loss of some; and the kernel does
+    /// not reorder overlapping writes.
     pub fn cut(&mut self, after: usize, rng: &mut StdRng) -> Remains {
         let before = &self.events[..after];
         let flush = before.iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0).max(self.flushed);
@@ -235,8 +236,8 @@ impl<'a> Player<'a> {
             apply(&mut self.image, event, |_| true);
         }
         self.flushed = flush;
-        let mut remains = Remains { image: self.image.clone(), whole: 0, torn: 0, lost: 0 };
-        // From nearly all to nearly nothing.
+        let mut remains = Remains { image: self.image.clone(), complete: 0, torn: 0, lost: 0 };
+        // From nearly all writes to nearly none.
         let (there, torn) = (rng.random::<f64>(), rng.random::<f64>() / 2.0);
         for event in &before[flush..] {
             let Event::Write { offset, bytes } = event else { continue };
@@ -250,7 +251,7 @@ impl<'a> Player<'a> {
                     _ => apply(&mut remains.image, event, |_| rng.random_bool(there)),
                 }
             } else if rng.random_bool(there) {
-                remains.whole += 1;
+                remains.complete += 1;
                 apply(&mut remains.image, event, |_| true);
             } else {
                 remains.lost += 1;

@@ -1,11 +1,10 @@
-//! Clocks that misbehave: a wall clock that is wrong for a moment, for an hour or for good, a machine that is suspended, paused, switched
-//! off or started with a wrong clock, and processes that live for a second. The store's time runs on elapsed time; what the wall clock
-//! says beyond that counts when it was confirmed for 10 minutes. Leases follow the monotonic clock and nothing else.
+//! Clocks that misbehave: a wall clock that is wrong for a moment, for an hour or forever, a machine that is suspended,
+//! paused, rebooted or booted with a wrong clock, and processes that run for a second. The store's time runs on elapsed
+//! time; a step of the wall clock counts once its readings confirm it for 10 minutes. Leases follow the monotonic clock
+//! alone.
 //!
-//! `ONLYONCE_CLOCK_ROUNDS` (25 if not set) and `ONLYONCE_CLOCK_SEED` (default: drawn, and printed) set how often the
-//! random walk is walked, and how.
-
-mod common;
+//! `ONLYONCE_CLOCK_ROUNDS` (default: 25) sets the number of random walks, and `ONLYONCE_CLOCK_SEED` (default: random,
+//! and printed) their seed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::{START_MS, copy_store};
+use crate::common::{START_MS, copy_store};
 use onlyonce::{BootTime, Claim, Clock, Durability, KeyStatus, Lease, PriorAttempt, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -25,14 +24,15 @@ const HOUR_MS: u64 = 60 * MINUTE_MS;
 const DAY_MS: u64 = 24 * HOUR_MS;
 const YEAR_MS: u64 = 366 * DAY_MS;
 const LEASE_MS: u64 = SECOND_MS;
-/// For how long the wall clock must say the same before it counts, and how far it may be off without that.
-/// Longer than a completion may have waited for the disk when the clock stepped.
+/// Longer than a completion can wait for the disk when the clock steps.
 const A_MOMENT_MS: u64 = 2_000;
+/// How long all readings of the wall clock must agree before a step counts.
 const CONFIRMED_AFTER_MS: u64 = 10 * MINUTE_MS;
+/// The steps that count at once, in total per `CONFIRMED_AFTER_MS`.
 const TOLERANCE_MS: u64 = SECOND_MS;
 const IN_2099_MS: u64 = 4_080_000_000_000;
 
-/// Clocks that have nothing to do with each other. Each change is one that a thread of the store may see alone.
+/// Independent clocks. A thread of the store can see each change without the others.
 #[derive(Clone)]
 struct Clocks(Arc<Inner>);
 
@@ -40,7 +40,7 @@ struct Inner {
     wall_ms: AtomicU64,
     monotonic_ms: AtomicU64,
     asleep_ms: AtomicU64,
-    /// 0: there is no clock that runs across processes.
+    /// 0 if no clock runs across processes.
     boot: AtomicU64,
 }
 
@@ -84,18 +84,18 @@ impl Clocks {
         self.0.wall_ms.store(ms, Ordering::SeqCst);
     }
 
-    /// The monotonic clock alone.
+    /// Advances the monotonic clock alone.
     fn run_on(&self, ms: u64) {
         self.0.monotonic_ms.fetch_add(ms, Ordering::SeqCst);
     }
 
-    /// All clocks, as they should run.
+    /// Advances all clocks, as correct clocks do.
     fn pass(&self, ms: u64) {
         self.run_on(ms);
         self.set_wall(self.wall_ms() + ms);
     }
 
-    /// The boot clock alone: the machine is suspended, and its monotonic clock stands still.
+    /// Advances the boot clock alone: the machine is suspended, and its monotonic clock stops.
     fn sleep(&self, ms: u64) {
         self.0.asleep_ms.fetch_add(ms, Ordering::SeqCst);
     }
@@ -105,12 +105,12 @@ impl Clocks {
         self.set_wall(self.wall_ms() + ms);
     }
 
-    /// The machine is paused from outside, and only its wall clock learns of it.
+    /// Advances the wall clock alone: the machine is paused by its host.
     fn pause(&self, ms: u64) {
         self.set_wall(self.wall_ms() + ms);
     }
 
-    /// The machine is switched off, and on again so much later.
+    /// The machine is switched off, and on again after `ms`.
     fn reboot_after(&self, ms: u64) {
         if self.0.boot.load(Ordering::SeqCst) > 0 {
             self.0.boot.fetch_add(1, Ordering::SeqCst);
@@ -133,7 +133,7 @@ impl Clocks {
 
 /// A store and its clocks.
 struct Bench {
-    // Dropped before its directory is.
+    // Before the directory, so that it is dropped first.
     store: Store,
     clocks: Clocks,
     window_ms: u64,
@@ -161,7 +161,7 @@ impl Bench {
         self.store = self.clocks.open(&self.path(), self.window_ms);
     }
 
-    /// What a crash would leave of the store, opened.
+    /// Opens a copy of the store's directory as a crash leaves it.
     fn crash(&self) -> Self {
         self.crash_after(|_| ())
     }
@@ -186,12 +186,12 @@ impl Bench {
         matches!(self.store.check(key).wait().unwrap(), KeyStatus::Completed(_))
     }
 
-    /// Time passes, and the store sees each minute of it.
+    /// Advances all clocks; the store reads them each minute.
     fn live(&self, ms: u64) {
         self.each_minute(ms, |clocks, ms| clocks.pass(ms));
     }
 
-    /// The same, with a wall clock that stands still.
+    /// As `live`, with a wall clock that is stopped.
     fn live_with_a_stopped_clock(&self, ms: u64) {
         self.each_minute(ms, |clocks, ms| clocks.run_on(ms));
     }
@@ -208,7 +208,7 @@ impl Bench {
 fn acquire(store: &Store, key: &str) -> Lease {
     match store.claim(key).wait().unwrap() {
         Claim::Acquired(lease) => lease,
-        other => panic!("{key} should be free, but is {other:?}"),
+        other => panic!("{key} should be unclaimed, but is {other:?}"),
     }
 }
 
@@ -220,7 +220,7 @@ fn retry_after_ms(store: &Store, key: &str) -> u128 {
 }
 
 #[test]
-fn a_jump_of_the_wall_clock_ends_no_lease_and_lengthens_none() {
+fn a_step_of_the_wall_clock_ends_no_lease_and_lengthens_none() {
     let bench = Bench::new(Clocks::new(), 10 * SECOND_MS);
     let (store, clocks) = (&bench.store, &bench.clocks);
     let lease = acquire(store, "k");
@@ -239,7 +239,7 @@ fn a_jump_of_the_wall_clock_ends_no_lease_and_lengthens_none() {
 }
 
 #[test]
-fn a_jump_of_the_wall_clock_ends_no_backoff_and_lengthens_none() {
+fn a_step_of_the_wall_clock_ends_no_backoff_and_lengthens_none() {
     let bench = Bench::new(Clocks::new(), 10 * SECOND_MS);
     let (store, clocks) = (&bench.store, &bench.clocks);
     acquire(store, "k").release().after(Duration::from_secs(5)).wait().unwrap();
@@ -254,38 +254,42 @@ fn a_jump_of_the_wall_clock_ends_no_backoff_and_lengthens_none() {
 }
 
 #[test]
-fn one_reading_in_2099_forgets_nothing_and_leaves_no_trace() {
+fn one_reading_in_2099_expires_no_key_and_has_no_later_effect() {
     for restarted in [false, true] {
         let mut bench = Bench::new(Clocks::new(), HOUR_MS);
-        bench.record("sealed");
+        bench.record("flushed");
         bench.store.flush().unwrap();
         bench.record("young");
         let buckets = bench.store.stats().buckets.len();
         bench.clocks.set_wall(IN_2099_MS);
-        assert!(bench.knows("sealed") && bench.knows("young"));
+        assert!(bench.knows("flushed") && bench.knows("young"));
         bench.record("in 2099");
         bench.store.flush().unwrap();
         if restarted {
             bench.reopen();
         }
         bench.clocks.set_wall(START_MS);
-        for known in ["sealed", "young", "in 2099"] {
-            assert!(bench.knows(known), "{known}, restarted: {restarted}");
+        for key in ["flushed", "young", "in 2099"] {
+            assert!(bench.knows(key), "{key}, restarted: {restarted}");
         }
         assert_eq!((bench.now_ms(), bench.store.stats().buckets.len()), (START_MS, buckets));
         bench.reopen();
         bench.live(HOUR_MS - 1);
-        assert!(["sealed", "young", "in 2099"].iter().all(|key| bench.knows(key)));
+        assert!(["flushed", "young", "in 2099"].iter().all(|key| bench.knows(key)));
         bench.live(1);
-        assert!(!["sealed", "young", "in 2099"].iter().any(|key| bench.knows(key)), "time goes on");
+        assert!(!["flushed", "young", "in 2099"].iter().any(|key| bench.knows(key)), "the keys expire as time passes");
         bench.live(HOUR_MS / 10);
         bench.store.flush().unwrap();
-        assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0, "and nothing stays");
+        assert_eq!(
+            bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(),
+            0,
+            "no key is left on disk"
+        );
     }
 }
 
 #[test]
-fn a_clock_that_is_an_hour_ahead_for_a_moment_moves_nothing() {
+fn a_clock_that_is_an_hour_ahead_for_a_moment_does_not_move_the_time() {
     let bench = Bench::new(Clocks::new(), 10 * MINUTE_MS);
     bench.record("k");
     bench.clocks.set_wall(START_MS + HOUR_MS);
@@ -296,15 +300,15 @@ fn a_clock_that_is_an_hour_ahead_for_a_moment_moves_nothing() {
     bench.clocks.set_wall(START_MS + CONFIRMED_AFTER_MS - 1);
     assert_eq!(bench.now_ms(), START_MS + CONFIRMED_AFTER_MS - 1);
     bench.live(1);
-    assert!(!bench.knows("k"), "its window is over");
+    assert!(!bench.knows("k"), "its window has ended");
     bench.live(CONFIRMED_AFTER_MS - 2);
     assert!(bench.knows("an hour ahead"));
     bench.live(1);
-    assert!(!bench.knows("an hour ahead"), "not an hour later than the others");
+    assert!(!bench.knows("an hour ahead"), "its window does not end an hour later");
 }
 
 #[test]
-fn a_wall_clock_that_stands_still_stops_nothing() {
+fn a_stopped_wall_clock_does_not_stop_the_time() {
     let bench = Bench::new(Clocks::new(), 10 * MINUTE_MS);
     for round in 0..20 {
         let key = format!("k{round}");
@@ -320,32 +324,32 @@ fn a_wall_clock_that_stands_still_stops_nothing() {
 }
 
 #[test]
-fn small_steps_are_followed_up_to_a_second_in_ten_minutes() {
+fn steps_of_up_to_a_second_in_ten_minutes_count_at_once() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     let ahead = |ms| {
         bench.clocks.set_wall(bench.clocks.wall_ms() + ms);
         bench.now_ms() - START_MS
     };
     assert_eq!((ahead(400), ahead(600)), (400, 1_000));
-    assert_eq!(ahead(1), 1_000, "the second of these ten minutes is used up");
+    assert_eq!(ahead(1), 1_000, "the second for these ten minutes is used");
     bench.clocks.set_wall(START_MS + 1_000);
     bench.live(CONFIRMED_AFTER_MS);
     assert_eq!(ahead(400), 1_400 + CONFIRMED_AFTER_MS);
-    // A step back is not.
+    // A step back does not count at once.
     bench.clocks.set_wall(bench.clocks.wall_ms() - TOLERANCE_MS);
     bench.live(2 * CONFIRMED_AFTER_MS);
     assert_eq!(bench.now_ms(), START_MS + 1_400 + 3 * CONFIRMED_AFTER_MS);
 }
 
 #[test]
-fn a_step_counts_when_every_reading_of_ten_minutes_said_so() {
+fn a_step_counts_once_all_readings_of_ten_minutes_agree() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("old");
     bench.store.flush().unwrap();
     bench.clocks.pause(YEAR_MS);
     bench.live(CONFIRMED_AFTER_MS - 1);
     assert!(bench.knows("old"));
-    // One reading that agrees, and everything begins again.
+    // One reading without the step restarts the ten minutes.
     bench.clocks.set_wall(bench.now_ms());
     bench.now_ms();
     bench.clocks.pause(YEAR_MS);
@@ -361,50 +365,54 @@ fn a_step_counts_when_every_reading_of_ten_minutes_said_so() {
 
 #[test]
 fn completions_before_a_pause_is_confirmed_are_remembered_for_their_window() {
-    for (sealed, restarted, pause_ms) in
+    for (flushed, restarted, pause_ms) in
         [(false, false, 3 * DAY_MS), (true, false, 3 * DAY_MS), (true, true, 3 * DAY_MS), (true, true, 5 * MINUTE_MS)]
     {
         let mut bench = Bench::new(Clocks::without_a_boot_clock(), HOUR_MS);
         bench.record("before");
         bench.live(MINUTE_MS);
         bench.clocks.pause(pause_ms);
-        // A second after the pause, and just before the step counts.
+        // One key a second after the pause, and one just before the step counts.
         bench.live(SECOND_MS);
         bench.record("early");
         drop(acquire(&bench.store, "dropped"));
         bench.live(CONFIRMED_AFTER_MS - 2 * SECOND_MS);
         bench.record("late");
-        if sealed {
+        if flushed {
             bench.store.flush().unwrap();
         }
         if restarted {
             bench.reopen();
         }
         bench.live(SECOND_MS);
-        let told = format!("sealed {sealed}, restarted {restarted}, {pause_ms} ms");
-        assert_eq!(bench.now_ms(), START_MS + MINUTE_MS + pause_ms + CONFIRMED_AFTER_MS, "{told}");
-        assert_eq!(bench.knows("before"), pause_ms < HOUR_MS, "{told}");
-        assert!(bench.knows("early") && bench.knows("late"), "{told}");
+        let case = format!("flushed {flushed}, restarted {restarted}, {pause_ms} ms");
+        assert_eq!(bench.now_ms(), START_MS + MINUTE_MS + pause_ms + CONFIRMED_AFTER_MS, "{case}");
+        assert_eq!(bench.knows("before"), pause_ms < HOUR_MS, "{case}");
+        assert!(bench.knows("early") && bench.knows("late"), "{case}");
         bench.store.flush().unwrap();
         if restarted {
             bench.reopen();
         }
-        assert_eq!(acquire(&bench.store, "dropped").attempt().number(), 2, "{told}: and so is what became of work");
+        assert_eq!(
+            acquire(&bench.store, "dropped").attempt().number(),
+            2,
+            "{case}: an ended attempt is remembered, too"
+        );
         bench.live(HOUR_MS - CONFIRMED_AFTER_MS + SECOND_MS - 1);
         bench.store.flush().unwrap();
-        assert!(bench.knows("early") && bench.knows("late"), "{told}");
+        assert!(bench.knows("early") && bench.knows("late"), "{case}");
         bench.live(1);
-        assert!(!bench.knows("early") && bench.knows("late"), "{told}");
+        assert!(!bench.knows("early") && bench.knows("late"), "{case}");
         bench.live(CONFIRMED_AFTER_MS - 2 * SECOND_MS);
-        assert!(!bench.knows("late"), "{told}");
+        assert!(!bench.knows("late"), "{case}");
         bench.live(HOUR_MS);
         bench.store.flush().unwrap();
-        assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0, "{told}");
+        assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0, "{case}");
     }
 }
 
 #[test]
-fn work_that_ends_before_a_pause_is_confirmed_is_remembered_also_where_it_began_at_a_wrong_time() {
+fn work_that_began_at_a_wrong_time_and_ends_before_a_pause_is_confirmed_is_remembered() {
     for flushed in [false, true] {
         let mut bench = Bench::new(Clocks::without_a_boot_clock(), 5 * HOUR_MS);
         bench.clocks.pause(2 * HOUR_MS);
@@ -413,7 +421,7 @@ fn work_that_ends_before_a_pause_is_confirmed_is_remembered_also_where_it_began_
         let claimed_ms = bench.now_ms();
         bench.clocks.set_wall(bench.clocks.wall_ms() - 2 * HOUR_MS);
         bench.live(CONFIRMED_AFTER_MS);
-        assert!(bench.now_ms() < claimed_ms, "the time went back");
+        assert!(bench.now_ms() < claimed_ms, "the store's time went back");
         bench.clocks.pause(3 * DAY_MS);
         bench.live(CONFIRMED_AFTER_MS / 2);
         let [completed, dropped, crashed] = leases;
@@ -437,21 +445,21 @@ fn work_that_ends_before_a_pause_is_confirmed_is_remembered_also_where_it_began_
 }
 
 #[test]
-fn a_step_that_two_openings_confirm_forgets_no_completion_before_the_crash() {
+fn a_step_that_two_opens_confirm_expires_no_completion_before_the_crash() {
     let mut bench = Bench::new(Clocks::without_a_boot_clock(), HOUR_MS);
     bench.reopen_after(|clocks| clocks.pause(DAY_MS));
-    // Less than what may pass until the next write saves the time.
+    // Shorter than the interval at which writes save the time.
     bench.clocks.pass(9 * SECOND_MS);
     bench.record("k");
     let crashed = bench.crash_after(|clocks| clocks.pass(CONFIRMED_AFTER_MS));
     assert_eq!(crashed.now_ms(), START_MS + DAY_MS, "the pause is confirmed");
-    assert!(crashed.knows("k"), "it is some minutes old");
+    assert!(crashed.knows("k"), "it is a few minutes old");
     crashed.live(HOUR_MS + MINUTE_MS);
     assert!(!crashed.knows("k"));
 }
 
 #[test]
-fn a_crash_loses_neither_a_step_nor_a_deviation() {
+fn a_crash_preserves_confirmed_steps_and_the_current_deviation() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("before");
     bench.clocks.pass(A_MOMENT_MS);
@@ -467,8 +475,8 @@ fn a_crash_loses_neither_a_step_nor_a_deviation() {
 }
 
 #[test]
-fn many_pauses_lose_no_key_and_delay_expiry_by_little_more_than_a_window() {
-    // Each is larger than a bucket, so that none can be merged with another.
+fn many_pauses_expire_no_key_early_and_delay_expiry_by_little_more_than_a_window() {
+    // Each pause is longer than a bucket, so that no two of them can be merged.
     let bench = Bench::new(Clocks::without_a_boot_clock(), 5 * HOUR_MS);
     let mut alive_since: Vec<(String, u64)> = Vec::new();
     let mut elapsed_ms = 0;
@@ -483,8 +491,8 @@ fn many_pauses_lose_no_key_and_delay_expiry_by_little_more_than_a_window() {
         for (key, since_ms) in &alive_since {
             let age_ms = elapsed_ms - since_ms;
             assert!(age_ms >= 5 * HOUR_MS || bench.knows(key), "{key} is forgotten at an age of {age_ms} ms");
-            // A window until there is room for the step, and a confirmation or two.
-            assert!(age_ms < 11 * HOUR_MS || !bench.knows(key), "{key} is still known at an age of {age_ms} ms");
+            // A window until another step can be stored, and one or two confirmations.
+            assert!(age_ms < 11 * HOUR_MS || !bench.knows(key), "{key} is still remembered at an age of {age_ms} ms");
         }
         assert!(bench.store.stats().buckets.len() <= 17, "{:?}", bench.store.stats().buckets);
     }
@@ -493,7 +501,7 @@ fn many_pauses_lose_no_key_and_delay_expiry_by_little_more_than_a_window() {
 }
 
 #[test]
-fn a_second_pause_before_the_first_is_confirmed_forgets_nothing_early() {
+fn a_second_pause_before_the_first_is_confirmed_expires_no_key_early() {
     for first_ms in [HOUR_MS, 3 * DAY_MS] {
         let bench = Bench::new(Clocks::new(), DAY_MS);
         bench.clocks.pause(first_ms);
@@ -505,7 +513,7 @@ fn a_second_pause_before_the_first_is_confirmed_forgets_nothing_early() {
         bench.record("k");
         bench.live(2 * CONFIRMED_AFTER_MS);
         assert_eq!(bench.now_ms(), bench.clocks.wall_ms(), "both are confirmed");
-        assert!(bench.knows("k"), "it is some minutes old, after a pause of {first_ms} ms");
+        assert!(bench.knows("k"), "it is a few minutes old, after a pause of {first_ms} ms");
         assert!(!bench.knows("between"), "it is older than a day");
         bench.live(DAY_MS);
         assert!(!bench.knows("k"));
@@ -529,12 +537,12 @@ fn a_completion_that_waited_for_the_disk_when_the_clock_stepped_is_remembered() 
         bench.clocks.pause(60 * HOUR_MS);
         bench.live(CONFIRMED_AFTER_MS);
         assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
-        assert!(bench.knows("acknowledged after the pause"), "the time went back: {went_back}");
+        assert!(bench.knows("acknowledged after the pause"), "the store's time went back: {went_back}");
     }
 }
 
 #[test]
-fn a_machine_that_was_suspended_knows_for_how_long() {
+fn the_time_of_a_suspend_counts() {
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("old");
     let lease = acquire(&bench.store, "leased");
@@ -546,18 +554,18 @@ fn a_machine_that_was_suspended_knows_for_how_long() {
     assert!(!bench.knows("old") && bench.knows("new"));
     assert_eq!(retry_after_ms(&bench.store, "leased"), u128::from(LEASE_MS));
     lease.complete("r").wait().unwrap();
-    // Also where the wall clock has stopped.
+    // Also with a stopped wall clock.
     bench.clocks.sleep(HOUR_MS);
     bench.store.flush().unwrap();
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
     while bench.knows("new") {
-        assert!(std::time::Instant::now() < deadline, "nobody looks at the boot clock");
+        assert!(std::time::Instant::now() < deadline, "no worker reads the boot clock");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// A clock that was wrong for long enough to count, and is put right.
-fn put_right_after(wrong_ms: u64, window_ms: u64) -> Bench {
+/// A store whose clock was wrong for long enough to count, and was then corrected.
+fn corrected_after(wrong_ms: u64, window_ms: u64) -> Bench {
     let bench = Bench::new(Clocks::new(), window_ms);
     bench.record("before");
     bench.clocks.pass(A_MOMENT_MS);
@@ -568,16 +576,20 @@ fn put_right_after(wrong_ms: u64, window_ms: u64) -> Bench {
     bench.store.flush().unwrap();
     bench.clocks.set_wall(bench.clocks.wall_ms() - wrong_ms);
     bench.live(CONFIRMED_AFTER_MS - 1);
-    assert_eq!(bench.now_ms(), START_MS + A_MOMENT_MS - 1 + 2 * CONFIRMED_AFTER_MS + wrong_ms, "not at once");
+    assert_eq!(
+        bench.now_ms(),
+        START_MS + A_MOMENT_MS - 1 + 2 * CONFIRMED_AFTER_MS + wrong_ms,
+        "the correction does not count at once"
+    );
     bench.record("before it counts");
     bench.live(1);
     bench
 }
 
 #[test]
-fn the_time_goes_back_to_a_clock_that_is_put_right_within_the_window() {
+fn the_time_goes_back_to_a_corrected_clock_within_the_window() {
     for restarted in [false, true] {
-        let mut bench = put_right_after(2 * HOUR_MS, 5 * HOUR_MS);
+        let mut bench = corrected_after(2 * HOUR_MS, 5 * HOUR_MS);
         if restarted {
             bench.reopen();
         }
@@ -587,11 +599,11 @@ fn the_time_goes_back_to_a_clock_that_is_put_right_within_the_window() {
         let floor_ms = bench.store.stats().remembers_since.as_unix_ms();
         bench.live(5 * HOUR_MS);
         assert_eq!(bench.now_ms(), bench.clocks.wall_ms());
-        assert!(bench.store.stats().remembers_since.as_unix_ms() >= floor_ms, "it never goes back");
-        assert!(bench.knows("meanwhile"), "it has a time of two hours later");
+        assert!(bench.store.stats().remembers_since.as_unix_ms() >= floor_ms, "the retention floor never goes back");
+        assert!(bench.knows("meanwhile"), "its completion time is two hours later");
         bench.live(2 * HOUR_MS + CONFIRMED_AFTER_MS);
         assert!(!bench.knows("meanwhile") && !bench.knows("before it counts"));
-        // As wide as a bucket is.
+        // The width of a bucket.
         bench.live(HOUR_MS / 2);
         bench.store.flush().unwrap();
         assert_eq!(bench.store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>(), 0);
@@ -599,17 +611,17 @@ fn the_time_goes_back_to_a_clock_that_is_put_right_within_the_window() {
 }
 
 #[test]
-fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
-    let mut bench = put_right_after(YEAR_MS, HOUR_MS);
+fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_advances() {
+    let mut bench = corrected_after(YEAR_MS, HOUR_MS);
     let highest_ms = START_MS + A_MOMENT_MS + 2 * CONFIRMED_AFTER_MS + YEAR_MS;
     let floor_ms = highest_ms - HOUR_MS + 1;
     assert_eq!(
         (bench.now_ms(), bench.store.stats().remembers_since.as_unix_ms()),
         (floor_ms, floor_ms),
-        "as far as it can"
+        "as far back as the floor allows"
     );
     assert!(!bench.knows("before") && bench.knows("meanwhile") && bench.knows("before it counts"));
-    // It runs on, also over restarts and where the clock stays where it is, and does not come back once more.
+    // It advances, also across restarts and with a stopped clock, and does not go back a second time.
     for round in 0..6 {
         match round {
             2 => bench.reopen(),
@@ -622,11 +634,11 @@ fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
     assert_eq!(bench.now_ms(), floor_ms + passed_ms);
     bench.record("after");
     bench.live(2 * HOUR_MS);
-    assert!(!["meanwhile", "before it counts", "after"].iter().any(|key| bench.knows(key)), "everything has its end");
+    assert!(!["meanwhile", "before it counts", "after"].iter().any(|key| bench.knows(key)), "every key expires");
     assert_eq!(bench.now_ms(), floor_ms + passed_ms + 2 * HOUR_MS);
     bench.store.flush().unwrap();
     assert!(bench.store.stats().buckets.len() <= 13, "{:?}", bench.store.stats().buckets);
-    // Small steps are followed as before, and one that catches up counts like any other.
+    // Small steps count at once as before, and a step that catches up counts like any other.
     bench.clocks.set_wall(bench.clocks.wall_ms() + 300);
     assert_eq!(bench.now_ms(), floor_ms + passed_ms + 2 * HOUR_MS + 300);
     bench.clocks.pause(2 * YEAR_MS);
@@ -636,7 +648,7 @@ fn beyond_the_window_the_time_goes_back_to_the_retention_floor_and_runs_on() {
 
 #[test]
 fn completions_at_a_wrong_time_expire_too() {
-    // Again and again the clock is wrong for long enough to count, by less than a window and by more.
+    // The clock is repeatedly wrong for long enough to count, by less than a window and by more.
     let bench = Bench::new(Clocks::new(), HOUR_MS);
     for round in 0..12_u64 {
         let wrong_ms = [30 * MINUTE_MS, 2 * HOUR_MS, YEAR_MS][round as usize % 3];
@@ -657,7 +669,7 @@ fn completions_at_a_wrong_time_expire_too() {
 }
 
 #[test]
-fn a_store_that_was_closed_for_days_expires_its_keys() {
+fn a_store_that_was_closed_for_days_expires_its_keys_once_the_time_is_confirmed() {
     for rebooted in [false, true] {
         let mut bench = Bench::new(Clocks::new(), DAY_MS);
         bench.record("old");
@@ -670,7 +682,7 @@ fn a_store_that_was_closed_for_days_expires_its_keys() {
         });
         bench.record("meanwhile");
         if rebooted {
-            assert!(bench.knows("old"), "one reading of the clock decides nothing");
+            assert!(bench.knows("old"), "one reading of the clock does not count");
             assert_eq!(bench.now_ms(), START_MS + 3 * HOUR_MS);
             bench.live(CONFIRMED_AFTER_MS - 1);
             assert!(bench.knows("old"));
@@ -690,7 +702,7 @@ fn a_store_that_was_closed_for_days_expires_its_keys() {
 }
 
 #[test]
-fn a_clock_that_is_wrong_at_boot_until_it_is_corrected_forgets_nothing() {
+fn a_clock_that_is_wrong_from_boot_until_its_correction_expires_no_key_early() {
     for wrong_ms in [HOUR_MS as i64, 3 * DAY_MS as i64, 80 * YEAR_MS as i64, -(HOUR_MS as i64), -(YEAR_MS as i64)] {
         let mut bench = Bench::new(Clocks::new(), DAY_MS);
         bench.record("old");
@@ -716,11 +728,11 @@ fn a_clock_that_is_wrong_at_boot_until_it_is_corrected_forgets_nothing() {
 }
 
 #[test]
-fn a_clock_that_is_a_year_behind_after_a_reboot_brings_nothing_back_and_stops_nothing() {
+fn a_clock_that_is_a_year_late_after_a_reboot_restores_no_key_and_does_not_stop_the_time() {
     let mut bench = Bench::new(Clocks::new(), HOUR_MS);
     bench.record("forgotten");
     bench.live(2 * HOUR_MS);
-    bench.record("known");
+    bench.record("remembered");
     bench.store.flush().unwrap();
     bench.reopen_after(|clocks| {
         clocks.reboot_after(MINUTE_MS);
@@ -731,33 +743,33 @@ fn a_clock_that_is_a_year_behind_after_a_reboot_brings_nothing_back_and_stops_no
     bench.live(CONFIRMED_AFTER_MS);
     let floor_ms = begun_ms + CONFIRMED_AFTER_MS - HOUR_MS + 1;
     assert_eq!(bench.now_ms(), floor_ms);
-    assert!(!bench.knows("forgotten") && bench.knows("known"));
+    assert!(!bench.knows("forgotten") && bench.knows("remembered"));
     bench.live(HOUR_MS);
     bench.reopen_after(|clocks| clocks.reboot_after(MINUTE_MS));
     bench.live(HOUR_MS);
-    assert!(!bench.knows("known"));
-    assert_eq!(bench.now_ms(), floor_ms + 2 * HOUR_MS, "and the minute it was off is not confirmed yet");
+    assert!(!bench.knows("remembered"));
+    assert_eq!(bench.now_ms(), floor_ms + 2 * HOUR_MS, "the minute while it was off is not confirmed");
 }
 
 #[test]
 fn a_command_that_runs_for_a_second_each_day_expires_its_keys() {
     for (clocks, rebooted, kept_days) in [
         (Clocks::new(), false, 2),
-        // One day later, and one more for each of the three steps that are kept until their keys are forgotten.
+        // Expiry is a day late, and another day for each of the three steps that are stored until their keys expire.
         (Clocks::new(), true, 5),
         (Clocks::without_a_boot_clock(), false, 5),
     ] {
         let mut bench = Bench::new(clocks, 2 * DAY_MS);
-        let told = format!("rebooted {rebooted}, with a boot clock {}", bench.clocks.boot().is_some());
+        let case = format!("rebooted {rebooted}, with a boot clock {}", bench.clocks.boot().is_some());
         for day in 0..30_usize {
             bench.record(&format!("of day {day}"));
             for before in 0..day {
-                let known = bench.knows(&format!("of day {before}"));
-                assert!(known || day - before >= 2, "{told}: of day {before}, on day {day}");
-                assert!(!known || day - before < kept_days, "{told}: of day {before}, on day {day}");
+                let is_known = bench.knows(&format!("of day {before}"));
+                assert!(is_known || day - before >= 2, "{case}: of day {before}, on day {day}");
+                assert!(!is_known || day - before < kept_days, "{case}: of day {before}, on day {day}");
             }
             bench.store.flush().unwrap();
-            assert!(bench.store.stats().buckets.len() <= 16, "{told}: {:?}", bench.store.stats().buckets);
+            assert!(bench.store.stats().buckets.len() <= 16, "{case}: {:?}", bench.store.stats().buckets);
             bench.clocks.pass(SECOND_MS);
             bench.reopen_after(|clocks| match rebooted {
                 true => clocks.reboot_after(DAY_MS),
@@ -783,7 +795,7 @@ fn the_second_run_after_a_reboot_confirms_what_the_first_one_read() {
 }
 
 #[test]
-fn openings_of_different_boots_confirm_no_more_than_both_said() {
+fn opens_in_different_boots_confirm_the_smaller_of_their_two_steps() {
     let mut bench = Bench::new(Clocks::without_a_boot_clock(), DAY_MS);
     bench.record("old");
     let opened_at = |bench: &mut Bench, wall_ms: u64| {
@@ -791,18 +803,30 @@ fn openings_of_different_boots_confirm_no_more_than_both_said() {
         bench.now_ms()
     };
     assert_eq!(opened_at(&mut bench, START_MS + HOUR_MS), START_MS);
-    assert_eq!(opened_at(&mut bench, START_MS + HOUR_MS + CONFIRMED_AFTER_MS - 1), START_MS, "too soon after it");
-    assert_eq!(opened_at(&mut bench, IN_2099_MS), START_MS + HOUR_MS, "the rest is the word of one");
+    assert_eq!(
+        opened_at(&mut bench, START_MS + HOUR_MS + CONFIRMED_AFTER_MS - 1),
+        START_MS,
+        "the second open is too early to confirm"
+    );
+    assert_eq!(opened_at(&mut bench, IN_2099_MS), START_MS + HOUR_MS, "only one open has read more than that");
     assert!(bench.knows("old"));
-    assert_eq!(opened_at(&mut bench, IN_2099_MS + DAY_MS), START_MS + HOUR_MS, "and more than a year");
-    assert_eq!(opened_at(&mut bench, START_MS + HOUR_MS), START_MS + HOUR_MS, "so it was wrong");
+    assert_eq!(
+        opened_at(&mut bench, IN_2099_MS + DAY_MS),
+        START_MS + HOUR_MS,
+        "a step of more than a year is not confirmed"
+    );
+    assert_eq!(opened_at(&mut bench, START_MS + HOUR_MS), START_MS + HOUR_MS, "the clock is back");
     assert_eq!(opened_at(&mut bench, START_MS + 3 * HOUR_MS), START_MS + HOUR_MS);
-    assert_eq!(opened_at(&mut bench, START_MS + 2 * HOUR_MS), START_MS + HOUR_MS, "less than the first, and too soon");
+    assert_eq!(
+        opened_at(&mut bench, START_MS + 2 * HOUR_MS),
+        START_MS + HOUR_MS,
+        "the second step is too early to be confirmed"
+    );
     assert_eq!(opened_at(&mut bench, START_MS + 4 * HOUR_MS), START_MS + 2 * HOUR_MS);
 }
 
 #[test]
-fn a_clock_that_is_set_between_two_runs_forgets_nothing_early_and_repeats_no_token() {
+fn a_clock_that_is_set_between_two_runs_expires_no_key_early_and_repeats_no_token() {
     let mut bench = Bench::new(Clocks::new(), DAY_MS);
     let mut last_token = 0;
     for (run, wall_ms) in [START_MS, START_MS - YEAR_MS, IN_2099_MS, START_MS - DAY_MS, 0].into_iter().enumerate() {
@@ -823,41 +847,42 @@ fn a_clock_that_is_set_between_two_runs_forgets_nothing_early_and_repeats_no_tok
     assert!(acquire(&bench.store, "new").token().get() > last_token);
 }
 
-/// The rule, as it is written down: what the store's time should be.
+/// The documented rule for the store's time, as a model.
 #[derive(Debug, Clone)]
 struct Rule {
     window_ms: u64,
     time_ms: u64,
     floor_ms: u64,
     lead_ms: u64,
-    /// The latest time before it went back.
+    /// The latest time before the time went back.
     newest_ms: u64,
-    /// Elapsed time as the store knows it, which never goes back.
+    /// Elapsed time as the store measures it, which never goes back.
     elapsed_ms: u64,
-    /// When the wall clock began to deviate in one direction, and the readings since, or since a step found no room.
+    /// When the wall clock began to deviate in one direction, and the readings since then, or since a step could not be
+    /// stored.
     since: Moment,
-    /// Whether what was confirmed last was ahead.
+    /// True if the last confirmed step was ahead.
     was_ahead: bool,
-    /// When the clock may have stepped further ahead.
+    /// When the clock may have made a further step ahead.
     grown_since: Option<Moment>,
     resumed_ms: u64,
     readings: Vec<Seen>,
-    /// Completions from, to, and by how much later they count.
+    /// Ranges of completion times (from, to), and how much later they count.
     steps: Vec<(u64, u64, u64)>,
-    /// All confirmed steps: since how much elapsed time the wall clock said so, and their sizes.
+    /// All confirmed steps: the elapsed time at which the wall clock first showed the step, and its size.
     confirmed: Vec<(u64, u64)>,
     followed: (u64, u64),
     seen: Ticks,
-    /// What happened how often.
+    /// How often each event happened.
     tally: BTreeMap<&'static str, u32>,
 }
 
-/// When the wall clock began to deviate.
+/// The start of a deviation of the wall clock.
 #[derive(Debug, Clone, Copy)]
 struct Moment {
-    /// The store's time, less how long a completion may have waited for the disk.
+    /// The store's time at that moment, less the time that a completion can wait for the disk.
     time_ms: u64,
-    /// How much time had elapsed at the first reading.
+    /// The elapsed time at the first reading.
     elapsed_ms: u64,
 }
 
@@ -868,7 +893,7 @@ struct Seen {
     deviation_ms: i64,
 }
 
-/// What the clocks that only go forward show.
+/// The readings of the clocks that never go back.
 #[derive(Debug, Clone, Copy)]
 struct Ticks {
     monotonic_ms: u64,
@@ -880,7 +905,7 @@ impl Ticks {
         Self { monotonic_ms: clocks.monotonic_ms(), boot: clocks.boot() }
     }
 
-    /// How much time has passed for certain. `None` where no clock runs across processes.
+    /// How much time has certainly passed. `None` if no clock runs across processes.
     fn since(&self, before: &Self) -> Option<u64> {
         match (self.boot, before.boot) {
             (Some(now), Some(then)) if now.id == then.id => Some(now.ms - then.ms),
@@ -931,7 +956,7 @@ impl Rule {
         at_ms + carry.map(|(_, _, by_ms)| by_ms).sum::<u64>()
     }
 
-    /// The steps that still carry something.
+    /// The steps that still shift completions.
     fn living(steps: &[(u64, u64, u64)], time_ms: u64, window_ms: u64) -> Vec<(u64, u64, u64)> {
         let newest_ms = |from_ms: u64, to_ms: u64| {
             let ends = steps.iter().map(|(_, to_ms, _)| *to_ms).filter(|end_ms| (from_ms..=to_ms).contains(end_ms));
@@ -948,8 +973,8 @@ impl Rule {
         self.counted(completed_ms) >= self.floor_ms && !self.is_over(completed_ms)
     }
 
-    /// How long ago something happened, whatever time the store gave it: the elapsed time since, and the steps of a wall clock that
-    /// began to deviate after it.
+    /// The true age of an event, whatever time the store gave it: the elapsed time since, and the confirmed steps whose
+    /// deviation began after it.
     fn age_ms(&self, happened_elapsed_ms: u64) -> u64 {
         let later = self.confirmed.iter().filter(|(since_ms, _)| *since_ms >= happened_elapsed_ms);
         self.elapsed_ms - happened_elapsed_ms + later.map(|(_, by_ms)| by_ms).sum::<u64>()
@@ -972,7 +997,7 @@ impl Rule {
         self.followed = (0, 0);
         let first = self.readings.first().copied();
         self.read(clocks.wall_ms());
-        // What two openings said, long enough apart.
+        // The step that two opens have read, far enough apart.
         if let (None, Some(first), Some(now)) = (elapsed_ms, first, self.readings.first())
             && (first.time_ms, first.wall_ms) == (now.time_ms, now.wall_ms)
             && clocks.wall_ms() >= first.wall_ms + CONFIRMED_AFTER_MS
@@ -980,7 +1005,7 @@ impl Rule {
             && self.least_deviation_ms() <= YEAR_MS
             && self.confirm()
         {
-            self.count("two openings");
+            self.count("two opens");
             self.read_rest(clocks.wall_ms());
         }
     }
@@ -1020,7 +1045,7 @@ impl Rule {
         if turned || falls_behind {
             self.readings.clear();
         }
-        // What waited for the disk in this process when the clock stepped was acknowledged after it.
+        // A completion that waited for the disk in this process when the clock stepped was acknowledged after the step.
         let since_ms = (time_ms - TOLERANCE_MS).max(self.resumed_ms).min(time_ms);
         let since = Moment { time_ms: since_ms, elapsed_ms: self.elapsed_ms };
         if self.readings.is_empty() {
@@ -1037,7 +1062,7 @@ impl Rule {
         }
     }
 
-    /// Where the clock is still ahead after a step, the next one carries along what this one does.
+    /// If the clock is still ahead after a step, the next step shifts the same completions.
     fn read_rest(&mut self, wall_ms: u64) {
         let grown_since = self.grown_since.filter(|_| self.was_ahead);
         self.read(wall_ms);
@@ -1060,7 +1085,7 @@ impl Rule {
                 self.time_ms = self.floor_ms;
                 self.count("back to the floor");
             } else {
-                self.count("not back once more");
+                self.count("no second time back");
             }
             self.lead_ms = self.time_ms - wall_ms;
             self.resumed_ms = self.resumed_ms.min(self.time_ms);
@@ -1085,7 +1110,7 @@ impl Rule {
                     if largest_ms > self.window_ms / 10 {
                         self.readings.drain(..self.readings.len() - 1);
                         self.grown_since = None;
-                        self.count("no room");
+                        self.count("no space for a step");
                         return false;
                     }
                     let (other, into) = (steps.remove(at + 1), &mut steps[at]);
@@ -1106,7 +1131,7 @@ impl Rule {
     }
 }
 
-/// A time that depends on what was flushed when: one of these.
+/// The possible values of a time that depends on when keys were flushed.
 type OneOf = BTreeSet<u64>;
 
 /// The later of the two.
@@ -1114,7 +1139,7 @@ fn not_before(time_ms: u64, times: &OneOf) -> OneOf {
     times.iter().map(|other_ms| time_ms.max(*other_ms)).collect()
 }
 
-/// What should be known of a key.
+/// The expected state of a key.
 #[derive(Debug, Clone)]
 enum Known {
     Completed {
@@ -1124,29 +1149,29 @@ enum Known {
     Leased {
         token: u64,
         attempt: u32,
-        /// What ends it is not earlier, though the time may come back.
+        /// Its end gets no earlier time, even if the store's time goes back.
         since: OneOf,
         until_monotonic_ms: u64,
     },
-    /// Dropped, crashed or released at this time. Across a restart a dropped lease may be told as crashed.
+    /// Dropped, crashed or released at this time. After a restart a dropped lease can be reported as crashed.
     Left {
         attempt: u32,
         priors: Vec<PriorAttempt>,
-        /// When it ended.
+        /// When the attempt ended.
         since: OneOf,
-        /// When it was claimed: from there the next opening begins, where the end was not flushed.
+        /// When it was claimed: the time that the next open assumes if the end was not flushed.
         claimed: OneOf,
-        /// Whether it may have been a window old once: then it may be forgotten, though the time went back.
+        /// True if it may have been a window old at some time: then it may be forgotten, even if the time went back later.
         was_over: bool,
     },
 }
 
-/// A store, its clocks, and what should be true.
+/// A store, its clocks, and their expected state.
 struct Walk {
     bench: Bench,
     rule: Rule,
     known: BTreeMap<String, Known>,
-    /// How much time had elapsed when the last attempt at a key ended, or its process.
+    /// The elapsed time at which the last attempt of a key ended, or its process.
     ended: BTreeMap<String, u64>,
     leases: Vec<(String, Lease)>,
     last_token: u64,
@@ -1163,16 +1188,16 @@ impl Walk {
         self.bench.clocks.monotonic_ms()
     }
 
-    /// A change of one clock, which the store sees before the next one.
+    /// Changes one clock, and lets the store read the clocks before the next change.
     fn change(&mut self, change: impl FnOnce(&Clocks)) {
         change(&self.bench.clocks);
-        self.bench.store.check("somebody asks").wait().unwrap();
+        self.bench.store.check("any key").wait().unwrap();
         self.rule.observe(&self.bench.clocks);
-        self.is_as_it_should();
+        self.assert_time();
     }
 
-    fn is_as_it_should(&mut self) {
-        // A check looks at two clocks, the figures at all of them.
+    fn assert_time(&mut self) {
+        // A check reads two clocks, the stats read all of them.
         let stats = self.bench.store.stats();
         assert_eq!(stats.now.as_unix_ms(), self.rule.time_ms, "{:?}", self.rule);
         assert_eq!(stats.remembers_since.as_unix_ms(), self.rule.forgotten_below(), "{:?}", self.rule);
@@ -1190,7 +1215,7 @@ impl Walk {
         match rng.random_range(0..30) {
             0 => self.change(|clocks| clocks.set_wall(wall_ms + far_ms)),
             1 => self.change(|clocks| clocks.set_wall(wall_ms.saturating_sub(far_ms))),
-            // Somebody puts it right, or a time server does.
+            // An operator or a time server corrects it.
             2 => self.change(|clocks| clocks.set_wall(START_MS + clocks.monotonic_ms())),
             3..=4 => {
                 let right_ms = self.rule.time_ms;
@@ -1199,7 +1224,7 @@ impl Walk {
             }
             5 => self.change(|clocks| clocks.run_on(little_ms)),
             6 => {
-                // Its wall clock learns of it a little later.
+                // The wall clock shows it a little later.
                 self.change(|clocks| clocks.sleep(far_ms.min(HOUR_MS)));
                 self.change(|clocks| clocks.set_wall(wall_ms + far_ms.min(HOUR_MS)));
             }
@@ -1215,11 +1240,11 @@ impl Walk {
         let expected = self.known.get(key).cloned();
         let claim = self.bench.store.claim(key).wait().unwrap();
         let again = |lease: &Lease, attempt: u32, priors: &[PriorAttempt], may_be_new: bool| {
-            let told = (lease.attempt().number(), lease.attempt().prior());
-            let as_expected = priors.iter().any(|prior| told == (attempt + 1, Some(*prior)));
+            let actual = (lease.attempt().number(), lease.attempt().prior());
+            let as_expected = priors.iter().any(|prior| actual == (attempt + 1, Some(*prior)));
             assert!(
-                as_expected || may_be_new && told == (1, None),
-                "{key} is {expected:?}, and {lease:?} was given out at {:?}",
+                as_expected || may_be_new && actual == (1, None),
+                "{key} is {expected:?}, and {lease:?} was granted at {:?}",
                 self.rule
             );
         };
@@ -1236,18 +1261,18 @@ impl Walk {
                 );
             }
             (Some(Known::Completed { at_ms, .. }), Claim::Acquired(lease)) => {
-                assert!(!self.rule.remembers(*at_ms), "{key} is forgotten early: {expected:?} at {:?}", self.rule);
-                // Where the time passed twice, a step of the second time may carry along an attempt of the first, but not the
-                // completion that came after it.
-                let passed_twice = self.rule.tally.keys().any(|event| event.starts_with("back to"));
+                assert!(!self.rule.remembers(*at_ms), "{key} expired early: {expected:?} at {:?}", self.rule);
+                // Where the store's time repeats, a step during the second pass can shift an attempt of the first pass,
+                // but not the completion after it.
+                let repeats = self.rule.tally.keys().any(|event| event.starts_with("back to"));
                 assert!(
-                    lease.attempt().number() == 1 || passed_twice,
+                    lease.attempt().number() == 1 || repeats,
                     "{key} is {expected:?} at {:?}, {lease:?}",
                     self.rule
                 );
             }
             (Some(Known::Leased { until_monotonic_ms, .. }), Claim::InProgress(other)) => {
-                let left_ms = until_monotonic_ms.checked_sub(monotonic_ms).expect("a lease that has run out");
+                let left_ms = until_monotonic_ms.checked_sub(monotonic_ms).expect("an expired lease");
                 assert_eq!(other.retry_after, Some(Duration::from_millis(left_ms)), "{key}");
             }
             (Some(Known::Leased { attempt, until_monotonic_ms, .. }), Claim::Acquired(lease)) => {
@@ -1258,9 +1283,9 @@ impl Walk {
             (Some(Known::Left { attempt, priors, was_over, .. }), Claim::Acquired(lease)) => {
                 again(lease, *attempt, priors, *was_over);
             }
-            _ => panic!("{key} is {expected:?}, and was answered {claim:?}"),
+            _ => panic!("{key} is {expected:?}, but the claim returned {claim:?}"),
         }
-        self.is_not_forgotten_early(key, &claim, matches!(expected, Some(Known::Completed { .. })));
+        self.assert_not_forgotten_early(key, &claim, matches!(expected, Some(Known::Completed { .. })));
         if let Claim::Acquired(lease) = claim {
             assert!(lease.token().get() > self.last_token, "{key}");
             self.last_token = lease.token().get();
@@ -1277,8 +1302,8 @@ impl Walk {
         }
     }
 
-    /// Whatever times the store gives to what it knows: it is remembered for a window from its end on.
-    fn is_not_forgotten_early(&mut self, key: &str, claim: &Claim, was_completed: bool) {
+    /// Asserts that a key is remembered for a window after its end, whatever time the store gave the end.
+    fn assert_not_forgotten_early(&mut self, key: &str, claim: &Claim, was_completed: bool) {
         let Claim::Acquired(lease) = claim else { return };
         let Some(ended_ms) = self.ended.remove(key) else { return };
         let age_ms = self.rule.age_ms(ended_ms);
@@ -1315,7 +1340,7 @@ impl Walk {
         let (accepted, after) = match rng.random_range(0..4) {
             0 => {
                 drop(lease);
-                // One that had run out a window before may have been forgotten.
+                // A lease that expired more than a window ago may be forgotten.
                 let was_over = held == Some(true);
                 (held.is_some(), left(vec![PriorAttempt::Dropped], was_over))
             }
@@ -1339,11 +1364,11 @@ impl Walk {
             }
         };
         match held {
-            None => assert!(!accepted, "{key} had another holder"),
-            // Alone for a whole window, it may be as good as never claimed.
+            None => assert!(!accepted, "{key} had a different holder"),
+            // After a window without another claim, the lease may be forgotten.
             Some(true) if !accepted => drop(self.known.remove(&key)),
             Some(_) => {
-                assert!(accepted, "{key} was still its holder's");
+                assert!(accepted, "{key} was not taken over");
                 match &after {
                     Known::Left { was_over: true, .. } => self.ended.remove(&key),
                     _ => self.ended.insert(key.clone(), self.rule.elapsed_ms),
@@ -1353,7 +1378,7 @@ impl Walk {
         }
     }
 
-    /// Closes the store, lets time pass and sets the clock while nobody looks, and opens it again.
+    /// Closes the store, changes the clocks while no process reads them, and opens it again.
     fn reopen(&mut self, rng: &mut StdRng) {
         let (closed_at_ms, closed_elapsed_ms) = (self.monotonic_ms(), self.rule.elapsed_ms);
         self.bench.store.close().wait().unwrap();
@@ -1375,7 +1400,7 @@ impl Walk {
             match known {
                 Known::Leased { attempt, until_monotonic_ms, since, .. } => {
                     let priors = vec![PriorAttempt::Crashed, PriorAttempt::LeaseExpired];
-                    // One that had run out a window before may have been forgotten.
+                    // A lease that expired more than a window ago may be forgotten.
                     let was_over = closed_at_ms >= *until_monotonic_ms + self.rule.window_ms;
                     if !was_over {
                         self.ended.insert(key.clone(), closed_elapsed_ms);
@@ -1391,12 +1416,12 @@ impl Walk {
                 Known::Completed { .. } => {}
             }
         }
-        self.is_as_it_should();
+        self.assert_time();
     }
 }
 
 #[test]
-fn a_random_walk_of_all_clocks_is_answered_as_a_plain_map_would() {
+fn a_random_walk_of_all_clocks_gives_the_answers_of_a_plain_map() {
     let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect(name));
     let seed = number("ONLYONCE_CLOCK_SEED").unwrap_or_else(|| rand::rng().random());
     let rounds = number("ONLYONCE_CLOCK_ROUNDS").unwrap_or(25);
@@ -1423,9 +1448,9 @@ fn a_random_walk_of_all_clocks_is_answered_as_a_plain_map_would() {
     }
     eprintln!("{tally:?}");
     if rounds >= 25 {
-        for event in ["a step", "followed", "back to", "two openings"] {
+        for event in ["a step", "followed", "back to", "two opens"] {
             let times: u32 = tally.iter().filter(|(name, _)| name.starts_with(event)).map(|(_, times)| times).sum();
-            assert!(times > 0, "{event}: never, so that nothing was tested of it");
+            assert!(times > 0, "{event}: never happened, so that it was not tested");
         }
     }
 }

@@ -1,18 +1,16 @@
-//! Many threads on few keys: one holder at a time, tokens that increase, no work done twice.
+//! Many threads on few keys: one holder at a time, increasing tokens, no work done twice.
 //!
-//! `ONLYONCE_RACES_SECONDS` makes the long one longer, `ONLYONCE_RACES_SEED` repeats its choices, though not its turns.
-
-mod common;
-#[path = "common/oracle.rs"]
-mod oracle;
+//! `ONLYONCE_RACES_SECONDS` sets the length of the longest test. `ONLYONCE_RACES_SEED` repeats its random choices, but
+//! not its schedule.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::START_MS;
+use crate::oracle::{Oracle, Seen};
 use onlyonce::{Claim, Durability, ManualClock, OnInterrupt, RecordOutcome, Store, Timestamp};
-use oracle::{Oracle, Seen};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -28,7 +26,7 @@ fn store(path: &std::path::Path) -> Store {
 }
 
 #[test]
-fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
+fn each_key_has_one_holder_at_a_time_among_sixteen_threads() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("store"));
     let keys: Vec<String> = (0..4).map(|i| format!("key-{i}")).collect();
@@ -47,7 +45,11 @@ fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
                         Claim::Acquired(lease) => {
                             assert_eq!(holders[i].fetch_add(1, Ordering::SeqCst), 0, "two holders of {}", keys[i]);
                             let last = last_tokens[i].swap(lease.token().get(), Ordering::SeqCst);
-                            assert!(last < lease.token().get(), "{last} came before {}", lease.token().get());
+                            assert!(
+                                last < lease.token().get(),
+                                "token {last} was granted before {}",
+                                lease.token().get()
+                            );
                             acquired.fetch_add(1, Ordering::SeqCst);
                             if rng.random_bool(0.3) {
                                 std::thread::yield_now();
@@ -76,7 +78,7 @@ fn sixteen_threads_on_a_few_keys_are_one_holder_at_a_time() {
 }
 
 #[test]
-fn every_key_is_worked_on_once_while_seals_move_it() {
+fn every_key_is_processed_once_while_flushes_move_it() {
     const KEYS: usize = 30_000;
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("store"));
@@ -88,7 +90,7 @@ fn every_key_is_worked_on_once_while_seals_move_it() {
             let (store, effects, done, barrier) = (&store, &effects, &done, &barrier);
             scope.spawn(move || {
                 barrier.wait();
-                // Every thread gets every key, in an order of its own.
+                // Every thread claims every key, in a different order.
                 for step in 0..KEYS {
                     let i = (step * 7_919 + thread * 1_871) % KEYS;
                     match store.claim(i.to_string()).wait().unwrap() {
@@ -118,7 +120,7 @@ fn every_key_is_worked_on_once_while_seals_move_it() {
 }
 
 #[test]
-fn batches_that_overlap_record_each_key_once() {
+fn overlapping_batches_record_each_key_once() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("store"));
     let firsts: Mutex<BTreeMap<u64, usize>> = Mutex::default();
@@ -148,7 +150,7 @@ fn batches_that_overlap_record_each_key_once() {
 
 #[test]
 fn a_takeover_and_a_late_completion_never_both_win() {
-    let clock = ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let dir = tempfile::tempdir().unwrap();
     let store = Store::builder()
         .clock(clock.clone())
@@ -188,28 +190,28 @@ fn a_takeover_and_a_late_completion_never_both_win() {
     eprintln!("late completions {late_won}, takeovers {taken_over}");
 }
 
-/// Everything at once for so long: claims, completions, releases, drops, renewals, records and forgetting, one by one and in
-/// batches, while leases run out, keys are sealed and buckets come and go. The oracle judges every answer.
-fn everything_at_once(durability: Durability, time: Duration, seed: u64) -> Seen {
+/// Concurrent claims, completions, releases, drops, renewals, records and forgets, single and in batches, while leases
+/// expire, keys are flushed, and buckets are created and dropped. The oracle checks every answer.
+fn run_all_calls(durability: Durability, time: Duration, seed: u64) -> Seen {
     const THREADS: u64 = 64;
     const KEYS: usize = 192;
     const WINDOW_MS: u64 = 400;
     const LEASE_MS: u64 = 5;
     let dir = tempfile::tempdir().unwrap();
-    let clock = ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
     let store = Store::builder()
         .window(Duration::from_millis(WINDOW_MS))
         .bucket(Duration::from_millis(WINDOW_MS / 10))
         .lease(Duration::from_millis(LEASE_MS))
         .durability(durability)
-        // Large results and the least memory: what is completed has to leave it all the time.
+        // Large results and the smallest memory budget, so that completed keys are flushed all the time.
         .memory_budget(32 << 20)
         .clock(clock.clone())
         .open(dir.path().join("store"))
         .unwrap();
     let oracle = Oracle::new(store, clock, KEYS, WINDOW_MS, LEASE_MS, 3_000);
     let end = Instant::now() + time;
-    let seals = AtomicUsize::new(0);
+    let flushes = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
             let oracle = &oracle;
@@ -231,7 +233,7 @@ fn everything_at_once(durability: Durability, time: Duration, seed: u64) -> Seen
         scope.spawn(|| {
             while Instant::now() < end {
                 oracle.store.flush().unwrap();
-                seals.fetch_add(1, Ordering::Relaxed);
+                flushes.fetch_add(1, Ordering::Relaxed);
             }
         });
     });
@@ -242,20 +244,20 @@ fn everything_at_once(durability: Durability, time: Duration, seed: u64) -> Seen
     assert_eq!(stats.completed, oracle.seen.completed.load(Ordering::SeqCst));
     assert_eq!(stats.recorded, oracle.seen.recorded.load(Ordering::SeqCst));
     assert!(stats.buckets.len() <= 16, "{} buckets are left", stats.buckets.len());
-    let windows = (stats.now.as_unix_ms() - common::START_MS) / WINDOW_MS;
-    eprintln!("{durability:?}: {} seals, {windows} windows, {:?}", seals.into_inner(), oracle.seen);
+    let windows = (stats.now.as_unix_ms() - START_MS) / WINDOW_MS;
+    eprintln!("{durability:?}: {} flushes, {windows} windows, {:?}", flushes.into_inner(), oracle.seen);
     oracle.seen
 }
 
 #[test]
-fn sixty_four_threads_do_everything_at_once_and_every_answer_is_right() {
+fn all_answers_are_correct_while_sixty_four_threads_make_all_calls() {
     let number = |variable, default| std::env::var(variable).map_or(default, |value| value.parse().unwrap());
     let seconds = number("ONLYONCE_RACES_SECONDS", 5);
     let seed = number("ONLYONCE_RACES_SEED", 20_261_121);
     eprintln!("{seconds} seconds, seed {seed}");
     for (durability, seed) in [(Durability::Process, seed), (Durability::Disk, seed + 1)] {
-        let seen = everything_at_once(durability, Duration::from_secs(seconds).div_f64(2.0), seed);
-        // What was not seen was not tested.
+        let seen = run_all_calls(durability, Duration::from_secs(seconds).div_f64(2.0), seed);
+        // An event that never happened was not tested.
         let seen = [
             ("taken over", seen.taken_over),
             ("superseded", seen.superseded),
@@ -267,7 +269,7 @@ fn sixty_four_threads_do_everything_at_once_and_every_answer_is_right() {
             ("duplicates", seen.duplicates),
         ];
         for (what, often) in seen {
-            assert!(often.into_inner() > 0, "nothing was {what}");
+            assert!(often.into_inner() > 0, "no key was {what}");
         }
     }
 }

@@ -1,29 +1,27 @@
-//! What an open refuses, what it keeps, and what it clears away.
-
-mod common;
+//! Opening a store: the paths and options that it rejects, what it keeps, and which leftovers it removes.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use common::{Bench, copy_store};
+use crate::common::{Bench, START_MS, copy_store};
 use onlyonce::{Claim, Error, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
 
 #[test]
-fn a_second_open_is_refused_by_name_after_the_wait() {
+fn a_second_open_fails_after_the_lock_wait_and_names_the_path() {
     let bench = Bench::new();
     let start = Instant::now();
-    let refused = bench.builder().lock_wait(Duration::from_millis(120)).open(bench.path());
-    let Err(error @ Error::AlreadyOpen { .. }) = refused else { panic!("{refused:?}") };
+    let rejected = bench.builder().lock_wait(Duration::from_millis(120)).open(bench.path());
+    let Err(error @ Error::AlreadyOpen { .. }) = rejected else { panic!("{rejected:?}") };
     assert!(start.elapsed() >= Duration::from_millis(120));
     assert!(error.to_string().contains(&bench.path().display().to_string()), "{error}");
     assert!(error.is_retryable());
-    bench.store().record("the first one works on").wait().unwrap();
+    bench.store().record("the first store still works").wait().unwrap();
 }
 
 #[test]
-fn a_store_that_is_let_go_meanwhile_is_opened() {
+fn an_open_waits_until_the_other_store_is_closed() {
     let mut bench = Bench::new();
     bench.store().record("k").wait().unwrap();
     let (builder, path) = (bench.builder().lock_wait(Duration::from_secs(20)), bench.path());
@@ -44,18 +42,18 @@ fn the_last_clone_and_lease_close_the_store() {
     let Claim::Acquired(lease) = store.claim("k").wait().unwrap() else { panic!("k is new") };
     drop((store, clone));
     let again = Store::builder().lock_wait(Duration::ZERO).open(&path);
-    assert!(matches!(again, Err(Error::AlreadyOpen { .. })), "the lease holds it open");
+    assert!(matches!(again, Err(Error::AlreadyOpen { .. })), "the lease keeps the store open");
     lease.complete("r").wait().unwrap();
     let store = Store::builder().lock_wait(Duration::ZERO).open(&path).unwrap();
     assert!(matches!(store.claim("k").wait().unwrap(), Claim::Completed(_)));
 }
 
 #[test]
-fn a_closed_store_refuses_and_gives_back_what_it_was_given() {
+fn a_closed_store_rejects_calls_and_returns_the_lease_and_completion() {
     let bench = Bench::new();
     let lease = bench.acquire("k");
     bench.store().close().wait().unwrap();
-    bench.store().close().wait().expect("closing twice is closing once");
+    bench.store().close().wait().expect("closing twice is no error");
     assert!(matches!(bench.store().claim("k").wait(), Err(Error::Closed)));
     assert!(matches!(bench.store().check("new").wait(), Err(Error::Closed)));
     assert!(matches!(bench.store().record_batch(["a"]).wait(), Err(Error::Closed)));
@@ -69,7 +67,7 @@ fn a_closed_store_refuses_and_gives_back_what_it_was_given() {
 }
 
 #[test]
-fn a_path_that_is_no_store_is_left_alone() {
+fn a_path_that_is_not_a_store_is_rejected_and_not_changed() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     fs::write(&file, "text").unwrap();
@@ -78,28 +76,28 @@ fn a_path_that_is_no_store_is_left_alone() {
 
     let error = Store::open(dir.path()).unwrap_err();
     assert!(matches!(&error, Error::NotAStore { reason, .. } if reason.contains("file")), "{error}");
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was created beside it");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no other file was created");
 
-    // Names that we use, too, in a directory that was never a store.
+    // A directory of another program, with names that a store uses, too.
     let theirs = dir.path().join("theirs");
-    for name in ["runs", "db", "db.new"] {
+    for name in ["ssts", "db", "db.new"] {
         fs::create_dir_all(theirs.join(name)).unwrap();
         fs::write(theirs.join(name).join("1.sst"), "weights").unwrap();
     }
     assert!(matches!(Store::open(&theirs), Err(Error::NotAStore { .. })));
-    assert!(["runs", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
+    assert!(["ssts", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
 }
 
 #[test]
-fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
+fn a_path_that_cannot_be_a_store_is_rejected_by_name_and_nothing_is_created() {
     let dir = tempfile::tempdir().unwrap();
-    // What the empty path would be to some calls of the system.
+    // Some system calls take the empty path for the current directory.
     let here = || fs::read_dir(".").unwrap().map(|entry| entry.unwrap().file_name()).collect::<BTreeSet<_>>();
     let before = here();
-    for (path, says) in [("", "option `path` is empty"), ("a\0b", "option `path` is \"a\\0b\"")] {
+    for (path, text) in [("", "option `path` is empty"), ("a\0b", "option `path` is \"a\\0b\"")] {
         let error = Store::open(path).unwrap_err();
         assert!(matches!(error, Error::Config { option: "path", .. }), "{error:?}");
-        assert!(error.to_string().contains(says), "{error}");
+        assert!(error.to_string().contains(text), "{error}");
     }
     assert_eq!(here(), before);
 
@@ -120,7 +118,7 @@ fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
         (broken.join("a/store"), format!("{} is a link to nowhere, which does not exist", text(&broken))),
     ] {
         let error = Store::open(&path).unwrap_err();
-        assert!(matches!(&error, Error::NotAStore { reason: said, .. } if *said == reason), "{path:?}: {error}");
+        assert!(matches!(&error, Error::NotAStore { reason: found, .. } if *found == reason), "{path:?}: {error}");
         assert!(error.to_string().starts_with(&text(&path)), "{error}");
     }
     let error = Store::open(&around).unwrap_err();
@@ -130,16 +128,16 @@ fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn an_error_about_an_unwritable_directory_says_what_is_needed() {
-    // Where even root may create nothing.
+fn an_error_about_an_unwritable_directory_names_the_required_permission() {
+    // Not even root can create a directory here.
     let path = std::path::Path::new("/sys/onlyonce-store");
     let error = Store::open(path).unwrap_err();
     assert!(matches!(&error, Error::Io { path: at, .. } if at == path), "{error:?}");
-    assert!(error.chain().ends_with("the process needs to read and write the store's directory"), "{error:?}");
+    assert!(error.chain().ends_with("the process needs to read and write the store's directory"), "{error}");
 }
 
 #[test]
-fn a_path_of_any_bytes_and_one_through_a_link_are_stores() {
+fn a_path_of_any_bytes_and_a_symbolic_link_can_be_opened() {
     use std::os::unix::ffi::OsStrExt;
 
     let dir = tempfile::tempdir().unwrap();
@@ -159,7 +157,7 @@ fn a_path_of_any_bytes_and_one_through_a_link_are_stores() {
 }
 
 #[test]
-fn a_new_store_is_its_owners_alone() {
+fn only_its_owner_can_access_a_new_store() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a/b/store");
     let store = Store::open(&path).unwrap();
@@ -171,26 +169,26 @@ fn a_new_store_is_its_owners_alone() {
 }
 
 #[test]
-fn what_a_crash_left_half_done_is_cleared_away() {
+fn unfinished_files_of_a_crash_are_removed() {
     let mut bench = Bench::new();
     bench.store().record("k").wait().unwrap();
     bench.store().close().wait().unwrap();
-    let (runs, new) = (bench.path().join("runs"), bench.path().join("db.new"));
-    fs::write(runs.join("7.sst"), "half a run").unwrap();
+    let (ssts, new) = (bench.path().join("ssts"), bench.path().join("db.new"));
+    fs::write(ssts.join("7.sst"), "half an SST").unwrap();
     fs::create_dir(&new).unwrap();
     fs::write(new.join("CURRENT"), "half a store").unwrap();
-    fs::write(runs.join("notes.txt"), "somebody's").unwrap();
+    fs::write(ssts.join("notes.txt"), "not a file of the store").unwrap();
     let options = bench.path().join("db/OPTIONS-000123.dbtmp");
-    fs::write(&options, "half of them").unwrap();
+    fs::write(&options, "half of the options").unwrap();
     bench.reopen();
     assert!(!new.exists());
-    assert!(!runs.join("7.sst").exists() && !options.exists());
-    assert!(runs.join("notes.txt").exists(), "what is not ours stays");
+    assert!(!ssts.join("7.sst").exists() && !options.exists());
+    assert!(ssts.join("notes.txt").exists(), "a file that the store did not write is kept");
     assert_eq!(bench.store().record("k").wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
 }
 
 #[test]
-fn a_crash_during_creation_is_no_obstacle() {
+fn a_store_can_be_created_after_a_crash_during_its_creation() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     fs::create_dir_all(path.join("db.new")).unwrap();
@@ -200,26 +198,26 @@ fn a_crash_during_creation_is_no_obstacle() {
 }
 
 #[test]
-fn a_store_that_lost_its_database_files_is_corrupt_and_not_empty() {
+fn a_store_without_its_database_files_is_corrupt_and_not_empty() {
     let bench = Bench::new();
     bench.store().record("k").wait().unwrap();
     bench.store().close().wait().unwrap();
     fs::remove_file(bench.path().join("db/CURRENT")).unwrap();
-    let refused = bench.builder().open(bench.path());
-    assert!(matches!(&refused, Err(Error::Corrupt { place, .. }) if place.ends_with("CURRENT")), "{refused:?}");
+    let rejected = bench.builder().open(bench.path());
+    assert!(matches!(&rejected, Err(Error::Corrupt { place, .. }) if place.ends_with("CURRENT")), "{rejected:?}");
     fs::remove_dir_all(bench.path().join("db")).unwrap();
-    let refused = bench.builder().open(bench.path());
-    assert!(matches!(&refused, Err(Error::Corrupt { place, .. }) if place.ends_with("db")), "{refused:?}");
+    let rejected = bench.builder().open(bench.path());
+    assert!(matches!(&rejected, Err(Error::Corrupt { place, .. }) if place.ends_with("db")), "{rejected:?}");
 }
 
 #[test]
-fn a_budget_that_no_machine_has_is_refused_before_rocksdb_is_told_of_it() {
+fn a_memory_budget_out_of_bounds_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     for exists in [false, true] {
         for bytes in [0, 1, 4, 33_554_431, (1 << 44) + 1, 1 << 50, usize::MAX] {
-            let refused = Store::builder().memory_budget(bytes).open(&path);
-            assert!(matches!(refused, Err(Error::Config { option: "memory_budget", .. })), "{bytes}: {refused:?}");
+            let rejected = Store::builder().memory_budget(bytes).open(&path);
+            assert!(matches!(rejected, Err(Error::Config { option: "memory_budget", .. })), "{bytes}: {rejected:?}");
         }
         if !exists {
             Store::open(&path).unwrap().close().wait().unwrap();
@@ -228,13 +226,13 @@ fn a_budget_that_no_machine_has_is_refused_before_rocksdb_is_told_of_it() {
 }
 
 #[test]
-fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
+fn a_log_with_a_bit_flip_is_corrupt_and_a_torn_log_opens() {
     let bench = Bench::with(|builder| builder.durability(onlyonce::Durability::Disk));
-    // Each in a row, and so in a record, of its own.
+    // One journal record, and so one log record, for each key.
     for i in 0..100 {
         bench.store().record(format!("key-{i}")).wait().unwrap();
     }
-    // As a crash leaves it: where a store was closed, every log has its end.
+    // A copy of an open store, as a crash leaves it: a closed store has complete logs.
     let crashed = bench.path().join("../crashed");
     copy_store(&bench.path(), &crashed);
     bench.store().close().wait().unwrap();
@@ -244,35 +242,36 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
         .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
         .max_by_key(|path| fs::metadata(path).unwrap().len())
         .unwrap();
-    let whole = fs::read(&log).unwrap();
-    // Every bit of a record's header and some of its payload, in the middle of the log; and a header of zeros.
-    let middle = whole.len() / 2;
+    let intact = fs::read(&log).unwrap();
+    // Three bits of each byte of a record's header and of some of its payload, in the middle of the log; and a header
+    // of zeros.
+    let middle = intact.len() / 2;
     for at in middle..middle + 60 {
         for bit in [0, 3, 7] {
-            let mut garbled = whole.clone();
+            let mut garbled = intact.clone();
             garbled[at] ^= 1 << bit;
             fs::write(&log, &garbled).unwrap();
-            let refused = bench.builder().open(&crashed);
-            let Err(Error::Corrupt { place, .. }) = &refused else { panic!("a hole at {at}: {refused:?}") };
+            let rejected = bench.builder().open(&crashed);
+            let Err(Error::Corrupt { place, .. }) = &rejected else { panic!("bit {bit} of byte {at}: {rejected:?}") };
             assert!(place.ends_with(log.file_name().unwrap().to_str().unwrap()), "{place}");
         }
     }
-    let mut zeroed = whole.clone();
+    let mut zeroed = intact.clone();
     zeroed[middle..middle + 60].fill(0);
     fs::write(&log, &zeroed).unwrap();
     assert!(matches!(bench.builder().open(&crashed), Err(Error::Corrupt { .. })));
 
     for (torn, what) in [
-        (whole[..whole.len() - 3].to_vec(), "cut short"),
-        ([&whole[..whole.len() - 3], &[0; 3]].concat(), "its last bytes never written"),
-        ([&whole[..], &[0; 5_000]].concat(), "space behind it never written"),
+        (intact[..intact.len() - 3].to_vec(), "cut short"),
+        ([&intact[..intact.len() - 3], &[0; 3]].concat(), "its last bytes not written"),
+        ([&intact[..], &[0; 5_000]].concat(), "preallocated space after it not written"),
     ] {
         fs::write(&log, torn).unwrap();
         let copy = bench.path().join("../copy");
         copy_store(&crashed, &copy);
         let store = bench.builder().open(&copy).unwrap_or_else(|error| panic!("{what}: {error}"));
         let remembered = |i: usize| matches!(store.check(format!("key-{i}")).wait().unwrap(), KeyStatus::Completed(_));
-        assert!((0..98).all(remembered), "only the end may be missing: {what}");
+        assert!((0..98).all(remembered), "only the tail may be missing: {what}");
         store.close().wait().unwrap();
         fs::remove_dir_all(&copy).unwrap();
     }
@@ -282,7 +281,7 @@ fn a_garbled_log_is_corrupt_and_a_torn_one_opens() {
 fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
     for buckets in [1, 13, 14, 30, 31, 48] {
         let dir = tempfile::tempdir().unwrap();
-        let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(common::START_MS));
+        let clock = onlyonce::ManualClock::at(Timestamp::from_unix_ms(START_MS));
         let open = || {
             Store::builder()
                 .window(Duration::from_secs(buckets))
@@ -307,7 +306,7 @@ fn a_full_store_of_any_number_of_buckets_can_be_reopened() {
 }
 
 #[test]
-fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
+fn the_in_flight_limit_rejects_only_calls_that_add_a_key_in_flight() {
     let mut bench = Bench::with(|builder| builder.in_flight_limit(1));
     bench.acquire("done").complete("r").wait().unwrap();
     drop(bench.acquire("dropped"));
@@ -315,22 +314,18 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
     assert!(matches!(bench.store().claim("new").wait(), Err(Error::TooManyInFlight { .. })));
     assert!(
         matches!(bench.store().claim("dropped").wait(), Err(Error::TooManyInFlight { .. })),
-        "it would be one more"
+        "a claim of a dropped key adds one"
     );
     bench.advance_ms(1_000);
     let taken_over = bench.acquire("running");
-    assert_eq!(taken_over.attempt().number(), 2, "what has run out adds none");
+    assert_eq!(taken_over.attempt().number(), 2, "a claim of an expired lease adds none");
     assert!(running.complete("late").wait().is_err());
     taken_over.complete("r").wait().unwrap();
-    assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate is answered");
-    assert_eq!(
-        bench.store().record("recorded").wait().unwrap(),
-        RecordOutcome::First,
-        "a record leaves nothing in flight"
-    );
+    assert_eq!(bench.completed("done").unwrap(), b"r", "a duplicate adds none");
+    assert_eq!(bench.store().record("recorded").wait().unwrap(), RecordOutcome::First, "a record adds none");
     bench.reopen();
     let again = bench.acquire("dropped");
-    assert_eq!(again.attempt().number(), 2, "what was interrupted can be claimed again");
+    assert_eq!(again.attempt().number(), 2, "an interrupted key can be claimed again");
     let batch = bench.store().claim_batch(["done", "new", "dropped"]).wait().unwrap();
     assert!(
         matches!(
@@ -344,25 +339,25 @@ fn a_limit_on_keys_in_flight_never_refuses_what_adds_none() {
 }
 
 #[test]
-fn keys_whose_lease_ran_out_make_way_after_a_window() {
+fn keys_with_an_expired_lease_stop_counting_as_in_flight_after_a_window() {
     let bench = Bench::with(|builder| builder.in_flight_limit(10));
-    // Their holders hang: nobody drops them.
+    // Their holders hang, and never drop them.
     (0..10).for_each(|i| std::mem::forget(bench.acquire(&format!("left-{i}"))));
     assert!(matches!(bench.store().claim("new").wait(), Err(Error::TooManyInFlight { .. })));
     bench.advance_ms(11_000);
     let deadline = Instant::now() + Duration::from_secs(20);
     while bench.store().claim("new").wait().is_err() {
-        assert!(Instant::now() < deadline, "the store does not heal");
+        assert!(Instant::now() < deadline, "the keys still count as in flight");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
 #[test]
-fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
+fn a_checkpoint_of_several_records_is_read_back() {
     let mut bench = Bench::with(|builder| builder.on_interrupt(onlyonce::OnInterrupt::Hold));
     let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>1000}")).collect();
     for batch in keys.chunks(1_000) {
-        // Forgotten, not dropped: their process is going to die with them.
+        // `mem::forget`, not `drop`: the process ends while it holds them.
         std::mem::forget(bench.store().claim_batch(batch).wait().unwrap());
     }
     bench.store().flush().unwrap();
@@ -379,7 +374,7 @@ fn an_image_of_more_keys_than_a_row_takes_is_read_back() {
 #[test]
 fn the_longest_key_and_the_largest_result_fit_into_a_call() {
     let mut bench = Bench::with(|builder| builder.result_limit(64 << 20));
-    // With its scope and its form it comes to the limit of 1,024 bytes, or nearly.
+    // With its scope and kind it has nearly the limit of 1,024 bytes.
     let key = "k".repeat(1_000);
     let result = vec![7; 64 << 20];
     bench.acquire(&key).complete(result.clone()).wait().unwrap();
@@ -388,21 +383,21 @@ fn the_longest_key_and_the_largest_result_fit_into_a_call() {
 }
 
 #[test]
-fn what_was_sealed_is_not_read_back_from_the_journal() {
+fn flushed_keys_are_not_read_back_from_the_journal() {
     let mut bench = Bench::new();
-    bench.acquire("sealed").complete("r").wait().unwrap();
+    bench.acquire("flushed").complete("r").wait().unwrap();
     let open = bench.acquire("open");
     bench.store().flush().unwrap();
     bench.acquire("later").complete("r").wait().unwrap();
     bench.reopen();
     drop(open);
     let stats = bench.store().stats();
-    assert_eq!((stats.unflushed, stats.in_flight), (2, 0), "what came later, and what was open");
-    assert_eq!(bench.completed("sealed").as_deref(), Some(&b"r"[..]));
+    assert_eq!((stats.unflushed, stats.in_flight), (2, 0), "the later key and the leased key");
+    assert_eq!(bench.completed("flushed").as_deref(), Some(&b"r"[..]));
 }
 
 #[test]
-fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
+fn a_bucket_is_dropped_only_after_the_time_that_expired_it_is_on_disk() {
     let bench = Bench::new();
     bench.store().record("k").wait().unwrap();
     bench.store().flush().unwrap();
@@ -410,14 +405,18 @@ fn a_bucket_goes_only_after_the_time_it_went_by_is_on_disk() {
     bench.store().flush().unwrap();
     let copy = bench.path().join("../copy");
     copy_store(&bench.path(), &copy);
-    bench.clock.set_wall(Timestamp::from_unix_ms(common::START_MS + 1_000));
+    bench.clock.set_wall(Timestamp::from_unix_ms(START_MS + 1_000));
     let store = bench.builder().open(&copy).unwrap();
-    assert_eq!(store.stats().now.as_unix_ms(), common::START_MS + 86_400_000, "whatever the clock shows");
+    assert_eq!(
+        store.stats().now.as_unix_ms(),
+        START_MS + 86_400_000,
+        "the store's time does not depend on the clock of the reopen"
+    );
     assert_eq!(store.check("k").wait().unwrap(), KeyStatus::New);
 }
 
 #[test]
-fn a_clock_at_the_end_of_time_is_no_obstacle() {
+fn a_clock_at_the_largest_timestamp_causes_no_failure() {
     let dir = tempfile::tempdir().unwrap();
     let open = || {
         Store::builder()
@@ -432,7 +431,7 @@ fn a_clock_at_the_end_of_time_is_no_obstacle() {
 }
 
 #[test]
-fn a_lease_of_another_store_is_given_back_unharmed() {
+fn a_lease_of_a_different_store_is_rejected_and_returned() {
     let (bench, other) = (Bench::new(), Bench::new());
     let lease = other.acquire("k");
     assert_eq!(lease.key(), onlyonce::Key::from("k"));
@@ -446,13 +445,13 @@ fn a_lease_of_another_store_is_given_back_unharmed() {
 }
 
 #[test]
-fn limits_refuse_by_name_and_change_nothing() {
+fn an_error_of_a_limit_names_the_key_and_nothing_is_changed() {
     let bench = Bench::with(|builder| builder.key_limit(8).in_flight_limit(2));
     let store = bench.store();
     assert!(matches!(store.claim("").wait(), Err(Error::Key(KeyError::Empty { .. }))));
     let error = store.record_batch(["fits", "far too long"]).wait().unwrap_err();
     assert!(matches!(error, Error::Key(KeyError::TooLong { len: 12, limit: 8, .. })), "{error}");
-    assert_eq!(store.check("fits").wait().unwrap(), KeyStatus::New, "a refused batch records nothing");
+    assert_eq!(store.check("fits").wait().unwrap(), KeyStatus::New, "a rejected batch records nothing");
 
     let _leases = (bench.acquire("one"), bench.acquire("two"));
     let error = store.claim("three").wait().unwrap_err();
@@ -462,7 +461,7 @@ fn limits_refuse_by_name_and_change_nothing() {
 }
 
 #[test]
-fn bytes_of_any_kind_are_keys() {
+fn any_bytes_can_be_a_key() {
     let mut bench = Bench::new();
     let keys: [&[u8]; 5] = [b"\0", b"\0\0", b"\xff\xfe", b"a\nb", &[0x80; 300]];
     for key in keys {
@@ -476,7 +475,7 @@ fn bytes_of_any_kind_are_keys() {
 }
 
 #[test]
-fn the_filter_answers_after_a_reopen_and_answers_are_right_before() {
+fn answers_are_correct_while_the_filter_is_rebuilt_after_a_reopen() {
     let mut bench = Bench::new();
     let keys: Vec<String> = (0..50_000).map(|i| format!("key-{i}")).collect();
     bench.store().record_batch(&keys).wait().unwrap();
@@ -496,14 +495,14 @@ fn the_filter_answers_after_a_reopen_and_answers_are_right_before() {
     let after = bench.store().stats();
     assert_eq!(after.filter_checks - before.filter_checks, 50_000);
     let to_disk = after.filter_hits - before.filter_hits;
-    assert!(to_disk < 250, "{to_disk} of 50,000 new keys went to the disk");
+    assert!(to_disk < 250, "{to_disk} of 50,000 new keys needed a disk read");
     assert_eq!(to_disk, after.filter_false_positives - before.filter_false_positives);
 }
 
 #[test]
 fn a_failed_write_poisons_the_store_until_it_is_reopened() {
-    // A file-size limit makes the log's next write fail, as a full disk would. It holds for a process, so the store
-    // that is to fail lives in a child.
+    // A file-size limit makes the log's next write fail, as a full disk does. It applies to a process, so that the failing
+    // store needs a child process.
     if let Ok(path) = std::env::var("ONLYONCE_POISON_STORE") {
         let store = Store::builder().memory_budget(32 << 20).open(path).unwrap();
         let failure = (0..10_000).find_map(|i| {
@@ -512,7 +511,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
                 .wait()
                 .and_then(|claim| match claim {
                     Claim::Acquired(lease) => lease.complete(vec![b'r'; 4_096]).wait().map_err(|error| {
-                        assert_eq!(error.completion().result().len(), 4_096, "the result comes back");
+                        assert_eq!(error.completion().result().len(), 4_096, "the error returns the result");
                         error.into_parts().0
                     }),
                     other => panic!("{other:?}"),
@@ -522,9 +521,10 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
         let failure = failure.expect("the limit is reached");
         assert!(matches!(failure, Error::WriteFailed { .. }), "{failure}");
         assert_eq!(failure.outcome(), Outcome::Unknown);
-        for refused in [store.claim("other").wait().map(|_| ()), store.check("other").wait().map(|_| ()), store.flush()]
+        for rejected in
+            [store.claim("other").wait().map(|_| ()), store.check("other").wait().map(|_| ()), store.flush()]
         {
-            assert!(matches!(refused, Err(Error::Poisoned { .. })), "{refused:?}");
+            assert!(matches!(rejected, Err(Error::Poisoned { .. })), "{rejected:?}");
         }
         assert!(store.stats().poisoned.is_some());
         return;
@@ -535,7 +535,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
     let status = std::process::Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 2000; exec \"$0\" --exact \"$1\""])
         .arg(&exe)
-        .arg("a_failed_write_poisons_the_store_until_it_is_reopened")
+        .arg("opening::a_failed_write_poisons_the_store_until_it_is_reopened")
         .env("ONLYONCE_POISON_STORE", &path)
         .stdout(std::process::Stdio::null())
         .status()
@@ -546,7 +546,7 @@ fn a_failed_write_poisons_the_store_until_it_is_reopened() {
 }
 
 #[test]
-fn a_store_that_is_told_what_to_expect_has_no_need_to_grow_its_filter() {
+fn a_store_with_an_expected_rate_does_not_grow_its_filter() {
     let fill = |bench: &Bench| {
         let keys: Vec<String> = (0..150_000).map(|i| format!("key-{i}")).collect();
         let before = bench.store().stats().filter_bytes;
@@ -559,8 +559,8 @@ fn a_store_that_is_told_what_to_expect_has_no_need_to_grow_its_filter() {
     let (before, after) = fill(&Bench::with(|builder| builder.expected_rate(150_000)));
     assert_eq!(before, after);
     let (before, after) = fill(&Bench::new());
-    assert!(after > before, "{before} bytes before, {after} after: a guess of 100,000 was too low");
-    // A rate that no budget has room for is no reason to refuse.
+    assert!(after > before, "{before} bytes before, {after} after: the default estimate is 100,000 keys");
+    // A rate over the memory budget is accepted.
     let (_, after) = fill(&Bench::with(|builder| builder.expected_rate(u64::MAX)));
     assert!(after <= 32 << 20, "{after}");
 }

@@ -1,16 +1,14 @@
-//! The format on disk: a store that an earlier version wrote must open, and answer, for ever.
+//! The format on disk: a store that an earlier version wrote must open and answer correctly.
 //!
-//! `tests/fixtures/store-v3` was written by `write_the_fixture` below when format 3 was made, and `store-v4`, which runs on
-//! stream time, by `write_the_stream_fixture` when format 4 was. From the first release on they are never written again; a
-//! new format gets a fixture of its own beside them.
-
-mod common;
+//! `write_the_fixture` wrote `tests/fixtures/store-v3` when format 3 was introduced, and `write_the_stream_fixture`
+//! wrote `store-v4`, which runs on stream time, when format 4 was. From the first release on they are never written
+//! again; a new format gets a new fixture.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::START_MS;
+use crate::common::START_MS;
 use onlyonce::{
     Builder, Claim, Error, Key, KeyStatus, ManualClock, OnInterrupt, PriorAttempt, RecordOutcome, Store, Timestamp,
     TimestampError,
@@ -31,7 +29,7 @@ fn stream_fixture() -> PathBuf {
     fixture().with_file_name("store-v4")
 }
 
-/// Copies the files of a store, without RocksDB's own lock and log of events.
+/// Copies the files of a store, without RocksDB's lock file and info log.
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -45,7 +43,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[test]
-#[ignore = "writes the fixture, once a format"]
+#[ignore = "writes the fixture, once per format"]
 fn write_the_fixture() {
     assert!(!fixture().exists(), "a fixture is written once");
     let dir = tempfile::tempdir().unwrap();
@@ -86,7 +84,7 @@ fn write_the_fixture() {
 }
 
 #[test]
-fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
+fn a_store_of_format_3_answers_as_when_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&fixture(), &path);
@@ -97,8 +95,8 @@ fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
         KeyStatus::Completed(completed) => completed,
         other => panic!("{other:?}"),
     };
-    let sealed = completed(Key::from("sealed"));
-    assert_eq!((sealed.result(), sealed.completed_at().as_unix_ms()), (Some(&b"a result"[..]), START_MS));
+    let flushed = completed(Key::from("sealed"));
+    assert_eq!((flushed.result(), flushed.completed_at().as_unix_ms()), (Some(&b"a result"[..]), START_MS));
     assert_eq!(completed(Key::from("sealed").scope("tenant")).result(), Some(&b""[..]));
     assert!(completed(Key::composite(["ab", "c"])).is_result_too_large());
     assert_eq!(completed(Key::content("a payload")).result(), Some(&b"by content"[..]));
@@ -126,19 +124,19 @@ fn a_store_of_format_3_answers_as_on_the_day_it_was_written() {
     let Claim::Acquired(lease) = store.claim("dropped").wait().unwrap() else { panic!("it was dropped") };
     assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Dropped)));
     lease.release().wait().unwrap();
-    let Claim::Acquired(lease) = store.claim("crashed").wait().unwrap() else { panic!("its process is gone") };
+    let Claim::Acquired(lease) = store.claim("crashed").wait().unwrap() else { panic!("its process has ended") };
     assert_eq!((lease.attempt().number(), lease.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
-    assert!(lease.token().get() > sealed.token().get() && lease.token().get() > later.token().get());
+    assert!(lease.token().get() > flushed.token().get() && lease.token().get() > later.token().get());
     lease.release().wait().unwrap();
     store.close().wait().unwrap();
 
     let store = builder(START_MS + 3_600_000).on_interrupt(OnInterrupt::Hold).open(&path).unwrap();
-    assert_eq!(store.check("sealed").wait().unwrap(), KeyStatus::New, "its window has passed");
+    assert_eq!(store.check("sealed").wait().unwrap(), KeyStatus::New, "its window has ended");
     assert!(matches!(store.check("later").wait().unwrap(), KeyStatus::Completed(_)));
 }
 
 #[test]
-#[ignore = "writes the fixture, once a format"]
+#[ignore = "writes the fixture, once per format"]
 fn write_the_stream_fixture() {
     assert!(!stream_fixture().exists(), "a fixture is written once");
     let dir = tempfile::tempdir().unwrap();
@@ -158,7 +156,7 @@ fn write_the_stream_fixture() {
     store.flush().unwrap();
     acquire("later", START_MS + 700_000).complete("in the second bucket").wait().unwrap();
     store.flush().unwrap();
-    // In one row: one behind stream time, and one ahead of it.
+    // In one journal record: one message before stream time, and one ahead of it.
     store
         .record_batch(
             ([("late", START_MS + 300_000), ("newest", START_MS + 800_000)])
@@ -175,11 +173,11 @@ fn write_the_stream_fixture() {
 }
 
 #[test]
-fn a_stream_store_of_format_4_answers_as_on_the_day_it_was_written() {
+fn a_stream_store_of_format_4_answers_as_when_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&stream_fixture(), &path);
-    // No clock has a part in it.
+    // The wall clock must not matter.
     let store = builder(0).open(&path).unwrap();
     let stats = store.stats();
     assert_eq!((stats.now.as_unix_ms(), stats.window), (START_MS + 800_000, Duration::from_secs(3_600)));

@@ -1,11 +1,8 @@
-//! Windows that the messages' own timestamps drive: a backlog and a replay are deduplicated as they were lived, one
-//! message cannot run away with the time, and what is too old is said to be. No clock has a part in it.
+//! Stream time: the window follows the messages' timestamps and no clock. A backlog and a replay are deduplicated as in the
+//! original run, a single outlier does not advance the time, and a message that is too old is reported as such.
 //!
-//! `ONLYONCE_STREAM_ROUNDS` (10 if not set) and `ONLYONCE_STREAM_SEED` (default: drawn, and printed) set how often the
-//! random streams run, and how.
-
-#[path = "common/child.rs"]
-mod child;
+//! `ONLYONCE_STREAM_ROUNDS` (default: 10) sets the number of random streams, and `ONLYONCE_STREAM_SEED` (default:
+//! random, and printed) their seed.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -24,13 +21,13 @@ use tempfile::TempDir;
 const WINDOW_MS: u64 = 10_000;
 const AHEAD_MS: u64 = 5_000;
 const DAY_MS: u64 = 86_400_000;
-/// Last year, as seen from [`TODAY_MS`].
+/// 400 days before [`TODAY_MS`].
 const START_MS: u64 = 1_700_000_000_000;
 const TODAY_MS: u64 = START_MS + 400 * DAY_MS;
 
-/// A stream store, and the wall clock that should not matter to it.
+/// A store on stream time, and a wall clock, which it must ignore.
 struct Stream {
-    // Dropped before its directory is.
+    // Before the directory, so that it is dropped first.
     store: Option<Store>,
     clock: ManualClock,
     dir: TempDir,
@@ -84,7 +81,7 @@ impl Stream {
     fn acquire(&self, key: &str, at_ms: u64) -> Lease {
         match self.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
             Claim::Acquired(lease) => lease,
-            other => panic!("{key} of {at_ms} should be free, but is {other:?}"),
+            other => panic!("{key} of {at_ms} should be unclaimed, but is {other:?}"),
         }
     }
 
@@ -92,7 +89,7 @@ impl Stream {
         self.acquire(key, at_ms).complete(at_ms.to_string()).wait().unwrap();
     }
 
-    /// Takes stream time along.
+    /// Advances stream time.
     fn tick(&self, at_ms: u64) {
         assert_eq!(
             self.store().record(Key::from(format!("tick {at_ms}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
@@ -125,13 +122,13 @@ impl Stream {
 
 #[test]
 fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
-    for sealed in [false, true] {
+    for flushed in [false, true] {
         for reopened in [false, true] {
             let mut stream = Stream::new();
             stream.tick(START_MS);
             let at_ms = START_MS - 123;
             stream.complete("k", at_ms);
-            if sealed {
+            if flushed {
                 stream.store().flush().unwrap();
             }
             if reopened {
@@ -143,19 +140,19 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
             let KeyStatus::Completed(first) =
                 stream.store().check(Key::from("k").at(Timestamp::from_unix_ms(at_ms))).wait().unwrap()
             else {
-                panic!("{sealed}")
+                panic!("{flushed}")
             };
             assert_eq!(first.completed_at().as_unix_ms(), at_ms);
             assert_eq!(first.result(), Some(at_ms.to_string().as_bytes()));
             stream.tick(at_ms + WINDOW_MS);
-            assert_eq!(stream.answer("k", at_ms), "too old", "sealed {sealed}, reopened {reopened}");
-            assert_eq!(stream.answer("k", at_ms + 1), "new", "another message with the same key");
+            assert_eq!(stream.answer("k", at_ms), "too old", "flushed {flushed}, reopened {reopened}");
+            assert_eq!(stream.answer("k", at_ms + 1), "new", "a different message with the same key");
         }
     }
 }
 
 #[test]
-fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
+fn messages_forgotten_by_a_narrower_window_are_too_old_in_a_wider_one() {
     const HOUR_MS: u64 = 3_600_000;
     for (dropped, narrow_again) in [(true, false), (false, false), (true, true)] {
         let (dir, clock) = (tempfile::tempdir().unwrap(), ManualClock::at(Timestamp::from_unix_ms(TODAY_MS)));
@@ -199,36 +196,36 @@ fn messages_that_a_narrower_window_forgot_are_too_old_when_it_is_wide_again() {
             open(3).close().wait().unwrap();
         }
         let store = open(24);
-        let told = format!("dropped {dropped}, narrow again {narrow_again}");
-        assert_eq!(store.stats().remembers_since.as_unix_ms(), since_ms, "{told}");
-        assert!(is_too_old(&store, "done", START_MS), "{told}: it was done and forgotten");
+        let case = format!("dropped {dropped}, narrow again {narrow_again}");
+        assert_eq!(store.stats().remembers_since.as_unix_ms(), since_ms, "{case}");
+        assert!(is_too_old(&store, "done", START_MS), "{case}: it was completed and forgotten");
         assert!(
             is_too_old(&store, "never seen", since_ms - 1) && !is_too_old(&store, "never seen", since_ms),
-            "{told}"
+            "{case}"
         );
         assert!(
             matches!(
                 store.check(Key::from("tick 5").at(Timestamp::from_unix_ms(START_MS + 5 * HOUR_MS))).wait(),
                 Ok(KeyStatus::Completed(_))
             ),
-            "{told}"
+            "{case}"
         );
         assert!(
             matches!(
                 store.check(Key::from("tick 4").at(Timestamp::from_unix_ms(START_MS + 4 * HOUR_MS))).wait(),
                 Err(Error::Timestamp(TimestampError::TooOld { .. }))
             ),
-            "{told}"
+            "{case}"
         );
     }
 }
 
 #[test]
-fn a_check_says_what_a_claim_of_its_message_would_find_and_moves_nothing() {
+fn a_check_returns_the_answer_of_a_claim_and_does_not_advance_stream_time() {
     let stream = Stream::new();
     stream.complete("k", START_MS);
     stream.tick(START_MS + WINDOW_MS / 2);
-    // A claim of this message would take stream time along, by as much as it may.
+    // A claim of this message advances stream time by the maximum.
     let ahead_ms = START_MS + WINDOW_MS;
     assert_eq!((stream.answer("k", ahead_ms - 1), stream.answer("k", ahead_ms)), ("completed", "new"));
     assert_eq!((stream.now_ms(), stream.answer("k", START_MS)), (START_MS + WINDOW_MS / 2, "completed"));
@@ -238,25 +235,25 @@ fn a_check_says_what_a_claim_of_its_message_would_find_and_moves_nothing() {
 }
 
 #[test]
-fn the_work_may_take_longer_than_the_window_and_the_key_still_gets_its_messages_time() {
+fn a_completion_after_the_window_gets_the_timestamp_of_its_message() {
     let stream = Stream::new();
     let lease = stream.acquire("k", START_MS);
     for step in 1..=4 {
         stream.tick(START_MS + step * AHEAD_MS);
     }
-    assert_eq!(stream.answer("k", START_MS), "in progress", "however far the stream has come");
+    assert_eq!(stream.answer("k", START_MS), "in progress", "a lease does not depend on stream time");
     lease.complete("r").wait().unwrap();
     assert_eq!(stream.answer("k", START_MS), "too old");
     assert_eq!(stream.store().inspect("k").wait().unwrap(), None);
 }
 
 #[test]
-fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
+fn a_late_message_is_remembered_for_a_window_from_its_timestamp() {
     let mut stream = Stream::new();
     stream.tick(START_MS);
     stream.tick(START_MS + AHEAD_MS);
     stream.store().flush().unwrap();
-    // Its bucket has ended, and was never there.
+    // Its bucket is over, and was never created.
     let late_ms = START_MS - 2_500;
     assert_eq!(
         stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
@@ -283,7 +280,7 @@ fn a_late_message_within_the_window_is_known_as_long_as_its_own_window() {
 }
 
 #[test]
-fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate() {
+fn a_message_that_is_too_old_is_neither_accepted_nor_reported_as_a_duplicate() {
     let stream = Stream::new();
     stream.tick(START_MS);
     let old_ms = START_MS - WINDOW_MS;
@@ -312,30 +309,34 @@ fn a_message_that_is_too_old_is_never_let_through_and_never_called_a_duplicate()
 }
 
 #[test]
-fn what_is_known_answers_before_the_age_of_the_message() {
+fn a_stored_state_answers_before_the_message_is_checked_for_age() {
     let stream = Stream::with(OnInterrupt::Hold);
     stream.complete("done", START_MS);
     drop(stream.acquire("held", START_MS));
-    let alive = stream.acquire("alive", START_MS);
+    let leased = stream.acquire("leased", START_MS);
     stream.tick(START_MS + AHEAD_MS);
     let old_ms = START_MS + AHEAD_MS - WINDOW_MS;
     assert_eq!(stream.answer("done", old_ms), "completed");
     assert_eq!(stream.answer("held", old_ms), "in progress");
-    assert_eq!(stream.answer("alive", old_ms), "in progress");
-    alive.release().wait().unwrap();
-    assert_eq!(stream.acquire("alive", old_ms).attempt().number(), 2, "work that is known not to be done");
+    assert_eq!(stream.answer("leased", old_ms), "in progress");
+    leased.release().wait().unwrap();
+    assert_eq!(
+        stream.acquire("leased", old_ms).attempt().number(),
+        2,
+        "the first attempt is expected to have had no effect"
+    );
     stream.tick(START_MS + 2 * AHEAD_MS);
     assert_eq!(stream.answer("done", START_MS), "too old");
-    assert_eq!(stream.answer("held", START_MS), "in progress", "a decision does not run out");
+    assert_eq!(stream.answer("held", START_MS), "in progress", "a held key does not expire");
     stream.store().resolve("held", Resolution::Rerun).wait().unwrap();
     assert_eq!(stream.answer("held", START_MS), "too old");
 }
 
 #[test]
-fn last_year_is_replayed_as_it_was_lived() {
+fn a_replay_of_last_year_is_deduplicated_as_in_the_original_run() {
     let mut stream = Stream::new();
-    // A message every second for an hour, a pause at night, and an hour more. Each comes up to three times:
-    // at once, half a window later, and far too late.
+    // A message every second for an hour, a pause of half a day, and another hour. Each is delivered up to four times:
+    // twice at once, then half a window later, and two windows later, which is too late.
     let mut times: Vec<u64> = (0..3_600).map(|second| START_MS + second * 1_000).collect();
     times.extend((0..3_600).map(|second| START_MS + DAY_MS / 2 + second * 1_000));
     let (mut first, mut duplicates, mut too_old) = (0, 0, 0);
@@ -377,7 +378,7 @@ fn last_year_is_replayed_as_it_was_lived() {
 }
 
 #[test]
-fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
+fn a_backlog_after_a_days_outage_finds_the_duplicates_from_before_the_outage() {
     let mut stream = Stream::new();
     for second in 0..60 {
         stream.complete(&format!("k{second}"), START_MS + second * 1_000);
@@ -385,7 +386,7 @@ fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
     stream.store().close().wait().unwrap();
     stream.clock.advance(Duration::from_millis(DAY_MS));
     stream.store = Some(stream.open());
-    assert_eq!(stream.now_ms(), START_MS + 59_000, "nobody was there to live it");
+    assert_eq!(stream.now_ms(), START_MS + 59_000, "stream time stops during the outage");
     for second in 51..60 {
         assert_eq!(stream.answer(&format!("k{second}"), START_MS + second * 1_000), "completed");
     }
@@ -393,16 +394,20 @@ fn a_backlog_after_a_days_outage_finds_the_duplicates_of_the_day_before() {
 }
 
 #[test]
-fn one_stray_message_takes_nothing_along() {
+fn a_single_outlier_timestamp_does_not_advance_stream_time() {
     let stream = Stream::new();
     stream.complete("k", START_MS);
     for round in 1..50 {
-        let stray = ["a", "b", "c"][round % 3];
-        let stray_ms = START_MS + [DAY_MS, 30 * DAY_MS, AHEAD_MS + 1_000][round % 3];
-        assert!(stream.is_too_far_ahead(stray, stray_ms));
-        assert_eq!(stream.answer(stray, stray_ms), "new", "a second try would be let in");
+        let outlier = ["a", "b", "c"][round % 3];
+        let outlier_ms = START_MS + [DAY_MS, 30 * DAY_MS, AHEAD_MS + 1_000][round % 3];
+        assert!(stream.is_too_far_ahead(outlier, outlier_ms));
+        assert_eq!(stream.answer(outlier, outlier_ms), "new", "a second attempt is accepted");
         stream.tick(START_MS + round as u64);
-        assert_eq!(stream.answer(stray, stray_ms), "too far ahead", "the stream goes on where it was");
+        assert_eq!(
+            stream.answer(outlier, outlier_ms),
+            "too far ahead",
+            "the next message of the stream ends the confirmation"
+        );
     }
     assert_eq!(stream.now_ms(), START_MS + 49);
     assert_eq!(stream.answer("k", START_MS), "completed");
@@ -410,14 +415,14 @@ fn one_stray_message_takes_nothing_along() {
     let Err(Error::Timestamp(TimestampError::TooFarAhead { key, at, stream_time, max_ahead, in_future })) =
         stream.store().claim(Key::from("a").at(Timestamp::from_unix_ms(START_MS + DAY_MS))).wait()
     else {
-        panic!("it is still a stray")
+        panic!("it is still too far ahead")
     };
     assert_eq!((key.as_str(), at.as_unix_ms(), stream_time.as_unix_ms()), ("\"a\"", START_MS + DAY_MS, START_MS + 49));
     assert_eq!((max_ahead, in_future), (Duration::from_millis(AHEAD_MS), false));
 }
 
 #[test]
-fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
+fn a_step_within_the_bound_makes_no_message_in_order_too_old() {
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::at(Timestamp::from_unix_ms(TODAY_MS));
     let window = Duration::from_millis(WINDOW_MS);
@@ -425,7 +430,7 @@ fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
     store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
     assert_eq!(
         store
-            .record(Key::from("as far as one can go").at(Timestamp::from_unix_ms(START_MS + WINDOW_MS)))
+            .record(Key::from("as far ahead as allowed").at(Timestamp::from_unix_ms(START_MS + WINDOW_MS)))
             .wait()
             .unwrap(),
         RecordOutcome::First
@@ -439,12 +444,12 @@ fn a_step_within_the_bound_makes_nothing_too_old_that_comes_in_order() {
             store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
             Err(Error::Timestamp(TimestampError::TooOld { .. }))
         ),
-        "and no duplicate passes"
+        "no duplicate is accepted"
     );
 }
 
 #[test]
-fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() {
+fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_a_retry() {
     let stream = Stream::new();
     stream.complete("k", START_MS);
     let monday_ms = START_MS + 3 * DAY_MS;
@@ -452,11 +457,11 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() 
     assert!(!stream.is_too_far_ahead("second", monday_ms + 700));
     assert!(!stream.is_too_far_ahead("first", monday_ms));
     assert_eq!(stream.now_ms(), monday_ms + 700);
-    // A consumer that blocks on its message.
+    // A consumer that retries its message.
     let friday_ms = monday_ms + 4 * DAY_MS;
     assert!(stream.is_too_far_ahead("blocks", friday_ms));
     assert!(!stream.is_too_far_ahead("blocks", friday_ms));
-    // A batch that has them all, and spans more than a window.
+    // One batch with all messages, which spans more than a window.
     let week_ms = friday_ms + 7 * DAY_MS;
     let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i * 2_000)).collect();
     let claims = stream
@@ -466,7 +471,7 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() 
         .unwrap();
     assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
     assert_eq!(stream.now_ms(), week_ms + 18_000);
-    // Every step is a leap.
+    // Every message is too far ahead of the one before.
     let batch: Vec<(String, u64)> = (1..10).map(|i| (format!("y{i}"), week_ms + i * DAY_MS)).collect();
     let claims = stream
         .store()
@@ -480,14 +485,14 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_the_second_try() 
 }
 
 #[test]
-fn a_stray_in_a_batch_is_refused_alone_whatever_comes_in_the_next() {
+fn an_outlier_in_a_batch_is_rejected_alone_whatever_the_next_batch_has() {
     let stream = Stream::new();
     stream.tick(START_MS);
     for round in 1..5 {
-        let stray_ms = START_MS + 100 * DAY_MS;
+        let outlier_ms = START_MS + 100 * DAY_MS;
         let at_ms = START_MS + round * 10;
         let batch =
-            [("a", at_ms), ("stray", stray_ms), ("b", at_ms + 1)].map(|(key, at)| (format!("{key}{round}"), at));
+            [("a", at_ms), ("outlier", outlier_ms), ("b", at_ms + 1)].map(|(key, at)| (format!("{key}{round}"), at));
         let answers = stream
             .store()
             .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
@@ -501,14 +506,14 @@ fn a_stray_in_a_batch_is_refused_alone_whatever_comes_in_the_next() {
                 Ok(RecordOutcome::First)
             ]
         ));
-        // Two in a row, were the first one still counted.
-        assert!(stream.is_too_far_ahead("stray", stray_ms));
+        // It would be the second in a row if the first outlier still counted.
+        assert!(stream.is_too_far_ahead("outlier", outlier_ms));
         stream.tick(at_ms + 2);
     }
 }
 
 #[test]
-fn of_two_partitions_the_one_that_is_too_far_ahead_waits_for_the_other() {
+fn a_partition_that_is_too_far_ahead_waits_for_the_slower_partition() {
     let stream = Stream::new();
     stream.tick(START_MS);
     let fast = |second: u64| START_MS + DAY_MS + second * 1_000;
@@ -516,13 +521,13 @@ fn of_two_partitions_the_one_that_is_too_far_ahead_waits_for_the_other() {
         assert!(stream.is_too_far_ahead(&format!("fast {second}"), fast(second)));
         stream.tick(START_MS + 1 + second);
     }
-    // The slow one has no more to say.
+    // The slow partition has no more messages.
     assert!(stream.is_too_far_ahead("fast 20", fast(20)));
     assert!(!stream.is_too_far_ahead("fast 21", fast(21)));
 }
 
 #[test]
-fn messages_of_the_future_stay_out_however_many_they_are() {
+fn messages_from_the_future_are_rejected_whatever_their_number() {
     for first_of_all in [true, false] {
         let stream = Stream::new();
         if !first_of_all {
@@ -546,7 +551,7 @@ fn messages_of_the_future_stay_out_however_many_they_are() {
             answer,
             Err(Error::Timestamp(TimestampError::TooFarAhead { in_future: true, .. }))
         )));
-        // When it has become the present, it is a message like others.
+        // Once the wall clock has reached its timestamp, the message is accepted.
         stream.clock.advance(Duration::from_secs(3_600));
         stream.is_too_far_ahead("future 0", future_ms);
         assert!(!stream.is_too_far_ahead("future 0", future_ms));
@@ -554,7 +559,7 @@ fn messages_of_the_future_stay_out_however_many_they_are() {
 }
 
 #[test]
-fn an_operator_can_take_stream_time_along() {
+fn an_operator_can_advance_stream_time() {
     let mut stream = Stream::new();
     stream.complete("k", START_MS);
     let future_ms = TODAY_MS + DAY_MS;
@@ -563,18 +568,18 @@ fn an_operator_can_take_stream_time_along() {
     assert!(!stream.is_too_far_ahead("future", future_ms));
     assert_eq!(stream.answer("k", START_MS), "too old");
     stream.store().advance_stream_time(Timestamp::from_unix_ms(START_MS)).wait().unwrap();
-    assert_eq!(stream.now_ms(), future_ms, "it never goes back");
+    assert_eq!(stream.now_ms(), future_ms, "stream time never goes back");
     stream.store().advance_stream_time(Timestamp::from_unix_ms(future_ms + 5)).wait().unwrap();
     for another_unit in [future_ms * 1_000, u64::MAX] {
-        let refused = stream.store().advance_stream_time(Timestamp::from_unix_ms(another_unit)).wait();
-        assert!(matches!(refused, Err(Error::Config { option: "advance_stream_time", .. })), "{refused:?}");
+        let rejected = stream.store().advance_stream_time(Timestamp::from_unix_ms(another_unit)).wait();
+        assert!(matches!(rejected, Err(Error::Config { option: "advance_stream_time", .. })), "{rejected:?}");
     }
     stream.reopen();
     assert_eq!(stream.now_ms(), future_ms + 5);
 }
 
 #[test]
-fn the_wall_clock_ages_nothing_and_brings_nothing_back() {
+fn the_wall_clock_expires_no_key_and_restores_none() {
     let mut stream = Stream::new();
     stream.complete("k", START_MS);
     for wall_ms in [0, TODAY_MS, START_MS - 1, TODAY_MS + 10_000 * DAY_MS, u64::MAX, 5] {
@@ -584,7 +589,7 @@ fn the_wall_clock_ages_nothing_and_brings_nothing_back() {
         stream.store().flush().unwrap();
         assert_eq!((stream.answer("k", START_MS), stream.now_ms()), ("completed", START_MS), "at {wall_ms}");
     }
-    // At the fifth millisecond of 1970 a stream still runs.
+    // A wall clock at the start of 1970 does not stop the stream.
     for second in 1..40 {
         stream.tick(START_MS + second * 1_000);
     }
@@ -620,7 +625,7 @@ fn leases_and_backoffs_run_on_monotonic_time() {
 }
 
 #[test]
-fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
+fn interrupted_work_keeps_the_timestamp_of_its_message_however_it_ends() {
     let mut stream = Stream::with(OnInterrupt::Hold);
     stream.tick(START_MS);
     let crashed = stream.acquire("crashed", START_MS + 100);
@@ -631,7 +636,7 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
     let since: Vec<u64> = stream.store().held().wait().unwrap().iter().map(|held| held.since.as_unix_ms()).collect();
     assert_eq!(since, [START_MS + 100, START_MS + 200]);
     for key in ["crashed", "dropped"] {
-        stream.store().resolve(key, Resolution::Completed(b"by hand".to_vec())).wait().unwrap();
+        stream.store().resolve(key, Resolution::Completed(b"by an operator".to_vec())).wait().unwrap();
     }
     stream.store().flush().unwrap();
     let completed_at =
@@ -642,7 +647,7 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
     assert_eq!(completed_at("crashed", START_MS + 100), START_MS + 100);
     assert_eq!(completed_at("dropped", START_MS + 200), START_MS + 200);
 
-    // Another message about work that was not done: both are to be known as long as their windows last.
+    // A different message for a key that is not completed: the key is remembered for the window of the later message.
     drop(stream.acquire("twice", START_MS + 1_000));
     stream.store().resolve("twice", Resolution::Rerun).wait().unwrap();
     stream.acquire("twice", START_MS + 2_000).release().wait().unwrap();
@@ -651,7 +656,7 @@ fn interrupted_work_gets_the_time_of_its_message_whoever_ends_it() {
 }
 
 #[test]
-fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
+fn a_store_keeps_its_time_source_and_rejects_timestamps_that_do_not_fit_it() {
     let stream = Stream::new();
     let store = stream.store();
     assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
@@ -667,10 +672,10 @@ fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
     stream.complete("k", START_MS);
     assert!(
         store.inspect("k").wait().unwrap().is_some() && store.forget("k").wait().unwrap(),
-        "which are not about messages"
+        "these calls need no timestamp"
     );
     store.close().wait().unwrap();
-    // It stays what it is, and keeps its bound.
+    // A reopen keeps the time source and the bound.
     let store = builder(&stream.clock).open(stream.path()).unwrap();
     assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
     assert_eq!(
@@ -706,23 +711,23 @@ fn a_store_runs_on_its_clock_or_on_its_messages_and_says_which() {
         Err(Error::Timestamp(TimestampError::Unexpected))
     ));
     store.close().wait().unwrap();
-    let refused = builder(&stream.clock).stream_time(Duration::from_secs(1)).open(&path);
-    assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
+    let rejected = builder(&stream.clock).stream_time(Duration::from_secs(1)).open(&path);
+    assert!(matches!(rejected, Err(Error::Config { option: "stream_time", .. })));
     for out_of_bounds in [Duration::ZERO, Duration::from_millis(WINDOW_MS + 1)] {
-        let refused = builder(&stream.clock).stream_time(out_of_bounds).open(dir.path().join("none"));
-        assert!(matches!(refused, Err(Error::Config { option: "stream_time", .. })));
+        let rejected = builder(&stream.clock).stream_time(out_of_bounds).open(dir.path().join("none"));
+        assert!(matches!(rejected, Err(Error::Config { option: "stream_time", .. })));
     }
 }
 
 #[test]
-fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_early() {
+fn a_stream_faster_than_its_flushes_has_few_buckets_and_forgets_no_key_early() {
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::at(Timestamp::from_unix_ms(TODAY_MS));
-    // As many buckets as there may be.
+    // The maximum number of buckets.
     let builder = Store::builder().window(Duration::from_secs(48)).bucket(Duration::from_secs(1)).clock(clock);
     let builder = builder.durability(Durability::Process).memory_budget(32 << 20);
     let store = builder.stream_time(Duration::from_secs(48)).open(dir.path().join("store")).unwrap();
-    // 100 ms a message: 100,000 of them are three hours, hundreds of windows.
+    // One message per 100 ms: 100,000 messages span three hours, which are hundreds of windows.
     let messages: Vec<(String, u64)> = (0..100_000).map(|i| (format!("m{i}"), START_MS + i * 100)).collect();
     let mut sent = 0;
     for batch in messages.chunks(400) {
@@ -736,7 +741,7 @@ fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_
             .unwrap();
         assert!(answers.iter().all(|answer| matches!(answer, Ok(RecordOutcome::First))));
         sent += batch.len();
-        // 480 of them are within the window.
+        // The last 480 messages are within the window.
         let again = messages[sent.saturating_sub(480)..sent].iter().step_by(37);
         for answer in store
             .record_batch(
@@ -761,7 +766,7 @@ fn a_stream_far_faster_than_its_seals_keeps_its_buckets_few_and_forgets_nothing_
 }
 
 #[test]
-fn nobody_who_looks_a_key_up_while_the_stream_leaps_is_told_that_it_is_new() {
+fn a_lookup_while_stream_time_advances_never_reports_a_known_key_as_new() {
     let stream = Stream::new();
     let mut at_ms = START_MS;
     for round in 0..30 {
@@ -789,7 +794,7 @@ fn nobody_who_looks_a_key_up_while_the_stream_leaps_is_told_that_it_is_new() {
     }
 }
 
-/// What should be known of a key.
+/// The expected state of a key.
 #[derive(Debug, Clone)]
 enum Known {
     Completed { at_ms: u64, result: Vec<u8> },
@@ -797,21 +802,21 @@ enum Known {
     Left { attempt: u32, at_ms: u64 },
 }
 
-/// A stream store and a plain map. The stream moves only by what the map says.
+/// A store on stream time, and a plain map with its expected state.
 struct Model {
     stream: Stream,
     now_ms: u64,
     leap_ms: Option<u64>,
-    known: BTreeMap<String, Known>,
+    expected: BTreeMap<String, Known>,
     leases: Vec<(String, Lease)>,
 }
 
 impl Model {
     fn new() -> Self {
-        Self { stream: Stream::new(), now_ms: 0, leap_ms: None, known: BTreeMap::new(), leases: Vec::new() }
+        Self { stream: Stream::new(), now_ms: 0, leap_ms: None, expected: BTreeMap::new(), leases: Vec::new() }
     }
 
-    /// A time as a stream might bring it: in order, late, far too late, or astray.
+    /// A random timestamp: in order, late, too old, or an outlier.
     fn time(&self, rng: &mut StdRng) -> u64 {
         let now_ms = self.now_ms.max(START_MS);
         match rng.random_range(0..100) {
@@ -825,8 +830,8 @@ impl Model {
         }
     }
 
-    /// Whether a message is let in, and takes the time along.
-    fn lets_in(&mut self, at_ms: u64) -> bool {
+    /// Whether a message is accepted. If so, it advances the time.
+    fn accepts(&mut self, at_ms: u64) -> bool {
         if at_ms > self.now_ms + AHEAD_MS {
             let is_confirmed = self.leap_ms.is_some_and(|leap_ms| at_ms <= leap_ms + AHEAD_MS);
             if self.now_ms > 0 && !is_confirmed {
@@ -842,8 +847,8 @@ impl Model {
     }
 
     fn claim(&mut self, rng: &mut StdRng, key: &str) {
-        // A message comes with the time it came with before, as a rule.
-        let at_ms = match self.known.get(key) {
+        // Most retries have the timestamp of the first delivery.
+        let at_ms = match self.expected.get(key) {
             Some(Known::Completed { at_ms, .. } | Known::Leased { at_ms, .. } | Known::Left { at_ms, .. })
                 if rng.random_bool(0.7) =>
             {
@@ -851,17 +856,17 @@ impl Model {
             }
             _ => self.time(rng),
         };
-        let (is_let_in, claim) =
-            (self.lets_in(at_ms), self.stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait());
+        let (is_accepted, claim) =
+            (self.accepts(at_ms), self.stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait());
         assert_eq!(self.stream.now_ms(), self.now_ms);
         let now_ms = self.now_ms;
         let counts = |at_ms: u64| now_ms < at_ms + WINDOW_MS;
-        let known = self.known.get(key).filter(|known| match known {
+        let expected = self.expected.get(key).filter(|expected| match expected {
             Known::Completed { at_ms, .. } | Known::Left { at_ms, .. } => counts(*at_ms),
             Known::Leased { .. } => true,
         });
-        let context = format!("{key} of {at_ms} at {now_ms}, which is {known:?}");
-        let taken_at_ms = match (is_let_in, known, claim) {
+        let context = format!("{key} of {at_ms} at {now_ms}, which is {expected:?}");
+        let acquired = match (is_accepted, expected, claim) {
             (false, _, Err(Error::Timestamp(TimestampError::TooFarAhead { stream_time, in_future: false, .. }))) => {
                 assert_eq!(stream_time.as_unix_ms(), now_ms, "{context}");
                 return;
@@ -896,11 +901,11 @@ impl Model {
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{context}");
                 (lease, at_ms)
             }
-            (_, _, other) => panic!("{context}, was answered {other:?}"),
+            (_, _, other) => panic!("{context}, the claim returned {other:?}"),
         };
-        let (lease, at_ms) = taken_at_ms;
+        let (lease, at_ms) = acquired;
         let (token, attempt) = (lease.token().get(), lease.attempt().number());
-        self.known.insert(key.to_owned(), Known::Leased { token, attempt, at_ms });
+        self.expected.insert(key.to_owned(), Known::Leased { token, attempt, at_ms });
         self.leases.push((key.to_owned(), lease));
     }
 
@@ -909,7 +914,7 @@ impl Model {
             return;
         }
         let (key, lease) = self.leases.swap_remove(rng.random_range(0..self.leases.len()));
-        let Some(Known::Leased { token, attempt, at_ms }) = self.known.get(&key).cloned() else { panic!("{key}") };
+        let Some(Known::Leased { token, attempt, at_ms }) = self.expected.get(&key).cloned() else { panic!("{key}") };
         assert_eq!(token, lease.token().get());
         let after = match rng.random_range(0..5) {
             0 => {
@@ -926,16 +931,16 @@ impl Model {
                 Known::Completed { at_ms, result }
             }
         };
-        self.known.insert(key, after);
+        self.expected.insert(key, after);
     }
 
     fn reopen(&mut self) {
         self.stream.reopen();
         self.leases.clear();
         self.leap_ms = None;
-        for known in self.known.values_mut() {
-            if let Known::Leased { attempt, at_ms, .. } = *known {
-                *known = Known::Left { attempt, at_ms };
+        for expected in self.expected.values_mut() {
+            if let Known::Leased { attempt, at_ms, .. } = *expected {
+                *expected = Known::Left { attempt, at_ms };
             }
         }
         assert_eq!(self.stream.now_ms(), self.now_ms);
@@ -947,7 +952,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn random_streams_are_answered_as_a_plain_map_would() {
+fn random_streams_give_the_answers_of_a_plain_map() {
     let seed = number("ONLYONCE_STREAM_SEED").unwrap_or_else(|| rand::rng().random());
     let rounds = number("ONLYONCE_STREAM_ROUNDS").unwrap_or(10);
     eprintln!("ONLYONCE_STREAM_SEED={seed} ONLYONCE_STREAM_ROUNDS={rounds}");
@@ -973,7 +978,7 @@ fn random_streams_are_answered_as_a_plain_map_would() {
     }
 }
 
-/// Records a stream and says each answer, until it is killed.
+/// Records a stream and prints each answer, until it is killed.
 fn record_until_killed(path: &Path, from: u64) -> ! {
     let store = builder(&ManualClock::at(Timestamp::from_unix_ms(TODAY_MS)))
         .stream_time(Duration::from_millis(AHEAD_MS))
@@ -982,20 +987,20 @@ fn record_until_killed(path: &Path, from: u64) -> ! {
     let mut out = std::io::stdout();
     writeln!(out, "\nopened {}", store.stats().now.as_unix_ms()).unwrap();
     for i in from.. {
-        // Every seventh is late.
+        // Every seventh message is late.
         let at_ms = START_MS + i * 40 - if i % 7 == 0 { 3_000 } else { 0 };
         store.record(Key::from(format!("m{i}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap();
         writeln!(out, "recorded {i} {at_ms}").unwrap();
     }
-    unreachable!("there are many")
+    unreachable!("the parent kills this process first")
 }
 
 #[test]
-fn a_killed_store_goes_on_where_its_stream_was() {
-    const TEST: &str = "a_killed_store_goes_on_where_its_stream_was";
+fn a_killed_store_resumes_at_its_stream_time() {
+    const TEST: &str = "stream_time::a_killed_store_resumes_at_its_stream_time";
     const STORE: &str = "ONLYONCE_STREAM_STORE";
     const FROM: &str = "ONLYONCE_STREAM_FROM";
-    if child::is_child(TEST) {
+    if crate::child::is_child(TEST) {
         record_until_killed(Path::new(&std::env::var(STORE).unwrap()), number(FROM).unwrap());
     }
     let seed = number("ONLYONCE_STREAM_SEED").unwrap_or_else(|| rand::rng().random());
@@ -1005,10 +1010,11 @@ fn a_killed_store_goes_on_where_its_stream_was() {
     let path = dir.path().join("store");
     let (mut next, mut newest_ms, mut recorded) = (0, 0, BTreeMap::new());
     for round in 0..12 {
-        let mut process = child::command(TEST).env(STORE, &path).env(FROM, next.to_string()).spawn().unwrap();
+        let mut process = crate::child::command(TEST).env(STORE, &path).env(FROM, next.to_string()).spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines().map(Result::unwrap);
-        let opened = lines.by_ref().find_map(|line| line.strip_prefix("opened ").map(|ms| ms.parse::<u64>().unwrap()));
-        assert!(opened.unwrap() >= newest_ms, "round {round}: stream time went back");
+        let stream_time_ms =
+            lines.by_ref().find_map(|line| line.strip_prefix("opened ").map(|ms| ms.parse::<u64>().unwrap()));
+        assert!(stream_time_ms.unwrap() >= newest_ms, "round {round}: stream time went back");
         let mut left = rng.random_range(50..3_000);
         for line in lines {
             let Some((i, at_ms)) = line.strip_prefix("recorded ").and_then(|line| line.split_once(' ')) else {
@@ -1019,7 +1025,7 @@ fn a_killed_store_goes_on_where_its_stream_was() {
             newest_ms = newest_ms.max(at_ms);
             left -= 1;
             if left == 0 {
-                // What is in the pipe by now is read to its end.
+                // The lines that are already in the pipe are still read.
                 process.kill().unwrap();
             }
         }

@@ -1,15 +1,13 @@
-//! Random operations against a plain map.
+//! Random operations, compared with a plain map.
 //!
-//! The model is written from the state table, not from the code: a map from key to what should be known of it, and
-//! for each operation what it should be answered. Rounds: `ONLYONCE_MODEL_ROUNDS` (default 60); a failure names its
-//! seed, and `ONLYONCE_MODEL_SEED` runs that one alone.
-
-mod common;
+//! The model follows the documented state table, not the code: a map from each key to its expected state, and the expected
+//! answer of each operation. `ONLYONCE_MODEL_ROUNDS` (default 60) sets the rounds; a failure prints its seed, which
+//! `ONLYONCE_MODEL_SEED` repeats alone.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Bench, START_MS};
+use crate::common::{Bench, START_MS};
 use onlyonce::{Claim, Error, Key, KeyStatus, Lease, OnInterrupt, PriorAttempt, RecordOutcome, Resolution, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -31,8 +29,8 @@ enum Holder {
     Leased {
         until_ms: u64,
     },
-    /// Interrupted at the earliest at this time; the store may have noticed later, after a restart.
-    Gone {
+    /// Interrupted at this time or later; after a restart the store assumes a later time.
+    Interrupted {
         priors: Vec<PriorAttempt>,
         since_ms: u64,
     },
@@ -43,11 +41,11 @@ enum Holder {
     },
 }
 
-/// What the store may answer to a claim.
+/// The expected answer to a claim.
 #[derive(Debug, PartialEq)]
 enum Expected {
     New,
-    /// Acquired again; or, where it was left alone for a window, as good as new.
+    /// Acquired again; or as new, if no call used the key for a window.
     Again {
         attempt: u32,
         priors: Vec<PriorAttempt>,
@@ -89,7 +87,7 @@ impl Model {
                         Expected::InProgress { attempt, retry_after_ms: Some(until_ms - self.now_ms) }
                     }
                     Holder::Leased { until_ms } => interrupted(&[PriorAttempt::LeaseExpired], *until_ms),
-                    Holder::Gone { priors, since_ms } => interrupted(priors, *since_ms),
+                    Holder::Interrupted { priors, since_ms } => interrupted(priors, *since_ms),
                     Holder::Open { since_ms, .. } if self.now_ms >= since_ms + WINDOW_MS => return Expected::New,
                     Holder::Open { not_before_ms, .. } if self.now_ms < *not_before_ms => {
                         Expected::InProgress { attempt, retry_after_ms: Some(not_before_ms - self.now_ms) }
@@ -116,12 +114,12 @@ impl Model {
         matches!(self.expect(key, None), Expected::InProgress { retry_after_ms: None, .. })
     }
 
-    /// Whether an attempt may have been forgotten, so that its token may be unknown.
+    /// True if an attempt may have expired, so that its token may be unknown.
     fn may_be_forgotten(&self, key: &str) -> bool {
         matches!(self.expect(key, None), Expected::Again { or_new: true, .. } | Expected::New)
     }
 
-    /// The store acquired the key, as it was allowed to.
+    /// The store granted the key, as expected.
     fn acquired(&mut self, key: &str, payload: Option<u8>, lease: &Lease) {
         let stored = match self.known.get(key) {
             Some(Known::Processing { payload, .. }) if lease.attempt().prior().is_some() => *payload,
@@ -145,7 +143,7 @@ struct HeldKey {
 }
 
 struct Round {
-    // Dropped before the store's directory is: a lease keeps its store open.
+    // Before the store's directory, so that they are dropped first: a lease keeps its store open.
     leases: Vec<HeldKey>,
     bench: Bench,
     model: Model,
@@ -215,8 +213,8 @@ impl Round {
 
     fn claim_batch(&mut self) {
         let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
-        let asked = keys.iter().map(|(key, payload)| with_payload(key, *payload));
-        let claimed = self.bench.store().claim_batch(asked).wait().unwrap();
+        let requested = keys.iter().map(|(key, payload)| with_payload(key, *payload));
+        let claimed = self.bench.store().claim_batch(requested).wait().unwrap();
         assert_eq!(claimed.len(), keys.len());
         for ((key, payload), claimed) in keys.iter().zip(claimed) {
             self.claimed(key, *payload, claimed);
@@ -241,7 +239,7 @@ impl Round {
                 assert_eq!(other.attempt, *attempt, "{key}");
                 assert_eq!(other.retry_after, retry_after_ms.map(Duration::from_millis), "{key}");
             }
-            (Expected::Completed, Ok(Claim::Completed(completed))) => self.is_as_known(key, &completed),
+            (Expected::Completed, Ok(Claim::Completed(completed))) => self.assert_completed(key, &completed),
             (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
             (_, claimed) => panic!("{key}: {claimed:?} where {expected:?}"),
         }
@@ -254,9 +252,9 @@ impl Round {
         self.leases.push(HeldKey { key: key.to_owned(), lease });
     }
 
-    fn is_as_known(&self, key: &str, completed: &onlyonce::Completed) {
+    fn assert_completed(&self, key: &str, completed: &onlyonce::Completed) {
         let Some(Known::Completed { at_ms, result, omitted, .. }) = self.model.known.get(key) else {
-            panic!("{key} was never completed")
+            panic!("{key} was not completed")
         };
         assert_eq!(completed.result(), result.as_deref(), "{key}");
         assert_eq!(completed.is_result_too_large(), *omitted, "{key}");
@@ -269,7 +267,7 @@ impl Round {
         result
     }
 
-    /// The answer that settling a lease should get, where only one is right.
+    /// The expected answer to the end of a lease. `None` if both answers are correct.
     fn settles(&self, held: &HeldKey) -> Option<bool> {
         match self.model.known.get(&held.key) {
             Some(Known::Processing { token, .. }) if *token == held.lease.token().get() => {
@@ -301,7 +299,7 @@ impl Round {
             Err(error) => {
                 assert_ne!(expected, Some(true), "{key}: {error}");
                 assert!(matches!(error.error(), Error::Superseded { .. }), "{error}");
-                assert_eq!(error.completion().result(), result, "the result comes back");
+                assert_eq!(error.completion().result(), result, "the error returns the result");
             }
         }
     }
@@ -321,15 +319,15 @@ impl Round {
             let (expected, result) = (self.settles(&held), self.result());
             batch.push((held, expected, result));
         }
-        let mut asked = Vec::new();
+        let mut requested = Vec::new();
         let mut leases = Vec::new();
         for (held, expected, result) in batch {
-            asked.push((held.key, expected, result.clone()));
+            requested.push((held.key, expected, result.clone()));
             leases.push((held.lease, result));
         }
         let answers = self.bench.store().complete_batch(leases).wait();
-        assert_eq!(answers.len(), asked.len());
-        for ((key, expected, result), answer) in asked.into_iter().zip(answers) {
+        assert_eq!(answers.len(), requested.len());
+        for ((key, expected, result), answer) in requested.into_iter().zip(answers) {
             self.completed(&key, expected, &result, answer);
         }
     }
@@ -344,9 +342,9 @@ impl Round {
                 assert_ne!(expected, Some(false), "{}", held.key);
                 let now_ms = self.model.now_ms;
                 if let Some(Known::Processing { holder, payload, .. }) = self.model.known.get_mut(&held.key) {
-                    // What it left must outlive it.
+                    // The interrupted state is kept for a window after this.
                     let not_before_ms = now_ms + backoff_ms.min(WINDOW_MS / 2);
-                    // A doubt persists across releases, and with it the payload.
+                    // An unknown outcome persists across releases, and so does the payload.
                     let prior = doubt.unwrap_or(PriorAttempt::Released);
                     if prior == PriorAttempt::Released {
                         *payload = None;
@@ -371,21 +369,21 @@ impl Round {
             && *current == token
             && let Holder::Leased { until_ms } = *holder
         {
-            // One that ran out a window ago may be forgotten already, and dropping it says nothing new.
+            // A lease that expired a window ago may be forgotten, and its drop has no effect.
             let stale = now_ms >= until_ms + WINDOW_MS;
             let priors = if stale {
                 vec![PriorAttempt::Dropped, PriorAttempt::LeaseExpired]
             } else {
                 vec![PriorAttempt::Dropped]
             };
-            *holder = Holder::Gone { priors, since_ms: if stale { until_ms } else { now_ms } };
+            *holder = Holder::Interrupted { priors, since_ms: if stale { until_ms } else { now_ms } };
         }
     }
 
     fn renew(&mut self) {
         let Some(mut held) = self.lease() else { return };
         let expected = match self.model.known.get(&held.key) {
-            // Resolved to run again: too late to go on, though not to complete.
+            // After a resolution to rerun, the lease cannot be renewed, but it can be completed.
             Some(Known::Processing { holder: Holder::Open { .. }, .. }) => Some(false),
             _ => self.settles(&held),
         };
@@ -407,25 +405,25 @@ impl Round {
 
     fn record(&mut self) {
         let (key, payload) = (self.key(), self.payload());
-        self.settle_doubt(&key);
+        self.forget_if_uncertain(&key);
         let recorded = self.bench.store().record(with_payload(&key, payload)).wait();
         self.recorded(&key, payload, recorded);
     }
 
     fn record_batch(&mut self) {
         let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
-        keys.iter().for_each(|(key, _)| self.settle_doubt(key));
-        let asked = keys.iter().map(|(key, payload)| with_payload(key, *payload));
-        let recorded = self.bench.store().record_batch(asked).wait().unwrap();
+        keys.iter().for_each(|(key, _)| self.forget_if_uncertain(key));
+        let requested = keys.iter().map(|(key, payload)| with_payload(key, *payload));
+        let recorded = self.bench.store().record_batch(requested).wait().unwrap();
         assert_eq!(recorded.len(), keys.len());
         for ((key, payload), recorded) in keys.iter().zip(recorded) {
             self.recorded(key, *payload, recorded);
         }
     }
 
-    /// A record does not say whether it found an attempt that was left alone for a window, whose payload would still
-    /// bind, or none. Begins such a key anew.
-    fn settle_doubt(&mut self, key: &str) {
+    /// A record does not tell whether it found an expired attempt, whose payload still counts, or none. Removes such a
+    /// key from the model and the store.
+    fn forget_if_uncertain(&mut self, key: &str) {
         if let Expected::Again { or_new: true, .. } = self.model.expect(key, None) {
             self.bench.store().forget(key).wait().unwrap();
             self.model.known.remove(key);
@@ -462,7 +460,7 @@ impl Round {
             (Expected::New | Expected::Again { .. }, Ok(KeyStatus::New))
             | (Expected::InProgress { .. }, Ok(KeyStatus::InProgress(_)))
             | (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
-            (Expected::Completed, Ok(KeyStatus::Completed(completed))) => self.is_as_known(&key, &completed),
+            (Expected::Completed, Ok(KeyStatus::Completed(completed))) => self.assert_completed(&key, &completed),
             (_, checked) => panic!("{key}: {checked:?} where {expected:?}"),
         }
     }
@@ -470,7 +468,7 @@ impl Round {
     fn forget(&mut self) {
         let key = self.key();
         let expected = self.model.expect(&key, None);
-        let alive = matches!(
+        let is_leased = matches!(
             (self.model.known.get(&key), &expected),
             (
                 Some(Known::Processing { holder: Holder::Leased { .. }, .. }),
@@ -480,7 +478,7 @@ impl Round {
         let held = self.model.is_held(&key);
         match self.bench.store().forget(&key).wait() {
             Ok(there) => {
-                assert!(!alive && !held, "{key} was forgotten under its holder, or before its decision");
+                assert!(!is_leased && !held, "{key} was forgotten during its lease, or before its resolution");
                 match expected {
                     Expected::New => assert!(!there, "{key}"),
                     Expected::Again { or_new: true, .. } => {}
@@ -488,7 +486,7 @@ impl Round {
                 }
                 self.model.known.remove(&key);
             }
-            Err(Error::InUse { .. }) => assert!(alive, "{key} is not in use"),
+            Err(Error::InUse { .. }) => assert!(is_leased, "{key} is not in use"),
             Err(Error::Undecided { .. }) => assert!(held, "{key} is not held"),
             Err(error) => panic!("{key}: {error}"),
         }
@@ -514,7 +512,7 @@ impl Round {
                         let now_ms = self.model.now_ms;
                         if let Some(Known::Processing { holder, .. }) = self.model.known.get_mut(&key) {
                             let prior = match &holder {
-                                Holder::Gone { priors, .. } => priors.clone(),
+                                Holder::Interrupted { priors, .. } => priors.clone(),
                                 _ => vec![PriorAttempt::LeaseExpired],
                             };
                             *holder = Holder::Open { prior, since_ms: now_ms, not_before_ms: 0 };
@@ -543,20 +541,20 @@ impl Round {
 
     fn advance(&mut self) {
         if self.rng.random_bool(0.3) {
-            self.look_at_a_wrong_clock();
+            self.read_a_wrong_clock();
         }
         let ms = *[1, 10, 400, 999, 1_000, 3_000, 9_999, 25_000].choose(&mut self.rng).unwrap();
         self.bench.advance_ms(ms);
         self.model.now_ms += ms;
     }
 
-    /// One reading of the wall clock that is wrong changes nothing.
-    fn look_at_a_wrong_clock(&mut self) {
+    /// Lets the store read a wrong wall clock once, which must have no effect.
+    fn read_a_wrong_clock(&mut self) {
         let right_ms = self.model.now_ms;
         let wrong_ms =
             *[0, right_ms - 3_600_000, right_ms + 3_600_000, 4_080_000_000_000].choose(&mut self.rng).unwrap();
         self.bench.clock.set_wall(Timestamp::from_unix_ms(wrong_ms));
-        self.bench.store().check("somebody asks").wait().unwrap();
+        self.bench.store().check("any key").wait().unwrap();
         if self.rng.random_bool(0.2) {
             self.bench.store().flush().unwrap();
         }
@@ -574,10 +572,13 @@ impl Round {
                 match holder {
                     Holder::Leased { until_ms } => {
                         let since_ms = (*until_ms).min(now_ms);
-                        *holder = Holder::Gone { priors: vec![PriorAttempt::Crashed, PriorAttempt::Dropped], since_ms };
+                        *holder = Holder::Interrupted {
+                            priors: vec![PriorAttempt::Crashed, PriorAttempt::Dropped],
+                            since_ms,
+                        };
                     }
-                    // Whether the store wrote down that it was dropped depends on when it sealed.
-                    Holder::Gone { priors, .. } => priors.push(PriorAttempt::Crashed),
+                    // Whether the drop reached the disk depends on the last flush.
+                    Holder::Interrupted { priors, .. } => priors.push(PriorAttempt::Crashed),
                     Holder::Open { .. } => {}
                 }
             }
@@ -603,7 +604,7 @@ fn env(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn random_operations_are_answered_as_a_plain_map_would() {
+fn random_operations_give_the_answers_of_a_plain_map() {
     if let Some(seed) = env("ONLYONCE_MODEL_SEED") {
         return Round::new(seed).run();
     }

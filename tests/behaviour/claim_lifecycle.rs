@@ -1,10 +1,8 @@
-//! The state table, row by row: what a claim is answered, and what its lease may do.
-
-mod common;
+//! The state table, row by row: what a claim returns in each state of its key, and what its lease permits.
 
 use std::time::Duration;
 
-use common::{Bench, START_MS};
+use crate::common::{Bench, START_MS};
 use onlyonce::{
     Claim, Completion, Error, Key, KeyStatus, Lease, LeaseState, OnInterrupt, Outcome, PriorAttempt, RecordOutcome,
     Resolution, ResultError, RunError, RunOutcome, Store, StoredKey, Timestamp,
@@ -25,7 +23,7 @@ fn an_absent_key_is_acquired_as_the_first_attempt() {
 }
 
 #[test]
-fn a_key_with_a_living_lease_is_in_progress_until_it_runs_out() {
+fn a_leased_key_is_in_progress_until_its_lease_expires() {
     let bench = Bench::new();
     let _lease = bench.acquire("k");
     bench.advance_ms(400);
@@ -35,7 +33,7 @@ fn a_key_with_a_living_lease_is_in_progress_until_it_runs_out() {
 }
 
 #[test]
-fn a_lease_that_ran_out_is_taken_over() {
+fn an_expired_lease_is_taken_over() {
     let bench = Bench::new();
     let first = bench.acquire("k");
     bench.advance_ms(1_000);
@@ -53,7 +51,7 @@ fn a_lease_that_ran_out_is_taken_over() {
 }
 
 #[test]
-fn a_dropped_lease_frees_its_key_and_is_told() {
+fn a_dropped_lease_frees_its_key_and_the_next_claim_reports_the_drop() {
     let bench = Bench::new();
     drop(bench.acquire("k"));
     let again = bench.acquire("k");
@@ -61,24 +59,24 @@ fn a_dropped_lease_frees_its_key_and_is_told() {
 }
 
 #[test]
-fn a_dropped_lease_is_told_for_a_window_from_its_drop_on() {
-    for (later_ms, told) in [(9_999, (2, Some(PriorAttempt::Dropped))), (10_000, (1, None))] {
+fn a_dropped_lease_is_reported_for_a_window_after_its_drop() {
+    for (later_ms, expected) in [(9_999, (2, Some(PriorAttempt::Dropped))), (10_000, (1, None))] {
         let bench = Bench::with(|builder| builder.lease(Duration::from_secs(30)));
         let lease = bench.acquire("k");
         bench.advance_ms(9_000);
         drop(lease);
         bench.advance_ms(later_ms);
         let again = bench.acquire("k");
-        assert_eq!((again.attempt().number(), again.attempt().prior()), told, "{later_ms} ms later");
+        assert_eq!((again.attempt().number(), again.attempt().prior()), expected, "{later_ms} ms later");
     }
 }
 
 #[test]
-fn a_panic_in_the_work_is_a_dropped_lease() {
+fn a_panic_in_the_work_drops_the_lease() {
     let bench = Bench::new();
     let store = bench.store().clone();
     let panicked = std::thread::spawn(move || {
-        let _ = store.run("k", |_| -> Result<Vec<u8>, Error> { panic!("the work panics, as it should") });
+        let _ = store.run("k", |_| -> Result<Vec<u8>, Error> { panic!("the work panics, as this test intends") });
     })
     .join();
     assert!(panicked.is_err());
@@ -86,19 +84,19 @@ fn a_panic_in_the_work_is_a_dropped_lease() {
 }
 
 #[test]
-fn a_key_whose_process_died_is_acquired_again_and_the_crash_is_told() {
+fn a_key_is_acquired_again_after_a_crash_and_the_claim_reports_it() {
     let mut bench = Bench::new();
     let lease = bench.acquire("k");
     bench.reopen();
     let again = bench.acquire("k");
     assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
     assert!(again.token().get() > lease.token().get());
-    let error = lease.complete("from the grave").wait().unwrap_err();
+    let error = lease.complete("after the crash").wait().unwrap_err();
     assert!(matches!(error.error(), Error::Closed), "{error}");
 }
 
 #[test]
-fn a_crash_is_told_however_long_the_work_had_been_going_on() {
+fn a_crash_is_reported_however_long_the_work_ran() {
     let mut bench = Bench::new();
     let mut lease = bench.acquire("k");
     for _ in 0..30 {
@@ -136,8 +134,8 @@ fn under_hold_an_interrupted_key_waits_for_its_resolution() {
     bench.store().resolve(&held[0].key, Resolution::Rerun).wait().unwrap();
     let again = bench.acquire("dropped");
     assert_eq!((again.attempt().number(), again.attempt().prior()), (2, Some(PriorAttempt::Crashed)));
-    bench.store().resolve("expired", Resolution::Completed(b"it did happen".to_vec())).wait().unwrap();
-    assert_eq!(bench.completed("expired").unwrap(), b"it did happen");
+    bench.store().resolve("expired", Resolution::Completed(b"the effect happened".to_vec())).wait().unwrap();
+    assert_eq!(bench.completed("expired").unwrap(), b"the effect happened");
     let twice = bench.store().resolve("expired", Resolution::Rerun).wait();
     assert!(matches!(twice, Err(Error::NotHeld { .. })), "{twice:?}");
     assert!(matches!(bench.store().resolve("unknown", Resolution::Rerun).wait(), Err(Error::NotHeld { .. })));
@@ -159,8 +157,8 @@ fn under_hold_a_late_completion_is_still_accepted() {
     let lease = bench.acquire("k");
     bench.advance_ms(5_000);
     assert_eq!(bench.in_progress("k").retry_after, None);
-    lease.complete("late, and nobody has overtaken").wait().unwrap();
-    assert_eq!(bench.completed("k").unwrap(), b"late, and nobody has overtaken");
+    lease.complete("late, but not taken over").wait().unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"late, but not taken over");
 }
 
 #[test]
@@ -172,7 +170,7 @@ fn a_released_key_is_acquired_again() {
 }
 
 #[test]
-fn a_doubt_outlasts_a_release() {
+fn an_unknown_outcome_persists_across_releases() {
     let mut bench = Bench::new();
     drop(bench.acquire("k"));
     for attempt in 2..4 {
@@ -185,31 +183,31 @@ fn a_doubt_outlasts_a_release() {
     assert_eq!(
         lease.attempt().prior(),
         Some(PriorAttempt::Dropped),
-        "nobody has found out whether the first attempt did anything"
+        "it is still unknown whether the first attempt had an effect"
     );
     lease.complete("r").wait().unwrap();
 }
 
 #[test]
-fn a_store_that_holds_goes_on_holding_when_it_is_not_told_otherwise() {
+fn a_store_keeps_on_interrupt_when_it_is_opened_without_it() {
     let bench = held_bench();
     drop(bench.acquire("k"));
     bench.store().close().wait().unwrap();
-    let untold = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
-    assert!(matches!(untold.claim("k").wait().unwrap(), Claim::InProgress(held) if held.retry_after.is_none()));
-    assert_eq!(untold.record("k").wait().unwrap(), RecordOutcome::Duplicate { in_flight: true });
-    assert_eq!(untold.held().wait().unwrap().len(), 1);
-    untold.close().wait().unwrap();
-    let told = Store::builder()
+    let unchanged = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
+    assert!(matches!(unchanged.claim("k").wait().unwrap(), Claim::InProgress(held) if held.retry_after.is_none()));
+    assert_eq!(unchanged.record("k").wait().unwrap(), RecordOutcome::Duplicate { in_flight: true });
+    assert_eq!(unchanged.held().wait().unwrap().len(), 1);
+    unchanged.close().wait().unwrap();
+    let changed = Store::builder()
         .on_interrupt(onlyonce::OnInterrupt::Rerun)
         .clock(bench.clock.clone())
         .open(bench.path())
         .unwrap();
-    assert_eq!(told.record("k").wait().unwrap(), RecordOutcome::First);
-    told.close().wait().unwrap();
-    let untold = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
-    drop(untold.claim("l").wait().unwrap());
-    assert!(matches!(untold.claim("l").wait().unwrap(), Claim::Acquired(_)), "and no longer");
+    assert_eq!(changed.record("k").wait().unwrap(), RecordOutcome::First);
+    changed.close().wait().unwrap();
+    let unchanged = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
+    drop(unchanged.claim("l").wait().unwrap());
+    assert!(matches!(unchanged.claim("l").wait().unwrap(), Claim::Acquired(_)), "the last explicit setting counts");
 }
 
 #[test]
@@ -225,7 +223,7 @@ fn a_release_and_its_backoff_survive_a_restart() {
 }
 
 #[test]
-fn a_completed_key_answers_with_the_first_result() {
+fn a_completed_key_returns_the_first_result() {
     let mut bench = Bench::new();
     bench.acquire("k").complete("first").wait().unwrap();
     assert_eq!(bench.completed("k").unwrap(), b"first");
@@ -236,50 +234,50 @@ fn a_completed_key_answers_with_the_first_result() {
 }
 
 #[test]
-fn an_empty_result_is_a_result_and_one_over_the_limit_is_omitted() {
+fn an_empty_result_is_stored_and_one_over_the_limit_is_not() {
     let mut bench = Bench::with(|builder| builder.result_limit(4));
     bench.acquire("empty").complete("").wait().unwrap();
     bench.acquire("fits").complete("1234").wait().unwrap();
     bench.acquire("too large").complete("12345").wait().unwrap();
-    for sealed in [false, true] {
-        if sealed {
+    for flushed in [false, true] {
+        if flushed {
             bench.store().flush().unwrap();
             bench.reopen();
         }
         assert_eq!(bench.completed("empty"), Some(Vec::new()));
         assert_eq!(bench.completed("fits"), Some(b"1234".to_vec()));
-        let Claim::Completed(omitted) = bench.store().claim("too large").wait().unwrap() else {
+        let Claim::Completed(too_large) = bench.store().claim("too large").wait().unwrap() else {
             panic!("not completed")
         };
-        assert!(omitted.is_result_too_large() && omitted.result().is_none());
+        assert!(too_large.is_result_too_large() && too_large.result().is_none());
     }
 }
 
 #[test]
-fn another_payload_is_refused_in_every_state() {
+fn a_different_payload_is_rejected_in_every_state() {
     let bench = Bench::new();
     let first = || Key::from("k").fingerprint("12 EUR");
     let other = || Key::from("k").fingerprint("99 EUR");
-    let refused = |store: &Store| {
+    let assert_rejected = |store: &Store| {
         assert!(matches!(store.claim(other()).wait(), Err(Error::PayloadMismatch { .. })));
         assert!(matches!(store.check(other()).wait(), Err(Error::PayloadMismatch { .. })));
         assert!(matches!(store.record(other()).wait(), Err(Error::PayloadMismatch { .. })));
     };
     let Claim::Acquired(lease) = bench.store().claim(first()).wait().unwrap() else { panic!("not acquired") };
-    refused(bench.store());
-    // Released, it would bind nobody: see `a_release_without_doubt_forgets_the_payload_and_one_in_doubt_keeps_it`.
+    assert_rejected(bench.store());
+    // Dropped, because a release forgets the payload: see `a_release_forgets_the_payload_unless_an_outcome_is_unknown`.
     drop(lease);
-    refused(bench.store());
+    assert_rejected(bench.store());
     let Claim::Acquired(lease) = bench.store().claim("k").wait().unwrap() else { panic!("not acquired") };
-    refused(bench.store());
+    assert_rejected(bench.store());
     lease.complete("receipt").wait().unwrap();
-    refused(bench.store());
+    assert_rejected(bench.store());
     bench.store().flush().unwrap();
-    refused(bench.store());
+    assert_rejected(bench.store());
     assert!(matches!(bench.store().claim(first()).wait().unwrap(), Claim::Completed(_)));
     assert!(
         matches!(bench.store().claim("k").wait().unwrap(), Claim::Completed(_)),
-        "without a payload nothing is compared"
+        "a key without a payload is not compared"
     );
     bench.advance_ms(10_000);
     assert!(matches!(bench.store().claim(other()).wait().unwrap(), Claim::Acquired(_)));
@@ -287,7 +285,7 @@ fn another_payload_is_refused_in_every_state() {
 }
 
 #[test]
-fn a_renewed_lease_starts_again() {
+fn a_renewal_restarts_the_lease() {
     let bench = Bench::new();
     let mut lease = bench.acquire("k");
     bench.advance_ms(900);
@@ -295,7 +293,7 @@ fn a_renewed_lease_starts_again() {
     bench.advance_ms(900);
     assert_eq!(bench.in_progress("k").retry_after, Some(Duration::from_millis(100)));
     bench.advance_ms(100);
-    lease.renew().expect("it ran out, and nobody has overtaken");
+    lease.renew().expect("it expired, but was not taken over");
     bench.advance_ms(1_000);
     let _second = bench.acquire("k");
     assert!(matches!(lease.renew(), Err(Error::Superseded { .. })));
@@ -303,7 +301,7 @@ fn a_renewed_lease_starts_again() {
 }
 
 #[test]
-fn a_holder_cannot_renew_what_was_resolved_to_run_again() {
+fn a_holder_cannot_renew_a_lease_after_its_key_was_resolved_to_rerun() {
     let bench = held_bench();
     let mut late = bench.acquire("k");
     late.renew().unwrap();
@@ -312,7 +310,7 @@ fn a_holder_cannot_renew_what_was_resolved_to_run_again() {
     bench.store().resolve("k", Resolution::Rerun).wait().unwrap();
     assert!(matches!(late.renew(), Err(Error::Superseded { .. })));
     assert_eq!(bench.store().stats().superseded, 1);
-    assert_eq!(bench.acquire("k").attempt().number(), 2, "the next one gets it, as was resolved");
+    assert_eq!(bench.acquire("k").attempt().number(), 2, "the next claim acquires it, as the resolution demands");
 }
 
 #[test]
@@ -330,7 +328,7 @@ fn tokens_increase_over_keys_and_restarts() {
             bench.store().flush().unwrap();
         }
         if round == 3 {
-            // Everything is completed or forgotten: nothing of any token is left in the journal.
+            // Every key is completed or has expired: the journal holds no token.
             bench.advance_ms(11_000);
             bench.store().flush().unwrap();
         }
@@ -339,7 +337,7 @@ fn tokens_increase_over_keys_and_restarts() {
 }
 
 #[test]
-fn record_is_first_once() {
+fn only_the_first_record_of_a_key_is_first() {
     let mut bench = Bench::new();
     assert_eq!(bench.store().record("k").wait().unwrap(), RecordOutcome::First);
     assert_eq!(bench.store().record("k").wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
@@ -349,11 +347,11 @@ fn record_is_first_once() {
     bench.store().flush().unwrap();
     bench.reopen();
     assert_eq!(bench.store().record("k").wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
-    assert_eq!(bench.store().record("claimed").wait().unwrap(), RecordOutcome::First, "its holder is gone");
+    assert_eq!(bench.store().record("claimed").wait().unwrap(), RecordOutcome::First, "its holder's process has ended");
 }
 
 #[test]
-fn run_works_once_and_replays() {
+fn run_does_the_work_once_and_replays_the_result() {
     let bench = Bench::new();
     let store = bench.store();
     let failed = store.run("k", |_| Err::<Vec<u8>, _>("card declined"));
@@ -371,7 +369,7 @@ fn run_works_once_and_replays() {
 }
 
 #[test]
-fn typed_results_come_back_as_they_were() {
+fn typed_results_are_read_back_unchanged() {
     let bench = Bench::new();
     let receipt = ("charge-17".to_owned(), 1_200_u64);
     bench.acquire("k").complete(Completion::encode(&receipt).unwrap()).wait().unwrap();
@@ -381,55 +379,104 @@ fn typed_results_come_back_as_they_were() {
 }
 
 #[test]
-fn a_result_that_cannot_be_read_back_is_rejected_before_its_lease_is_used() {
+fn a_result_type_that_cannot_be_decoded_is_rejected_by_encode() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(tag = "kind")]
+    enum Kind {
+        Card { last4: String },
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Amount {
+        Cents(u64),
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Flattened {
+        id: u64,
+        #[serde(flatten)]
+        kind: Kind,
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Skipping {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        note: Option<String>,
+        cents: u64,
+    }
+    fn assert_not_encodable<T: Serialize + serde::de::DeserializeOwned>(result: T) {
+        let error = Completion::encode(&result).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            matches!(error, Error::Result(ResultError::Encode { .. })) && text.contains("complete with the bytes"),
+            "{text}"
+        );
+    }
+    let card = || Kind::Card { last4: "4711".to_owned() };
+    assert_not_encodable(serde_json::json!({ "id": 1 }));
+    assert_not_encodable(card());
+    assert_not_encodable(Amount::Cents(12));
+    assert_not_encodable(Flattened { id: 1, kind: card() });
+    assert_not_encodable(Skipping { note: None, cents: 12 });
+    let bench = Bench::new();
+    let completion = Completion::encode(&Skipping { note: Some("paid".to_owned()), cents: 12 }).unwrap();
+    bench.acquire("k").complete(completion).wait().unwrap();
+    let Claim::Completed(first) = bench.store().claim("k").wait().unwrap() else { panic!("not completed") };
+    assert_eq!(first.result_as().unwrap(), Some(Skipping { note: Some("paid".to_owned()), cents: 12 }));
+}
+
+#[test]
+fn an_encoding_error_contains_the_error_of_the_type() {
+    #[derive(Deserialize)]
+    struct Unencodable;
+    impl Serialize for Unencodable {
+        fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+            Err(serde::ser::Error::custom("cannot be encoded"))
+        }
+    }
     #[derive(Serialize, Deserialize)]
     struct Lopsided {
         #[serde(skip_serializing_if = "Vec::is_empty")]
         list: Vec<u8>,
     }
-    let bench = Bench::new();
-    let lease = bench.acquire("k");
-    for error in [
-        Completion::encode(&serde_json::json!({ "id": 1 })).unwrap_err(),
-        Completion::encode(&Lopsided { list: Vec::new() }).unwrap_err(),
-    ] {
+    let errors = [
+        (Completion::encode(&Unencodable).unwrap_err(), "cannot be encoded"),
+        (Completion::encode(&Lopsided { list: Vec::new() }).unwrap_err(), "could not be read back"),
+    ];
+    for (error, text) in errors {
         assert!(matches!(error, Error::Result(ResultError::Encode { .. })), "{error}");
-        assert!(error.to_string().contains("complete with the bytes"), "{error}");
+        assert!(error.to_string().contains(text), "{error}");
     }
-    lease.complete("by hand").wait().unwrap();
-    assert_eq!(bench.completed("k").unwrap(), b"by hand");
 }
 
 #[test]
-fn forget_makes_a_key_new_wherever_it_lies() {
+fn forget_makes_a_key_new_wherever_it_is_stored() {
     let mut bench = Bench::new();
     assert!(!bench.store().forget("never seen").wait().unwrap());
 
-    bench.acquire("hot").complete("r").wait().unwrap();
-    bench.acquire("sealed").complete("r").wait().unwrap();
+    bench.acquire("also flushed").complete("r").wait().unwrap();
+    bench.acquire("flushed").complete("r").wait().unwrap();
     bench.store().flush().unwrap();
-    bench.acquire("unsealed").complete("r").wait().unwrap();
+    bench.acquire("unflushed").complete("r").wait().unwrap();
     bench.acquire("released").release().wait().unwrap();
     let busy = bench.acquire("busy");
-    for key in ["hot", "sealed", "unsealed", "released"] {
+    for key in ["also flushed", "flushed", "unflushed", "released"] {
         assert!(bench.store().forget(key).wait().unwrap(), "{key}");
         assert!(!bench.store().forget(key).wait().unwrap(), "{key}, a second time");
     }
     assert!(matches!(bench.store().forget("busy").wait(), Err(Error::InUse { .. })));
     busy.complete("r").wait().unwrap();
     for round in 0..3 {
-        for key in ["hot", "sealed", "unsealed", "released"] {
+        for key in ["also flushed", "flushed", "unflushed", "released"] {
             assert_eq!(bench.store().check(key).wait().unwrap(), KeyStatus::New, "{key} in round {round}");
         }
         bench.reopen();
         bench.store().flush().unwrap();
     }
-    assert_eq!(bench.acquire("sealed").attempt().number(), 1);
+    assert_eq!(bench.acquire("flushed").attempt().number(), 1);
     assert_eq!(bench.completed("busy").unwrap(), b"r");
 }
 
 #[test]
-fn a_key_forgotten_and_completed_again_answers_with_the_second_result() {
+fn a_key_forgotten_and_completed_again_returns_the_second_result() {
     let mut bench = Bench::new();
     for (round, result) in ["one", "two", "three"].into_iter().enumerate() {
         bench.acquire("k").complete(result).wait().unwrap();
@@ -445,26 +492,26 @@ fn a_key_forgotten_and_completed_again_answers_with_the_second_result() {
 }
 
 #[test]
-fn get_tells_what_is_stored() {
+fn inspect_returns_everything_that_is_stored() {
     let bench = Bench::new();
     assert_eq!(bench.store().inspect("k").wait().unwrap(), None);
-    let phase = || match bench.store().inspect("k").wait().unwrap() {
+    let lease_state = || match bench.store().inspect("k").wait().unwrap() {
         Some(StoredKey::Processing { attempt, state, .. }) => (attempt, state),
         other => panic!("{other:?}"),
     };
     let lease = bench.acquire("k");
-    assert_eq!(phase(), (1, LeaseState::Leased(Duration::from_secs(1))));
+    assert_eq!(lease_state(), (1, LeaseState::Leased(Duration::from_secs(1))));
     lease.release().after(Duration::from_millis(50)).wait().unwrap();
-    assert_eq!(phase(), (1, LeaseState::Backoff(Duration::from_millis(50), PriorAttempt::Released)));
+    assert_eq!(lease_state(), (1, LeaseState::Backoff(Duration::from_millis(50), PriorAttempt::Released)));
     bench.advance_ms(50);
-    assert_eq!(phase(), (1, LeaseState::Free(PriorAttempt::Released)));
+    assert_eq!(lease_state(), (1, LeaseState::Free(PriorAttempt::Released)));
     let lease = bench.acquire("k");
     let token = lease.token().get();
     lease.complete("done").wait().unwrap();
     match bench.store().inspect("k").wait().unwrap() {
         Some(StoredKey::Completed(completed)) => {
             assert_eq!((completed.token().get(), completed.result()), (token, Some(&b"done"[..])));
-            assert_eq!(completed.completed_at().as_unix_ms(), common::START_MS + 50);
+            assert_eq!(completed.completed_at().as_unix_ms(), START_MS + 50);
         }
         other => panic!("{other:?}"),
     }
@@ -473,7 +520,7 @@ fn get_tells_what_is_stored() {
 }
 
 #[test]
-fn scopes_and_forms_are_different_keys() {
+fn scopes_and_kinds_of_keys_are_distinct() {
     let bench = Bench::new();
     let keys = || {
         [
@@ -494,7 +541,7 @@ fn scopes_and_forms_are_different_keys() {
 }
 
 #[test]
-fn a_batch_of_releases_answers_for_each_lease_after_its_own_backoff() {
+fn a_batch_releases_each_lease_with_its_own_backoff() {
     let (bench, elsewhere) = (Bench::new(), Bench::new());
     let (at_once, later, foreign) = (bench.acquire("at once"), bench.acquire("later"), elsewhere.acquire("foreign"));
     let late = bench.acquire("late");
@@ -513,11 +560,11 @@ fn a_batch_of_releases_answers_for_each_lease_after_its_own_backoff() {
 }
 
 #[test]
-fn a_call_that_waits_for_a_key_is_woken_when_its_holder_is_done() {
+fn a_waiting_claim_is_woken_when_the_holder_finishes() {
     let bench = Bench::new();
     let begun = std::time::Instant::now();
     let wait = |key: &str| bench.store().claim(key).wait_up_to(Duration::from_secs(600)).wait().unwrap();
-    // The clock stands still: a lease that nobody settles never runs out.
+    // The clock is stopped, so that no lease expires.
     type End = fn(onlyonce::Lease, &Store) -> Option<onlyonce::Lease>;
     let ends: [(&str, End, Option<PriorAttempt>); 4] = [
         ("completed", |lease, _| lease.complete("first").wait().map(|()| None).unwrap(), None),
@@ -527,11 +574,11 @@ fn a_call_that_waits_for_a_key_is_woken_when_its_holder_is_done() {
     ];
     for (key, end, prior) in ends {
         let lease = bench.acquire(key);
-        let (asked, store) = (bench.store().stats().in_progress, bench.store());
+        let (before, store) = (bench.store().stats().in_progress, bench.store());
         std::thread::scope(|scope| {
             let ended = scope.spawn(move || {
-                // It has asked twice: its place is taken.
-                while store.stats().in_progress < asked + 2 {
+                // After its second attempt the claim waits.
+                while store.stats().in_progress < before + 2 {
                     std::thread::yield_now();
                 }
                 end(lease, store)
@@ -544,11 +591,11 @@ fn a_call_that_waits_for_a_key_is_woken_when_its_holder_is_done() {
                 }
                 _ => assert!(matches!(wait(key), Claim::Acquired(lease) if lease.attempt().prior() == prior), "{key}"),
             }
-            // Until here there is a lease, whose end would wake, too.
+            // The lease lives until here, because its end wakes the waiter, too.
             drop(ended.join().unwrap());
         });
     }
-    assert!(begun.elapsed() < Duration::from_secs(60), "nobody waits for a limit");
+    assert!(begun.elapsed() < Duration::from_secs(60), "no claim waits for its limit");
 }
 
 #[test]
@@ -562,7 +609,7 @@ fn a_wait_ends_at_its_limit() {
 }
 
 #[test]
-fn the_figures_count_what_each_call_was_answered() {
+fn the_stats_count_the_answers_of_each_call() {
     let bench = Bench::with(|builder| builder.on_interrupt(onlyonce::OnInterrupt::Rerun));
     let store = bench.store();
     store.record_batch(["a", "b", "c"]).wait().unwrap();
@@ -590,9 +637,9 @@ fn the_figures_count_what_each_call_was_answered() {
     assert_eq!((stats.duplicates, stats.in_progress), (3, 5));
     assert_eq!((stats.completed, stats.released, stats.superseded), (3, 1, 0));
     assert_eq!((stats.payload_mismatches, stats.too_old, stats.too_far_ahead, stats.fail_open), (0, 0, 0, 1));
-    assert_eq!((stats.in_flight, stats.held, stats.unflushed), (1, 0, 8), "one is open, one was released");
-    assert_eq!((stats.now.as_unix_ms(), stats.window), (common::START_MS, Duration::from_secs(10)));
-    assert_eq!(stats.remembers_since.as_unix_ms(), common::START_MS - 10_000 + 1);
+    assert_eq!((stats.in_flight, stats.held, stats.unflushed), (1, 0, 8), "one key is leased, one was released");
+    assert_eq!((stats.now.as_unix_ms(), stats.window), (START_MS, Duration::from_secs(10)));
+    assert_eq!(stats.remembers_since.as_unix_ms(), START_MS - 10_000 + 1);
     assert!(stats.buckets.is_empty());
 
     store.flush().unwrap();
@@ -600,20 +647,20 @@ fn the_figures_count_what_each_call_was_answered() {
     store.record("later").wait().unwrap();
     store.flush().unwrap();
     let stats = store.stats();
-    let second = |second: u64| common::START_MS + second * 1_000;
-    let figures =
+    let second = |second: u64| START_MS + second * 1_000;
+    let buckets =
         stats.buckets.iter().map(|it| (it.start.as_unix_ms(), it.end.as_unix_ms(), it.keys)).collect::<Vec<_>>();
-    assert_eq!(figures, [(second(0), second(1), 8), (second(1), second(2), 1)], "the oldest first");
+    assert_eq!(buckets, [(second(0), second(1), 8), (second(1), second(2), 1)], "the oldest first");
     assert_eq!((stats.in_flight, stats.unflushed), (1, 0));
 }
 
-/// The keys `0..count`, each claimed and ended by `end`.
+/// Claims `count` keys, and ends the lease of each with `end`.
 fn end_each(bench: &Bench, count: usize, end: impl Fn(Lease)) {
     (0..count).for_each(|i| end(bench.acquire(&format!("ended-{i}"))));
 }
 
 #[test]
-fn ended_work_takes_no_place_among_the_keys_in_flight() {
+fn released_and_dropped_keys_do_not_count_as_in_flight() {
     type End = fn(Lease);
     let ends: [(&str, End); 3] = [
         ("released", |lease| lease.release().wait().unwrap()),
@@ -642,25 +689,25 @@ fn a_crash_leaves_nothing_in_flight() {
 }
 
 #[test]
-fn held_keys_are_counted_and_limited_apart_from_those_in_flight() {
+fn held_keys_have_a_count_and_a_limit_of_their_own() {
     let bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold).in_flight_limit(2).held_limit(3));
     end_each(&bench, 3, drop);
     let stats = bench.store().stats();
     assert_eq!((stats.in_flight, stats.held), (0, 3));
-    let refused = bench.store().claim("new").wait();
-    assert!(matches!(refused, Err(Error::TooManyHeld { held: 3, limit: 3 })), "{refused:?}");
+    let rejected = bench.store().claim("new").wait();
+    assert!(matches!(rejected, Err(Error::TooManyHeld { held: 3, limit: 3 })), "{rejected:?}");
     bench.store().resolve("ended-0", Resolution::Completed(Vec::new())).wait().unwrap();
     bench.acquire("new").release().wait().unwrap();
     bench.store().resolve("ended-1", Resolution::Rerun).wait().unwrap();
     assert_eq!(
         bench.acquire("ended-1").attempt().prior(),
         Some(PriorAttempt::Dropped),
-        "its decision makes room for itself"
+        "its own resolution made room for it"
     );
 }
 
 #[test]
-fn decided_keys_are_in_nobodys_way() {
+fn resolved_keys_do_not_count_as_held() {
     let bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold).held_limit(3));
     end_each(&bench, 3, drop);
     assert!(matches!(bench.store().claim("new").wait(), Err(Error::TooManyHeld { .. })));
@@ -670,47 +717,47 @@ fn decided_keys_are_in_nobodys_way() {
 }
 
 #[test]
-fn what_ended_attempts_left_is_remembered_on_disk_for_a_window_and_no_longer() {
+fn ended_attempts_are_remembered_on_disk_for_exactly_a_window() {
     for flushes in [false, true] {
         for reopens in [false, true] {
             let mut bench = Bench::new();
             bench.acquire("released").release().wait().unwrap();
             drop(bench.acquire("dropped"));
-            // What a drop leaves is written down by the flush: a process that ends before it has crashed.
-            let cut_off = if reopens && !flushes { PriorAttempt::Crashed } else { PriorAttempt::Dropped };
+            // A drop reaches the disk with the next flush: if the process ends before, the claim reports a crash.
+            let dropped_prior = if reopens && !flushes { PriorAttempt::Crashed } else { PriorAttempt::Dropped };
             bench.acquire("waits").release().after(Duration::from_secs(4)).wait().unwrap();
             if flushes {
                 bench.store().flush().unwrap();
-                assert_eq!(bench.store().stats().unflushed, 0, "they leave memory");
+                assert_eq!(bench.store().stats().unflushed, 0, "a flush removes them from memory");
             }
             bench.advance_ms(3_000);
             if reopens {
                 bench.reopen();
             }
-            let told = |key: &str| {
+            let attempt_of = |key: &str| {
                 let lease = bench.acquire(key);
                 (lease.attempt().number(), lease.attempt().prior(), lease.attempt().may_have_happened())
             };
             let case = format!("flushed: {flushes}, reopened: {reopens}");
             assert_eq!(bench.in_progress("waits").retry_after, Some(Duration::from_secs(1)), "{case}");
-            assert_eq!(told("released"), (2, Some(PriorAttempt::Released), false), "{case}");
-            assert_eq!(told("dropped"), (2, Some(cut_off), true), "{case}");
+            assert_eq!(attempt_of("released"), (2, Some(PriorAttempt::Released), false), "{case}");
+            assert_eq!(attempt_of("dropped"), (2, Some(dropped_prior), true), "{case}");
             bench.advance_ms(1_000);
-            assert_eq!(told("waits"), (2, Some(PriorAttempt::Released), false), "{case}");
+            assert_eq!(attempt_of("waits"), (2, Some(PriorAttempt::Released), false), "{case}");
             if flushes {
                 bench.store().flush().unwrap();
             }
-            // Each was claimed and dropped once more.
+            // `attempt_of` claimed and dropped each key once more.
             bench.advance_ms(8_999);
             assert_eq!(bench.acquire("released").attempt().number(), 3, "{case}");
             bench.advance_ms(1_001);
-            assert_eq!(told("dropped"), (1, None, false), "{case}");
+            assert_eq!(attempt_of("dropped"), (1, None, false), "{case}");
         }
     }
 }
 
 #[test]
-fn an_attempt_on_disk_is_overruled_by_what_came_later_also_in_another_bucket() {
+fn a_later_state_overrides_an_attempt_on_disk_also_across_buckets() {
     let mut bench = Bench::new();
     for key in ["completed", "released", "forgotten"] {
         drop(bench.acquire(key));
@@ -721,7 +768,7 @@ fn an_attempt_on_disk_is_overruled_by_what_came_later_also_in_another_bucket() {
     let again = bench.acquire("released");
     assert_eq!(again.attempt().number(), 2);
     again.release().wait().unwrap();
-    assert!(bench.store().forget("forgotten").wait().unwrap(), "it was there");
+    assert!(bench.store().forget("forgotten").wait().unwrap(), "the key was stored");
     bench.store().flush().unwrap();
     for _ in 0..2 {
         assert_eq!(bench.completed("completed").unwrap(), b"r");
@@ -736,7 +783,7 @@ fn an_attempt_on_disk_is_overruled_by_what_came_later_also_in_another_bucket() {
     assert_eq!(
         (third.attempt().number(), third.attempt().prior()),
         (3, Some(PriorAttempt::Dropped)),
-        "a doubt persists across releases"
+        "an unknown outcome persists across releases"
     );
 }
 
@@ -750,7 +797,7 @@ fn a_record_completes_a_key_whose_attempt_is_on_disk() {
 }
 
 #[test]
-fn a_release_without_doubt_forgets_the_payload_and_one_in_doubt_keeps_it() {
+fn a_release_forgets_the_payload_unless_an_outcome_is_unknown() {
     for flushes in [false, true] {
         let bench = Bench::new();
         let claim = |payload: &str| bench.store().claim(Key::from("k").fingerprint(payload)).wait();
@@ -765,13 +812,16 @@ fn a_release_without_doubt_forgets_the_payload_and_one_in_doubt_keeps_it() {
         };
         acquire("wrong").release().wait().unwrap();
         flush();
-        // The corrected retry runs as if it were the first. What becomes of it is not known.
+        // The corrected retry is accepted like a first attempt. Its outcome is unknown.
         drop(acquire("right"));
         flush();
         assert!(matches!(claim("other"), Err(Error::PayloadMismatch { .. })));
         acquire("right").release().wait().unwrap();
         flush();
-        assert!(matches!(claim("other"), Err(Error::PayloadMismatch { .. })), "whether it happened is open");
+        assert!(
+            matches!(claim("other"), Err(Error::PayloadMismatch { .. })),
+            "the outcome of an earlier attempt is still unknown"
+        );
         acquire("right").complete("r").wait().unwrap();
         flush();
         assert!(matches!(claim("other"), Err(Error::PayloadMismatch { .. })));
@@ -779,10 +829,10 @@ fn a_release_without_doubt_forgets_the_payload_and_one_in_doubt_keeps_it() {
 }
 
 #[test]
-fn a_backoff_is_at_most_half_a_window_and_no_jump_of_the_clock_lengthens_it() {
+fn a_backoff_is_at_most_half_a_window_and_a_clock_step_does_not_lengthen_it() {
     let bench = Bench::new();
-    bench.acquire("for ever").release().after(Duration::MAX).wait().unwrap();
-    assert_eq!(bench.in_progress("for ever").retry_after, Some(Duration::from_secs(5)));
+    bench.acquire("forever").release().after(Duration::MAX).wait().unwrap();
+    assert_eq!(bench.in_progress("forever").retry_after, Some(Duration::from_secs(5)));
     bench.acquire("k").release().after(Duration::from_secs(1)).wait().unwrap();
     bench.clock.set_wall(Timestamp::from_unix_ms(START_MS - 3_600_000));
     assert_eq!(bench.in_progress("k").retry_after, Some(Duration::from_secs(1)));
@@ -790,11 +840,11 @@ fn a_backoff_is_at_most_half_a_window_and_no_jump_of_the_clock_lengthens_it() {
     assert_eq!(bench.acquire("k").attempt().number(), 2);
     bench.clock.set_wall(Timestamp::from_unix_ms(START_MS + 1_000));
     bench.advance_ms(4_000);
-    assert_eq!(bench.acquire("for ever").attempt().number(), 2);
+    assert_eq!(bench.acquire("forever").attempt().number(), 2);
 }
 
 #[test]
-fn a_doubt_outlasts_a_release_however_long_its_backoff_is() {
+fn an_unknown_outcome_persists_across_a_release_with_a_long_backoff() {
     for on_interrupt in [OnInterrupt::Rerun, OnInterrupt::Hold] {
         let bench = match on_interrupt {
             OnInterrupt::Rerun => Bench::new(),
@@ -808,9 +858,13 @@ fn a_doubt_outlasts_a_release_however_long_its_backoff_is() {
         let Some(StoredKey::Processing { state: LeaseState::Backoff(left, prior), .. }) =
             bench.store().inspect("k").wait().unwrap()
         else {
-            panic!("its backoff is not over")
+            panic!("the key is in backoff")
         };
-        assert_eq!((left, prior), (Duration::from_secs(5), PriorAttempt::Dropped), "an operator reads it, too");
+        assert_eq!(
+            (left, prior),
+            (Duration::from_secs(5), PriorAttempt::Dropped),
+            "`inspect` shows the unknown outcome"
+        );
         bench.advance_ms(5_000);
         let again = bench.acquire("k");
         assert_eq!((again.attempt().number(), again.attempt().prior()), (3, Some(PriorAttempt::Dropped)));
@@ -818,32 +872,32 @@ fn a_doubt_outlasts_a_release_however_long_its_backoff_is() {
 }
 
 #[test]
-fn a_key_that_waits_for_a_decision_is_not_forgotten_without_one() {
+fn a_held_key_cannot_be_forgotten_before_its_resolution() {
     let bench = held_bench();
     drop(bench.acquire("k"));
-    let refused = bench.store().forget("k").wait();
-    assert!(matches!(refused, Err(Error::Undecided { .. })), "{refused:?}");
-    let text = refused.unwrap_err().to_string();
+    let rejected = bench.store().forget("k").wait();
+    assert!(matches!(rejected, Err(Error::Undecided { .. })), "{rejected:?}");
+    let text = rejected.unwrap_err().to_string();
     assert!(text.contains("\"k\"") && text.contains("resolve"), "{text}");
-    assert_eq!(bench.store().held().wait().unwrap().len(), 1, "its decision is still open");
+    assert_eq!(bench.store().held().wait().unwrap().len(), 1, "it is still held");
     bench.store().resolve("k", Resolution::Completed(Vec::new())).wait().unwrap();
     assert!(bench.store().forget("k").wait().unwrap());
     assert_eq!(bench.acquire("k").attempt().prior(), None);
 }
 
 #[test]
-fn whoever_has_a_resolved_key_completes_it_late_also_after_a_flush() {
+fn a_late_completion_is_accepted_after_a_resolution_and_a_flush() {
     let bench = held_bench();
     let late = bench.acquire("k");
     bench.advance_ms(5_000);
     bench.store().resolve("k", Resolution::Rerun).wait().unwrap();
     bench.store().flush().unwrap();
-    late.complete("it was slow, and nobody has taken over").wait().unwrap();
-    assert_eq!(bench.completed("k").unwrap(), b"it was slow, and nobody has taken over");
+    late.complete("late, but not taken over").wait().unwrap();
+    assert_eq!(bench.completed("k").unwrap(), b"late, but not taken over");
 }
 
 #[test]
-fn a_renewal_does_not_bring_back_a_dropped_lease() {
+fn a_renewal_does_not_restore_a_lost_lease() {
     let bench = Bench::new();
     let mut lease = bench.acquire("k");
     bench.advance_ms(1_000);

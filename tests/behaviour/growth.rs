@@ -1,21 +1,18 @@
-//! What must not grow: with opens, closes and crashes, idle hours, forgotten keys and buckets that come and go. Stores here
-//! live on a file system in memory where there is one, so that thousands of opens do not wait for a disk; what is looked at is
-//! how much there is, not how safe it is.
-
-mod common;
+//! Disk usage and open times must not grow with opens, closes, crashes, idle hours, forgotten keys and expired buckets.
+//! The stores are on a file system in memory if there is one, so that thousands of opens do not wait for a disk.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::copy_store;
+use crate::common::copy_store;
 use onlyonce::{Builder, Claim, Durability, KeyStatus, ManualClock, RecordOutcome, Store, Timestamp};
 use tempfile::TempDir;
 
 const START_MS: u64 = 1_700_000_000_000;
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What a store takes of its directory.
+/// The disk usage of a store.
 #[derive(Debug, Clone, Copy, Default)]
 struct Footprint {
     files: usize,
@@ -29,7 +26,7 @@ impl Footprint {
         let mut here = Self::default();
         for entry in fs::read_dir(path).unwrap() {
             let entry = entry.unwrap();
-            // A file that goes meanwhile takes nothing.
+            // A file that is deleted in the meantime counts as nothing.
             let Ok(metadata) = entry.metadata() else { continue };
             let name = entry.file_name().to_string_lossy().into_owned();
             if metadata.is_dir() {
@@ -56,7 +53,7 @@ impl Footprint {
         }
     }
 
-    /// The larger of each.
+    /// The maximum of each value.
     fn or(self, other: Self) -> Self {
         Self {
             files: self.files.max(other.files),
@@ -66,7 +63,7 @@ impl Footprint {
         }
     }
 
-    /// Fails where it is more than `before`, and the little that tables come and go by.
+    /// Fails if it is more than `before`, with a margin for the SSTs of compactions.
     fn assert_no_more_than(self, before: Self) {
         assert!(self.files <= before.files + 8, "{self:?} after {before:?}");
         assert!(self.tables <= before.tables + 8, "{self:?} after {before:?}");
@@ -75,12 +72,12 @@ impl Footprint {
     }
 }
 
-/// A directory whose files wait for no disk, if there is one.
+/// A directory in memory, if there is one.
 fn scratch() -> TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
-/// A store that is opened over and over.
+/// A store that is opened repeatedly.
 struct Cron {
     dir: TempDir,
     clock: ManualClock,
@@ -109,7 +106,7 @@ impl Cron {
             .clock(self.clock.clone())
     }
 
-    /// One short process, and what it leaves behind.
+    /// Runs a short process, and returns the disk usage after it.
     fn run(&mut self, work: impl FnOnce(&Store, u64)) -> Footprint {
         let store = self.builder().open(self.path()).unwrap();
         work(&store, self.runs);
@@ -118,8 +115,8 @@ impl Cron {
         Footprint::of(&self.path())
     }
 
-    /// As [`Cron::run`], where the process is killed: what it had written is there, and nobody has closed the store.
-    fn run_and_die(&mut self, work: impl FnOnce(&Store, u64)) -> Footprint {
+    /// As [`Cron::run`], but the process is killed before it closes the store.
+    fn run_and_kill(&mut self, work: impl FnOnce(&Store, u64)) -> Footprint {
         let store = self.builder().open(self.path()).unwrap();
         work(&store, self.runs);
         let left = self.dir.path().join("left");
@@ -132,7 +129,7 @@ impl Cron {
     }
 }
 
-/// How long an open takes: the middle of three.
+/// The median duration of three opens.
 fn open_time(builder: &impl Fn() -> Builder, path: &Path) -> Duration {
     let mut times = [(); 3].map(|()| {
         let begun = Instant::now();
@@ -146,7 +143,7 @@ fn open_time(builder: &impl Fn() -> Builder, path: &Path) -> Duration {
 }
 
 #[test]
-fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() {
+fn after_two_thousand_opens_a_store_is_small_and_opens_fast() {
     let mut cron = Cron::new(60 * MINUTE, 10 * MINUTE);
     let early_copy = cron.dir.path().join("early");
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
@@ -165,13 +162,13 @@ fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() 
             _ => {}
         }
         if run == 619 {
-            // As far into a bucket as the last run will be.
+            // As far into a bucket as the last process.
             copy_store(&cron.path(), &early_copy);
         }
     }
     late.assert_no_more_than(early);
     assert!(late.files < 100 && late.manifest < 50_000, "{late:?}");
-    // Side by side, so that what else the machine does counts for both.
+    // Alternating, so that other load on the machine counts for both.
     let builder = || cron.builder();
     let mut slower = Vec::new();
     for _ in 0..9 {
@@ -179,11 +176,11 @@ fn a_store_that_is_opened_two_thousand_times_stays_small_and_opens_as_quickly() 
         slower.push(late.as_secs_f64() / early.as_secs_f64());
     }
     slower.sort_unstable_by(f64::total_cmp);
-    assert!(slower[4] < 1.6, "an open takes so many times as long as it did: {slower:?}");
+    assert!(slower[4] < 1.6, "an open is slower by these factors: {slower:?}");
 }
 
 #[test]
-fn keys_of_short_runs_are_sealed_and_go_when_they_have_run_out() {
+fn keys_of_short_processes_are_flushed_and_expire() {
     let mut cron = Cron::new(MINUTE, Duration::from_secs(2));
     let mut most = Footprint::default();
     for _ in 0..112 {
@@ -195,11 +192,11 @@ fn keys_of_short_runs_are_sealed_and_go_when_they_have_run_out() {
     cron.run(|store, runs| {
         let live = MINUTE.as_millis() as u64 / 1_300;
         let stats = store.stats();
-        assert!(stats.unflushed <= 2, "{} keys are not sealed", stats.unflushed);
+        assert!(stats.unflushed <= 2, "{} keys are unflushed", stats.unflushed);
         let kept: u64 = stats.buckets.iter().map(|bucket| bucket.keys).sum();
-        assert!((live - 2..live + 6).contains(&kept), "{kept} of {runs} keys are kept, {live} count");
-        let known = |run: u64| matches!(store.check(format!("line {run}")).wait().unwrap(), KeyStatus::Completed(_));
-        assert!(known(runs - 1) && known(runs - live) && !known(runs - live - 2));
+        assert!((live - 2..live + 6).contains(&kept), "{kept} of {runs} keys are stored, {live} are within the window");
+        let is_known = |run: u64| matches!(store.check(format!("line {run}")).wait().unwrap(), KeyStatus::Completed(_));
+        assert!(is_known(runs - 1) && is_known(runs - live) && !is_known(runs - live - 2));
     });
     cron.clock.advance(2 * MINUTE);
     cron.run(|store, runs| {
@@ -209,7 +206,7 @@ fn keys_of_short_runs_are_sealed_and_go_when_they_have_run_out() {
             assert!(matches!(store.check(format!("line {run}")).wait().unwrap(), KeyStatus::New));
         }
     });
-    // The options and the manifest of the run that dropped them go with the next.
+    // The next process removes the options file and the manifest of the one that dropped the buckets.
     let left = cron.run(|_, _| {});
     let fresh = Cron::new(MINUTE, Duration::from_secs(2)).run(|_, _| {});
     assert!(most.files < 80, "{most:?}");
@@ -217,16 +214,16 @@ fn keys_of_short_runs_are_sealed_and_go_when_they_have_run_out() {
 }
 
 #[test]
-fn runs_that_are_killed_leave_no_more_than_runs_that_end() {
+fn killed_processes_leave_no_more_files_than_others() {
     let mut cron = Cron::new(MINUTE, Duration::from_secs(10));
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
     for run in 0..240 {
-        let left = cron.run_and_die(|store, run| {
+        let left = cron.run_and_kill(|store, run| {
             store.record(format!("done {run}")).wait().unwrap();
             let Claim::Acquired(lease) = store.claim(format!("begun {run}")).wait().unwrap() else {
-                panic!("it is new")
+                panic!("the key is new")
             };
-            // The process dies at it.
+            // The process is killed while it works.
             std::mem::drop(lease);
         });
         cron.clock.advance(Duration::from_secs(3));
@@ -237,19 +234,19 @@ fn runs_that_are_killed_leave_no_more_than_runs_that_end() {
         }
     }
     late.assert_no_more_than(early);
-    // A crash is remembered for a window from the open that notices it.
+    // A crash is remembered for a window after the open that detects it.
     for _ in 0..2 {
         cron.clock.advance(3 * MINUTE);
         cron.run(|_, _| {});
     }
     cron.run(|store, _| {
         let stats = store.stats();
-        assert_eq!((stats.in_flight, stats.unflushed, stats.buckets.len()), (0, 0, 0), "all have run out");
+        assert_eq!((stats.in_flight, stats.unflushed, stats.buckets.len()), (0, 0, 0), "all keys have expired");
     });
 }
 
 #[test]
-fn forgotten_keys_leave_nothing_behind_in_short_runs_nor_in_a_long_one() {
+fn forgotten_keys_leave_no_data_after_short_or_long_processes() {
     let mut cron = Cron::new(60 * 24 * MINUTE, 60 * MINUTE);
     cron.run(|store, _| {
         let keys = (0..2_000).map(|i| format!("key {i}"));
@@ -274,13 +271,13 @@ fn forgotten_keys_leave_nothing_behind_in_short_runs_nor_in_a_long_one() {
             }
         }
     });
-    // A manifest is written afresh by the next open.
+    // The next open writes a new manifest.
     Footprint { manifest: 0, ..left }.assert_no_more_than(early);
     cron.run(|store, _| assert!(matches!(store.check("key 7").wait().unwrap(), KeyStatus::New)));
 }
 
 #[test]
-fn buckets_that_come_and_go_and_idle_hours_leave_nothing_behind_in_a_long_run() {
+fn expired_buckets_and_idle_hours_leave_no_data_in_a_long_process() {
     let mut cron = Cron::new(Duration::from_secs(4), Duration::from_secs(1));
     let (clock, path) = (cron.clock.clone(), cron.path());
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
@@ -311,26 +308,28 @@ fn buckets_that_come_and_go_and_idle_hours_leave_nothing_behind_in_a_long_run() 
 }
 
 #[test]
-fn an_open_and_a_close_cost_no_more_tokens_than_are_taken() {
+fn an_open_and_a_close_use_no_tokens() {
     let mut cron = Cron::new(60 * MINUTE, 10 * MINUTE);
     let mut last = 0;
     for _ in 0..20 {
         cron.run(|store, run| {
-            let Claim::Acquired(lease) = store.claim(format!("job {run}")).wait().unwrap() else { panic!("it is new") };
-            assert!(lease.token().get() > last, "tokens rise over restarts");
+            let Claim::Acquired(lease) = store.claim(format!("job {run}")).wait().unwrap() else {
+                panic!("the key is new")
+            };
+            assert!(lease.token().get() > last, "tokens increase over restarts");
             last = lease.token().get();
             lease.complete("done").wait().unwrap();
         });
     }
-    assert!(last < 1_000, "20 leases came to token {last}");
-    // A process that dies has given back none.
-    cron.run_and_die(|store, _| {
-        let Claim::Acquired(lease) = store.claim("the last one").wait().unwrap() else { panic!("it is new") };
+    assert!(last < 1_000, "20 leases used tokens up to {last}");
+    // A killed process returns no reserved tokens.
+    cron.run_and_kill(|store, _| {
+        let Claim::Acquired(lease) = store.claim("the last job").wait().unwrap() else { panic!("the key is new") };
         last = lease.token().get();
     });
     cron.run(|store, _| {
-        let Claim::Acquired(lease) = store.claim("the last one").wait().unwrap() else {
-            panic!("it was not completed")
+        let Claim::Acquired(lease) = store.claim("the last job").wait().unwrap() else {
+            panic!("the key was not completed")
         };
         assert!(lease.token().get() > last);
     });

@@ -1,11 +1,9 @@
 //! G4: a key answers "completed" if and only if `now < completed + window`, to the millisecond.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{Bench, START_MS, copy_store};
+use crate::common::{Bench, START_MS, copy_store};
 use onlyonce::{Key, KeyStatus, RecordOutcome, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -19,12 +17,12 @@ fn is_completed(store: &Store, key: &str) -> bool {
 
 #[test]
 fn a_key_is_forgotten_at_the_millisecond_its_window_ends() {
-    for sealed in [false, true] {
+    for flushed in [false, true] {
         for reopened in [false, true] {
             let mut bench = Bench::new();
             bench.advance_ms(123);
             bench.acquire("k").complete("r").wait().unwrap();
-            if sealed {
+            if flushed {
                 bench.store().flush().unwrap();
             }
             if reopened {
@@ -32,9 +30,9 @@ fn a_key_is_forgotten_at_the_millisecond_its_window_ends() {
             }
             bench.advance_ms(WINDOW_MS - 1);
             bench.store().flush().unwrap();
-            assert!(is_completed(bench.store(), "k"), "sealed {sealed}, reopened {reopened}");
+            assert!(is_completed(bench.store(), "k"), "flushed {flushed}, reopened {reopened}");
             bench.advance_ms(1);
-            assert!(!is_completed(bench.store(), "k"), "sealed {sealed}, reopened {reopened}");
+            assert!(!is_completed(bench.store(), "k"), "flushed {flushed}, reopened {reopened}");
             assert_eq!(bench.acquire("k").attempt().number(), 1);
         }
     }
@@ -64,8 +62,8 @@ fn every_key_of_many_buckets_is_remembered_exactly_as_long_as_its_window() {
         }
     }
     let stats = bench.store().stats();
-    assert!(stats.buckets.len() <= 13, "passed buckets are dropped: {:?}", stats.buckets);
-    assert!(stats.buckets.len() >= 9, "living ones are not: {:?}", stats.buckets);
+    assert!(stats.buckets.len() <= 13, "expired buckets are dropped: {:?}", stats.buckets);
+    assert!(stats.buckets.len() >= 9, "live buckets are not: {:?}", stats.buckets);
     assert_eq!(stats.remembers_since.as_unix_ms(), now_ms - WINDOW_MS + 1);
 }
 
@@ -82,7 +80,7 @@ fn the_window_counts_from_completion_and_not_from_the_claim() {
 }
 
 #[test]
-fn a_passed_bucket_leaves_the_disk() {
+fn an_expired_bucket_is_deleted_from_disk() {
     let bench = Bench::new();
     let keys: Vec<String> = (0..20_000).map(|i| format!("{i:0>64}")).collect();
     bench.store().record_batch(&keys).wait().unwrap();
@@ -93,12 +91,12 @@ fn a_passed_bucket_leaves_the_disk() {
     bench.store().flush().unwrap();
     let empty = bench.store().stats();
     assert!(empty.buckets.iter().all(|bucket| bucket.keys == 0), "{:?}", empty.buckets);
-    // RocksDB removes the files of a dropped family in the background.
+    // RocksDB deletes the files of a dropped column family in the background.
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
     while bench.store().stats().disk_bytes + 1_000_000 > full.disk_bytes {
         assert!(
             std::time::Instant::now() < deadline,
-            "{} of {} bytes left",
+            "{} of {} bytes are still on disk",
             bench.store().stats().disk_bytes,
             full.disk_bytes
         );
@@ -107,7 +105,7 @@ fn a_passed_bucket_leaves_the_disk() {
 }
 
 #[test]
-fn a_clock_that_goes_back_brings_nothing_back_and_forgets_nothing() {
+fn a_clock_that_steps_back_restores_no_expired_key_and_forgets_none() {
     let mut bench = Bench::new();
     bench.store().record("old").wait().unwrap();
     bench.advance_ms(WINDOW_MS);
@@ -126,11 +124,11 @@ fn a_clock_that_goes_back_brings_nothing_back_and_forgets_nothing() {
     bench.advance_ms(WINDOW_MS - 1);
     assert!(is_completed(bench.store(), "at a wrong time"));
     bench.advance_ms(1);
-    assert!(!is_completed(bench.store(), "at a wrong time"), "the time goes on, whatever the clock shows");
+    assert!(!is_completed(bench.store(), "at a wrong time"), "the store's time advances, although the clock is wrong");
 }
 
 #[test]
-fn a_clock_that_jumps_a_year_forgets_what_is_a_year_old() {
+fn a_clock_that_advances_a_year_expires_all_keys() {
     let bench = Bench::new();
     let keys: Vec<String> = (0..1_000).map(|i| format!("key-{i}")).collect();
     bench.store().record_batch(&keys).wait().unwrap();
@@ -144,7 +142,7 @@ fn a_clock_that_jumps_a_year_forgets_what_is_a_year_old() {
 }
 
 #[test]
-fn a_store_reopened_with_another_bucket_width_remembers_both() {
+fn a_store_reopened_with_a_different_bucket_width_remembers_all_keys() {
     let bench = Bench::new();
     bench.store().record("narrow").wait().unwrap();
     bench.store().flush().unwrap();
@@ -176,11 +174,11 @@ fn a_store_keeps_its_window_when_it_is_opened_without_one() {
     let wider = Store::builder().clock(bench.clock.clone()).window(Duration::from_millis(2 * WINDOW_MS));
     wider.open(bench.path()).unwrap().close().wait().unwrap();
     let reopened = Store::builder().clock(bench.clock.clone()).open(bench.path()).unwrap();
-    assert_eq!(reopened.stats().window, Duration::from_millis(2 * WINDOW_MS), "the last that it was told");
+    assert_eq!(reopened.stats().window, Duration::from_millis(2 * WINDOW_MS), "the last explicit setting counts");
 }
 
 #[test]
-fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
+fn keys_forgotten_by_a_narrower_window_stay_forgotten_in_a_wider_one() {
     const HOUR_MS: u64 = 3_600_000;
     for (dropped, crashed) in [(true, false), (false, false), (false, true)] {
         let mut bench =
@@ -188,12 +186,12 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
         bench.store().record("forgotten").wait().unwrap();
         bench.store().flush().unwrap();
         bench.advance_ms(9 * HOUR_MS / 2);
-        // Of one bucket, and as far apart as can be.
+        // In the same bucket, at the two sides of the new window's edge.
         bench.store().record("just forgotten").wait().unwrap();
         bench.advance_ms(1);
-        bench.store().record("just known").wait().unwrap();
+        bench.store().record("just remembered").wait().unwrap();
         bench.advance_ms(HOUR_MS / 2 - 1);
-        bench.store().record("known").wait().unwrap();
+        bench.store().record("remembered").wait().unwrap();
         bench.advance_ms(HOUR_MS / 2);
         bench.store().flush().unwrap();
         bench.store().close().wait().unwrap();
@@ -201,13 +199,13 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
         let narrow = bench.builder().window(hour).bucket(hour / 4).open(bench.path()).unwrap();
         let since_ms = narrow.stats().remembers_since.as_unix_ms();
         assert_eq!(since_ms, START_MS + 5 * HOUR_MS + HOUR_MS / 2 - HOUR_MS + 1);
-        assert!(!is_completed(&narrow, "forgotten") && is_completed(&narrow, "known"));
-        assert!(!is_completed(&narrow, "just forgotten") && is_completed(&narrow, "just known"));
+        assert!(!is_completed(&narrow, "forgotten") && is_completed(&narrow, "remembered"));
+        assert!(!is_completed(&narrow, "just forgotten") && is_completed(&narrow, "just remembered"));
         if dropped {
             narrow.flush().unwrap();
         }
         if crashed {
-            // As a crash would leave it, before anything else was written.
+            // As a crash leaves the directory, before any other write.
             let left = tempfile::tempdir().unwrap();
             copy_store(&bench.path(), &left.path().join("store"));
             let wide = bench.builder().open(left.path().join("store")).unwrap();
@@ -216,29 +214,32 @@ fn keys_that_a_narrower_window_forgot_stay_forgotten_when_it_is_wide_again() {
         }
         narrow.close().wait().unwrap();
         bench.reopen();
-        let told = format!("dropped {dropped}, crashed {crashed}");
-        assert_eq!(bench.store().stats().remembers_since.as_unix_ms(), since_ms, "{told}");
-        assert!(!is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
-        assert!(!is_completed(bench.store(), "just forgotten") && is_completed(bench.store(), "just known"), "{told}");
-        assert_eq!(bench.store().record("forgotten").wait().unwrap(), RecordOutcome::First, "{told}");
+        let case = format!("dropped {dropped}, crashed {crashed}");
+        assert_eq!(bench.store().stats().remembers_since.as_unix_ms(), since_ms, "{case}");
+        assert!(!is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "remembered"), "{case}");
+        assert!(
+            !is_completed(bench.store(), "just forgotten") && is_completed(bench.store(), "just remembered"),
+            "{case}"
+        );
+        assert_eq!(bench.store().record("forgotten").wait().unwrap(), RecordOutcome::First, "{case}");
         bench.advance_ms(20 * HOUR_MS);
-        assert!(is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "known"), "{told}");
+        assert!(is_completed(bench.store(), "forgotten") && is_completed(bench.store(), "remembered"), "{case}");
         assert_eq!(
             bench.store().stats().remembers_since.as_unix_ms(),
             since_ms,
-            "{told}: the wide window is not full yet"
+            "{case}: the wide window is not full yet"
         );
         bench.advance_ms(4 * HOUR_MS);
         assert_eq!(
             bench.store().stats().remembers_since.as_unix_ms(),
             bench.store().stats().now.as_unix_ms() - 24 * HOUR_MS + 1,
-            "{told}"
+            "{case}"
         );
     }
 }
 
 #[test]
-fn random_windows_are_answered_as_a_plain_map_would() {
+fn random_windows_give_the_answers_of_a_plain_map() {
     let seed = rand::rng().random();
     eprintln!("seed {seed}");
     let mut rng = StdRng::seed_from_u64(seed);

@@ -1,6 +1,4 @@
-//! Offsets and messages that are written with a completion: all of it or nothing, also where the process is killed.
-
-mod common;
+//! Offsets and messages that are written with a completion: a completion is atomic with them, also if the process is killed.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
@@ -8,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::Bench;
+use crate::common::Bench;
 use onlyonce::{Claim, Completion, Durability, Error, Lease, Store};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -17,7 +15,7 @@ const DIR: &str = "ONLYONCE_OUTBOX_CHILD";
 const OPEN: &str = "the store is open";
 
 #[test]
-fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
+fn offsets_and_messages_are_stored_with_the_completion_and_survive_a_restart() {
     let mut bench = Bench::new();
     assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), None);
     let completion = Completion::new("done")
@@ -32,7 +30,7 @@ fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
     bench.acquire("c").complete(Completion::new("").message("charges", "c", "7 EUR")).wait().unwrap();
     for restarted in [false, true] {
         let store = bench.store();
-        assert!(store.outbox(0).wait().unwrap().is_empty(), "and none of them is stepped over");
+        assert!(store.outbox(0).wait().unwrap().is_empty(), "a limit of 0 skips no message");
         assert_eq!(store.offset("orders", 0).wait().unwrap(), Some(18));
         assert_eq!(store.offset("orders", 300).wait().unwrap(), Some(4));
         assert_eq!(store.offset("order", 0).wait().unwrap(), None);
@@ -59,7 +57,7 @@ fn offsets_and_messages_come_with_the_completion_and_survive_a_restart() {
 }
 
 #[test]
-fn nothing_comes_with_a_completion_that_was_overtaken() {
+fn a_superseded_completion_stores_no_offset_and_no_message() {
     let bench = Bench::new();
     let late = bench.acquire("k");
     bench.advance_ms(1_000);
@@ -71,7 +69,7 @@ fn nothing_comes_with_a_completion_that_was_overtaken() {
 }
 
 #[test]
-fn behind_an_overtaken_lease_of_its_batch_no_offset_is_stored_and_messages_are() {
+fn after_a_superseded_lease_a_batch_stores_messages_but_no_offsets() {
     let (bench, other) = (Bench::new(), Bench::new());
     let late = bench.acquire("b");
     bench.advance_ms(1_000);
@@ -84,14 +82,14 @@ fn behind_an_overtaken_lease_of_its_batch_no_offset_is_stored_and_messages_are()
     };
     let batch = vec![(bench.acquire("a"), 1), (late, 2), (bench.acquire("c"), 3), (bench.acquire("d"), 4)];
     assert_eq!(complete(batch), [true, false, true, true]);
-    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(1), "the second is not done");
+    assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(1), "the second message is not completed");
     let keys = || bench.store().outbox(10).wait().unwrap().into_iter().map(|message| message.key).collect::<Vec<_>>();
     assert_eq!(keys(), [b"1", b"3", b"4"]);
 
     let batch = vec![(bench.acquire("e"), 5), (other.acquire("f"), 6), (bench.acquire("g"), 7)];
-    assert_eq!(complete(batch), [true, false, true], "of another store");
+    assert_eq!(complete(batch), [true, false, true], "a lease of a different store");
     assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(5));
-    // The next batch begins anew.
+    // The next batch stores offsets again.
     assert_eq!(complete(vec![(bench.acquire("h"), 8), (bench.acquire("i"), 9)]), [true, true]);
     assert_eq!(bench.store().offset("orders", 0).wait().unwrap(), Some(9));
     assert_eq!(keys(), [b"1", b"3", b"4", b"5", b"7", b"8", b"9"]);
@@ -99,7 +97,7 @@ fn behind_an_overtaken_lease_of_its_batch_no_offset_is_stored_and_messages_are()
 }
 
 #[test]
-fn a_message_whose_completion_took_longer_is_not_stepped_over() {
+fn a_message_of_a_slower_completion_is_not_skipped() {
     const THREADS: u64 = 8;
     const EACH: u64 = 200;
     let dir = tempfile::tempdir().unwrap();
@@ -117,10 +115,10 @@ fn a_message_whose_completion_took_longer_is_not_stepped_over() {
                 }
             });
         }
-        // Reads and removes all the while: what it has not seen yet must come up later.
+        // Reads and removes messages concurrently: a message that it has not read must be returned later.
         while got.len() < (THREADS * EACH) as usize {
             for message in store.outbox(7).wait().unwrap() {
-                assert!(got.insert(message.key.clone()), "{message:?} came twice");
+                assert!(got.insert(message.key.clone()), "{message:?} was returned twice");
                 store.remove_messages([message.id]).wait().unwrap();
             }
         }
@@ -133,7 +131,7 @@ fn open(path: &Path) -> Store {
     builder.lock_wait(Duration::from_secs(20)).open(path).unwrap()
 }
 
-/// A consumer that keeps its place in the store, and publishes what it did to a file. Killed by the test below.
+/// A consumer that stores its offset, and publishes its messages to a file. The test below kills it.
 #[test]
 #[ignore = "run by the test that kills it"]
 fn child() {
@@ -143,9 +141,9 @@ fn child() {
     println!("{OPEN}");
     let mut published = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("published")).unwrap();
     for next in store.offset("orders", 0).wait().unwrap().unwrap_or(0).. {
-        // What was completed took its offset along: no order is met twice.
+        // Each completion stores its offset, so that no order is read twice.
         let Claim::Acquired(lease) = store.claim(format!("order-{next}")).wait().unwrap() else {
-            panic!("{next} was met twice")
+            panic!("{next} was read twice")
         };
         let completion = Completion::new("charged").offset("orders", 0, next + 1).message(
             "charges",
@@ -169,7 +167,7 @@ fn child() {
 }
 
 #[test]
-fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
+fn a_killed_consumer_processes_each_order_once_and_loses_no_message() {
     let seed: u64 = match std::env::var("ONLYONCE_OUTBOX_SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => rand::random(),
@@ -181,12 +179,12 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
     let mut moved = 0;
     for round in 0..20 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["child", "--exact", "--ignored", "--nocapture"])
+            .args(["outbox::child", "--exact", "--ignored", "--nocapture"])
             .env(DIR, dir.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // Some die while they open, most while they work.
+        // Some are killed during the open, most during the work.
         if rng.random_bool(0.8) {
             let lines = BufReader::new(child.stdout.take().unwrap()).lines();
             assert!(lines.map_while(Result::ok).any(|line| line.ends_with(OPEN)), "round {round} did not open");
@@ -201,9 +199,9 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
         moved += usize::from(offset > last);
         last = offset;
         let published = std::fs::read_to_string(dir.path().join("published")).unwrap_or_default();
-        // A line that the kill cut short was not removed from the outbox.
-        let whole = published.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        let mut messages: BTreeSet<(String, u64)> = whole
+        // The message of a line that the kill truncated is still in the outbox.
+        let complete = published.rsplit_once('\n').map_or("", |(complete, _)| complete);
+        let mut messages: BTreeSet<(String, u64)> = complete
             .lines()
             .map(|line| line.split_once(' ').unwrap())
             .map(|(id, key)| (id.to_owned(), key.parse().unwrap()))
@@ -226,25 +224,25 @@ fn a_killed_consumer_meets_each_order_once_and_loses_no_message() {
                 "order {order}"
             );
         }
-        // As a torn line would be: by whoever reads the file.
-        std::fs::write(dir.path().join("published"), whole.to_owned() + if whole.is_empty() { "" } else { "\n" })
+        // Truncates the torn line, as a reader of the file does.
+        std::fs::write(dir.path().join("published"), complete.to_owned() + if complete.is_empty() { "" } else { "\n" })
             .unwrap();
     }
-    eprintln!("20 kills, {last} orders, {moved} rounds got on");
-    assert!(moved > 5, "too few children lived long enough to be worth killing");
+    eprintln!("20 kills, {last} orders, progress in {moved} rounds");
+    assert!(moved > 5, "too few children were killed after they had made progress");
 }
 
 #[test]
-fn an_offset_that_is_read_is_on_the_disk_before_it_is_told() {
+fn an_offset_is_on_disk_before_it_is_returned() {
     for (durability, syncs) in [(Durability::Disk, 1), (Durability::Process, 0)] {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::builder().durability(durability).open(dir.path().join("store")).unwrap();
         store.set_offset("orders", 0, 17).wait().unwrap();
         let before = store.stats().log_syncs;
-        // Another thread may have written it, and wait for its sync.
+        // As if another thread had written the offset and waited for its sync.
         assert_eq!(store.offset("orders", 0).wait().unwrap(), Some(17));
         assert_eq!(store.stats().log_syncs - before, syncs, "{durability:?}");
         assert_eq!(store.offset("others", 0).wait().unwrap(), None);
-        assert_eq!(store.stats().log_syncs - before, syncs, "there is nothing to sync");
+        assert_eq!(store.stats().log_syncs - before, syncs, "everything is synced already");
     }
 }

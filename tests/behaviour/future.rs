@@ -1,6 +1,4 @@
-//! The store as futures: the same answers, syncs that are shared, and nothing that a dropped future leaves behind.
-
-mod common;
+//! Awaited calls: the same answers as blocking calls, shared syncs, and dropped futures, which leave no key stuck.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use common::Bench;
+use crate::common::Bench;
 use onlyonce::{
     Claim, Completion, Durability, Error, Key, KeyError, KeyStatus, Lease, LeaseState, PriorAttempt, RecordOutcome,
     RunError, RunOutcome, Store, StoredKey, Unclaimed, UnclaimedReason,
@@ -32,11 +30,11 @@ async fn acquire(store: &Store, key: &str) -> Lease {
 fn acquired(claim: Claim) -> Lease {
     match claim {
         Claim::Acquired(lease) => lease,
-        other => panic!("the key should be free, but is {other:?}"),
+        other => panic!("the key should be unclaimed, but is {other:?}"),
     }
 }
 
-/// Polls a future so many times, and drops it.
+/// Polls a future `polls` times, and drops it.
 struct Cut<F> {
     future: Pin<Box<F>>,
     polls: u32,
@@ -59,7 +57,7 @@ impl<F: Future> Future for Cut<F> {
 }
 
 #[test]
-fn the_verbs_answer_as_those_that_block() {
+fn awaited_calls_give_the_answers_of_blocking_calls() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -102,16 +100,20 @@ fn the_verbs_answer_as_those_that_block() {
         assert!(matches!(his, Err(Error::PayloadMismatch { .. })));
         let late = acquire(&store, "late").await;
         bench.advance_ms(1_000);
-        let taken = acquire(&store, "late").await;
+        let held = acquire(&store, "late").await;
         let failed = late.complete("late").await.unwrap_err();
         assert!(matches!(failed.error(), Error::Superseded { .. }) && failed.completion().result() == b"late");
-        drop(taken);
+        drop(held);
     });
-    assert_eq!(bench.acquire("late").attempt().prior(), Some(PriorAttempt::Dropped), "and both faces are of one store");
+    assert_eq!(
+        bench.acquire("late").attempt().prior(),
+        Some(PriorAttempt::Dropped),
+        "awaited and blocking calls share the store"
+    );
 }
 
 #[test]
-fn batches_answer_for_each_key_and_give_foreign_leases_back() {
+fn batches_answer_for_each_key_and_return_foreign_leases() {
     let (bench, other) = (Bench::new(), Bench::new());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -146,7 +148,7 @@ fn batches_answer_for_each_key_and_give_foreign_leases_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_tasks_share_their_syncs() {
     const TASKS: usize = 1_000;
-    const LIVES: usize = 20;
+    const ROUNDS: usize = 20;
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Disk, LONG);
     let before = store.stats();
@@ -155,8 +157,8 @@ async fn a_thousand_tasks_share_their_syncs() {
         .map(|task| {
             let store = store.clone();
             tokio::spawn(async move {
-                for life in 0..LIVES {
-                    acquire(&store, &format!("task-{task}-life-{life}")).await.complete("done").await.unwrap();
+                for round in 0..ROUNDS {
+                    acquire(&store, &format!("task-{task}-round-{round}")).await.complete("done").await.unwrap();
                 }
             })
         })
@@ -166,19 +168,19 @@ async fn a_thousand_tasks_share_their_syncs() {
     }
     let elapsed = begun.elapsed();
     let after = store.stats();
-    let (lives, syncs) = (after.completed - before.completed, after.log_syncs - before.log_syncs);
-    assert_eq!(lives, (TASKS * LIVES) as u64);
-    let per_sync = lives / syncs;
+    let (completions, syncs) = (after.completed - before.completed, after.log_syncs - before.log_syncs);
+    assert_eq!(completions, (TASKS * ROUNDS) as u64);
+    let per_sync = completions / syncs;
     eprintln!(
-        "{lives} lives, {syncs} syncs: {per_sync} lives a sync, {:.0} lives/s",
-        lives as f64 / elapsed.as_secs_f64()
+        "{completions} completions, {syncs} syncs: {per_sync} completions per sync, {:.0} completions/s",
+        completions as f64 / elapsed.as_secs_f64()
     );
-    assert!(per_sync >= 64, "{per_sync} lives a sync");
+    assert!(per_sync >= 64, "{per_sync} completions per sync");
     store.close().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
+async fn futures_that_are_dropped_at_random_points_leave_no_key_stuck() {
     const TASKS: usize = 64;
     const STEPS: usize = 150;
     const KEYS: usize = 200;
@@ -188,15 +190,15 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
     };
     eprintln!("ONLYONCE_FUTURE_SEED={seed}");
     let dir = tempfile::tempdir().unwrap();
-    // Longer than the test: what is stuck stays stuck.
+    // Longer than the test, so that a stuck key stays stuck.
     let store = open(&dir, Durability::Process, Duration::from_secs(3_600));
     let holders: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
     let completed: Arc<Vec<AtomicUsize>> = Arc::new((0..KEYS).map(|_| AtomicUsize::new(0)).collect());
-    let cut = Arc::new(AtomicUsize::new(0));
+    let dropped = Arc::new(AtomicUsize::new(0));
     let tasks: Vec<_> = (0..TASKS)
         .map(|task| {
-            let (store, holders, completed, cut) =
-                (store.clone(), Arc::clone(&holders), Arc::clone(&completed), Arc::clone(&cut));
+            let (store, holders, completed, dropped) =
+                (store.clone(), Arc::clone(&holders), Arc::clone(&completed), Arc::clone(&dropped));
             let mut rng = StdRng::seed_from_u64(seed.wrapping_add(task as u64));
             tokio::spawn(async move {
                 for _ in 0..STEPS {
@@ -212,7 +214,7 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                         }
                     });
                     let Some(claim) = (Cut { future: claim, polls: first }).await else {
-                        cut.fetch_add(1, Ordering::Relaxed);
+                        dropped.fetch_add(1, Ordering::Relaxed);
                         continue;
                     };
                     let Claim::Acquired(lease) = claim.unwrap() else { continue };
@@ -226,7 +228,7 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
                                     .await;
                             match done {
                                 Some(done) => completed[i].fetch_add(usize::from(done.is_ok()), Ordering::SeqCst),
-                                None => cut.fetch_add(1, Ordering::Relaxed),
+                                None => dropped.fetch_add(1, Ordering::Relaxed),
                             };
                         }
                         1 => drop(Cut { future: Box::pin(lease.release().into_future()), polls: second }.await),
@@ -245,17 +247,17 @@ async fn futures_that_are_dropped_at_random_leave_no_key_stuck() {
         assert!(acknowledged <= 1, "{key} was completed {acknowledged} times");
         match store.claim(&key).wait_up_to(Duration::from_secs(20)).await.unwrap() {
             Claim::Completed(first) => assert_eq!(first.result(), Some(key.as_bytes())),
-            Claim::Acquired(_) => assert_eq!(acknowledged, 0, "{key} was completed and is forgotten"),
+            Claim::Acquired(_) => assert_eq!(acknowledged, 0, "{key} was completed, but is new"),
             Claim::InProgress(_) => panic!("{key} is stuck"),
         }
     }
-    let cut = cut.load(Ordering::Relaxed);
-    assert!(cut > 1_000, "only {cut} futures were cut");
+    let dropped = dropped.load(Ordering::Relaxed);
+    assert!(dropped > 1_000, "only {dropped} futures were dropped");
     store.close().await.unwrap();
 }
 
 #[tokio::test]
-async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
+async fn a_waiting_claim_is_woken_by_the_completion_and_returns_its_result() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let lease = acquire(&store, "k").await;
@@ -266,8 +268,8 @@ async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
         })
         .collect();
     tokio::time::sleep(Duration::from_millis(200)).await;
-    let asked = store.stats().in_progress;
-    assert_eq!(asked, 100, "each asks once, takes its place and asks again: nobody polls");
+    let claims = store.stats().in_progress;
+    assert_eq!(claims, 100, "each call claims once, registers as a waiter and claims again: none polls");
     lease.complete("first").await.unwrap();
     for waiter in waiters {
         assert!(matches!(waiter.await.unwrap(), Claim::Completed(first) if first.result() == Some(b"first")));
@@ -275,7 +277,7 @@ async fn a_wait_is_woken_by_the_completion_and_gets_its_result() {
 }
 
 #[tokio::test]
-async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
+async fn a_waiting_claim_acquires_a_key_whose_lease_is_released_dropped_or_expired() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(500));
     let begun = Instant::now();
@@ -304,11 +306,11 @@ async fn a_wait_gets_a_key_that_was_released_dropped_or_ran_out() {
         assert_eq!((got.attempt().number(), got.attempt().prior()), (2, Some(prior)), "{end}");
         drop((held, got));
     }
-    assert!(begun.elapsed() < Duration::from_secs(10), "woken, not by the limit");
+    assert!(begun.elapsed() < Duration::from_secs(10), "woken before the limit");
 }
 
 #[tokio::test]
-async fn a_wait_beyond_its_limit_finds_the_key_in_progress() {
+async fn a_waiting_claim_returns_in_progress_after_its_limit() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let _lease = acquire(&store, "k").await;
@@ -321,26 +323,26 @@ async fn a_wait_beyond_its_limit_finds_the_key_in_progress() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lease_that_is_kept_alive_outlasts_its_length() {
+async fn a_lease_that_is_kept_alive_outlives_its_length() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(600));
     let mut lease = acquire(&store, "k").await;
     let work = async {
         let end = Instant::now() + Duration::from_millis(1_500);
         while Instant::now() < end {
-            assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)), "somebody took over");
+            assert!(matches!(store.claim("k").await.unwrap(), Claim::InProgress(_)), "the lease was taken over");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         "done"
     };
     let result = lease.keep_alive().during(work).await.unwrap();
-    assert!(!lease.remaining().is_zero(), "and it knows of its renewals");
+    assert!(!lease.remaining().is_zero(), "`remaining` includes the renewals");
     lease.complete(result).await.unwrap();
     tokio::time::sleep(Duration::from_millis(250)).await;
-    assert_eq!(store.stats().superseded, 0, "nothing is renewed after the end");
+    assert_eq!(store.stats().superseded, 0, "no renewal after the end");
 }
 
-/// Runs on a thread of its own, in a runtime that has no other.
+/// Runs a future on a new thread, in a runtime without another thread.
 fn on_one_thread<F: Future<Output: Send>>(future: impl FnOnce() -> F + Send) -> F::Output {
     std::thread::scope(|scope| {
         let work = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future());
@@ -348,7 +350,7 @@ fn on_one_thread<F: Future<Output: Send>>(future: impl FnOnce() -> F + Send) -> 
     })
 }
 
-/// Work that blocks its thread for several leases, while others ask for its key.
+/// Work that blocks its thread for several lease lengths, while other calls claim its key.
 struct Blocking<'a> {
     store: &'a onlyonce::Store,
     begun: std::sync::mpsc::Sender<()>,
@@ -358,7 +360,7 @@ struct Blocking<'a> {
 impl Blocking<'_> {
     const LEASE: Duration = Duration::from_millis(300);
 
-    /// Nobody gets the key while `work` runs, which is given what blocks. Its result is there afterwards.
+    /// Runs `work`, which blocks, and asserts that no other call acquires its key, and that its result is stored.
     fn keeps_its_key(work: impl FnOnce(Blocking<'_>) + Send) {
         let dir = tempfile::tempdir().unwrap();
         let builder = Store::builder().lease(Self::LEASE).durability(Durability::Process);
@@ -370,7 +372,7 @@ impl Blocking<'_> {
             has_begun.recv().unwrap();
             while !working.is_finished() {
                 match store.claim("k").wait().unwrap() {
-                    Claim::Acquired(lease) => panic!("somebody else got the key: {lease:?}"),
+                    Claim::Acquired(lease) => panic!("another call acquired the key: {lease:?}"),
                     Claim::InProgress(_) => std::thread::sleep(Duration::from_millis(10)),
                     Claim::Completed(_) => break,
                 }
@@ -414,34 +416,34 @@ fn a_lease_of_run_is_renewed_while_its_work_blocks_the_only_thread() {
 }
 
 #[test]
-fn a_lease_is_renewed_while_a_call_that_blocks_works() {
+fn a_lease_is_renewed_while_a_blocking_call_works() {
     Blocking::keeps_its_key(|blocking| {
         let work = |lease: &mut onlyonce::Lease| {
             let result = blocking.block();
-            assert!(!lease.remaining().is_zero(), "it knows of its renewals");
+            assert!(!lease.remaining().is_zero(), "`remaining` includes the renewals");
             Ok::<_, Error>(result.into())
         };
         assert!(matches!(blocking.store.run("k", work), Ok(RunOutcome::First(_))));
     });
     Blocking::keeps_its_key(|blocking| {
         let Claim::Acquired(mut lease) = blocking.store.claim("k").wait().unwrap() else { panic!("k is new") };
-        let alive = lease.keep_alive();
+        let keep_alive = lease.keep_alive();
         let result = blocking.block();
-        assert!(alive.error().is_none());
-        drop(alive);
+        assert!(keep_alive.error().is_none());
+        drop(keep_alive);
         lease.complete(result).wait().unwrap();
     });
 }
 
 #[test]
-fn a_lease_is_renewed_no_longer_than_is_allowed() {
+fn a_lease_is_not_renewed_for_longer_than_renew_for() {
     let dir = tempfile::tempdir().unwrap();
     let (lease, limit) = (Duration::from_millis(100), Duration::from_millis(400));
     let builder = Store::builder().lease(lease).renew_for(limit).memory_budget(32 << 20);
     let store = builder.open(dir.path().join("store")).unwrap();
     let Claim::Acquired(mut hangs) = store.claim("k").wait().unwrap() else { panic!("k is new") };
     let claimed = Instant::now();
-    let alive = hangs.keep_alive();
+    let keep_alive = hangs.keep_alive();
     let next = loop {
         match store.claim("k").wait().unwrap() {
             Claim::Acquired(next) => break next,
@@ -450,40 +452,40 @@ fn a_lease_is_renewed_no_longer_than_is_allowed() {
     };
     assert!(claimed.elapsed() >= limit - Duration::from_millis(50), "after {:?}", claimed.elapsed());
     assert_eq!(next.attempt().prior(), Some(PriorAttempt::LeaseExpired));
-    // It is told, though it is not renewed any more.
+    // The guard reports the loss, although renewal has ended.
     let deadline = Instant::now() + LONG;
-    while alive.error().is_none() {
+    while keep_alive.error().is_none() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(5));
     }
-    assert!(matches!(alive.error(), Some(Error::Superseded { .. })));
-    drop(alive);
+    assert!(matches!(keep_alive.error(), Some(Error::Superseded { .. })));
+    drop(keep_alive);
     assert!(matches!(hangs.complete("late").wait().unwrap_err().error(), Error::Superseded { .. }));
-    for refused in [Duration::ZERO, Duration::MAX] {
-        let error = Store::builder().renew_for(refused).open(dir.path().join("other")).unwrap_err();
+    for out_of_bounds in [Duration::ZERO, Duration::MAX] {
+        let error = Store::builder().renew_for(out_of_bounds).open(dir.path().join("other")).unwrap_err();
         assert!(matches!(error, Error::Config { option: "renew_for", .. }), "{error}");
     }
 }
 
 #[test]
-fn a_renewal_reports_that_its_store_was_closed() {
+fn a_renewal_reports_that_the_store_was_closed() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(100));
     on_one_thread(async || {
         let mut lease = acquire(&store, "k").await;
-        let mut alive = lease.keep_alive();
+        let mut keep_alive = lease.keep_alive();
         store.close().await.unwrap();
-        let lost = tokio::time::timeout(LONG, alive.lost()).await.unwrap();
+        let lost = tokio::time::timeout(LONG, keep_alive.lost()).await.unwrap();
         assert!(matches!(lost, Error::Closed), "{lost}");
     });
 }
 
 #[test]
-fn work_that_is_cancelled_is_renewed_no_more() {
+fn cancelled_work_is_not_renewed() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, Duration::from_millis(90));
     on_one_thread(async || {
-        for key in ["kept alive", "run"] {
+        for key in ["kept keep_alive", "run"] {
             let hangs = async {
                 if key == "run" {
                     drop(store.run_async(key, async |_| std::future::pending::<Result<Vec<u8>, Error>>().await).await);
@@ -501,7 +503,7 @@ fn work_that_is_cancelled_is_renewed_no_more() {
                     "{key}"
                 );
                 drop(next);
-                // Time for a renewal that should not be.
+                // Enough time for a renewal, which must not happen.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -512,12 +514,12 @@ fn work_that_is_cancelled_is_renewed_no_more() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn one_thread_renews_for_all_stores() {
+fn one_thread_renews_the_leases_of_all_stores() {
     let named = |name: &str| {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let comm =
             |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.unwrap().path().join("comm"));
-        // Threads of other tests end meanwhile.
+        // Threads of other tests can end at the same time.
         tasks.filter_map(|task| comm(task).ok()).filter(|comm| comm.trim_end() == name).count()
     };
     let dirs: Vec<_> = (0..5).map(|_| tempfile::tempdir().unwrap()).collect();
@@ -526,15 +528,15 @@ fn one_thread_renews_for_all_stores() {
         .iter()
         .map(|store| if let Ok(Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
         .collect();
-    let alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
+    let keep_alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
     assert!(named("onlyonce-worker") >= stores.len());
     assert_eq!(named("onlyonce-renew"), 1);
-    drop(alive);
+    drop(keep_alive);
     stores.iter().for_each(|store| store.close().wait().unwrap());
 }
 
 #[test]
-fn a_lease_that_is_lost_stops_the_work() {
+fn losing_the_lease_stops_the_work() {
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -554,7 +556,7 @@ fn a_lease_that_is_lost_stops_the_work() {
         };
         let thief = async {
             loop {
-                // A renewal may come between the two, every third of a second.
+                // A renewal, one every third of a second, can come between the two.
                 bench.advance_ms(1_000);
                 if let Claim::Acquired(lease) = store.claim("k").await.unwrap() {
                     break lease;
@@ -569,12 +571,12 @@ fn a_lease_that_is_lost_stops_the_work() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn run_does_the_work_once_and_releases_it_where_it_fails() {
+async fn run_does_the_work_once_and_releases_the_key_if_it_fails() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let failed = store.run_async("k", async |_| Err::<Vec<u8>, _>("declined")).await;
     assert!(matches!(failed, Err(RunError::Work("declined"))), "{failed:?}");
-    // On another task: its future can be sent there.
+    // On another task, because the future is `Send`.
     let (again, token) = {
         let store = store.clone();
         let work = async move {
@@ -591,16 +593,17 @@ async fn run_does_the_work_once_and_releases_it_where_it_fails() {
         tokio::spawn(work).await.unwrap()
     };
     assert!(matches!(again, RunOutcome::First(result) if result == b"receipt"));
-    let replayed = store.run_async("k", async |_| -> Result<Vec<u8>, Error> { panic!("it is done") }).await.unwrap();
+    let replayed =
+        store.run_async("k", async |_| -> Result<Vec<u8>, Error> { panic!("the key is completed") }).await.unwrap();
     assert!(matches!(replayed, RunOutcome::Replayed(first) if first.token().get() == token));
     let _lease = acquire(&store, "held").await;
     let other =
-        store.run_async("held", async |_| -> Result<Vec<u8>, Error> { panic!("it is another's") }).await.unwrap();
+        store.run_async("held", async |_| -> Result<Vec<u8>, Error> { panic!("the key is leased") }).await.unwrap();
     assert!(matches!(other, RunOutcome::InProgress(_)));
 }
 
 #[tokio::test]
-async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
+async fn the_next_claim_reports_cancelled_or_panicked_work() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let hangs = store.run_async("cancelled", async |_| std::future::pending::<Result<Vec<u8>, Error>>().await);
@@ -608,7 +611,11 @@ async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
     let panicking = {
         let store = store.clone();
         tokio::spawn(async move {
-            let _ = store.run_async("panicked", async |_| -> Result<Vec<u8>, Error> { panic!("as it should") }).await;
+            let _ = store
+                .run_async("panicked", async |_| -> Result<Vec<u8>, Error> {
+                    panic!("the work panics, as this test intends")
+                })
+                .await;
         })
     };
     assert!(panicking.await.is_err());
@@ -619,7 +626,7 @@ async fn work_that_is_cancelled_or_panics_is_told_to_the_next() {
 }
 
 #[tokio::test]
-async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
+async fn a_stream_yields_each_item_until_it_is_completed_and_not_after() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let duplicates = Arc::new(AtomicUsize::new(0));
@@ -631,21 +638,21 @@ async fn a_stream_passes_each_item_until_it_is_done_and_never_after() {
             duplicates.fetch_add(1, Ordering::SeqCst);
         }
     });
-    let mut passed = Vec::new();
+    let mut yielded = Vec::new();
     while let Some(next) = once.next().await {
         let (item, lease) = next.unwrap();
-        passed.push((item, lease.attempt().number()));
+        yielded.push((item, lease.attempt().number()));
         match item {
             "fails" if lease.attempt().number() == 1 => drop(lease),
             _ => lease.complete("done").await.unwrap(),
         }
     }
-    assert_eq!(passed, [("a", 1), ("b", 1), ("fails", 1), ("c", 1), ("fails", 2)]);
+    assert_eq!(yielded, [("a", 1), ("b", 1), ("fails", 1), ("c", 1), ("fails", 2)]);
     assert_eq!(duplicates.load(Ordering::SeqCst), 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
+async fn a_stream_waits_for_a_holder_and_returns_items_that_take_too_long() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let (soon, never) = (acquire(&store, "soon").await, acquire(&store, "never").await);
@@ -674,7 +681,7 @@ async fn a_stream_waits_for_a_holder_and_gives_back_what_takes_too_long() {
 }
 
 #[test]
-fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
+fn a_superseded_lease_blocks_the_offsets_of_its_own_batch_alone() {
     const BATCHES: u32 = 16;
     let bench = Bench::new();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
@@ -686,15 +693,15 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
             batches.push((batch, vec![(late, 1)]));
         }
         bench.advance_ms(1_000);
-        let mut taken = Vec::new();
+        let mut takeovers = Vec::new();
         for (batch, leases) in &mut batches {
-            // Every other one is overtaken.
+            // Every second batch has a superseded lease.
             if *batch % 2 == 0 {
-                taken.push(acquire(&store, &format!("{batch}-late")).await);
+                takeovers.push(acquire(&store, &format!("{batch}-late")).await);
             }
             leases.push((acquire(&store, &format!("{batch}-last")).await, 2));
         }
-        // All at once, so that they come into one write.
+        // All at the same time, so that they share one write.
         let tasks: Vec<_> = batches
             .into_iter()
             .map(|(batch, leases)| {
@@ -716,13 +723,13 @@ fn an_overtaken_lease_holds_back_the_offsets_of_its_own_batch_alone() {
 }
 
 #[tokio::test]
-async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
+async fn a_store_closes_in_the_background_when_its_last_handle_is_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, Durability::Process, LONG);
     let lease = acquire(&store, "k").await;
     acquire(&store, "done").await.complete("first").await.unwrap();
     drop(store);
-    // The lease is the last one.
+    // The lease is the last handle.
     drop(lease);
     let builder = Store::builder().memory_budget(32 << 20).lock_wait(Duration::from_secs(20));
     let again = builder.open(dir.path().join("store")).unwrap();
@@ -731,10 +738,10 @@ async fn a_store_whose_last_handle_goes_is_closed_in_the_background() {
 }
 
 #[test]
-fn a_queue_has_bounds() {
+fn queue_limit_has_bounds() {
     let bench = Bench::new();
     for calls in [0, 1_000_001] {
-        let refused = bench.builder().queue_limit(calls).open(bench.path().with_file_name("other")).unwrap_err();
-        assert!(matches!(&refused, Error::Config { value, .. } if *value == calls.to_string()), "{refused}");
+        let rejected = bench.builder().queue_limit(calls).open(bench.path().with_file_name("other")).unwrap_err();
+        assert!(matches!(&rejected, Error::Config { value, .. } if *value == calls.to_string()), "{rejected}");
     }
 }
