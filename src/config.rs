@@ -226,8 +226,8 @@ impl Config {
         self.durability == Durability::Disk
     }
 
-    /// Whether a claim waits for a sync. Under `Rerun` it does not: a lost claim is claimed again like an interrupted
-    /// one.
+    /// Whether a claim waits for a sync. Under `Rerun` it does not: if a power cut loses the claim, the key can be claimed as if
+    /// for the first time.
     pub(crate) fn sync_claims(&self) -> bool {
         self.durability == Durability::Disk && self.on_interrupt == OnInterrupt::Hold
     }

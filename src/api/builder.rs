@@ -88,17 +88,17 @@ impl Builder {
         self
     }
 
-    /// Bytes of memory for filters (half at most), unflushed keys (half at most, usually a quarter), cached blocks (a quarter)
-    /// and RocksDB's memtables (an eighth each). From 32 MiB to 16 TiB, 256 MiB by default. Keys in progress are extra: see
-    /// [`Builder::in_flight_limit`].
+    /// Bytes of memory for filters (7/16 at most), unflushed keys (flushed at an eighth; callers wait at a quarter), recently
+    /// flushed keys (a sixteenth), cached blocks (an eighth) and RocksDB's write buffers (an eighth each, 8 to 64 MiB). From
+    /// 32 MiB to 16 TiB, 256 MiB by default. Keys in progress are extra: see [`Builder::in_flight_limit`].
     pub fn memory_budget(mut self, bytes: usize) -> Self {
         self.options.memory_budget = bytes;
         self
     }
 
     /// The expected number of completed keys a second, averaged over a bucket. It sizes the filters of the first buckets. Without
-    /// it they start small and grow by layers, each of which makes a check slower, until a bucket has ended. A wrong estimate
-    /// costs memory or layers, never an answer. 0 (unknown) by default.
+    /// it they start small and grow by matrices, each of which makes a check slower, until a bucket has ended. A wrong estimate
+    /// costs memory or time, never an answer. 0 (unknown) by default.
     pub fn expected_rate(mut self, keys_per_s: u64) -> Self {
         self.options.expected_rate = keys_per_s;
         self

@@ -58,7 +58,7 @@ impl Store {
     ///
     /// [`Error::PayloadMismatch`] if the key was used with a different payload; [`Error::Key`], [`Error::Timestamp`];
     /// [`Error::TooManyInFlight`], [`Error::TooManyHeld`], [`Error::FlushFailed`] for limits. A claim that fails leaves the key
-    /// unclaimed.
+    /// unclaimed, unless its outcome is unknown ([`Error::outcome`]).
     ///
     /// ```
     /// use onlyonce::{Claim, Store};
