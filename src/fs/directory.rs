@@ -43,9 +43,13 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
-    /// Fails unless the directory holds a store.
+    /// Fails unless the directory holds a store, or the remains of one, which `acquire` reports.
     pub(crate) fn require_store(root: &Path) -> Result<()> {
-        if root.join(DATABASE).is_dir() { Ok(()) } else { Err(Error::NotFound { path: root.to_owned() }) }
+        if root.join(DATABASE).is_dir() || root.join(LOCK).is_file() {
+            Ok(())
+        } else {
+            Err(Error::NotFound { path: root.to_owned() })
+        }
     }
 
     /// Locks the directory. Creates it, readable only by its owner, if it does not exist. Waits up to `wait` for

@@ -167,7 +167,7 @@ impl InProgress {
 /// The answer to a check: what a claim would return.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyStatus {
-    /// A claim would acquire the key.
+    /// A claim would acquire the key, unless a limit rejects it.
     New,
     /// A claim would return [`Claim::InProgress`].
     InProgress(InProgress),
