@@ -564,3 +564,33 @@ fn a_store_with_an_expected_rate_does_not_grow_its_filter() {
     let (_, after) = fill(&Bench::with(|builder| builder.expected_rate(u64::MAX)));
     assert!(after <= 32 << 20, "{after}");
 }
+
+#[test]
+fn an_open_that_must_not_create_a_store_reports_a_missing_one_and_creates_nothing() {
+    let bench = Bench::new();
+    let missing = bench.path().with_file_name("missing");
+    let error = bench.builder().create(false).open(&missing).unwrap_err();
+    assert!(matches!(&error, Error::NotFound { path } if *path == missing), "{error}");
+    assert!(!missing.exists());
+
+    let empty = bench.path().with_file_name("empty");
+    fs::create_dir(&empty).unwrap();
+    assert!(matches!(bench.builder().create(false).open(&empty), Err(Error::NotFound { .. })));
+    assert_eq!(fs::read_dir(&empty).unwrap().count(), 0);
+
+    let other = bench.path().with_file_name("other");
+    bench.builder().open(&other).unwrap().close().wait().unwrap();
+    bench.builder().create(false).open(&other).unwrap().close().wait().unwrap();
+    fs::remove_dir_all(other.join("db")).unwrap();
+    let damaged = bench.builder().create(false).open(&other).unwrap_err();
+    assert!(matches!(damaged, Error::Corrupt { .. }), "{damaged}");
+}
+
+#[test]
+fn a_store_knows_its_path_and_its_window() {
+    let bench = Bench::new();
+    assert_eq!(bench.store().path(), std::path::absolute(bench.path()).unwrap());
+    assert_eq!(bench.store().window(), Duration::from_secs(10));
+    let shown = format!("{:?}", bench.store());
+    assert!(shown.contains(&format!("{:?}", bench.store().path())) && shown.contains("10s"), "{shown}");
+}
