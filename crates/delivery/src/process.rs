@@ -215,7 +215,7 @@ impl Processor {
         release.may_have_happened = is_unknown;
         release.reset_attempts = rejected.is_ok();
         log_release(lease.release(release).await);
-        tracing::warn!(attempts, reason, "delivery rejected after its last attempt");
+        tracing::warn!(attempts, reason, "delivery rejected, no further attempts");
         answered(rejected, Outcome::Rejected { failure, attempts })
     }
 
