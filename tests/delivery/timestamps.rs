@@ -45,10 +45,14 @@ async fn the_timestamp_of_the_key_takes_precedence_over_that_of_the_delivery() {
 }
 
 #[tokio::test]
-async fn a_store_on_its_clock_ignores_the_timestamps_of_deliveries() {
+async fn a_store_on_its_clock_ignores_the_timestamps_of_deliveries_and_keys() {
     let fixture = Fixture::new();
     fixture.queue.send("a");
     assert!(matches!(fixture.process_at(Some(1)).await, Outcome::Done));
+    fixture.queue.send("b");
+    let delivery = fixture.queue.next().with_key(Key::from("b").at(Timestamp::from_unix_ms(1)));
+    let outcome = fixture.processor.process(delivery, async |_, _| Ok("receipt")).await.unwrap();
+    assert!(matches!(outcome, Outcome::Done), "{outcome:?}");
 }
 
 #[tokio::test]

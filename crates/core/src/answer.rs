@@ -334,6 +334,9 @@ pub enum OnStoreFailure {
     /// stored, it may run again, with [`AttemptInfo::may_have_happened`](crate::AttemptInfo::may_have_happened).
     #[default]
     FailClosed,
-    /// The work runs without deduplication, and is counted. Duplicates run twice.
+    /// The work runs without deduplication, and is counted. Duplicates run twice, even at the same time.
+    ///
+    /// Work whose side writes cannot be stored does not count as done: its request gets 503, its delivery is redelivered. A
+    /// delivery is also redelivered if the store is only at its in-flight limit.
     FailOpen,
 }

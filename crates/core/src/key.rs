@@ -129,6 +129,13 @@ impl<'a> Key<'a> {
         self
     }
 
+    /// Replaces the timestamp, or removes it: an adapter removes it for a store that runs on its clock.
+    #[must_use]
+    pub fn with_timestamp(mut self, timestamp: Option<Timestamp>) -> Self {
+        self.timestamp = timestamp;
+        self
+    }
+
     /// Remembers this key for less than the store's window once it is completed, to the millisecond. A longer window than
     /// the store's has no effect. The call that claims or records the key sets it.
     #[must_use]

@@ -51,7 +51,8 @@ impl EngineLease {
         self.grant.attempt
     }
 
-    /// Completes the lease. After an error the lease is dropped, so that the next claim reports the attempt.
+    /// Completes the lease. After an error the lease is dropped, so that the next claim reports the attempt. If it is unknown
+    /// whether the write happened, the key stays in progress until the lease ends or the engine finds the write.
     ///
     /// # Errors
     ///

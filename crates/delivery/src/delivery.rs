@@ -22,7 +22,7 @@ pub trait Delivery: Sized + Send + Sync {
     /// The timestamp of the message, if the queue has one. A store on stream time needs it, equal for each delivery of the
     /// message: the processor rejects deliveries without one, and deliveries whose timestamp has a wrong unit
     /// ([`TimestampError::WrongUnit`](onlyonce_core::TimestampError)). A timestamp of the [`key`](Self::key) takes
-    /// precedence.
+    /// precedence. A store that runs on its clock ignores both.
     fn timestamp(&self) -> Option<Timestamp> {
         None
     }

@@ -42,8 +42,8 @@ pub enum Outcome {
         /// Delay of the redelivery.
         retry_after: Duration,
     },
-    /// The store failed or is at its in-flight limit. Not acknowledged; redelivery requested. If the work had started, it was
-    /// stopped or its result is not stored, and the next attempt reports `may_have_happened`.
+    /// The store failed, is at its in-flight limit, or found the timestamp too far ahead. Not acknowledged; redelivery
+    /// requested. If the work ran under a lease, its result is not stored, and the next attempt reports `may_have_happened`.
     StoreFailed {
         /// The store's error.
         error: Error,

@@ -79,16 +79,16 @@ impl Processor {
     }
 
     async fn claim<D: Delivery>(&self, delivery: &D) -> Result<Claim<EngineLease>, Error> {
-        let mut key = delivery.key().into_owned();
-        if self.engine.limits().is_stream_time
-            && let Some(at) = key.timestamp().or_else(|| delivery.timestamp())
+        let key = delivery.key().into_owned();
+        let is_stream_time = self.engine.limits().is_stream_time;
+        // A store that runs on its clock rejects timestamps.
+        let timestamp = key.timestamp().or_else(|| delivery.timestamp()).filter(|_| is_stream_time);
+        if let Some(at) = timestamp
+            && let Some(unit) = likely_unit(at)
         {
-            if let Some(unit) = likely_unit(at) {
-                return Err(TimestampError::WrongUnit { key: key.to_string(), at, unit }.into());
-            }
-            key = key.at(at);
+            return Err(TimestampError::WrongUnit { key: key.to_string(), at, unit }.into());
         }
-        EngineLease::claim(&self.engine, key, self.wait_limit).await
+        EngineLease::claim(&self.engine, key.with_timestamp(timestamp), self.wait_limit).await
     }
 
     fn warn_without_id(&self, location: &str) {
@@ -215,7 +215,7 @@ impl Processor {
         release.may_have_happened = is_unknown;
         release.reset_attempts = rejected.is_ok();
         log_release(lease.release(release).await);
-        tracing::warn!(attempts, reason, "delivery rejected after its last attempt");
+        tracing::warn!(attempts, reason, "delivery rejected, no further attempts");
         answered(rejected, Outcome::Rejected { failure, attempts })
     }
 

@@ -63,7 +63,7 @@ impl fmt::Debug for IdempotencyLayerBuilder {
     }
 }
 
-/// A tower layer that runs each request with an idempotency key once. The [module](super) describes its responses.
+/// A tower layer that runs each request with an idempotency key once. [The crate](crate) describes its responses.
 ///
 /// Clones share their counters. Routes with different options need layers of their own. Layers may share a store; with equal
 /// scopes they share keys.
@@ -74,8 +74,9 @@ pub struct IdempotencyLayer {
 }
 
 impl IdempotencyLayer {
-    /// Starts a layer on an engine, such as `onlyonce::Store`. The store's window is how long a retry gets the stored response, its `result_limit` is
-    /// the largest response that is stored, and its lease is how long a key stays claimed after its process hangs.
+    /// Starts a layer on an engine, such as `onlyonce::Store`. The store's window is how long a retry gets the stored
+    /// response, its `result_limit` is the largest response that is stored, and its lease is how long a key stays claimed
+    /// after its process hangs.
     pub fn builder(engine: impl Into<Arc<dyn Engine>>) -> IdempotencyLayerBuilder {
         IdempotencyLayerBuilder { engine: engine.into() }
     }
@@ -270,7 +271,9 @@ impl IdempotencyLayer {
         self
     }
 
-    /// Sets the behaviour while the store fails. [`OnStoreFailure::FailClosed`] by default.
+    /// Sets the behaviour while the store fails. [`OnStoreFailure::FailClosed`] by default. Under
+    /// [`OnStoreFailure::FailOpen`], a response with [side writes](crate::Attempt::side_writes) that cannot be stored is
+    /// still replaced by 503.
     pub fn on_store_failure(mut self, policy: OnStoreFailure) -> Self {
         self.context.options.on_store_failure = policy;
         self

@@ -1,18 +1,21 @@
 //! A [tower](https://docs.rs/tower) layer, for axum and other servers, that runs each request with an `Idempotency-Key` once.
 //!
 //! It implements the IETF draft `draft-ietf-httpapi-idempotency-key-header`, and follows Stripe where the draft leaves a
-//! choice. It works over any [`Engine`](onlyonce_core::Engine). `docs/http.md` of the repository lists every response of the layer, the effect of every status on the key, and advice on scopes and
-//! windows.
+//! choice. It works over any [`Engine`](onlyonce_core::Engine) that runs on its clock; keys of requests have no timestamp.
+//! `docs/http.md` of the repository lists every response of the layer, the effect of every status on the key, and advice on
+//! scopes and windows.
 //!
 //! ```
 //! use axum::{Extension, Router, routing::post};
 //! use onlyonce_http::{Attempt, IdempotencyLayer};
 //!
 //! # let store = onlyonce_core::testing::MemoryStore::new();
+//! #[derive(Clone)]
+//! struct Tenant(String); // set by the authentication layer
+//!
 //! // `store` is an `onlyonce::Store` or another engine.
 //! let layer = IdempotencyLayer::builder(store)
-//!     // The owner of the key. Take it from the result of authentication.
-//!     .scope(|request| request.headers.get("x-tenant").map(|tenant| tenant.as_bytes().to_vec()));
+//!     .scope(|request| request.extensions.get::<Tenant>().map(|tenant| tenant.0.clone()));
 //!
 //! async fn charge(Extension(attempt): Extension<Attempt>) -> &'static str {
 //!     if attempt.may_have_happened() {

@@ -103,7 +103,9 @@ impl Problem {
                  commas."
             )
             .into(),
-            Self::KeyTooLong { limit } => format!("The maximum key length is {limit} bytes. Send the request again with a shorter key.").into(),
+            Self::KeyTooLong { limit } => {
+                format!("The maximum key length is {limit} bytes. Send the request again with a shorter key.").into()
+            }
             Self::ScopeMissing => "The service cannot determine which client the key belongs to. Check the credentials of \
                                    the request."
                 .into(),
