@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::attempt::{FencingToken, PriorAttempt};
+use crate::error::{Error, ErrorKind};
 use crate::key::Key;
 use crate::timestamp::Timestamp;
 
@@ -43,12 +44,14 @@ pub enum StoredResult<B = Arc<[u8]>> {
 impl<'a> StoredResult<&'a [u8]> {
     /// What an engine with this `limit` stores of a result.
     #[must_use]
+    #[inline]
     pub fn within(result: &'a [u8], limit: usize) -> Self {
         if result.len() > limit { Self::TooLarge } else { Self::Bytes(result) }
     }
 
     /// The same, with its own copy of the bytes.
     #[must_use]
+    #[inline]
     pub fn to_shared(&self) -> StoredResult {
         match self {
             Self::None => StoredResult::None,
@@ -61,6 +64,7 @@ impl<'a> StoredResult<&'a [u8]> {
 impl<B: AsRef<[u8]>> StoredResult<B> {
     /// The number of stored bytes.
     #[must_use]
+    #[inline]
     pub fn len(&self) -> usize {
         self.bytes().map_or(0, <[u8]>::len)
     }
@@ -73,6 +77,7 @@ impl<B: AsRef<[u8]>> StoredResult<B> {
 
     /// The stored bytes.
     #[must_use]
+    #[inline]
     pub fn bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Bytes(bytes) => Some(bytes.as_ref()),
@@ -82,6 +87,7 @@ impl<B: AsRef<[u8]>> StoredResult<B> {
 
     /// The same, borrowing its bytes.
     #[must_use]
+    #[inline]
     pub fn as_slice(&self) -> StoredResult<&[u8]> {
         match self {
             Self::None => StoredResult::None,
@@ -339,4 +345,15 @@ pub enum OnStoreFailure {
     /// Work whose side writes cannot be stored does not count as done: its request gets 503, its delivery is redelivered. A
     /// delivery is also redelivered if the store is only at its in-flight limit.
     FailOpen,
+}
+
+impl OnStoreFailure {
+    /// True if work runs without deduplication after its claim failed with this error: under `FailOpen`, if the store cannot
+    /// answer. A claim that a limit, a key or a timestamp rejects does not run its work.
+    #[must_use]
+    pub fn allows_without_store(self, error: &Error) -> bool {
+        let cannot_answer =
+            matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::StorageFull | ErrorKind::Corrupt);
+        self == Self::FailOpen && cannot_answer
+    }
 }

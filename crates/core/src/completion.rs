@@ -57,6 +57,7 @@ pub struct NewMessage {
 impl Completion {
     /// A completion with this result. An empty result is a result.
     #[must_use]
+    #[inline]
     pub fn new(result: impl Into<Vec<u8>>) -> Self {
         Self { result: result.into(), side_writes: None }
     }
@@ -88,12 +89,14 @@ impl Completion {
 
     /// The result.
     #[must_use]
+    #[inline]
     pub fn result(&self) -> &[u8] {
         &self.result
     }
 
     /// The offsets and messages. `None` if there are none.
     #[must_use]
+    #[inline]
     pub fn side_writes(&self) -> Option<&SideWrites> {
         self.side_writes.as_deref()
     }
@@ -105,12 +108,14 @@ impl Completion {
 
     /// The result alone.
     #[must_use]
+    #[inline]
     pub fn into_result(self) -> Vec<u8> {
         self.result
     }
 
     /// About how many bytes it adds to a write.
     #[must_use]
+    #[inline]
     pub fn encoded_len(&self) -> usize {
         self.result.len() + self.side_writes().map_or(0, SideWrites::encoded_len)
     }
@@ -142,6 +147,7 @@ impl SideWrites {
 
     /// About how many bytes they add to a write.
     #[must_use]
+    #[inline]
     pub fn encoded_len(&self) -> usize {
         let offsets = self.offsets.iter().map(|offset| offset.stream.len() + 22);
         let messages = self.messages.iter().map(|m| m.topic.len() + m.key.len() + m.payload.len() + 40);
@@ -170,36 +176,42 @@ impl NewMessage {
 }
 
 impl From<Vec<u8>> for Completion {
+    #[inline]
     fn from(result: Vec<u8>) -> Self {
         Self::new(result)
     }
 }
 
 impl From<String> for Completion {
+    #[inline]
     fn from(result: String) -> Self {
         Self::new(result)
     }
 }
 
 impl From<&str> for Completion {
+    #[inline]
     fn from(result: &str) -> Self {
         Self::new(result)
     }
 }
 
 impl From<&[u8]> for Completion {
+    #[inline]
     fn from(result: &[u8]) -> Self {
         Self::new(result)
     }
 }
 
 impl<const N: usize> From<&[u8; N]> for Completion {
+    #[inline]
     fn from(result: &[u8; N]) -> Self {
         Self::new(result.to_vec())
     }
 }
 
 impl<const N: usize> From<[u8; N]> for Completion {
+    #[inline]
     fn from(result: [u8; N]) -> Self {
         Self::new(result)
     }

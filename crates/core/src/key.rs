@@ -67,6 +67,7 @@ enum Form {
 }
 
 impl<'a> Key<'a> {
+    #[inline]
     fn new(form: Form, body: impl Into<Cow<'a, [u8]>>) -> Self {
         let scope = Cow::Borrowed(&[][..]);
         Self { form, scope, body: body.into(), fingerprint: None, timestamp: None, window: None }
@@ -152,6 +153,7 @@ impl<'a> Key<'a> {
 
     /// The same key, borrowing its bytes.
     #[must_use]
+    #[inline]
     pub fn borrowed(&self) -> Key<'_> {
         Key { scope: Cow::Borrowed(&self.scope), body: Cow::Borrowed(&self.body), ..*self }
     }
@@ -171,18 +173,21 @@ impl<'a> Key<'a> {
 
     /// The fingerprint of [`Key::fingerprint`].
     #[must_use]
+    #[inline]
     pub fn payload_fingerprint(&self) -> Option<&Fingerprint> {
         self.fingerprint.as_ref()
     }
 
     /// The timestamp of [`Key::at`].
     #[must_use]
+    #[inline]
     pub fn timestamp(&self) -> Option<Timestamp> {
         self.timestamp
     }
 
     /// The window of [`Key::window`].
     #[must_use]
+    #[inline]
     pub fn own_window(&self) -> Option<Duration> {
         self.window
     }
@@ -193,6 +198,7 @@ impl<'a> Key<'a> {
     ///
     /// [`KeyError`] if the key is empty, longer than `limit`, or its scope is longer than [`MAX_SCOPE`]. `out` is
     /// unchanged then.
+    #[inline]
     pub fn encode(&self, limit: usize, out: &mut Vec<u8>) -> Result<(), KeyError> {
         if self.body.is_empty() {
             return Err(KeyError::Empty { index: None });
@@ -306,48 +312,56 @@ impl fmt::Display for Key<'_> {
 }
 
 impl<'a> From<&'a [u8]> for Key<'a> {
+    #[inline]
     fn from(bytes: &'a [u8]) -> Self {
         Key::new(Form::Plain, bytes)
     }
 }
 
 impl<'a, const N: usize> From<&'a [u8; N]> for Key<'a> {
+    #[inline]
     fn from(bytes: &'a [u8; N]) -> Self {
         Key::from(bytes.as_slice())
     }
 }
 
 impl<'a> From<&'a Vec<u8>> for Key<'a> {
+    #[inline]
     fn from(bytes: &'a Vec<u8>) -> Self {
         Key::from(bytes.as_slice())
     }
 }
 
 impl<'a> From<&'a str> for Key<'a> {
+    #[inline]
     fn from(text: &'a str) -> Self {
         Key::from(text.as_bytes())
     }
 }
 
 impl<'a> From<&'a String> for Key<'a> {
+    #[inline]
     fn from(text: &'a String) -> Self {
         Key::from(text.as_bytes())
     }
 }
 
 impl From<Vec<u8>> for Key<'static> {
+    #[inline]
     fn from(bytes: Vec<u8>) -> Self {
         Key::new(Form::Plain, bytes)
     }
 }
 
 impl From<String> for Key<'static> {
+    #[inline]
     fn from(text: String) -> Self {
         Key::from(text.into_bytes())
     }
 }
 
 impl<'a> From<&'a Key<'_>> for Key<'a> {
+    #[inline]
     fn from(key: &'a Key<'_>) -> Self {
         key.borrowed()
     }

@@ -23,7 +23,7 @@
 //! | older than the window of a store on stream time, or without a timestamp there | rejects: cannot tell whether it was processed |
 //! | timestamp in seconds, microseconds or nanoseconds on such a store | rejects |
 //! | a digest, because the message has no id and [ids are required](Processor::require_ids) | rejects |
-//! | over the store's in-flight limit | asks for redelivery after `max_retry_after` |
+//! | over a limit of the store (in flight, held) | asks for redelivery after `max_retry_after` |
 //! | unknown, because the store fails | [`OnStoreFailure`]: asks for redelivery, or runs the work without deduplication |
 //!
 //! If the queue fails to take an answer, such as an acknowledgement, `process` returns an [`AckError`]. No message is

@@ -235,23 +235,18 @@ impl Processor {
         work: impl AsyncFnOnce(&D, &mut Attempt) -> Result<R, Failure>,
         error: Error,
     ) -> Result<Outcome, AckError<D::Error>> {
-        match (&error, self.on_store_failure) {
+        match &error {
             // The delivery itself is invalid: a retry cannot succeed.
-            (
-                Error::Key(_)
-                | Error::PayloadMismatch { .. }
-                | Error::Timestamp(
-                    TimestampError::Missing | TimestampError::WrongUnit { .. } | TimestampError::TooOld { .. },
-                ),
-                _,
+            Error::Key(_)
+            | Error::PayloadMismatch { .. }
+            | Error::Timestamp(
+                TimestampError::Missing | TimestampError::WrongUnit { .. } | TimestampError::TooOld { .. },
             ) => self.reject_without_attempt(delivery, error).await,
-            (Error::Timestamp(TimestampError::TooFarAhead { .. }), _) => {
-                self.retry_too_far_ahead(delivery, error).await
+            Error::Timestamp(TimestampError::TooFarAhead { .. }) => self.retry_too_far_ahead(delivery, error).await,
+            error_of_store if self.on_store_failure.allows_without_store(error_of_store) => {
+                self.run_without_lease(delivery, work, error).await
             }
-            (Error::Timestamp(_) | Error::TooManyInFlight { .. }, _) | (_, OnStoreFailure::FailClosed) => {
-                self.retry_after_error(delivery, error).await
-            }
-            (_, OnStoreFailure::FailOpen) => self.run_without_lease(delivery, work, error).await,
+            _ => self.retry_after_error(delivery, error).await,
         }
     }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response};
-use onlyonce_core::{Claim, Completed, EngineLease, Error, InProgress, Key, KeyError, MAX_SCOPE, OnStoreFailure};
+use onlyonce_core::{Claim, Completed, EngineLease, Error, InProgress, Key, KeyError, MAX_SCOPE};
 use tokio::sync::oneshot;
 use tower_service::Service;
 use tracing::Instrument;
@@ -107,21 +107,16 @@ where
         Err(Error::Key(KeyError::TooLong { limit, .. })) => {
             Ok(context.reject(Problem::KeyTooLong { limit: limit.saturating_sub(scope.len()) }))
         }
-        Err(error) => match options.on_store_failure {
-            OnStoreFailure::FailClosed => {
-                tracing::error!(error = error.chain(), "claim failed, request rejected (fail-closed)");
-                Ok(context.reject(Problem::StoreUnavailable { retryable: error.is_retryable() }))
-            }
-            OnStoreFailure::FailOpen => {
-                tracing::error!(
-                    error = error.chain(),
-                    "claim failed, request served without deduplication (fail-open)"
-                );
-                context.count_fail_open();
-                let response = service.call(Request::from_parts(parts, Body::full(body))).await?;
-                Ok(response.map(Body::unread))
-            }
-        },
+        Err(error) if options.on_store_failure.allows_without_store(&error) => {
+            tracing::error!(error = error.chain(), "claim failed, request served without deduplication (fail-open)");
+            context.count_fail_open();
+            let response = service.call(Request::from_parts(parts, Body::full(body))).await?;
+            Ok(response.map(Body::unread))
+        }
+        Err(error) => {
+            tracing::error!(error = error.chain(), "claim failed, request rejected");
+            Ok(context.reject(Problem::StoreUnavailable { retryable: error.is_retryable() }))
+        }
     }
 }
 

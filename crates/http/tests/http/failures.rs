@@ -87,6 +87,16 @@ async fn while_the_store_fails_requests_run_only_under_fail_open() {
 }
 
 #[tokio::test]
+async fn under_fail_open_a_request_that_a_limit_rejects_does_not_run() {
+    let server = MemoryServer::with(|builder| builder, |layer| layer.on_store_failure(OnStoreFailure::FailOpen)).await;
+    for error in [Error::TooManyInFlight { in_flight: 1, limit: 1 }, Error::TooManyHeld { held: 1, limit: 1 }] {
+        server.store.fail_with(error);
+        assert_eq!(server.post("/charges", "k").await.problem(), (503, "store-unavailable".to_owned()));
+    }
+    assert_eq!((server.handlers.runs(), server.layer.stats().fail_open), (0, 0));
+}
+
+#[tokio::test]
 async fn a_response_that_cannot_be_stored_is_sent_only_under_fail_open() {
     for (policy, status) in [(OnStoreFailure::FailClosed, 503), (OnStoreFailure::FailOpen, 200)] {
         let server = MemoryServer::with(|builder| builder, |layer| layer.on_store_failure(policy)).await;
