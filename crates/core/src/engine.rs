@@ -39,7 +39,8 @@ pub type Answers<T> = Result<Vec<Result<T>>>;
 /// # Dropped futures
 ///
 /// A call whose future is dropped happens or does not happen as a whole. A lease that a dropped claim would have returned is
-/// given back, as if it was released.
+/// given back, as if it was released. A lease that a dropped [`Engine::finish`] would have finished keeps its key until the
+/// call happens; if it does not happen, the engine abandons the lease. Before the first poll that is the caller's duty.
 pub trait Engine: Send + Sync + 'static {
     /// Claims each key. A key that occurs twice in `keys` is acquired once and in progress the second time.
     ///
