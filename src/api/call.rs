@@ -30,6 +30,7 @@ impl<O: Operation> Call<O> {
     ///
     /// Do not use it in async code: it blocks the runtime's thread.
     #[inline]
+    #[must_use = "the answer says what happened, for each lease of a batch on its own"]
     pub fn wait(self) -> O::Output {
         self.0.run()
     }
