@@ -134,9 +134,8 @@ impl onlyonce_core::Engine for Store {
 
     fn stats(&self) -> BoxFuture<'_, Result<EngineStats>> {
         Box::pin(async move {
-            let stats = |handle: &crate::engine::workers::StoreHandle| handle.engine.stats();
-            let stats = self.shared.committer()?.call(super::call::Queue::Ask, stats).await?;
-            Ok(EngineStats::new(stats.in_flight, stats.held))
+            let stats = |handle: &crate::engine::workers::StoreHandle| handle.engine.engine_stats();
+            self.shared.committer()?.call(super::call::Queue::Ask, stats).await
         })
     }
 

@@ -95,7 +95,7 @@ impl Completion {
     /// The offsets and messages. `None` if there are none.
     #[must_use]
     pub fn side_writes(&self) -> Option<&SideWrites> {
-        self.side_writes.as_deref()
+        self.side_writes.as_deref().filter(|side_writes| !side_writes.is_empty())
     }
 
     /// The same, to change them.

@@ -121,7 +121,7 @@ pub trait Engine: Send + Sync + 'static {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Grant {
-    /// The key, with its scope, fingerprint, timestamp and window.
+    /// The key, with its scope and fingerprint. An engine may leave out its timestamp and window.
     pub key: Key<'static>,
     /// The facts of the attempt.
     pub attempt: AttemptInfo,
