@@ -168,7 +168,7 @@ impl Store {
         Call(self.task(Queue::Ask, request, |handle, request| handle.engine.check(&*request?)))
     }
 
-    /// Records a key as completed, without a lease or a result: the one-write form for filters.
+    /// Records a key as completed, without a lease or a result: the one-write form for filters. As durable as a completion.
     ///
     /// Recording after the effect can repeat it after a crash; recording before the effect can lose it. Record after the
     /// effect, unless a lost one is better than a repeated one.
