@@ -297,7 +297,7 @@ async fn a_completion_of_an_adapter_that_is_dropped_in_the_queue_keeps_its_key_u
     let gated = GatedStore::new(10);
     let engine: Arc<dyn onlyonce_core::Engine> = gated.store.clone().into();
     let claim = onlyonce_core::EngineLease::claim(&engine, Key::from("k"), Duration::ZERO).await;
-    let Ok(Claim::Acquired(lease)) = claim else { panic!("{claim:?}") };
+    let Ok(Claim::Acquired(lease)) = claim else { panic!("k is new") };
     let gate = gated.block_commit_thread().await;
     let mut completion = Box::pin(lease.complete("done"));
     submit_only(&mut completion);
