@@ -32,7 +32,7 @@ pub struct Stats {
     pub released: u64,
     /// Completions, releases and renewals rejected because another holder had taken over.
     pub superseded: u64,
-    /// Messages processed without deduplication: see [`Store::count_fail_open`](crate::Store::count_fail_open).
+    /// Work that ran without deduplication: see [`OnStoreFailure::FailOpen`](crate::OnStoreFailure::FailOpen).
     pub fail_open: u64,
     /// Keys looked up in the filter.
     pub filter_checks: u64,

@@ -6,7 +6,8 @@ use crate::api::shared::Shared;
 ///
 /// - [`wait`](Call::wait) runs it on this thread, which blocks for as long as the disk needs.
 /// - `.await` (feature `tokio`) submits it to two threads of the store's own and does not block. Calls that are submitted at
-///   the same time share one journal record and one sync. The threads start with the first `.await`.
+///   the same time share one journal record and one sync. The threads start with the first `.await`, and end with the store's
+///   last clone and lease. If the system gives no thread, the call fails with [`Error::Io`](crate::Error::Io) and does nothing.
 ///
 /// A call that is dropped before either does nothing; a lease in it is dropped.
 ///
@@ -30,6 +31,7 @@ impl<O: Operation> Call<O> {
     ///
     /// Do not use it in async code: it blocks the runtime's thread.
     #[inline]
+    #[must_use = "the answer says what happened, for each lease of a batch on its own"]
     pub fn wait(self) -> O::Output {
         self.0.run()
     }

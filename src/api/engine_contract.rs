@@ -10,7 +10,7 @@ use onlyonce_core::{
 };
 
 use super::awaited::grant_waiting;
-use super::lease::{CompleteError, Lease};
+use super::lease::{CompleteError, Lease, unanswered};
 use super::shared::Shared;
 use super::store::Store;
 use crate::config::OnInterrupt;
@@ -72,11 +72,13 @@ impl onlyonce_core::Engine for Store {
         Box::pin(async move {
             let mut answers: Vec<Option<Result<()>>> = Vec::new();
             let (mut completions, mut releases) = (Vec::new(), Vec::new());
+            // Leases from the start: those that are not queued when this future is dropped are abandoned.
+            let lease = |grant| Lease::new(grant, Arc::clone(&self.shared));
             for (index, (grant, finish)) in leases.into_iter().enumerate() {
                 answers.push(None);
                 match (self.shared.engine().imported(&grant), finish) {
-                    (Ok(grant), Finish::Complete(completion)) => completions.push((index, grant, completion)),
-                    (Ok(grant), Finish::Release(release)) => releases.push((index, grant, release)),
+                    (Ok(grant), Finish::Complete(completion)) => completions.push((index, lease(grant), completion)),
+                    (Ok(grant), Finish::Release(release)) => releases.push((index, lease(grant), release)),
                     (Err(error), _) => set(&mut answers, index, Err(error)),
                 }
             }
@@ -86,7 +88,8 @@ impl onlyonce_core::Engine for Store {
             for (index, answer) in release(&self.shared, releases).await {
                 set(&mut answers, index, answer);
             }
-            answers.into_iter().map(|answer| answer.unwrap_or(Err(Error::Closed))).collect()
+            let missing = || Err(unanswered(&self.shared));
+            answers.into_iter().map(|answer| answer.unwrap_or_else(missing)).collect()
         })
     }
 
@@ -131,9 +134,8 @@ impl onlyonce_core::Engine for Store {
 
     fn stats(&self) -> BoxFuture<'_, Result<EngineStats>> {
         Box::pin(async move {
-            let stats = |handle: &crate::engine::workers::StoreHandle| handle.engine.stats();
-            let stats = self.shared.committer()?.call(super::call::Queue::Ask, stats).await?;
-            Ok(EngineStats::new(stats.in_flight, stats.held))
+            let stats = |handle: &crate::engine::workers::StoreHandle| handle.engine.engine_stats();
+            self.shared.committer()?.call(super::call::Queue::Ask, stats).await
         })
     }
 
@@ -148,17 +150,14 @@ fn set(answers: &mut [Option<Result<()>>], index: usize, answer: Result<()>) {
     }
 }
 
-async fn complete(
-    shared: &Arc<Shared>,
-    completions: Vec<(usize, response::Grant, Completion)>,
-) -> Vec<(usize, Result<()>)> {
+async fn complete(shared: &Arc<Shared>, completions: Vec<(usize, Lease, Completion)>) -> Vec<(usize, Result<()>)> {
     if completions.is_empty() {
         return Vec::new();
     }
     let mut indexes = Vec::with_capacity(completions.len());
-    let leases = completions.into_iter().map(|(index, grant, completion)| {
+    let leases = completions.into_iter().map(|(index, lease, completion)| {
         indexes.push(index);
-        (Lease::new(grant, Arc::clone(shared)), completion)
+        (lease, completion)
     });
     let leases: Vec<_> = leases.collect();
     let completed = match shared.committer() {
@@ -180,10 +179,9 @@ async fn complete(
     indexes.into_iter().zip(answers).collect()
 }
 
-async fn release(shared: &Arc<Shared>, releases: Vec<(usize, response::Grant, Release)>) -> Vec<(usize, Result<()>)> {
+async fn release(shared: &Arc<Shared>, releases: Vec<(usize, Lease, Release)>) -> Vec<(usize, Result<()>)> {
     let (mut answers, mut indexes, mut leases) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, grant, release) in releases {
-        let mut lease = Lease::new(grant, Arc::clone(shared));
+    for (index, mut lease, release) in releases {
         if release.may_have_happened {
             // Under `Hold` such an attempt holds its key, as if the lease were dropped.
             if shared.engine().config().on_interrupt == OnInterrupt::Hold {

@@ -148,6 +148,13 @@ impl Lease {
         Call(Release { lease: self, backoff: Duration::ZERO })
     }
 
+    /// Completes the lease on this thread, and returns the completion.
+    pub(crate) fn complete_blocking(self, completion: Completion) -> Result<Completion, CompleteError> {
+        let shared = Arc::clone(&self.shared);
+        let answer = complete_all(vec![(self, completion)]).pop();
+        answer.unwrap_or_else(|| Err(CompleteError::lost(unanswered(&shared))))
+    }
+
     #[cfg(feature = "tokio")]
     pub(crate) fn grant(&self) -> &Grant {
         &self.grant
@@ -207,9 +214,7 @@ impl Operation for Complete {
     type Output = Result<(), CompleteError>;
 
     fn run(self) -> Self::Output {
-        let shared = Arc::clone(&self.lease.shared);
-        let answer = complete_all(vec![(self.lease, self.completion)]).pop();
-        answer.unwrap_or_else(|| Err(CompleteError::lost(unanswered(&shared)))).map(drop)
+        self.lease.complete_blocking(self.completion).map(drop)
     }
 
     #[cfg(feature = "tokio")]

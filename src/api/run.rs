@@ -74,8 +74,7 @@ impl Store {
         drop(renewal);
         match outcome {
             Ok(result) => {
-                let mut completed = super::lease::complete_all(vec![(lease, result.into())]);
-                let completed = completed.pop().unwrap_or_else(|| Err(CompleteError::lost(Error::Closed)));
+                let completed = lease.complete_blocking(result.into());
                 completed.map(|completion| RunOutcome::First(completion.into_result())).map_err(RunError::Complete)
             }
             Err(error) => {

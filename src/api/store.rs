@@ -132,7 +132,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::claim`]. An invalid key or timestamp fails the batch, and the error names its index; every other error is about
+    /// As [`Store::claim`]. An invalid key fails the batch, and the error names its index; so does a missing or unexpected
+    /// timestamp, without an index. [`Error::BatchTooLarge`] for more than 1 GiB of keys. Every other error in the list is about
     /// its key alone.
     pub fn claim_batch<'k, K: Into<Key<'k>>>(
         &self,
@@ -167,7 +168,7 @@ impl Store {
         Call(self.task(Queue::Ask, request, |handle, request| handle.engine.check(&*request?)))
     }
 
-    /// Records a key as completed, without a lease or a result: the one-write form for filters.
+    /// Records a key as completed, without a lease or a result: the one-write form for filters. As durable as a completion.
     ///
     /// Recording after the effect can repeat it after a crash; recording before the effect can lose it. Record after the
     /// effect, unless a lost one is better than a repeated one.
@@ -360,7 +361,7 @@ impl Store {
     }
 
     /// Lists the keys that are held for resolution under [`OnInterrupt::Hold`](crate::OnInterrupt::Hold), the oldest claim first.
-    /// Visits all keys in memory.
+    /// Visits all keys in memory; awaited claims wait for it.
     ///
     /// # Errors
     ///
@@ -401,7 +402,8 @@ impl Store {
 
     /// Removes everything that is stored about a key, so that the next claim is its first. True if there was something.
     ///
-    /// For operators: it waits for a running flush, and its write is as durable as a completion.
+    /// For operators: it waits for a running flush, and its write is as durable as a completion. Other awaited calls that write
+    /// wait for it.
     ///
     /// # Errors
     ///

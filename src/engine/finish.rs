@@ -238,6 +238,7 @@ impl Engine {
 
     /// Removes everything that is stored about a key. Returns whether something was stored that had not expired.
     pub(crate) fn forget(&self, request: &Request) -> Result<bool> {
+        self.ready()?;
         // Excludes a flush, which could write the key to its bucket after the bucket's entry was deleted.
         let flush_lock = self.flush_lock.lock();
         self.reserve(1)?;

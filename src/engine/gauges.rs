@@ -55,6 +55,12 @@ impl Engine {
         self.memtable.shards().map(held_in).sum::<usize>() as u64
     }
 
+    /// The counts of the engine contract. Visits the whole memtable, unless the policy holds no keys.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn engine_stats(&self) -> onlyonce_core::EngineStats {
+        onlyonce_core::EngineStats::new(self.memtable.in_flight() as u64, self.count_held())
+    }
+
     /// The store's statistics. Expensive: visits the whole memtable and the directory.
     pub(crate) fn stats(&self) -> Stats {
         let now = self.timeline.observe();

@@ -172,6 +172,8 @@ impl Engine {
 
     /// Looks each key up and maps it and its entry to a response.
     fn look_up_each<R>(&self, request: &Request, response: impl Fn(KeyRef<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
+        // Again: the store may have been closed or poisoned since the call was made.
+        self.ready()?;
         let on_disk = self.look_up_on_disk(request)?;
         let responses = request
             .iter()

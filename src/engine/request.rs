@@ -52,8 +52,8 @@ pub(super) fn admit_bytes(bytes: usize) -> Result<()> {
 }
 
 impl Request {
-    /// Encodes and digests keys. An invalid key or timestamp fails all of them, and the error has its index; so do too many
-    /// bytes. Nothing after that is taken from the iterator.
+    /// Encodes and digests keys. An invalid key fails all of them, and the error has its index; so do an invalid timestamp and too
+    /// many bytes, without an index. Nothing after that is taken from the iterator.
     pub(crate) fn new<'k, K: Into<Key<'k>>>(
         keys: impl IntoIterator<Item = K>,
         time: TimeSource,

@@ -98,7 +98,7 @@ impl Completion {
     #[must_use]
     #[inline]
     pub fn side_writes(&self) -> Option<&SideWrites> {
-        self.side_writes.as_deref()
+        self.side_writes.as_deref().filter(|side_writes| !side_writes.is_empty())
     }
 
     /// The same, to change them.

@@ -39,7 +39,8 @@ pub type Answers<T> = Result<Vec<Result<T>>>;
 /// # Dropped futures
 ///
 /// A call whose future is dropped happens or does not happen as a whole. A lease that a dropped claim would have returned is
-/// given back, as if it was released.
+/// given back, as if it was released. A lease that a dropped [`Engine::finish`] would have finished keeps its key until the
+/// call happens; if it does not happen, the engine abandons the lease. Before the first poll that is the caller's duty.
 pub trait Engine: Send + Sync + 'static {
     /// Claims each key. A key that occurs twice in `keys` is acquired once and in progress the second time.
     ///
@@ -120,7 +121,7 @@ pub trait Engine: Send + Sync + 'static {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Grant {
-    /// The key, with its scope, fingerprint, timestamp and window.
+    /// The key, with its scope and fingerprint. An engine may leave out its timestamp and window.
     pub key: Key<'static>,
     /// The facts of the attempt.
     pub attempt: AttemptInfo,

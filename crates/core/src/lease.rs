@@ -71,8 +71,12 @@ impl EngineLease {
     }
 
     async fn finish(mut self, finish: Finish) -> Result<()> {
+        // If this future is dropped, the call may be queued. To abandon the lease would let another claim come before it. The
+        // engine abandons the lease itself if the call does not happen.
+        self.finished = true;
         let answer = self.engine.finish(vec![(Arc::clone(&self.grant), finish)]).await.pop();
-        let answer = answer.unwrap_or(Err(Error::Closed));
+        let answer =
+            answer.unwrap_or_else(|| Err(Error::WriteFailed { source: "the engine returned no answer".into() }));
         // Nothing is left to abandon where the write happened, or may have.
         self.finished = answer
             .as_ref()

@@ -35,7 +35,8 @@ impl Completion {
     /// # Errors
     ///
     /// [`ResultError::Encode`] if the result would not be decoded as the same value: `serde_json::Value`, untagged,
-    /// internally tagged and flattened types, skipped fields, or more than 64 MiB.
+    /// internally tagged and flattened types, skipped fields, or more than 64 MiB. Encode before you call `complete` on the lease:
+    /// in `lease.complete(Completion::encode(&result)?)` an error drops the lease.
     pub fn encode<T: Serialize + DeserializeOwned>(result: &T) -> Result<Self> {
         encode(result).map(Self::new).map_err(|detail| ResultError::Encode { detail }.into())
     }

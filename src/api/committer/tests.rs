@@ -293,6 +293,22 @@ async fn a_completion_that_is_dropped_in_the_queue_is_stored() {
 }
 
 #[tokio::test]
+async fn a_completion_of_an_adapter_that_is_dropped_in_the_queue_keeps_its_key_until_it_is_stored() {
+    let gated = GatedStore::new(10);
+    let engine: Arc<dyn onlyonce_core::Engine> = gated.store.clone().into();
+    let claim = onlyonce_core::EngineLease::claim(&engine, Key::from("k"), Duration::ZERO).await;
+    let Ok(Claim::Acquired(lease)) = claim else { panic!("k is new") };
+    let gate = gated.block_commit_thread().await;
+    let mut completion = Box::pin(lease.complete("done"));
+    submit_only(&mut completion);
+    drop(completion);
+    assert!(matches!(gated.store.claim("k").await, Ok(Claim::InProgress(_))));
+    drop(gate);
+    let answer = gated.store.claim("k").wait_up_to(Duration::from_secs(60)).await.unwrap();
+    assert!(matches!(answer, Claim::Completed(first) if first.result() == Some(b"done")));
+}
+
+#[tokio::test]
 async fn a_completion_that_is_dropped_before_the_queue_has_room_drops_its_lease() {
     let gated = GatedStore::new(1);
     let (k, other) = (gated.acquire("k").await, gated.acquire("other").await);
