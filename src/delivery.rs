@@ -1,4 +1,4 @@
-//! Exactly-once processing of deliveries from at-least-once queues: the crate `onlyonce-delivery` and its adapters.
+//! Deduplicated processing of deliveries from at-least-once queues: the crate `onlyonce-delivery` and its adapters.
 
 #[doc(inline)]
 pub use onlyonce_delivery::*;

@@ -19,6 +19,8 @@ use crate::engine::response::Grant;
 use crate::engine::workers::{PoisonOnPanic, StoreHandle};
 use crate::invariant::Invariant;
 
+/// All threads of a store have names that start so.
+const THREAD_PREFIX: &str = "onlyonce-";
 /// A round is full at this many keys. More would delay the first callers.
 const ROUND_KEYS: usize = 4_096;
 /// A round is full at this many bytes of results.
@@ -47,9 +49,8 @@ impl Drop for Committer {
     fn drop(&mut self) {
         drop(self.queues.take());
         let threads = std::mem::take(&mut self.threads);
-        let current = std::thread::current().id();
-        if threads.iter().any(|thread| thread.thread().id() == current) {
-            // A thread cannot wait for itself.
+        // A thread of a store cannot wait for itself, nor for a thread that waits for it.
+        if std::thread::current().name().is_some_and(|name| name.starts_with(THREAD_PREFIX)) {
             return;
         }
         // A thread that panicked has poisoned the store.
@@ -168,7 +169,8 @@ impl Committer {
 
     /// Closes the store after everything that is queued.
     pub(super) async fn close(&self) -> Result<()> {
-        self.call(Queue::Ask, |_| ()).await?;
+        // Whether the other thread has panicked or not: this one closes.
+        let _ = self.call(Queue::Ask, |_| ()).await;
         self.call(Queue::Commit, StoreHandle::close).await.flatten()
     }
 }
@@ -295,7 +297,7 @@ impl Round {
             let _ = ask.reply.send(claims);
         }
         let one_by_one = self.bytes > ROUND_BYTES;
-        finish(self.releases, one_by_one, |calls| release_all(calls.into_iter().flatten().collect()));
+        finish(self.releases, one_by_one, |leases, _| release_all(leases));
         self.records.retain(|ask| !ask.reply.is_closed());
         let recorded = together(&self.records, |request| engine.record(request));
         for (ask, (_, answer)) in self.records.into_iter().zip(recorded) {
@@ -362,20 +364,24 @@ fn own_request(claim: Claim<Grant>, request: &Arc<Request>, offset: usize, engin
 }
 
 /// Finishes the leases of several calls in one write, or one by one if they are too large together.
-fn finish<W, A>(calls: Vec<Finish<W, A>>, one_by_one: bool, act: impl Fn(Vec<Vec<(Lease, W)>>) -> Vec<A>) {
+///
+/// `act` gets the leases, and how many of them belong to each call.
+fn finish<W, A>(calls: Vec<Finish<W, A>>, one_by_one: bool, act: impl Fn(Vec<(Lease, W)>, &[usize]) -> Vec<A>) {
     if one_by_one || calls.len() == 1 {
         for call in calls {
-            let _ = call.reply.send(act(vec![call.leases]));
+            let count = [call.leases.len()];
+            let _ = call.reply.send(act(call.leases, &count));
         }
         return;
     }
-    let (mut leases, mut replies) = (Vec::with_capacity(calls.len()), Vec::with_capacity(calls.len()));
+    let counts: Vec<usize> = calls.iter().map(|call| call.leases.len()).collect();
+    let (mut leases, mut replies) = (Vec::with_capacity(counts.iter().sum()), Vec::with_capacity(calls.len()));
     for call in calls {
-        replies.push((call.leases.len(), call.reply));
-        leases.push(call.leases);
+        replies.push(call.reply);
+        leases.extend(call.leases);
     }
-    let mut answers = act(leases).into_iter();
-    for (count, reply) in replies {
+    let mut answers = act(leases, &counts).into_iter();
+    for (count, reply) in counts.into_iter().zip(replies) {
         let _ = reply.send(answers.by_ref().take(count).collect());
     }
 }

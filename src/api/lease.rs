@@ -411,26 +411,27 @@ impl CompleteError {
 ///
 /// The order counts: after a lease that is rejected, the offsets of the following completions are not stored.
 pub(crate) fn complete_all(leases: Vec<(Lease, Completion)>) -> Vec<Result<Completion, CompleteError>> {
-    complete_calls(vec![leases])
+    let calls = [leases.len()];
+    complete_calls(leases, &calls)
 }
 
-/// As [`complete_all`], for several calls: the order counts within a call.
-pub(crate) fn complete_calls(calls: Vec<Vec<(Lease, Completion)>>) -> Vec<Result<Completion, CompleteError>> {
-    let Some(shared) = calls.iter().flatten().next().map(|(lease, _)| Arc::clone(&lease.shared)) else {
-        return Vec::new();
-    };
+/// As [`complete_all`], for several calls with these numbers of leases: the order counts within a call.
+pub(crate) fn complete_calls(
+    leases: Vec<(Lease, Completion)>,
+    calls: &[usize],
+) -> Vec<Result<Completion, CompleteError>> {
+    let Some(shared) = leases.first().map(|(lease, _)| Arc::clone(&lease.shared)) else { return Vec::new() };
     let limit = shared.engine().config().result_limit;
-    let finish = calls
-        .iter()
-        .flat_map(|call| call.iter().enumerate())
-        .map(|(index, (lease, completion))| {
-            let result = StoredResult::within(completion.result(), limit);
-            let follows = index > 0;
-            (&lease.grant, FinishKind::Complete { result, side_writes: completion.side_writes(), follows })
-        })
-        .collect();
-    let answer = shared.engine().finish(RecordKind::Completed, FinishedBy::Holder, finish);
-    let leases = calls.into_iter().flatten();
+    let follows = calls.iter().flat_map(|leases| (0..*leases).map(|index| index > 0));
+    let finish = leases.iter().zip(follows).map(|((lease, completion), follows)| {
+        let result = StoredResult::within(completion.result(), limit);
+        (&lease.grant, FinishKind::Complete { result, side_writes: completion.side_writes(), follows })
+    });
+    // Its length is known, and the iterator does not know it.
+    let mut kinds = Vec::with_capacity(leases.len());
+    kinds.extend(finish);
+    let answer = shared.engine().finish(RecordKind::Completed, FinishedBy::Holder, kinds);
+    let leases = leases.into_iter();
     match answer {
         Ok(accepted) => leases
             .zip(accepted)

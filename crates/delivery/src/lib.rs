@@ -1,4 +1,4 @@
-//! Exactly-once processing of deliveries from at-least-once queues.
+//! Deduplicated processing of deliveries from at-least-once queues.
 //!
 //! Part of [onlyonce](https://docs.rs/onlyonce), which re-exports it as `onlyonce::delivery`, with an adapter for each broker.
 //!

@@ -70,7 +70,8 @@ async fn under_fail_open_a_delivery_that_a_limit_rejects_is_redelivered_and_does
     let processor = Processor::new(store.clone()).on_store_failure(OnStoreFailure::FailOpen);
     for error in [Error::TooManyInFlight { in_flight: 1, limit: 1 }, Error::TooManyHeld { held: 1, limit: 1 }] {
         store.fail_with(error);
-        let outcome = processor.process(Order::new("a"), async |_, _| -> Result<&str, Failure> { panic!("it runs") }).await;
+        let outcome =
+            processor.process(Order::new("a"), async |_, _| -> Result<&str, Failure> { panic!("it runs") }).await;
         assert!(matches!(outcome, Ok(Outcome::StoreFailed { .. })), "{outcome:?}");
     }
     assert_eq!(processor.fail_open_count(), 0);
