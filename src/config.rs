@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock, YEAR, millis};
-use onlyonce_core::{Error, Result};
+use onlyonce_core::{Error, OnInterrupt, Result};
 
 /// Live buckets are column families, and RocksDB's cost of those grows faster than their number.
 pub(crate) const MAX_BUCKETS: u64 = 48;
@@ -25,17 +25,6 @@ pub enum Durability {
     /// In the operating system's hands before the call returns: survives `kill -9`. A power cut may take what was
     /// finished within the last `sync_interval`.
     Process,
-}
-
-/// What becomes of a key whose holder vanished: its lease ran out, was dropped, or its process died.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnInterrupt {
-    /// The next claim gets the key at once, and [`Lease::prior`](crate::Lease::prior) tells it what happened. Claims are
-    /// not synced: a power cut can take the claim itself, and then `prior` is `None`.
-    Rerun,
-    /// Nobody gets the key until [`Store::resolve`](crate::Store::resolve) decides. For effects that must not be
-    /// repeated blindly. Under [`Durability::Process`] a power cut can forget the claim itself.
-    Hold,
 }
 
 /// The options of a store, as the caller gave them.

@@ -1,6 +1,7 @@
 //! What the store knows of a key: the two states, and the small types that describe them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::clock::{Now, millis};
 use onlyonce_core::{Fingerprint, PriorAttempt, StoredResult};
@@ -38,7 +39,46 @@ pub(crate) struct Processing {
     /// message is of, whatever became of the holder.
     pub(crate) since_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
+    /// The window of the completion that ends this attempt. The attempt itself is remembered for the store's window.
+    pub(crate) own_window: OwnWindow,
     pub(crate) holder: Holder,
+}
+
+/// A key's own window in milliseconds. [`OwnWindow::NONE`] if the store's window applies.
+///
+/// Six bytes without alignment: they fit into the padding of the structures that hold one for each key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OwnWindow([u8; 6]);
+
+impl OwnWindow {
+    /// Longer than the longest window of a store.
+    pub(crate) const NONE: Self = Self([0xff; 6]);
+
+    pub(crate) fn new(window: Option<Duration>) -> Self {
+        window.and_then(|window| Self::from_ms(millis(window))).unwrap_or(Self::NONE)
+    }
+
+    /// `None` if it is longer than the window of any store.
+    pub(crate) fn from_ms(ms: u64) -> Option<Self> {
+        let [a, b, c, d, e, f, 0, 0] = ms.to_le_bytes() else { return None };
+        Some(Self([a, b, c, d, e, f])).filter(|window| *window != Self::NONE)
+    }
+
+    fn as_ms(self) -> u64 {
+        let [a, b, c, d, e, f] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+    }
+
+    /// The own window. `None` if the store's window applies.
+    pub(crate) fn ms(self) -> Option<u64> {
+        (self != Self::NONE).then(|| self.as_ms())
+    }
+
+    /// The window of a key with this own window in a store with this window.
+    #[inline]
+    pub(crate) fn within(self, window_ms: u64) -> u64 {
+        self.as_ms().min(window_ms)
+    }
 }
 
 /// Where the holder of a claimed key is.
@@ -74,7 +114,7 @@ impl Backoff {
 
     /// A backoff from `now` on. It is at most half a window long: nothing of a key is remembered longer than a window, and the
     /// attempt that follows the backoff must find what the last one left.
-    pub(crate) fn from(now: &Now, length: std::time::Duration, window_ms: u64) -> Self {
+    pub(crate) fn from(now: &Now, length: Duration, window_ms: u64) -> Self {
         match u32::try_from(millis(length).min(window_ms / 2)).unwrap_or(u32::MAX) {
             0 => Self::NONE,
             length_ms => Self { until_monotonic_ms: now.monotonic_ms.saturating_add(u64::from(length_ms)), length_ms },
@@ -89,13 +129,14 @@ pub(crate) struct CompletedEntry<B = Arc<[u8]>> {
     /// On stream time, when the message is of.
     pub(crate) completed_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
+    pub(crate) own_window: OwnWindow,
     pub(crate) result: StoredResult<B>,
 }
 
 impl<B> CompletedEntry<B> {
     /// G4: remembered if and only if `now < completed + window`, and not forgotten before.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
-        is_live(self.completed_ms, now, window_ms)
+        is_live(self.completed_ms, now, self.own_window.within(window_ms))
     }
 }
 
@@ -129,7 +170,8 @@ impl CompletedEntry<&[u8]> {
     /// A copy that owns its result.
     pub(crate) fn shared(&self) -> CompletedEntry {
         let result = self.result.to_shared();
-        CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+        let Self { token, completed_ms, fingerprint, own_window, .. } = *self;
+        CompletedEntry { token, completed_ms, fingerprint, own_window, result }
     }
 }
 
@@ -137,6 +179,7 @@ impl CompletedEntry {
     /// The same, with its result borrowed.
     pub(crate) fn borrowed(&self) -> CompletedEntry<&[u8]> {
         let result = self.result.as_slice();
-        CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }
+        let Self { token, completed_ms, fingerprint, own_window, .. } = *self;
+        CompletedEntry { token, completed_ms, fingerprint, own_window, result }
     }
 }

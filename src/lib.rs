@@ -66,10 +66,10 @@ pub use api::{
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 pub use api::{DedupStream, Submitted, Unclaimed, UnclaimedReason};
 pub use clock::{BootTime, Clock, ManualClock};
-pub use config::{Durability, OnInterrupt};
+pub use config::Durability;
 pub use onlyonce_core::{
     AttemptInfo, Cause, Completed, Completion, Error, ErrorKind, FencingToken, HeldKey, InProgress, Key, KeyError,
-    KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
+    KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnInterrupt, OnStoreFailure, Outcome, PriorAttempt,
     RecordOutcome, Resolution, Result, ResultError, SideWrites, StoredKey, StoredResult, Timestamp, TimestampError,
 };
 pub use stats::{BucketStats, Stats};

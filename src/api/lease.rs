@@ -172,6 +172,13 @@ impl Lease {
         self.finished = true;
     }
 
+    /// The error of a completion that failed, with this lease if it is still good.
+    fn not_completed(mut self, error: Error, completion: Completion) -> CompleteError {
+        self.finished = error.outcome() == Outcome::Unknown;
+        let lease = (!self.finished).then_some(self);
+        CompleteError::new(error, completion, lease)
+    }
+
     pub(crate) fn belongs_to(&self, shared: &Arc<Shared>) -> bool {
         Arc::ptr_eq(&self.shared, shared)
     }
@@ -416,21 +423,15 @@ pub(crate) fn complete_calls(calls: Vec<Vec<(Lease, Completion)>>) -> Vec<Result
         Ok(accepted) => leases
             .zip(accepted)
             .map(|((mut lease, completion), accepted)| {
-                lease.finished = true;
-                if accepted {
-                    Ok(completion)
-                } else {
-                    Err(CompleteError::new(lease.grant.superseded(), completion, None))
+                lease.finished = accepted.is_ok();
+                match accepted {
+                    Ok(true) => Ok(completion),
+                    Ok(false) => Err(CompleteError::new(lease.grant.superseded(), completion, None)),
+                    Err(error) => Err(lease.not_completed(error, completion)),
                 }
             })
             .collect(),
-        Err(error) => leases
-            .map(|(mut lease, completion)| {
-                lease.finished = error.outcome() == Outcome::Unknown;
-                let lease = (!lease.finished).then_some(lease);
-                Err(CompleteError::new(error.clone(), completion, lease))
-            })
-            .collect(),
+        Err(error) => leases.map(|(lease, completion)| Err(lease.not_completed(error.clone(), completion))).collect(),
     }
 }
 
@@ -450,8 +451,8 @@ pub(crate) fn release_all(leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
             .into_iter()
             .zip(accepted)
             .map(|((mut lease, _), accepted)| {
-                lease.finished = true;
-                if accepted { Ok(()) } else { Err(lease.grant.superseded()) }
+                lease.finished = accepted.is_ok();
+                if accepted? { Ok(()) } else { Err(lease.grant.superseded()) }
             })
             .collect(),
         Err(error) => leases.iter().map(|_| Err(error.clone())).collect(),

@@ -395,7 +395,7 @@ impl Store {
                 }
             };
             let accepted = engine.finish(kind, FinishedBy::Operator, vec![(&grant, finish)])?;
-            if accepted == [true] { Ok(()) } else { Err(not_held()) }
+            if matches!(accepted[..], [Ok(true)]) { Ok(()) } else { Err(not_held()) }
         }))
     }
 

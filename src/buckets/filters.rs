@@ -233,7 +233,7 @@ mod tests {
     use crate::buckets::range::BucketRange;
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::{CompletedEntry, Entry};
+    use crate::entry::{CompletedEntry, Entry, OwnWindow};
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
     use std::time::Duration;
@@ -263,6 +263,7 @@ mod tests {
             let done = CompletedEntry {
                 token: 1,
                 completed_ms: self.0 * 1_000,
+                own_window: OwnWindow::NONE,
                 fingerprint: None,
                 result: StoredResult::None,
             };

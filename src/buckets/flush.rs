@@ -70,7 +70,7 @@ mod tests {
     use crate::buckets::registry::{Probe, look_up};
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::CompletedEntry;
+    use crate::entry::{CompletedEntry, OwnWindow};
     use crate::fs::directory::Directory;
     use onlyonce_core::Error;
     use onlyonce_core::StoredResult;
@@ -90,6 +90,7 @@ mod tests {
                 let done = CompletedEntry {
                     token: 1,
                     completed_ms: *completed_ms,
+                    own_window: OwnWindow::NONE,
                     fingerprint: None,
                     result: StoredResult::None,
                 };
@@ -140,7 +141,13 @@ mod tests {
             look_up(&db, &registry.snapshot(), &[probe], |_, _, _| {})
         };
         for (completed_ms, is_inside) in [(5_999, true), (6_000, false)] {
-            let done = CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
+            let done = CompletedEntry {
+                token: 1,
+                completed_ms,
+                own_window: OwnWindow::NONE,
+                fingerprint: None,
+                result: StoredResult::None,
+            };
             put_value(&Entry::Completed(done), RANGE.start_ms, &mut value).unwrap();
             db.add_sst(&bucket.family, |sst| sst.put(&key, &value)).unwrap();
             match find() {

@@ -130,7 +130,7 @@ mod tests {
 
     use super::*;
     use crate::codec::{RecordKind, RecordWriter};
-    use crate::entry::CompletedEntry;
+    use crate::entry::{CompletedEntry, OwnWindow};
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
 
@@ -139,8 +139,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
-        let done =
-            |completed_ms| CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
+        let done = |completed_ms| CompletedEntry {
+            token: 1,
+            completed_ms,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            result: StoredResult::None,
+        };
         let mut bytes = 0;
         // On stream time a row may be older than its keys, and than the row before it.
         for (number, record_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {

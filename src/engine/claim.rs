@@ -34,7 +34,8 @@ impl Engine {
                     None => now,
                     Some(at_ms) => self.moment(request, key_ref, at_ms, now)?,
                 };
-                match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
+                match transition::decide(stored.as_ref(), key_ref.payload, at_ms, key_ref.own_window, now, self.policy)
+                {
                     Decision::Available { attempt, prior } => {
                         self.admit_in_flight(stored.as_ref())?;
                         let since_ms = time_of(at_ms, now, prior, stored.as_ref());
@@ -46,6 +47,7 @@ impl Engine {
                             attempt,
                             since_ms,
                             fingerprint,
+                            own_window: key_ref.own_window,
                             holder: Holder::Leased { until_monotonic_ms },
                         };
                         record.processing(key_ref.key, &processing);
@@ -92,12 +94,14 @@ impl Engine {
                     None => now,
                     Some(at_ms) => self.moment(request, key_ref, at_ms, now)?,
                 };
-                match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
+                match transition::decide(stored.as_ref(), key_ref.payload, at_ms, key_ref.own_window, now, self.policy)
+                {
                     Decision::Available { attempt, prior } => {
                         let token = self.sequence.take();
                         let fingerprint = key_ref.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
                         let completed_ms = time_of(at_ms, now, prior, stored.as_ref());
-                        let done = CompletedEntry { token, completed_ms, fingerprint, result: StoredResult::None };
+                        let (own_window, result) = (key_ref.own_window, StoredResult::None);
+                        let done = CompletedEntry { token, completed_ms, fingerprint, own_window, result };
                         record.completed(key_ref.key, &done);
                         let pending = Pending { record: open.number(), attempt, holder: Holder::CommittingUnclaimed };
                         shard.set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);

@@ -583,7 +583,7 @@ fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event) {
 mod tests {
     use super::*;
     use crate::clock::ManualClock;
-    use crate::entry::CompletedEntry;
+    use crate::entry::{CompletedEntry, OwnWindow};
     use onlyonce_core::StoredResult;
 
     fn engine(dir: &tempfile::TempDir) -> Engine {
@@ -596,7 +596,13 @@ mod tests {
     fn fill(engine: &Engine, digest: u64, bytes: usize) {
         let result = vec![0; bytes];
         let result = StoredResult::Bytes(result.as_slice());
-        let done = CompletedEntry { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        let done = CompletedEntry {
+            token: digest,
+            completed_ms: engine.now().time_ms,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            result,
+        };
         engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
     }
 
@@ -625,12 +631,18 @@ mod tests {
     fn rows_of_two_holders_come_to_the_same_in_either_order() {
         let processing = |token| {
             let holder = Holder::Interrupted(PriorAttempt::Crashed);
-            Processing { token, attempt: 1, since_ms: 5, fingerprint: None, holder }
+            Processing { token, attempt: 1, since_ms: 5, own_window: OwnWindow::NONE, fingerprint: None, holder }
         };
         let claimed = |token| Event::Claimed(processing(token));
         let finished = |token| Event::Released(processing(token));
         let completed = |token| {
-            Event::Completed(CompletedEntry { token, completed_ms: 5, fingerprint: None, result: StoredResult::None })
+            Event::Completed(CompletedEntry {
+                token,
+                completed_ms: 5,
+                own_window: OwnWindow::NONE,
+                fingerprint: None,
+                result: StoredResult::None,
+            })
         };
         let after = |events: &[Event]| {
             let table = MemTable::new(0);

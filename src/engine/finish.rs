@@ -9,7 +9,7 @@ use super::transition::{self, LeaseState};
 use crate::buckets::registry::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RecordKind};
-use crate::entry::{CompletedEntry, Entry, Holder, Processing};
+use crate::entry::{CompletedEntry, Entry, Holder, OwnWindow, Processing};
 use crate::invariant::Invariant;
 use crate::memtable::arena::Pending;
 use crate::metrics::Call;
@@ -19,21 +19,25 @@ use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 
 impl Engine {
     /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
-    /// superseded.
+    /// superseded. An error is about its lease alone.
+    ///
+    /// A completion that is repeated with the token that completed its key is accepted, and changes nothing.
     pub(crate) fn finish(
         &self,
         kind: RecordKind,
         finished_by: FinishedBy,
         leases: Vec<(&Grant, FinishKind<'_>)>,
-    ) -> Result<Vec<bool>> {
+    ) -> Result<Vec<Result<bool>>> {
         let completes = kind == RecordKind::Completed;
         let _timer = self.metrics.call(if completes { Call::Complete } else { Call::Release }, leases.len());
         let bytes = leases.iter().map(|(grant, finish_kind)| encoded_len(grant, finish_kind)).sum();
-        self.admit(0, bytes)?;
+        // A completion by an operator takes a token.
+        self.admit(if finished_by == FinishedBy::Operator { leases.len() } else { 0 }, bytes)?;
         let now = self.now();
         let open = self.begin_record();
         let mut record = self.record_writer(kind, now, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
+        let (mut count, mut sample) = (0, None);
         let mut side_writes = Vec::new();
         // An offset says that all before it is done: behind a lease of its batch that was overtaken it would say too much.
         let mut is_contiguous = true;
@@ -50,19 +54,37 @@ impl Engine {
                 }
                 _ => true,
             };
-            let is_ours = may && transition::may_finish(stored.as_ref(), grant.token);
-            accepted.push(is_ours);
-            if !is_ours {
-                is_contiguous = false;
-                continue;
-            }
+            let own_window = match &stored {
+                Some(Entry::Processing(processing)) if may && transition::may_finish(stored.as_ref(), grant.token) => {
+                    processing.own_window
+                }
+                _ => {
+                    drop(shard);
+                    let is_repeated = match (finished_by, finish_kind) {
+                        (FinishedBy::Holder, FinishKind::Complete { .. }) => {
+                            let earlier = leases.iter().map(|(grant, _)| grant.token).zip(&accepted);
+                            self.is_repeated(grant, stored, now, earlier)
+                        }
+                        _ => Ok(false),
+                    };
+                    is_contiguous &= matches!(is_repeated, Ok(true));
+                    accepted.push(is_repeated);
+                    continue;
+                }
+            };
+            accepted.push(Ok(true));
+            count += 1;
+            // One of a call: for all of them it would cost too much.
+            sample = sample.or(Some(*grant));
             let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
             // Also where the store's time came back meanwhile: a later state of a key is never in an earlier bucket.
             let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms.max(at_ms) };
             let entry = match *finish_kind {
                 FinishKind::Complete { result, side_writes: own, .. } => {
                     side_writes.extend(own.map(|own| (own, is_contiguous)));
-                    let done = CompletedEntry { token, completed_ms: time_ms, fingerprint, result };
+                    // With a token of its own, so that the old holder's late completion is no repeated one.
+                    let token = if finished_by == FinishedBy::Operator { self.sequence.take() } else { token };
+                    let done = CompletedEntry { token, completed_ms: time_ms, fingerprint, own_window, result };
                     record.completed(key, &done);
                     Entry::Completed(done)
                 }
@@ -72,7 +94,7 @@ impl Engine {
                         FinishedBy::Operator => Holder::Resolved(prior),
                     };
                     let fingerprint = transition::binding(fingerprint, prior);
-                    let open = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
+                    let open = Processing { token, attempt, since_ms: time_ms, fingerprint, own_window, holder };
                     record.processing(key, &open);
                     Entry::Processing(open)
                 }
@@ -85,22 +107,45 @@ impl Engine {
             );
         }
         let sync = if completes { self.config.sync_results() } else { self.config.sync_claims() };
-        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         self.append_with(open, record, &side_writes, sync)?;
         self.waiters.wake(leases.iter().map(|(grant, _)| grant.digest()));
         if completes {
             self.counters.completed.add(count);
-            // One of a call: for all of them it would cost too much.
-            let sample = leases.iter().zip(&accepted).find(|(_, accepted)| **accepted);
-            if let (FinishedBy::Holder, Some(((grant, _), _))) = (finished_by, sample) {
+            if let (FinishedBy::Holder, Some(grant)) = (finished_by, sample) {
                 self.metrics.processed(|| now.monotonic_ms.saturating_sub(grant.claimed_monotonic_ms));
             }
         } else {
             self.counters.released.add(count);
         }
-        self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
+        self.counters.superseded.add(accepted.iter().filter(|accepted| matches!(accepted, Ok(false))).count() as u64);
         self.wake_if_due();
         self.check_response_count(accepted, leases.len())
+    }
+
+    /// True if the token of a grant has completed its key, which is remembered: in this call, or before. `stored` is what the
+    /// memtable holds of the key, `earlier` the tokens and answers of this call so far.
+    #[cold]
+    fn is_repeated<'a>(
+        &self,
+        grant: &Grant,
+        stored: Option<Entry>,
+        now: Now,
+        earlier: impl DoubleEndedIterator<Item = (u64, &'a Result<bool>)> + ExactSizeIterator,
+    ) -> Result<bool> {
+        let is_done = |stored: Option<Entry>| {
+            matches!(stored, Some(Entry::Completed(done))
+                if done.token == grant.token && done.is_live(now, self.policy.window_ms))
+        };
+        match (stored, grant.request.get(grant.index)) {
+            (Some(Entry::Processing(_)), _) => {
+                Ok(earlier.rev().any(|(token, accepted)| token == grant.token && matches!(accepted, Ok(true))))
+            }
+            (None, Some(key_ref)) => {
+                let on_disk = self.look_up_on_disk_again(key_ref)?;
+                self.with_locked_key(key_ref, &on_disk, |_, stored| is_done(stored))
+            }
+            (stored, _) => Ok(is_done(stored)),
+        }
     }
 
     /// Gives a lease its full time again. False: superseded. Costs no write: a lease ends with its process anyway.
@@ -153,6 +198,18 @@ impl Engine {
         self.leave(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
     }
 
+    /// As [`Engine::abandon`], for a caller that waits for the answer. False: superseded.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn interrupt(&self, grant: &Grant) -> Result<bool> {
+        self.ready()?;
+        let is_ours = self.leave(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+        self.unbroken()?;
+        if !is_ours {
+            self.counters.superseded.add(1);
+        }
+        Ok(is_ours)
+    }
+
     /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that the next opening counts it as
     /// one that crashed, unless a flush came between.
     #[cfg(feature = "tokio")]
@@ -163,10 +220,13 @@ impl Engine {
         );
     }
 
-    fn leave(&self, grant: &Grant, left: Holder) {
+    /// False if the grant was taken over. A holder that has left already leaves nothing more.
+    fn leave(&self, grant: &Grant, left: Holder) -> bool {
         let now = self.timeline.now();
-        self.change_holder(grant, now, |holder| matches!(holder, Holder::Leased { .. }).then_some(left));
+        let leave = |holder| Some(if matches!(holder, Holder::Leased { .. }) { left } else { holder });
+        let is_ours = self.change_holder(grant, now, leave);
         self.waiters.wake([grant.digest()]);
+        is_ours
     }
 
     fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
@@ -268,6 +328,7 @@ impl Engine {
                 attempt: 1,
                 since_ms: now.time_ms,
                 fingerprint: None,
+                own_window: OwnWindow::NONE,
                 holder: Holder::Committing,
             };
             shard.set(key_ref.digest, key_ref.key, Entry::Processing(committing));
@@ -327,11 +388,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{Durability, OnInterrupt, Options};
+    use crate::config::{Durability, Options};
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
-    use onlyonce_core::Claim;
-    use onlyonce_core::StoredResult;
+    use onlyonce_core::{Claim, OnInterrupt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -368,7 +428,8 @@ mod tests {
             ] {
                 let grant = claim(&engine, what);
                 syncs_of(what, expected, &|| {
-                    assert_eq!(engine.finish(kind, FinishedBy::Holder, vec![(&grant, finish_kind)]).unwrap(), [true]);
+                    let finished = engine.finish(kind, FinishedBy::Holder, vec![(&grant, finish_kind)]).unwrap();
+                    assert!(matches!(finished[..], [Ok(true)]), "{finished:?}");
                 });
             }
             let request = engine.request(["d"]).unwrap();

@@ -59,7 +59,7 @@ impl Engine {
     }
 
     /// As [`Engine::look_up_on_disk`], for one key.
-    fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
+    pub(super) fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
         let flush_generation = self.flush_generation.load(Ordering::Acquire);
         let snapshot = self.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
@@ -134,7 +134,7 @@ impl Engine {
                 Some((_, Ok(time_ms))) => Now { time_ms, ..now },
                 Some((at_ms, Err(leap))) => return Err(too_far_ahead(key_ref, at_ms, leap)),
             };
-            match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
+            match transition::decide(stored.as_ref(), key_ref.payload, at_ms, key_ref.own_window, now, self.policy) {
                 Decision::Available { .. } => Ok(KeyStatus::New),
                 Decision::InProgress { retry_after_ms, attempt } => {
                     Ok(KeyStatus::InProgress(in_progress(retry_after_ms, attempt)))

@@ -1,6 +1,7 @@
 //! The keys of one call, encoded and digested once for everything that follows.
 
 use crate::digest::Digester;
+use crate::entry::OwnWindow;
 use onlyonce_core::{Error, Result, TimestampError};
 use onlyonce_core::{Fingerprint, Key};
 
@@ -35,6 +36,13 @@ struct Item {
     end: usize,
     digest: u64,
     payload: Option<Fingerprint>,
+    own_window: OwnWindow,
+}
+
+impl Item {
+    fn key_ref<'a>(&'a self, index: usize, key: &'a [u8]) -> KeyRef<'a> {
+        KeyRef { index, digest: self.digest, key, payload: self.payload.as_ref(), own_window: self.own_window }
+    }
 }
 
 /// One key of a request.
@@ -44,6 +52,7 @@ pub(crate) struct KeyRef<'a> {
     pub(crate) digest: u64,
     pub(crate) key: &'a [u8],
     pub(crate) payload: Option<&'a Fingerprint>,
+    pub(crate) own_window: OwnWindow,
 }
 
 /// Refuses a call that brings too much.
@@ -94,7 +103,8 @@ impl Request {
         admit_bytes(self.bytes.len())?;
         let encoded = self.bytes.get(start..).unwrap_or_default();
         let digest = digester.digest(encoded);
-        self.items.push(Item { end: self.bytes.len(), digest, payload: key.payload_fingerprint().copied() });
+        let (payload, own_window) = (key.payload_fingerprint().copied(), OwnWindow::new(key.own_window()));
+        self.items.push(Item { end: self.bytes.len(), digest, payload, own_window });
         Ok(())
     }
 
@@ -140,7 +150,7 @@ impl Request {
         let item = self.items.get(index)?;
         let before = index.checked_sub(1).and_then(|before| self.items.get(before));
         let key = self.bytes.get(before.map_or(0, |before| before.end)..item.end).unwrap_or_default();
-        Some(KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() })
+        Some(item.key_ref(index, key))
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = KeyRef<'_>> {
@@ -148,7 +158,7 @@ impl Request {
         self.items.iter().enumerate().map(move |(index, item)| {
             let key = self.bytes.get(start..item.end).unwrap_or_default();
             start = item.end;
-            KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() }
+            item.key_ref(index, key)
         })
     }
 }

@@ -3,10 +3,8 @@
 //! No I/O, no lock, no clock. The table of states in `docs/guarantees.md` is this file in words.
 
 use crate::clock::Now;
-use crate::config::OnInterrupt;
-use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing, is_live};
-use onlyonce_core::Fingerprint;
-use onlyonce_core::PriorAttempt;
+use crate::entry::{Backoff, CompletedEntry, Entry, Holder, OwnWindow, Processing, is_live};
+use onlyonce_core::{Fingerprint, OnInterrupt, PriorAttempt};
 
 /// The options that decide.
 #[derive(Debug, Clone, Copy)]
@@ -119,17 +117,18 @@ pub(crate) enum Decision<'a> {
 /// A completion takes about this long to reach the disk: when to ask again for a key that is settling.
 const COMMITTING_RETRY_MS: u64 = 10;
 
-/// `at_ms` is the message's time, on stream time.
+/// `at_ms` is the message's time, on stream time; `own_window` is the window that the call gives its key.
 #[inline]
 pub(crate) fn decide<'a>(
     stored: Option<&'a Entry>,
     payload: Option<&Fingerprint>,
     at_ms: Option<u64>,
+    own_window: OwnWindow,
     now: Now,
     policy: Policy,
 ) -> Decision<'a> {
     let new = match at_ms {
-        Some(at_ms) if !is_live(at_ms, now, policy.window_ms) => Decision::TooOld,
+        Some(at_ms) if !is_live(at_ms, now, own_window.within(policy.window_ms)) => Decision::TooOld,
         _ => Decision::Available { attempt: 1, prior: None },
     };
     let (first_payload, decision) = match stored {
@@ -239,20 +238,28 @@ mod tests {
     }
 
     fn processing(holder: Holder) -> Entry {
-        Entry::Processing(Processing { token: 7, attempt: 2, since_ms: 5_000, fingerprint: HERS.copied(), holder })
+        Entry::Processing(Processing {
+            token: 7,
+            attempt: 2,
+            since_ms: 5_000,
+            own_window: OwnWindow::NONE,
+            fingerprint: HERS.copied(),
+            holder,
+        })
     }
 
     fn completed() -> Entry {
         Entry::Completed(CompletedEntry {
             token: 7,
             completed_ms: 5_000,
+            own_window: OwnWindow::NONE,
             fingerprint: HERS.copied(),
             result: StoredResult::None,
         })
     }
 
     fn decision(stored: &Entry, wall_ms: u64, policy: Policy) -> Decision<'_> {
-        decide(Some(stored), HERS, None, at(wall_ms), policy)
+        decide(Some(stored), HERS, None, OwnWindow::NONE, at(wall_ms), policy)
     }
 
     const NEW: Decision<'_> = Decision::Available { attempt: 1, prior: None };
@@ -267,7 +274,7 @@ mod tests {
 
     #[test]
     fn an_absent_key_is_available() {
-        assert_eq!(decide(None, HIS, None, at(5_000), RERUN), NEW);
+        assert_eq!(decide(None, HIS, None, OwnWindow::NONE, at(5_000), RERUN), NEW);
     }
 
     #[test]
@@ -332,7 +339,7 @@ mod tests {
         let waits = processing(backoff(300, 300));
         let ask = |time_ms, monotonic_ms| {
             let now = Now { time_ms, monotonic_ms, ..Now::default() };
-            decide(Some(&waits), HERS, None, now, RERUN)
+            decide(Some(&waits), HERS, None, OwnWindow::NONE, now, RERUN)
         };
         // The store's time stands still, or leaps inside the window.
         assert_eq!((ask(5_000, 299), ask(5_000, 300)), (in_progress(Some(1)), again(PriorAttempt::Released)));
@@ -394,10 +401,22 @@ mod tests {
             processing(Holder::Committing),
         ];
         for stored in &states {
-            assert_eq!(decide(Some(stored), HIS, None, at(5_100), RERUN), Decision::PayloadMismatch, "{stored:?}");
-            assert_ne!(decide(Some(stored), None, None, at(5_100), RERUN), Decision::PayloadMismatch, "{stored:?}");
+            assert_eq!(
+                decide(Some(stored), HIS, None, OwnWindow::NONE, at(5_100), RERUN),
+                Decision::PayloadMismatch,
+                "{stored:?}"
+            );
+            assert_ne!(
+                decide(Some(stored), None, None, OwnWindow::NONE, at(5_100), RERUN),
+                Decision::PayloadMismatch,
+                "{stored:?}"
+            );
         }
-        assert_eq!(decide(Some(&completed()), HIS, None, at(6_000), RERUN), NEW, "an expired payload binds nobody");
+        assert_eq!(
+            decide(Some(&completed()), HIS, None, OwnWindow::NONE, at(6_000), RERUN),
+            NEW,
+            "an expired payload binds nobody"
+        );
     }
 
     #[test]
@@ -413,7 +432,7 @@ mod tests {
     fn on_stream_time_what_is_known_answers_before_the_messages_age() {
         let ask = |stored: Option<&Entry>, at_ms, stream_ms| {
             let now = Now { time_ms: stream_ms, monotonic_ms: 100, ..Now::default() };
-            match decide(stored, HERS, Some(at_ms), now, STREAM) {
+            match decide(stored, HERS, Some(at_ms), OwnWindow::NONE, now, STREAM) {
                 Decision::Completed(_) => "completed",
                 Decision::InProgress { .. } => "in progress",
                 Decision::Available { prior: None, .. } => "new",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 
-use crate::entry::{CompletedEntry, Entry, Holder, Processing};
+use crate::entry::{CompletedEntry, Entry, Holder, OwnWindow, Processing};
 use crate::invariant::{Invariant, Poison, STRICT};
 use crate::journal::numbers::RecordNumbers;
 use onlyonce_core::Error;
@@ -82,6 +82,7 @@ struct Slot {
     attempt: u32,
     /// Whether nobody had claimed the key that is being completed.
     is_unclaimed: bool,
+    own_window: OwnWindow,
     fingerprint: Option<Box<Fingerprint>>,
     state: State,
 }
@@ -135,6 +136,7 @@ impl Slot {
             attempt: self.attempt,
             since_ms: self.since_ms,
             fingerprint: self.fingerprint.as_deref().copied(),
+            own_window: self.own_window,
             holder,
         }
     }
@@ -288,7 +290,8 @@ impl ShardArena {
             State::Separate(bytes) => StoredResult::Bytes(&**bytes),
         };
         let fingerprint = slot.fingerprint.as_deref().copied();
-        Some(CompletedEntry { token: slot.token, completed_ms: slot.since_ms, fingerprint, result })
+        let Slot { token, since_ms: completed_ms, own_window, .. } = *slot;
+        Some(CompletedEntry { token, completed_ms, fingerprint, own_window, result })
     }
 
     /// Puts an entry in the place of whatever was there.
@@ -298,14 +301,14 @@ impl ShardArena {
 
     /// As [`ShardArena::set`], from the moment on at which a row is written.
     pub(crate) fn set_pending(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) -> Tally {
-        let (token, since_ms, attempt, fingerprint, state) = match entry {
+        let (token, since_ms, attempt, fingerprint, own_window, state) = match entry {
             Entry::Processing(processing) => {
-                let Processing { token, attempt, since_ms, fingerprint, holder } = processing;
-                (token, since_ms, attempt, fingerprint, State::Processing(holder))
+                let Processing { token, attempt, since_ms, fingerprint, own_window, holder } = processing;
+                (token, since_ms, attempt, fingerprint, own_window, State::Processing(holder))
             }
             Entry::Completed(done) => {
                 let state = self.put_result(done.result);
-                (done.token, done.completed_ms, pending.attempt, done.fingerprint, state)
+                (done.token, done.completed_ms, pending.attempt, done.fingerprint, done.own_window, state)
             }
         };
         self.separate_bytes += separate_bytes(&state, fingerprint.is_some());
@@ -321,6 +324,7 @@ impl ShardArena {
             key_len: key.len() as u32,
             attempt,
             is_unclaimed: pending.holder == Holder::CommittingUnclaimed,
+            own_window,
             fingerprint: fingerprint.map(Box::new),
             state,
         };
@@ -554,13 +558,21 @@ mod tests {
 
     fn leased(token: u64, fingerprint: Option<Fingerprint>) -> Entry<&'static [u8]> {
         let holder = Holder::Leased { until_monotonic_ms: 1 };
-        Entry::Processing(Processing { token, attempt: 1, since_ms: 0, fingerprint, holder })
+        Entry::Processing(Processing {
+            token,
+            attempt: 1,
+            since_ms: 0,
+            own_window: OwnWindow::NONE,
+            fingerprint,
+            holder,
+        })
     }
 
     fn completed(token: u64, result: &[u8]) -> Entry<&[u8]> {
         Entry::Completed(CompletedEntry {
             token,
             completed_ms: 5,
+            own_window: OwnWindow::NONE,
             fingerprint: None,
             result: StoredResult::Bytes(result),
         })
