@@ -526,6 +526,11 @@ mod tests {
         CompletedEntry { token, completed_ms: 50, own_window: OwnWindow::NONE, fingerprint: None, result }
     }
 
+    fn any_window() -> impl Strategy<Value = OwnWindow> {
+        prop_oneof![Just(None), (0..1_u64 << 49).prop_map(Some)]
+            .prop_map(|ms| ms.and_then(OwnWindow::from_ms).unwrap_or(OwnWindow::NONE))
+    }
+
     fn any_prior() -> impl Strategy<Value = PriorAttempt> {
         prop_oneof![
             Just(PriorAttempt::Released),
@@ -557,11 +562,11 @@ mod tests {
 
         #[test]
         fn a_processing_row_comes_back(
-            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms in 0_u64..1 << 63, fingerprint: Option<Fingerprint>,
+            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms in 0_u64..1 << 63, fingerprint: Option<Fingerprint>, own_window in any_window(),
             holder in any_holder(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
             let since_ms = time_ms.saturating_sub(age_ms);
-            let processing = Processing { token, attempt, since_ms, own_window: OwnWindow::NONE, fingerprint, holder };
+            let processing = Processing { token, attempt, since_ms, own_window, fingerprint, holder };
             let mut record = RecordWriter::new(RecordKind::Released, time_ms, 0);
             record.processing(&key, &processing);
             record.processing(&key, &processing);
@@ -576,11 +581,11 @@ mod tests {
 
         #[test]
         fn an_attempt_comes_back_from_its_bucket_and_nothing_in_flight_goes_there(
-            token: u64, attempt: u32, since_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
+            token: u64, attempt: u32, since_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>, own_window in any_window(),
             prior in any_prior(), length_ms: u32, until_monotonic_ms: u64,
         ) {
             let holder = Holder::Released { prior, backoff: Backoff { until_monotonic_ms, length_ms } };
-            let entry = |holder| Entry::Processing(Processing { token, attempt, since_ms, own_window: OwnWindow::NONE, fingerprint, holder });
+            let entry = |holder| Entry::Processing(Processing { token, attempt, since_ms, own_window, fingerprint, holder });
             let start_ms = since_ms.saturating_sub(bucket_age_ms);
             let mut value = Vec::new();
             put_value(&entry(holder).borrowed(), start_ms, &mut value).unwrap();
@@ -597,10 +602,10 @@ mod tests {
 
         #[test]
         fn a_completed_row_and_its_value_come_back(
-            token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
+            token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>, own_window in any_window(),
             result in any_result(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
-            let done = CompletedEntry { token, completed_ms, own_window: OwnWindow::NONE, fingerprint, result };
+            let done = CompletedEntry { token, completed_ms, own_window, fingerprint, result };
             // A key may be older than its row, and younger.
             let records = [
                 RecordWriter::new(RecordKind::Completed, completed_ms, 0),
@@ -729,9 +734,24 @@ mod tests {
     }
 
     #[test]
+    fn a_window_that_is_longer_than_any_is_refused() {
+        for (ms, is_read) in [(0, true), ((1 << 48) - 2, true), ((1 << 48) - 1, false), (1 << 48, false)] {
+            let mut value = vec![VALUE_FORMAT | OWN_WINDOW, 0, 0];
+            put_varint(&mut value, ms);
+            let Some(Entry::Completed(done)) = read_value(&value, 0) else {
+                assert!(!is_read, "{ms} ms");
+                continue;
+            };
+            assert!(is_read && done.own_window.ms() == Some(ms), "{ms} ms");
+        }
+    }
+
+    #[test]
     fn a_cut_row_is_refused() {
         let mut record = RecordWriter::new(RecordKind::Completed, 50, 0);
-        let done = CompletedEntry { fingerprint: Some([5; 16]), ..done(300, StoredResult::Bytes(&b"result"[..])) };
+        let own_window = OwnWindow::from_ms(300).unwrap();
+        let done =
+            CompletedEntry { fingerprint: Some([5; 16]), own_window, ..done(300, StoredResult::Bytes(&b"result"[..])) };
         record.completed(b"\x00key", &done);
         let record = record.finish();
         for len in 0..record.len() {

@@ -183,3 +183,30 @@ impl CompletedEntry {
         CompletedEntry { token, completed_ms, fingerprint, own_window, result }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_remembered_for_the_shorter_of_its_own_window_and_the_store_s() {
+        for (own, expected_ms) in [
+            (None, 1_000),
+            (Some(Duration::ZERO), 0),
+            (Some(Duration::from_millis(999)), 999),
+            (Some(Duration::from_secs(1)), 1_000),
+            (Some(Duration::from_millis(1_001)), 1_000),
+            (Some(Duration::MAX), 1_000),
+        ] {
+            assert_eq!(OwnWindow::new(own).within(1_000), expected_ms, "{own:?}");
+        }
+    }
+
+    #[test]
+    fn no_store_has_a_window_that_an_own_window_cannot_have() {
+        let longest_ms = millis(crate::clock::YEAR * 10);
+        assert_eq!(OwnWindow::from_ms(longest_ms).unwrap().ms(), Some(longest_ms));
+        assert_eq!(OwnWindow::NONE.within(longest_ms), longest_ms);
+        assert_eq!(OwnWindow::NONE.ms(), None);
+    }
+}

@@ -295,9 +295,9 @@ impl Engine {
         let snapshot = self.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
         let probe = Probe { index: 0, digest: key_ref.digest, key: key_ref.key, column_bits };
-        let (mut flushed, mut counted) = (Vec::new(), false);
+        let (mut flushed, mut newest) = (Vec::new(), None::<Entry>);
         look_up(&self.db, &snapshot, &[probe], |_, bucket, entry| {
-            counted |= self.counts_now(&entry, now);
+            newest = newest.take().filter(|newest| newest.token() > entry.token()).or(Some(entry));
             flushed.push(Arc::clone(bucket));
         })?;
         let mut shard = self.memtable.shard(key_ref.digest);
@@ -320,7 +320,7 @@ impl Engine {
                 _ => {}
             }
         }
-        counted |= in_memory.as_ref().is_some_and(|entry| self.counts_now(entry, now));
+        let counted = in_memory.as_ref().or(newest.as_ref()).is_some_and(|entry| self.counts_now(entry, now));
         if let Some(entry) = &in_memory {
             // Whoever comes between now and the row sees work that is nearly over.
             let committing = Processing {

@@ -224,6 +224,17 @@ mod tests {
     }
 
     #[test]
+    fn a_key_has_the_window_that_its_call_gives_it() {
+        let window = std::time::Duration::from_millis(1_500);
+        let keys = [Key::from("a").window(window), Key::from("a")];
+        let request = Request::new(&keys, TimeSource::Clock, 1_024, &digester()).unwrap();
+        let windows: Vec<_> = request.iter().map(|key_ref| key_ref.own_window.ms()).collect();
+        assert_eq!(windows, [Some(1_500), None]);
+        assert_eq!(request.get(0).unwrap().own_window.ms(), Some(1_500));
+        assert_eq!(size_of::<Item>(), 40, "the window lies in the padding");
+    }
+
+    #[test]
     fn a_call_may_bring_a_gigabyte_and_no_byte_more() {
         admit_bytes(1 << 30).unwrap();
         let refused = admit_bytes((1 << 30) + 1);

@@ -583,6 +583,18 @@ mod tests {
     }
 
     #[test]
+    fn an_own_window_lies_in_the_padding_of_a_slot() {
+        const WITHOUT_PADDING: usize =
+            5 * size_of::<u64>() + 2 * size_of::<u32>() + size_of::<bool>() + size_of::<usize>() + size_of::<State>();
+        assert_eq!(size_of::<Slot>(), WITHOUT_PADDING.next_multiple_of(align_of::<Slot>()));
+        let (arena, window) = (&mut ShardArena::default(), OwnWindow::from_ms(7).unwrap());
+        let Entry::Completed(done) = completed(1, b"r") else { panic!("it is completed") };
+        arena.set(1, b"k", Entry::Completed(CompletedEntry { own_window: window, ..done }));
+        let Some(Entry::Completed(done)) = arena.get(1, b"k", &RecordNumbers::default()) else { panic!("it is there") };
+        assert_eq!(done.own_window, window);
+    }
+
+    #[test]
     fn a_page_knows_the_memory_that_it_takes_also_of_what_a_split_leaves() {
         let records = RecordNumbers::default();
         let mut arena = ShardArena::default();
