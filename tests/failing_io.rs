@@ -287,7 +287,7 @@ fn a_read_only_file_system_is_an_error_of_its_own_and_changes_nothing() {
     assert!(disk.set_read_only(true));
     let refused = builder().open(&path);
     let Err(error @ Error::Io { .. }) = refused else { panic!("{refused:?}") };
-    assert!(error.to_string().contains("Read-only file system"), "{error}");
+    assert!(error.chain().contains("Read-only file system"), "{error}");
     let new = builder().open(disk.root().join("new"));
     assert!(matches!(new, Err(Error::Io { .. })), "{new:?}");
     assert!(disk.set_read_only(false));

@@ -643,7 +643,7 @@ fn a_key_that_refuses_its_batch_is_named_by_its_place() {
                     panic!("{error:?}")
                 };
                 assert_eq!(*at, Some(place), "{error}");
-                assert!(error.to_string().contains(&format!(" at position {place} of the batch (from 0)")), "{error}");
+                assert!(error.to_string().contains(&format!(" at index {place} of the batch")), "{error}");
             }
         }
         for error in

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use common::{Bench, copy_store};
-use onlyonce::{Claim, Error, Key, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
+use onlyonce::{Claim, Error, KeyError, KeyStatus, Outcome, RecordOutcome, Store, Timestamp};
 
 #[test]
 fn a_second_open_is_refused_by_name_after_the_wait() {
@@ -115,9 +115,9 @@ fn a_path_that_cannot_be_a_store_is_refused_by_name_and_nothing_is_created() {
         (file.clone(), "it is a file".to_owned()),
         (file.join("store"), format!("{} is a file", text(&file))),
         (file.join("a/store"), format!("{} is a file", text(&file))),
-        (fifo, "it is no directory".to_owned()),
-        (broken.clone(), "it is a link to nowhere, which is not there".to_owned()),
-        (broken.join("a/store"), format!("{} is a link to nowhere, which is not there", text(&broken))),
+        (fifo, "it is not a directory".to_owned()),
+        (broken.clone(), "it is a link to nowhere, which does not exist".to_owned()),
+        (broken.join("a/store"), format!("{} is a link to nowhere, which does not exist", text(&broken))),
     ] {
         let error = Store::open(&path).unwrap_err();
         assert!(matches!(&error, Error::NotAStore { reason: said, .. } if *said == reason), "{path:?}: {error}");
@@ -135,7 +135,7 @@ fn an_error_about_an_unwritable_directory_says_what_is_needed() {
     let path = std::path::Path::new("/sys/onlyonce-store");
     let error = Store::open(path).unwrap_err();
     assert!(matches!(&error, Error::Io { path: at, .. } if at == path), "{error:?}");
-    assert!(error.to_string().ends_with("the process needs to read and write the store's directory"), "{error}");
+    assert!(error.chain().ends_with("the process needs to read and write the store's directory"), "{error:?}");
 }
 
 #[test]

@@ -109,7 +109,7 @@ fn whatever_consumers_do_the_answers_are_right_while_seals_move_keys_and_leases_
                             bench.oracle.step(&mut pick, &mut held);
                         }
                         for work in held {
-                            bench.oracle.complete(work).wait();
+                            bench.oracle.complete(work);
                         }
                     })
                 })
@@ -130,15 +130,15 @@ fn a_key_that_is_completed_again_after_its_window_is_never_hidden_by_its_older_s
     model(600, || {
         let bench = Bench::new(2, Durability::Process);
         // The older self lies in a bucket, and at hand.
-        assert!(bench.oracle.complete(bench.oracle.claim(0).wait().unwrap()).wait());
+        assert!(bench.oracle.complete(bench.oracle.claim(0).unwrap()));
         bench.oracle.store.flush().unwrap();
         bench.advance_ms(WINDOW_MS);
         let mut threads: Vec<_> = (0..2)
             .map(|_| {
                 spawn(&bench, |bench| {
                     for _ in 0..2 {
-                        if let Some(work) = bench.oracle.claim(0).wait() {
-                            assert!(bench.oracle.complete(work).wait());
+                        if let Some(work) = bench.oracle.claim(0) {
+                            assert!(bench.oracle.complete(work));
                         }
                     }
                 })
@@ -154,18 +154,18 @@ fn a_key_that_is_completed_again_after_its_window_is_never_hidden_by_its_older_s
 fn a_completion_and_a_takeover_of_its_lease_never_both_win() {
     model(600, || {
         let bench = Bench::new(1, Durability::Process);
-        let late = bench.oracle.claim(0).wait().unwrap();
+        let late = bench.oracle.claim(0).unwrap();
         let threads = [
             spawn(&bench, |bench| {
-                bench.oracle.complete(late).wait();
+                bench.oracle.complete(late);
             }),
             spawn(&bench, |bench| bench.advance_ms(LEASE_MS)),
             spawn(&bench, |bench| bench.oracle.store.flush().unwrap()),
             spawn(&bench, |bench| {
                 for _ in 0..2 {
                     thread::yield_now();
-                    if let Some(work) = bench.oracle.claim(0).wait() {
-                        assert!(bench.oracle.complete(work).wait());
+                    if let Some(work) = bench.oracle.claim(0) {
+                        assert!(bench.oracle.complete(work));
                     }
                 }
             }),
@@ -181,26 +181,26 @@ fn a_completion_and_a_takeover_of_its_lease_never_both_win() {
 fn what_is_forgotten_stays_forgotten_and_what_comes_after_it_stays() {
     model(400, || {
         let bench = Bench::new(1, Durability::Process);
-        assert!(bench.oracle.complete(bench.oracle.claim(0).wait().unwrap()).wait());
+        assert!(bench.oracle.complete(bench.oracle.claim(0).unwrap()));
         if pick(2) == 0 {
             bench.oracle.store.flush().unwrap();
         }
         let threads = [
             spawn(&bench, |bench| {
-                bench.oracle.forget(0).wait();
-                bench.oracle.check(0).wait();
+                bench.oracle.forget(0);
+                bench.oracle.check(0);
             }),
             spawn(&bench, |bench| {
-                bench.oracle.check(0).wait();
-                if let Some(work) = bench.oracle.claim(0).wait() {
-                    assert!(bench.oracle.complete(work).wait());
-                    bench.oracle.check(0).wait();
+                bench.oracle.check(0);
+                if let Some(work) = bench.oracle.claim(0) {
+                    assert!(bench.oracle.complete(work));
+                    bench.oracle.check(0);
                 }
             }),
             spawn(&bench, |bench| (0..2).for_each(|_| bench.oracle.store.flush().unwrap())),
         ];
         join(threads);
-        bench.oracle.check(0).wait();
+        bench.oracle.check(0);
     });
 }
 
@@ -212,10 +212,10 @@ fn a_seal_that_fails_takes_nothing_away() {
             .map(|_| {
                 spawn(&bench, |bench| {
                     for key in 0..2 {
-                        if let Some(work) = bench.oracle.claim(key).wait() {
-                            assert!(bench.oracle.complete(work).wait());
+                        if let Some(work) = bench.oracle.claim(key) {
+                            assert!(bench.oracle.complete(work));
                         }
-                        bench.oracle.check(key).wait();
+                        bench.oracle.check(key);
                     }
                 })
             })
@@ -229,7 +229,7 @@ fn a_seal_that_fails_takes_nothing_away() {
             bench.oracle.store.flush().unwrap();
         }));
         join(threads);
-        (0..2).for_each(|key| bench.oracle.check(key).wait());
+        (0..2).for_each(|key| bench.oracle.check(key));
         let stats = bench.oracle.store.stats();
         assert_eq!((stats.completed, stats.in_flight), (2, 0));
     });
@@ -368,7 +368,7 @@ impl Disk {
         let this = self.syncs.fetch_add(1, Ordering::SeqCst);
         self.syncing.fetch_sub(1, Ordering::SeqCst);
         if self.fails_at == Some(this) {
-            return Err(Error::WriteFailed { detail: "the disk is gone".to_owned() });
+            return Err(Error::WriteFailed { source: "the disk is gone".into() });
         }
         self.synced.store(covered, Ordering::SeqCst);
         Ok(())
