@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
 use crate::config::Span;
-use crate::entry::{Backoff, CompletedEntry, Entry, Holder, OwnWindow, Processing};
+use onlyonce_core::machine::{Backoff, CompletedEntry, Entry, Event, Holder, OwnWindow, Processing};
 pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
 use onlyonce_core::{Fingerprint, OnInterrupt, PriorAttempt, StoredResult};
 
@@ -132,26 +132,6 @@ pub(crate) enum RecordKind {
     Completed = 3,
     /// Keys that were forgotten.
     Forgotten = 4,
-}
-
-/// One item of a journal record.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Event {
-    Claimed(Processing),
-    Released(Processing),
-    Completed(CompletedEntry),
-    Forgotten { token: u64 },
-}
-
-impl Event {
-    /// The time of its key.
-    pub(crate) fn time_ms(&self) -> u64 {
-        match self {
-            Self::Claimed(processing) | Self::Released(processing) => processing.since_ms,
-            Self::Completed(done) => done.completed_ms,
-            Self::Forgotten { .. } => 0,
-        }
-    }
 }
 
 const RECORD_FORMAT: u8 = 3;

@@ -50,7 +50,6 @@ mod config;
 pub mod delivery;
 mod digest;
 mod engine;
-mod entry;
 mod filter;
 mod fs;
 mod invariant;

@@ -9,9 +9,9 @@ use super::shared::Shared;
 use crate::codec::RecordKind;
 use crate::engine::renewal::Renewal;
 use crate::engine::response::{FinishKind, FinishedBy, Grant};
-use crate::entry::Backoff;
 use crate::invariant::Invariant;
 use onlyonce_core::StoredResult;
+use onlyonce_core::machine::Backoff;
 
 /// The right to work on a key, until [`Lease::remaining`] is zero, or longer if no other caller claims the key.
 ///
@@ -443,7 +443,7 @@ pub(crate) fn release_all(leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
     // This attempt had no effect. An earlier one whose outcome is unknown stays so.
     let release = |lease: &Lease, backoff| FinishKind::Release {
         prior: lease.grant.prior.unwrap_or(PriorAttempt::Released),
-        backoff: Backoff::from(&now, backoff, window_ms),
+        backoff: Backoff::from(now, backoff, window_ms),
     };
     let finish = leases.iter().map(|(lease, backoff)| (&lease.grant, release(lease, *backoff))).collect();
     match engine.finish(RecordKind::Released, FinishedBy::Holder, finish) {

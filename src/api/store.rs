@@ -17,8 +17,8 @@ use super::shared::Shared;
 use crate::codec::RecordKind;
 use crate::engine::request::Request;
 use crate::engine::response::{FinishKind, FinishedBy};
-use crate::entry::Backoff;
 use crate::stats::Stats;
+use onlyonce_core::machine::Backoff;
 
 /// A deduplication and idempotency store in a directory. Clones are handles to the same store.
 ///

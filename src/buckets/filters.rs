@@ -239,9 +239,9 @@ mod tests {
     use crate::buckets::range::BucketRange;
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::{CompletedEntry, Entry, OwnWindow};
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Entry, OwnWindow};
     use std::time::Duration;
 
     const SECRET: Secret = [5; 16];

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::registry::{Bucket, BucketRegistry};
-use crate::codec::{Event, digest_of_entry_key, read_record};
+use crate::codec::{digest_of_entry_key, read_record};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::machine::Event;
 use onlyonce_core::{Error, Result};
 
 /// Digests inserted into the filter in one batch.
@@ -131,9 +132,9 @@ mod tests {
 
     use super::*;
     use crate::codec::{RecordKind, RecordWriter};
-    use crate::entry::{CompletedEntry, OwnWindow};
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, OwnWindow};
 
     #[test]
     fn a_replay_reports_the_totals_and_the_newest_time_of_its_records() {

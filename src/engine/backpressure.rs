@@ -75,10 +75,10 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::Options;
-    use crate::entry::{CompletedEntry, Entry, OwnWindow};
     use crate::fs::directory::Directory;
     use crate::memtable::slot::OVERHEAD_BYTES;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Entry, OwnWindow};
 
     fn engine(dir: &tempfile::TempDir) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();

@@ -11,16 +11,15 @@ use std::sync::Arc;
 use super::core::Engine;
 use super::request::{KeyRef, Request};
 use super::response::{FinishKind, FinishedBy, Grant};
-use super::transition::{self, LeaseState};
 use crate::buckets::registry::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RecordKind};
-use crate::entry::{CompletedEntry, Entry, Holder, OwnWindow, Processing};
 use crate::invariant::Invariant;
 use crate::memtable::slot::Pending;
 use crate::metrics::Call;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::PriorAttempt;
+use onlyonce_core::machine::{self, Entry, Forget, Holder, Processing};
 use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 
 impl Engine {
@@ -54,17 +53,9 @@ impl Engine {
             self.require_key(key)?;
             let mut shard = self.memtable.shard(digest);
             let stored = shard.get(digest, key);
-            let may = match (finished_by, &stored) {
-                (FinishedBy::Operator, Some(Entry::Processing(processing))) => {
-                    matches!(self.lease_state_at(processing, now), LeaseState::Held(_))
-                }
-                _ => true,
-            };
-            let own_window = match &stored {
-                Some(Entry::Processing(processing)) if may && transition::may_finish(stored.as_ref(), grant.token) => {
-                    processing.own_window
-                }
-                _ => {
+            let own_window = match machine::finishable(stored.as_ref(), grant.token, finished_by, now, self.policy) {
+                Some(processing) => processing.own_window,
+                None => {
                     drop(shard);
                     let is_repeated = match (finished_by, finish_kind) {
                         (FinishedBy::Holder, FinishKind::Complete { .. }) => {
@@ -82,25 +73,20 @@ impl Engine {
             count += 1;
             // One sample a call: a measurement for each key would be too expensive.
             sample = sample.or(Some(*grant));
-            let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
-            // Not before the claim, even if the store's time went back: a later state of a key is never in an earlier bucket.
-            let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms.max(at_ms) };
+            let mut attempt = grant.as_attempt();
             let entry = match *finish_kind {
                 FinishKind::Complete { result, side_writes: own, .. } => {
                     side_writes.extend(own.map(|own| (own, is_contiguous)));
                     // With a token of its own, so that the old holder's late completion is no repeated one.
-                    let token = if finished_by == FinishedBy::Operator { self.sequence.take() } else { token };
-                    let done = CompletedEntry { token, completed_ms: time_ms, fingerprint, own_window, result };
+                    if finished_by == FinishedBy::Operator {
+                        attempt.token = self.sequence.take();
+                    }
+                    let done = attempt.completed(own_window, result, now, self.policy);
                     record.completed(key, &done);
                     Entry::Completed(done)
                 }
                 FinishKind::Release { prior, backoff } => {
-                    let holder = match finished_by {
-                        FinishedBy::Holder => Holder::Released { prior, backoff },
-                        FinishedBy::Operator => Holder::Resolved(prior),
-                    };
-                    let fingerprint = transition::binding(fingerprint, prior);
-                    let released = Processing { token, attempt, since_ms: time_ms, fingerprint, own_window, holder };
+                    let released = attempt.released(own_window, finished_by, prior, backoff, now, self.policy);
                     record.processing(key, &released);
                     Entry::Processing(released)
                 }
@@ -109,7 +95,7 @@ impl Engine {
                 digest,
                 key,
                 entry,
-                Pending { record: open.number(), attempt, holder: Holder::Committing },
+                Pending { record: open.number(), attempt: grant.attempt, holder: Holder::Committing },
             );
         }
         let sync = if completes { self.config.sync_results() } else { self.config.sync_claims() };
@@ -138,10 +124,7 @@ impl Engine {
         now: Now,
         earlier: impl DoubleEndedIterator<Item = (u64, &'a Result<bool>)> + ExactSizeIterator,
     ) -> Result<bool> {
-        let is_done = |stored: Option<Entry>| {
-            matches!(stored, Some(Entry::Completed(done))
-                if done.token == grant.token && done.is_live(now, self.policy.window_ms))
-        };
+        let is_done = |stored: Option<Entry>| machine::has_completed(stored.as_ref(), grant.token, now, self.policy);
         match (stored, grant.request.get(grant.index)) {
             (Some(Entry::Processing(_)), _) => {
                 Ok(earlier.rev().any(|(token, accepted)| token == grant.token && matches!(accepted, Ok(true))))
@@ -169,13 +152,7 @@ impl Engine {
         self.ready()?;
         let now = self.now();
         let full_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
-        let renewed = self.change_holder(grant, now, |holder| match holder {
-            Holder::Leased { until_monotonic_ms } => {
-                Some(Holder::Leased { until_monotonic_ms: until_monotonic_ms.max(full_ms.min(limit_ms)) })
-            }
-            // Resolved or dropped. A resolution is in the journal, so a renewal, which is not, must not undo it.
-            _ => None,
-        });
+        let renewed = self.change_holder(grant, now, |holder| holder.renewed(full_ms.min(limit_ms)));
         self.check_invariants()?;
         if !renewed {
             self.counters.superseded.add(1);
@@ -187,28 +164,19 @@ impl Engine {
     pub(crate) fn remaining_ms(&self, grant: &Grant) -> u64 {
         let now = self.now();
         let shard = self.memtable.shard(grant.digest());
-        match shard.get(grant.digest(), grant.key()) {
-            Some(Entry::Processing(processing)) if processing.token == grant.token => {
-                match self.lease_state_at(&processing, now) {
-                    LeaseState::Active { remaining_ms } => remaining_ms,
-                    _ => 0,
-                }
-            }
-            _ => 0,
-        }
+        machine::remaining_ms(shard.get(grant.digest(), grant.key()).as_ref(), grant.token, now, self.policy)
     }
 
     /// Marks a lease as dropped without completion or release. Changes only memory.
     pub(crate) fn abandon(&self, grant: &Grant) {
-        self.end_unwritten(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+        self.end_unwritten(grant, machine::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
     }
 
     /// As [`Engine::abandon`], for a caller that waits for the answer. False: superseded.
     #[cfg(feature = "tokio")]
     pub(crate) fn interrupt(&self, grant: &Grant) -> Result<bool> {
         self.ready()?;
-        let is_ours =
-            self.end_unwritten(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+        let is_ours = self.end_unwritten(grant, machine::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
         self.check_invariants()?;
         if !is_ours {
             self.counters.superseded.add(1);
@@ -220,17 +188,13 @@ impl Engine {
     /// crashed, unless a flush wrote it before.
     #[cfg(feature = "tokio")]
     pub(crate) fn take_back(&self, grant: &Grant) {
-        self.end_unwritten(
-            grant,
-            Holder::Released { prior: grant.prior.unwrap_or(PriorAttempt::Released), backoff: Default::default() },
-        );
+        self.end_unwritten(grant, machine::taken_back(grant.prior));
     }
 
     /// Ends a lease in memory and wakes its waiters. False: superseded. A lease that has ended already stays as it is.
     fn end_unwritten(&self, grant: &Grant, ended: Holder) -> bool {
         let now = self.timeline.now();
-        let end = |holder| Some(if matches!(holder, Holder::Leased { .. }) { ended } else { holder });
-        let is_ours = self.change_holder(grant, now, end);
+        let is_ours = self.change_holder(grant, now, |holder| Some(holder.ended(ended)));
         self.waiters.wake([grant.digest()]);
         is_ours
     }
@@ -243,18 +207,13 @@ impl Engine {
             return false;
         }
         let mut shard = self.memtable.shard(digest);
-        let stored = shard.get(digest, key).filter(|stored| transition::may_finish(Some(stored), grant.token));
+        let stored = shard.get(digest, key).filter(|stored| machine::may_finish(Some(stored), grant.token));
         let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
         if holder == processing.holder {
             return true;
         }
-        let since_ms = self.next_since_ms(&processing, now);
-        let fingerprint = match holder {
-            Holder::Released { prior, .. } => transition::binding(processing.fingerprint, prior),
-            _ => processing.fingerprint,
-        };
-        let changed = Processing { since_ms, holder, fingerprint, ..processing };
+        let changed = processing.with_holder(holder, now, self.policy);
         shard.set(digest, key, Entry::Processing(changed));
         drop(shard);
         self.wake_if_due();
@@ -269,8 +228,7 @@ impl Engine {
         let shard = self.memtable.shard(key_ref.digest);
         let stored = shard.get(key_ref.digest, key_ref.key);
         self.check_invariants()?;
-        let Some(Entry::Processing(processing)) = stored else { return Ok(None) };
-        let LeaseState::Held(prior) = self.lease_state_at(&processing, now) else { return Ok(None) };
+        let Some((processing, prior)) = machine::held(stored.as_ref(), now, self.policy) else { return Ok(None) };
         let grant = Grant {
             request: Arc::clone(request),
             index: key_ref.index,
@@ -310,18 +268,10 @@ impl Engine {
         let mut shard = self.memtable.shard(key_ref.digest);
         let in_memory = shard.get(key_ref.digest, key_ref.key);
         self.check_forgettable(key_ref, in_memory.as_ref(), now)?;
-        self.check_forgettable(key_ref, in_memory.as_ref(), now)?;
         let existed = in_memory.as_ref().or(newest.as_ref()).is_some_and(|entry| self.is_live_at(entry, now));
         if let Some(entry) = &in_memory {
             // Until the record is written, other calls see the key as committing.
-            let committing = Processing {
-                token: entry.token(),
-                attempt: 1,
-                since_ms: now.time_ms,
-                fingerprint: None,
-                own_window: OwnWindow::NONE,
-                holder: Holder::Committing,
-            };
+            let committing = Processing::removing(entry.token(), now);
             shard.set(key_ref.digest, key_ref.key, Entry::Processing(committing));
         }
         // Under the lock: the record's number is above those of the key's earlier records, and its token is below that of the
@@ -365,15 +315,11 @@ impl Engine {
 
     /// Fails if a key is leased or held.
     fn check_forgettable(&self, key_ref: KeyRef<'_>, stored: Option<&Entry>, now: Now) -> Result<()> {
-        let Some(Entry::Processing(processing)) = stored else { return Ok(()) };
-        let token = FencingToken::new(processing.token);
-        match self.lease_state_at(processing, now) {
-            LeaseState::Active { .. } | LeaseState::Committing => {
-                Err(Error::InUse { key: Key::display_encoded(key_ref.key), token })
-            }
-            // Without the entry, the next claim would not report that the work may have happened.
-            LeaseState::Held(_) => Err(Error::Undecided { key: Key::display_encoded(key_ref.key), token }),
-            _ => Ok(()),
+        let key = || Key::display_encoded(key_ref.key);
+        match machine::check_forget(stored, now, self.policy) {
+            Forget::Allowed => Ok(()),
+            Forget::InUse { token } => Err(Error::InUse { key: key(), token: FencingToken::new(token) }),
+            Forget::Undecided { token } => Err(Error::Undecided { key: key(), token: FencingToken::new(token) }),
         }
     }
 }
@@ -396,8 +342,8 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::{Durability, Options};
-    use crate::entry::Backoff;
     use crate::fs::directory::Directory;
+    use onlyonce_core::machine::Backoff;
     use onlyonce_core::{Claim, OnInterrupt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {

@@ -10,14 +10,13 @@ use std::sync::atomic::Ordering;
 
 use super::core::Engine;
 use super::flush::IDLE_TRUNCATE_BYTES;
-use super::transition::LeaseState;
 use crate::buckets::filters::Filters;
 use crate::buckets::range::BucketRange;
 use crate::buckets::rotation::{drop_expired, has_expired, prepare_next};
 use crate::clock::Now;
-use crate::entry::{Entry, is_live};
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::Result;
+use onlyonce_core::machine::{Entry, LeaseState};
 
 /// The shortest time between two purges: each visits the whole memtable.
 const PURGE_INTERVAL_MS: u64 = 1_000;
@@ -86,7 +85,7 @@ impl Engine {
         for mut shard in self.memtable.shards() {
             shard.retain(|entry| match entry {
                 // Also after its own window: it overrules what a bucket may hold of an earlier attempt.
-                Entry::Completed(done) => is_live(done.completed_ms, now, window_ms),
+                Entry::Completed(done) => now.remembers(done.completed_ms, window_ms),
                 Entry::Processing(processing) => self.lease_state_at(processing, now) != LeaseState::Forgotten,
             });
         }

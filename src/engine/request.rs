@@ -1,7 +1,7 @@
 //! A request: the keys of one call, encoded and digested once.
 
 use crate::digest::Digester;
-use crate::entry::OwnWindow;
+use onlyonce_core::machine::{KeyRequest, OwnWindow};
 use onlyonce_core::{Error, Result, TimestampError};
 use onlyonce_core::{Fingerprint, Key};
 
@@ -53,6 +53,14 @@ pub(crate) struct KeyRef<'a> {
     pub(crate) key: &'a [u8],
     pub(crate) payload: Option<&'a Fingerprint>,
     pub(crate) own_window: OwnWindow,
+}
+
+impl<'a> KeyRef<'a> {
+    /// What the call says about the key. `at_ms` is the message's timestamp on stream time.
+    #[inline]
+    pub(super) fn key_request(&self, at_ms: Option<u64>) -> KeyRequest<'a> {
+        KeyRequest { payload: self.payload, at_ms, own_window: self.own_window }
+    }
 }
 
 /// Fails if a call has too many bytes.

@@ -10,7 +10,8 @@ use onlyonce_core::{
 
 use super::request::{KeyRef, Request};
 use crate::clock::{Leap, Now};
-use crate::entry::{Backoff, CompletedEntry};
+pub(crate) use onlyonce_core::machine::FinishedBy;
+use onlyonce_core::machine::{Attempt, Backoff, CompletedEntry};
 
 /// The right to work on a key.
 #[derive(Debug, Clone)]
@@ -49,6 +50,13 @@ impl Grant {
         }
     }
 
+    /// The attempt that a finish ends.
+    #[inline]
+    pub(super) fn as_attempt(&self) -> Attempt {
+        let Self { token, attempt, fingerprint, at_ms, .. } = *self;
+        Attempt { token, attempt, fingerprint, at_ms }
+    }
+
     pub(crate) fn decoded_key(&self) -> Key<'static> {
         Key::decode(self.key()).unwrap_or_else(|| Key::from(self.key().to_vec()))
     }
@@ -57,15 +65,6 @@ impl Grant {
     pub(crate) fn superseded(&self) -> Error {
         Error::Superseded { key: Key::display_encoded(self.key()), token: FencingToken::new(self.token) }
     }
-}
-
-/// Who finishes a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum FinishedBy {
-    /// Its holder, even after the lease expired, unless there is a later holder.
-    Holder,
-    /// An operator, while the key is held.
-    Operator,
 }
 
 /// How a lease is finished.

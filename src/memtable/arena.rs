@@ -8,9 +8,9 @@ use std::sync::Arc;
 use hashbrown::HashTable;
 
 use super::slot::{OVERHEAD_BYTES, Pending, Slot, State, Tally, separate_bytes};
-use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::{Invariant, Poison, STRICT};
 use crate::journal::numbers::RecordNumbers;
+use onlyonce_core::machine::{CompletedEntry, Entry, Holder, Processing};
 use onlyonce_core::{Error, StoredResult};
 
 /// Results up to this size are stored in the heap. A larger one would be expensive to copy whenever the heap grows.
@@ -417,8 +417,8 @@ fn report_out_of_range(poison: &Poison, start: usize, len: u32, heap: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::entry::OwnWindow;
     use onlyonce_core::Fingerprint;
+    use onlyonce_core::machine::OwnWindow;
 
     fn leased(token: u64, fingerprint: Option<Fingerprint>) -> Entry<&'static [u8]> {
         let holder = Holder::Leased { until_monotonic_ms: 1 };

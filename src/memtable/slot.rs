@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::entry::{Holder, OwnWindow, Processing};
 use onlyonce_core::Fingerprint;
+use onlyonce_core::machine::{Holder, OwnWindow, Processing};
 
 /// The memory of a key besides its bytes and its result: the slot, the index entry, and capacity kept for growth.
 pub(crate) const OVERHEAD_BYTES: usize = 112;

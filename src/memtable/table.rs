@@ -16,10 +16,10 @@ use super::arena::ShardArena;
 use super::recent::{RecentCache, RecentSnapshot};
 use super::shard::{Arenas, SHARDS, shard_of};
 use super::slot::{Pending, Tally};
-use crate::entry::{Entry, Processing};
 use crate::invariant::{Invariant, Poison};
 use crate::journal::numbers::RecordNumbers;
 use crate::testing::sync_shim::{AtomicUsize, Mutex, MutexGuard};
+use onlyonce_core::machine::{Entry, Processing};
 
 /// The counts of all shards.
 #[derive(Debug, Default)]
@@ -236,9 +236,9 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
-    use crate::entry::{CompletedEntry, Holder, OwnWindow};
     use crate::filter::matrix::{Columns, FilterMatrix};
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Holder, OwnWindow};
 
     const RECENT_BYTES: usize = 1 << 20;
 

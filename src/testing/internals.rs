@@ -3,14 +3,14 @@
 
 use std::hint::black_box;
 
-use crate::codec::{Event, RecordKind, RecordWriter, read_record};
-use crate::entry::{CompletedEntry, Entry, OwnWindow};
+use crate::codec::{RecordKind, RecordWriter, read_record};
 use crate::filter::matrix::{Columns, FilterMatrix};
 use crate::fs::sync_group;
 use crate::journal::numbers;
 use crate::memtable::table;
 pub use crate::testing::failpoint::Failpoint;
 use onlyonce_core::StoredResult;
+use onlyonce_core::machine::{CompletedEntry, Entry, Event, OwnWindow};
 use onlyonce_core::{self, Key};
 
 /// Digests keys as a store does.
