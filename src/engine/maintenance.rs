@@ -466,6 +466,25 @@ mod tests {
     }
 
     #[test]
+    fn a_completion_whose_own_window_is_over_is_not_purged_while_a_bucket_has_an_earlier_attempt() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
+        let engine = engine(&dir, &options(&clock));
+        engine.abandon(&claim(&engine, "k"));
+        engine.flush().unwrap();
+        let key = onlyonce_core::Key::from("k").window(Duration::from_secs(1));
+        let Ok(Claim::Acquired(grant)) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() else {
+            panic!("its lease was dropped")
+        };
+        assert_eq!(grant.attempt, 2);
+        let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
+        engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
+        clock.advance(Duration::from_secs(1));
+        engine.purge();
+        assert_eq!(claim(&engine, "k").attempt, 1);
+    }
+
+    #[test]
     fn a_seal_is_due_at_an_eighth_of_the_budget_or_so_many_keys_and_callers_wait_at_a_quarter() {
         let dir = tempfile::tempdir().unwrap();
         let small = engine(&dir, &options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000))));
