@@ -15,7 +15,7 @@ use crate::invariant::Invariant;
 use crate::memtable::table::Shard;
 use crate::metrics::Call;
 use onlyonce_core::machine::{self, Decision, Entry, LeaseState, Processing};
-use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
+use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, Result, StoredKey, Timestamp};
 
 /// The entries that the buckets have for a request's keys, as of a flush generation.
 pub(super) struct DiskLookup {
@@ -217,6 +217,7 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::super::response::{FinishKind, FinishedBy, Grant};
     use super::*;
