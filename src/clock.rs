@@ -18,6 +18,7 @@ use wall::WallTime;
 pub(crate) use wall::{ClockState, Deviation};
 
 use onlyonce_core::Timestamp;
+use onlyonce_core::machine::Moment;
 
 use crate::config::Span;
 
@@ -224,6 +225,28 @@ impl Now {
     /// Completions at this time or later are remembered.
     pub(crate) fn remembers_since(&self, window_ms: u64) -> u64 {
         wall::floor_ms(self.remembers_since_ms, self.time_ms, window_ms)
+    }
+}
+
+impl Moment for Now {
+    #[inline]
+    fn time_ms(&self) -> u64 {
+        self.time_ms
+    }
+
+    #[inline]
+    fn monotonic_ms(&self) -> u64 {
+        self.monotonic_ms
+    }
+
+    #[inline]
+    fn is_over(&self, since_ms: u64, window_ms: u64) -> bool {
+        Self::is_over(self, since_ms, window_ms)
+    }
+
+    #[inline]
+    fn remembers(&self, at_ms: u64, window_ms: u64) -> bool {
+        Self::remembers(self, at_ms, window_ms)
     }
 }
 

@@ -5,17 +5,16 @@
 use std::sync::Arc;
 
 use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
-use crate::config::{OnInterrupt, Span};
-use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing};
-use onlyonce_core::Fingerprint;
+use crate::config::Span;
+use onlyonce_core::machine::{Backoff, CompletedEntry, Entry, Event, Holder, OwnWindow, Processing};
 pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
-use onlyonce_core::{PriorAttempt, StoredResult};
+use onlyonce_core::{Fingerprint, OnInterrupt, PriorAttempt, StoredResult};
 
 /// The version of all encodings in this file, stored in each store.
-pub(crate) const FORMAT: u32 = 3;
+pub(crate) const FORMAT: u32 = 5;
 
 /// The version of stores on stream time, whose times are not comparable to the wall clock.
-pub(crate) const STREAM_FORMAT: u32 = 4;
+pub(crate) const STREAM_FORMAT: u32 = 6;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Primitives
@@ -33,6 +32,7 @@ trait ReadStored {
     /// A time or a difference of times, within the range of clocks, so that sums do not overflow.
     fn clock_ms(&mut self) -> Option<u64>;
     fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>>;
+    fn own_window(&mut self, is_present: bool) -> Option<OwnWindow>;
 }
 
 impl ReadStored for Reader<'_> {
@@ -49,6 +49,10 @@ impl ReadStored for Reader<'_> {
     fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>> {
         if flags & FINGERPRINT == 0 { Some(None) } else { self.array().map(Some) }
     }
+
+    fn own_window(&mut self, is_present: bool) -> Option<OwnWindow> {
+        if is_present { self.varint().and_then(OwnWindow::from_ms) } else { Some(OwnWindow::NONE) }
+    }
 }
 
 const FINGERPRINT: u8 = 0b0001;
@@ -61,6 +65,21 @@ fn put_fingerprint(out: &mut Vec<u8>, fingerprint: Option<&Fingerprint>) {
 
 fn fingerprint_flag(fingerprint: Option<&Fingerprint>) -> u8 {
     if fingerprint.is_some() { FINGERPRINT } else { 0 }
+}
+
+/// In the flags of a completed key, and of a bucket value.
+const OWN_WINDOW: u8 = 0b1000;
+/// In the flags of a processing key.
+const PROCESSING_OWN_WINDOW: u8 = 0b0010_0000;
+
+fn put_own_window(out: &mut Vec<u8>, own_window: OwnWindow) {
+    if let Some(ms) = own_window.ms() {
+        put_varint(out, ms);
+    }
+}
+
+fn own_window_flag(own_window: OwnWindow, flag: u8) -> u8 {
+    if own_window == OwnWindow::NONE { 0 } else { flag }
 }
 
 // Whether a result is stored, in two bits.
@@ -95,9 +114,9 @@ fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult> {
 /// ```text
 /// record     := format (1) | kind (1) | time in ms (8, little endian) | item*
 /// processing := flags (1) | token (varint) | attempt (varint) | age in ms (zigzag) | [backoff in ms (varint)]
-///               | [fingerprint (16)] | key length (varint) | key
-/// completed  := flags (1) | token (varint) | age in ms (zigzag) | [fingerprint (16)] | key length (varint) | key
-///               | [result length (varint) | result]
+///               | [own window in ms (varint)] | [fingerprint (16)] | key length (varint) | key
+/// completed  := flags (1) | token (varint) | age in ms (zigzag) | [own window in ms (varint)] | [fingerprint (16)]
+///               | key length (varint) | key | [result length (varint) | result]
 /// forgotten  := token (varint) | key length (varint) | key
 /// ```
 ///
@@ -113,26 +132,6 @@ pub(crate) enum RecordKind {
     Completed = 3,
     /// Keys that were forgotten.
     Forgotten = 4,
-}
-
-/// One item of a journal record.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Event {
-    Claimed(Processing),
-    Released(Processing),
-    Completed(CompletedEntry),
-    Forgotten { token: u64 },
-}
-
-impl Event {
-    /// The time of its key.
-    pub(crate) fn time_ms(&self) -> u64 {
-        match self {
-            Self::Claimed(processing) | Self::Released(processing) => processing.since_ms,
-            Self::Completed(done) => done.completed_ms,
-            Self::Forgotten { .. } => 0,
-        }
-    }
 }
 
 const RECORD_FORMAT: u8 = 3;
@@ -187,7 +186,8 @@ impl RecordWriter {
     /// Appends an item of a `Claimed` or `Released` record. The end of the lease is not stored: leases end with their
     /// process.
     pub(crate) fn processing(&mut self, key: &[u8], processing: &Processing) {
-        let mut flags = fingerprint_flag(processing.fingerprint.as_ref());
+        let mut flags = fingerprint_flag(processing.fingerprint.as_ref())
+            | own_window_flag(processing.own_window, PROCESSING_OWN_WINDOW);
         let mut backoff_ms = None;
         match processing.holder {
             Holder::Leased { .. } | Holder::Committing => flags |= HOLDER_LEASED << HOLDER_SHIFT,
@@ -214,6 +214,7 @@ impl RecordWriter {
         if let Some(backoff_ms) = backoff_ms {
             put_varint(&mut self.bytes, u64::from(backoff_ms));
         }
+        put_own_window(&mut self.bytes, processing.own_window);
         put_fingerprint(&mut self.bytes, processing.fingerprint.as_ref());
         put_prefixed(&mut self.bytes, key);
         self.items += 1;
@@ -222,9 +223,11 @@ impl RecordWriter {
     /// Appends an item of a `Completed` record.
     pub(crate) fn completed(&mut self, key: &[u8], done: &CompletedEntry<&[u8]>) {
         let fingerprint = done.fingerprint.as_ref();
-        self.bytes.push(fingerprint_flag(fingerprint) | result_flag(&done.result));
+        let own_window_flag = own_window_flag(done.own_window, OWN_WINDOW);
+        self.bytes.push(fingerprint_flag(fingerprint) | result_flag(&done.result) | own_window_flag);
         put_varint(&mut self.bytes, done.token);
         self.age(done.completed_ms);
+        put_own_window(&mut self.bytes, done.own_window);
         put_fingerprint(&mut self.bytes, fingerprint);
         put_prefixed(&mut self.bytes, key);
         if let StoredResult::Bytes(result) = done.result {
@@ -274,11 +277,12 @@ pub(crate) fn read_record(record: &[u8], mut visit: impl FnMut(&[u8], Event)) ->
                 let flags = reader.byte()?;
                 let token = reader.varint()?;
                 let completed_ms = reader.time(time_ms)?;
+                let own_window = reader.own_window(flags & OWN_WINDOW != 0)?;
                 let fingerprint = reader.fingerprint(flags)?;
                 let key = reader.prefixed()?;
                 let stored = (flags & RESULT_MASK) >> RESULT_SHIFT == RESULT_BYTES;
                 let result = stored_result(flags, if stored { reader.prefixed()? } else { &[] })?;
-                visit(key, Event::Completed(CompletedEntry { token, completed_ms, fingerprint, result }));
+                visit(key, Event::Completed(CompletedEntry { token, completed_ms, fingerprint, own_window, result }));
             }
             4 => {
                 let token = reader.varint()?;
@@ -304,9 +308,10 @@ fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64) -> Option<(&'a [u8
         }
         _ => return None,
     };
+    let own_window = reader.own_window(flags & PROCESSING_OWN_WINDOW != 0)?;
     let fingerprint = reader.fingerprint(flags)?;
     let key = reader.prefixed()?;
-    Some((key, Processing { token, attempt, since_ms, fingerprint, holder }))
+    Some((key, Processing { token, attempt, since_ms, fingerprint, own_window, holder }))
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -333,8 +338,8 @@ const ATTEMPT: u8 = 3 << RESULT_SHIFT;
 const ATTEMPT_PRIOR_MASK: u8 = 0b0000_0011;
 
 /// ```text
-/// value   := format and flags (1) | ms since the bucket's start (varint) | token (varint) | [fingerprint (16)]
-///            | result, or attempt
+/// value   := format and flags (1) | ms since the bucket's start (varint) | token (varint) | [own window in ms (varint)]
+///            | [fingerprint (16)] | result, or attempt
 /// attempt := prior (1) | attempt (varint) | backoff in ms (varint)
 ///            | end of the backoff on the writing process's monotonic clock, in ms (varint)
 /// ```
@@ -343,13 +348,15 @@ const ATTEMPT_PRIOR_MASK: u8 = 0b0000_0011;
 #[must_use]
 pub(crate) fn put_value(entry: &Entry<&[u8]>, bucket_start_ms: u64, out: &mut Vec<u8>) -> Option<()> {
     out.clear();
-    let (flags, fingerprint) = match entry {
-        Entry::Completed(done) => (result_flag(&done.result), &done.fingerprint),
-        Entry::Processing(processing) => (ATTEMPT, &processing.fingerprint),
+    let (flags, fingerprint, own_window) = match entry {
+        Entry::Completed(done) => (result_flag(&done.result), &done.fingerprint, done.own_window),
+        Entry::Processing(processing) => (ATTEMPT, &processing.fingerprint, processing.own_window),
     };
+    let flags = flags | own_window_flag(own_window, OWN_WINDOW);
     out.push(VALUE_FORMAT | flags | fingerprint_flag(fingerprint.as_ref()));
     put_varint(out, entry.time_ms().saturating_sub(bucket_start_ms));
     put_varint(out, entry.token());
+    put_own_window(out, own_window);
     put_fingerprint(out, fingerprint.as_ref());
     match entry {
         Entry::Completed(CompletedEntry { result: StoredResult::Bytes(result), .. }) => out.extend_from_slice(result),
@@ -373,6 +380,7 @@ pub(crate) fn read_value(value: &[u8], bucket_start_ms: u64) -> Option<Entry> {
     }
     let time_ms = bucket_start_ms.checked_add(reader.varint()?)?;
     let token = reader.varint()?;
+    let own_window = reader.own_window(flags & OWN_WINDOW != 0)?;
     let fingerprint = reader.fingerprint(flags)?;
     if flags & RESULT_MASK == ATTEMPT {
         let prior_byte = reader.byte().filter(|byte| byte & !ATTEMPT_PRIOR_MASK == 0)?;
@@ -380,11 +388,11 @@ pub(crate) fn read_value(value: &[u8], bucket_start_ms: u64) -> Option<Entry> {
         let length_ms = u32::try_from(reader.varint()?).ok()?;
         let backoff = Backoff { until_monotonic_ms: reader.varint()?, length_ms };
         let holder = Holder::Released { prior: prior(prior_byte << PRIOR_SHIFT), backoff };
-        let processing = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
+        let processing = Processing { token, attempt, since_ms: time_ms, fingerprint, own_window, holder };
         return reader.is_empty().then_some(Entry::Processing(processing));
     }
     let result = stored_result(flags, reader.rest())?;
-    Some(Entry::Completed(CompletedEntry { token, completed_ms: time_ms, fingerprint, result }))
+    Some(Entry::Completed(CompletedEntry { token, completed_ms: time_ms, fingerprint, own_window, result }))
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -497,7 +505,12 @@ mod tests {
     }
 
     fn done(token: u64, result: StoredResult<&[u8]>) -> CompletedEntry<&[u8]> {
-        CompletedEntry { token, completed_ms: 50, fingerprint: None, result }
+        CompletedEntry { token, completed_ms: 50, own_window: OwnWindow::NONE, fingerprint: None, result }
+    }
+
+    fn any_window() -> impl Strategy<Value = OwnWindow> {
+        prop_oneof![Just(None), (0..1_u64 << 49).prop_map(Some)]
+            .prop_map(|ms| ms.and_then(OwnWindow::from_ms).unwrap_or(OwnWindow::NONE))
     }
 
     fn any_prior() -> impl Strategy<Value = PriorAttempt> {
@@ -531,11 +544,11 @@ mod tests {
 
         #[test]
         fn a_released_record_is_decoded_as_encoded(
-            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms in 0_u64..1 << 63, fingerprint: Option<Fingerprint>,
+            token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms in 0_u64..1 << 63, fingerprint: Option<Fingerprint>, own_window in any_window(),
             holder in any_holder(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
             let since_ms = time_ms.saturating_sub(age_ms);
-            let processing = Processing { token, attempt, since_ms, fingerprint, holder };
+            let processing = Processing { token, attempt, since_ms, own_window, fingerprint, holder };
             let mut record = RecordWriter::new(RecordKind::Released, time_ms, 0);
             record.processing(&key, &processing);
             record.processing(&key, &processing);
@@ -550,11 +563,11 @@ mod tests {
 
         #[test]
         fn an_ended_attempt_is_decoded_as_encoded_and_keys_in_flight_are_rejected(
-            token: u64, attempt: u32, since_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
+            token: u64, attempt: u32, since_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>, own_window in any_window(),
             prior in any_prior(), length_ms: u32, until_monotonic_ms: u64,
         ) {
             let holder = Holder::Released { prior, backoff: Backoff { until_monotonic_ms, length_ms } };
-            let entry = |holder| Entry::Processing(Processing { token, attempt, since_ms, fingerprint, holder });
+            let entry = |holder| Entry::Processing(Processing { token, attempt, since_ms, own_window, fingerprint, holder });
             let start_ms = since_ms.saturating_sub(bucket_age_ms);
             let mut value = Vec::new();
             put_value(&entry(holder).borrowed(), start_ms, &mut value).unwrap();
@@ -571,10 +584,10 @@ mod tests {
 
         #[test]
         fn a_completed_record_and_its_bucket_value_are_decoded_as_encoded(
-            token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
+            token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>, own_window in any_window(),
             result in any_result(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
-            let done = CompletedEntry { token, completed_ms, fingerprint, result };
+            let done = CompletedEntry { token, completed_ms, own_window, fingerprint, result };
             // A key may be older or newer than its record.
             let records = [
                 RecordWriter::new(RecordKind::Completed, completed_ms, 0),
@@ -612,6 +625,7 @@ mod tests {
             token: 9,
             attempt: 2,
             since_ms: 40,
+            own_window: OwnWindow::NONE,
             fingerprint: Some([7; 16]),
             holder: Holder::Leased { until_monotonic_ms: 77 },
         };
@@ -630,6 +644,7 @@ mod tests {
             token: 9,
             attempt: 1,
             since_ms: 40,
+            own_window: OwnWindow::NONE,
             fingerprint: Some([7; 16]),
             holder: Holder::CommittingUnclaimed,
         };
@@ -644,7 +659,14 @@ mod tests {
     #[test]
     fn a_record_is_empty_until_an_item_is_added() {
         let leased = Holder::Leased { until_monotonic_ms: 0 };
-        let processing = Processing { token: 1, attempt: 1, since_ms: 0, fingerprint: None, holder: leased };
+        let processing = Processing {
+            token: 1,
+            attempt: 1,
+            since_ms: 0,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            holder: leased,
+        };
         let fills: [fn(&mut RecordWriter, &Processing); 3] = [
             |record, processing| record.processing(b"k", processing),
             |record, _| record.completed(b"k", &done(1, StoredResult::None)),
@@ -676,7 +698,13 @@ mod tests {
         for result in [StoredResult::None, StoredResult::TooLarge] {
             let mut value = Vec::new();
             put_value(
-                &Entry::Completed(CompletedEntry { token: 1, completed_ms: 5, fingerprint: None, result }),
+                &Entry::Completed(CompletedEntry {
+                    token: 1,
+                    completed_ms: 5,
+                    own_window: OwnWindow::NONE,
+                    fingerprint: None,
+                    result,
+                }),
                 0,
                 &mut value,
             )
@@ -688,9 +716,24 @@ mod tests {
     }
 
     #[test]
+    fn a_window_longer_than_any_stores_is_rejected() {
+        for (ms, is_read) in [(0, true), ((1 << 48) - 2, true), ((1 << 48) - 1, false), (1 << 48, false)] {
+            let mut value = vec![VALUE_FORMAT | OWN_WINDOW, 0, 0];
+            put_varint(&mut value, ms);
+            let Some(Entry::Completed(done)) = read_value(&value, 0) else {
+                assert!(!is_read, "{ms} ms");
+                continue;
+            };
+            assert!(is_read && done.own_window.ms() == Some(ms), "{ms} ms");
+        }
+    }
+
+    #[test]
     fn a_truncated_record_is_rejected() {
         let mut record = RecordWriter::new(RecordKind::Completed, 50, 0);
-        let done = CompletedEntry { fingerprint: Some([5; 16]), ..done(300, StoredResult::Bytes(&b"result"[..])) };
+        let own_window = OwnWindow::from_ms(300).unwrap();
+        let done =
+            CompletedEntry { fingerprint: Some([5; 16]), own_window, ..done(300, StoredResult::Bytes(&b"result"[..])) };
         record.completed(b"\x00key", &done);
         let record = record.finish();
         for len in 0..record.len() {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock, YEAR, millis};
-use onlyonce_core::{Error, Result};
+use onlyonce_core::{Error, OnInterrupt, Result};
 
 /// Each live bucket is a column family, and RocksDB's cost grows faster than linearly with their number.
 pub(crate) const MAX_BUCKETS: u64 = 48;
@@ -25,17 +25,6 @@ pub enum Durability {
     /// Results are written to the operating system before the call returns and survive `kill -9`. A power cut can
     /// lose the results of the last `sync_interval`.
     Process,
-}
-
-/// What happens to a key whose attempt was interrupted: its lease expired or was dropped, or its process died.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnInterrupt {
-    /// The next claim gets the key at once, and [`AttemptInfo::prior`](crate::AttemptInfo::prior) reports the interruption.
-    /// Claims are not synced: a power cut can lose the claim itself, and then `prior` is `None`.
-    Rerun,
-    /// The key is held until [`Store::resolve`](crate::Store::resolve). For effects that must not be repeated
-    /// blindly. Under [`Durability::Process`] a power cut can lose the claim itself.
-    Hold,
 }
 
 /// The options of a store, as the caller set them.

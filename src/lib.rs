@@ -50,7 +50,6 @@ mod config;
 pub mod delivery;
 mod digest;
 mod engine;
-mod entry;
 mod filter;
 mod fs;
 mod invariant;
@@ -69,13 +68,13 @@ pub use api::{
 #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]
 pub use api::{DedupStream, Submitted, Unclaimed, UnclaimedReason};
 pub use clock::{BootTime, Clock, ManualClock};
-pub use config::{Durability, OnInterrupt};
+pub use config::Durability;
 #[cfg(feature = "testing")]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub use onlyonce_core::testing::MemoryStore;
 pub use onlyonce_core::{
     AttemptInfo, Cause, Completed, Completion, Error, ErrorKind, FencingToken, HeldKey, InProgress, Key, KeyError,
-    KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
+    KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnInterrupt, OnStoreFailure, Outcome, PriorAttempt,
     RecordOutcome, Resolution, Result, ResultError, SideWrites, StoredKey, StoredResult, Timestamp, TimestampError,
 };
 #[cfg(feature = "http")]

@@ -2,12 +2,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use onlyonce_core::Result;
+use onlyonce_core::{OnInterrupt, Result};
 
 use super::shared::Shared;
 use super::store::Store;
 use crate::clock::Clock;
-use crate::config::{Durability, OnInterrupt, Options};
+use crate::config::{Durability, Options};
 use crate::engine::core::Engine;
 use crate::engine::workers::StoreHandle;
 use crate::fs::directory::Directory;

@@ -5,15 +5,14 @@ use std::time::Duration;
 
 use onlyonce_core::{
     Answers, AttemptInfo, BoxFuture, Claim, Completion, EngineStats, Error, FencingToken, Finish, Grant, HeldKey,
-    KeepAlive, Key, KeyStatus, Limits, Message, MessageId, RecordOutcome, Release, Resolution, Result, StoredKey,
-    Timestamp,
+    KeepAlive, Key, KeyStatus, Limits, Message, MessageId, OnInterrupt, RecordOutcome, Release, Resolution, Result,
+    StoredKey, Timestamp,
 };
 
 use super::awaited::grant_waiting;
 use super::lease::{CompleteError, Lease, unanswered};
 use super::shared::Shared;
 use super::store::Store;
-use crate::config::OnInterrupt;
 use crate::engine::renewal::Renewal;
 use crate::engine::response;
 
@@ -182,13 +181,15 @@ async fn complete(shared: &Arc<Shared>, completions: Vec<(usize, Lease, Completi
 async fn release(shared: &Arc<Shared>, releases: Vec<(usize, Lease, Release)>) -> Vec<(usize, Result<()>)> {
     let (mut answers, mut indexes, mut leases) = (Vec::new(), Vec::new(), Vec::new());
     for (index, mut lease, release) in releases {
+        // Under `Hold` such an attempt holds its key, as if the lease were dropped.
+        if release.may_have_happened && shared.engine().config().on_interrupt == OnInterrupt::Hold {
+            let is_ours = shared.engine().interrupt(lease.grant());
+            let superseded = lease.grant().superseded();
+            lease.disarm();
+            answers.push((index, is_ours.and_then(|is_ours| if is_ours { Ok(()) } else { Err(superseded) })));
+            continue;
+        }
         if release.may_have_happened {
-            // Under `Hold` such an attempt holds its key, as if the lease were dropped.
-            if shared.engine().config().on_interrupt == OnInterrupt::Hold {
-                drop(lease);
-                answers.push((index, Ok(())));
-                continue;
-            }
             lease.set_may_have_happened();
         }
         if release.reset_attempts {
@@ -212,8 +213,7 @@ fn exported(answer: Claim<response::Grant>) -> Claim<Grant> {
         Claim::Acquired(grant) => {
             let attempt = AttemptInfo::new(FencingToken::new(grant.token), grant.attempt, grant.prior);
             let claimed_at = Timestamp::from_unix_ms(grant.at_ms);
-            let key = grant.decoded_key().with_fingerprint(grant.fingerprint);
-            Claim::Acquired(Grant::new(key, attempt, claimed_at, grant.claimed_monotonic_ms))
+            Claim::Acquired(Grant::new(grant.full_key(), attempt, claimed_at, grant.claimed_monotonic_ms))
         }
         Claim::Completed(completed) => Claim::Completed(completed),
         Claim::InProgress(in_progress) => Claim::InProgress(in_progress),

@@ -9,9 +9,9 @@ use super::shared::Shared;
 use crate::codec::RecordKind;
 use crate::engine::renewal::Renewal;
 use crate::engine::response::{FinishKind, FinishedBy, Grant};
-use crate::entry::Backoff;
 use crate::invariant::Invariant;
 use onlyonce_core::StoredResult;
+use onlyonce_core::machine::Backoff;
 
 /// The right to work on a key, until [`Lease::remaining`] is zero, or longer if no other caller claims the key.
 ///
@@ -177,6 +177,13 @@ impl Lease {
     #[cfg(feature = "tokio")]
     pub(crate) fn disarm(mut self) {
         self.finished = true;
+    }
+
+    /// The error of a completion that failed, with this lease if it is still good.
+    fn not_completed(mut self, error: Error, completion: Completion) -> CompleteError {
+        self.finished = error.outcome() == Outcome::Unknown;
+        let lease = (!self.finished).then_some(self);
+        CompleteError::new(error, completion, lease)
     }
 
     pub(crate) fn belongs_to(&self, shared: &Arc<Shared>) -> bool {
@@ -436,21 +443,15 @@ pub(crate) fn complete_calls(
         Ok(accepted) => leases
             .zip(accepted)
             .map(|((mut lease, completion), accepted)| {
-                lease.finished = true;
-                if accepted {
-                    Ok(completion)
-                } else {
-                    Err(CompleteError::new(lease.grant.superseded(), completion, None))
+                lease.finished = accepted.is_ok();
+                match accepted {
+                    Ok(true) => Ok(completion),
+                    Ok(false) => Err(CompleteError::new(lease.grant.superseded(), completion, None)),
+                    Err(error) => Err(lease.not_completed(error, completion)),
                 }
             })
             .collect(),
-        Err(error) => leases
-            .map(|(mut lease, completion)| {
-                lease.finished = error.outcome() == Outcome::Unknown;
-                let lease = (!lease.finished).then_some(lease);
-                Err(CompleteError::new(error.clone(), completion, lease))
-            })
-            .collect(),
+        Err(error) => leases.map(|(lease, completion)| Err(lease.not_completed(error.clone(), completion))).collect(),
     }
 }
 
@@ -462,7 +463,7 @@ pub(crate) fn release_all(leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
     // This attempt had no effect. An earlier one whose outcome is unknown stays so.
     let release = |lease: &Lease, backoff| FinishKind::Release {
         prior: lease.grant.prior.unwrap_or(PriorAttempt::Released),
-        backoff: Backoff::from(&now, backoff, window_ms),
+        backoff: Backoff::from(now, backoff, window_ms),
     };
     let finish = leases.iter().map(|(lease, backoff)| (&lease.grant, release(lease, *backoff))).collect();
     match engine.finish(RecordKind::Released, FinishedBy::Holder, finish) {
@@ -470,8 +471,8 @@ pub(crate) fn release_all(leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
             .into_iter()
             .zip(accepted)
             .map(|((mut lease, _), accepted)| {
-                lease.finished = true;
-                if accepted { Ok(()) } else { Err(lease.grant.superseded()) }
+                lease.finished = accepted.is_ok();
+                if accepted? { Ok(()) } else { Err(lease.grant.superseded()) }
             })
             .collect(),
         Err(error) => leases.iter().map(|_| Err(error.clone())).collect(),

@@ -17,8 +17,8 @@ use super::shared::Shared;
 use crate::codec::RecordKind;
 use crate::engine::request::Request;
 use crate::engine::response::{FinishKind, FinishedBy};
-use crate::entry::Backoff;
 use crate::stats::Stats;
+use onlyonce_core::machine::Backoff;
 
 /// A deduplication and idempotency store in a directory. Clones are handles to the same store.
 ///
@@ -396,7 +396,7 @@ impl Store {
                 }
             };
             let accepted = engine.finish(kind, FinishedBy::Operator, vec![(&grant, finish)])?;
-            if accepted == [true] { Ok(()) } else { Err(not_held()) }
+            if matches!(accepted[..], [Ok(true)]) { Ok(()) } else { Err(not_held()) }
         }))
     }
 

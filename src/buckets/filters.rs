@@ -239,9 +239,9 @@ mod tests {
     use crate::buckets::range::BucketRange;
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::{CompletedEntry, Entry};
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Entry, OwnWindow};
     use std::time::Duration;
 
     const SECRET: Secret = [5; 16];
@@ -269,6 +269,7 @@ mod tests {
             let completed = CompletedEntry {
                 token: 1,
                 completed_ms: self.0 * 1_000,
+                own_window: OwnWindow::NONE,
                 fingerprint: None,
                 result: StoredResult::None,
             };

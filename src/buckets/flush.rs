@@ -3,10 +3,10 @@
 use super::range::BucketRange;
 use super::registry::BucketRegistry;
 use crate::codec::{put_entry_key, put_value};
-use crate::entry::Entry;
 use crate::invariant::Invariant;
 use crate::rocks::db::Db;
 use onlyonce_core::Result;
+use onlyonce_core::machine::Entry;
 
 /// A completed or released key that is flushed to its bucket.
 pub(crate) struct FlushEntry<'a> {
@@ -70,10 +70,10 @@ mod tests {
     use crate::buckets::registry::{Probe, look_up};
     use crate::clock::Now;
     use crate::config::Span;
-    use crate::entry::CompletedEntry;
     use crate::fs::directory::Directory;
     use onlyonce_core::Error;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, OwnWindow};
 
     const RANGE: BucketRange = BucketRange { start_ms: 5_000, width_ms: 1_000 };
 
@@ -90,6 +90,7 @@ mod tests {
                 let completed = CompletedEntry {
                     token: 1,
                     completed_ms: *completed_ms,
+                    own_window: OwnWindow::NONE,
                     fingerprint: None,
                     result: StoredResult::None,
                 };
@@ -140,7 +141,13 @@ mod tests {
             look_up(&db, &registry.snapshot(), &[probe], |_, _, _| {})
         };
         for (completed_ms, is_inside) in [(5_999, true), (6_000, false)] {
-            let completed = CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
+            let completed = CompletedEntry {
+                token: 1,
+                completed_ms,
+                own_window: OwnWindow::NONE,
+                fingerprint: None,
+                result: StoredResult::None,
+            };
             put_value(&Entry::Completed(completed), RANGE.start_ms, &mut value).unwrap();
             db.add_sst(&bucket.family, |sst| sst.put(&key, &value)).unwrap();
             match find() {

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::registry::{Bucket, BucketRegistry};
-use crate::codec::{Event, digest_of_entry_key, read_record};
+use crate::codec::{digest_of_entry_key, read_record};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
+use onlyonce_core::machine::Event;
 use onlyonce_core::{Error, Result};
 
 /// Digests inserted into the filter in one batch.
@@ -131,17 +132,22 @@ mod tests {
 
     use super::*;
     use crate::codec::{RecordKind, RecordWriter};
-    use crate::entry::CompletedEntry;
     use crate::fs::directory::Directory;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, OwnWindow};
 
     #[test]
     fn a_replay_reports_the_totals_and_the_newest_time_of_its_records() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
-        let completed =
-            |completed_ms| CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
+        let completed = |completed_ms| CompletedEntry {
+            token: 1,
+            completed_ms,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            result: StoredResult::None,
+        };
         let mut bytes = 0;
         // On stream time a record may be older than its keys, and than the record before it.
         for (number, record_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {

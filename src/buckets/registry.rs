@@ -7,13 +7,13 @@ use super::range::BucketRange;
 use crate::clock::Now;
 use crate::codec::{put_entry_key, read_value};
 use crate::config::Span;
-use crate::entry::Entry;
 use crate::filter::matrix::{ColumnId, FilterMatrix, Geometry, MAX_COLUMNS};
 use crate::filter::stack::FilterStack;
 use crate::invariant::{Invariant, Poison};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{ArcSwap, AtomicU64, Guard, Mutex};
+use onlyonce_core::machine::Entry;
 use onlyonce_core::{Error, Result};
 
 /// A live bucket.

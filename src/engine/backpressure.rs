@@ -75,10 +75,10 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::Options;
-    use crate::entry::{CompletedEntry, Entry};
     use crate::fs::directory::Directory;
     use crate::memtable::slot::OVERHEAD_BYTES;
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Entry, OwnWindow};
 
     fn engine(dir: &tempfile::TempDir) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -90,7 +90,13 @@ mod tests {
     fn fill(engine: &Engine, digest: u64, bytes: usize) {
         let result = vec![0; bytes];
         let result = StoredResult::Bytes(result.as_slice());
-        let done = CompletedEntry { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        let done = CompletedEntry {
+            token: digest,
+            completed_ms: engine.now().time_ms,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            result,
+        };
         engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
     }
 

@@ -14,15 +14,11 @@ use std::sync::Arc;
 use super::core::Engine;
 use super::request::Request;
 use super::response::{Grant, completed, in_progress, payload_mismatch, too_old};
-use super::transition::{self, Decision};
-use crate::clock::Now;
 use crate::codec::RecordKind;
-use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::memtable::slot::Pending;
 use crate::metrics::Call;
-use onlyonce_core::Fingerprint;
+use onlyonce_core::machine::{self, Decision, Entry, Holder, Processing};
 use onlyonce_core::{Claim, Error, RecordOutcome, Result, TimestampError};
-use onlyonce_core::{PriorAttempt, StoredResult};
 
 impl Engine {
     /// Claims each key that is free, in one record.
@@ -43,20 +39,15 @@ impl Engine {
                     None => now,
                     Some(at_ms) => self.moment(request, key_ref, at_ms, now)?,
                 };
-                match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
-                    Decision::Available { attempt, prior } => {
+                let key_request = key_ref.key_request(at_ms);
+                match machine::decide(stored.as_ref(), key_request, now, self.policy) {
+                    Decision::Available(available) => {
                         self.admit_in_flight(stored.as_ref())?;
-                        let since_ms = time_of(at_ms, now, prior, stored.as_ref());
                         // Under the shard's lock, so that a later holder has a higher token.
                         let token = self.sequence.take();
-                        let fingerprint = key_ref.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
-                        let processing = Processing {
-                            token,
-                            attempt,
-                            since_ms,
-                            fingerprint,
-                            holder: Holder::Leased { until_monotonic_ms },
-                        };
+                        let processing =
+                            available.claimed(stored.as_ref(), key_request, token, until_monotonic_ms, now);
+                        let Processing { attempt, since_ms: at_ms, fingerprint, .. } = processing;
                         record.processing(key_ref.key, &processing);
                         shard.set(key_ref.digest, key_ref.key, Entry::Processing(processing));
                         Ok(Claim::Acquired(Grant {
@@ -64,9 +55,9 @@ impl Engine {
                             index: key_ref.index,
                             token,
                             attempt,
-                            prior,
+                            prior: available.prior,
                             fingerprint,
-                            at_ms: since_ms,
+                            at_ms,
                             claimed_monotonic_ms: now.monotonic_ms,
                         }))
                     }
@@ -101,14 +92,16 @@ impl Engine {
                     None => now,
                     Some(at_ms) => self.moment(request, key_ref, at_ms, now)?,
                 };
-                match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
-                    Decision::Available { attempt, prior } => {
-                        let token = self.sequence.take();
-                        let fingerprint = key_ref.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
-                        let completed_ms = time_of(at_ms, now, prior, stored.as_ref());
-                        let done = CompletedEntry { token, completed_ms, fingerprint, result: StoredResult::None };
+                let key_request = key_ref.key_request(at_ms);
+                match machine::decide(stored.as_ref(), key_request, now, self.policy) {
+                    Decision::Available(available) => {
+                        let done = available.recorded(stored.as_ref(), key_request, self.sequence.take(), now);
                         record.completed(key_ref.key, &done);
-                        let pending = Pending { record: open.number(), attempt, holder: Holder::CommittingUnclaimed };
+                        let pending = Pending {
+                            record: open.number(),
+                            attempt: available.attempt,
+                            holder: Holder::CommittingUnclaimed,
+                        };
                         shard.set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);
                         Ok(RecordOutcome::First)
                     }
@@ -203,24 +196,6 @@ impl Engine {
         self.counters.payload_mismatches.add(mismatches);
         self.counters.too_old.add(too_old);
         self.counters.too_far_ahead.add(too_far_ahead);
-    }
-}
-
-/// The payload fingerprint of an earlier attempt, for a later attempt that has none.
-fn first_payload(prior: Option<PriorAttempt>, stored: Option<&Entry>) -> Option<Fingerprint> {
-    match (prior, stored) {
-        (Some(_), Some(Entry::Processing(processing))) => processing.fingerprint,
-        _ => None,
-    }
-}
-
-/// A key's time: now, or its message's timestamp. A repeated attempt keeps the later time. Otherwise a later state of a key
-/// could be in an earlier bucket, which is dropped first.
-fn time_of(at_ms: Option<u64>, now: Now, prior: Option<PriorAttempt>, stored: Option<&Entry>) -> u64 {
-    let time_ms = at_ms.unwrap_or(now.time_ms);
-    match (prior, stored) {
-        (Some(_), Some(Entry::Processing(processing))) => time_ms.max(processing.since_ms),
-        _ => time_ms,
     }
 }
 

@@ -19,7 +19,6 @@ use super::response::too_far_ahead;
 use super::sequence::Sequence;
 use super::side_writes::{self, Admitted};
 use super::timekeeping::TimeSaved;
-use super::transition::Policy;
 use super::waiters::{Waiter, Waiters};
 use crate::buckets::filters::Filters;
 use crate::buckets::recovery::Replayed;
@@ -28,7 +27,6 @@ use crate::clock::{Now, Timeline};
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::{Config, MAX_KEY};
 use crate::digest::Digester;
-use crate::entry::Processing;
 use crate::invariant::Poison;
 use crate::memtable::table::MemTable;
 use crate::metrics::Metrics;
@@ -36,6 +34,7 @@ use crate::rocks::db::{self, Db};
 use crate::stats::Counters;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Condvar, Mutex};
 use onlyonce_core::Key;
+use onlyonce_core::machine::Policy;
 use onlyonce_core::{Error, Result, TimestampError};
 
 pub(crate) struct Engine {
@@ -157,12 +156,6 @@ impl Engine {
             Ok(time_ms) => Ok(Now { time_ms, ..now }),
             Err(leap) => Err(too_far_ahead(key_ref, at_ms, leap)),
         }
-    }
-
-    /// The time of a key's next state: not before the time of its current state, although the store's time may go back. On
-    /// stream time a key always has the time of its message.
-    pub(super) fn next_since_ms(&self, processing: &Processing, now: Now) -> u64 {
-        if self.timeline.is_stream() { processing.since_ms } else { now.time_ms.max(processing.since_ms) }
     }
 
     /// A writer of a record whose base time is `now`.

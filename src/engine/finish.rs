@@ -11,34 +11,38 @@ use std::sync::Arc;
 use super::core::Engine;
 use super::request::{KeyRef, Request};
 use super::response::{FinishKind, FinishedBy, Grant};
-use super::transition::{self, LeaseState};
 use crate::buckets::registry::{Probe, look_up};
 use crate::clock::Now;
 use crate::codec::{self, RecordKind};
-use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::Invariant;
 use crate::memtable::slot::Pending;
 use crate::metrics::Call;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::PriorAttempt;
+use onlyonce_core::machine::{self, Entry, Forget, Holder, Processing};
 use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 
 impl Engine {
-    /// Finishes leases, in one record. Returns for each lease whether it was accepted; false means superseded.
+    /// Finishes leases, in one record. Returns for each lease whether it was accepted; false means superseded. An error
+    /// concerns its lease alone.
+    ///
+    /// A completion that is repeated with the token that completed its key is accepted, and changes nothing.
     pub(crate) fn finish(
         &self,
         kind: RecordKind,
         finished_by: FinishedBy,
         leases: Vec<(&Grant, FinishKind<'_>)>,
-    ) -> Result<Vec<bool>> {
+    ) -> Result<Vec<Result<bool>>> {
         let completes = kind == RecordKind::Completed;
         let _timer = self.metrics.call(if completes { Call::Complete } else { Call::Release }, leases.len());
         let bytes = leases.iter().map(|(grant, finish_kind)| encoded_len(grant, finish_kind)).sum();
-        self.admit(0, bytes)?;
+        // A completion by an operator takes a token.
+        self.admit(if finished_by == FinishedBy::Operator { leases.len() } else { 0 }, bytes)?;
         let now = self.now();
         let open = self.begin_record();
         let mut record = self.record_writer(kind, now, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
+        let (mut count, mut sample) = (0, None);
         let mut side_writes = Vec::new();
         // Offsets are cumulative: after a rejected lease of its batch, an offset would cover a message that is not processed.
         let mut is_contiguous = true;
@@ -49,29 +53,40 @@ impl Engine {
             self.require_key(key)?;
             let mut shard = self.memtable.shard(digest);
             let stored = shard.get(digest, key);
-            let is_accepted = self.may_finish(stored.as_ref(), grant.token, finished_by, now);
-            accepted.push(is_accepted);
-            if !is_accepted {
-                is_contiguous = false;
-                continue;
-            }
-            let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
-            // Not before the claim, even if the store's time went back: a later state of a key is never in an earlier bucket.
-            let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms.max(at_ms) };
+            let own_window = match machine::finishable(stored.as_ref(), grant.token, finished_by, now, self.policy) {
+                Some(processing) => processing.own_window,
+                None => {
+                    drop(shard);
+                    let is_repeated = match (finished_by, finish_kind) {
+                        (FinishedBy::Holder, FinishKind::Complete { .. }) => {
+                            let earlier = leases.iter().map(|(grant, _)| grant.token).zip(&accepted);
+                            self.is_repeated(grant, stored, now, earlier)
+                        }
+                        _ => Ok(false),
+                    };
+                    is_contiguous &= matches!(is_repeated, Ok(true));
+                    accepted.push(is_repeated);
+                    continue;
+                }
+            };
+            accepted.push(Ok(true));
+            count += 1;
+            // One sample a call: a measurement for each key would be too expensive.
+            sample = sample.or(Some(*grant));
+            let mut attempt = grant.as_attempt();
             let entry = match *finish_kind {
                 FinishKind::Complete { result, side_writes: own, .. } => {
                     side_writes.extend(own.map(|own| (own, is_contiguous)));
-                    let done = CompletedEntry { token, completed_ms: time_ms, fingerprint, result };
+                    // With a token of its own, so that the old holder's late completion is no repeated one.
+                    if finished_by == FinishedBy::Operator {
+                        attempt.token = self.sequence.take();
+                    }
+                    let done = attempt.completed(own_window, result, now, self.policy);
                     record.completed(key, &done);
                     Entry::Completed(done)
                 }
                 FinishKind::Release { prior, backoff } => {
-                    let holder = match finished_by {
-                        FinishedBy::Holder => Holder::Released { prior, backoff },
-                        FinishedBy::Operator => Holder::Resolved(prior),
-                    };
-                    let fingerprint = transition::binding(fingerprint, prior);
-                    let released = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
+                    let released = attempt.released(own_window, finished_by, prior, backoff, now, self.policy);
                     record.processing(key, &released);
                     Entry::Processing(released)
                 }
@@ -80,37 +95,46 @@ impl Engine {
                 digest,
                 key,
                 entry,
-                Pending { record: open.number(), attempt, holder: Holder::Committing },
+                Pending { record: open.number(), attempt: grant.attempt, holder: Holder::Committing },
             );
         }
         let sync = if completes { self.config.sync_results() } else { self.config.sync_claims() };
         self.append_with(open, record, &side_writes, sync)?;
         self.waiters.wake(leases.iter().map(|(grant, _)| grant.digest()));
-        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         if completes {
             self.counters.completed.add(count);
-            // One sample a call: a measurement for each key would be too expensive.
-            let sample = leases.iter().zip(&accepted).find(|(_, accepted)| **accepted);
-            if let (FinishedBy::Holder, Some(((grant, _), _))) = (finished_by, sample) {
+            if let (FinishedBy::Holder, Some(grant)) = (finished_by, sample) {
                 self.metrics.processed(|| now.monotonic_ms.saturating_sub(grant.claimed_monotonic_ms));
             }
         } else {
             self.counters.released.add(count);
         }
-        self.counters.superseded.add((accepted.len() as u64).saturating_sub(count));
+        self.counters.superseded.add(accepted.iter().filter(|accepted| matches!(accepted, Ok(false))).count() as u64);
         self.wake_if_due();
         self.check_response_count(accepted, leases.len())
     }
 
-    /// Whether a finish is accepted: by the token, and for an operator only while the key is held.
-    fn may_finish(&self, stored: Option<&Entry>, token: u64, finished_by: FinishedBy, now: Now) -> bool {
-        let may = match (finished_by, stored) {
-            (FinishedBy::Operator, Some(Entry::Processing(processing))) => {
-                matches!(self.lease_state_at(processing, now), LeaseState::Held(_))
+    /// True if the token of a grant has completed its key, which is remembered: in this call, or before. `stored` is what the
+    /// memtable holds of the key, `earlier` the tokens and answers of this call so far.
+    #[cold]
+    fn is_repeated<'a>(
+        &self,
+        grant: &Grant,
+        stored: Option<Entry>,
+        now: Now,
+        earlier: impl DoubleEndedIterator<Item = (u64, &'a Result<bool>)> + ExactSizeIterator,
+    ) -> Result<bool> {
+        let is_done = |stored: Option<Entry>| machine::has_completed(stored.as_ref(), grant.token, now, self.policy);
+        match (stored, grant.request.get(grant.index)) {
+            (Some(Entry::Processing(_)), _) => {
+                Ok(earlier.rev().any(|(token, accepted)| token == grant.token && matches!(accepted, Ok(true))))
             }
-            _ => true,
-        };
-        may && transition::may_finish(stored, token)
+            (None, Some(key_ref)) => {
+                let on_disk = self.look_up_on_disk_again(key_ref)?;
+                self.with_locked_key(key_ref, &on_disk, |_, stored| is_done(stored))
+            }
+            (stored, _) => Ok(is_done(stored)),
+        }
     }
 
     /// Renews a lease to its full length. False: superseded. Changes only memory.
@@ -128,13 +152,7 @@ impl Engine {
         self.ready()?;
         let now = self.now();
         let full_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
-        let renewed = self.change_holder(grant, now, |holder| match holder {
-            Holder::Leased { until_monotonic_ms } => {
-                Some(Holder::Leased { until_monotonic_ms: until_monotonic_ms.max(full_ms.min(limit_ms)) })
-            }
-            // Resolved or dropped. A resolution is in the journal, so a renewal, which is not, must not undo it.
-            _ => None,
-        });
+        let renewed = self.change_holder(grant, now, |holder| holder.renewed(full_ms.min(limit_ms)));
         self.check_invariants()?;
         if !renewed {
             self.counters.superseded.add(1);
@@ -146,37 +164,39 @@ impl Engine {
     pub(crate) fn remaining_ms(&self, grant: &Grant) -> u64 {
         let now = self.now();
         let shard = self.memtable.shard(grant.digest());
-        match shard.get(grant.digest(), grant.key()) {
-            Some(Entry::Processing(processing)) if processing.token == grant.token => {
-                match self.lease_state_at(&processing, now) {
-                    LeaseState::Active { remaining_ms } => remaining_ms,
-                    _ => 0,
-                }
-            }
-            _ => 0,
-        }
+        machine::remaining_ms(shard.get(grant.digest(), grant.key()).as_ref(), grant.token, now, self.policy)
     }
 
     /// Marks a lease as dropped without completion or release. Changes only memory.
     pub(crate) fn abandon(&self, grant: &Grant) {
-        self.end_unwritten(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+        self.end_unwritten(grant, machine::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+    }
+
+    /// As [`Engine::abandon`], for a caller that waits for the answer. False: superseded.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn interrupt(&self, grant: &Grant) -> Result<bool> {
+        self.ready()?;
+        let is_ours = self.end_unwritten(grant, machine::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+        self.check_invariants()?;
+        if !is_ours {
+            self.counters.superseded.add(1);
+        }
+        Ok(is_ours)
     }
 
     /// Takes back a lease that no caller received, so that no work was done. Changes only memory: the next open counts it as
     /// crashed, unless a flush wrote it before.
     #[cfg(feature = "tokio")]
     pub(crate) fn take_back(&self, grant: &Grant) {
-        self.end_unwritten(
-            grant,
-            Holder::Released { prior: grant.prior.unwrap_or(PriorAttempt::Released), backoff: Default::default() },
-        );
+        self.end_unwritten(grant, machine::taken_back(grant.prior));
     }
 
-    /// Ends a lease in memory and wakes its waiters.
-    fn end_unwritten(&self, grant: &Grant, ended: Holder) {
+    /// Ends a lease in memory and wakes its waiters. False: superseded. A lease that has ended already stays as it is.
+    fn end_unwritten(&self, grant: &Grant, ended: Holder) -> bool {
         let now = self.timeline.now();
-        self.change_holder(grant, now, |holder| matches!(holder, Holder::Leased { .. }).then_some(ended));
+        let is_ours = self.change_holder(grant, now, |holder| Some(holder.ended(ended)));
         self.waiters.wake([grant.digest()]);
+        is_ours
     }
 
     /// Changes the holder of a lease's key in memory. False if the lease is superseded or `change` returns `None`.
@@ -187,18 +207,13 @@ impl Engine {
             return false;
         }
         let mut shard = self.memtable.shard(digest);
-        let stored = shard.get(digest, key).filter(|stored| transition::may_finish(Some(stored), grant.token));
+        let stored = shard.get(digest, key).filter(|stored| machine::may_finish(Some(stored), grant.token));
         let Some(Entry::Processing(processing)) = stored else { return false };
         let Some(holder) = change(processing.holder) else { return false };
         if holder == processing.holder {
             return true;
         }
-        let since_ms = self.next_since_ms(&processing, now);
-        let fingerprint = match holder {
-            Holder::Released { prior, .. } => transition::binding(processing.fingerprint, prior),
-            _ => processing.fingerprint,
-        };
-        let changed = Processing { since_ms, holder, fingerprint, ..processing };
+        let changed = processing.with_holder(holder, now, self.policy);
         shard.set(digest, key, Entry::Processing(changed));
         drop(shard);
         self.wake_if_due();
@@ -213,8 +228,7 @@ impl Engine {
         let shard = self.memtable.shard(key_ref.digest);
         let stored = shard.get(key_ref.digest, key_ref.key);
         self.check_invariants()?;
-        let Some(Entry::Processing(processing)) = stored else { return Ok(None) };
-        let LeaseState::Held(prior) = self.lease_state_at(&processing, now) else { return Ok(None) };
+        let Some((processing, prior)) = machine::held(stored.as_ref(), now, self.policy) else { return Ok(None) };
         let grant = Grant {
             request: Arc::clone(request),
             index: key_ref.index,
@@ -247,24 +261,18 @@ impl Engine {
         let snapshot = self.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
         let probe = Probe { index: 0, digest: key_ref.digest, key: key_ref.key, column_bits };
-        let (mut flushed, mut existed) = (Vec::new(), false);
+        let (mut flushed, mut newest) = (Vec::new(), None::<Entry>);
         look_up(&self.db, &snapshot, &[probe], |_, bucket, entry| {
-            existed |= self.is_live_at(&entry, now);
+            newest = newest.take().filter(|newest| newest.token() > entry.token()).or(Some(entry));
             flushed.push(Arc::clone(bucket));
         })?;
         let mut shard = self.memtable.shard(key_ref.digest);
         let in_memory = shard.get(key_ref.digest, key_ref.key);
         self.check_forgettable(key_ref, in_memory.as_ref(), now)?;
-        existed |= in_memory.as_ref().is_some_and(|entry| self.is_live_at(entry, now));
+        let existed = in_memory.as_ref().or(newest.as_ref()).is_some_and(|entry| self.is_live_at(entry, now));
         if let Some(entry) = &in_memory {
             // Until the record is written, other calls see the key as committing.
-            let committing = Processing {
-                token: entry.token(),
-                attempt: 1,
-                since_ms: now.time_ms,
-                fingerprint: None,
-                holder: Holder::Committing,
-            };
+            let committing = Processing::removing(entry.token(), now);
             shard.set(key_ref.digest, key_ref.key, Entry::Processing(committing));
         }
         // Under the lock: the record's number is above those of the key's earlier records, and its token is below that of the
@@ -308,15 +316,11 @@ impl Engine {
 
     /// Fails if a key is leased or held.
     fn check_forgettable(&self, key_ref: KeyRef<'_>, stored: Option<&Entry>, now: Now) -> Result<()> {
-        let Some(Entry::Processing(processing)) = stored else { return Ok(()) };
-        let token = FencingToken::new(processing.token);
-        match self.lease_state_at(processing, now) {
-            LeaseState::Active { .. } | LeaseState::Committing => {
-                Err(Error::InUse { key: Key::display_encoded(key_ref.key), token })
-            }
-            // Without the entry, the next claim would not report that the work may have happened.
-            LeaseState::Held(_) => Err(Error::Undecided { key: Key::display_encoded(key_ref.key), token }),
-            _ => Ok(()),
+        let key = || Key::display_encoded(key_ref.key);
+        match machine::check_forget(stored, now, self.policy) {
+            Forget::Allowed => Ok(()),
+            Forget::InUse { token } => Err(Error::InUse { key: key(), token: FencingToken::new(token) }),
+            Forget::Undecided { token } => Err(Error::Undecided { key: key(), token: FencingToken::new(token) }),
         }
     }
 }
@@ -338,10 +342,10 @@ mod tests {
 
     use super::*;
     use crate::clock::ManualClock;
-    use crate::config::{Durability, OnInterrupt, Options};
-    use crate::entry::Backoff;
+    use crate::config::{Durability, Options};
     use crate::fs::directory::Directory;
-    use onlyonce_core::{Claim, StoredResult};
+    use onlyonce_core::machine::Backoff;
+    use onlyonce_core::{Claim, OnInterrupt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -378,7 +382,8 @@ mod tests {
             ] {
                 let grant = claim(&engine, what);
                 syncs_of(what, expected, &|| {
-                    assert_eq!(engine.finish(kind, FinishedBy::Holder, vec![(&grant, finish_kind)]).unwrap(), [true]);
+                    let finished = engine.finish(kind, FinishedBy::Holder, vec![(&grant, finish_kind)]).unwrap();
+                    assert!(matches!(finished[..], [Ok(true)]), "{finished:?}");
                 });
             }
             let request = engine.request(["d"]).unwrap();
@@ -406,7 +411,8 @@ mod tests {
         // Between the two steps of a resolution.
         assert!(engine.renew(&grant).unwrap());
         let rerun = vec![(&held, FinishKind::Release { prior, backoff: Backoff::NONE })];
-        assert_eq!(engine.finish(RecordKind::Released, FinishedBy::Operator, rerun).unwrap(), [false]);
+        let resolved = engine.finish(RecordKind::Released, FinishedBy::Operator, rerun).unwrap();
+        assert!(matches!(resolved[..], [Ok(false)]), "{resolved:?}");
         assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claim::InProgress { .. }))));
     }
 

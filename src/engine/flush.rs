@@ -18,7 +18,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::core::Engine;
-use super::transition::LeaseState;
 use crate::buckets::flush::flush;
 use crate::buckets::rotation::prepare_next;
 use crate::codec::{RecordKind, RecordWriter};
@@ -27,6 +26,7 @@ use crate::memtable::frozen::FrozenSet;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::sleep;
 use onlyonce_core::Result;
+use onlyonce_core::machine::LeaseState;
 
 /// The size at which a record of the checkpoint ends and the next one begins.
 const CHECKPOINT_RECORD_BYTES: usize = 16 << 20;
@@ -182,9 +182,9 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::config::{Durability, Options};
     use crate::engine::response::Grant;
-    use crate::entry::{CompletedEntry, Entry, Holder};
     use crate::fs::directory::Directory;
     use crate::memtable::slot::Pending;
+    use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow};
     use onlyonce_core::{Claim, Error, Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
@@ -327,6 +327,7 @@ mod tests {
         let done = CompletedEntry {
             token: open.number(),
             completed_ms: now_ms,
+            own_window: OwnWindow::NONE,
             fingerprint: None,
             result: StoredResult::None,
         };

@@ -5,14 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::core::Engine;
-use super::transition::LeaseState;
 use crate::buckets::registry::Bucket;
-use crate::config::OnInterrupt;
-use crate::entry::Processing;
 use crate::memtable::table::Shard;
 use crate::metrics::{ExpensiveGauges, Gauges};
 use crate::stats::{BucketStats, Stats};
-use onlyonce_core::Timestamp;
+use onlyonce_core::machine::LeaseState;
+use onlyonce_core::machine::Processing;
+use onlyonce_core::{OnInterrupt, Timestamp};
 
 impl Engine {
     /// Counts a message that was processed without deduplication.

@@ -5,19 +5,17 @@
 //! that was flushed between the two reads would be missed in both, and claimed a second time.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use super::core::Engine;
 use super::request::{KeyRef, Request};
 use super::response::{completed, in_progress, payload_mismatch, too_far_ahead, too_old};
-use super::transition::{self, Decision, LeaseState};
 use crate::buckets::registry::{Probe, Snapshot, look_up};
 use crate::clock::Now;
-use crate::entry::{Entry, Processing};
 use crate::invariant::Invariant;
 use crate::memtable::table::Shard;
 use crate::metrics::Call;
-use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
+use onlyonce_core::machine::{self, Decision, Entry, LeaseState, Processing};
+use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, Result, StoredKey, Timestamp};
 
 /// The entries that the buckets have for a request's keys, as of a flush generation.
 pub(super) struct DiskLookup {
@@ -61,7 +59,7 @@ impl Engine {
     }
 
     /// As [`Engine::look_up_on_disk`], for one key.
-    fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
+    pub(super) fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
         let flush_generation = self.flush_generation.load(Ordering::Acquire);
         let snapshot = self.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
@@ -136,8 +134,8 @@ impl Engine {
                 Some((_, Ok(time_ms))) => Now { time_ms, ..now },
                 Some((at_ms, Err(leap))) => return Err(too_far_ahead(key_ref, at_ms, leap)),
             };
-            match transition::decide(stored.as_ref(), key_ref.payload, at_ms, now, self.policy) {
-                Decision::Available { .. } => Ok(KeyStatus::New),
+            match machine::decide(stored.as_ref(), key_ref.key_request(at_ms), now, self.policy) {
+                Decision::Available(_) => Ok(KeyStatus::New),
                 Decision::InProgress { retry_after_ms, attempt } => {
                     Ok(KeyStatus::InProgress(in_progress(retry_after_ms, attempt)))
                 }
@@ -157,17 +155,14 @@ impl Engine {
             Entry::Processing(processing) => StoredKey::processing(
                 FencingToken::new(processing.token),
                 processing.attempt,
-                public_state(self.lease_state_at(&processing, now)),
+                self.lease_state_at(&processing, now).into(),
             ),
         }))
     }
 
     /// Whether an entry counts: it is within its window, or in progress.
     pub(super) fn is_live_at(&self, entry: &Entry, now: Now) -> bool {
-        match entry {
-            Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
-            Entry::Processing(processing) => self.lease_state_at(processing, now) != LeaseState::Forgotten,
-        }
+        machine::counts(entry, now, self.policy)
     }
 
     /// Looks each key up and maps it and its entry to a response.
@@ -193,7 +188,7 @@ impl Engine {
     }
 
     pub(super) fn lease_state_at(&self, processing: &Processing, now: Now) -> LeaseState {
-        transition::lease_state(processing, now, self.policy)
+        machine::lease_state(processing, now, self.policy)
     }
 
     /// The keys that are held for resolution, the oldest claim first. Visits the whole memtable.
@@ -221,33 +216,20 @@ impl Engine {
     }
 }
 
-fn public_state(state: LeaseState) -> onlyonce_core::LeaseState {
-    use onlyonce_core::LeaseState as Public;
-    let duration = Duration::from_millis;
-    match state {
-        LeaseState::Active { remaining_ms } => Public::Leased(duration(remaining_ms)),
-        LeaseState::Committing => Public::Leased(Duration::ZERO),
-        LeaseState::Backoff { remaining_ms, prior } => Public::Backoff(duration(remaining_ms), prior),
-        LeaseState::Free(prior) => Public::Free(prior),
-        LeaseState::Held(prior) => Public::Held(prior),
-        // It expired between two readings of the clock.
-        LeaseState::Forgotten => Public::Free(PriorAttempt::LeaseExpired),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::super::response::{FinishKind, FinishedBy, Grant};
     use super::*;
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::entry::Backoff;
     use crate::fs::directory::Directory;
     use onlyonce_core::Claim;
     use onlyonce_core::Error;
+    use onlyonce_core::machine::Backoff;
     use onlyonce_core::{PriorAttempt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {

@@ -10,14 +10,13 @@ use std::sync::atomic::Ordering;
 
 use super::core::Engine;
 use super::flush::IDLE_TRUNCATE_BYTES;
-use super::transition::LeaseState;
 use crate::buckets::filters::Filters;
 use crate::buckets::range::BucketRange;
 use crate::buckets::rotation::{drop_expired, has_expired, prepare_next};
 use crate::clock::Now;
-use crate::entry::Entry;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::Result;
+use onlyonce_core::machine::{Entry, LeaseState};
 
 /// The shortest time between two purges: each visits the whole memtable.
 const PURGE_INTERVAL_MS: u64 = 1_000;
@@ -85,7 +84,8 @@ impl Engine {
         let window_ms = self.config().span.window_ms;
         for mut shard in self.memtable.shards() {
             shard.retain(|entry| match entry {
-                Entry::Completed(done) => done.is_live(now, window_ms),
+                // Also after its own window: it overrules what a bucket may hold of an earlier attempt.
+                Entry::Completed(done) => now.remembers(done.completed_ms, window_ms),
                 Entry::Processing(processing) => self.lease_state_at(processing, now) != LeaseState::Forgotten,
             });
         }
@@ -163,10 +163,11 @@ mod tests {
 
     use super::*;
     use crate::clock::ManualClock;
+    use crate::codec::RecordKind;
     use crate::config::{Durability, Options};
-    use crate::engine::response::Grant;
+    use crate::engine::response::{FinishKind, FinishedBy, Grant};
     use crate::fs::directory::Directory;
-    use onlyonce_core::{Claim, RecordOutcome};
+    use onlyonce_core::{Claim, RecordOutcome, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -199,6 +200,25 @@ mod tests {
 
     fn flush_generation(engine: &Engine) -> u64 {
         engine.flush_generation.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn a_completion_is_kept_after_its_own_window_to_overrule_an_earlier_attempt_in_a_bucket() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
+        let engine = engine(&dir, &options(&clock));
+        engine.abandon(&claim(&engine, "k"));
+        engine.flush().unwrap();
+        let key = onlyonce_core::Key::from("k").window(Duration::from_secs(1));
+        let Ok(Claim::Acquired(grant)) = engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() else {
+            panic!("its lease was dropped")
+        };
+        assert_eq!(grant.attempt, 2);
+        let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
+        engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
+        clock.advance(Duration::from_secs(1));
+        engine.purge();
+        assert_eq!(claim(&engine, "k").attempt, 1);
     }
 
     #[test]

@@ -22,6 +22,5 @@ pub(crate) mod response;
 pub(crate) mod sequence;
 mod side_writes;
 mod timekeeping;
-pub(crate) mod transition;
 pub(crate) mod waiters;
 pub(crate) mod workers;

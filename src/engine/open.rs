@@ -12,15 +12,13 @@ use super::meta_entries::{
 };
 use super::sequence::Sequence;
 use super::timekeeping::{self, TimeSaved};
-use super::transition::{self, Policy};
 use crate::buckets::filters::Filters;
 use crate::buckets::recovery;
 use crate::buckets::registry::BucketRegistry;
 use crate::clock::ClockState;
-use crate::codec::{self, Event};
+use crate::codec;
 use crate::config::{Options, Stored};
 use crate::digest::Digester;
-use crate::entry::{Entry, Holder, Processing};
 use crate::fs::directory::Directory;
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
@@ -28,7 +26,8 @@ use crate::rocks::db::Db;
 use crate::stats::Counters;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex};
-use onlyonce_core::{Error, PriorAttempt, Result};
+use onlyonce_core::machine::{self, Entry, Event, Opened, Policy, Replayed};
+use onlyonce_core::{Error, Result};
 
 /// The filters' share of the memory budget, in sixteenths. Unflushed keys have four, the block cache two, the journal's
 /// memtable two, the recent cache one.
@@ -75,7 +74,7 @@ impl Engine {
                 window_ms: config.span.window_ms,
                 on_interrupt: config.on_interrupt,
                 is_stream: timeline.is_stream(),
-                opened: (&now).into(),
+                opened: Opened::at(now),
                 first_token: tokens,
             },
             config,
@@ -115,13 +114,8 @@ impl Engine {
             let crashed: Vec<_> = shard
                 .in_flight()
                 .filter_map(|(digest, key, processing)| {
-                    let (prior, since_ms) = match processing.holder {
-                        Holder::Leased { .. } => (PriorAttempt::Crashed, self.next_since_ms(&processing, now)),
-                        Holder::Interrupted(prior) => (prior, processing.since_ms),
-                        _ => return None,
-                    };
-                    let holder = transition::interrupted(prior, self.policy.on_interrupt);
-                    Some((digest, key.to_vec(), Processing { since_ms, holder, ..processing }))
+                    let crashed = machine::crashed(processing, now, self.policy)?;
+                    Some((digest, key.to_vec(), crashed))
                 })
                 .collect();
             for (digest, key, processing) in crashed {
@@ -214,20 +208,10 @@ impl StoredMeta {
 
 /// Applies an event of the journal to the memtable.
 fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event) {
-    let stored = shard.get(digest, key);
-    let stored = stored.as_ref();
-    match event {
-        Event::Claimed(processing) if transition::replay_claimed(stored, processing.token) => {
-            shard.set(digest, key, Entry::Processing(processing));
-        }
-        Event::Released(processing) if transition::replay_released(stored, processing.token) => {
-            shard.set(digest, key, Entry::Processing(processing));
-        }
-        Event::Completed(done) if transition::replay_completed(stored, done.token) => {
-            shard.set(digest, key, Entry::Completed(done.borrowed()));
-        }
-        Event::Forgotten { token } if transition::replay_forgotten(stored, token) => shard.remove(digest, key),
-        _ => {}
+    match machine::replay(shard.get(digest, key).as_ref(), event) {
+        Replayed::Stored(entry) => shard.set(digest, key, entry.borrowed()),
+        Replayed::Removed => shard.remove(digest, key),
+        Replayed::Unchanged => {}
     }
 }
 
@@ -237,8 +221,8 @@ mod tests {
 
     use super::*;
     use crate::clock::ManualClock;
-    use crate::entry::CompletedEntry;
-    use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Holder, OwnWindow, Processing};
+    use onlyonce_core::{PriorAttempt, StoredResult};
 
     fn engine(dir: &tempfile::TempDir) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -250,7 +234,13 @@ mod tests {
     fn fill(engine: &Engine, digest: u64, bytes: usize) {
         let result = vec![0; bytes];
         let result = StoredResult::Bytes(result.as_slice());
-        let done = CompletedEntry { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        let done = CompletedEntry {
+            token: digest,
+            completed_ms: engine.now().time_ms,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            result,
+        };
         engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
     }
 
@@ -270,12 +260,18 @@ mod tests {
     fn records_of_two_holders_replay_to_the_same_state_in_either_order() {
         let processing = |token| {
             let holder = Holder::Interrupted(PriorAttempt::Crashed);
-            Processing { token, attempt: 1, since_ms: 5, fingerprint: None, holder }
+            Processing { token, attempt: 1, since_ms: 5, own_window: OwnWindow::NONE, fingerprint: None, holder }
         };
         let claimed = |token| Event::Claimed(processing(token));
         let finished = |token| Event::Released(processing(token));
         let completed = |token| {
-            Event::Completed(CompletedEntry { token, completed_ms: 5, fingerprint: None, result: StoredResult::None })
+            Event::Completed(CompletedEntry {
+                token,
+                completed_ms: 5,
+                own_window: OwnWindow::NONE,
+                fingerprint: None,
+                result: StoredResult::None,
+            })
         };
         let after = |events: &[Event]| {
             let table = MemTable::new(0);

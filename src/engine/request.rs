@@ -1,6 +1,7 @@
 //! A request: the keys of one call, encoded and digested once.
 
 use crate::digest::Digester;
+use onlyonce_core::machine::{KeyRequest, OwnWindow};
 use onlyonce_core::{Error, Result, TimestampError};
 use onlyonce_core::{Fingerprint, Key};
 
@@ -35,6 +36,13 @@ struct Item {
     end: usize,
     digest: u64,
     payload: Option<Fingerprint>,
+    own_window: OwnWindow,
+}
+
+impl Item {
+    fn key_ref<'a>(&'a self, index: usize, key: &'a [u8]) -> KeyRef<'a> {
+        KeyRef { index, digest: self.digest, key, payload: self.payload.as_ref(), own_window: self.own_window }
+    }
 }
 
 /// One key of a request.
@@ -44,6 +52,15 @@ pub(crate) struct KeyRef<'a> {
     pub(crate) digest: u64,
     pub(crate) key: &'a [u8],
     pub(crate) payload: Option<&'a Fingerprint>,
+    pub(crate) own_window: OwnWindow,
+}
+
+impl<'a> KeyRef<'a> {
+    /// What the call says about the key. `at_ms` is the message's timestamp on stream time.
+    #[inline]
+    pub(super) fn key_request(&self, at_ms: Option<u64>) -> KeyRequest<'a> {
+        KeyRequest { payload: self.payload, at_ms, own_window: self.own_window }
+    }
 }
 
 /// Fails if a call has too many bytes.
@@ -94,7 +111,8 @@ impl Request {
         admit_bytes(self.bytes.len())?;
         let encoded = self.bytes.get(start..).unwrap_or_default();
         let digest = digester.digest(encoded);
-        self.items.push(Item { end: self.bytes.len(), digest, payload: key.payload_fingerprint().copied() });
+        let (payload, own_window) = (key.payload_fingerprint().copied(), OwnWindow::new(key.own_window()));
+        self.items.push(Item { end: self.bytes.len(), digest, payload, own_window });
         Ok(())
     }
 
@@ -140,7 +158,7 @@ impl Request {
         let item = self.items.get(index)?;
         let previous = index.checked_sub(1).and_then(|previous| self.items.get(previous));
         let key = self.bytes.get(previous.map_or(0, |previous| previous.end)..item.end).unwrap_or_default();
-        Some(KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() })
+        Some(item.key_ref(index, key))
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = KeyRef<'_>> {
@@ -148,7 +166,7 @@ impl Request {
         self.items.iter().enumerate().map(move |(index, item)| {
             let key = self.bytes.get(start..item.end).unwrap_or_default();
             start = item.end;
-            KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() }
+            item.key_ref(index, key)
         })
     }
 }
@@ -211,6 +229,17 @@ mod tests {
         let all = Request::concat(calls.iter());
         assert_has_keys(&all, &KEYS);
         assert_eq!(all.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
+    }
+
+    #[test]
+    fn a_key_has_the_window_of_its_call() {
+        let window = std::time::Duration::from_millis(1_500);
+        let keys = [Key::from("a").window(window), Key::from("a")];
+        let request = Request::new(&keys, TimeSource::Clock, 1_024, &digester()).unwrap();
+        let windows: Vec<_> = request.iter().map(|key_ref| key_ref.own_window.ms()).collect();
+        assert_eq!(windows, [Some(1_500), None]);
+        assert_eq!(request.get(0).unwrap().own_window.ms(), Some(1_500));
+        assert_eq!(size_of::<Item>(), 40, "the window fits into the padding");
     }
 
     #[test]

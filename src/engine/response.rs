@@ -10,7 +10,8 @@ use onlyonce_core::{
 
 use super::request::{KeyRef, Request};
 use crate::clock::{Leap, Now};
-use crate::entry::{Backoff, CompletedEntry};
+pub(crate) use onlyonce_core::machine::FinishedBy;
+use onlyonce_core::machine::{Attempt, Backoff, CompletedEntry};
 
 /// The right to work on a key.
 #[derive(Debug, Clone)]
@@ -36,6 +37,26 @@ impl Grant {
         self.request.get(self.index).map_or(0, |key_ref| key_ref.digest)
     }
 
+    /// The key with everything that its claim said about it.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn full_key(&self) -> Key<'static> {
+        let mut key = self.decoded_key().with_fingerprint(self.fingerprint);
+        if let Some(at_ms) = self.request.at_ms(self.index) {
+            key = key.at(Timestamp::from_unix_ms(at_ms));
+        }
+        match self.request.get(self.index).and_then(|key_ref| key_ref.own_window.ms()) {
+            Some(ms) => key.window(Duration::from_millis(ms)),
+            None => key,
+        }
+    }
+
+    /// The attempt that a finish ends.
+    #[inline]
+    pub(super) fn as_attempt(&self) -> Attempt {
+        let Self { token, attempt, fingerprint, at_ms, .. } = *self;
+        Attempt { token, attempt, fingerprint, at_ms }
+    }
+
     pub(crate) fn decoded_key(&self) -> Key<'static> {
         Key::decode(self.key()).unwrap_or_else(|| Key::from(self.key().to_vec()))
     }
@@ -44,15 +65,6 @@ impl Grant {
     pub(crate) fn superseded(&self) -> Error {
         Error::Superseded { key: Key::display_encoded(self.key()), token: FencingToken::new(self.token) }
     }
-}
-
-/// Who finishes a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum FinishedBy {
-    /// Its holder, even after the lease expired, unless there is a later holder.
-    Holder,
-    /// An operator, while the key is held.
-    Operator,
 }
 
 /// How a lease is finished.
@@ -71,6 +83,7 @@ pub(super) fn payload_mismatch(key_ref: KeyRef<'_>) -> Error {
 
 #[cold]
 pub(super) fn too_old(key_ref: KeyRef<'_>, at_ms: Option<u64>, now: Now, window_ms: u64) -> Error {
+    let window_ms = key_ref.own_window.within(window_ms);
     Error::Timestamp(TimestampError::TooOld {
         key: Key::display_encoded(key_ref.key),
         at: Timestamp::from_unix_ms(at_ms.unwrap_or(0)),
@@ -92,7 +105,7 @@ pub(super) fn too_far_ahead(key_ref: KeyRef<'_>, at_ms: u64, leap: Leap) -> Erro
 
 /// The answer about a completed key.
 pub(super) fn completed(done: &CompletedEntry, now: &Now, window_ms: u64) -> Completed {
-    let until_ms = now.remembered_until_ms(done.completed_ms, window_ms);
+    let until_ms = now.remembered_until_ms(done.completed_ms, done.own_window.within(window_ms));
     Completed::new(
         done.result.clone(),
         FencingToken::new(done.token),

@@ -8,15 +8,14 @@ use std::sync::Arc;
 use hashbrown::HashTable;
 
 use super::slot::{OVERHEAD_BYTES, Pending, Slot, State, Tally, separate_bytes};
-use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::{Invariant, Poison, STRICT};
 use crate::journal::numbers::RecordNumbers;
+use onlyonce_core::machine::{CompletedEntry, Entry, Holder, Processing};
 use onlyonce_core::{Error, StoredResult};
 
 /// Results up to this size are stored in the heap. A larger one would be expensive to copy whenever the heap grows.
 const HEAP_RESULT_BYTES: usize = 1_024;
 
-/// A key that a flush moves, in its arena.
 #[derive(Clone, Copy)]
 pub(crate) struct Flushable<'a> {
     arena: &'a ShardArena,
@@ -160,7 +159,8 @@ impl ShardArena {
             State::Separate(bytes) => StoredResult::Bytes(&**bytes),
         };
         let fingerprint = slot.fingerprint.as_deref().copied();
-        Some(CompletedEntry { token: slot.token, completed_ms: slot.since_ms, fingerprint, result })
+        let Slot { token, since_ms: completed_ms, own_window, .. } = *slot;
+        Some(CompletedEntry { token, completed_ms, fingerprint, own_window, result })
     }
 
     /// Replaces the entry of a key.
@@ -170,14 +170,14 @@ impl ShardArena {
 
     /// As [`ShardArena::set`], visible once a record is written.
     pub(crate) fn set_pending(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) -> Tally {
-        let (token, since_ms, attempt, fingerprint, state) = match entry {
+        let (token, since_ms, attempt, fingerprint, own_window, state) = match entry {
             Entry::Processing(processing) => {
-                let Processing { token, attempt, since_ms, fingerprint, holder } = processing;
-                (token, since_ms, attempt, fingerprint, State::Processing(holder))
+                let Processing { token, attempt, since_ms, fingerprint, own_window, holder } = processing;
+                (token, since_ms, attempt, fingerprint, own_window, State::Processing(holder))
             }
             Entry::Completed(done) => {
                 let state = self.put_result(done.result);
-                (done.token, done.completed_ms, pending.attempt, done.fingerprint, state)
+                (done.token, done.completed_ms, pending.attempt, done.fingerprint, done.own_window, state)
             }
         };
         self.separate_bytes += separate_bytes(&state, fingerprint.is_some());
@@ -193,6 +193,7 @@ impl ShardArena {
             key_len: key.len() as u32,
             attempt,
             is_unclaimed: pending.holder == Holder::CommittingUnclaimed,
+            own_window,
             fingerprint: fingerprint.map(Box::new),
             state,
         };
@@ -417,16 +418,25 @@ fn report_out_of_range(poison: &Poison, start: usize, len: u32, heap: usize) {
 mod tests {
     use super::*;
     use onlyonce_core::Fingerprint;
+    use onlyonce_core::machine::OwnWindow;
 
     fn leased(token: u64, fingerprint: Option<Fingerprint>) -> Entry<&'static [u8]> {
         let holder = Holder::Leased { until_monotonic_ms: 1 };
-        Entry::Processing(Processing { token, attempt: 1, since_ms: 0, fingerprint, holder })
+        Entry::Processing(Processing {
+            token,
+            attempt: 1,
+            since_ms: 0,
+            own_window: OwnWindow::NONE,
+            fingerprint,
+            holder,
+        })
     }
 
     fn completed(token: u64, result: &[u8]) -> Entry<&[u8]> {
         Entry::Completed(CompletedEntry {
             token,
             completed_ms: 5,
+            own_window: OwnWindow::NONE,
             fingerprint: None,
             result: StoredResult::Bytes(result),
         })
@@ -434,6 +444,18 @@ mod tests {
 
     fn pending(record: u64) -> Pending {
         Pending { record, attempt: 1, holder: Holder::Committing }
+    }
+
+    #[test]
+    fn an_own_window_fits_into_the_padding_of_a_slot() {
+        const WITHOUT_PADDING: usize =
+            5 * size_of::<u64>() + 2 * size_of::<u32>() + size_of::<bool>() + size_of::<usize>() + size_of::<State>();
+        assert_eq!(size_of::<Slot>(), WITHOUT_PADDING.next_multiple_of(align_of::<Slot>()));
+        let (arena, window) = (&mut ShardArena::default(), OwnWindow::from_ms(7).unwrap());
+        let Entry::Completed(done) = completed(1, b"r") else { panic!("it is completed") };
+        arena.set(1, b"k", Entry::Completed(CompletedEntry { own_window: window, ..done }));
+        let Some(Entry::Completed(done)) = arena.get(1, b"k", &RecordNumbers::default()) else { panic!("it is there") };
+        assert_eq!(done.own_window, window);
     }
 
     #[test]

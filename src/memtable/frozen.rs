@@ -7,7 +7,6 @@ use super::arena::{Flushable, ShardArena};
 use crate::buckets::flush::{FlushEntry, FlushSource};
 use crate::buckets::range::BucketRange;
 use crate::clock::Now;
-use crate::entry::is_live;
 use onlyonce_core::Result;
 
 /// The frozen arenas of a flush, without the keys that have expired.
@@ -38,7 +37,7 @@ impl FrozenSet {
 
     fn live<'a>(&self, arena: &'a ShardArena) -> impl Iterator<Item = Flushable<'a>> {
         let (now, window_ms) = (self.now, self.window_ms);
-        arena.flushable().filter(move |key| is_live(key.time_ms(), now, window_ms))
+        arena.flushable().filter(move |key| now.remembers(key.time_ms(), window_ms))
     }
 
     fn range(&self, key: Flushable<'_>) -> BucketRange {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::arena::ShardArena;
 use super::shard::{SHARDS, shard_of};
-use crate::entry::Entry;
 use crate::testing::sync_shim::ArcSwap;
+use onlyonce_core::machine::Entry;
 
 /// Flushed arenas by shard, the newest first.
 type RecentArenas = Vec<VecDeque<Arc<ShardArena>>>;

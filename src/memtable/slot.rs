@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::entry::{Holder, Processing};
 use onlyonce_core::Fingerprint;
+use onlyonce_core::machine::{Holder, OwnWindow, Processing};
 
 /// The memory of a key besides its bytes and its result: the slot, the index entry, and capacity kept for growth.
 pub(crate) const OVERHEAD_BYTES: usize = 112;
@@ -72,6 +72,7 @@ pub(super) struct Slot {
     pub(super) attempt: u32,
     /// Whether the key is being completed without a claim.
     pub(super) is_unclaimed: bool,
+    pub(super) own_window: OwnWindow,
     pub(super) fingerprint: Option<Box<Fingerprint>>,
     pub(super) state: State,
 }
@@ -128,6 +129,7 @@ impl Slot {
             attempt: self.attempt,
             since_ms: self.since_ms,
             fingerprint: self.fingerprint.as_deref().copied(),
+            own_window: self.own_window,
             holder,
         }
     }

@@ -16,10 +16,10 @@ use super::arena::ShardArena;
 use super::recent::{RecentCache, RecentSnapshot};
 use super::shard::{Arenas, SHARDS, shard_of};
 use super::slot::{Pending, Tally};
-use crate::entry::{Entry, Processing};
 use crate::invariant::{Invariant, Poison};
 use crate::journal::numbers::RecordNumbers;
 use crate::testing::sync_shim::{AtomicUsize, Mutex, MutexGuard};
+use onlyonce_core::machine::{Entry, Processing};
 
 /// The counts of all shards.
 #[derive(Debug, Default)]
@@ -236,21 +236,29 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
-    use crate::entry::{CompletedEntry, Holder};
     use crate::filter::matrix::{Columns, FilterMatrix};
     use onlyonce_core::StoredResult;
+    use onlyonce_core::machine::{CompletedEntry, Holder, OwnWindow};
 
     const RECENT_BYTES: usize = 1 << 20;
 
     fn processing(token: u64) -> Entry<&'static [u8]> {
         let holder = Holder::Leased { until_monotonic_ms: 1 };
-        Entry::Processing(Processing { token, attempt: 3, since_ms: 0, fingerprint: Some([7; 16]), holder })
+        Entry::Processing(Processing {
+            token,
+            attempt: 3,
+            since_ms: 0,
+            own_window: OwnWindow::NONE,
+            fingerprint: Some([7; 16]),
+            holder,
+        })
     }
 
     fn completed(token: u64) -> Entry<&'static [u8]> {
         Entry::Completed(CompletedEntry {
             token,
             completed_ms: 0,
+            own_window: OwnWindow::NONE,
             fingerprint: None,
             result: StoredResult::Bytes(b"r"),
         })
@@ -484,6 +492,7 @@ mod tests {
             let done = CompletedEntry {
                 token,
                 completed_ms: 5,
+                own_window: OwnWindow::NONE,
                 fingerprint: None,
                 result: StoredResult::Bytes(bytes.as_slice()),
             };
@@ -502,13 +511,25 @@ mod tests {
         for len in [0, 1, 1_024, 1_025, 100_000] {
             let bytes = vec![b'x'; len];
             let result = StoredResult::Bytes(bytes.as_slice());
-            let done = CompletedEntry { token: 1, completed_ms: 5, fingerprint: Some([9; 16]), result };
+            let done = CompletedEntry {
+                token: 1,
+                completed_ms: 5,
+                own_window: OwnWindow::NONE,
+                fingerprint: Some([9; 16]),
+                result,
+            };
             table.shard(len as u64).set(len as u64, b"k", Entry::Completed(done));
             let stored = super::tests::result(&table, len as u64, b"k").unwrap();
             assert_eq!(stored.borrowed(), done_of(&bytes));
         }
         fn done_of(bytes: &[u8]) -> CompletedEntry<&[u8]> {
-            CompletedEntry { token: 1, completed_ms: 5, fingerprint: Some([9; 16]), result: StoredResult::Bytes(bytes) }
+            CompletedEntry {
+                token: 1,
+                completed_ms: 5,
+                own_window: OwnWindow::NONE,
+                fingerprint: Some([9; 16]),
+                result: StoredResult::Bytes(bytes),
+            }
         }
     }
 

@@ -5,12 +5,13 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::buckets::range::BucketRange;
-use crate::codec::{self, Event, Reader, RecordKind, RecordWriter};
+use crate::codec::{self, Reader, RecordKind, RecordWriter};
 use crate::digest::Digester;
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
 use crate::rocks;
 use onlyonce_core::Key;
+use onlyonce_core::machine::Event;
 
 /// A journal record is rejected, or decodes to the same events after it is encoded again.
 pub fn journal_record(bytes: &[u8]) {

@@ -3,14 +3,14 @@
 
 use std::hint::black_box;
 
-use crate::codec::{Event, RecordKind, RecordWriter, read_record};
-use crate::entry::{CompletedEntry, Entry};
+use crate::codec::{RecordKind, RecordWriter, read_record};
 use crate::filter::matrix::{Columns, FilterMatrix};
 use crate::fs::sync_group;
 use crate::journal::numbers;
 use crate::memtable::table;
 pub use crate::testing::failpoint::Failpoint;
 use onlyonce_core::StoredResult;
+use onlyonce_core::machine::{CompletedEntry, Entry, Event, OwnWindow};
 use onlyonce_core::{self, Key};
 
 /// Digests keys as a store does.
@@ -80,7 +80,13 @@ impl MemTable {
 
     /// Completes a key without a result.
     pub fn complete(&self, digest: u64, key: &[u8], token: u64) {
-        let done = CompletedEntry { token, completed_ms: 0, fingerprint: None, result: StoredResult::None };
+        let done = CompletedEntry {
+            token,
+            completed_ms: 0,
+            own_window: OwnWindow::NONE,
+            fingerprint: None,
+            result: StoredResult::None,
+        };
         self.0.shard(digest).set(digest, key, Entry::Completed(done));
     }
 
@@ -104,7 +110,13 @@ pub fn write_record<'k>(keys: impl IntoIterator<Item = &'k [u8]>, result: &[u8])
     for (key, token) in keys.into_iter().zip(1_000_000..) {
         record.completed(
             key,
-            &CompletedEntry { token, completed_ms: 1, fingerprint: None, result: StoredResult::Bytes(result) },
+            &CompletedEntry {
+                token,
+                completed_ms: 1,
+                own_window: OwnWindow::NONE,
+                fingerprint: None,
+                result: StoredResult::Bytes(result),
+            },
         );
     }
     record.finish()

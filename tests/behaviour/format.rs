@@ -1,7 +1,7 @@
 //! The format on disk: a store that an earlier version wrote must open and answer correctly.
 //!
-//! `write_the_fixture` wrote `tests/fixtures/store-v3` when format 3 was introduced, and `write_the_stream_fixture`
-//! wrote `store-v4`, which runs on stream time, when format 4 was. From the first release on they are never written
+//! `write_the_fixture` wrote `tests/fixtures/store-v5` when format 5 was introduced, and `write_the_stream_fixture`
+//! wrote `store-v6`, which runs on stream time, when format 6 was. From the first release on they are never written
 //! again; a new format gets a new fixture.
 
 use std::fs;
@@ -22,11 +22,11 @@ fn builder(now_ms: u64) -> Builder {
 }
 
 fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v3")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v5")
 }
 
 fn stream_fixture() -> PathBuf {
-    fixture().with_file_name("store-v4")
+    fixture().with_file_name("store-v6")
 }
 
 /// Copies the files of a store, without RocksDB's lock file and info log.
@@ -66,6 +66,7 @@ fn write_the_fixture() {
     complete(Key::composite(["ab", "c"]), &[b'x'; 65]);
     complete(Key::content("a payload"), b"by content");
     complete(Key::from("guarded").fingerprint("12 EUR"), b"receipt");
+    complete(Key::from("short").window(Duration::from_secs(800)), b"for a while");
     store.record("recorded").wait().unwrap();
     drop(store.claim(Key::from("dropped").fingerprint("5 EUR")).wait().unwrap());
     store.flush().unwrap();
@@ -74,9 +75,11 @@ fn write_the_fixture() {
     store.flush().unwrap();
     complete(Key::from("journal"), b"not sealed yet");
     store.record(Key::from("journal").scope("recorded")).wait().unwrap();
+    store.record(Key::from("short").scope("recorded").window(Duration::from_secs(100))).wait().unwrap();
     let Claim::Acquired(lease) = store.claim("released").wait().unwrap() else { panic!("new") };
     lease.release().after(Duration::from_secs(60)).wait().unwrap();
-    let _crashed = store.claim(Key::from("crashed").fingerprint("99 EUR")).wait().unwrap();
+    let crashed = Key::from("crashed").fingerprint("99 EUR").window(Duration::from_secs(100));
+    let _crashed = store.claim(crashed).wait().unwrap();
     complete(Key::from("forgotten"), b"gone");
     store.forget("forgotten").wait().unwrap();
     store.close().wait().unwrap();
@@ -84,7 +87,7 @@ fn write_the_fixture() {
 }
 
 #[test]
-fn a_store_of_format_3_answers_as_when_it_was_written() {
+fn a_store_of_format_5_answers_as_when_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&fixture(), &path);
@@ -101,6 +104,9 @@ fn a_store_of_format_3_answers_as_when_it_was_written() {
     assert!(completed(Key::composite(["ab", "c"])).is_result_too_large());
     assert_eq!(completed(Key::content("a payload")).result(), Some(&b"by content"[..]));
     assert_eq!(completed(Key::from("guarded").fingerprint("12 EUR")).result(), Some(&b"receipt"[..]));
+    for (key, after_ms) in [(Key::from("short"), 100_000), (Key::from("short").scope("recorded"), 100_000)] {
+        assert_eq!(completed(key).remembered_until().as_unix_ms(), now_ms + after_ms);
+    }
     let mismatch = store.check(Key::from("guarded").fingerprint("13 EUR")).wait();
     assert!(matches!(mismatch, Err(Error::PayloadMismatch { .. })));
     assert_eq!(store.record("recorded").wait().unwrap(), RecordOutcome::Duplicate { in_flight: false });
@@ -166,6 +172,8 @@ fn write_the_stream_fixture() {
         .wait()
         .unwrap();
     acquire("journal", START_MS + 400_000).complete("not sealed yet").wait().unwrap();
+    let short = Key::from("short").at(Timestamp::from_unix_ms(START_MS + 400_000)).window(Duration::from_secs(401));
+    store.record(short).wait().unwrap();
     acquire("released", START_MS + 500_000).release().after(Duration::from_secs(60)).wait().unwrap();
     let _crashed = acquire("crashed", START_MS + 600_000);
     store.close().wait().unwrap();
@@ -173,7 +181,7 @@ fn write_the_stream_fixture() {
 }
 
 #[test]
-fn a_stream_store_of_format_4_answers_as_when_it_was_written() {
+fn a_stream_store_of_format_6_answers_as_when_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&stream_fixture(), &path);
@@ -187,6 +195,7 @@ fn a_stream_store_of_format_4_answers_as_when_it_was_written() {
         ("late", 300_000, None),
         ("newest", 800_000, None),
         ("journal", 400_000, Some(b"not sealed yet")),
+        ("short", 400_000, None),
     ] {
         match store.check(Key::from(key).at(Timestamp::from_unix_ms(START_MS + after_ms))).wait().unwrap() {
             KeyStatus::Completed(first) => {
@@ -211,6 +220,10 @@ fn a_stream_store_of_format_4_answers_as_when_it_was_written() {
         store.record(Key::from("too far").at(Timestamp::from_unix_ms(bound_ms + 1))).wait(),
         Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
     ));
+    store.advance_stream_time(Timestamp::from_unix_ms(START_MS + 801_000)).wait().unwrap();
+    let short = Key::from("short").at(Timestamp::from_unix_ms(START_MS + 400_000));
+    assert_eq!(store.check(short).wait().unwrap(), KeyStatus::New, "its own window is over");
+    let bound_ms = bound_ms + 1_000;
     assert_eq!(
         store.record(Key::from("far").at(Timestamp::from_unix_ms(bound_ms))).wait().unwrap(),
         RecordOutcome::First

@@ -20,8 +20,8 @@ const STEPS: usize = 400;
 
 #[derive(Debug, Clone, PartialEq)]
 enum Known {
-    Processing { token: u64, attempt: u32, payload: Option<u8>, holder: Holder },
-    Completed { at_ms: u64, result: Option<Vec<u8>>, omitted: bool, payload: Option<u8> },
+    Processing { token: u64, attempt: u32, payload: Option<u8>, window_ms: u64, holder: Holder },
+    Completed { at_ms: u64, result: Option<Vec<u8>>, omitted: bool, payload: Option<u8>, window_ms: u64 },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -70,7 +70,7 @@ impl Model {
     fn expect(&self, key: &str, payload: Option<u8>) -> Expected {
         let Some(known) = self.known.get(key) else { return Expected::New };
         let (first, expected) = match known {
-            Known::Completed { at_ms, .. } if self.now_ms >= at_ms + WINDOW_MS => return Expected::New,
+            Known::Completed { at_ms, window_ms, .. } if self.now_ms >= at_ms + window_ms => return Expected::New,
             Known::Completed { payload, .. } => (*payload, Expected::Completed),
             Known::Processing { attempt, payload, holder, .. } => {
                 let attempt = *attempt;
@@ -120,7 +120,7 @@ impl Model {
     }
 
     /// The store granted the key, as expected.
-    fn acquired(&mut self, key: &str, payload: Option<u8>, lease: &Lease) {
+    fn acquired(&mut self, key: &str, asked: Asked, lease: &Lease) {
         let stored = match self.known.get(key) {
             Some(Known::Processing { payload, .. }) if lease.attempt().prior().is_some() => *payload,
             _ => None,
@@ -130,7 +130,8 @@ impl Model {
             Known::Processing {
                 token: lease.token().get(),
                 attempt: lease.attempt().number(),
-                payload: payload.or(stored),
+                payload: asked.payload.or(stored),
+                window_ms: asked.remembered_ms(),
                 holder: Holder::Leased { until_ms: self.now_ms + LEASE_MS },
             },
         );
@@ -150,10 +151,28 @@ struct Round {
     rng: StdRng,
 }
 
-fn with_payload<'a>(key: &'a str, payload: Option<u8>) -> Key<'a> {
-    match payload {
-        Some(payload) => Key::from(key).fingerprint([payload]),
-        None => Key::from(key),
+/// What a call says about its key.
+#[derive(Debug, Clone, Copy, Default)]
+struct Asked {
+    payload: Option<u8>,
+    own_window_ms: Option<u64>,
+}
+
+impl Asked {
+    fn key(self, key: &str) -> Key<'_> {
+        let key = match self.payload {
+            Some(payload) => Key::from(key).fingerprint([payload]),
+            None => Key::from(key),
+        };
+        match self.own_window_ms {
+            Some(ms) => key.window(Duration::from_millis(ms)),
+            None => key,
+        }
+    }
+
+    /// How long the key is remembered once it is completed.
+    fn remembered_ms(self) -> u64 {
+        self.own_window_ms.map_or(WINDOW_MS, |own_ms| own_ms.min(WINDOW_MS))
     }
 }
 
@@ -172,8 +191,11 @@ impl Round {
         format!("key-{}", self.rng.random_range(0..12))
     }
 
-    fn payload(&mut self) -> Option<u8> {
-        *[None, None, None, Some(1), Some(1), Some(2)].choose(&mut self.rng).unwrap()
+    fn asked(&mut self) -> Asked {
+        let payload = *[None, None, None, Some(1), Some(1), Some(2)].choose(&mut self.rng).unwrap();
+        let own_windows =
+            [None, None, None, None, Some(0), Some(1), Some(1_000), Some(3_000), Some(9_999), Some(60_000)];
+        Asked { payload, own_window_ms: *own_windows.choose(&mut self.rng).unwrap() }
     }
 
     fn lease(&mut self) -> Option<HeldKey> {
@@ -206,34 +228,34 @@ impl Round {
     }
 
     fn claim(&mut self) {
-        let (key, payload) = (self.key(), self.payload());
-        let claimed = self.bench.store().claim(with_payload(&key, payload)).wait();
-        self.claimed(&key, payload, claimed);
+        let (key, asked) = (self.key(), self.asked());
+        let claimed = self.bench.store().claim(asked.key(&key)).wait();
+        self.claimed(&key, asked, claimed);
     }
 
     fn claim_batch(&mut self) {
-        let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
-        let requested = keys.iter().map(|(key, payload)| with_payload(key, *payload));
+        let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.asked())).collect();
+        let requested = keys.iter().map(|(key, asked)| asked.key(key));
         let claimed = self.bench.store().claim_batch(requested).wait().unwrap();
         assert_eq!(claimed.len(), keys.len());
-        for ((key, payload), claimed) in keys.iter().zip(claimed) {
-            self.claimed(key, *payload, claimed);
+        for ((key, asked), claimed) in keys.iter().zip(claimed) {
+            self.claimed(key, *asked, claimed);
         }
     }
 
-    fn claimed(&mut self, key: &str, payload: Option<u8>, claimed: onlyonce::Result<Claim>) {
-        let expected = self.model.expect(key, payload);
+    fn claimed(&mut self, key: &str, asked: Asked, claimed: onlyonce::Result<Claim>) {
+        let expected = self.model.expect(key, asked.payload);
         match (&expected, claimed) {
             (Expected::New, Ok(Claim::Acquired(lease))) => {
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{key}");
-                self.acquired(key, payload, lease);
+                self.acquired(key, asked, lease);
             }
             (Expected::Again { attempt, priors, or_new }, Ok(Claim::Acquired(lease))) => {
                 let again = lease.attempt().number() == *attempt
                     && lease.attempt().prior().is_some_and(|prior| priors.contains(&prior));
                 let new = *or_new && lease.attempt().number() == 1 && lease.attempt().prior().is_none();
                 assert!(again || new, "{key}: {lease:?} where {expected:?}");
-                self.acquired(key, payload, lease);
+                self.acquired(key, asked, lease);
             }
             (Expected::InProgress { attempt, retry_after_ms }, Ok(Claim::InProgress(other))) => {
                 assert_eq!(other.attempt, *attempt, "{key}");
@@ -245,20 +267,21 @@ impl Round {
         }
     }
 
-    fn acquired(&mut self, key: &str, payload: Option<u8>, lease: Lease) {
+    fn acquired(&mut self, key: &str, asked: Asked, lease: Lease) {
         assert!(lease.token().get() > self.model.last_token, "tokens increase");
         self.model.last_token = lease.token().get();
-        self.model.acquired(key, payload, &lease);
+        self.model.acquired(key, asked, &lease);
         self.leases.push(HeldKey { key: key.to_owned(), lease });
     }
 
     fn assert_completed(&self, key: &str, completed: &onlyonce::Completed) {
-        let Some(Known::Completed { at_ms, result, omitted, .. }) = self.model.known.get(key) else {
+        let Some(Known::Completed { at_ms, result, omitted, window_ms, .. }) = self.model.known.get(key) else {
             panic!("{key} was not completed")
         };
         assert_eq!(completed.result(), result.as_deref(), "{key}");
         assert_eq!(completed.is_result_too_large(), *omitted, "{key}");
         assert_eq!(completed.completed_at().as_unix_ms(), *at_ms, "{key}");
+        assert_eq!(completed.remembered_until().as_unix_ms(), at_ms + window_ms, "{key}");
     }
 
     fn result(&mut self) -> Vec<u8> {
@@ -287,14 +310,16 @@ impl Round {
         match answer {
             Ok(()) => {
                 assert_ne!(expected, Some(false), "{key} was completed by a superseded lease");
-                let payload = match self.model.known.get(key) {
-                    Some(Known::Processing { payload, .. }) => *payload,
-                    _ => None,
+                let (payload, window_ms) = match self.model.known.get(key) {
+                    Some(Known::Processing { payload, window_ms, .. }) => (*payload, *window_ms),
+                    known => panic!("{key} was completed, and is {known:?}"),
                 };
                 let omitted = result.len() > RESULT_LIMIT;
                 let result = (!omitted).then(|| result.to_vec());
                 let at_ms = self.model.now_ms;
-                self.model.known.insert(key.to_owned(), Known::Completed { at_ms, result, omitted, payload });
+                self.model
+                    .known
+                    .insert(key.to_owned(), Known::Completed { at_ms, result, omitted, payload, window_ms });
             }
             Err(error) => {
                 assert_ne!(expected, Some(true), "{key}: {error}");
@@ -404,20 +429,22 @@ impl Round {
     }
 
     fn record(&mut self) {
-        let (key, payload) = (self.key(), self.payload());
+        let (key, asked) = (self.key(), self.asked());
         self.forget_if_uncertain(&key);
-        let recorded = self.bench.store().record(with_payload(&key, payload)).wait();
-        self.recorded(&key, payload, recorded);
+        let recorded = self.bench.store().record(asked.key(&key)).wait();
+        self.recorded(&key, asked, recorded);
     }
 
     fn record_batch(&mut self) {
-        let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.payload())).collect();
+        let mut keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.asked())).collect();
+        // A key that occurs twice in a call is a duplicate the second time, even if its window is over at once.
+        keys.iter_mut().for_each(|(_, asked)| asked.own_window_ms = asked.own_window_ms.map(|ms| ms.max(1)));
         keys.iter().for_each(|(key, _)| self.forget_if_uncertain(key));
-        let requested = keys.iter().map(|(key, payload)| with_payload(key, *payload));
+        let requested = keys.iter().map(|(key, asked)| asked.key(key));
         let recorded = self.bench.store().record_batch(requested).wait().unwrap();
         assert_eq!(recorded.len(), keys.len());
-        for ((key, payload), recorded) in keys.iter().zip(recorded) {
-            self.recorded(key, *payload, recorded);
+        for ((key, asked), recorded) in keys.iter().zip(recorded) {
+            self.recorded(key, *asked, recorded);
         }
     }
 
@@ -430,8 +457,8 @@ impl Round {
         }
     }
 
-    fn recorded(&mut self, key: &str, payload: Option<u8>, recorded: onlyonce::Result<RecordOutcome>) {
-        let expected = self.model.expect(key, payload);
+    fn recorded(&mut self, key: &str, asked: Asked, recorded: onlyonce::Result<RecordOutcome>) {
+        let expected = self.model.expect(key, asked.payload);
         match (&expected, recorded) {
             (Expected::New | Expected::Again { .. }, Ok(RecordOutcome::First)) => {
                 let stored = match (&expected, self.model.known.get(key)) {
@@ -442,7 +469,8 @@ impl Round {
                     at_ms: self.model.now_ms,
                     result: None,
                     omitted: false,
-                    payload: payload.or(stored),
+                    payload: asked.payload.or(stored),
+                    window_ms: asked.remembered_ms(),
                 };
                 self.model.known.insert(key.to_owned(), known);
             }
@@ -454,9 +482,9 @@ impl Round {
     }
 
     fn check(&mut self) {
-        let (key, payload) = (self.key(), self.payload());
-        let expected = self.model.expect(&key, payload);
-        match (&expected, self.bench.store().check(with_payload(&key, payload)).wait()) {
+        let (key, asked) = (self.key(), self.asked());
+        let expected = self.model.expect(&key, asked.payload);
+        match (&expected, self.bench.store().check(asked.key(&key)).wait()) {
             (Expected::New | Expected::Again { .. }, Ok(KeyStatus::New))
             | (Expected::InProgress { .. }, Ok(KeyStatus::InProgress(_)))
             | (Expected::Mismatch | Expected::Again { or_new: true, .. }, Err(Error::PayloadMismatch { .. })) => {}
@@ -594,7 +622,7 @@ impl Round {
         for i in 0..12 {
             let key = format!("key-{i}");
             let claimed = self.bench.store().claim(&key).wait();
-            self.claimed(&key, None, claimed);
+            self.claimed(&key, Asked::default(), claimed);
         }
     }
 }

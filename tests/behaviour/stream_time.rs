@@ -309,6 +309,56 @@ fn a_message_that_is_too_old_is_neither_accepted_nor_reported_as_a_duplicate() {
 }
 
 #[test]
+fn a_message_is_too_old_once_its_key_s_own_window_is_over() {
+    const OWN_MS: u64 = 3_000;
+    let key = |key: &'static str, at_ms: u64| {
+        Key::from(key).at(Timestamp::from_unix_ms(at_ms)).window(Duration::from_millis(OWN_MS))
+    };
+    for flushed in [false, true] {
+        for reopened in [false, true] {
+            let mut stream = Stream::new();
+            let case = format!("flushed {flushed}, reopened {reopened}");
+            let Claim::Acquired(lease) = stream.store().claim(key("claimed", START_MS)).wait().unwrap() else {
+                panic!("{case}: the key is not new")
+            };
+            stream.tick(START_MS + 1_000);
+            lease.complete("r").wait().unwrap();
+            stream.store().record(key("recorded", START_MS)).wait().unwrap();
+            stream.tick(START_MS + OWN_MS - 1);
+            if flushed {
+                stream.store().flush().unwrap();
+            }
+            if reopened {
+                stream.reopen();
+            }
+            for name in ["claimed", "recorded"] {
+                let checked = stream.store().check(key(name, START_MS)).wait().unwrap();
+                assert!(matches!(checked, KeyStatus::Completed(_)), "{case}: {name}: {checked:?}");
+            }
+            assert_eq!(stream.store().check(key("unknown", START_MS)).wait().unwrap(), KeyStatus::New, "{case}");
+            stream.tick(START_MS + OWN_MS);
+            for name in ["claimed", "recorded", "unknown"] {
+                for error in [
+                    stream.store().check(key(name, START_MS)).wait().unwrap_err(),
+                    stream.store().record(key(name, START_MS)).wait().unwrap_err(),
+                    stream.store().claim(key(name, START_MS)).wait().unwrap_err(),
+                ] {
+                    let Error::Timestamp(TimestampError::TooOld { at, remembers_since, .. }) = error else {
+                        panic!("{case}: {name}: {error}")
+                    };
+                    assert_eq!(
+                        (at.as_unix_ms(), remembers_since.as_unix_ms()),
+                        (START_MS, START_MS + 1),
+                        "{case}: {name}"
+                    );
+                }
+                assert_eq!(stream.answer(name, START_MS), "new", "{case}: {name}: the window of this call is longer");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_stored_state_answers_before_the_message_is_checked_for_age() {
     let stream = Stream::with(OnInterrupt::Hold);
     stream.complete("done", START_MS);
@@ -797,8 +847,8 @@ fn a_lookup_while_stream_time_advances_never_reports_a_known_key_as_new() {
 /// The expected state of a key.
 #[derive(Debug, Clone)]
 enum Known {
-    Completed { at_ms: u64, result: Vec<u8> },
-    Leased { token: u64, attempt: u32, at_ms: u64 },
+    Completed { at_ms: u64, window_ms: u64, result: Vec<u8> },
+    Leased { token: u64, attempt: u32, at_ms: u64, window_ms: u64 },
     Left { attempt: u32, at_ms: u64 },
 }
 
@@ -856,13 +906,16 @@ impl Model {
             }
             _ => self.time(rng),
         };
-        let (is_accepted, claim) =
-            (self.accepts(at_ms), self.stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait());
+        let own_ms = *[0, 1, 3_000, WINDOW_MS, u64::MAX, u64::MAX, u64::MAX].choose(rng).unwrap();
+        let window_ms = own_ms.min(WINDOW_MS);
+        let asked = Key::from(key).at(Timestamp::from_unix_ms(at_ms)).window(Duration::from_millis(own_ms));
+        let (is_accepted, claim) = (self.accepts(at_ms), self.stream.store().claim(asked).wait());
         assert_eq!(self.stream.now_ms(), self.now_ms);
         let now_ms = self.now_ms;
-        let counts = |at_ms: u64| now_ms < at_ms + WINDOW_MS;
+        let counts = |at_ms: u64, window_ms: u64| now_ms < at_ms + window_ms;
         let expected = self.expected.get(key).filter(|expected| match expected {
-            Known::Completed { at_ms, .. } | Known::Left { at_ms, .. } => counts(*at_ms),
+            Known::Completed { at_ms, window_ms, .. } => counts(*at_ms, *window_ms),
+            Known::Left { at_ms, .. } => counts(*at_ms, WINDOW_MS),
             Known::Leased { .. } => true,
         });
         let context = format!("{key} of {at_ms} at {now_ms}, which is {expected:?}");
@@ -871,10 +924,10 @@ impl Model {
                 assert_eq!(stream_time.as_unix_ms(), now_ms, "{context}");
                 return;
             }
-            (true, Some(Known::Completed { at_ms, result }), Ok(Claim::Completed(first))) => {
+            (true, Some(Known::Completed { at_ms, result, window_ms }), Ok(Claim::Completed(first))) => {
                 assert_eq!(
-                    (first.completed_at().as_unix_ms(), first.result()),
-                    (*at_ms, Some(&result[..])),
+                    (first.completed_at().as_unix_ms(), first.remembered_until().as_unix_ms(), first.result()),
+                    (*at_ms, at_ms + window_ms, Some(&result[..])),
                     "{context}"
                 );
                 return;
@@ -888,16 +941,16 @@ impl Model {
                 (lease, at_ms.max(*left_ms))
             }
             (true, None, Err(Error::Timestamp(TimestampError::TooOld { at, remembers_since, .. }))) => {
-                assert!(!counts(at_ms), "{context}");
+                assert!(!counts(at_ms, window_ms), "{context}");
                 assert_eq!(
                     (at.as_unix_ms(), remembers_since.as_unix_ms()),
-                    (at_ms, now_ms - WINDOW_MS + 1),
+                    (at_ms, now_ms - window_ms + 1),
                     "{context}"
                 );
                 return;
             }
             (true, None, Ok(Claim::Acquired(lease))) => {
-                assert!(counts(at_ms), "{context}: it should be too old");
+                assert!(counts(at_ms, window_ms), "{context}: it should be too old");
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{context}");
                 (lease, at_ms)
             }
@@ -905,7 +958,7 @@ impl Model {
         };
         let (lease, at_ms) = acquired;
         let (token, attempt) = (lease.token().get(), lease.attempt().number());
-        self.expected.insert(key.to_owned(), Known::Leased { token, attempt, at_ms });
+        self.expected.insert(key.to_owned(), Known::Leased { token, attempt, at_ms, window_ms });
         self.leases.push((key.to_owned(), lease));
     }
 
@@ -914,7 +967,9 @@ impl Model {
             return;
         }
         let (key, lease) = self.leases.swap_remove(rng.random_range(0..self.leases.len()));
-        let Some(Known::Leased { token, attempt, at_ms }) = self.expected.get(&key).cloned() else { panic!("{key}") };
+        let Some(Known::Leased { token, attempt, at_ms, window_ms }) = self.expected.get(&key).cloned() else {
+            panic!("{key}")
+        };
         assert_eq!(token, lease.token().get());
         let after = match rng.random_range(0..5) {
             0 => {
@@ -928,7 +983,7 @@ impl Model {
             _ => {
                 let result = token.to_string().into_bytes();
                 lease.complete(result.clone()).wait().unwrap();
-                Known::Completed { at_ms, result }
+                Known::Completed { at_ms, window_ms, result }
             }
         };
         self.expected.insert(key, after);

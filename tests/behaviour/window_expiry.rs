@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::common::{Bench, START_MS, copy_store};
-use onlyonce::{Key, KeyStatus, RecordOutcome, Store, Timestamp};
+use onlyonce::{Claim, Key, KeyStatus, Lease, OnInterrupt, RecordOutcome, Resolution, Store, Timestamp};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -34,6 +34,153 @@ fn a_key_is_forgotten_at_the_millisecond_its_window_ends() {
             bench.advance_ms(1);
             assert!(!is_completed(bench.store(), "k"), "flushed {flushed}, reopened {reopened}");
             assert_eq!(bench.acquire("k").attempt().number(), 1);
+        }
+    }
+}
+
+const OWN_MS: u64 = 3_141;
+
+fn own(key: &str) -> Key<'_> {
+    Key::from(key).window(Duration::from_millis(OWN_MS))
+}
+
+fn acquire(store: &Store, key: Key<'_>) -> Lease {
+    match store.claim(key).wait().unwrap() {
+        Claim::Acquired(lease) => lease,
+        other => panic!("it should be free, but is {other:?}"),
+    }
+}
+
+#[test]
+fn a_key_is_forgotten_at_the_millisecond_its_own_window_ends() {
+    for flushed in [false, true] {
+        for reopened in [false, true] {
+            let mut bench = Bench::new();
+            bench.advance_ms(123);
+            let late = acquire(bench.store(), own("completed late"));
+            bench.advance_ms(1_500);
+            acquire(bench.store(), own("completed")).complete("r").wait().unwrap();
+            late.complete("r").wait().unwrap();
+            bench.store().record(own("recorded")).wait().unwrap();
+            bench.store().record("whole").wait().unwrap();
+            if flushed {
+                bench.store().flush().unwrap();
+            }
+            if reopened {
+                bench.reopen();
+            }
+            bench.advance_ms(OWN_MS - 1);
+            let case = format!("flushed {flushed}, reopened {reopened}");
+            let keys = ["completed", "completed late", "recorded"];
+            for key in keys {
+                // A call about a completed key does not change its window.
+                let KeyStatus::Completed(first) = bench.store().check(key).wait().unwrap() else {
+                    panic!("{case}: {key} is forgotten too early")
+                };
+                assert_eq!(
+                    first.remembered_until().saturating_since(first.completed_at()).as_millis(),
+                    3_141,
+                    "{case}"
+                );
+            }
+            bench.advance_ms(1);
+            for key in keys {
+                assert!(!is_completed(bench.store(), key), "{case}: {key}");
+                assert_eq!(bench.store().inspect(key).wait().unwrap(), None, "{case}: {key}");
+                assert!(!bench.store().forget(key).wait().unwrap(), "{case}: {key}");
+                assert_eq!(bench.acquire(key).attempt().number(), 1, "{case}: {key}");
+            }
+            bench.advance_ms(WINDOW_MS - OWN_MS - 1);
+            assert!(is_completed(bench.store(), "whole"), "{case}");
+        }
+    }
+}
+
+#[test]
+fn an_own_window_stays_when_the_store_s_window_changes() {
+    let bench = Bench::new();
+    bench.store().record(own("short")).wait().unwrap();
+    bench.store().record(Key::from("long").window(Duration::from_millis(2 * WINDOW_MS))).wait().unwrap();
+    bench.store().close().wait().unwrap();
+    let wide = bench.builder().window(Duration::from_secs(40)).open(bench.path()).unwrap();
+    bench.advance_ms(OWN_MS - 1);
+    assert!(is_completed(&wide, "short"));
+    bench.advance_ms(1);
+    assert!(!is_completed(&wide, "short") && is_completed(&wide, "long"));
+    bench.advance_ms(2 * WINDOW_MS - OWN_MS - 1);
+    assert!(is_completed(&wide, "long"));
+    bench.advance_ms(1);
+    assert!(!is_completed(&wide, "long"));
+}
+
+#[test]
+fn each_attempt_brings_its_own_window() {
+    for flushed in [false, true] {
+        let bench = Bench::new();
+        drop(acquire(bench.store(), own("k")));
+        if flushed {
+            bench.store().flush().unwrap();
+        }
+        bench.acquire("k").complete("r").wait().unwrap();
+        bench.advance_ms(WINDOW_MS - 1);
+        assert!(is_completed(bench.store(), "k"), "the attempt that completes it has none");
+        bench.advance_ms(1);
+        bench.acquire("k").release().wait().unwrap();
+        acquire(bench.store(), own("k")).complete("r").wait().unwrap();
+        bench.advance_ms(OWN_MS);
+        assert!(!is_completed(bench.store(), "k"));
+    }
+}
+
+#[test]
+fn a_completion_by_an_operator_or_a_late_holder_has_the_key_s_own_window() {
+    for reopened in [false, true] {
+        let mut bench = Bench::with(|builder| builder.on_interrupt(OnInterrupt::Hold));
+        for key in ["completed", "run again"] {
+            drop(acquire(bench.store(), own(key)));
+        }
+        let late = acquire(bench.store(), own("late"));
+        bench.advance_ms(1_000);
+        bench.store().resolve("late", Resolution::Rerun).wait().unwrap();
+        late.complete("late").wait().unwrap();
+        bench.store().flush().unwrap();
+        if reopened {
+            bench.reopen();
+        }
+        bench.store().resolve("completed", Resolution::Completed(Vec::new())).wait().unwrap();
+        bench.advance_ms(OWN_MS - 1);
+        assert!(is_completed(bench.store(), "completed") && is_completed(bench.store(), "late"), "{reopened}");
+        bench.advance_ms(1);
+        assert!(!is_completed(bench.store(), "completed") && !is_completed(bench.store(), "late"), "{reopened}");
+    }
+}
+
+#[test]
+fn a_completion_whose_own_window_is_over_still_overrules_an_earlier_attempt() {
+    for flushed in [false, true] {
+        for (reopened, forgotten) in [(false, false), (true, false), (false, true)] {
+            let mut bench = Bench::new();
+            drop(acquire(bench.store(), Key::from("k").fingerprint("12 EUR")));
+            bench.store().flush().unwrap();
+            bench.advance_ms(1_000);
+            let again = acquire(bench.store(), own("k"));
+            assert_eq!(again.attempt().number(), 2);
+            again.complete("r").wait().unwrap();
+            if flushed {
+                bench.store().flush().unwrap();
+            }
+            bench.advance_ms(OWN_MS);
+            if reopened {
+                bench.reopen();
+            }
+            bench.store().flush().unwrap();
+            let case = format!("flushed {flushed}, reopened {reopened}, forgotten {forgotten}");
+            assert_eq!(bench.store().inspect("k").wait().unwrap(), None, "{case}");
+            if forgotten {
+                assert!(!bench.store().forget("k").wait().unwrap(), "{case}");
+            }
+            let new = acquire(bench.store(), Key::from("k").fingerprint("99 EUR"));
+            assert_eq!((new.attempt().number(), new.attempt().prior()), (1, None), "{case}");
         }
     }
 }
@@ -247,13 +394,15 @@ fn random_windows_give_the_answers_of_a_plain_map() {
         let bench = Bench::new();
         let mut store = bench.builder().open(bench.path().with_file_name("windows")).unwrap();
         let (mut window_ms, mut floor_ms, mut now_ms) = (WINDOW_MS, 0, START_MS);
-        let mut completed_ms: BTreeMap<String, u64> = BTreeMap::new();
+        // When each key was completed, and its own window.
+        let mut completed_ms: BTreeMap<String, (u64, u64)> = BTreeMap::new();
         for step in 0..150 {
             match rng.random_range(0..10) {
                 0..=3 => {
                     let key = format!("key-{step}");
-                    store.record(&key).wait().unwrap();
-                    completed_ms.insert(key, now_ms);
+                    let own_ms = *[1, 2_000, 9_000, 25_000, u64::MAX].choose(&mut rng).unwrap();
+                    store.record(Key::from(&key).window(Duration::from_millis(own_ms))).wait().unwrap();
+                    completed_ms.insert(key, (now_ms, own_ms));
                 }
                 4..=6 => {
                     let ms = rng.random_range(0..3_000);
@@ -272,10 +421,10 @@ fn random_windows_give_the_answers_of_a_plain_map() {
             }
             let since_ms = floor_ms.max(now_ms + 1 - window_ms);
             assert_eq!(store.stats().remembers_since.as_unix_ms(), since_ms, "step {step}");
-            for (key, completed_ms) in &completed_ms {
+            for (key, (completed_ms, own_ms)) in &completed_ms {
                 assert_eq!(
                     is_completed(&store, key),
-                    *completed_ms >= since_ms,
+                    *completed_ms >= since_ms && now_ms < completed_ms.saturating_add(*own_ms),
                     "{key} of {completed_ms} at step {step}"
                 );
             }

@@ -10,6 +10,7 @@
 //! | store its outcome | [`Completion`] |
 //! | read answers | [`Claim`], [`Completed`], [`InProgress`], [`KeyStatus`], [`RecordOutcome`] |
 //! | handle errors | [`Error`], [`ErrorKind`], [`Outcome`] |
+//! | write an engine with the rules of `onlyonce` | [`machine`] |
 //! | write an adapter | [`Engine`], [`EngineLease`], [`AttemptInfo`], [`OnStoreFailure`] |
 //! | test without a disk | [`testing::MemoryStore`] (feature `testing`) |
 //! | test an engine | `conformance` (feature `conformance`) |
@@ -25,6 +26,7 @@ mod engine;
 mod error;
 mod key;
 mod lease;
+pub mod machine;
 #[cfg(feature = "testing")]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;

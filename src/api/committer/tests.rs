@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::api;
-use crate::config::OnInterrupt;
+use onlyonce_core::OnInterrupt;
 use crate::engine::workers::StoreHandle;
 use crate::stats::Stats;
 use crate::{Store, Submitted};

@@ -2,34 +2,35 @@
 
 use std::sync::Arc;
 
-use super::entry::{Done, Entry, Holder, Lease, Now, Processing};
+use super::entry::Stored;
 use super::side_writes::Batch;
-use super::state::{State, millis};
-use crate::answer::{HeldKey, LeaseState, OnInterrupt, Resolution, StoredResult};
-use crate::attempt::PriorAttempt;
+use super::state::State;
+use crate::answer::{HeldKey, OnInterrupt, Resolution, StoredResult};
+use crate::attempt::{FencingToken, PriorAttempt};
 use crate::completion::Completion;
 use crate::engine::{Finish, Grant, Release};
 use crate::error::{Error, Result};
 use crate::key::Key;
+use crate::machine::{self, Attempt, Backoff, Entry, FinishedBy, Forget, PlainMoment, Processing};
+use crate::timestamp::Timestamp;
 
 impl State {
     pub(super) fn renew(&mut self, grant: &Grant) -> Result<()> {
-        let until_ms = self.monotonic_ms().saturating_add(millis(self.policy.lease));
-        let lease = self.lease_of(grant).ok_or_else(|| grant.superseded())?;
-        lease.until_ms = lease.until_ms.max(until_ms);
+        let full_ms = self.monotonic_ms().saturating_add(self.lease_ms);
+        let leased = self.lease_of(grant).ok_or_else(|| grant.superseded())?;
+        if let Entry::Processing(processing) = &mut leased.entry
+            && let Some(holder) = processing.holder.renewed(full_ms)
+        {
+            processing.holder = holder;
+        }
         Ok(())
     }
 
-    /// The lease of a grant, also if it expired. `None` if it was finished, dropped, taken over or resolved.
-    pub(super) fn lease_of(&mut self, grant: &Grant) -> Option<&mut Lease> {
-        match self.keys.get_mut(&grant.key) {
-            Some(Entry::Processing(Processing { token, holder: Holder::Leased(lease), .. }))
-                if *token == grant.token() =>
-            {
-                Some(lease)
-            }
-            _ => None,
-        }
+    /// The key of a grant's lease, also if that expired. `None` if it was finished, dropped, taken over or resolved.
+    pub(super) fn lease_of(&mut self, grant: &Grant) -> Option<&mut Stored> {
+        let stored = self.keys.get_mut(&grant.key)?;
+        let is_lease = stored.entry.token() == grant.token().get() && stored.leased_until_ms().is_some();
+        is_lease.then_some(stored)
     }
 
     pub(super) fn finish(&mut self, leases: Vec<(Arc<Grant>, Finish)>) -> Vec<Result<()>> {
@@ -39,48 +40,47 @@ impl State {
 
     /// The token decides, never the clock: to reject a late holder that no other has overtaken would only cause a duplicate.
     fn finish_one(&mut self, grant: &Grant, finish: Finish, batch: &mut Batch) -> Result<()> {
-        let now = self.now();
-        match (self.keys.get(&grant.key), finish) {
-            (Some(Entry::Processing(processing)), finish) if processing.token == grant.token() => {
-                let processing = processing.clone();
-                match finish {
-                    Finish::Complete(completion) => self.complete(grant, &processing, completion, now, batch),
-                    Finish::Release(release) => self.release(grant, processing, release, now),
-                }
-                Ok(())
+        let (now, policy, token) = (self.now(), self.policy, grant.token().get());
+        let stored = self.stored(&grant.key, now);
+        match (machine::finishable(stored.as_ref(), token, FinishedBy::Holder, now, policy), finish) {
+            (Some(processing), Finish::Complete(completion)) => {
+                self.complete(grant, processing, completion, now, batch)
             }
+            (Some(processing), Finish::Release(release)) => self.release(grant, processing, release, now),
             // Repeated: it is stored already, and so are its side writes.
-            (Some(Entry::Completed(done)), Finish::Complete(_)) if done.token == grant.token() && done.is_live(now) => {
-                Ok(())
-            }
-            (_, finish) => {
+            (None, Finish::Complete(_)) if machine::has_completed(stored.as_ref(), token, now, policy) => {}
+            (None, finish) => {
                 if matches!(finish, Finish::Complete(_)) {
                     batch.hold_back_offsets();
                 }
-                Err(grant.superseded())
+                return Err(grant.superseded());
             }
         }
+        Ok(())
     }
 
-    fn complete(&mut self, grant: &Grant, p: &Processing, completion: Completion, now: Now, batch: &mut Batch) {
+    fn complete(
+        &mut self,
+        grant: &Grant,
+        processing: &Processing,
+        completion: Completion,
+        now: PlainMoment,
+        batch: &mut Batch,
+    ) {
         if let Some(side_writes) = completion.side_writes() {
             self.side_writes.store(side_writes, batch);
         }
-        let done = Done {
-            token: p.token,
-            completed_at: if self.policy.is_stream { grant.claimed_at } else { now.time.max(grant.claimed_at) },
-            fingerprint: p.fingerprint,
-            window: p.window,
-            result: self.stored_result(completion.result()),
-        };
-        self.keys.insert(grant.key.clone(), Entry::Completed(done));
+        let attempt = Attempt { at_ms: grant.claimed_at.as_unix_ms(), ..attempt(processing) };
+        let result = self.stored_result(completion.result());
+        let done = attempt.completed(processing.own_window, result, now, self.policy);
+        self.keys.insert(grant.key.clone(), Stored::new(Entry::Completed(done)));
     }
 
     fn stored_result(&self, result: &[u8]) -> StoredResult {
         StoredResult::within(result, self.config.result_limit).to_shared()
     }
 
-    fn release(&mut self, grant: &Grant, mut processing: Processing, release: Release, now: Now) {
+    fn release(&mut self, grant: &Grant, processing: &Processing, release: Release, now: PlainMoment) {
         if release.may_have_happened && self.policy.on_interrupt == OnInterrupt::Hold {
             return self.abandon(grant);
         }
@@ -90,103 +90,96 @@ impl State {
             true => PriorAttempt::Dropped,
             false => PriorAttempt::Released,
         });
-        // The attempt that follows must find this one: it is remembered for a window.
-        let backoff_ms = millis(release.backoff).min(millis(self.policy.window) / 2);
-        let until_ms = if backoff_ms == 0 { 0 } else { now.monotonic_ms.saturating_add(backoff_ms) };
-        processing.since = processing.left_at(now, self.policy);
-        processing.fingerprint = processing.fingerprint.filter(|_| prior.may_have_happened());
-        processing.attempt = if release.reset_attempts { 0 } else { processing.attempt };
-        processing.holder = Holder::Open { prior, until_ms };
-        self.keys.insert(grant.key.clone(), Entry::Processing(processing));
+        let backoff = Backoff::from(now, release.backoff, self.policy.window_ms);
+        let number = if release.reset_attempts { 0 } else { processing.attempt };
+        let attempt = Attempt { attempt: number, ..attempt(processing) };
+        let released = attempt.released(processing.own_window, FinishedBy::Holder, prior, backoff, now, self.policy);
+        self.keys.insert(grant.key.clone(), Stored::new(Entry::Processing(released)));
     }
 
+    /// Ends an attempt with unknown outcome. Only a lease can be dropped.
     pub(super) fn abandon(&mut self, grant: &Grant) {
         let (now, policy) = (self.now(), self.policy);
-        if let Some(Entry::Processing(processing)) = self.keys.get_mut(&grant.key)
-            && processing.token == grant.token()
-        {
-            processing.interrupt(now, policy);
+        let Some(leased) = self.lease_of(grant) else { return };
+        if let Entry::Processing(processing) = &leased.entry {
+            let dropped = machine::interrupted(PriorAttempt::Dropped, policy.on_interrupt);
+            *leased = Stored::new(Entry::Processing(processing.clone().with_holder(dropped, now, policy)));
         }
     }
 
     pub(super) fn held(&self) -> Vec<HeldKey> {
         let now = self.now();
-        let mut held: Vec<HeldKey> = self
-            .processing()
-            .filter_map(|(key, it)| match it.state(now, self.policy) {
-                Some(LeaseState::Held(prior)) => Some(HeldKey::new(key.clone(), it.token, it.attempt, prior, it.since)),
-                _ => None,
-            })
-            .collect();
+        let held = |(key, stored): (&Key<'static>, &Stored)| {
+            let entry = stored.at(now, self.lease_ms);
+            let (Processing { token, attempt, since_ms, .. }, prior) = machine::held(Some(&entry), now, self.policy)?;
+            let (token, since) = (FencingToken::new(*token), Timestamp::from_unix_ms(*since_ms));
+            Some(HeldKey::new(key.clone(), token, *attempt, prior, since))
+        };
+        let mut held: Vec<HeldKey> = self.keys.iter().filter_map(held).collect();
         held.sort_by_key(|held| held.token);
         held
     }
 
     pub(super) fn resolve(&mut self, key: Key<'static>, resolution: Resolution) -> Result<()> {
         self.check_stored_key(&key)?;
-        let now = self.now();
-        let Some(Entry::Processing(processing)) = self.keys.get(&key) else {
+        let (now, policy) = (self.now(), self.policy);
+        let stored = self.stored(&key, now);
+        let Some((processing, prior)) = machine::held(stored.as_ref(), now, policy) else {
             return Err(Error::NotHeld { key: key.to_string() });
         };
-        let Some(LeaseState::Held(prior)) = processing.state(now, self.policy) else {
-            return Err(Error::NotHeld { key: key.to_string() });
-        };
-        let (processing, since) = (processing.clone(), processing.left_at(now, self.policy));
+        let (attempt, own_window) = (attempt(processing), processing.own_window);
         let entry = match resolution {
-            Resolution::Rerun => Entry::Processing(Processing { since, holder: Holder::Resolved(prior), ..processing }),
+            Resolution::Rerun => {
+                Entry::Processing(attempt.released(own_window, FinishedBy::Operator, prior, Backoff::NONE, now, policy))
+            }
             // With a token of its own, so that the old holder's late completion fails.
-            Resolution::Completed(result) => Entry::Completed(Done {
-                token: self.next_token(),
-                completed_at: since,
-                fingerprint: processing.fingerprint,
-                window: processing.window,
-                result: self.stored_result(&result),
-            }),
+            Resolution::Completed(result) => {
+                let attempt = Attempt { token: self.next_token(), ..attempt };
+                Entry::Completed(attempt.completed(own_window, self.stored_result(&result), now, policy))
+            }
         };
-        self.keys.insert(key, entry);
+        self.keys.insert(key, Stored::new(entry));
         Ok(())
     }
 
     pub(super) fn forget(&mut self, key: &Key<'static>) -> Result<bool> {
         self.check_stored_key(key)?;
         let now = self.now();
-        let counted = match self.keys.get(key) {
-            None => false,
-            Some(Entry::Completed(done)) => done.is_live(now),
-            Some(Entry::Processing(processing)) => {
-                let token = processing.token;
-                match processing.state(now, self.policy) {
-                    Some(LeaseState::Leased(_)) => return Err(Error::InUse { key: key.to_string(), token }),
-                    Some(LeaseState::Held(_)) => return Err(Error::Undecided { key: key.to_string(), token }),
-                    state => state.is_some(),
-                }
+        let stored = self.stored(key, now);
+        let name = || key.to_string();
+        match machine::check_forget(stored.as_ref(), now, self.policy) {
+            Forget::Allowed => {}
+            Forget::InUse { token } => return Err(Error::InUse { key: name(), token: FencingToken::new(token) }),
+            Forget::Undecided { token } => {
+                return Err(Error::Undecided { key: name(), token: FencingToken::new(token) });
             }
-        };
+        }
         self.keys.remove(key);
-        Ok(counted)
+        Ok(stored.is_some_and(|entry| machine::counts(&entry, now, self.policy)))
     }
 
     /// Ends the lease of a key, and its renewal. False if it has none.
     pub(super) fn expire_lease(&mut self, key: &Key<'static>) -> bool {
         let monotonic_ms = self.monotonic_ms();
-        match self.keys.get_mut(key) {
-            Some(Entry::Processing(Processing { holder: Holder::Leased(lease), .. })) => {
-                *lease = Lease { until_ms: lease.until_ms.min(monotonic_ms), keepers: Vec::new() };
-                true
-            }
-            _ => false,
-        }
+        let leased = self.keys.get_mut(key).and_then(|stored| Some((stored.leased_until_ms()?, stored)));
+        let Some((until_ms, stored)) = leased else { return false };
+        stored.set_leased_until(until_ms.min(monotonic_ms));
+        stored.keepers.clear();
+        true
     }
 
     /// Ends the renewal of all leases.
     pub(super) fn stop_renewals(&mut self) {
-        let until_ms = self.monotonic_ms().saturating_add(millis(self.policy.lease));
-        for entry in self.keys.values_mut() {
-            if let Entry::Processing(Processing { holder: Holder::Leased(lease), .. }) = entry
-                && !lease.keepers.is_empty()
-            {
-                *lease = Lease { until_ms, keepers: Vec::new() };
-            }
+        let until_ms = self.monotonic_ms().saturating_add(self.lease_ms);
+        for stored in self.keys.values_mut().filter(|stored| !stored.keepers.is_empty()) {
+            stored.set_leased_until(until_ms);
+            stored.keepers.clear();
         }
     }
+}
+
+/// The attempt of an entry.
+fn attempt(processing: &Processing) -> Attempt {
+    let Processing { token, attempt, fingerprint, since_ms: at_ms, .. } = *processing;
+    Attempt { token, attempt, fingerprint, at_ms }
 }

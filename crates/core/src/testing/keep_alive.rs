@@ -20,9 +20,9 @@ impl Keeper {
         let mut state = store.lock();
         let started = state.failure.admit().and_then(|()| state.renew(grant));
         if started.is_ok()
-            && let Some(lease) = state.lease_of(grant)
+            && let Some(leased) = state.lease_of(grant)
         {
-            lease.keepers.push(id);
+            leased.keepers.push(id);
         }
         let failures = state.failure.count();
         drop(state);
@@ -57,10 +57,10 @@ impl KeepAlive for Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         let mut state = self.store.lock();
-        let Some(lease) = state.lease_of(&self.grant) else { return };
-        let before = lease.keepers.len();
-        lease.keepers.retain(|id| *id != self.id);
-        if lease.keepers.len() < before {
+        let Some(leased) = state.lease_of(&self.grant) else { return };
+        let before = leased.keepers.len();
+        leased.keepers.retain(|id| *id != self.id);
+        if leased.keepers.len() < before {
             // It superseded nothing: the lease lasts from the last renewal on, which is now.
             let _ = state.renew(&self.grant);
         }

@@ -6,25 +6,27 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 use super::builder::{Config, MAX_KEY};
-use super::entry::{Done, Entry, Holder, Lease, Now, Policy, Processing, window_of};
+use super::entry::{Stored, completed, key_request};
 use super::failure::Failure;
 use super::side_writes::StoredSideWrites;
 use super::stream_time::{StreamTime, TooFarAhead};
-use crate::answer::{Claim, Completed, InProgress, KeyStatus, LeaseState, RecordOutcome, StoredKey, StoredResult};
-use crate::attempt::{AttemptInfo, FencingToken, PriorAttempt};
+use crate::answer::{Claim, Completed, InProgress, KeyStatus, RecordOutcome, StoredKey};
+use crate::attempt::{AttemptInfo, FencingToken};
 use crate::engine::{Answers, EngineStats, Grant, Limits};
 use crate::error::{Error, Result, TimestampError};
 use crate::key::Key;
+use crate::machine::{self, Available, Decision, Entry, LeaseState, Opened, PlainMoment, Policy, millis};
 use crate::timestamp::Timestamp;
 
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) config: Config,
     pub(super) policy: Policy,
+    pub(super) lease_ms: u64,
     pub(super) failure: Failure,
     pub(super) side_writes: StoredSideWrites,
     pub(super) fail_open: u64,
-    pub(super) keys: HashMap<Key<'static>, Entry>,
+    pub(super) keys: HashMap<Key<'static>, Stored>,
     stream: Option<StreamTime>,
     started: Instant,
     started_at: Timestamp,
@@ -33,7 +35,7 @@ pub(super) struct State {
 
 /// What a claim, a check or a record finds.
 enum Found {
-    Available { attempt: u32, prior: Option<PriorAttempt> },
+    Available(Available),
     InProgress(InProgress),
     Completed(Completed),
 }
@@ -41,13 +43,15 @@ enum Found {
 impl State {
     pub(super) fn new(config: Config) -> Self {
         let policy = Policy {
-            window: config.window,
-            lease: config.lease,
+            window_ms: millis(config.window),
             on_interrupt: config.on_interrupt,
             is_stream: config.max_ahead.is_some(),
+            opened: Opened::at(PlainMoment::default()),
+            first_token: 1,
         };
         Self {
             policy,
+            lease_ms: millis(config.lease),
             failure: Failure::default(),
             side_writes: StoredSideWrites::default(),
             fail_open: 0,
@@ -68,14 +72,19 @@ impl State {
         self.started_at.saturating_add(self.started.elapsed())
     }
 
-    pub(super) fn now(&self) -> Now {
+    pub(super) fn now(&self) -> PlainMoment {
         let time = self.stream.as_ref().map_or_else(|| self.wall_time(), StreamTime::now);
-        Now { time, monotonic_ms: self.monotonic_ms() }
+        PlainMoment { time_ms: time.as_unix_ms(), monotonic_ms: self.monotonic_ms() }
     }
 
-    pub(super) fn next_token(&mut self) -> FencingToken {
+    pub(super) fn next_token(&mut self) -> u64 {
         self.last_token += 1;
-        FencingToken::new(self.last_token)
+        self.last_token
+    }
+
+    /// The entry of a key at this moment.
+    pub(super) fn stored(&self, key: &Key<'_>, now: PlainMoment) -> Option<Entry> {
+        self.keys.get(key).map(|stored| stored.at(now, self.lease_ms))
     }
 
     /// Rejects all keys of a call if one is not valid.
@@ -101,46 +110,26 @@ impl State {
     }
 
     /// Advances stream time to the message of a key. `later` are the timestamps that follow it in its call.
-    fn advance_to(&mut self, key: &Key<'_>, later: &[Timestamp]) -> Result<Now> {
+    fn advance_to(&mut self, key: &Key<'_>, later: &[Timestamp]) -> Result<PlainMoment> {
         let (now, wall) = (self.now(), self.wall_time());
         match (&mut self.stream, key.timestamp()) {
             (Some(stream), Some(at)) => match stream.advance(at, later, wall) {
-                Ok(time) => Ok(Now { time, ..now }),
+                Ok(time) => Ok(PlainMoment { time_ms: time.as_unix_ms(), ..now }),
                 Err(error) => Err(too_far_ahead(key, at, stream, error)),
             },
             _ => Ok(now),
         }
     }
 
-    fn find(&self, key: &Key<'_>, now: Now) -> Result<Found> {
-        let new = || match key.timestamp() {
-            Some(at) if at.saturating_add(window_of(key, self.policy.window)) <= now.time => {
-                Err(too_old(key, at, now, self.policy.window))
+    fn find(&self, key: &Key<'_>, stored: Option<&Entry>, now: PlainMoment) -> Result<Found> {
+        match machine::decide(stored, key_request(key), now, self.policy) {
+            Decision::Available(available) => Ok(Found::Available(available)),
+            Decision::InProgress { retry_after_ms, attempt } => {
+                Ok(Found::InProgress(InProgress::new(retry_after_ms.map(Duration::from_millis), attempt)))
             }
-            _ => Ok(Found::Available { attempt: 1, prior: None }),
-        };
-        let (fingerprint, found) = match self.keys.get(key) {
-            None => return new(),
-            Some(Entry::Completed(done)) if !done.is_live(now) => return new(),
-            Some(Entry::Completed(done)) => (done.fingerprint, Found::Completed(done.to_completed())),
-            Some(Entry::Processing(processing)) => {
-                let attempt = processing.attempt;
-                let found = match processing.state(now, self.policy) {
-                    None => return new(),
-                    Some(LeaseState::Leased(left) | LeaseState::Backoff(left, _)) => {
-                        Found::InProgress(InProgress::new(Some(left), attempt))
-                    }
-                    Some(LeaseState::Held(_)) => Found::InProgress(InProgress::new(None, attempt)),
-                    Some(LeaseState::Free(prior)) => {
-                        Found::Available { attempt: attempt.saturating_add(1), prior: Some(prior) }
-                    }
-                };
-                (processing.fingerprint, found)
-            }
-        };
-        match (fingerprint, key.payload_fingerprint()) {
-            (Some(first), Some(this)) if first != *this => Err(Error::PayloadMismatch { key: key.to_string() }),
-            _ => Ok(found),
+            Decision::Completed(done) => Ok(Found::Completed(completed(done, self.policy.window_ms))),
+            Decision::PayloadMismatch => Err(Error::PayloadMismatch { key: key.to_string() }),
+            Decision::TooOld => Err(too_old(key, now, self.policy.window_ms)),
         }
     }
 
@@ -158,46 +147,25 @@ impl State {
 
     fn claim_one(&mut self, key: Key<'static>, later: &[Timestamp]) -> Result<Claim<Grant>> {
         let now = self.advance_to(&key, later)?;
-        let (attempt, prior) = match self.find(&key, now)? {
-            Found::Available { attempt, prior } => (attempt, prior),
+        let stored = self.stored(&key, now);
+        let available = match self.find(&key, stored.as_ref(), now)? {
+            Found::Available(available) => available,
             Found::InProgress(in_progress) => return Ok(Claim::InProgress(in_progress)),
             Found::Completed(completed) => return Ok(Claim::Completed(completed)),
         };
         self.admit_one_more(now)?;
-        let until_ms = now.monotonic_ms.saturating_add(millis(self.policy.lease));
-        let processing = Processing {
-            token: self.next_token(),
-            attempt,
-            since: self.time_of(&key, now, prior),
-            fingerprint: self.fingerprint_of(&key, prior),
-            window: window_of(&key, self.policy.window),
-            holder: Holder::Leased(Lease { until_ms, keepers: Vec::new() }),
-        };
-        let info = AttemptInfo::new(processing.token, attempt, prior);
+        let until_ms = now.monotonic_ms.saturating_add(self.lease_ms);
+        let token = self.next_token();
+        let processing = available.claimed(stored.as_ref(), key_request(&key), token, until_ms, now);
+        let info = AttemptInfo::new(FencingToken::new(token), available.attempt, available.prior);
+        let claimed_at = Timestamp::from_unix_ms(processing.since_ms);
         let grant =
-            Grant::new(key.clone().with_fingerprint(processing.fingerprint), info, processing.since, now.monotonic_ms);
-        self.keys.insert(key, Entry::Processing(processing));
+            Grant::new(key.clone().with_fingerprint(processing.fingerprint), info, claimed_at, now.monotonic_ms);
+        self.keys.insert(key, Stored::new(Entry::Processing(processing)));
         Ok(Claim::Acquired(grant))
     }
 
-    /// The time that a key gets: now, or its message's. A later attempt at the same work never gets an earlier time.
-    fn time_of(&self, key: &Key<'_>, now: Now, prior: Option<PriorAttempt>) -> Timestamp {
-        let time = key.timestamp().unwrap_or(now.time);
-        match (prior, self.keys.get(key)) {
-            (Some(_), Some(Entry::Processing(processing))) => time.max(processing.since),
-            _ => time,
-        }
-    }
-
-    /// The payload that binds the key: this call's, or that of an earlier attempt that may have had its effect.
-    fn fingerprint_of(&self, key: &Key<'_>, prior: Option<PriorAttempt>) -> Option<[u8; 16]> {
-        key.payload_fingerprint().copied().or_else(|| match (prior, self.keys.get(key)) {
-            (Some(_), Some(Entry::Processing(processing))) => processing.fingerprint,
-            _ => None,
-        })
-    }
-
-    fn admit_one_more(&self, now: Now) -> Result<()> {
+    fn admit_one_more(&self, now: PlainMoment) -> Result<()> {
         let Config { in_flight_limit, held_limit, .. } = self.config;
         if self.keys.len() < in_flight_limit.min(held_limit) {
             return Ok(());
@@ -213,19 +181,20 @@ impl State {
     }
 
     /// The number of keys in progress and of held keys.
-    fn count(&self, now: Now) -> (usize, usize) {
-        self.processing().fold((0, 0), |(in_flight, held), (_, processing)| match processing.state(now, self.policy) {
-            Some(LeaseState::Leased(_)) => (in_flight + 1, held),
+    fn count(&self, now: PlainMoment) -> (usize, usize) {
+        self.keys.values().fold((0, 0), |(in_flight, held), stored| match self.lease_state(stored, now) {
+            Some(LeaseState::Active { .. }) => (in_flight + 1, held),
             Some(LeaseState::Held(_)) => (in_flight, held + 1),
             _ => (in_flight, held),
         })
     }
 
-    pub(super) fn processing(&self) -> impl Iterator<Item = (&Key<'static>, &Processing)> {
-        self.keys.iter().filter_map(|(key, entry)| match entry {
-            Entry::Processing(processing) => Some((key, processing)),
+    /// The state of a claimed key.
+    fn lease_state(&self, stored: &Stored, now: PlainMoment) -> Option<LeaseState> {
+        match stored.at(now, self.lease_ms) {
+            Entry::Processing(processing) => Some(machine::lease_state(&processing, now, self.policy)),
             Entry::Completed(_) => None,
-        })
+        }
     }
 
     pub(super) fn record(&mut self, keys: Vec<Key<'static>>) -> Answers<RecordOutcome> {
@@ -237,19 +206,14 @@ impl State {
 
     fn record_one(&mut self, key: Key<'static>, later: &[Timestamp]) -> Result<RecordOutcome> {
         let now = self.advance_to(&key, later)?;
-        let prior = match self.find(&key, now)? {
-            Found::Available { prior, .. } => prior,
+        let stored = self.stored(&key, now);
+        let available = match self.find(&key, stored.as_ref(), now)? {
+            Found::Available(available) => available,
             Found::InProgress(_) => return Ok(RecordOutcome::Duplicate { in_flight: true }),
             Found::Completed(_) => return Ok(RecordOutcome::Duplicate { in_flight: false }),
         };
-        let done = Done {
-            token: self.next_token(),
-            completed_at: self.time_of(&key, now, prior),
-            fingerprint: self.fingerprint_of(&key, prior),
-            window: window_of(&key, self.policy.window),
-            result: StoredResult::None,
-        };
-        self.keys.insert(key, Entry::Completed(done));
+        let done = available.recorded(stored.as_ref(), key_request(&key), self.next_token(), now);
+        self.keys.insert(key, Stored::new(Entry::Completed(done)));
         Ok(RecordOutcome::First)
     }
 
@@ -261,13 +225,13 @@ impl State {
     fn check_one(&self, key: &Key<'static>) -> Result<KeyStatus> {
         let now = match (&self.stream, key.timestamp()) {
             (Some(stream), Some(at)) => match stream.preview(at, self.wall_time()) {
-                Ok(time) => Now { time, ..self.now() },
+                Ok(time) => PlainMoment { time_ms: time.as_unix_ms(), ..self.now() },
                 Err(error) => return Err(too_far_ahead(key, at, stream, error)),
             },
             _ => self.now(),
         };
-        Ok(match self.find(key, now)? {
-            Found::Available { .. } => KeyStatus::New,
+        Ok(match self.find(key, self.stored(key, now).as_ref(), now)? {
+            Found::Available(_) => KeyStatus::New,
             Found::InProgress(in_progress) => KeyStatus::InProgress(in_progress),
             Found::Completed(completed) => KeyStatus::Completed(completed),
         })
@@ -276,13 +240,15 @@ impl State {
     pub(super) fn inspect(&self, key: &Key<'_>) -> Result<Option<StoredKey>> {
         self.check_stored_key(key)?;
         let now = self.now();
-        Ok(match self.keys.get(key) {
-            Some(Entry::Completed(done)) => done.is_live(now).then(|| StoredKey::Completed(done.to_completed())),
-            Some(Entry::Processing(processing)) => processing
-                .state(now, self.policy)
-                .map(|state| StoredKey::processing(processing.token, processing.attempt, state)),
-            None => None,
-        })
+        let counting = self.stored(key, now).filter(|entry| machine::counts(entry, now, self.policy));
+        Ok(counting.map(|entry| match entry {
+            Entry::Completed(done) => StoredKey::Completed(completed(&done, self.policy.window_ms)),
+            Entry::Processing(processing) => StoredKey::processing(
+                FencingToken::new(processing.token),
+                processing.attempt,
+                machine::lease_state(&processing, now, self.policy).into(),
+            ),
+        }))
     }
 
     pub(super) fn limits(&self) -> Limits {
@@ -299,19 +265,14 @@ fn timestamps(keys: &[Key<'_>]) -> Vec<Timestamp> {
     keys.iter().filter_map(Key::timestamp).collect()
 }
 
-fn too_old(key: &Key<'_>, at: Timestamp, now: Now, window: Duration) -> Error {
-    let window = window_of(key, window);
+fn too_old(key: &Key<'_>, now: PlainMoment, window_ms: u64) -> Error {
+    let window_ms = key_request(key).own_window.within(window_ms);
     // The first millisecond that a window from it on reaches beyond now.
-    let remembers_since = now.time.as_unix_ms().saturating_sub(millis(window)).saturating_add(1);
-    let remembers_since = Timestamp::from_unix_ms(remembers_since);
-    TimestampError::TooOld { key: key.to_string(), at, remembers_since }.into()
+    let remembers_since = Timestamp::from_unix_ms(now.time_ms.saturating_sub(window_ms).saturating_add(1));
+    TimestampError::TooOld { key: key.to_string(), at: key.timestamp().unwrap_or_default(), remembers_since }.into()
 }
 
 fn too_far_ahead(key: &Key<'_>, at: Timestamp, stream: &StreamTime, error: TooFarAhead) -> Error {
     let (stream_time, max_ahead) = (stream.now(), stream.max_ahead());
     TimestampError::TooFarAhead { key: key.to_string(), at, stream_time, max_ahead, in_future: error.in_future }.into()
-}
-
-pub(super) fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
