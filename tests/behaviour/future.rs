@@ -530,7 +530,12 @@ fn one_thread_renews_the_leases_of_all_stores() {
         .collect();
     let keep_alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
     assert!(named("onlyonce-worker") >= stores.len());
-    assert_eq!(named("onlyonce-renew"), 1);
+    // A thread gets its name only after it has started.
+    let deadline = Instant::now() + LONG;
+    while named("onlyonce-renew") != 1 {
+        assert!(Instant::now() < deadline, "{} threads renew", named("onlyonce-renew"));
+        std::thread::sleep(Duration::from_millis(10));
+    }
     drop(keep_alive);
     stores.iter().for_each(|store| store.close().wait().unwrap());
 }
