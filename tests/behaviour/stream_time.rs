@@ -253,7 +253,7 @@ fn a_late_message_is_remembered_for_a_window_from_its_timestamp() {
     stream.tick(START_MS);
     stream.tick(START_MS + AHEAD_MS);
     stream.store().flush().unwrap();
-    // Its bucket is over, and was never created.
+    // Its bucket has ended, and was never created.
     let late_ms = START_MS - 2_500;
     assert_eq!(
         stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
