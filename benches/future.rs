@@ -1,7 +1,7 @@
-//! What futures cost: lives (a claim and a completion) of single keys and of batches, blocking and awaited, by turns.
+//! The cost of awaited calls: cycles (a claim and its completion) of single keys and of batches, blocking and awaited.
 //!
-//! `cargo bench --features tokio --bench future [-- KEYS]`, 1,000,000 keys a row by default. 36-byte keys, 17-byte
-//! results, a runtime of two workers. Each row is the best of three, `x` beside the blocking one of as many callers.
+//! `cargo bench --features tokio --bench future [-- KEYS]`, 1,000,000 keys a line by default. 36-byte keys, 17-byte
+//! results, a runtime of two workers. Each line is the best of three rounds; `x` compares it with blocking calls.
 
 #![allow(clippy::print_stdout, reason = "a bench reports on standard output")]
 
@@ -26,26 +26,25 @@ fn key(i: usize) -> String {
     format!("{a:016x}-{b:016x}-{:02x}", i & 0xff)
 }
 
-/// What one way of working did.
+/// The result of one measurement.
 #[derive(Clone, Copy, Default)]
 struct Figures {
     rate: f64,
-    lives_a_sync: f64,
+    cycles_per_sync: f64,
     cpu_us: f64,
 }
 
-/// Seconds of processor time that this process has taken, where the system says so. Other processes on the machine
-/// change rates a great deal, and this little.
+/// CPU seconds of this process, if the system reports them. Load on the machine affects them much less than it affects rates.
 fn cpu_seconds() -> f64 {
     const TICKS_A_SECOND: f64 = 100.0;
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // Behind the name, which may hold anything: user and system time are the 12th and 13th field.
-    let behind = stat.rsplit(')').next().unwrap_or_default();
-    behind.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>()
+    // After the name, which may contain any character, user and system time are the 12th and 13th field.
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    fields.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>()
         / TICKS_A_SECOND
 }
 
-/// Shares `keys` out to `workers`.
+/// The part of `keys` that this worker processes.
 fn share(keys: usize, workers: usize, worker: usize) -> std::ops::Range<usize> {
     keys * worker / workers..keys * (worker + 1) / workers
 }
@@ -61,14 +60,14 @@ fn measure(
     work(&store)?;
     let (elapsed, cpu) = (start.elapsed(), cpu_seconds() - cpu);
     let after = store.stats();
-    let lives = (after.completed - before.completed) as f64;
-    assert_eq!(lives, keys as f64, "every key is completed once");
+    let cycles = (after.completed - before.completed) as f64;
+    assert_eq!(cycles, keys as f64, "every key is completed once");
     store.close().wait()?;
     let syncs = (after.log_syncs - before.log_syncs).max(1) as f64;
-    Ok(Figures { rate: lives / elapsed.as_secs_f64(), lives_a_sync: lives / syncs, cpu_us: cpu * 1e6 / lives })
+    Ok(Figures { rate: cycles / elapsed.as_secs_f64(), cycles_per_sync: cycles / syncs, cpu_us: cpu * 1e6 / cycles })
 }
 
-/// Threads that block, batch by batch, or key by key where a batch is 1.
+/// Threads with blocking calls: batch by batch, or key by key if `batch` is 1.
 fn blocking(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<(), Failure> {
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..workers)
@@ -100,7 +99,7 @@ fn blocking(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<
     })
 }
 
-/// Tasks that do the same with futures.
+/// Tasks that do the same with awaited calls.
 fn awaited(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
@@ -137,10 +136,12 @@ fn awaited(store: &Store, keys: usize, workers: usize, batch: usize) -> Result<(
     })
 }
 
-fn report(what: &str, figures: Figures, beside: Figures) {
-    let Figures { rate, lives_a_sync, cpu_us } = figures;
-    let times = rate / beside.rate;
-    println!("{what:<36} {rate:>9.0} lives/s {times:>5.2} x {lives_a_sync:>8.0} a sync {cpu_us:>6.2} us of CPU a life");
+fn report(what: &str, figures: Figures, blocking: Figures) {
+    let Figures { rate, cycles_per_sync, cpu_us } = figures;
+    let times = rate / blocking.rate;
+    println!(
+        "{what:<36} {rate:>9.0} cycles/s {times:>5.2} x {cycles_per_sync:>8.0} a sync {cpu_us:>6.2} us of CPU a cycle"
+    );
 }
 
 fn main() -> Result<(), Failure> {
@@ -149,7 +150,7 @@ fn main() -> Result<(), Failure> {
     type Work = fn(&Store, usize, usize, usize) -> Result<(), Failure>;
     for durability in [Durability::Disk, Durability::Process] {
         println!("{durability:?}");
-        let rows: [(&str, Work, usize, usize, usize); 7] = [
+        let lines: [(&str, Work, usize, usize, usize); 7] = [
             ("batches of 512, 1 thread, blocking", blocking, keys, 1, BATCH),
             ("batches of 512, 2 threads, blocking", blocking, keys, 2, BATCH),
             ("batches of 512, 1 task", awaited, keys, 1, BATCH),
@@ -160,7 +161,7 @@ fn main() -> Result<(), Failure> {
         ];
         let mut best = [Figures::default(); 7];
         for _ in 0..ROUNDS {
-            for (best, (_, work, keys, workers, batch)) in best.iter_mut().zip(rows) {
+            for (best, (_, work, keys, workers, batch)) in best.iter_mut().zip(lines) {
                 let figures = measure(durability, keys, |store| work(store, keys, workers, batch))?;
                 if figures.rate > best.rate {
                     *best = figures;
@@ -168,8 +169,8 @@ fn main() -> Result<(), Failure> {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        for (place, (what, ..)) in rows.iter().enumerate() {
-            report(what, best[place], best[if place < 5 { place % 2 } else { 5 }]);
+        for (index, (what, ..)) in lines.iter().enumerate() {
+            report(what, best[index], best[if index < 5 { index % 2 } else { 5 }]);
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
-//! What `tests/instructions` counts the instructions of: the hot path, on keys that are the same on every run.
+//! The hot path, for `tests/instructions`, which counts its instructions. The keys are the same on every run.
 //!
-//! `hot_path KEYS`; it prints nothing. Each function named `counted_…` is one line of `benches/instructions.txt`.
+//! `hot_path KEYS`; it prints nothing. Each function named `counted_…` has a line in `benches/instructions.txt`.
 
 use onlyonce::{Claim, Durability, KeyStatus, RecordOutcome, Store};
 
@@ -37,7 +37,7 @@ fn counted_record_one(store: &Store, keys: &[String]) -> Result<usize, Failure> 
 }
 
 #[inline(never)]
-fn counted_life_batch(store: &Store, keys: &[String]) -> Result<usize, Failure> {
+fn counted_claim_complete_batch(store: &Store, keys: &[String]) -> Result<usize, Failure> {
     let mut completed = 0;
     for batch in keys.chunks(BATCH) {
         let mut leases = Vec::with_capacity(BATCH);
@@ -56,19 +56,19 @@ fn counted_life_batch(store: &Store, keys: &[String]) -> Result<usize, Failure> 
 
 #[inline(never)]
 fn counted_check_new(store: &Store, keys: &[String]) -> Result<usize, Failure> {
-    check(store, keys, |check| *check == KeyStatus::New)
+    check(store, keys, |status| *status == KeyStatus::New)
 }
 
 #[inline(never)]
 fn counted_check_recent(store: &Store, keys: &[String]) -> Result<usize, Failure> {
-    check(store, keys, |check| matches!(check, KeyStatus::Completed(_)))
+    check(store, keys, |status| matches!(status, KeyStatus::Completed(_)))
 }
 
-fn check(store: &Store, keys: &[String], is: impl Fn(&KeyStatus) -> bool) -> Result<usize, Failure> {
+fn check(store: &Store, keys: &[String], matches: impl Fn(&KeyStatus) -> bool) -> Result<usize, Failure> {
     let mut found = 0;
     for batch in keys.chunks(BATCH) {
-        for check in store.check_batch(batch).wait()? {
-            found += usize::from(is(&check?));
+        for status in store.check_batch(batch).wait()? {
+            found += usize::from(matches(&status?));
         }
     }
     Ok(found)
@@ -79,20 +79,20 @@ fn main() -> Result<(), Failure> {
     let dir = tempfile::tempdir()?;
     let store = Store::builder().durability(Durability::Process).open(dir.path().join("store"))?;
     let keys = |part: u64| keys(part * count, count);
-    // Sealed, and forgotten by memory: the filter has something to say no to.
+    // Flushed to buckets, so that the filter has keys and rules out the new ones.
     for part in 10..14 {
         for recorded in store.record_batch(keys(part)).wait()? {
             recorded?;
         }
     }
     store.flush()?;
-    let done = [
+    let counts = [
         counted_record_batch(&store, &keys(0))?,
         counted_record_one(&store, &keys(1))?,
-        counted_life_batch(&store, &keys(2))?,
+        counted_claim_complete_batch(&store, &keys(2))?,
         counted_check_new(&store, &keys(3))?,
         counted_check_recent(&store, &keys(2))?,
     ];
-    assert!(done.iter().all(|done| *done as u64 == count), "{count} keys each: {done:?}");
+    assert!(counts.iter().all(|counted| *counted as u64 == count), "expected {count} keys each: {counts:?}");
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! The parts, one by one: `cargo bench --features internals --bench parts`. What they cost together is measured by
-//! `sustained` and by the package `onlyonce-compare`.
+//! Microbenchmarks of single parts: `cargo bench --features internals --bench parts`. `sustained` and the package
+//! `onlyonce-compare` measure the whole store.
 
 use std::hint::black_box;
 
@@ -19,7 +19,7 @@ fn key(i: u64) -> String {
 }
 
 fn encoded(from: u64, count: usize) -> Vec<Vec<u8>> {
-    (from..).take(count).map(|i| encode(&key(i)).expect("a key")).collect()
+    (from..).take(count).map(|i| encode(&key(i)).expect("the key is valid")).collect()
 }
 
 fn digests(from: u64, count: usize) -> Vec<u64> {
@@ -38,15 +38,15 @@ fn key_digest(bencher: Bencher<'_, '_>) {
 #[divan::bench(args = [100_000, 1_000_000])]
 fn filter_check(bencher: Bencher<'_, '_>, keys: u64) {
     let filter = Filter::new(keys);
-    for slot in 0..24 {
-        filter.insert(slot, &digests(u64::from(slot) * keys, usize::try_from(keys).expect("few")));
+    for column_id in 0..24 {
+        filter.insert(column_id, &digests(u64::from(column_id) * keys, usize::try_from(keys).expect("the count fits")));
     }
-    let (new, mut slots, mut at) = (digests(1 << 40, 1 << 18), vec![0; BATCH], 0);
+    let (new, mut column_bits, mut at) = (digests(1 << 40, 1 << 18), vec![0; BATCH], 0);
     bencher.counter(ItemsCount::new(BATCH)).bench_local(|| {
-        slots.fill(0);
+        column_bits.fill(0);
         at = (at + BATCH) % new.len();
-        filter.column_bits_of(&new[at..at + BATCH], &mut slots);
-        slots.last().copied()
+        filter.column_bits_of(&new[at..at + BATCH], &mut column_bits);
+        column_bits.last().copied()
     });
 }
 
@@ -61,7 +61,7 @@ fn filter_insert(bencher: Bencher<'_, '_>) {
 }
 
 #[divan::bench(sample_count = 10)]
-fn hot_table_complete(bencher: Bencher<'_, '_>) {
+fn memtable_complete(bencher: Bencher<'_, '_>) {
     let (keys, digests) = (encoded(0, 100_000), digests(0, 100_000));
     bencher.counter(ItemsCount::new(keys.len())).with_inputs(MemTable::new).bench_local_refs(|table| {
         for ((key, digest), token) in keys.iter().zip(&digests).zip(1..) {
@@ -71,7 +71,7 @@ fn hot_table_complete(bencher: Bencher<'_, '_>) {
 }
 
 #[divan::bench]
-fn hot_table_absent(bencher: Bencher<'_, '_>) {
+fn memtable_absent(bencher: Bencher<'_, '_>) {
     let table = MemTable::new();
     for ((key, digest), token) in encoded(0, 100_000).iter().zip(digests(0, 100_000)).zip(1..) {
         table.complete(digest, key, token);
@@ -92,18 +92,18 @@ fn codec_write(bencher: Bencher<'_, '_>) {
 
 #[divan::bench]
 fn codec_read(bencher: Bencher<'_, '_>) {
-    let row = write_record(encoded(0, BATCH).iter().map(Vec::as_slice), b"result-0123456789");
-    bencher.counter(ItemsCount::new(BATCH)).bench_local(|| read_keys(black_box(&row)));
+    let record = write_record(encoded(0, BATCH).iter().map(Vec::as_slice), b"result-0123456789");
+    bencher.counter(ItemsCount::new(BATCH)).bench_local(|| read_keys(black_box(&record)));
 }
 
-/// Callers that wait for the disk at the same time share a sync: with more of them a record costs less.
+/// Concurrent callers that wait for the disk share a sync: the more callers, the cheaper each `record`.
 #[divan::bench(threads = [1, 4, 16, 64], sample_count = 200)]
-fn commit_group(bencher: Bencher<'_, '_>) {
-    let dir = tempfile::tempdir().expect("a directory");
-    let store = Store::builder().durability(Durability::Disk).open(dir.path().join("store")).expect("a store");
+fn group_commit(bencher: Bencher<'_, '_>) {
+    let dir = tempfile::tempdir().expect("the directory is created");
+    let store = Store::builder().durability(Durability::Disk).open(dir.path().join("store")).expect("the store opens");
     let next = std::sync::atomic::AtomicU64::new(0);
     bencher.counter(ItemsCount::new(1_usize)).bench(|| {
         let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        store.record(key(number)).wait().expect("a record")
+        store.record(key(number)).wait().expect("the key is recorded")
     });
 }

@@ -1,4 +1,4 @@
-//! How many keys a second, sustained: a measurement ends when every key lies sealed in its bucket.
+//! Sustained throughput in keys a second, including the flush of every key to its bucket.
 //!
 //! `cargo bench --bench sustained [-- KEYS]`, 4,000,000 keys by default. 36-byte keys, 17-byte results, batches of
 //! 512, one thread, durability `Process`.
@@ -60,17 +60,17 @@ fn main() -> Result<(), Failure> {
             first += usize::from(recorded? == RecordOutcome::First);
         }
     }
-    let answered = start.elapsed();
+    let returned = start.elapsed();
     store.flush()?;
-    report("record, until sealed", count, start.elapsed());
-    report("record, until answered", count, answered);
-    assert_eq!(first, count, "every key is new once");
+    report("record, until flushed", count, start.elapsed());
+    report("record, until returned", count, returned);
+    assert_eq!(first, count, "every key is new exactly once");
 
     let start = Instant::now();
     let mut absent = 0;
     for batch in new.chunks(BATCH) {
-        for check in store.check_batch(batch).wait()? {
-            absent += usize::from(check? == KeyStatus::New);
+        for status in store.check_batch(batch).wait()? {
+            absent += usize::from(status? == KeyStatus::New);
         }
     }
     report("check of new keys", count, start.elapsed());
@@ -79,11 +79,11 @@ fn main() -> Result<(), Failure> {
     let start = Instant::now();
     let mut found = 0;
     for batch in known.chunks(BATCH).take(200_000 / BATCH) {
-        for check in store.check_batch(batch).wait()? {
-            found += usize::from(matches!(check?, KeyStatus::Completed(_)));
+        for status in store.check_batch(batch).wait()? {
+            found += usize::from(matches!(status?, KeyStatus::Completed(_)));
         }
     }
-    report("check of known keys, sealed", found, start.elapsed());
+    report("check of flushed keys", found, start.elapsed());
     store.close().wait()?;
 
     let store = open(&dir, "claim")?;

@@ -4,50 +4,46 @@
 //! cargo run --release --features tokio --example consumer_async [new-directory]
 //! ```
 //!
-//! [`handle`] is the consumer one would really write; the rest is a queue with the habits of real ones: it delivers some
-//! messages twice at the same time, loses acknowledgements, and delivers again whatever is not acknowledged.
+//! [`handle`] is the consumer; everything else simulates a queue. It delivers some messages twice at the same time, loses
+//! acknowledgements, and delivers a message again until it is acknowledged.
 
-#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+#![allow(clippy::print_stdout, reason = "an example prints its result")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use onlyonce::Claim;
-use onlyonce::Store;
+use onlyonce::{Claim, Lease, Store};
 use tokio::sync::{mpsc, oneshot};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 const ORDERS: usize = 500;
-/// As long as the queue leaves a delivery alone before it comes again, or shorter.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a delivery waits for another one of the same message. At most the redelivery timeout of the queue.
+const WAIT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Works on a delivery. True: acknowledge it. Otherwise the queue delivers it again, later.
+/// Processes a delivery. True: acknowledge it. False: the queue delivers it again later.
 async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<bool> {
-    let mut lease = match store.claim(order).wait_up_to(PATIENCE).await? {
+    let mut lease = match store.claim(order).wait_up_to(WAIT_LIMIT).await? {
         Claim::Acquired(lease) => lease,
-        // A duplicate, maybe of a delivery that another task finished while this one waited.
+        // A duplicate. Another task may have completed the message while this one waited.
         Claim::Completed(_receipt) => return Ok(true),
         Claim::InProgress(_) => return Ok(false),
     };
-    // An earlier attempt was cut off: the charge may have been made.
+    // An earlier attempt was interrupted: the order may be charged already.
     if lease.attempt().may_have_happened()
         && let Some(receipt) = shop.charge_of(order)
     {
-        return lease.complete(receipt).await.map(|()| true).map_err(|failed| failed.error().clone());
+        return complete(lease, receipt).await;
     }
-    // An error of `during` says that somebody has taken over: then the charge is theirs to make. A real shop takes the token,
-    // too, and refuses one that is lower than what it has seen.
+    // `during` fails if another holder has taken over the lease; then this task must not charge. A real shop would also check the
+    // fencing token, and reject a lower one than it has seen.
     let charge = shop.charge(order);
     match lease.keep_alive().during(charge).await? {
-        Ok(receipt) => match lease.complete(receipt).await {
-            Ok(()) => Ok(true),
-            Err(failed) => Err(failed.error().clone()),
-        },
-        // The charge was refused and nothing has happened. After a timeout it would be the lease that is dropped:
-        // then the charge may have been made, and the next attempt has to learn that.
+        Ok(receipt) => complete(lease, receipt).await,
+        // A refused charge has no effect, so release the lease. After a timeout, drop it instead: the order may be charged, and the
+        // next attempt must ask.
         Err(Refused) => {
             lease.release().after(Duration::from_millis(20)).await?;
             Ok(false)
@@ -55,17 +51,24 @@ async fn handle(store: &Store, shop: &Shop, order: &str) -> onlyonce::Result<boo
     }
 }
 
-/// The other side: charges whoever asks, as often as it is asked.
+async fn complete(lease: Lease, receipt: String) -> onlyonce::Result<bool> {
+    match lease.complete(receipt).await {
+        Ok(()) => Ok(true),
+        Err(failed) => Err(failed.into_parts().0),
+    }
+}
+
+/// The shop that charges. It does not detect duplicates.
 #[derive(Default)]
 struct Shop {
-    /// How often each order was refused and charged.
+    /// For each order, the number of refusals and of charges.
     ledger: Mutex<BTreeMap<String, (u32, u32)>>,
 }
 
 struct Refused;
 
 impl Shop {
-    /// The receipt of an order that was charged.
+    /// The receipt of an order, if it is charged.
     fn charge_of(&self, order: &str) -> Option<String> {
         let ledger = self.ledger.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         ledger.get(order).filter(|(_, charged)| *charged > 0).map(|_| format!("receipt of {order}"))
@@ -89,7 +92,7 @@ struct Delivery {
     acknowledge: oneshot::Sender<()>,
 }
 
-/// Delivers a message until its acknowledgement arrives.
+/// Delivers a message until it is acknowledged.
 async fn deliver(order: String, lost_acknowledgements: u32, queue: mpsc::Sender<Delivery>) {
     let mut lost = 0;
     loop {
@@ -108,7 +111,7 @@ async fn deliver(order: String, lost_acknowledgements: u32, queue: mpsc::Sender<
 }
 
 async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
-    // Reading the journal back blocks, and nothing else runs yet.
+    // Opening blocks while it replays the journal. No other task runs yet.
     let store = Store::open(directory)?;
     let shop = Arc::new(Shop::default());
     let (queue, mut deliveries) = mpsc::channel(100);
@@ -124,17 +127,20 @@ async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
         let (store, shop) = (store.clone(), Arc::clone(&shop));
         tokio::spawn(async move {
             match handle(&store, &shop, &delivery.order).await {
-                // Whoever is gone by now delivers again, and is told that it is done.
+                // If the acknowledgement is lost, the next delivery is a duplicate.
                 Ok(true) => drop(delivery.acknowledge.send(())),
                 Ok(false) => {}
-                // Fail closed: work that cannot be remembered is not begun.
-                Err(error) => println!("{}: {error}", delivery.order),
+                // Fail closed: without the store, do not charge.
+                Err(error) => println!("{}: {}", delivery.order, error.chain()),
             }
         });
     }
-    // Counting visits all keys in memory: not on a thread of the runtime.
-    let counted = store.clone();
-    let stats = tokio::task::spawn_blocking(move || counted.stats()).await?;
+    // Counting visits all keys in memory, so it blocks.
+    let stats = tokio::task::spawn_blocking({
+        let store = store.clone();
+        move || store.stats()
+    })
+    .await?;
     println!(
         "{delivered} deliveries of {ORDERS} orders: {} completed, {} duplicates, {} syncs",
         stats.completed, stats.duplicates, stats.log_syncs
@@ -143,7 +149,7 @@ async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
     Ok(shop)
 }
 
-/// Whether each order was charged once.
+/// Checks that each order is charged once.
 fn check(shop: &Shop) -> Result<(), Failure> {
     let ledger = shop.ledger.lock().map_err(|_| "a charge panicked")?;
     match ledger.iter().find(|(_, (_, charged))| *charged != 1) {
@@ -169,7 +175,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let shop = consume(&dir.path().join("store")).await.unwrap();
         check(&shop).unwrap();
-        // All of them again, after a restart.
+        // All messages again, after a restart.
         let again = consume(&dir.path().join("store")).await.unwrap();
         assert!(again.ledger.lock().unwrap().is_empty());
     }

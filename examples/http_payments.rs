@@ -7,13 +7,14 @@
 //!      -H 'content-type: application/json' -d '{"cents": 1200, "currency": "eur"}'
 //! ```
 //!
-//! Sent again, the last command gets the same answer with `idempotent-replayed: true`, and nobody is charged again: not when
-//! the two come at the same time, not when the first client has hung up, and not when the server was killed in between.
+//! Send the last command again: it gets the same response with `idempotent-replayed: true`, and the account is not charged
+//! again. This also holds if both requests are concurrent, if the first client disconnects, or if the server is killed in
+//! between.
 //!
-//! [`charge`] is the handler one would really write. The bank is a stage: a file beside the store, which notes a charge as
-//! often as it is told to, some milliseconds away.
+//! [`charge`] is a realistic handler. The bank is a simulation: a file next to the store, with a delay of some milliseconds.
+//! It does not deduplicate charges.
 
-#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+#![allow(clippy::print_stdout, reason = "an example prints to its user")]
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -35,7 +36,7 @@ use tokio::sync::oneshot;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Who has sent a request.
+/// The authenticated account of a request.
 #[derive(Clone)]
 struct Account(String);
 
@@ -52,7 +53,7 @@ struct Charge {
     currency: String,
 }
 
-/// Charges an order. Runs once for each key, unless an attempt was interrupted.
+/// Charges an order. Runs once for each key, and again after an interrupted attempt.
 async fn charge(
     State(bank): State<Bank>,
     Extension(Account(account)): Extension<Account>,
@@ -60,37 +61,41 @@ async fn charge(
     Json(order): Json<Order>,
 ) -> Result<Response, Unavailable> {
     if order.cents == 0 {
-        // Stored as well: a retry with the same key is told the same.
+        // Before `begin`, an error releases the key: the client may correct the order and send the same key.
         return Ok((StatusCode::UNPROCESSABLE_ENTITY, "nothing to charge").into_response());
     }
-    // What the bank knows the charge by. Two accounts may choose the same key.
+    // From now on there may be an effect: a 4xx is stored, and a 5xx leaves the outcome unknown.
+    attempt.begin();
+    // The bank's reference for the charge. It contains the account because two accounts may choose the same key.
     let reference = format!("{account}/{}", attempt.key());
-    // The attempt before was interrupted, by a crash or an error: it may have charged.
-    let made = if attempt.may_have_happened() { bank.charge_of(&reference, attempt.token()).await? } else { None };
-    let charge = match made {
+    // An earlier attempt was interrupted by a crash or an error, and may have charged.
+    let earlier =
+        if attempt.may_have_happened() { bank.charge_of(&reference, attempt.token().get()).await? } else { None };
+    let charge = match earlier {
         Some(charge) => charge,
-        None => bank.charge(&reference, &order, attempt.token()).await?,
+        None => bank.charge(&reference, &order, attempt.token().get()).await?,
     };
     Ok((StatusCode::CREATED, [(LOCATION, format!("/charges/{}", charge.id))], Json(charge)).into_response())
 }
 
-/// The bank did not answer: the charge may have been made. A 5xx leaves that open, and the retry asks.
+/// The bank did not respond, and may have charged. After `begin`, a 5xx interrupts the attempt, so that the retry queries
+/// the bank.
 struct Unavailable;
 
 impl IntoResponse for Unavailable {
     fn into_response(self) -> Response {
-        (StatusCode::BAD_GATEWAY, "the bank did not answer: send it again with the same key").into_response()
+        (StatusCode::BAD_GATEWAY, "the bank did not respond; retry with the same key").into_response()
     }
 }
 
 impl From<io::Error> for Unavailable {
     fn from(error: io::Error) -> Self {
-        eprintln!("the bank: {error}");
+        eprintln!("bank request failed: {error}");
         Self
     }
 }
 
-/// A charge, for whoever has made it.
+/// Returns a charge of the account.
 async fn look_up(
     State(bank): State<Bank>,
     Extension(Account(account)): Extension<Account>,
@@ -102,7 +107,7 @@ async fn look_up(
     found.map(Json).ok_or(StatusCode::NOT_FOUND.into_response())
 }
 
-/// Finds out who sends a request.
+/// Adds the account to the request, or responds with 401.
 async fn authenticate(headers: HeaderMap, mut request: Request, next: Next) -> Response {
     let secret = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer sk_"));
     let Some(account @ ("alice" | "bob")) = secret else { return StatusCode::UNAUTHORIZED.into_response() };
@@ -110,13 +115,13 @@ async fn authenticate(headers: HeaderMap, mut request: Request, next: Next) -> R
     next.run(request).await
 }
 
-/// A bank in a file. It knows nothing of keys; all it does is to refuse a token that is older than one it has seen.
+/// A bank in a file. It does not deduplicate. It only rejects a fencing token that is lower than one it has seen.
 #[derive(Clone)]
 struct Bank {
     ledger: PathBuf,
 }
 
-/// A line of the ledger: a charge, or a question whether there was one.
+/// A line of the ledger: a charge, or a query for one.
 #[derive(Serialize, Deserialize)]
 struct Line {
     reference: String,
@@ -125,24 +130,25 @@ struct Line {
 }
 
 impl Bank {
-    /// How long a message takes to the bank, and back.
-    const WAY: Duration = Duration::from_millis(5);
+    /// The network delay in each direction.
+    const DELAY: Duration = Duration::from_millis(5);
 
     async fn charge(&self, reference: &str, order: &Order, token: u64) -> io::Result<Charge> {
         let charge = Charge { id: format!("ch_{token:x}"), cents: order.cents, currency: order.currency.clone() };
-        self.tell(Line { reference: reference.to_owned(), token, charge: Some(charge.clone()) }).await?;
+        self.append(Line { reference: reference.to_owned(), token, charge: Some(charge.clone()) }).await?;
         Ok(charge)
     }
 
-    /// The charge that was made under a reference. If there is none, the question's token bars any that is still on its way.
+    /// Returns the charge with a reference. If there is none, the token of this query makes the bank reject a charge of an
+    /// earlier attempt that is still in flight.
     async fn charge_of(&self, reference: &str, token: u64) -> io::Result<Option<Charge>> {
-        let before = self.tell(Line { reference: reference.to_owned(), token, charge: None }).await?;
+        let before = self.append(Line { reference: reference.to_owned(), token, charge: None }).await?;
         Ok(before.into_iter().find_map(|line| line.charge))
     }
 
-    /// Notes a line, and gives those that were there of its reference.
-    async fn tell(&self, line: Line) -> io::Result<Vec<Line>> {
-        tokio::time::sleep(Self::WAY).await;
+    /// Appends a line and returns the earlier lines with its reference.
+    async fn append(&self, line: Line) -> io::Result<Vec<Line>> {
+        tokio::time::sleep(Self::DELAY).await;
         let bank = self.clone();
         let before = tokio::task::spawn_blocking(move || {
             let mut file = File::options().create(true).append(true).open(&bank.ledger)?;
@@ -150,16 +156,16 @@ impl Bank {
             let mut before = bank.lines()?;
             before.retain(|earlier| earlier.reference == line.reference);
             if before.iter().any(|earlier| earlier.token > line.token) {
-                return Err(io::Error::other("a newer token has been seen"));
+                return Err(io::Error::other("stale fencing token"));
             }
             let mut bytes = serde_json::to_vec(&line)?;
             bytes.push(b'\n');
-            // One call: a process that is killed has written all of it, or nothing.
+            // A single write: a killed process has written the whole line or nothing.
             file.write_all(&bytes)?;
             Ok(before)
         });
         let before = before.await??;
-        tokio::time::sleep(Self::WAY).await;
+        tokio::time::sleep(Self::DELAY).await;
         Ok(before)
     }
 
@@ -172,29 +178,31 @@ impl Bank {
     }
 }
 
-/// How long open connections, and then work without a client, may take after the signal to stop.
-const LAST: Duration = Duration::from_secs(10);
+/// The time limit for open connections after the stop signal, and then for running handlers.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
 
-/// Serves until it is told to stop, then ends what it has begun.
+/// Serves until SIGINT or SIGTERM, then waits for running requests.
 pub async fn serve(address: &str, directory: &Path) -> Result<(), Failure> {
-    // Reading the journal back blocks, and nothing else runs yet. Clients may retry for a day, the store's own window.
-    let store = onlyonce::future::Store::new(onlyonce::Store::open(directory)?)?;
+    // Opening blocks this thread. The store's default window lets clients retry for 24 hours.
+    let store = onlyonce::Store::open(directory)?;
     let mut ledger = directory.as_os_str().to_owned();
     ledger.push(".bank");
     let layer = IdempotencyLayer::builder(store.clone())
         .scope(|request| request.extensions.get::<Account>().map(|account| account.0.clone()))
+        // `charge` calls `Attempt::begin`, so earlier errors (a malformed body, an empty order) release the key.
+        .explicit_begin()
         .body_limit(16 << 10);
     let app = Router::new()
         .route("/charges", post(charge))
         .route_layer(layer.clone())
         .route("/charges/{id}", get(look_up))
-        // The outermost comes last: it runs first, so that the scope can be asked for.
+        // The layer that is added last runs first: authentication sets the account that the scope needs.
         .layer(middleware::from_fn(authenticate))
         .with_state(Bank { ledger: ledger.into() });
 
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let (stop, stopped) = oneshot::channel();
-    let told = async move {
+    let shutdown = async move {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
@@ -204,18 +212,18 @@ pub async fn serve(address: &str, directory: &Path) -> Result<(), Failure> {
     let listener = TcpListener::bind(address).await?;
     println!("listening on http://{}", listener.local_addr()?);
     tokio::select! {
-        served = axum::serve(listener, app).with_graceful_shutdown(told) => served?,
-        // A client that stays, with an answer that does not end, must not keep the server.
-        () = async { if stopped.await.is_ok() { tokio::time::sleep(LAST).await } } => {}
+        served = axum::serve(listener, app).with_graceful_shutdown(shutdown) => served?,
+        // A client with an endless response must not keep the server running.
+        () = async { if stopped.await.is_ok() { tokio::time::sleep(SHUTDOWN_LIMIT).await } } => {}
     }
-    // Work goes on when its client has hung up, and its answer is to be stored.
-    let left = layer.idle(LAST).await;
-    if left > 0 {
-        eprintln!("{left} requests did not end in time: their outcome is unknown");
+    // A handler outlives its client, and its response still has to be stored.
+    let running = layer.wait_idle(SHUTDOWN_LIMIT).await;
+    if running > 0 {
+        eprintln!("{running} requests did not finish in time: their outcome is unknown");
     }
     store.close().await?;
-    let figures = layer.figures();
-    println!("{} charged, {} answered again", figures.executed, figures.replayed);
+    let stats = layer.stats();
+    println!("{} executed, {} replayed", stats.executed, stats.replayed);
     Ok(())
 }
 
@@ -223,5 +231,5 @@ pub async fn serve(address: &str, directory: &Path) -> Result<(), Failure> {
 async fn main() -> Result<(), Failure> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let [address, directory] = &arguments[..] else { return Err("usage: http_payments ADDR STORE_DIR".into()) };
-    serve(address.to_str().ok_or("the address is no text")?, Path::new(directory)).await
+    serve(address.to_str().ok_or("the address is not valid UTF-8")?, Path::new(directory)).await
 }

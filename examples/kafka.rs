@@ -1,96 +1,47 @@
-//! Orders of a Kafka topic, each charged once.
+//! Charges orders of a Kafka topic, each once.
 //!
 //! ```text
 //! KAFKA_BROKERS=127.0.0.1:9092 cargo run --release --features kafka --example kafka [store-directory]
 //! ```
 //!
-//! [`consume`] is the consumer one would really write. The rest is a producer that sends each order twice, as one does
-//! that missed an answer, and a shop that charges as often as it is asked.
+//! [`consume`] is the consumer of an application. The rest is a producer that sends each order twice.
 
-#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+#![allow(clippy::print_stdout, reason = "an example prints its outcomes")]
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+mod shop;
+
+use std::sync::Arc;
 use std::time::Duration;
 
+use onlyonce::delivery::kafka::rdkafka::ClientConfig;
+use onlyonce::delivery::kafka::rdkafka::message::{Header, OwnedHeaders};
+use onlyonce::delivery::kafka::rdkafka::producer::{FutureProducer, FutureRecord};
 use onlyonce::delivery::kafka::{Consumer, Message};
-use onlyonce::delivery::{Delivery, Job, Processor};
-use onlyonce::future::Store;
-use rdkafka::ClientConfig;
-use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord};
+use onlyonce::delivery::{Attempt, Delivery, Processor};
+use shop::{Backend, BoxError, Shop};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-const ORDERS: usize = 20;
-/// Deliveries that are worked on at the same time.
-const AT_ONCE: usize = 32;
-/// The example ends when nothing has come for so long. A real consumer goes on. A broker waits for three seconds before
-/// it shares out the partitions of a new group.
+/// The example ends after this time without a message. An application keeps waiting. A broker waits 3 seconds before
+/// it assigns the partitions of a new group.
 const QUIET: Duration = Duration::from_secs(8);
 
 async fn consume(mut orders: Consumer, processor: Processor, shop: Arc<Shop>) -> Result<(), BoxError> {
     let mut tasks = JoinSet::new();
     while let Ok(order) = timeout(QUIET, orders.next()).await {
-        let (order, processor, shop) = (order?, processor.clone(), Arc::clone(&shop));
+        let order = order?;
+        let (processor, shop) = (processor.clone(), Arc::clone(&shop));
         tasks.spawn(async move {
-            let charge = async |order: &Message, job: &mut Job| {
-                // An earlier attempt was cut off: the charge may have been made.
-                if job.may_have_happened()
-                    && let Some(receipt) = shop.receipt_of(order.payload())
-                {
-                    return Ok(receipt);
-                }
-                Ok(shop.charge(order.payload()).await?)
-            };
-            match processor.process(order, charge).await {
-                Ok(settled) => println!("{settled:?}"),
-                // The partition is another consumer's by now, which gets the order again.
-                Err(unsettled) => println!("{unsettled}"),
-            }
+            let charge =
+                async |order: &Message, attempt: &mut Attempt| shop.charge_once(order.payload(), attempt).await;
+            shop::log(processor.process(order, charge).await);
         });
-        if tasks.len() >= AT_ONCE {
+        if tasks.len() >= shop::CONCURRENCY {
             tasks.join_next().await;
         }
     }
     tasks.join_all().await;
     Ok(())
-}
-
-/// Charges whoever asks, as often as it is asked.
-#[derive(Default)]
-struct Shop(Mutex<BTreeMap<Vec<u8>, u32>>);
-
-#[derive(Debug, thiserror::Error)]
-#[error("the card was refused")]
-struct Refused;
-
-impl Shop {
-    fn receipt_of(&self, order: &[u8]) -> Option<String> {
-        let charges = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        charges.contains_key(order).then(|| "receipt".to_owned())
-    }
-
-    async fn charge(&self, order: &[u8]) -> Result<String, Refused> {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-        if rand::random_bool(0.1) {
-            return Err(Refused);
-        }
-        let mut charges = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *charges.entry(order.to_vec()).or_default() += 1;
-        Ok("receipt".to_owned())
-    }
-
-    fn check(&self) -> Result<(), BoxError> {
-        let charges = self.0.lock().map_err(|_| "a charge panicked")?;
-        match charges.iter().find(|(_, times)| **times != 1) {
-            Some((order, times)) => Err(format!("{} was charged {times} times", order.escape_ascii()).into()),
-            None if charges.len() != ORDERS => Err(format!("{} of {ORDERS} orders were charged", charges.len()).into()),
-            None => Ok(()),
-        }
-    }
 }
 
 #[tokio::main]
@@ -99,25 +50,20 @@ async fn main() -> Result<(), BoxError> {
     config.set("bootstrap.servers", std::env::var("KAFKA_BROKERS")?);
     let topic = format!("orders-{}", std::process::id());
     let producer: FutureProducer = config.create()?;
-    // The second time as one does that missed the answer. It has no way to say that it is the same order but its header.
-    for order in (0..ORDERS).chain(0..ORDERS) {
+    for order in shop::sent_twice() {
         let (key, payload) = (format!("customer-{}", order % 7), format!("charge {order}"));
+        // Only the header identifies both records as one order.
         let headers = OwnedHeaders::new().insert(Header { key: "id", value: Some(&format!("order-{order}")) });
         let record = FutureRecord::to(&topic).key(&key).payload(&payload).headers(headers);
         producer.send(record, Duration::from_secs(5)).await.map_err(|(error, _)| error)?;
     }
 
-    let temporary = tempfile::tempdir()?;
-    let directory = std::env::args_os().nth(1).map_or_else(|| temporary.path().join("store"), Into::into);
-    // Remembers for eight days: a day longer than the topic keeps a record by default.
-    let store = onlyonce::Store::builder().window(Duration::from_secs(8 * 24 * 60 * 60)).open(directory)?;
-    let processor = Processor::new(Store::new(store)?).backoff(Duration::from_millis(200), Duration::from_secs(60));
+    // A day longer than the default retention of a topic.
+    let backend = Backend::open(Duration::from_secs(8 * 24 * 60 * 60))?;
     let shop = Arc::new(Shop::default());
     config.set("group.id", "shop").set("auto.offset.reset", "earliest");
     let orders = Consumer::subscribe(&config, &[&topic]).dead_letters(producer, &format!("{topic}.dead")).build()?;
-    consume(orders, processor.clone(), Arc::clone(&shop)).await?;
-    processor.store().close().await?;
-    shop.check()?;
-    println!("{ORDERS} orders were sent twice, and charged once");
-    Ok(())
+    consume(orders, backend.processor, Arc::clone(&shop)).await?;
+    backend.store.close().await?;
+    shop.check()
 }

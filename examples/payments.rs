@@ -1,20 +1,21 @@
-//! A payment that must be charged once: the classic story, in three acts on a real store.
+//! A payment that must be charged once, in three scenarios:
 //!
-//! 1. A payment is charged, the acknowledgement is lost, and the message comes again.
+//! 1. The payment is charged, the acknowledgement is lost, and the message is delivered again.
 //! 2. Two deliveries of one message arrive at the same time.
-//! 3. The process is killed (a child, by SIGKILL) after the provider has charged and before the store was told.
+//! 3. The process is killed (a child, by SIGKILL) after the charge and before the completion.
 //!
 //! ```text
 //! cargo run --release --example payments [new-directory]
 //! ```
 //!
-//! [`handle`] is the consumer one would really write; all else is the stage. The provider would charge an order as
-//! often as it is told to and keeps a ledger of it in a file, where after each act one charge must stand.
+//! [`handle`] is the consumer; everything else simulates its environment. The provider does not detect duplicates. It logs
+//! all charges in a file, the ledger. After each scenario, the ledger must contain one charge.
 //!
-//! A kill takes nothing that the store was told. A power cut may take a claim, which is not synced under
-//! `OnInterrupt::Rerun`, and with it the hint to ask: where that matters open the store with `OnInterrupt::Hold`.
+//! A kill loses nothing that a call of the store has returned. Under `OnInterrupt::Rerun` a claim is not synced, so a power
+//! failure can lose it, and then the next attempt does not know that it must ask the provider. If that matters, open the store
+//! with `OnInterrupt::Hold`.
 
-#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+#![allow(clippy::print_stdout, reason = "an example prints its result")]
 
 use std::fmt;
 use std::fs::{self, File};
@@ -25,12 +26,12 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
-use onlyonce::{Claim, Completion, Key, PriorAttempt, Store};
+use onlyonce::{Claim, Completion, FencingToken, Key, PriorAttempt, Store};
 use serde::{Deserialize, Serialize};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// What the queue delivers, at least once.
+/// A message that the queue delivers at least once.
 struct Message {
     order: &'static str,
     cents: u64,
@@ -38,47 +39,49 @@ struct Message {
 
 type Receipt = String;
 
-/// What became of a delivery. All but `Later` are to be acknowledged.
+/// The outcome of a delivery. Acknowledge all but `Later`.
 enum Handled {
-    /// Charged now.
+    /// This delivery charged the order.
     Charged(Receipt),
-    /// Charged by an earlier delivery, whose receipt this is.
+    /// An earlier delivery charged the order. This is its receipt.
     Replayed(Receipt),
-    /// Charged by an attempt that was interrupted: the provider said so, when asked.
+    /// An interrupted attempt charged the order, according to the provider.
     Recovered(PriorAttempt, Receipt),
-    /// In the hands of another delivery.
+    /// Another delivery is in progress.
     Later,
 }
 
-/// The consumer: charges an order once, however often its message comes.
+/// The consumer: charges an order once, however often its message is delivered.
 fn handle(store: &Store, provider: &Provider, message: &Message) -> Result<Handled> {
-    // By its fingerprint, the same order over another amount is an error and no duplicate.
+    // With the fingerprint, the same order with a different amount is an error and not a duplicate.
     let key = Key::from(message.order).scope("charge").fingerprint(message.cents.to_be_bytes());
     let lease = match store.claim(key).wait()? {
         Claim::Acquired(lease) => lease,
-        Claim::Completed(first) => return Ok(Handled::Replayed(first.result_as()?.ok_or("the receipt was not kept")?)),
+        Claim::Completed(first) => {
+            return Ok(Handled::Replayed(first.result_as()?.ok_or("the receipt was not stored")?));
+        }
         Claim::InProgress(_) => return Ok(Handled::Later),
     };
-    // From here on, a `?` that fails drops the lease: "outcome unknown". The next attempt learns that, and asks.
+    // From here on, an early return drops the lease. The next attempt sees the outcome as unknown, and asks the provider.
     if let Some(prior) = lease.attempt().prior().filter(|prior| prior.may_have_happened())
-        && let Some(receipt) = provider.charge_of(message.order, lease.token().get())?
+        && let Some(receipt) = provider.charge_of(message.order, lease.token())?
     {
-        lease.complete(Completion::encode(&receipt).unwrap()).wait()?;
+        lease.complete(Completion::encode(&receipt)?).wait()?;
         return Ok(Handled::Recovered(prior, receipt));
     }
-    let receipt = provider.charge(message.order, message.cents, lease.token().get())?;
-    lease.complete(Completion::encode(&receipt).unwrap()).wait()?;
+    let receipt = provider.charge(message.order, message.cents, lease.token())?;
+    lease.complete(Completion::encode(&receipt)?).wait()?;
     Ok(Handled::Charged(receipt))
 }
 
-/// A payment provider in a file. It knows nothing of duplicates, but it honours fencing tokens.
+/// A payment provider with a ledger in a file. It does not detect duplicates, but it rejects outdated fencing tokens.
 struct Provider {
     ledger: PathBuf,
-    /// What happens to the answer on its way back, when the charge is done.
-    way_back: fn(),
+    /// Called after the charge and before the answer.
+    before_answer: fn(),
 }
 
-/// A line of the ledger: a charge, or a question whether there was one.
+/// A line of the ledger: a charge, or a query for one.
 #[derive(Serialize, Deserialize)]
 struct Line {
     order: String,
@@ -87,21 +90,22 @@ struct Line {
 }
 
 impl Provider {
-    fn charge(&self, order: &str, cents: u64, token: u64) -> Result<Receipt> {
+    fn charge(&self, order: &str, cents: u64, token: FencingToken) -> Result<Receipt> {
+        let token = token.get();
         let receipt = format!("ch_{token:x}");
         self.enter(Line { order: order.to_owned(), token, charged: Some((cents, receipt.clone())) })?;
-        (self.way_back)();
+        (self.before_answer)();
         Ok(receipt)
     }
 
-    /// The receipt of an order, if it is charged. If not, the answer stays true: the question's token bars any charge
-    /// with an older one that is still on its way here.
-    fn charge_of(&self, order: &str, token: u64) -> Result<Option<Receipt>> {
-        let before = self.enter(Line { order: order.to_owned(), token, charged: None })?;
+    /// The receipt of an order, if it is charged. Otherwise a delayed charge with an older token is rejected from now on, so the
+    /// answer remains true.
+    fn charge_of(&self, order: &str, token: FencingToken) -> Result<Option<Receipt>> {
+        let before = self.enter(Line { order: order.to_owned(), token: token.get(), charged: None })?;
         Ok(before.into_iter().find_map(|line| line.charged).map(|(_, receipt)| receipt))
     }
 
-    /// Appends a line, unless its token is older than one seen before, and gives the order's earlier lines.
+    /// Appends a line and returns the earlier lines of the order. A token older than one of theirs is an error.
     fn enter(&self, line: Line) -> Result<Vec<Line>> {
         let mut file = File::options().create(true).append(true).open(&self.ledger)?;
         file.lock()?;
@@ -120,11 +124,11 @@ impl Provider {
     }
 }
 
-/// Plays the acts in a new directory. `child` runs this program again, as the [`doomed_consumer`].
+/// Runs the scenarios in a new directory. `child` runs this program again, as the [`doomed_consumer`].
 fn story(dir: &Path, child: Command) -> Result<()> {
     fs::create_dir_all(dir)?;
-    let provider = Provider { ledger: dir.join("ledger"), way_back: || thread::sleep(Duration::from_millis(100)) };
-    ensure(!provider.ledger.exists(), "the story was played in this directory before: give a new one")?;
+    let provider = Provider { ledger: dir.join("ledger"), before_answer: || thread::sleep(Duration::from_millis(100)) };
+    ensure(!provider.ledger.exists(), "the directory contains the ledger of an earlier run: give a new directory")?;
     let store = Store::open(dir.join("store"))?;
     lost_acknowledgement(&store, &provider)?;
     two_at_once(&store, &provider)?;
@@ -136,7 +140,7 @@ fn lost_acknowledgement(store: &Store, provider: &Provider) -> Result<()> {
     println!("1. The acknowledgement is lost.");
     let message = Message { order: "order-4711", cents: 12_00 };
     let first = handle(store, provider, &message)?;
-    println!("   {} is delivered: {first}. The queue never hears of it.", message.order);
+    println!("   {} is delivered: {first}. The acknowledgement does not reach the queue.", message.order);
     let Handled::Charged(receipt) = first else { return Err("the first delivery should charge".into()) };
     deliver_again(store, provider, &message, &receipt)
 }
@@ -161,42 +165,42 @@ fn two_at_once(store: &Store, provider: &Provider) -> Result<()> {
     deliver_again(store, provider, &message, &receipt)
 }
 
-/// The message whose consumer is killed.
+/// The message of the consumer that is killed.
 const FATAL: Message = Message { order: "order-4713", cents: 99_00 };
-/// The variable that makes a run of this program that consumer, and names its directory.
+/// The environment variable that turns this program into that consumer. Its value is the directory.
 const DOOMED: &str = "PAYMENTS_DOOMED_IN";
 
 fn killed_while_charging(dir: &Path, provider: &Provider, mut child: Command) -> Result<()> {
     println!("3. The process is killed in the middle of a charge.");
     let mut child = child.env(DOOMED, dir).stdout(Stdio::piped()).spawn()?;
-    let said = BufReader::new(child.stdout.take().ok_or("the child has no stdout")?).lines();
-    // Only the end of a line is the child's own: a test harness around it may have begun the line.
-    let charged = said.map_while(Result::ok).any(|line| line.ends_with("charged"));
+    let lines = BufReader::new(child.stdout.take().ok_or("the child has no stdout")?).lines();
+    // A test harness may print text before it on the same line.
+    let charged = lines.map_while(Result::ok).any(|line| line.ends_with("charged"));
     child.kill()?;
     let end = child.wait()?;
-    println!("   {} is delivered to a process that does not live to complete it: {end}.", FATAL.order);
+    println!("   {} is delivered to a process that is killed before it completes: {end}.", FATAL.order);
     ensure(charged, "the child ended before it had charged")?;
 
     let store = Store::open(dir.join("store"))?;
     let recovered = handle(&store, provider, &FATAL)?;
-    println!("   The next process opens the store and gets the message: {recovered}.");
+    println!("   The next process opens the store and receives the message: {recovered}.");
     let Handled::Recovered(PriorAttempt::Crashed, receipt) = recovered else {
-        return Err("the next process should learn of the crash, and find the charge".into());
+        return Err("the next process should detect the crash and find the charge".into());
     };
     deliver_again(&store, provider, &FATAL, &receipt)
 }
 
-/// The same consumer in a process of its own, which does not live to see the provider's answer.
+/// The same consumer in a process that is killed before it receives the answer of the provider.
 fn doomed_consumer(dir: &Path) -> Result<()> {
-    let way_back = || {
+    let before_answer = || {
         println!("charged");
         thread::sleep(Duration::from_secs(60));
     };
-    handle(&Store::open(dir.join("store"))?, &Provider { ledger: dir.join("ledger"), way_back }, &FATAL)?;
-    Err("nobody came to kill this process".into())
+    handle(&Store::open(dir.join("store"))?, &Provider { ledger: dir.join("ledger"), before_answer }, &FATAL)?;
+    Err("this process was not killed in time".into())
 }
 
-/// The end of each act: the message comes again and gets the first result, and the ledger holds one charge.
+/// Ends each scenario: another delivery gets the first receipt, and the ledger contains one charge.
 fn deliver_again(store: &Store, provider: &Provider, message: &Message, receipt: &str) -> Result<()> {
     let again = handle(store, provider, message)?;
     println!("   It is delivered again: {again}.");
@@ -216,9 +220,12 @@ impl fmt::Display for Handled {
             Self::Charged(receipt) => write!(f, "charged now, receipt {receipt}"),
             Self::Replayed(receipt) => write!(f, "charged before, receipt {receipt}"),
             Self::Recovered(prior, receipt) => {
-                write!(f, "its prior is {prior:?}, so it asks the provider first, who had charged: receipt {receipt}")
+                write!(
+                    f,
+                    "its prior attempt is {prior:?}, so it asked the provider first: charged before, receipt {receipt}"
+                )
             }
-            Self::Later => f.write_str("in progress, come again later"),
+            Self::Later => f.write_str("in progress, deliver it again later"),
         }
     }
 }
@@ -239,16 +246,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_order_of_the_story_is_charged_once() {
+    fn each_order_is_charged_once() {
         let dir = tempfile::tempdir().unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["--exact", "tests::the_child", "--ignored", "--nocapture"]);
         story(dir.path(), child).unwrap();
     }
 
-    /// In a test this program is the harness, so that its child can only be a test.
+    /// The child of `each_order_is_charged_once`: the program of a test runs only tests.
     #[test]
-    #[ignore = "the story starts and kills it"]
+    #[ignore = "another test starts and kills it"]
     fn the_child() {
         if let Some(dir) = std::env::var_os(DOOMED) {
             doomed_consumer(Path::new(&dir)).unwrap();
@@ -256,13 +263,14 @@ mod tests {
     }
 
     #[test]
-    fn the_provider_would_charge_twice_and_refuses_only_an_older_token() {
+    fn the_provider_charges_twice_and_rejects_only_an_older_token() {
         let dir = tempfile::tempdir().unwrap();
-        let provider = Provider { ledger: dir.path().join("ledger"), way_back: || () };
-        provider.charge("order-1", 100, 7).unwrap();
-        provider.charge("order-1", 100, 8).unwrap();
+        let provider = Provider { ledger: dir.path().join("ledger"), before_answer: || () };
+        let token = FencingToken::new;
+        provider.charge("order-1", 100, token(7)).unwrap();
+        provider.charge("order-1", 100, token(8)).unwrap();
         assert_eq!(provider.lines("order-1").unwrap().len(), 2);
-        assert_eq!(provider.charge_of("order-2", 9).unwrap(), None);
-        assert!(provider.charge("order-2", 100, 8).is_err());
+        assert_eq!(provider.charge_of("order-2", token(9)).unwrap(), None);
+        assert!(provider.charge("order-2", 100, token(8)).is_err());
     }
 }

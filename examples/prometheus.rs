@@ -1,13 +1,13 @@
-//! A store whose figures Prometheus can read.
+//! Exports the metrics of a store to Prometheus.
 //!
 //! ```text
 //! cargo run --release --features metrics --example prometheus [address] [new-directory]
 //! curl http://127.0.0.1:9184/metrics
 //! ```
 //!
-//! It works on orders of which some come twice and some fail, until it is ended. [`recorder`] is what a service needs.
+//! It processes orders, some twice and some with failures, until it is killed. A service needs [`recorder`] only.
 
-#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+#![allow(clippy::print_stdout, reason = "an example prints its result")]
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,11 +18,11 @@ use onlyonce::{Claim, Store};
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Seconds: a write to memory is ten microseconds, one that waits for a busy disk a tenth of a second.
+/// In seconds. A write to memory takes ten microseconds, a write to a busy disk a tenth of a second.
 const DURATIONS: [f64; 12] = [0.000_01, 0.000_03, 0.000_1, 0.000_3, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0];
 const COUNTS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0, 1_024.0, 4_096.0];
 
-/// Names with units, as Prometheus wants them, and buckets that fit a store.
+/// A recorder with Prometheus names, which include units, and histogram buckets that fit a store.
 fn recorder() -> Result<PrometheusBuilder, BuildError> {
     PrometheusBuilder::new()
         .with_recommended_naming(true)
@@ -31,7 +31,7 @@ fn recorder() -> Result<PrometheusBuilder, BuildError> {
         .set_buckets_for_metric(Matcher::Suffix("attempt".to_owned()), &COUNTS)
 }
 
-/// One round of work: every fourth order came before, and every tenth fails.
+/// One round of work: every fourth order is a duplicate, and every tenth attempt fails.
 fn work(store: &Store, round: u64) -> Result<(), Failure> {
     let order = if round % 4 == 3 { round - 3 } else { round };
     match store.claim(format!("order-{order}")).wait()? {
@@ -51,10 +51,10 @@ fn main() -> Result<(), Failure> {
     let address: SocketAddr = args.next().as_deref().unwrap_or("127.0.0.1:9184").parse()?;
     let scratch = tempfile::tempdir()?;
     let path = args.next().map_or_else(|| scratch.path().join("store"), Into::into);
-    // Before the store is opened: it looks for a recorder then.
+    // Install it first: the store looks for a recorder when it is opened.
     recorder()?.with_http_listener(address).install()?;
     let store = open(&path)?;
-    println!("http://{address}/metrics has the figures of {}", path.display());
+    println!("http://{address}/metrics serves the metrics of {}", path.display());
     for round in 0.. {
         work(&store, round)?;
         std::thread::sleep(Duration::from_millis(5));
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn every_figure_that_an_alert_looks_at_is_served() {
+    fn every_metric_that_an_alert_uses_is_exported() {
         let handle = recorder().unwrap().install_recorder().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let store = open(&dir.path().join("store")).unwrap();
@@ -85,13 +85,13 @@ mod tests {
         let mut seen = 0;
         for name in names(alerts) {
             seen += 1;
-            assert!(names(&served).any(|served| served == name), "{name} is not served:\n{served}");
+            assert!(names(&served).any(|served| served == name), "{name} is not exported:\n{served}");
         }
-        assert!(seen >= 12, "the test has lost its eyes: it saw {seen} names");
+        assert!(seen >= 12, "only {seen} names were found in the alerts");
         assert!(served.contains(r#"outcome="duplicate"} 1"#), "the duplicates are counted:\n{served}");
         let page = include_str!("../docs/metrics.md");
         for alert in alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")) {
-            assert!(page.contains(&format!("| `{alert}` |")), "{alert} has no reason in docs/metrics.md");
+            assert!(page.contains(&format!("| `{alert}` |")), "docs/metrics.md does not explain {alert}");
         }
     }
 }

@@ -1,33 +1,27 @@
-//! Orders of a RabbitMQ queue, each charged once.
+//! Charges orders of a RabbitMQ queue, each once.
 //!
 //! ```text
 //! RABBITMQ_URL=amqp://guest:guest@127.0.0.1:5672/%2f cargo run --release --features rabbitmq --example rabbitmq [store-directory]
 //! ```
 //!
-//! [`consume`] is the consumer one would really write. The rest is a producer that sends each order twice, as one does
-//! that missed an answer, and a shop that charges as often as it is asked.
+//! [`consume`] is the consumer of an application. The rest is a producer that sends each order twice.
 
-#![allow(clippy::print_stdout, reason = "an example talks to its reader")]
+#![allow(clippy::print_stdout, reason = "an example prints its outcomes")]
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+mod shop;
+
+use std::sync::Arc;
 use std::time::Duration;
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeleteOptions};
-use lapin::{BasicProperties, Connection, ConnectionProperties};
+use onlyonce::delivery::rabbitmq::lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeleteOptions};
+use onlyonce::delivery::rabbitmq::lapin::{BasicProperties, Connection, ConnectionProperties};
 use onlyonce::delivery::rabbitmq::{Consumer, Message};
-use onlyonce::delivery::{Delivery, Job, Processor};
-use onlyonce::future::Store;
+use onlyonce::delivery::{Attempt, Delivery, Processor};
+use shop::{Backend, BoxError, Shop};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-const ORDERS: usize = 20;
-/// Deliveries that are worked on at the same time.
-const AT_ONCE: usize = 32;
-/// The example ends when nothing has come for so long. A real consumer goes on.
+/// The example ends after this time without a message. An application keeps waiting.
 const QUIET: Duration = Duration::from_secs(3);
 
 async fn consume(mut orders: Consumer, processor: Processor, shop: Arc<Shop>) -> Result<(), BoxError> {
@@ -36,64 +30,16 @@ async fn consume(mut orders: Consumer, processor: Processor, shop: Arc<Shop>) ->
         let Some(order) = order? else { break };
         let (processor, shop) = (processor.clone(), Arc::clone(&shop));
         tasks.spawn(async move {
-            let charge = async |order: &Message, job: &mut Job| {
-                // An earlier attempt was cut off: the charge may have been made.
-                if job.may_have_happened()
-                    && let Some(receipt) = shop.receipt_of(order.payload())
-                {
-                    return Ok(receipt);
-                }
-                Ok(shop.charge(order.payload()).await?)
-            };
-            match processor.process(order, charge).await {
-                Ok(settled) => println!("{settled:?}"),
-                // The broker delivers again, and is answered then.
-                Err(unsettled) => println!("{unsettled}"),
-            }
+            let charge =
+                async |order: &Message, attempt: &mut Attempt| shop.charge_once(order.payload(), attempt).await;
+            shop::log(processor.process(order, charge).await);
         });
-        if tasks.len() >= AT_ONCE {
+        if tasks.len() >= shop::CONCURRENCY {
             tasks.join_next().await;
         }
     }
     tasks.join_all().await;
     Ok(())
-}
-
-/// Charges whoever asks, as often as it is asked.
-#[derive(Default)]
-struct Shop {
-    asked: AtomicU32,
-    charges: Mutex<BTreeMap<Vec<u8>, u32>>,
-}
-
-#[derive(Debug, thiserror::Error)]
-#[error("the card was refused")]
-struct Refused;
-
-impl Shop {
-    fn receipt_of(&self, order: &[u8]) -> Option<String> {
-        let charges = self.charges.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        charges.contains_key(order).then(|| "receipt".to_owned())
-    }
-
-    async fn charge(&self, order: &[u8]) -> Result<String, Refused> {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-        if self.asked.fetch_add(1, Ordering::Relaxed) % 7 == 6 {
-            return Err(Refused);
-        }
-        let mut charges = self.charges.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *charges.entry(order.to_vec()).or_default() += 1;
-        Ok("receipt".to_owned())
-    }
-
-    fn check(&self) -> Result<(), BoxError> {
-        let charges = self.charges.lock().map_err(|_| "a charge panicked")?;
-        match charges.iter().find(|(_, times)| **times != 1) {
-            Some((order, times)) => Err(format!("{} was charged {times} times", order.escape_ascii()).into()),
-            None if charges.len() != ORDERS => Err(format!("{} of {ORDERS} orders were charged", charges.len()).into()),
-            None => Ok(()),
-        }
-    }
 }
 
 #[tokio::main]
@@ -104,27 +50,20 @@ async fn main() -> Result<(), BoxError> {
     producer.confirm_select(ConfirmSelectOptions::default()).await?;
     // The queue, and one for its dead letters.
     Consumer::declare(&producer, &queue).await?;
-    for order in (0..ORDERS).chain(0..ORDERS) {
+    for order in shop::sent_twice() {
         let id = BasicProperties::default().with_message_id(format!("order-{order}").into()).with_delivery_mode(2);
         let (options, body) = (BasicPublishOptions::default(), format!("charge {order}"));
         producer.basic_publish("".into(), queue.as_str().into(), options, body.as_bytes(), id).await?.await?;
     }
 
-    let temporary = tempfile::tempdir()?;
-    let directory = std::env::args_os().nth(1).map_or_else(|| temporary.path().join("store"), Into::into);
-    // Remembers for a day: longer than a message may lie in the queue.
-    let store = onlyonce::Store::builder().window(Duration::from_secs(24 * 60 * 60)).open(directory)?;
-    let processor = Processor::new(Store::new(store)?).backoff(Duration::from_millis(200), Duration::from_secs(60));
+    let backend = Backend::open(Duration::from_secs(24 * 60 * 60))?;
     let shop = Arc::new(Shop::default());
     let dead = format!("{queue}.dead");
     let orders = Consumer::builder(connection.create_channel().await?, &queue).prefetch(64).dead_letters(&dead);
-    let orders = orders.build().await?;
-    consume(orders, processor.clone(), Arc::clone(&shop)).await?;
-    processor.store().close().await?;
-    shop.check()?;
+    consume(orders.build().await?, backend.processor, Arc::clone(&shop)).await?;
+    backend.store.close().await?;
     for suffix in ["", ".dead", ".retry.256", ".retry.512", ".retry.1024"] {
         producer.queue_delete(format!("{queue}{suffix}").into(), QueueDeleteOptions::default()).await?;
     }
-    println!("{ORDERS} orders were sent twice, and charged once");
-    Ok(())
+    shop.check()
 }

@@ -1,7 +1,7 @@
-//! The only place that reads the time.
+//! The store's time. Only this module reads clocks.
 //!
-//! Windows run on the store's time, leases on monotonic time. The store's time is elapsed time corrected by the wall clock
-//! (`wall.rs`), or that of its messages (`stream.rs`).
+//! Windows run on the store's time, leases on monotonic time. The store's time is either elapsed time corrected by
+//! the wall clock (`wall.rs`) or stream time, the newest message timestamp (`stream.rs`).
 
 mod steps;
 mod stream;
@@ -21,25 +21,26 @@ use onlyonce_core::Timestamp;
 
 use crate::config::Span;
 
-/// Where a store takes the time from. The system's clock is the default; tests use [`ManualClock`].
+/// The clocks that a store reads. The default is the system's clocks; tests use [`ManualClock`].
 pub trait Clock: Send + Sync + 'static {
-    /// Milliseconds since the Unix epoch. It may be wrong and may jump: a store believes what it says of elapsed time only when it has
-    /// said so for 10 minutes.
+    /// The wall clock. It may be wrong and may jump: the store's time follows a deviation of more than a second only
+    /// after it has lasted for 10 minutes.
     fn wall(&self) -> Timestamp;
-    /// Milliseconds since some fixed moment of this process. It must not go back, and must run while the process does: the store's time
-    /// runs on it.
+    /// Milliseconds since a fixed moment of this process. It must never go back and must not stop while the process
+    /// runs: the store's time is based on it.
     fn monotonic_ms(&self) -> u64;
-    /// A clock that runs across processes, if there is one. From it a store knows for certain how long it was closed, and how
+    /// A clock that continues across processes, if there is one. It tells the store how long it was closed and how
     /// long the machine was suspended. `None` by default.
     fn boot(&self) -> Option<BootTime> {
         None
     }
 }
 
-/// A moment on a clock that runs across the processes of one boot of a machine, also while it is suspended.
+/// A reading of a clock that continues across processes within one boot of a machine, including while it is
+/// suspended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BootTime {
-    /// Which boot of which machine it is. Times of different boots have nothing to do with each other.
+    /// Identifies the boot. Times of different boots are not comparable.
     pub id: [u8; 16],
     /// Milliseconds since a fixed moment of this boot.
     pub ms: u64,
@@ -72,7 +73,8 @@ impl Clock for SystemClock {
     }
 }
 
-/// The boot of this machine, and the namespace of its times: in another one the boot clock may have an offset of its own.
+/// Identifies the boot of this machine and the time namespace: in another namespace the boot clock may have a
+/// different offset.
 #[cfg(target_os = "linux")]
 fn boot_id() -> Option<[u8; 16]> {
     let boot = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
@@ -99,9 +101,10 @@ fn since_boot_ms() -> Option<u64> {
     None
 }
 
-/// A clock that moves only when it is told to.
+/// A clock that moves only when a test moves it.
 ///
-/// All of them are of one boot: a store that is closed and opened again with a clock that shows a later time was closed for as long.
+/// All manual clocks start in the same boot. So a store that is reopened with a clock that shows a later time treats
+/// the difference as time spent closed.
 ///
 /// ```
 /// use std::time::Duration;
@@ -119,9 +122,9 @@ pub struct ManualClock {
 #[derive(Debug)]
 struct ManualInner {
     monotonic_ms: AtomicU64,
-    /// What the wall clock shows beyond the monotonic one.
+    /// The wall clock minus the monotonic clock.
     wall_offset_ms: AtomicU64,
-    /// The same for the boot clock.
+    /// The boot clock minus the monotonic clock.
     boot_offset_ms: AtomicU64,
     boots: AtomicU64,
 }
@@ -140,25 +143,25 @@ impl ManualClock {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Lets time pass, by whole milliseconds: all its clocks go forward.
+    /// Advances all its clocks, by whole milliseconds.
     pub fn advance(&self, by: Duration) {
         self.inner.monotonic_ms.fetch_add(millis(by), Ordering::SeqCst);
     }
 
-    /// Sets the wall clock alone, forward or back, as an operator or a time server may.
+    /// Sets only the wall clock, forward or back, as an operator or a time server may.
     pub fn set_wall(&self, wall: Timestamp) {
         let monotonic_ms = self.inner.monotonic_ms.load(Ordering::SeqCst);
         self.inner.wall_offset_ms.store(wall.as_unix_ms().wrapping_sub(monotonic_ms), Ordering::SeqCst);
     }
 
-    /// Lets time pass while the machine is suspended: the monotonic clock stands still.
+    /// Simulates a suspended machine: the wall clock and the boot clock advance, the monotonic clock does not.
     pub fn suspend(&self, by: Duration) {
-        // A reader in between sees a wall clock that is behind, which it does not follow.
+        // In this order a concurrent reader sees a wall clock that is slow, which the store's time does not follow.
         self.inner.boot_offset_ms.fetch_add(millis(by), Ordering::SeqCst);
         self.inner.wall_offset_ms.fetch_add(millis(by), Ordering::SeqCst);
     }
 
-    /// Begins another boot of the machine. For while no store is open.
+    /// Simulates a reboot of the machine. Call it while no store is open.
     pub fn reboot(&self) {
         self.inner.boots.fetch_add(1, Ordering::SeqCst);
     }
@@ -181,65 +184,66 @@ impl Clock for ManualClock {
     }
 }
 
-/// One reading of the times.
+/// The store's time and what depends on it, at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Now {
     /// The store's time: elapsed time, or stream time.
     pub(crate) time_ms: u64,
     pub(crate) monotonic_ms: u64,
-    /// The retention floor: completions before it are forgotten for good, whatever the window is by now.
+    /// The retention floor: completions before it are forgotten permanently, even if the window becomes wider.
     pub(crate) remembers_since_ms: u64,
-    /// The steps that carried completions along.
+    /// The forward steps that shifted completions.
     pub(crate) steps: Steps,
 }
 
 impl Now {
-    /// Whether something that happened at `at_ms` is a window old.
+    /// Whether an event at `at_ms` is at least a window old.
     #[inline]
     pub(crate) fn is_over(&self, at_ms: u64, window_ms: u64) -> bool {
         self.time_ms >= self.steps.counted_ms(at_ms).saturating_add(window_ms)
     }
 
-    /// G4, for a completion at this time: remembered if and only if it is not a window old, and not below the retention floor.
+    /// G4: a completion at this time is remembered if and only if it is less than a window old and not below the
+    /// retention floor.
     #[inline]
     pub(crate) fn remembers(&self, completed_ms: u64, window_ms: u64) -> bool {
         self.steps.counted_ms(completed_ms) >= self.remembers_since_ms && !self.is_over(completed_ms, window_ms)
     }
 
-    /// Whether a completion in this span of time may still be remembered: its newest may.
+    /// Whether any completion between these times may still be remembered.
     pub(crate) fn remembers_any(&self, first_ms: u64, last_ms: u64, window_ms: u64) -> bool {
         let newest_ms = self.steps.newest_counted_ms(first_ms, last_ms);
         newest_ms >= self.remembers_since_ms && self.time_ms < newest_ms.saturating_add(window_ms)
     }
 
-    /// The first moment at which a completion of this time is a window old.
+    /// When a completion at this time expires.
     pub(crate) fn remembered_until_ms(&self, completed_ms: u64, window_ms: u64) -> u64 {
         self.steps.counted_ms(completed_ms).saturating_add(window_ms)
     }
 
-    /// A completion at this time, or later, is remembered.
+    /// Completions at this time or later are remembered.
     pub(crate) fn remembers_since(&self, window_ms: u64) -> u64 {
         wall::floor_ms(self.remembers_since_ms, self.time_ms, window_ms)
     }
 }
 
-/// A clock that says more than this, some 140,000 years from now, is broken; the bound keeps sums of times in range.
+/// Upper bound of all times, about 140,000 years from now. Keeps sums of times in range.
 pub(crate) const MAX_WALL_MS: u64 = 1 << 52;
 
-/// A year, and a day where it has one more.
+/// A leap year.
 pub(crate) const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
-/// The store's time, and the retention floor, as the next opening finds them. A time of 0: there was none yet.
+/// The store's time and the retention floor, as stored for the next open. A time of 0 means that none was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Saved {
     pub(crate) time_ms: u64,
     pub(crate) floor_ms: u64,
-    /// No key has a later time. It may be later than `time_ms`: the store's time went back, or was not saved before a crash.
+    /// The newest time of a key. It is later than `time_ms` if the store's time went back, or was not saved before a crash.
     pub(crate) newest_ms: u64,
 }
 
 impl Saved {
-    /// The same, knowing that all was forgotten that was a window old by then.
+    /// Raises the floor to the completions that had expired under this window.
     pub(crate) fn forgotten_by(&self, window_ms: u64) -> Self {
         Self { floor_ms: wall::floor_ms(self.floor_ms, self.time_ms, window_ms), ..*self }
     }
@@ -248,8 +252,8 @@ impl Saved {
 /// The store's time.
 pub(crate) struct Timeline {
     driver: Driver,
-    /// How often it was to be saved whatever had changed.
-    asked: AtomicU64,
+    /// Number of explicit requests to save the time.
+    save_requests: AtomicU64,
 }
 
 #[expect(clippy::large_enum_variant, reason = "there is one for each store")]
@@ -259,15 +263,15 @@ enum Driver {
 }
 
 impl Timeline {
-    /// Time that passes, from where the last opening stopped.
+    /// Elapsed time, continued from the stored time.
     pub(crate) fn of_clocks(clock: Arc<dyn Clock>, saved: &Saved, state: &ClockState, span: Span) -> Self {
-        Self { driver: Driver::Clocks(WallTime::resume(clock, saved, state, span)), asked: AtomicU64::new(0) }
+        Self { driver: Driver::Clocks(WallTime::resume(clock, saved, state, span)), save_requests: AtomicU64::new(0) }
     }
 
-    /// Time that messages drive, from where it was last, or from wherever the first one is.
+    /// Stream time, continued from the stored time. A new store starts with the time of its first message.
     pub(crate) fn of_messages(clock: Arc<dyn Clock>, saved: &Saved, max_ahead_ms: u64, window_ms: u64) -> Self {
         let stream = StreamTime::resume(clock, saved, max_ahead_ms, window_ms);
-        Self { driver: Driver::Messages(stream), asked: AtomicU64::new(0) }
+        Self { driver: Driver::Messages(stream), save_requests: AtomicU64::new(0) }
     }
 
     pub(crate) fn is_stream(&self) -> bool {
@@ -281,7 +285,7 @@ impl Timeline {
         }
     }
 
-    /// Looks at all clocks, also at those that cost too much to be asked on every call.
+    /// Reads all clocks, including those that are too expensive to read on every call.
     pub(crate) fn observe(&self) -> Now {
         match &self.driver {
             Driver::Clocks(wall) => wall.observe(),
@@ -289,8 +293,9 @@ impl Timeline {
         }
     }
 
-    /// Takes stream time along to a message of `at_ms`; what it is then. `next_ms` are the times of the messages behind it
-    /// that came with it: they, too, can confirm a leap. One that is refused is noted.
+    /// Advances stream time to a message at `at_ms` and returns it. `next_ms` are the times of the messages after it
+    /// in the same batch, which can confirm a leap. A rejected leap is remembered, so that the next message can
+    /// confirm it.
     pub(crate) fn follow(&self, at_ms: u64, next_ms: impl IntoIterator<Item = u64>) -> Result<u64, Leap> {
         match &self.driver {
             Driver::Clocks(wall) => Ok(wall.now().time_ms),
@@ -298,7 +303,7 @@ impl Timeline {
         }
     }
 
-    /// What [`Timeline::follow`] would say. Changes nothing.
+    /// What [`Timeline::follow`] would return. Changes nothing.
     pub(crate) fn foresee(&self, at_ms: u64) -> Result<u64, Leap> {
         match &self.driver {
             Driver::Clocks(wall) => Ok(wall.now().time_ms),
@@ -306,8 +311,8 @@ impl Timeline {
         }
     }
 
-    /// Moves stream time on by hand, unless it is further already. Nobody can mean a time that is more than a year ahead of it and
-    /// of the wall clock: false.
+    /// Advances stream time explicitly; never moves it back. False if the time is more than a year ahead of both
+    /// stream time and the wall clock, which must be a mistake.
     pub(crate) fn advance(&self, to_ms: u64) -> bool {
         match &self.driver {
             Driver::Clocks(_) => false,
@@ -315,21 +320,21 @@ impl Timeline {
         }
     }
 
-    /// Has it saved with the next write.
+    /// Requests that the next write saves the time.
     pub(crate) fn ask_to_be_saved(&self) {
-        self.asked.fetch_add(1, Ordering::AcqRel);
+        self.save_requests.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// A number that grows with every change that the next opening must know of.
+    /// A counter of changes that must be saved.
     pub(crate) fn changes(&self) -> u64 {
-        let asked = self.asked.load(Ordering::Acquire);
+        let save_requests = self.save_requests.load(Ordering::Acquire);
         match &self.driver {
-            Driver::Clocks(wall) => asked.wrapping_add(wall.changes()),
-            Driver::Messages(_) => asked,
+            Driver::Clocks(wall) => save_requests.wrapping_add(wall.changes()),
+            Driver::Messages(_) => save_requests,
         }
     }
 
-    /// What the next opening must know; of the clocks, where they drive it.
+    /// The state to store for the next open. The clock state is `None` on stream time.
     pub(crate) fn save(&self) -> (Saved, Option<ClockState>) {
         match &self.driver {
             Driver::Clocks(wall) => {
@@ -341,7 +346,7 @@ impl Timeline {
     }
 }
 
-/// Whole milliseconds of a duration; one beyond half a billion years counts as that.
+/// The whole milliseconds of a duration, saturating.
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
@@ -351,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_manual_clock_shows_what_it_is_told() {
+    fn a_manual_clock_shows_the_times_it_is_set_to() {
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000));
         let shows = || (clock.wall().as_unix_ms(), clock.monotonic_ms(), clock.boot().unwrap().ms);
         assert_eq!(shows(), (1_000, 0, 1_000));
@@ -364,13 +369,13 @@ mod tests {
         let (before, other) =
             (clock.boot().unwrap().id, ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(5)).boot().unwrap().id);
         clock.reboot();
-        assert_eq!(before, other, "of one boot");
+        assert_eq!(before, other, "the clocks start in the same boot");
         assert_ne!(clock.boot().unwrap().id, other);
     }
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_system_has_a_clock_that_runs_across_processes() {
+    fn the_system_clock_has_a_boot_time() {
         let (one, other) = (SystemClock::new().boot().unwrap(), SystemClock::new().boot().unwrap());
         assert_eq!(one.id, other.id);
         assert!(one.ms <= other.ms && other.ms - one.ms < 60_000, "{one:?}, {other:?}");

@@ -1,6 +1,6 @@
-//! The bytes on disk: journal rows, bucket values, and `meta` values. Drawn in `docs/format.md`.
+//! Encodings on disk: journal records, bucket entries and `meta` values. `docs/format.md` has the layouts.
 //!
-//! Every decoder returns `None` for bytes it did not write; none of them panics.
+//! Every decoder returns `None` for bytes that no encoder writes, and none of them panics.
 
 use std::sync::Arc;
 
@@ -11,26 +11,26 @@ use onlyonce_core::Fingerprint;
 pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
 use onlyonce_core::{PriorAttempt, StoredResult};
 
-/// The version of everything in this file. A store says which one it was created with.
+/// The version of all encodings in this file, stored in each store.
 pub(crate) const FORMAT: u32 = 3;
 
-/// The same on stream time, which has nothing to do with the wall clock.
+/// The version of stores on stream time, whose times are not comparable to the wall clock.
 pub(crate) const STREAM_FORMAT: u32 = 4;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Primitives
 // ---------------------------------------------------------------------------------------------------------------
 
-/// Appends a number that may be negative: zigzag, so that small ones stay short.
+/// Appends a signed number, zigzag-encoded.
 fn put_signed(out: &mut Vec<u8>, value: i64) {
     put_varint(out, ((value << 1) ^ (value >> 63)) as u64);
 }
 
-/// What store encodings have beside the building blocks.
+/// Decoders on top of [`Reader`] that the encodings of this file share.
 trait ReadStored {
-    /// A time, encoded as its signed distance before `from_ms`.
+    /// A time, encoded as `from_ms` minus the time, signed.
     fn time(&mut self, from_ms: u64) -> Option<u64>;
-    /// A time that a clock can show, or a distance of two: sums of them stay in range.
+    /// A time or a difference of times, within the range of clocks, so that sums do not overflow.
     fn clock_ms(&mut self) -> Option<u64>;
     fn fingerprint(&mut self, flags: u8) -> Option<Option<Fingerprint>>;
 }
@@ -63,7 +63,7 @@ fn fingerprint_flag(fingerprint: Option<&Fingerprint>) -> u8 {
     if fingerprint.is_some() { FINGERPRINT } else { 0 }
 }
 
-// What was kept of a result, in two bits.
+// Whether a result is stored, in two bits.
 const RESULT_SHIFT: u32 = 1;
 const RESULT_MASK: u8 = 0b0110;
 const RESULT_NONE: u8 = 0;
@@ -89,11 +89,11 @@ fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Journal rows
+// Journal records
 // ---------------------------------------------------------------------------------------------------------------
 
 /// ```text
-/// row        := format (1) | kind (1) | time in ms (8, little endian) | item*
+/// record     := format (1) | kind (1) | time in ms (8, little endian) | item*
 /// processing := flags (1) | token (varint) | attempt (varint) | age in ms (zigzag) | [backoff in ms (varint)]
 ///               | [fingerprint (16)] | key length (varint) | key
 /// completed  := flags (1) | token (varint) | age in ms (zigzag) | [fingerprint (16)] | key length (varint) | key
@@ -101,13 +101,13 @@ fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult> {
 /// forgotten  := token (varint) | key length (varint) | key
 /// ```
 ///
-/// An age is the row's time less the item's. It is negative where a message is newer than the row that it came with, or the
-/// store's clock was set back.
+/// The age is the record's time minus the item's time. It is negative if a message is newer than its record, or if
+/// the store's time went back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RecordKind {
-    /// Keys that were claimed, or the image of keys in flight that a seal writes at the journal's head.
+    /// Claimed keys, or the checkpoint of keys in flight that a flush writes at the head of the journal.
     Claimed = 1,
-    /// Keys that were released, or resolved to run again.
+    /// Keys that were released or resolved to run again.
     Released = 2,
     /// Keys that were completed or recorded.
     Completed = 3,
@@ -115,7 +115,7 @@ pub(crate) enum RecordKind {
     Forgotten = 4,
 }
 
-/// What one item of a journal row says of its key.
+/// One item of a journal record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Event {
     Claimed(Processing),
@@ -125,7 +125,7 @@ pub(crate) enum Event {
 }
 
 impl Event {
-    /// The time that it gives its key.
+    /// The time of its key.
     pub(crate) fn time_ms(&self) -> u64 {
         match self {
             Self::Claimed(processing) | Self::Released(processing) => processing.since_ms,
@@ -164,7 +164,7 @@ fn prior(flags: u8) -> PriorAttempt {
     }
 }
 
-/// Writes one journal row, item by item.
+/// Encodes a journal record, item by item.
 pub(crate) struct RecordWriter {
     bytes: Vec<u8>,
     time_ms: u64,
@@ -184,14 +184,15 @@ impl RecordWriter {
         put_signed(&mut self.bytes, self.time_ms.wrapping_sub(since_ms) as i64);
     }
 
-    /// An item of a `Claimed` or `Settled` row. When a lease runs out is not written: it ends with this process.
+    /// Appends an item of a `Claimed` or `Released` record. The end of the lease is not stored: leases end with their
+    /// process.
     pub(crate) fn processing(&mut self, key: &[u8], processing: &Processing) {
         let mut flags = fingerprint_flag(processing.fingerprint.as_ref());
         let mut backoff_ms = None;
         match processing.holder {
             Holder::Leased { .. } | Holder::Committing => flags |= HOLDER_LEASED << HOLDER_SHIFT,
             Holder::Interrupted(prior) => flags |= HOLDER_INTERRUPTED << HOLDER_SHIFT | prior_bits(prior),
-            // Nobody had claimed it, so that nobody's decision is needed should this process die now.
+            // Not claimed: if the process dies now, the key is free and needs no resolution.
             Holder::CommittingUnclaimed => {
                 flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(PriorAttempt::Crashed);
                 backoff_ms = Some(0);
@@ -200,7 +201,7 @@ impl RecordWriter {
                 flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(prior);
                 backoff_ms = Some(backoff.length_ms);
             }
-            // Whoever could still complete it dies with this process.
+            // The old holder, which could still complete the key, ends with this process.
             Holder::Resolved(prior) => {
                 flags |= HOLDER_RELEASED << HOLDER_SHIFT | prior_bits(prior);
                 backoff_ms = Some(0);
@@ -218,7 +219,7 @@ impl RecordWriter {
         self.items += 1;
     }
 
-    /// An item of a `Completed` row.
+    /// Appends an item of a `Completed` record.
     pub(crate) fn completed(&mut self, key: &[u8], done: &CompletedEntry<&[u8]>) {
         let fingerprint = done.fingerprint.as_ref();
         self.bytes.push(fingerprint_flag(fingerprint) | result_flag(&done.result));
@@ -232,7 +233,7 @@ impl RecordWriter {
         self.items += 1;
     }
 
-    /// An item of a `Forgotten` row: what is known of the key up to `token` is void.
+    /// Appends an item of a `Forgotten` record: it voids earlier items of the key with tokens up to `token`.
     pub(crate) fn forgotten(&mut self, key: &[u8], token: u64) {
         put_varint(&mut self.bytes, token);
         put_prefixed(&mut self.bytes, key);
@@ -252,7 +253,8 @@ impl RecordWriter {
     }
 }
 
-/// Reads a journal row: its time, after handing each item's key and event to `visit`. `None` if it is no row.
+/// Decodes a journal record: passes each item's key and event to `visit` and returns the record's time. `None` if it
+/// is not a valid record.
 pub(crate) fn read_record(record: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Option<u64> {
     let mut reader = Reader::new(record);
     reader.byte().filter(|format| *format == RECORD_FORMAT)?;
@@ -308,17 +310,17 @@ fn read_processing<'a>(reader: &mut Reader<'a>, time_ms: u64) -> Option<(&'a [u8
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Bucket rows
+// Bucket entries
 // ---------------------------------------------------------------------------------------------------------------
 
-/// The digest that a bucket's row key begins with, and the encoded key behind it.
+/// Encodes the key of a bucket entry: the digest, big endian, then the encoded key.
 pub(crate) fn put_entry_key(digest: u64, key: &[u8], out: &mut Vec<u8>) {
     out.clear();
     out.extend_from_slice(&digest.to_be_bytes());
     out.extend_from_slice(key);
 }
 
-/// The digest of a bucket's row key.
+/// The digest in the key of a bucket entry.
 pub(crate) fn digest_of_entry_key(entry_key: &[u8]) -> Option<u64> {
     Reader::new(entry_key).array().map(u64::from_be_bytes)
 }
@@ -326,18 +328,18 @@ pub(crate) fn digest_of_entry_key(entry_key: &[u8]) -> Option<u64> {
 const VALUE_FORMAT: u8 = 0x10;
 const VALUE_FORMAT_MASK: u8 = 0xf0;
 
-/// In the place of what was kept of a result: the key was released, or its holder vanished.
+/// In place of the result flag: an ended attempt (the key was released, or its holder was interrupted).
 const ATTEMPT: u8 = 3 << RESULT_SHIFT;
 const ATTEMPT_PRIOR_MASK: u8 = 0b0000_0011;
 
 /// ```text
 /// value   := format and flags (1) | ms since the bucket's start (varint) | token (varint) | [fingerprint (16)]
 ///            | result, or attempt
-/// attempt := prior (1) | attempt (varint) | backoff in ms (varint) | its end on the monotonic clock of the process that
-///            wrote it, in ms (varint)
+/// attempt := prior (1) | attempt (varint) | backoff in ms (varint)
+///            | end of the backoff on the writing process's monotonic clock, in ms (varint)
 /// ```
 ///
-/// `None`: the key is in flight, and has no place in a bucket.
+/// `None` if the key is in flight: such a key is never written to a bucket.
 #[must_use]
 pub(crate) fn put_value(entry: &Entry<&[u8]>, bucket_start_ms: u64, out: &mut Vec<u8>) -> Option<()> {
     out.clear();
@@ -386,10 +388,10 @@ pub(crate) fn read_value(value: &[u8], bucket_start_ms: u64) -> Option<Entry> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// The store's own record of itself
+// Values in `meta`
 // ---------------------------------------------------------------------------------------------------------------
 
-/// The secret that keys are digested with, written once.
+/// The secret of the key digests, written when the store is created.
 pub(crate) type Secret = [u8; 16];
 
 /// `span := window in ms (8, little endian) | bucket width in ms (8, little endian)`
@@ -519,7 +521,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_varint_comes_back(value: u64) {
+        fn a_varint_is_decoded_as_encoded(value: u64) {
             let mut bytes = Vec::new();
             put_varint(&mut bytes, value);
             let mut reader = Reader::new(&bytes);
@@ -528,7 +530,7 @@ mod tests {
         }
 
         #[test]
-        fn a_processing_row_comes_back(
+        fn a_released_record_is_decoded_as_encoded(
             token: u64, attempt: u32, time_ms in 0_u64..u64::MAX, age_ms in 0_u64..1 << 63, fingerprint: Option<Fingerprint>,
             holder in any_holder(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
@@ -547,7 +549,7 @@ mod tests {
         }
 
         #[test]
-        fn an_attempt_comes_back_from_its_bucket_and_nothing_in_flight_goes_there(
+        fn an_ended_attempt_is_decoded_as_encoded_and_keys_in_flight_are_rejected(
             token: u64, attempt: u32, since_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
             prior in any_prior(), length_ms: u32, until_monotonic_ms: u64,
         ) {
@@ -568,12 +570,12 @@ mod tests {
         }
 
         #[test]
-        fn a_completed_row_and_its_value_come_back(
+        fn a_completed_record_and_its_bucket_value_are_decoded_as_encoded(
             token: u64, completed_ms: u64, bucket_age_ms in 0_u64..1 << 40, fingerprint: Option<Fingerprint>,
             result in any_result(), key in proptest::collection::vec(any::<u8>(), 1..60),
         ) {
             let done = CompletedEntry { token, completed_ms, fingerprint, result };
-            // A key may be older than its row, and younger.
+            // A key may be older or newer than its record.
             let records = [
                 RecordWriter::new(RecordKind::Completed, completed_ms, 0),
                 RecordWriter::new(RecordKind::Completed, completed_ms.saturating_sub(bucket_age_ms), 0),
@@ -597,7 +599,7 @@ mod tests {
         }
 
         #[test]
-        fn foreign_bytes_are_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), start: u64) {
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), start: u64) {
             let _ = read_record(&bytes, |_, _| {});
             let _ = read_value(&bytes, start);
             let _ = read_span(&bytes);
@@ -605,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_is_over_when_it_is_read_back() {
+    fn a_replayed_lease_has_expired() {
         let processing = Processing {
             token: 9,
             attempt: 2,
@@ -623,8 +625,8 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_was_being_recorded_is_free_and_crashed_when_it_is_read_back() {
-        let recording = Processing {
+    fn a_replayed_key_of_an_unfinished_record_call_is_free_and_marked_as_crashed() {
+        let unclaimed = Processing {
             token: 9,
             attempt: 1,
             since_ms: 40,
@@ -632,15 +634,15 @@ mod tests {
             holder: Holder::CommittingUnclaimed,
         };
         let mut record = RecordWriter::new(RecordKind::Claimed, 50, 0);
-        record.processing(b"k", &recording);
+        record.processing(b"k", &unclaimed);
         let mut read = Vec::new();
         read_record(&record.finish(), |_, event| read.push(event)).unwrap();
         let holder = Holder::Released { prior: PriorAttempt::Crashed, backoff: Backoff::NONE };
-        assert_eq!(read, [Event::Claimed(Processing { holder, ..recording })]);
+        assert_eq!(read, [Event::Claimed(Processing { holder, ..unclaimed })]);
     }
 
     #[test]
-    fn a_row_is_empty_until_something_is_in_it() {
+    fn a_record_is_empty_until_an_item_is_added() {
         let leased = Holder::Leased { until_monotonic_ms: 0 };
         let processing = Processing { token: 1, attempt: 1, since_ms: 0, fingerprint: None, holder: leased };
         let fills: [fn(&mut RecordWriter, &Processing); 3] = [
@@ -661,7 +663,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_of_more_than_64_bits_is_refused() {
+    fn a_varint_of_more_than_64_bits_is_rejected() {
         let of = |last| Reader::new(&[&[0xff; 9][..], &[last]].concat()).varint();
         assert_eq!(of(0x01), Some(u64::MAX));
         for over in [0x02, 0x7f, 0x81, 0xff] {
@@ -670,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_says_it_has_no_result_and_has_one_is_refused() {
+    fn a_value_whose_flags_deny_a_result_that_follows_is_rejected() {
         for result in [StoredResult::None, StoredResult::TooLarge] {
             let mut value = Vec::new();
             put_value(
@@ -686,19 +688,19 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_row_is_refused() {
+    fn a_truncated_record_is_rejected() {
         let mut record = RecordWriter::new(RecordKind::Completed, 50, 0);
         let done = CompletedEntry { fingerprint: Some([5; 16]), ..done(300, StoredResult::Bytes(&b"result"[..])) };
         record.completed(b"\x00key", &done);
         let record = record.finish();
         for len in 0..record.len() {
-            // A row of a head alone is a row without items.
-            assert_eq!(read_record(&record[..len], |_, _| {}).is_some(), len == 10, "cut at {len}");
+            // The header alone is a record without items.
+            assert_eq!(read_record(&record[..len], |_, _| {}).is_some(), len == 10, "truncated at {len}");
         }
     }
 
     #[test]
-    fn the_options_of_a_store_come_back_and_others_are_refused() {
+    fn stored_options_are_decoded_as_encoded_and_foreign_bytes_are_rejected() {
         let span = Span { window_ms: 7_000, bucket_ms: 500 };
         let bytes = put_span(span);
         assert_eq!(read_span(&bytes), Some(span));
@@ -714,7 +716,7 @@ mod tests {
     }
 
     #[test]
-    fn the_state_of_the_clocks_is_read_back_and_numbers_out_of_range_are_refused() {
+    fn clock_state_is_decoded_as_encoded_and_numbers_out_of_range_are_rejected() {
         let ahead = Deviation {
             is_ahead: true,
             since_ms: 5,

@@ -1,4 +1,4 @@
-//! What a store is opened with, checked once.
+//! The options of a store and their validation.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,39 +6,39 @@ use std::time::Duration;
 use crate::clock::{Clock, SystemClock, YEAR, millis};
 use onlyonce_core::{Error, Result};
 
-/// Live buckets are column families, and RocksDB's cost of those grows faster than their number.
+/// Each live bucket is a column family, and RocksDB's cost grows faster than linearly with their number.
 pub(crate) const MAX_BUCKETS: u64 = 48;
 const DEFAULT_BUCKETS: u32 = 24;
 const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
-/// Beyond what a machine has, and within what RocksDB's caches can be told.
+/// More than any machine has, and less than the largest size of RocksDB's caches.
 const MAX_MEMORY_BUDGET: usize = 1 << 44;
 const MIB: usize = 1024 * 1024;
 /// The longest key, with its scope, of any store.
 pub(crate) const MAX_KEY: usize = 65_535;
 
-/// When a finished call is safe.
+/// What a result survives once the call has returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// On the disk before the call returns: survives a power cut. One fdatasync a call or batch, shared by calls at
-    /// the same time.
+    /// Results are synced to disk before the call returns and survive a power cut. Costs one fdatasync a call or
+    /// batch; concurrent calls share one.
     Disk,
-    /// In the operating system's hands before the call returns: survives `kill -9`. A power cut may take what was
-    /// finished within the last `sync_interval`.
+    /// Results are written to the operating system before the call returns and survive `kill -9`. A power cut can
+    /// lose the results of the last `sync_interval`.
     Process,
 }
 
-/// What becomes of a key whose holder vanished: its lease ran out, was dropped, or its process died.
+/// What happens to a key whose attempt was interrupted: its lease expired or was dropped, or its process died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnInterrupt {
-    /// The next claim gets the key at once, and [`Lease::prior`](crate::Lease::prior) tells it what happened. Claims are
-    /// not synced: a power cut can take the claim itself, and then `prior` is `None`.
+    /// The next claim gets the key at once, and [`AttemptInfo::prior`](crate::AttemptInfo::prior) reports the interruption.
+    /// Claims are not synced: a power cut can lose the claim itself, and then `prior` is `None`.
     Rerun,
-    /// Nobody gets the key until [`Store::resolve`](crate::Store::resolve) decides. For effects that must not be
-    /// repeated blindly. Under [`Durability::Process`] a power cut can forget the claim itself.
+    /// The key is held until [`Store::resolve`](crate::Store::resolve). For effects that must not be repeated
+    /// blindly. Under [`Durability::Process`] a power cut can lose the claim itself.
     Hold,
 }
 
-/// The options of a store, as the caller gave them.
+/// The options of a store, as the caller set them.
 #[derive(Clone)]
 pub(crate) struct Options {
     pub(crate) window: Option<Duration>,
@@ -48,7 +48,7 @@ pub(crate) struct Options {
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: Option<OnInterrupt>,
-    /// How far one message may push stream time; whoever says so wants a store that runs on it.
+    /// How far one message may advance stream time. Set only for stores that run on stream time.
     pub(crate) stream_time: Option<Duration>,
     pub(crate) memory_budget: usize,
     pub(crate) expected_rate: u64,
@@ -57,9 +57,9 @@ pub(crate) struct Options {
     pub(crate) in_flight_limit: usize,
     pub(crate) held_limit: usize,
     pub(crate) lock_wait: Duration,
-    /// Calls that each queue of the committer holds.
+    /// Capacity of each queue of the committer, in calls.
     pub(crate) queue_limit: usize,
-    /// Whether an open creates a store where there is none.
+    /// Whether an open creates a store if there is none.
     pub(crate) create: bool,
     pub(crate) clock: Arc<dyn Clock>,
 }
@@ -89,12 +89,12 @@ impl Default for Options {
     }
 }
 
-/// What a store remembers of its options from one opening to the next.
+/// The options that a store keeps across opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stored {
     pub(crate) span: Span,
     pub(crate) on_interrupt: OnInterrupt,
-    /// How far one message may push stream time, if the store runs on it.
+    /// How far one message may advance stream time, if the store runs on it.
     pub(crate) max_ahead_ms: Option<u64>,
 }
 
@@ -110,26 +110,27 @@ pub(crate) struct Span {
 pub(crate) struct Config {
     pub(crate) span: Span,
     pub(crate) lease_ms: u64,
-    /// How long after its claim a lease is renewed while its work runs.
+    /// How long after its claim a lease is renewed automatically.
     pub(crate) renew_for_ms: u64,
     pub(crate) durability: Durability,
     pub(crate) sync_interval: Duration,
     pub(crate) on_interrupt: OnInterrupt,
-    /// How far one message may push stream time, if the store runs on it.
+    /// How far one message may advance stream time, if the store runs on it.
     pub(crate) max_ahead_ms: Option<u64>,
     pub(crate) memory_budget: usize,
-    /// What a bucket is expected to come to.
+    /// Expected number of keys in a bucket.
     pub(crate) bucket_keys: u64,
     pub(crate) result_limit: usize,
     pub(crate) key_limit: usize,
     pub(crate) in_flight_limit: usize,
     pub(crate) held_limit: usize,
+    #[cfg_attr(not(feature = "tokio"), expect(dead_code, reason = "only submitted calls have a queue"))]
     pub(crate) queue_limit: usize,
 }
 
 impl Options {
-    /// Checks the options that no store knows better. Before anything is done with them: RocksDB ends the process where it
-    /// cannot have the memory that it is told to take.
+    /// Checks the options that do not depend on the stored ones. Must run before RocksDB sees them: RocksDB aborts
+    /// the process if it cannot allocate its caches.
     pub(crate) fn check_bounds(&self) -> Result<()> {
         within("lease", self.lease, Duration::from_millis(1), YEAR)?;
         within("renew_for", self.renew_for.unwrap_or(YEAR), Duration::from_millis(1), YEAR)?;
@@ -143,7 +144,7 @@ impl Options {
         within("held_limit", self.held_limit, 1, usize::MAX)
     }
 
-    /// Checks every option against its bounds; `stored` is what an existing store was last opened with.
+    /// Checks every option against its bounds. `stored` are the options of an existing store.
     pub(crate) fn check(&self, stored: Option<Stored>) -> Result<Config> {
         let max_ahead = self.max_ahead(stored)?;
         let on_interrupt = self.on_interrupt.or(stored.map(|stored| stored.on_interrupt)).unwrap_or(OnInterrupt::Rerun);
@@ -171,7 +172,7 @@ impl Options {
                 bounds: format!("at least {least:?} for a window of {window:?} (at most {MAX_BUCKETS} buckets)"),
             });
         }
-        // What was kept may be more than a window that has become narrower.
+        // The stored value may exceed a window that has become narrower.
         let max_ahead =
             max_ahead.map(|max_ahead| if self.stream_time.is_some() { max_ahead } else { max_ahead.min(window) });
         if let Some(max_ahead) = max_ahead {
@@ -198,16 +199,16 @@ impl Options {
 }
 
 impl Options {
-    /// How far one message may push stream time. A store runs on what it was created with.
+    /// How far one message may advance stream time. The time source is fixed when the store is created.
     fn max_ahead(&self, stored: Option<Stored>) -> Result<Option<Duration>> {
         match (self.stream_time, stored) {
             (Some(max_ahead), Some(Stored { max_ahead_ms: None, .. })) => Err(Error::Config {
                 option: "stream_time",
                 value: format!("{max_ahead:?}"),
-                bounds: "left out: this store was created to run on its clock".to_owned(),
+                bounds: "unset: this store was created to run on its clock".to_owned(),
             }),
             (None, Some(stored)) => Ok(stored.max_ahead_ms.map(Duration::from_millis)),
-            (asked, _) => Ok(asked),
+            (requested, _) => Ok(requested),
         }
     }
 }
@@ -220,12 +221,13 @@ fn within<T: PartialOrd + std::fmt::Debug>(option: &'static str, value: T, least
 }
 
 impl Config {
-    /// Whether a finished `complete` or `record` waits for the disk.
+    /// Whether `complete` and `record` wait for a sync.
     pub(crate) fn sync_results(&self) -> bool {
         self.durability == Durability::Disk
     }
 
-    /// Whether a claim waits for the disk: under `Rerun` a crash reruns it anyway, so that it need not.
+    /// Whether a claim waits for a sync. Under `Rerun` it does not: a lost claim is claimed again like an interrupted
+    /// one.
     pub(crate) fn sync_claims(&self) -> bool {
         self.durability == Durability::Disk && self.on_interrupt == OnInterrupt::Hold
     }
@@ -235,25 +237,25 @@ impl Config {
 mod tests {
     use super::*;
 
-    fn refused(options: Options) -> String {
+    fn rejected(options: Options) -> String {
         options.check(None).map(|_| ()).unwrap_err().to_string()
     }
 
     #[test]
-    fn an_option_out_of_bounds_is_named_with_its_bounds() {
+    fn an_error_names_the_option_and_its_bounds() {
         let second = Duration::from_secs(1);
-        let message = refused(Options { window: Some(second), bucket: Some(second * 2), ..Options::default() });
+        let message = rejected(Options { window: Some(second), bucket: Some(second * 2), ..Options::default() });
         assert!(message.contains("`bucket` is 2s") && message.contains("to 1s"), "{message}");
-        let message = refused(Options { window: Some(second * 490), bucket: Some(second), ..Options::default() });
+        let message = rejected(Options { window: Some(second * 490), bucket: Some(second), ..Options::default() });
         assert!(message.contains("`bucket`") && message.contains("at most 48 buckets"), "{message}");
-        let message = refused(Options { lease: Duration::ZERO, ..Options::default() });
+        let message = rejected(Options { lease: Duration::ZERO, ..Options::default() });
         assert!(message.contains("`lease` is 0ns"), "{message}");
-        let message = refused(Options { memory_budget: 1, ..Options::default() });
+        let message = rejected(Options { memory_budget: 1, ..Options::default() });
         assert!(message.contains("`memory_budget` is 1"), "{message}");
     }
 
     #[test]
-    fn a_store_keeps_the_window_it_was_made_with_unless_told_otherwise() {
+    fn a_store_keeps_its_window_until_it_is_opened_with_another_one() {
         let span = Span { window_ms: 7_000, bucket_ms: 500 };
         let stored = Stored { span, on_interrupt: OnInterrupt::Hold, max_ahead_ms: None };
         assert_eq!(Options::default().check(Some(stored)).unwrap().span, span);
@@ -263,20 +265,20 @@ mod tests {
     }
 
     #[test]
-    fn a_store_runs_on_what_it_was_created_with() {
+    fn the_time_source_is_fixed_at_creation() {
         let second = Duration::from_secs(1);
-        let asked = Options { stream_time: Some(second), ..Options::default() };
-        assert_eq!(asked.check(None).unwrap().max_ahead_ms, Some(1_000));
+        let requested = Options { stream_time: Some(second), ..Options::default() };
+        assert_eq!(requested.check(None).unwrap().max_ahead_ms, Some(1_000));
         let span = Span { window_ms: 7_000, bucket_ms: 500 };
         let on_clock = Stored { span, on_interrupt: OnInterrupt::Rerun, max_ahead_ms: None };
         let on_stream = Stored { max_ahead_ms: Some(7_000), ..on_clock };
-        let message = asked.check(Some(on_clock)).map(|_| ()).unwrap_err().to_string();
+        let message = requested.check(Some(on_clock)).map(|_| ()).unwrap_err().to_string();
         assert!(message.contains("`stream_time` is 1s") && message.contains("run on its clock"), "{message}");
-        assert_eq!(asked.check(Some(on_stream)).unwrap().max_ahead_ms, Some(1_000));
+        assert_eq!(requested.check(Some(on_stream)).unwrap().max_ahead_ms, Some(1_000));
         assert_eq!(Options::default().check(Some(on_stream)).unwrap().max_ahead_ms, Some(7_000));
         let narrower = Options { window: Some(second), bucket: Some(second), ..Options::default() };
         assert_eq!(narrower.check(Some(on_stream)).unwrap().max_ahead_ms, Some(1_000));
-        let message = refused(Options { stream_time: Some(second * 2), ..narrower });
+        let message = rejected(Options { stream_time: Some(second * 2), ..narrower });
         assert!(message.contains("`stream_time` is 2s") && message.contains("to 1s"), "{message}");
     }
 }

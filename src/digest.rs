@@ -1,9 +1,9 @@
-//! The digest of a key: 64 bits that choose its shard, its filter bits and its place in an SST.
+//! The digest of a key: 64 bits that determine its shard, its filter bits and its position in an SST.
 
 use siphasher::sip::SipHasher13;
 
-/// Digests encoded keys with SipHash-1-3 under a secret of the store, so that nobody outside can choose keys that collide. A
-/// collision costs time only: every lookup compares the key itself.
+/// Digests encoded keys with SipHash-1-3 under the store's secret, so that an attacker cannot choose colliding keys.
+/// A collision costs time only: every lookup compares the key itself.
 #[derive(Clone, Copy)]
 pub(crate) struct Digester(SipHasher13);
 

@@ -1,11 +1,11 @@
-//! What the store knows of a key: the two states, and the small types that describe them.
+//! The stored state of a key: in progress or completed.
 
 use std::sync::Arc;
 
 use crate::clock::{Now, millis};
 use onlyonce_core::{Fingerprint, PriorAttempt, StoredResult};
 
-/// The state of a key, as stored. "Expired" is not a state: it follows from the time.
+/// The state of a key. There is no state "expired": expiry follows from the time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Entry<B = Arc<[u8]>> {
     Processing(Processing),
@@ -20,7 +20,7 @@ impl<B> Entry<B> {
         }
     }
 
-    /// The time by which it is filed: when it was completed, or its holder became what it is.
+    /// The time that selects its bucket: when it was completed, or when its holder's state last changed.
     pub(crate) fn time_ms(&self) -> u64 {
         match self {
             Self::Processing(processing) => processing.since_ms,
@@ -29,38 +29,38 @@ impl<B> Entry<B> {
     }
 }
 
-/// Somebody has, or had, the right to do the work.
+/// A key that was claimed and is not completed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Processing {
     pub(crate) token: u64,
     pub(crate) attempt: u32,
-    /// When the holder became what it is (claimed, gone, found crashed), on the store's time; on stream time, when the
-    /// message is of, whatever became of the holder.
+    /// When the holder's state last changed (claimed, released, found crashed), on the store's time. On stream time
+    /// always the message's timestamp.
     pub(crate) since_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
     pub(crate) holder: Holder,
 }
 
-/// Where the holder of a claimed key is.
+/// The state of a claimed key's holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Holder {
-    /// At work, until the lease runs out. Read back from the journal it means a holder that died with its process.
+    /// It has the lease until this time. After a replay of the journal: its process died.
     Leased { until_monotonic_ms: u64 },
-    /// Done with it, and the outcome is on its way to the journal. Nobody may take over now.
+    /// It has finished, and the outcome is being written to the journal. The key cannot be taken over.
     Committing,
-    /// As `Committing`, where `record` completes a key that nobody holds.
+    /// As `Committing`, for a `record` call, which has no lease.
     CommittingUnclaimed,
-    /// Gone without a release: the key is held until an operator decides.
+    /// It ended without a release, and the key is held until an operator resolves it.
     Interrupted(PriorAttempt),
-    /// Gone: the key was released, or its holder vanished where that frees it. It is free after the backoff. Nobody can
-    /// come back for it, so that it leaves memory for a bucket like a completed key.
+    /// It released the key, or was interrupted under `OnInterrupt::Rerun`. The key is free after the backoff. The
+    /// holder can no longer complete it, so a flush moves the key to a bucket like a completed one.
     Released { prior: PriorAttempt, backoff: Backoff },
-    /// An operator has decided that a held key runs again. The old holder may still complete it, so that it stays in memory
-    /// until the next claim.
+    /// An operator resolved the held key to run again. The old holder may still complete it, so the key stays in
+    /// memory until the next claim.
     Resolved(PriorAttempt),
 }
 
-/// How long a released key stays closed.
+/// How long a released key cannot be claimed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Backoff {
     /// Its end, on the monotonic clock of the process that released the key.
@@ -72,8 +72,8 @@ pub(crate) struct Backoff {
 impl Backoff {
     pub(crate) const NONE: Self = Self { until_monotonic_ms: 0, length_ms: 0 };
 
-    /// A backoff from `now` on. It is at most half a window long: nothing of a key is remembered longer than a window, and the
-    /// attempt that follows the backoff must find what the last one left.
+    /// A backoff that starts at `now`. It is at most half a window long: a released key is forgotten after a window,
+    /// and the attempt after the backoff must still find the facts of the last one.
     pub(crate) fn from(now: &Now, length: std::time::Duration, window_ms: u64) -> Self {
         match u32::try_from(millis(length).min(window_ms / 2)).unwrap_or(u32::MAX) {
             0 => Self::NONE,
@@ -82,24 +82,24 @@ impl Backoff {
     }
 }
 
-/// The work is done, and this came of it.
+/// A completed key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CompletedEntry<B = Arc<[u8]>> {
     pub(crate) token: u64,
-    /// On stream time, when the message is of.
+    /// On stream time, the message's timestamp.
     pub(crate) completed_ms: u64,
     pub(crate) fingerprint: Option<Fingerprint>,
     pub(crate) result: StoredResult<B>,
 }
 
 impl<B> CompletedEntry<B> {
-    /// G4: remembered if and only if `now < completed + window`, and not forgotten before.
+    /// G4: remembered if and only if `now < completed + window` and not below the retention floor.
     pub(crate) fn is_live(&self, now: Now, window_ms: u64) -> bool {
         is_live(self.completed_ms, now, window_ms)
     }
 }
 
-/// G4, for what was completed at this time.
+/// G4, for a completion at this time.
 pub(crate) fn is_live(completed_ms: u64, now: Now, window_ms: u64) -> bool {
     now.remembers(completed_ms, window_ms)
 }
@@ -116,7 +116,7 @@ impl Entry<&[u8]> {
 
 #[cfg(any(test, fuzzing))]
 impl Entry {
-    /// The same, with its result borrowed.
+    /// A copy that borrows its result.
     pub(crate) fn borrowed(&self) -> Entry<&[u8]> {
         match self {
             Self::Processing(processing) => Entry::Processing(processing.clone()),
@@ -134,7 +134,7 @@ impl CompletedEntry<&[u8]> {
 }
 
 impl CompletedEntry {
-    /// The same, with its result borrowed.
+    /// A copy that borrows its result.
     pub(crate) fn borrowed(&self) -> CompletedEntry<&[u8]> {
         let result = self.result.as_slice();
         CompletedEntry { token: self.token, completed_ms: self.completed_ms, fingerprint: self.fingerprint, result }

@@ -1,34 +1,34 @@
-//! Invariants: what holds whatever a caller passes and whatever is on the disk. `docs/invariants.md` lists them.
+//! Invariants: conditions that hold for any input and any disk content. `docs/invariants.md` lists them.
 //!
-//! A broken one is a bug in this crate, or memory that changed by itself. It poisons the store, so that no call succeeds
-//! on top of it, and the call that met it fails with an error that names it. Nothing panics.
+//! A broken invariant is a bug in this crate or a memory fault. It poisons the store: the call that detects it fails
+//! with an error that names it, and later calls fail with `Error::Poisoned`. Nothing panics.
 
 use std::fmt;
 use std::sync::OnceLock;
 
 use onlyonce_core::Error;
 
-/// Whether this build checks what would cost too much in production: unit tests, debug builds and the feature
+/// Whether this build runs checks that are too expensive for production: unit tests, debug builds and the feature
 /// `internals`.
 pub(crate) const STRICT: bool = cfg!(any(test, debug_assertions, feature = "internals"));
 
 macro_rules! invariants {
     ($($name:ident: $text:literal,)*) => {
-        /// What must hold.
+        /// A condition that always holds.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Invariant {
             $(#[doc = $text] $name,)*
         }
 
         impl Invariant {
-            /// What it says, as errors and `docs/invariants.md` have it.
+            /// The text in errors and in `docs/invariants.md`.
             pub(crate) const fn text(self) -> &'static str {
                 match self {
                     $(Self::$name => $text,)*
                 }
             }
 
-            /// All of them.
+            /// All invariants.
             #[cfg(test)]
             pub(crate) const ALL: &[Self] = &[$(Self::$name,)*];
         }
@@ -39,59 +39,59 @@ invariants! {
     // Calls.
     AnswerForEachKey: "each key of a call has exactly one answer",
     KeyInRequest: "a key lies within the bytes of its request and is not empty",
-    // Hot table.
-    IndexedSlot: "each entry of a page's index points to a slot that holds a key",
-    KeyInArena: "the key and the result of a slot lie within the bytes of their page",
-    CountsNotNegative: "the counts of the hot table are never negative",
-    OnlyEndedFlushed: "a page that is sealed holds completed keys and ended attempts only",
+    // Memtable.
+    IndexedSlot: "each entry of an arena's index points to a slot that holds a key",
+    KeyInArena: "the key and the result of a slot lie within the bytes of their arena",
+    CountsNotNegative: "the counts of the memtable are never negative",
+    OnlyEndedFlushed: "a frozen set holds completed keys and ended attempts only",
     // Journal.
-    RecordNumbersRise: "the numbers of journal rows strictly rise",
-    RecordFinishedOnce: "a journal row is finished once, and rows below the settled number are finished",
-    NumberReserved: "a token or row number is reserved on disk before it is used",
+    RecordNumbersRise: "the numbers of journal records strictly rise",
+    RecordFinishedOnce: "a journal record is finished once, and records below the finished number are finished",
+    NumberReserved: "a token or record number is reserved on disk before it is used",
     // Buckets.
-    SstSorted: "the keys of a run strictly rise",
-    KeyInRange: "the keys of a run have their time within the slice of its bucket",
-    SstComplete: "a run has all keys that were counted for it",
-    OnlyExpiredDropped: "a bucket is dropped only when all its keys have run out",
+    SstSorted: "the keys of an SST strictly rise",
+    KeyInRange: "the keys of an SST have their time within the range of its bucket",
+    SstComplete: "an SST has all keys that were counted for it",
+    OnlyExpiredDropped: "a bucket is dropped only when all its keys have expired",
     // Filter.
     FilterBits: "marking a key in the filter sets all its bits",
 }
 
-/// Why a store refuses, once it does. Shared by its parts, so that each can end it.
+/// Whether and why the store is poisoned. The parts of a store share it, so that each of them can poison the store.
 #[derive(Debug, Default)]
 pub(crate) struct Poison {
-    /// The reason, and what later calls fail with.
+    /// The reason, and the error of later calls.
     cause: OnceLock<(String, Error)>,
     broken: OnceLock<(Invariant, String)>,
 }
 
 impl Poison {
-    /// Has the store refuse: nobody knows any more what is on the disk. False if it refused already.
+    /// Poisons the store because the state of the disk is unknown. False if it was poisoned before.
     pub(crate) fn set(&self, reason: &str) -> bool {
         self.set_with(reason.to_owned(), Error::Poisoned { reason: reason.to_owned() })
     }
 
-    /// As [`Poison::set`], where later calls fail with an error of its own.
+    /// As [`Poison::set`], with the error that later calls return.
     pub(crate) fn set_with(&self, reason: String, error: Error) -> bool {
         self.cause.set((reason, error)).is_ok()
     }
 
-    /// Notes a broken invariant, and has the store refuse.
+    /// Records a broken invariant and poisons the store.
     #[cold]
     #[inline(never)]
     pub(crate) fn broken(&self, invariant: Invariant, detail: fmt::Arguments<'_>) -> Error {
         let detail = detail.to_string();
         let error = Error::Broken { invariant: invariant.text(), detail: detail.clone() };
         if self.set(&format!("broken invariant: {}: {detail}", invariant.text())) {
-            tracing::error!(%error, "store poisoned: it refuses until it is reopened");
+            tracing::error!(error = error.chain(), "store poisoned: reopen it");
         }
-        // The first one is what is told.
+        // Only the first one is reported.
         let _ = self.broken.set((invariant, detail));
         error
     }
 
-    /// Fails where an invariant was broken. Asked before a call answers, for the parts that note it and have no error to
-    /// return.
+    /// Fails if an invariant was broken. Calls check it before they return, because some parts that detect a broken
+    /// invariant cannot return an error.
     #[inline]
     pub(crate) fn unbroken(&self) -> Result<(), Error> {
         match self.broken.get() {
@@ -100,13 +100,13 @@ impl Poison {
         }
     }
 
-    /// Why the store refuses, if it does.
+    /// Why the store is poisoned, if it is.
     #[inline]
     pub(crate) fn reason(&self) -> Option<&str> {
         self.cause.get().map(|(reason, _)| reason.as_str())
     }
 
-    /// What a call fails with once the store refuses.
+    /// The error of calls on a poisoned store.
     pub(crate) fn error(&self) -> Option<Error> {
         self.cause.get().map(|(_, error)| error.clone())
     }
@@ -123,22 +123,22 @@ mod tests {
         assert!(poison.unbroken().is_ok() && poison.reason().is_none());
         let error = poison.broken(Invariant::SstSorted, format_args!("a after b"));
         assert_eq!((error.outcome(), error.is_retryable()), (Outcome::Unknown, false));
-        let said = error.to_string();
-        assert!(said.contains("the keys of a run strictly rise") && said.contains("a after b"), "{said}");
-        assert!(said.contains("bug in onlyonce"), "{said}");
+        let text = error.to_string();
+        assert!(text.contains("the keys of an SST strictly rise") && text.contains("a after b"), "{text}");
+        assert!(text.contains("bug in onlyonce"), "{text}");
         assert!(!poison.set("a write failed"));
-        assert_eq!(poison.unbroken().unwrap_err().to_string(), said);
-        assert!(poison.reason().is_some_and(|reason| reason.contains("the keys of a run strictly rise")));
+        assert_eq!(poison.unbroken().unwrap_err().to_string(), text);
+        assert!(poison.reason().is_some_and(|reason| reason.contains("the keys of an SST strictly rise")));
 
         let poison = Poison::default();
         assert!(poison.set("a write failed"));
         let _ = poison.broken(Invariant::SstSorted, format_args!("later"));
         assert_eq!(poison.reason(), Some("a write failed"));
-        assert!(poison.unbroken().is_err(), "a call that met it fails all the same");
+        assert!(poison.unbroken().is_err(), "the call that detected it fails, too");
     }
 
     #[test]
-    fn every_invariant_is_on_its_page() {
+    fn the_invariants_page_lists_every_invariant() {
         let page = include_str!("../docs/invariants.md");
         for invariant in Invariant::ALL {
             assert!(page.contains(invariant.text()), "{invariant:?} is not in docs/invariants.md");

@@ -45,6 +45,9 @@ mod buckets;
 mod clock;
 mod codec;
 mod config;
+#[cfg(feature = "delivery")]
+#[cfg_attr(docsrs, doc(cfg(feature = "delivery")))]
+pub mod delivery;
 mod digest;
 mod engine;
 mod entry;
@@ -67,11 +70,17 @@ pub use api::{
 pub use api::{DedupStream, Submitted, Unclaimed, UnclaimedReason};
 pub use clock::{BootTime, Clock, ManualClock};
 pub use config::{Durability, OnInterrupt};
+#[cfg(feature = "testing")]
+#[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
+pub use onlyonce_core::testing::MemoryStore;
 pub use onlyonce_core::{
     AttemptInfo, Cause, Completed, Completion, Error, ErrorKind, FencingToken, HeldKey, InProgress, Key, KeyError,
     KeyStatus, LeaseState, Message, MessageId, NewMessage, Offset, OnStoreFailure, Outcome, PriorAttempt,
     RecordOutcome, Resolution, Result, ResultError, SideWrites, StoredKey, StoredResult, Timestamp, TimestampError,
 };
+#[cfg(feature = "http")]
+#[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+pub use onlyonce_http as http;
 pub use stats::{BucketStats, Stats};
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -79,3 +88,25 @@ pub use testing::fuzz_checks;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub use testing::internals;
+
+/// The examples of the documentation are compiled.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[cfg(feature = "tokio")]
+    #[doc = include_str!("../docs/async.md")]
+    struct Async;
+    #[cfg(feature = "http")]
+    #[doc = include_str!("../docs/http.md")]
+    struct Http;
+    #[doc = include_str!("../docs/batches.md")]
+    struct Batches;
+    #[doc = include_str!("../docs/offsets-and-outbox.md")]
+    struct OffsetsAndOutbox;
+    #[doc = include_str!("../docs/stream-time.md")]
+    struct StreamTime;
+    #[cfg(feature = "delivery")]
+    #[doc = include_str!("../docs/deliveries.md")]
+    struct Deliveries;
+}

@@ -1,15 +1,16 @@
-//! What the `metrics` facade is told, and spans for `tracing`. Both with the feature `metrics` alone; without it this is
-//! nothing, and costs nothing.
+//! Exports metrics to the `metrics` facade and opens spans for `tracing`. Without the feature `metrics` this module
+//! compiles to nothing.
 //!
-//! The facade is never called for a key. Counters are the store's own, which the keeper tells once a second; histograms are for
-//! calls. The names are in `docs/metrics.md`, and `tests/metrics.rs` compares the two.
+//! The facade is called once a call or once a second, never once a key: a background worker exports the store's
+//! counters every second, and each call records its histograms. `docs/metrics.md` lists the names; `tests/metrics.rs`
+//! compares them with this file.
 
 use std::path::Path;
 
 use crate::stats::Counters;
 use onlyonce_core::PriorAttempt;
 
-/// What somebody called for.
+/// The verb of a call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Call {
     Check,
@@ -19,8 +20,8 @@ pub(crate) enum Call {
     Release,
 }
 
-/// What the store holds at the moment.
-#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "nobody is told"))]
+/// Current state of the store.
+#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only the feature `metrics` reads it"))]
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Gauges {
     pub(crate) in_flight: u64,
@@ -33,8 +34,8 @@ pub(crate) struct Gauges {
     pub(crate) is_poisoned: bool,
 }
 
-/// As [`Gauges`], of what takes long to find out.
-#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "nobody is told"))]
+/// As [`Gauges`], for values that are expensive to compute.
+#[cfg_attr(not(feature = "metrics"), expect(dead_code, reason = "only the feature `metrics` reads it"))]
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct ExpensiveGauges {
     pub(crate) held: u64,
@@ -50,7 +51,7 @@ pub(crate) use enabled::Metrics;
 mod disabled {
     use super::{Call, Counters, ExpensiveGauges, Gauges, Path, PriorAttempt};
 
-    /// Nobody listens.
+    /// Exports nothing.
     #[derive(Debug)]
     pub(crate) struct Metrics;
 
@@ -106,11 +107,11 @@ mod enabled {
     use super::{Call, Counters, ExpensiveGauges, Gauges, Path, PriorAttempt};
     use crate::testing::sync_shim::Mutex;
 
-    /// How often counters and levels are told, and those that take long to find out.
+    /// How often counters and gauges are exported, and how often the expensive gauges.
     const INTERVAL: Duration = Duration::from_secs(1);
     const EXPENSIVE_INTERVAL: Duration = Duration::from_secs(10);
 
-    /// The counters of [`Counters`]: name, label, and where the figure is.
+    /// A counter of [`Counters`]: its name, its label, and how to read it.
     type CounterSource = (&'static str, Option<(&'static str, &'static str)>, fn(&Counters) -> u64);
     const COUNTERS: &[CounterSource] = &[
         ("onlyonce.claims", Some(("outcome", "acquired")), |counters| counters.acquired.get()),
@@ -128,7 +129,7 @@ mod enabled {
         ("onlyonce.filter.false_positives", None, |counters| counters.filter_false_positives.get()),
         ("onlyonce.fail_open", None, |counters| counters.fail_open.get()),
     ];
-    /// A gauge, and where its figure is.
+    /// A gauge, and how to read its value.
     type GaugeSource = (Gauge, fn(&Gauges) -> f64);
     const PRIORS: [(PriorAttempt, &str); 4] = [
         (PriorAttempt::Released, "released"),
@@ -138,58 +139,62 @@ mod enabled {
     ];
 
     fn describe() {
-        describe_counter!("onlyonce.claims", Unit::Count, "Keys claimed or recorded, by what was answered");
+        describe_counter!("onlyonce.claims", Unit::Count, "Keys claimed or recorded, by outcome");
         describe_counter!(
             "onlyonce.claims.repeated",
             Unit::Count,
-            "Claims that go on with unfinished work, by how it was left"
+            "Claims of keys that an earlier attempt did not complete, by how that attempt ended"
         );
         describe_counter!("onlyonce.completions", Unit::Count, "Leases completed");
         describe_counter!("onlyonce.releases", Unit::Count, "Leases released");
         describe_counter!(
             "onlyonce.leases.lost",
             Unit::Count,
-            "Completions, releases and renewals that another holder had overtaken"
+            "Completions, releases and renewals rejected because the lease had been taken over"
         );
-        describe_counter!("onlyonce.filter.checks", Unit::Count, "Keys looked up in the filters");
-        describe_counter!("onlyonce.filter.hits", Unit::Count, "Keys that a filter did not rule out");
+        describe_counter!("onlyonce.filter.checks", Unit::Count, "Keys looked up in the filter");
+        describe_counter!("onlyonce.filter.hits", Unit::Count, "Keys that the filter did not rule out");
         describe_counter!(
             "onlyonce.filter.false_positives",
             Unit::Count,
-            "Keys that no bucket had, though a filter did not rule them out"
+            "Keys that the filter did not rule out and no bucket holds"
         );
-        describe_counter!("onlyonce.fail_open", Unit::Count, "Messages let through without an answer of the store");
+        describe_counter!(
+            "onlyonce.fail_open",
+            Unit::Count,
+            "Messages processed without deduplication because the store was unavailable"
+        );
         describe_counter!("onlyonce.log.syncs", Unit::Count, "Syncs of the log that calls waited for");
         describe_gauge!("onlyonce.keys.in_flight", Unit::Count, "Keys in progress");
-        describe_gauge!("onlyonce.keys.held", Unit::Count, "Keys that wait for a decision");
-        describe_gauge!("onlyonce.keys.unflushed", Unit::Count, "Completed keys that are not in a bucket yet");
+        describe_gauge!("onlyonce.keys.held", Unit::Count, "Keys held for resolution");
+        describe_gauge!(
+            "onlyonce.keys.unflushed",
+            Unit::Count,
+            "Completed and released keys not yet flushed to a bucket"
+        );
         describe_gauge!("onlyonce.buckets", Unit::Count, "Live buckets");
-        describe_gauge!("onlyonce.filter.size", Unit::Bytes, "Memory of the filters");
-        describe_gauge!("onlyonce.journal.size", Unit::Bytes, "Journal records since the last flush");
-        describe_gauge!("onlyonce.disk.size", Unit::Bytes, "Files of the store");
-        describe_gauge!("onlyonce.time", Unit::Seconds, "The store's time, since the Unix epoch");
-        describe_gauge!("onlyonce.poisoned", Unit::Count, "1 where the store refuses until it is reopened, else 0");
-        describe_histogram!("onlyonce.call.duration", Unit::Seconds, "How long a call took, by what was called");
-        describe_histogram!("onlyonce.call.keys", Unit::Count, "Keys of a call, by what was called");
+        describe_gauge!("onlyonce.filter.size", Unit::Bytes, "Memory used by the filter");
+        describe_gauge!("onlyonce.journal.size", Unit::Bytes, "Bytes of journal records since the last flush");
+        describe_gauge!("onlyonce.disk.size", Unit::Bytes, "Bytes of all files of the store");
+        describe_gauge!("onlyonce.time", Unit::Seconds, "The store's time, in seconds since the Unix epoch");
+        describe_gauge!("onlyonce.poisoned", Unit::Count, "1 if the store is poisoned and must be reopened, else 0");
+        describe_histogram!("onlyonce.call.duration", Unit::Seconds, "Duration of a call, by verb");
+        describe_histogram!("onlyonce.call.keys", Unit::Count, "Keys in a call, by verb");
         describe_histogram!(
             "onlyonce.commit.duration",
             Unit::Seconds,
-            "How long a write took, by whether it waited for the disk"
+            "Duration of a write, by whether it waited for a sync"
         );
-        describe_histogram!("onlyonce.flush.duration", Unit::Seconds, "How long a flush took");
+        describe_histogram!("onlyonce.flush.duration", Unit::Seconds, "Duration of a flush");
         describe_histogram!(
             "onlyonce.processing.duration",
             Unit::Seconds,
-            "From the claim to the completion, one key a call"
+            "Time from claim to completion, for calls with one key"
         );
-        describe_histogram!(
-            "onlyonce.claim.attempt",
-            Unit::Count,
-            "The number of an attempt, of those after the first"
-        );
+        describe_histogram!("onlyonce.claim.attempt", Unit::Count, "Attempt number of a repeated claim");
     }
 
-    /// Handles of one store's figures. Whoever is to hear them must be there when the store is opened.
+    /// Metric handles of one store. The recorder must be installed before the store is opened.
     pub(crate) struct Metrics {
         /// In the order of [`Call`].
         durations: [Histogram; 5],
@@ -208,7 +213,7 @@ mod enabled {
         last: Mutex<LastExport>,
     }
 
-    /// What was told last.
+    /// The values at the last export.
     #[derive(Default)]
     struct LastExport {
         counters: Vec<u64>,
@@ -217,7 +222,7 @@ mod enabled {
         expensive_at: Option<Instant>,
     }
 
-    /// Measures until it is dropped.
+    /// Measures the time until it is dropped.
     pub(crate) struct Timer<'m> {
         histogram: &'m Histogram,
         begun: Instant,
@@ -276,7 +281,7 @@ mod enabled {
             }
         }
 
-        /// Measures a call from here on.
+        /// Starts to measure a call.
         pub(crate) fn call(&self, call: Call, keys: usize) -> Timer<'_> {
             let [check, claim, record, complete, release] = &self.durations;
             let [check_keys, claim_keys, record_keys, complete_keys, release_keys] = &self.keys;
@@ -291,18 +296,18 @@ mod enabled {
             Timer::new(duration, span)
         }
 
-        /// Measures a write from here on.
+        /// Starts to measure a write.
         pub(crate) fn commit(&self, sync: bool) -> Timer<'_> {
             let histogram = if sync { &self.synced_commit } else { &self.commit };
             Timer::new(histogram, tracing::debug_span!("onlyonce.commit", sync))
         }
 
-        /// Measures a seal from here on.
+        /// Starts to measure a flush.
         pub(crate) fn flush(&self) -> Timer<'_> {
             Timer::new(&self.flush, tracing::debug_span!("onlyonce.flush"))
         }
 
-        /// A claim that goes on with unfinished work.
+        /// Counts a claim of a key that an earlier attempt did not complete.
         pub(crate) fn repeated(&self, prior: PriorAttempt, attempt: u32) {
             self.attempt.record(attempt);
             for ((this, _), counter) in PRIORS.iter().zip(&self.repeated) {
@@ -310,12 +315,12 @@ mod enabled {
             }
         }
 
-        /// How long work took.
+        /// Records the time from claim to completion.
         pub(crate) fn processed(&self, ms: impl FnOnce() -> u64) {
             self.processing.record(Duration::from_millis(ms()));
         }
 
-        /// Tells counters and levels, where it is time.
+        /// Exports counters and gauges if their interval is over.
         pub(crate) fn export(
             &self,
             counters: &Counters,
@@ -334,7 +339,7 @@ mod enabled {
             }
         }
 
-        /// Tells what was counted since the last time, and that there is nothing any more.
+        /// Exports the last counts when the store closes, and sets the gauges to zero.
         pub(crate) fn end(&self, counters: &Counters, gauges: impl FnOnce() -> Gauges) {
             let Gauges { log_syncs, is_poisoned, now_ms, .. } = gauges();
             let nothing = Gauges { log_syncs, is_poisoned, now_ms, ..Gauges::default() };
@@ -342,7 +347,7 @@ mod enabled {
             self.held.set(0.0);
         }
 
-        /// Differences, for the next opening counts from zero, and whoever listens goes on.
+        /// Exports differences: the store's counters begin at zero at each open, and the exported ones continue.
         fn export_now(&self, last: &mut LastExport, counters: &Counters, gauges: &Gauges) {
             let now: Vec<u64> = COUNTERS.iter().map(|(_, _, get)| get(counters)).collect();
             let before = last.counters.iter().copied().chain(std::iter::repeat(0));

@@ -1,28 +1,28 @@
-//! What a store counts.
+//! Statistics of a store: the public snapshot and the counters that fill it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use onlyonce_core::Timestamp;
 
-/// A snapshot of a store's figures, from [`Store::stats`](crate::Store::stats). The counts begin at zero when the
-/// store is opened; the rest is as of now.
+/// A snapshot of a store's statistics, from [`Store::stats`](crate::Store::stats). Counters begin at zero when the
+/// store is opened; all other fields are current values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Claims that were given a lease.
+    /// Claims that returned a lease.
     pub acquired: u64,
-    /// Of those, claims of a key that an earlier attempt did not complete.
+    /// The part of `acquired` whose keys an earlier attempt did not complete.
     pub reclaimed: u64,
     /// Claims and records that found the key completed: duplicates.
     pub duplicates: u64,
     /// Claims and records that found the key in progress.
     pub in_progress: u64,
-    /// Claims and records that were refused because the key was used with another payload.
+    /// Claims and records rejected because the key was used with a different payload.
     pub payload_mismatches: u64,
-    /// Claims and records that were refused because their messages are older than the window.
+    /// Claims and records rejected because their messages are older than the window.
     pub too_old: u64,
-    /// Claims and records that were refused because their messages are too far ahead of stream time.
+    /// Claims and records rejected because their messages are too far ahead of stream time.
     pub too_far_ahead: u64,
     /// Leases that were completed.
     pub completed: u64,
@@ -30,59 +30,58 @@ pub struct Stats {
     pub recorded: u64,
     /// Leases that were released.
     pub released: u64,
-    /// Completions, releases and renewals that came too late: another holder had taken over.
+    /// Completions, releases and renewals rejected because another holder had taken over.
     pub superseded: u64,
-    /// Messages that were let through without an answer of the store: see
-    /// [`Store::count_fail_open`](crate::Store::count_fail_open).
+    /// Messages processed without deduplication: see [`Store::count_fail_open`](crate::Store::count_fail_open).
     pub fail_open: u64,
-    /// Keys that were looked up in the filters.
+    /// Keys looked up in the filter.
     pub filter_checks: u64,
-    /// Of those, keys that a filter (or a bucket without one) sent to the disk.
+    /// The part of `filter_checks` that went to disk: the filter did not rule the key out, or a bucket had no filter.
     pub filter_hits: u64,
-    /// Of those, keys that were not on the disk.
+    /// The part of `filter_hits` that no bucket held.
     pub filter_false_positives: u64,
-    /// Syncs of the log that calls waited for. Calls at the same time share one.
+    /// Syncs of the log that calls waited for. Concurrent calls share one.
     pub log_syncs: u64,
-    /// Keys in progress: leased, or with a lease that has run out while its holder's process lives. Released and dropped keys
-    /// are not among them.
+    /// Keys in progress: leased, or with an expired lease that was not taken over. Released and dropped keys do
+    /// not count.
     pub in_flight: u64,
-    /// Keys that wait for [`Store::resolve`](crate::Store::resolve).
+    /// Keys held for [`Store::resolve`](crate::Store::resolve).
     pub held: u64,
-    /// Completed and released keys in memory and in the journal, not yet in a bucket.
+    /// Completed and released keys in the memtable and the journal that are not flushed to a bucket yet.
     pub unflushed: u64,
     /// The live buckets, the oldest first.
     pub buckets: Vec<BucketStats>,
-    /// Bytes of memory that the filters take.
+    /// Memory used by the filter, in bytes.
     pub filter_bytes: u64,
     /// Bytes of all files in the store's directory.
     pub disk_bytes: u64,
-    /// The store's time, in milliseconds since the Unix epoch: elapsed time, or stream time. It may differ from the wall clock, which
-    /// counts only when it was confirmed for 10 minutes. 0 on a stream store that has seen no message.
+    /// The store's time: elapsed time, or stream time. It can differ from the wall clock, because the store follows a
+    /// deviating wall clock only after 10 minutes. The Unix epoch on a stream store without messages.
     pub now: Timestamp,
     /// How long a completed key is remembered.
     pub window: Duration,
-    /// A key completed at this time (milliseconds since the Unix epoch) or later is remembered. It never goes back, also where the
-    /// window becomes wider or the store's time goes back.
+    /// Keys completed at this time or later are remembered. It never goes back, even if the window becomes wider or
+    /// the store's time goes back.
     pub remembers_since: Timestamp,
-    /// Why the store refuses, if it is poisoned.
+    /// Why the store is poisoned, if it is.
     pub poisoned: Option<String>,
 }
 
-/// The figures of a bucket.
+/// Statistics of a bucket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BucketStats {
-    /// The first moment whose completions it holds, in milliseconds since the Unix epoch.
+    /// The start of its time range, inclusive.
     pub start: Timestamp,
-    /// The first moment after it.
+    /// The end of its time range, exclusive.
     pub end: Timestamp,
-    /// Its keys. Counted while the store runs, estimated by RocksDB for buckets from before.
+    /// Number of keys. Exact for buckets created since the open; RocksDB's estimate for older ones.
     pub keys: u64,
-    /// Whether a filter covers it. While not, every lookup of a key asks it on disk.
+    /// Whether the filter covers it. Until then every lookup reads this bucket on disk.
     pub filtered: bool,
 }
 
-/// The counters behind [`Stats`].
+/// The counters of [`Stats`].
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) acquired: Counter,
@@ -102,7 +101,7 @@ pub(crate) struct Counters {
     pub(crate) filter_false_positives: Counter,
 }
 
-/// A count that only grows.
+/// A counter that only increases.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 

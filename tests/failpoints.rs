@@ -149,9 +149,9 @@ fn leftovers(store: &Store, path: &Path) -> Vec<String> {
     let tables: Vec<String> =
         reader.live_files().unwrap().into_iter().map(|file| file.name.trim_start_matches('/').to_owned()).collect();
 
-    let ours = ["onlyonce.lock", "onlyonce.files", "db", "runs", "filters"];
+    let ours = ["onlyonce.lock", "onlyonce.files", "db", "ssts", "filters"];
     let mut left: Vec<String> = names("").into_iter().filter(|name| !ours.contains(&name.as_str())).collect();
-    left.extend(names("runs"));
+    left.extend(names("ssts"));
     left.extend(
         names("filters")
             .into_iter()

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use tempfile::TempDir;
 
-/// In memory, where there is such a place: a file on a disk takes ten times as long.
+/// In memory if possible: a file on disk is ten times slower.
 static DIR: LazyLock<TempDir> = LazyLock::new(|| {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()

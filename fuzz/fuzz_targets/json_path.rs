@@ -3,4 +3,4 @@
 #[path = "../../crates/cli/src/json_field.rs"]
 mod json_field;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| json_field::law(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| json_field::fuzz_check(bytes));

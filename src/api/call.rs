@@ -89,6 +89,7 @@ pub(crate) enum Queue {
 /// A call that needs nothing of the calls submitted at the same time.
 pub(crate) struct Task<'s, D, T> {
     pub(crate) shared: &'s std::sync::Arc<Shared>,
+    #[cfg_attr(not(feature = "tokio"), expect(dead_code, reason = "only submitted calls have a queue"))]
     pub(crate) queue: Queue,
     /// The arguments.
     pub(crate) data: D,

@@ -5,6 +5,7 @@
 //! no sync, and must not queue after one.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use onlyonce_core::{Claim, Completion, Error, RecordOutcome, Result};
@@ -29,8 +30,35 @@ const MAX_GATHER: Duration = Duration::from_micros(500);
 
 /// The queues of a store's two threads. When it is dropped, the threads run what is queued, and end.
 pub(crate) struct Committer {
+    // Dropped before the threads are joined.
+    queues: Option<Queues>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Queues {
     ask: mpsc::Sender<Job>,
     commit: mpsc::Sender<Job>,
+}
+
+/// Waits for the threads, one of which closes the store if nothing else holds it: a process that exits while RocksDB closes
+/// can be aborted by RocksDB's own teardown. A runtime's thread must not block: there a blocking task waits, for which the
+/// runtime waits when it shuts down.
+impl Drop for Committer {
+    fn drop(&mut self) {
+        drop(self.queues.take());
+        let threads = std::mem::take(&mut self.threads);
+        let current = std::thread::current().id();
+        if threads.iter().any(|thread| thread.thread().id() == current) {
+            // A thread cannot wait for itself.
+            return;
+        }
+        // A thread that panicked has poisoned the store.
+        let join = move || threads.into_iter().for_each(|thread| drop(thread.join()));
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(join)),
+            Err(_) => join(),
+        }
+    }
 }
 
 /// Claims on their way to their caller. Leases that do not arrive are taken back.
@@ -80,30 +108,45 @@ enum Job {
 impl Committer {
     /// Starts the threads. Each queue holds this many calls.
     pub(super) fn start(handle: Arc<StoreHandle>, calls: usize) -> Result<Self> {
-        let ask = spawn(&handle, "onlyonce-ask", calls)?;
-        let commit = spawn(&handle, "onlyonce-commit", calls)?;
-        Ok(Self { ask, commit })
+        let (ask, ask_thread) = spawn(&handle, "onlyonce-ask", calls)?;
+        let (commit, commit_thread) = spawn(&handle, "onlyonce-commit", calls)?;
+        Ok(Self { queues: Some(Queues { ask, commit }), threads: vec![ask_thread, commit_thread] })
+    }
+
+    fn queue(&self, queue: Queue) -> Result<&mpsc::Sender<Job>> {
+        // `None` only while it is dropped.
+        let queues = self.queues.as_ref().ok_or(Error::Closed)?;
+        Ok(match queue {
+            Queue::Ask => &queues.ask,
+            Queue::Commit => &queues.commit,
+        })
     }
 
     pub(super) async fn claim(&self, request: Arc<Request>) -> Result<Undelivered> {
-        submit(&self.ask, |reply| Job::Claim(Ask { request, reply })).await.flatten()
+        submit(self.queue(Queue::Ask)?, |reply| Job::Claim(Ask { request, reply })).await.flatten()
     }
 
     pub(super) async fn record(&self, request: Arc<Request>) -> Result<Vec<Result<RecordOutcome>>> {
-        submit(&self.commit, |reply| Job::Record(Ask { request, reply })).await.flatten()
+        submit(self.queue(Queue::Commit)?, |reply| Job::Record(Ask { request, reply })).await.flatten()
     }
 
     /// An answer for each lease, with its completion.
     pub(super) async fn complete(&self, leases: Vec<(Lease, Completion)>) -> Vec<Result<Completion, CompleteError>> {
         let count = leases.len();
-        let answers = submit(&self.commit, |reply| Job::Complete(Finish { leases, reply })).await;
+        let answers = match self.queue(Queue::Commit) {
+            Ok(queue) => submit(queue, |reply| Job::Complete(Finish { leases, reply })).await,
+            Err(error) => Err(error),
+        };
         // The thread that had the completions is gone.
         answers.unwrap_or_else(|error| (0..count).map(|_| Err(CompleteError::lost(error.clone()))).collect())
     }
 
     pub(super) async fn release(&self, leases: Vec<(Lease, Duration)>) -> Vec<Result<()>> {
         let count = leases.len();
-        let answers = submit(&self.commit, |reply| Job::Release(Finish { leases, reply })).await;
+        let answers = match self.queue(Queue::Commit) {
+            Ok(queue) => submit(queue, |reply| Job::Release(Finish { leases, reply })).await,
+            Err(error) => Err(error),
+        };
         answers.unwrap_or_else(|error| vec![Err(error); count])
     }
 
@@ -113,11 +156,7 @@ impl Committer {
         queue: Queue,
         task: impl FnOnce(&StoreHandle) -> T + Send + 'static,
     ) -> Result<T> {
-        let queue = match queue {
-            Queue::Ask => &self.ask,
-            Queue::Commit => &self.commit,
-        };
-        submit(queue, |reply| {
+        submit(self.queue(queue)?, |reply| {
             Job::Task(Box::new(|handle| {
                 if !reply.is_closed() {
                     let _ = reply.send(task(handle));
@@ -144,11 +183,11 @@ async fn submit<T>(queue: &mpsc::Sender<Job>, job: impl FnOnce(oneshot::Sender<T
     answer.await.map_err(|_| ended())
 }
 
-fn spawn(handle: &Arc<StoreHandle>, name: &'static str, calls: usize) -> Result<mpsc::Sender<Job>> {
+fn spawn(handle: &Arc<StoreHandle>, name: &'static str, calls: usize) -> Result<(mpsc::Sender<Job>, JoinHandle<()>)> {
     let (queue, mut jobs) = mpsc::channel(calls);
     let handle = Arc::clone(handle);
     let path = handle.engine.path().to_owned();
-    std::thread::Builder::new()
+    let thread = std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
             let _guard = PoisonOnPanic { engine: &handle.engine, name };
@@ -160,7 +199,7 @@ fn spawn(handle: &Arc<StoreHandle>, name: &'static str, calls: usize) -> Result<
             }
         })
         .map_err(|error| Error::io("starting a thread for", path, error))?;
-    Ok(queue)
+    Ok((queue, thread))
 }
 
 /// The calls that one thread runs together.

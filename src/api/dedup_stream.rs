@@ -36,7 +36,8 @@ impl Store {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = Store::open(dir.path().join("store"))?;
     /// # tokio::runtime::Runtime::new()?.block_on(work(&store))?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(store.close().wait()?)
+    /// # store.close().wait()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn dedup_stream<S: Stream, K: FnMut(&S::Item) -> Key<'_>>(
         &self,

@@ -318,7 +318,8 @@ impl KeepAlive<'_> {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = Store::open(dir.path().join("store"))?;
     /// # tokio::runtime::Runtime::new()?.block_on(work(&store))?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(store.close().wait()?)
+    /// # store.close().wait()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[cfg(feature = "tokio")]
     pub async fn during<F: Future>(mut self, work: F) -> Result<F::Output> {
@@ -342,14 +343,27 @@ impl fmt::Debug for KeepAlive<'_> {
 }
 
 /// Why a completion failed. Returns the completion, and the lease if it is still good.
-#[derive(Debug, thiserror::Error)]
-#[error("the completion failed")]
-pub struct CompleteError(#[source] Error, Box<Unfinished>);
+// On the heap, because batches move many results that could be one of these.
+#[derive(Debug)]
+pub struct CompleteError(Box<Unfinished>);
 
 #[derive(Debug)]
 struct Unfinished {
+    error: Error,
     completion: Completion,
     lease: Option<Lease>,
+}
+
+impl fmt::Display for CompleteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the completion failed")
+    }
+}
+
+impl std::error::Error for CompleteError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0.error)
+    }
 }
 
 impl CompleteError {
@@ -359,32 +373,32 @@ impl CompleteError {
     }
 
     pub(crate) fn new(error: Error, completion: Completion, lease: Option<Lease>) -> Self {
-        Self(error, Box::new(Unfinished { completion, lease }))
+        Self(Box::new(Unfinished { error, completion, lease }))
     }
 
     /// The error.
     #[must_use]
     pub fn error(&self) -> &Error {
-        &self.0
+        &self.0.error
     }
 
     /// Whether the completion may have been stored nevertheless.
     #[must_use]
     pub fn outcome(&self) -> Outcome {
-        self.0.outcome()
+        self.0.error.outcome()
     }
 
     /// The completion that was to be stored.
     #[must_use]
     pub fn completion(&self) -> &Completion {
-        &self.1.completion
+        &self.0.completion
     }
 
     /// The error, the completion, and the lease if it is still good: retry with it, or drop it.
     #[must_use]
     pub fn into_parts(self) -> (Error, Completion, Option<Lease>) {
-        let Unfinished { completion, lease } = *self.1;
-        (self.0, completion, lease)
+        let Unfinished { error, completion, lease } = *self.0;
+        (error, completion, lease)
     }
 }
 

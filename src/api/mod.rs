@@ -43,3 +43,33 @@ fn claimed(answer: onlyonce_core::Claim<Grant>, shared: &Arc<Shared>) -> Claim {
         Claim::InProgress(in_progress) => Claim::InProgress(in_progress),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_send_and_sync<T: Send + Sync>() {}
+    fn is_send<T: Send>(_: &T) {}
+
+    #[test]
+    fn the_public_types_can_be_shared_between_threads() {
+        is_send_and_sync::<Store>();
+        is_send_and_sync::<Builder>();
+        is_send_and_sync::<Lease>();
+        is_send_and_sync::<KeepAlive<'_>>();
+        is_send_and_sync::<Claim>();
+        is_send_and_sync::<CompleteError>();
+        is_send_and_sync::<RunError<std::io::Error>>();
+        is_send_and_sync::<Call<ClaimKey<'_>>>();
+        is_send_and_sync::<Call<Complete>>();
+        is_send_and_sync::<Call<Release>>();
+        is_send_and_sync::<crate::Error>();
+        is_send_and_sync::<crate::Stats>();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        is_send(&store.check("k"));
+        is_send(&store.claim_batch(["k"]));
+        #[cfg(feature = "tokio")]
+        is_send(&store.claim("k").into_future());
+    }
+}

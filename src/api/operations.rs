@@ -11,7 +11,7 @@ use super::shared::Shared;
 use super::{Claim, claimed};
 use crate::engine::request::Request;
 
-/// The operation of [`Store::claim`].
+/// The operation of [`Store::claim`](crate::Store::claim).
 pub struct ClaimKey<'s> {
     pub(super) shared: &'s Arc<Shared>,
     pub(super) request: Result<Arc<Request>>,

@@ -110,7 +110,8 @@ impl Store {
     /// # let dir = tempfile::tempdir()?;
     /// # let store = Store::open(dir.path().join("store"))?;
     /// # tokio::runtime::Runtime::new()?.block_on(work(&store))?;
-    /// # Ok::<(), Box<dyn std::error::Error>>(store.close().wait()?)
+    /// # store.close().wait()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[cfg(feature = "tokio")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tokio")))]

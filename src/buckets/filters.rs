@@ -1,5 +1,8 @@
-//! The filters behind the buckets: read from their files at open, rebuilt from the keys where those do not match, and
-//! kept on disk when a bucket has ended. Meanwhile the store answers from disk.
+//! Loads, rebuilds and persists the filters of the buckets.
+//!
+//! At open, filters are read from their files; a filter whose file is missing or does not match is rebuilt from the
+//! bucket's keys. A bucket whose filter is not complete yet is looked up on disk. The filter of a bucket is persisted
+//! once the bucket has ended.
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,7 +22,7 @@ use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::{Error, Result};
 
-/// Threads that read files, or the keys of buckets, at a time.
+/// Threads that read filter files or buckets in parallel.
 const THREADS: usize = 2;
 
 const EXTENSION: &str = "filter";
@@ -28,14 +31,14 @@ const EXTENSION: &str = "filter";
 pub(crate) struct Filters {
     dir: PathBuf,
     key: FileKey,
-    /// Files that were there at open, by the names of their buckets.
+    /// Usable files found at open, by bucket name.
     found: Mutex<HashMap<String, FilterFile>>,
-    /// What the file of a bucket answers for, by the bucket's name.
+    /// What the file of each bucket covers, by bucket name.
     persisted: Mutex<HashMap<String, Covered>>,
 }
 
 impl Filters {
-    /// Looks at the files of these buckets, and leaves those alone that do not answer for all keys of theirs.
+    /// Opens the filter files of these buckets. Ignores files that do not cover all keys of their bucket.
     pub(crate) fn find(db: &Db, secret: &Secret, buckets: &[String]) -> Result<Self> {
         let filters = Self {
             dir: db.directory().filters(),
@@ -49,9 +52,11 @@ impl Filters {
                 Ok(file) if file.covered.covers(ssts.get(bucket).map_or(&[], Vec::as_slice)) => {
                     filters.found.lock().insert(bucket.clone(), file);
                 }
-                Ok(_) => tracing::debug!(bucket, "the filter file does not answer for all keys of its bucket"),
+                Ok(_) => {
+                    tracing::debug!(bucket, "filter file does not cover all SSTs of its bucket, rebuilding the filter")
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => untrusted(bucket, &error),
+                Err(error) => warn_unusable(bucket, &error),
             }
         }
         Ok(filters)
@@ -61,15 +66,15 @@ impl Filters {
         self.dir.join(bucket).with_extension(EXTENSION)
     }
 
-    /// The geometry that most of the files have.
+    /// The most frequent geometry of the files found at open.
     pub(crate) fn geometry(&self) -> Option<Geometry> {
         let found = self.found.lock();
-        let with = |geometry| found.values().filter(|file| file.geometry == geometry).count();
-        found.values().map(|file| file.geometry).max_by_key(|geometry| with(*geometry))
+        let files_with = |geometry| found.values().filter(|file| file.geometry == geometry).count();
+        found.values().map(|file| file.geometry).max_by_key(|geometry| files_with(*geometry))
     }
 
-    /// Reads the files that were found at open. The filter answers for their buckets from then on. Gives up when
-    /// `should_continue` says so.
+    /// Reads the files that were found at open. From then on the filter covers their buckets. Stops when
+    /// `should_continue` returns false.
     pub(crate) fn load(&self, registry: &BucketRegistry, should_continue: &(impl Fn() -> bool + Sync)) {
         let mut found = std::mem::take(&mut *self.found.lock());
         let snapshot = registry.snapshot();
@@ -102,8 +107,8 @@ impl Filters {
         Failpoint::FilterLoaded.pass();
         for ((bucket, file), damaged) in files.into_iter().zip(damaged) {
             match damaged.into_inner() {
-                // What was read of it stays in the filter, where it lets a few keys more through to the disk.
-                Some(error) => untrusted(&bucket.family, &error),
+                // The bits already read stay in the filter. They only cause a few false positives.
+                Some(error) => warn_unusable(&bucket.family, &error),
                 None => {
                     registry.set_loaded(&bucket, base, file.covered.keys);
                     self.persisted.lock().insert(bucket.family.clone(), file.covered);
@@ -112,8 +117,8 @@ impl Filters {
         }
     }
 
-    /// Rebuilds the filters that are still missing from the keys of their buckets, the newest first, as long as `should_continue`
-    /// says so.
+    /// Rebuilds the missing filters from the keys of their buckets, the newest bucket first. Stops when
+    /// `should_continue` returns false.
     pub(crate) fn rebuild(
         db: &Db,
         registry: &BucketRegistry,
@@ -136,7 +141,7 @@ impl Filters {
         failed.into_inner().map_or(Ok(()), Err)
     }
 
-    /// Moves every bucket that has ended to the newest base, so that the layers in which it grew up can go.
+    /// Moves every ended bucket to the newest base, so that the extra matrices it grew into can be freed.
     pub(crate) fn tidy(
         db: &Db,
         registry: &BucketRegistry,
@@ -152,8 +157,8 @@ impl Filters {
         Ok(())
     }
 
-    /// Writes the filter of every bucket that has ended and has no file that answers for all its keys, and removes the
-    /// files of buckets that are gone. `ssts` lists the files of all buckets while no key is on its way into one.
+    /// Persists the filter of every ended bucket whose file is missing or does not cover all its keys, and removes
+    /// the files of dropped buckets. `ssts` lists the SSTs of all buckets at a moment when no flush is running.
     pub(crate) fn persist(
         &self,
         registry: &BucketRegistry,
@@ -171,7 +176,8 @@ impl Filters {
             return self.remove_expired(registry);
         }
         let mut ssts = ssts()?;
-        // Every key of these runs is marked by now, and in this picture or a later one.
+        // Taken after the SSTs are listed: the filter of this snapshot has all keys of those SSTs. In the other order
+        // a file could claim to cover an SST whose keys it lacks.
         let snapshot = registry.snapshot();
         for bucket in ended {
             let covered = Covered {
@@ -180,7 +186,7 @@ impl Filters {
             };
             let is_persisted =
                 self.persisted.lock().get(&bucket.family).is_some_and(|persisted| persisted.covers(&covered.ssts));
-            // One that outgrew its column is spread over several layers, and is rebuilt at the next open.
+            // A bucket that outgrew its column is spread over several matrices. It is rebuilt at the next open.
             let is_due = !is_persisted && snapshot.has(&bucket);
             let Some(matrix) = snapshot.base_of(bucket.column_id).filter(|_| is_due) else { continue };
             if !should_continue() {
@@ -188,34 +194,34 @@ impl Filters {
             }
             let path = self.path(&bucket.family);
             file::write(&path, &self.key, &bucket.family, matrix, bucket.column_id, &covered)
-                .map_err(|error| Error::io("cannot write", path, error))?;
-            tracing::debug!(bucket = %bucket.range, keys = covered.keys, "filter kept");
+                .map_err(|error| Error::io("writing", path, error))?;
+            tracing::debug!(bucket = %bucket.range, keys = covered.keys, "filter persisted");
             self.persisted.lock().insert(bucket.family.clone(), covered);
         }
         self.remove_expired(registry)
     }
 
-    /// Removes the files of buckets that are gone, and what a crash left of one that was being written.
+    /// Removes the filter files of dropped buckets, and partial files left by a crash.
     pub(crate) fn remove_expired(&self, registry: &BucketRegistry) -> Result<()> {
         let buckets = registry.snapshot().newest_first();
         let is_live = |path: &Path| buckets.iter().any(|bucket| self.path(&bucket.family) == path);
         self.persisted.lock().retain(|family, _| buckets.iter().any(|bucket| bucket.family == *family));
-        let unreadable = |error: io::Error| Error::io("cannot read", self.dir.clone(), error);
+        let unreadable = |error: io::Error| Error::io("reading", self.dir.clone(), error);
         for entry in fs::read_dir(&self.dir).map_err(unreadable)? {
             let path = entry.map_err(unreadable)?.path();
-            // Nothing else that somebody may have put beside them.
-            let ours = path.extension().is_some_and(|extension| extension == EXTENSION || extension == file::NEW);
-            if ours && !is_live(&path) {
+            // Foreign files in the directory are left alone.
+            let is_ours = path.extension().is_some_and(|extension| extension == EXTENSION || extension == file::NEW);
+            if is_ours && !is_live(&path) {
                 Failpoint::FilterOrphaned.pass();
-                fs::remove_file(&path).map_err(|error| Error::io("cannot remove", path, error))?;
+                fs::remove_file(&path).map_err(|error| Error::io("removing", path, error))?;
             }
         }
         Ok(())
     }
 }
 
-fn untrusted(bucket: &str, error: &io::Error) {
-    tracing::warn!(bucket, %error, "the filter file is not trusted: the filter is rebuilt from the bucket's keys");
+fn warn_unusable(bucket: &str, error: &io::Error) {
+    tracing::warn!(bucket, %error, "filter file unusable, rebuilding the filter from the bucket's keys");
 }
 
 fn in_parallel(work: impl Fn() + Sync) {
@@ -241,7 +247,7 @@ mod tests {
     const SECRET: Secret = [5; 16];
     const SPAN: Span = Span { window_ms: 10_000, bucket_ms: 1_000 };
 
-    /// Keys `range`, completed in the bucket of a second.
+    /// The keys of a range, completed in the bucket of this second.
     struct Keys(u64, std::ops::Range<u64>);
 
     fn range(second: u64) -> BucketRange {
@@ -260,13 +266,13 @@ mod tests {
         fn visit(&self, _: BucketRange, mut visit: impl FnMut(FlushEntry<'_>) -> Result<()>) -> Result<()> {
             let mut keys: Vec<u64> = self.1.clone().collect();
             keys.sort_unstable_by_key(|i| digest(*i));
-            let done = CompletedEntry {
+            let completed = CompletedEntry {
                 token: 1,
                 completed_ms: self.0 * 1_000,
                 fingerprint: None,
                 result: StoredResult::None,
             };
-            let entry = Entry::Completed(done);
+            let entry = Entry::Completed(completed);
             keys.into_iter()
                 .try_for_each(|i| visit(FlushEntry { digest: digest(i), key: &i.to_le_bytes(), entry: &entry }))
         }
@@ -289,6 +295,7 @@ mod tests {
         filters.persist(registry, now_ms, || db.sst_files(), || true).unwrap();
     }
 
+    /// The start times, in seconds, of the buckets that the filter covers.
     fn filtered(registry: &BucketRegistry) -> Vec<u64> {
         let snapshot = registry.snapshot();
         let mut seconds: Vec<u64> = snapshot
@@ -301,7 +308,7 @@ mod tests {
         seconds
     }
 
-    /// Three buckets, of which two have ended.
+    /// A closed store with three buckets, two of them ended and persisted.
     fn three_buckets(dir: &tempfile::TempDir) {
         let (db, filters, registry) = open(dir);
         for second in 0..3 {
@@ -311,7 +318,7 @@ mod tests {
         db.close().unwrap();
     }
 
-    fn assert_all_known(registry: &BucketRegistry) {
+    fn assert_all_candidates(registry: &BucketRegistry) {
         for i in 0..3_000 {
             let column_bits = registry.snapshot().candidates(digest(i));
             let buckets: Vec<u64> =
@@ -321,23 +328,23 @@ mod tests {
     }
 
     #[test]
-    fn the_filters_of_ended_buckets_are_read_back_and_the_others_rebuilt() {
+    fn filters_of_ended_buckets_are_loaded_and_the_others_are_rebuilt() {
         let dir = tempfile::tempdir().unwrap();
         three_buckets(&dir);
         let (db, filters, registry) = open(&dir);
         assert!(filtered(&registry).is_empty());
         filters.load(&registry, &|| true);
         assert_eq!(filtered(&registry), [0, 1]);
-        assert_all_known(&registry);
+        assert_all_candidates(&registry);
         Filters::rebuild(&db, &registry, &|| true).unwrap();
         assert_eq!(filtered(&registry), [0, 1, 2]);
-        assert_all_known(&registry);
-        let wrong = (10_000..30_000).filter(|i| registry.snapshot().candidates(digest(*i)) != 0).count();
-        assert!(wrong < 20, "{wrong} of 20,000 new keys would go to the disk");
+        assert_all_candidates(&registry);
+        let false_positives = (10_000..30_000).filter(|i| registry.snapshot().candidates(digest(*i)) != 0).count();
+        assert!(false_positives < 20, "{false_positives} of 20,000 new keys would be looked up on disk");
     }
 
     #[test]
-    fn ended_buckets_move_to_the_newest_base_and_are_kept_from_there() {
+    fn ended_buckets_move_to_the_newest_base_and_are_persisted_from_it() {
         let dir = tempfile::tempdir().unwrap();
         let (db, filters, registry) = open(&dir);
         fill(&db, &registry, 0, 0..90_000);
@@ -361,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_does_not_know_all_runs_of_its_bucket_is_not_trusted() {
+    fn a_filter_file_that_does_not_cover_all_ssts_of_its_bucket_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         three_buckets(&dir);
         let (db, _, registry) = open(&dir);
@@ -375,17 +382,17 @@ mod tests {
         db.close().unwrap();
         let (_db, filters, registry) = open(&dir);
         filters.load(&registry, &|| true);
-        assert_eq!(filtered(&registry), [0, 1], "it was written anew");
+        assert_eq!(filtered(&registry), [0, 1], "the file was written again");
         assert_ne!(registry.snapshot().candidates(digest(5_050)), 0);
     }
 
     #[test]
-    fn a_filter_is_written_once_and_again_when_its_bucket_has_more() {
+    fn a_filter_is_persisted_again_only_after_its_bucket_gets_more_keys() {
         let dir = tempfile::tempdir().unwrap();
         let (db, filters, registry) = open(&dir);
         (0..3).for_each(|second| fill(&db, &registry, second, second * 1_000..second * 1_000 + 1_000));
         let written = |filters: &Filters| {
-            // Asked before each.
+            // Called once before each write.
             let count = std::cell::Cell::new(0);
             let should_continue = || {
                 count.set(count.get() + 1);
@@ -400,22 +407,22 @@ mod tests {
     }
 
     #[test]
-    fn a_rebuild_that_is_given_up_makes_no_filter() {
+    fn a_rebuild_that_stops_early_leaves_the_bucket_unfiltered() {
         let dir = tempfile::tempdir().unwrap();
         let (db, _, registry) = open(&dir);
         fill(&db, &registry, 0, 0..20_000);
         db.close().unwrap();
         let (db, _, registry) = open(&dir);
-        let rebuild = |most: u64| {
-            let asked = std::cell::Cell::new(0);
+        let rebuild = |max_calls: u64| {
+            let calls = std::cell::Cell::new(0);
             let should_continue = || {
-                asked.set(asked.get() + 1);
-                asked.get() <= most
+                calls.set(calls.get() + 1);
+                calls.get() <= max_calls
             };
             let bucket = registry.snapshot().newest_first().remove(0);
-            (rebuild_filter(&db, &registry, &bucket, &should_continue).unwrap(), asked.get())
+            (rebuild_filter(&db, &registry, &bucket, &should_continue).unwrap(), calls.get())
         };
-        assert_eq!(rebuild(1), (false, 2), "asked after so many keys");
+        assert_eq!(rebuild(1), (false, 2), "called after each batch of digests");
         assert!(filtered(&registry).is_empty());
         assert_eq!(rebuild(2), (true, 2));
         assert_eq!(filtered(&registry), [0]);
@@ -423,19 +430,19 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_without_keys_takes_no_room_in_the_filter_however_many_were_expected() {
+    fn a_bucket_without_keys_does_not_grow_the_filter_whatever_the_estimate() {
         let dir = tempfile::tempdir().unwrap();
         let (db, _, registry) = open(&dir);
         let bucket = registry.ensure(&db, range(0)).unwrap();
         let before = registry.snapshot().filter_bytes();
-        // RocksDB's guess, which the rebuild makes room for.
+        // RocksDB's estimate, for which the rebuild reserves room.
         bucket.keys.store(1_000_000, Ordering::Relaxed);
         assert!(rebuild_filter(&db, &registry, &bucket, &|| true).unwrap());
         assert_eq!(registry.snapshot().filter_bytes(), before);
     }
 
     #[test]
-    fn a_damaged_file_is_not_trusted() {
+    fn a_damaged_filter_file_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         three_buckets(&dir);
         let path = dir.path().join("store/filters").join(range(1).family()).with_extension(EXTENSION);
@@ -447,19 +454,19 @@ mod tests {
             let (db, filters, registry) = open(&dir);
             filters.load(&registry, &|| true);
             assert_eq!(filtered(&registry), [0], "byte {at} of {}", good.len());
-            assert_all_known(&registry);
+            assert_all_candidates(&registry);
             db.close().unwrap();
         }
     }
 
     #[test]
-    fn the_file_of_a_bucket_that_is_gone_goes_too() {
+    fn the_filter_file_of_a_dropped_bucket_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         three_buckets(&dir);
         let (db, filters, registry) = open(&dir);
         let filters_dir = dir.path().join("store/filters");
         fs::write(filters_dir.join("torn.new"), b"x").unwrap();
-        fs::write(filters_dir.join("somebody's"), b"x").unwrap();
+        fs::write(filters_dir.join("foreign"), b"x").unwrap();
         let oldest = registry.snapshot().newest_first().pop().unwrap();
         registry.remove(&db, &oldest, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         let left = || {
@@ -469,11 +476,11 @@ mod tests {
             left
         };
         persist(&db, &filters, &registry, 2_500);
-        assert_eq!(left(), [format!("{}.filter", range(1).family()), "somebody's".to_owned()]);
+        assert_eq!(left(), [format!("{}.filter", range(1).family()), "foreign".to_owned()]);
         for bucket in registry.snapshot().newest_first() {
             registry.remove(&db, &bucket, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         }
         persist(&db, &filters, &registry, 2_500);
-        assert_eq!(left(), ["somebody's"], "also where no bucket is left");
+        assert_eq!(left(), ["foreign"], "also when no bucket is left");
     }
 }

@@ -1,4 +1,4 @@
-//! Sealing: keys whose work has ended leave the hot table for their buckets, sorted, as whole runs.
+//! Flush: writes ended keys, sorted, from the memtable to their buckets as whole SSTs.
 
 use super::range::BucketRange;
 use super::registry::BucketRegistry;
@@ -8,24 +8,24 @@ use crate::invariant::Invariant;
 use crate::rocks::db::Db;
 use onlyonce_core::Result;
 
-/// A completed or released key on its way to its bucket.
+/// A completed or released key that is flushed to its bucket.
 pub(crate) struct FlushEntry<'a> {
     pub(crate) digest: u64,
     pub(crate) key: &'a [u8],
     pub(crate) entry: &'a Entry<&'a [u8]>,
 }
 
-/// Where a seal takes its rows from.
+/// The source of a flush's entries.
 pub(crate) trait FlushSource {
-    /// The slices of time that have rows, each with their number.
+    /// The time ranges that have entries, each with the number of its entries.
     fn ranges(&self) -> Vec<(BucketRange, usize)>;
 
-    /// Visits the rows of a slice, each key once, in the order of their digests and keys.
+    /// Visits the entries of a range ordered by digest and key, each key once.
     fn visit(&self, range: BucketRange, visit: impl FnMut(FlushEntry<'_>) -> Result<()>) -> Result<()>;
 }
 
-/// Writes the rows to the buckets of their time, and marks them in the filter. When this returns the buckets
-/// answer for them. Doing it again after a crash changes nothing.
+/// Writes the entries to their buckets and inserts them into the filter. When it returns, lookups in the buckets find
+/// the keys. Idempotent: a repeated flush after a crash changes nothing.
 pub(crate) fn flush(db: &Db, registry: &BucketRegistry, source: &impl FlushSource) -> Result<()> {
     for (range, count) in source.ranges() {
         let bucket = registry.ensure(db, range)?;
@@ -42,7 +42,7 @@ pub(crate) fn flush(db: &Db, registry: &BucketRegistry, source: &impl FlushSourc
                 }
                 let time_ms = entry.entry.time_ms();
                 if entry.key.is_empty() || !range.contains(time_ms) {
-                    return Err(broken(Invariant::KeyInRange, format_args!("one of {time_ms} in {range}")));
+                    return Err(broken(Invariant::KeyInRange, format_args!("a key at {time_ms} in {range}")));
                 }
                 put_value(entry.entry, range.start_ms, &mut value)
                     .ok_or_else(|| broken(Invariant::OnlyEndedFlushed, format_args!("a key in flight in {range}")))?;
@@ -77,7 +77,7 @@ mod tests {
 
     const RANGE: BucketRange = BucketRange { start_ms: 5_000, width_ms: 1_000 };
 
-    /// Rows as they come: digest, key and when it was completed. And how many are said to come.
+    /// Entries in their given order (digest, key, completion time), and the number of entries that is announced.
     struct Given(&'static [(u64, &'static [u8], u64)], usize);
 
     impl FlushSource for Given {
@@ -87,13 +87,13 @@ mod tests {
 
         fn visit(&self, _: BucketRange, mut visit: impl FnMut(FlushEntry<'_>) -> Result<()>) -> Result<()> {
             self.0.iter().try_for_each(|(digest, key, completed_ms)| {
-                let done = CompletedEntry {
+                let completed = CompletedEntry {
                     token: 1,
                     completed_ms: *completed_ms,
                     fingerprint: None,
                     result: StoredResult::None,
                 };
-                visit(FlushEntry { digest: *digest, key, entry: &Entry::Completed(done) })
+                visit(FlushEntry { digest: *digest, key, entry: &Entry::Completed(completed) })
             })
         }
     }
@@ -109,21 +109,21 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_is_not_sorted_or_whole_or_of_its_bucket_is_not_written() {
-        for (source, count, said) in [
+    fn an_sst_that_is_unsorted_or_incomplete_or_outside_its_bucket_is_not_written() {
+        for (source, count, expected) in [
             (&[(2, b"a" as &[u8], 5_500), (1, b"b", 5_500)][..], 2, "strictly rise"),
             (&[(1, b"b", 5_500), (1, b"a", 5_500)], 2, "strictly rise"),
             (&[(1, b"a", 5_500), (1, b"a", 5_600)], 2, "strictly rise"),
-            (&[(1, b"a", 4_999)], 1, "within the slice"),
-            (&[(1, b"a", 6_000)], 1, "within the slice"),
-            (&[(1, b"", 5_500)], 1, "within the slice"),
+            (&[(1, b"a", 4_999)], 1, "within the range"),
+            (&[(1, b"a", 6_000)], 1, "within the range"),
+            (&[(1, b"", 5_500)], 1, "within the range"),
             (&[(1, b"a", 5_500)], 2, "all keys that were counted"),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let (db, registry) = open(&dir);
             let error = flush(&db, &registry, &Given(source, count)).unwrap_err();
-            assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(said)), "{error}");
-            assert!(registry.poison().reason().is_some_and(|reason| reason.contains(said)));
+            assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(expected)), "{error}");
+            assert!(registry.poison().reason().is_some_and(|reason| reason.contains(expected)));
             assert!(db.sst_files().unwrap().is_empty(), "{source:?}");
         }
     }
@@ -140,8 +140,8 @@ mod tests {
             look_up(&db, &registry.snapshot(), &[probe], |_, _, _| {})
         };
         for (completed_ms, is_inside) in [(5_999, true), (6_000, false)] {
-            let done = CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
-            put_value(&Entry::Completed(done), RANGE.start_ms, &mut value).unwrap();
+            let completed = CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
+            put_value(&Entry::Completed(completed), RANGE.start_ms, &mut value).unwrap();
             db.add_sst(&bucket.family, |sst| sst.put(&key, &value)).unwrap();
             match find() {
                 Ok(()) => assert!(is_inside),

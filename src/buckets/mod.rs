@@ -1,4 +1,5 @@
-//! Time: buckets of completed keys, how they are filled, found and dropped.
+//! Time buckets: column families of ended keys that are filled by flushes, looked up through the filter, and dropped
+//! whole when all their keys have expired.
 
 pub(crate) mod filters;
 pub(crate) mod flush;

@@ -1,10 +1,10 @@
-//! The arithmetic of windows and buckets.
+//! The time range of a bucket, its column family's name, and when it expires.
 
 use std::fmt;
 
 use crate::clock::Now;
 
-/// A slice of time whose completions lie in one column family.
+/// A time range whose completions are stored in one column family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct BucketRange {
     pub(crate) start_ms: u64,
@@ -12,13 +12,13 @@ pub(crate) struct BucketRange {
 }
 
 impl BucketRange {
-    /// The slice of this width that a moment falls into.
+    /// The range of this width that contains `time_ms`.
     pub(crate) fn containing(time_ms: u64, width_ms: u64) -> Self {
         let width_ms = width_ms.max(1);
         Self { start_ms: time_ms - time_ms % width_ms, width_ms }
     }
 
-    /// The first moment after the slice.
+    /// The end of the range, exclusive.
     pub(crate) fn end_ms(self) -> u64 {
         self.start_ms.saturating_add(self.width_ms)
     }
@@ -31,8 +31,8 @@ impl BucketRange {
         Self { start_ms: self.end_ms(), width_ms: self.width_ms }
     }
 
-    /// Whether a key completed in it may still be remembered: its newest possible one, from `end - 1`, is until
-    /// `end - 1 + window`.
+    /// Whether a key completed in this range may still be remembered. Its newest possible key, from `end - 1`, is
+    /// remembered until `end - 1 + window`.
     pub(crate) fn is_live(self, now: &Now, window_ms: u64) -> bool {
         now.remembers_any(self.start_ms, self.end_ms() - 1, window_ms)
     }
@@ -42,16 +42,16 @@ impl BucketRange {
         self.to_string()
     }
 
-    /// The slice whose column family has this name.
+    /// The range whose column family has this name.
     pub(crate) fn of_family(name: &str) -> Option<Self> {
         let (start, width) = name.strip_prefix("bucket-")?.split_once('-')?;
         let range = Self { start_ms: start.parse().ok()?, width_ms: width.parse().ok()? };
-        // Only the name that we would have given: no signs, no leading zeros, no overflow.
-        let ours = range.width_ms > 0
+        // Only a name that `family` generates: no signs, no leading zeros, no overflow.
+        let is_ours = range.width_ms > 0
             && range.start_ms.checked_add(range.width_ms).is_some()
             && range.start_ms.is_multiple_of(range.width_ms)
             && range.family() == name;
-        ours.then_some(range)
+        is_ours.then_some(range)
     }
 }
 
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_is_dead_when_its_newest_key_is_forgotten() {
+    fn a_range_expires_with_its_newest_possible_key() {
         let range = BucketRange::containing(1_234, 100);
         assert_eq!(range, BucketRange { start_ms: 1_200, width_ms: 100 });
         // Completed at 1,299, remembered while now < 1,299 + 500.
@@ -81,15 +81,15 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_below_the_retention_floor_is_dead_and_one_that_reaches_above_it_is_not() {
+    fn a_range_expires_when_it_is_entirely_below_the_retention_floor() {
         let range = BucketRange { start_ms: 1_200, width_ms: 100 };
         let after = |remembers_since_ms| Now { time_ms: 1_300, remembers_since_ms, ..Now::default() };
         assert!(range.is_live(&after(1_299), 500));
-        assert!(!range.is_live(&after(1_300), 500), "also where the time went back");
+        assert!(!range.is_live(&after(1_300), 500), "also after the time went back");
     }
 
     #[test]
-    fn a_slice_whose_keys_a_step_carried_along_lives_as_long_as_they_do() {
+    fn a_range_whose_keys_a_clock_step_shifted_expires_with_the_shifted_keys() {
         let range = BucketRange { start_ms: 1_200, width_ms: 100 };
         let stepped = |from_ms, to_ms| Steps::of(&[Step { from_ms, to_ms, by_ms: 10_000 }]).unwrap();
         for (steps, last_ms) in
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_read_back_and_no_other() {
+    fn only_a_generated_family_name_is_parsed() {
         let range = BucketRange { start_ms: 1_200, width_ms: 100 };
         assert_eq!(range.family(), "bucket-1200-100");
         assert_eq!(BucketRange::of_family("bucket-1200-100"), Some(range));

@@ -1,4 +1,4 @@
-//! What happens at open: the journal is read back, and the filter is rebuilt while the store already answers.
+//! Recovery at open: replays the journal, and rebuilds filters while the store already serves calls.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,35 +9,35 @@ use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::{Error, Result};
 
-/// Digests that go into the filter at a time.
+/// Digests inserted into the filter in one batch.
 const DIGEST_BATCH: usize = 8_192;
 
-/// What the journal says of the store as a whole.
+/// Totals of a journal replay.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Replayed {
     pub(crate) records: u64,
     pub(crate) bytes: u64,
-    /// The newest time in it.
+    /// The newest time of all records and keys.
     pub(crate) time_ms: u64,
-    /// When the oldest of its rows was written.
+    /// The time of the oldest record.
     pub(crate) oldest_ms: Option<u64>,
-    /// The highest number in it.
+    /// The highest record number.
     pub(crate) last_number: u64,
 }
 
-/// Hands every event of the journal to `apply`, in order.
+/// Passes every event of the journal to `apply`, in order.
 pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Replayed> {
     let mut replayed = Replayed::default();
     db.for_each_record(|number, record| {
-        // On stream time a key may be newer than the row that it came with.
+        // On stream time a key may be newer than its record.
         let mut newest_ms = 0;
         let read = read_record(record, |key, event| {
             newest_ms = newest_ms.max(event.time_ms());
             apply(key, event);
         });
         let time_ms = read.ok_or_else(|| Error::Corrupt {
-            place: format!("the journal's row {number}"),
-            detail: "it is not in a format that this version writes".to_owned(),
+            place: format!("journal record {number}"),
+            detail: "unknown record format".to_owned(),
         })?;
         replayed.records += 1;
         replayed.bytes += record.len() as u64;
@@ -45,8 +45,8 @@ pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Rep
         replayed.oldest_ms = Some(replayed.oldest_ms.map_or(time_ms, |oldest_ms| oldest_ms.min(time_ms)));
         if number <= replayed.last_number {
             return Err(Error::Corrupt {
-                place: format!("the journal's row {number}"),
-                detail: format!("it comes after row {}", replayed.last_number),
+                place: format!("journal record {number}"),
+                detail: format!("it follows record {}", replayed.last_number),
             });
         }
         replayed.last_number = number;
@@ -55,15 +55,15 @@ pub(crate) fn replay(db: &Db, mut apply: impl FnMut(&[u8], Event)) -> Result<Rep
     Ok(replayed)
 }
 
-/// Brings the keys of a bucket back into the filter, which answers for it from then on. Gives up, with false, when
-/// `should_continue` says so.
+/// Inserts all keys of a bucket into the filter, which covers the bucket from then on. Stops and returns false when
+/// `should_continue` returns false.
 pub(crate) fn rebuild_filter(
     db: &Db,
     registry: &BucketRegistry,
     bucket: &Arc<Bucket>,
     should_continue: &impl Fn() -> bool,
 ) -> Result<bool> {
-    // Room for all of them is made once.
+    // Reserves room for all keys at once.
     let mut expected = bucket.keys.load(Ordering::Relaxed);
     let finished = for_each_digest(db, registry, bucket, should_continue, |digests| {
         registry.mark_counted(bucket, digests, expected.max(digests.len() as u64));
@@ -76,15 +76,16 @@ pub(crate) fn rebuild_filter(
     Ok(finished)
 }
 
-/// Moves a bucket that has outgrown its column, or lies in a base that was too small, to the newest base. Gives up when
-/// `should_continue` says so; what has moved by then does no harm.
+/// Moves a bucket that has outgrown its column or its base to the newest base. Stops when `should_continue` returns
+/// false; keys moved by then do no harm.
 pub(crate) fn move_filter(
     db: &Db,
     registry: &BucketRegistry,
     bucket: &Arc<Bucket>,
     should_continue: &impl Fn() -> bool,
 ) -> Result<()> {
-    // Before the keys are read: what comes after them goes to this layer, or one above it.
+    // Chosen before the keys are read: keys that are flushed meanwhile go to this matrix or one above it. In the
+    // other order they could be inserted into a matrix that is about to be freed.
     let Some(target) = registry.target_for(bucket) else { return Ok(()) };
     if for_each_digest(db, registry, bucket, should_continue, |digests| {
         registry.insert_moved(bucket, &target, digests)
@@ -94,8 +95,8 @@ pub(crate) fn move_filter(
     Ok(())
 }
 
-/// Hands out the digests of a bucket's keys, some at a time, as long as `should_continue` says so and the bucket is there. True if
-/// those were all.
+/// Passes the digests of a bucket's keys to `visit` in batches, as long as `should_continue` returns true and the
+/// bucket exists. True if all digests were visited.
 fn for_each_digest(
     db: &Db,
     registry: &BucketRegistry,
@@ -107,7 +108,7 @@ fn for_each_digest(
     let mut finished = true;
     db.for_each_key(&bucket.family, |entry_key| {
         let digest = digest_of_entry_key(entry_key).ok_or_else(|| Error::Corrupt {
-            place: format!("a row of the bucket {}", bucket.range),
+            place: format!("an entry of {}", bucket.range),
             detail: "its key is too short".to_owned(),
         })?;
         digests.push(digest);
@@ -135,17 +136,17 @@ mod tests {
     use onlyonce_core::StoredResult;
 
     #[test]
-    fn what_a_replay_says_of_the_journal_is_the_sum_and_the_newest_of_its_rows() {
+    fn a_replay_reports_the_totals_and_the_newest_time_of_its_records() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
-        let done =
+        let completed =
             |completed_ms| CompletedEntry { token: 1, completed_ms, fingerprint: None, result: StoredResult::None };
         let mut bytes = 0;
-        // On stream time a row may be older than its keys, and than the row before it.
+        // On stream time a record may be older than its keys, and than the record before it.
         for (number, record_ms, completed_ms) in [(3, 500, 900), (4, 700, 600), (7, 100, 100)] {
             let mut record = RecordWriter::new(RecordKind::Completed, record_ms, 0);
-            record.completed(b"k", &done(completed_ms));
+            record.completed(b"k", &completed(completed_ms));
             let record = record.finish();
             bytes += record.len() as u64;
             db.write(false, |tx| {

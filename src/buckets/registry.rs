@@ -1,4 +1,4 @@
-//! The live buckets and their filter, as one picture that readers take without a lock.
+//! The live buckets and their filter, as an immutable snapshot that readers load without a lock.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,25 +24,25 @@ pub(crate) struct Bucket {
     pub(crate) keys: AtomicU64,
 }
 
-/// All that a lookup needs, as of one moment.
+/// The buckets and the filter at one moment.
 #[derive(Clone)]
 pub(crate) struct Snapshot {
-    /// By slot. As long as the slots that were ever used.
+    /// Indexed by column id.
     buckets: Vec<Option<Arc<Bucket>>>,
-    /// A bit for each slot with a bucket.
+    /// One bit for each column id in use.
     live: u64,
-    /// A bit for each bucket that its filter does not cover yet: always asked on disk (G5).
+    /// One bit for each bucket that the filter does not cover yet. These are always looked up on disk (G5).
     unfiltered: u64,
     stack: FilterStack,
 }
 
 impl Snapshot {
-    /// The slots of the buckets that may hold the key with this digest, a bit each.
+    /// The buckets that may hold the key with this digest, one bit for each column id.
     pub(crate) fn candidates(&self, digest: u64) -> u64 {
         (self.stack.column_bits(digest) | self.unfiltered) & self.live
     }
 
-    /// As [`Snapshot::candidates`], for many digests, each in its place.
+    /// As [`Snapshot::candidates`], for many digests at once.
     pub(crate) fn candidates_of(&self, digests: &[u64], column_bits: &mut [u64]) {
         self.stack.column_bits_of(digests, column_bits);
         for column_bits in column_bits {
@@ -50,24 +50,24 @@ impl Snapshot {
         }
     }
 
-    /// The live buckets, the newest first.
+    /// The live buckets, newest first.
     pub(crate) fn newest_first(&self) -> Vec<Arc<Bucket>> {
         let mut buckets: Vec<Arc<Bucket>> = self.buckets.iter().flatten().cloned().collect();
         buckets.sort_unstable_by_key(|bucket| std::cmp::Reverse(bucket.range));
         buckets
     }
 
-    /// The buckets of a set of slots.
+    /// The buckets of these column ids.
     pub(crate) fn of_columns(&self, column_bits: u64) -> impl Iterator<Item = &Arc<Bucket>> {
         self.buckets.iter().flatten().filter(move |bucket| column_bits & 1 << bucket.column_id != 0)
     }
 
-    /// Whether the bucket is still there.
+    /// Whether the bucket still exists.
     pub(crate) fn has(&self, bucket: &Arc<Bucket>) -> bool {
         self.buckets.iter().flatten().any(|other| Arc::ptr_eq(other, bucket))
     }
 
-    /// Whether the filter has a column for the bucket. Without one it is asked on disk for as long as it lives.
+    /// Whether the filter has a column for the bucket. A bucket without one is always looked up on disk.
     pub(crate) fn has_column(&self, bucket: &Bucket) -> bool {
         self.stack.covers(bucket.column_id)
     }
@@ -76,12 +76,12 @@ impl Snapshot {
         self.unfiltered & 1 << bucket.column_id == 0
     }
 
-    /// The base of the filter, which kept columns fit into.
+    /// The newest base matrix. Persisted columns are loaded into it.
     pub(crate) fn base(&self) -> Option<&Arc<FilterMatrix>> {
         self.stack.base()
     }
 
-    /// The layer that has all keys of a slot's bucket, if one has and kept columns can come from it.
+    /// The base matrix that has all keys of the column's bucket, if there is one. Columns are persisted from it.
     pub(crate) fn base_of(&self, column_id: ColumnId) -> Option<&Arc<FilterMatrix>> {
         self.stack.base_of(column_id)
     }
@@ -91,19 +91,19 @@ impl Snapshot {
     }
 }
 
-/// The live buckets. Lookups take [`BucketRegistry::snapshot`]; whoever changes something takes `change` first.
+/// The live buckets. Lookups load [`BucketRegistry::snapshot`]; every change holds the lock `change`.
 pub(crate) struct BucketRegistry {
     snapshot: ArcSwap<Snapshot>,
     change: Mutex<()>,
-    /// What the caller expects of a bucket, or 0.
+    /// Expected number of keys in a bucket, from the options; 0 if unset.
     expected_keys: u64,
-    /// Families of buckets that had passed when the store was opened, to be dropped.
+    /// Column families of buckets that had expired before the open and are still to be dropped.
     expired: Mutex<Vec<String>>,
     poison: Arc<Poison>,
 }
 
 impl BucketRegistry {
-    /// Has it end the store where an invariant is broken.
+    /// Sets the poison that broken invariants are reported to.
     pub(crate) fn of(self, poison: &Arc<Poison>) -> Self {
         Self { poison: Arc::clone(poison), ..self }
     }
@@ -112,8 +112,8 @@ impl BucketRegistry {
         &self.poison
     }
 
-    /// The buckets with these family names, none of them covered by a filter yet. Its base is of `geometry`, if it may
-    /// be, and else for buckets of `expected_keys`, or of as many as those that are there.
+    /// Registers the buckets with these family names. None of them is covered by the filter yet. The filter's base
+    /// has `geometry` if that fits; otherwise it is sized for `expected_keys` or for the largest existing bucket.
     pub(crate) fn open(
         db: &Db,
         families: &[String],
@@ -127,8 +127,8 @@ impl BucketRegistry {
         let mut expired = Vec::new();
         for family in families {
             let range = BucketRange::of_family(family).ok_or_else(|| Error::Corrupt {
-                place: format!("the column family `{}`", family.escape_default()),
-                detail: "it is no bucket".to_owned(),
+                place: format!("column family `{}`", family.escape_default()),
+                detail: "its name is not that of a bucket".to_owned(),
             })?;
             if range.is_live(now, span.window_ms) {
                 ranges.push((range, db.estimate_keys(family)?));
@@ -136,7 +136,8 @@ impl BucketRegistry {
                 expired.push(family.clone());
             }
         }
-        // Those of the window, the present one, the next, and two that are not dropped yet; and those of other widths.
+        // The window's buckets, the present one, the next one, two that are not dropped yet, and those of other
+        // widths.
         let others = ranges.iter().filter(|(range, _)| range.width_ms != span.bucket_ms).count();
         let needed = span.window_ms.div_ceil(span.bucket_ms).saturating_add(4).saturating_add(others as u64);
         if needed > MAX_COLUMNS as u64 {
@@ -144,8 +145,8 @@ impl BucketRegistry {
                 option: "bucket",
                 value: format!("{} ms", span.bucket_ms),
                 bounds: format!(
-                    "wide enough that at most {MAX_COLUMNS} buckets are live: {needed} would be, {others} of them from \
-                     openings with another width"
+                    "wide enough for at most {MAX_COLUMNS} live buckets: there would be {needed}, {others} of them with an \
+                     earlier width"
                 ),
             });
         }
@@ -166,7 +167,7 @@ impl BucketRegistry {
         self.snapshot.load()
     }
 
-    /// The bucket of a slice, created where there is none.
+    /// The bucket of a range. Creates it if there is none.
     pub(crate) fn ensure(&self, db: &Db, range: BucketRange) -> Result<Arc<Bucket>> {
         let _change = self.change.lock();
         let snapshot = self.snapshot.load();
@@ -178,31 +179,32 @@ impl BucketRegistry {
             return Err(Error::Config {
                 option: "bucket",
                 value: format!("{} ms", range.width_ms),
-                bounds: format!("wide enough that at most {MAX_COLUMNS} buckets are live"),
+                bounds: format!("wide enough for at most {MAX_COLUMNS} live buckets"),
             });
         };
         Failpoint::BucketBegun.pass();
         db.create_bucket(&bucket.family)?;
         Failpoint::BucketCreated.pass();
-        // Most buckets come to what the fullest before them came to.
-        let fullest = snapshot.buckets.iter().flatten().map(|bucket| bucket.keys.load(Ordering::Relaxed)).max();
-        snapshot.expect(fullest.unwrap_or(0).max(self.expected_keys));
+        // Most buckets grow about as large as the largest one before them.
+        let largest = snapshot.buckets.iter().flatten().map(|bucket| bucket.keys.load(Ordering::Relaxed)).max();
+        snapshot.reserve(largest.unwrap_or(0).max(self.expected_keys));
         self.snapshot.store(Arc::new(snapshot));
         Failpoint::BucketRegistered.pass();
         tracing::debug!(bucket = %bucket.range, "bucket created");
         Ok(bucket)
     }
 
-    /// Notes in the filter that the bucket holds the keys with these digests, making room first. Must be called
-    /// before anyone relies on the bucket to answer for them.
+    /// Inserts these digests into the bucket's filter column, growing the filter first if needed. Must run before the
+    /// keys leave the memtable: otherwise a lookup would find them in neither.
     pub(crate) fn mark(&self, bucket: &Bucket, digests: &[u64]) {
         bucket.keys.fetch_add(digests.len() as u64, Ordering::Relaxed);
         self.mark_counted(bucket, digests, digests.len() as u64);
     }
 
-    /// As [`BucketRegistry::mark`], for keys that are counted already, of which `expected` are still to come.
+    /// As [`BucketRegistry::mark`], for keys that are already counted. `expected` is the number of keys still to
+    /// come, these included.
     pub(crate) fn mark_counted(&self, bucket: &Bucket, digests: &[u64], expected: u64) {
-        // Not only to make room: an empty layer is removed with the next bucket that goes, unless it is seen in use.
+        // Held for the insert, too: a concurrent drop of a bucket frees matrices that are still empty.
         let _change = self.change.lock();
         let snapshot = self.snapshot.load();
         let marked = match snapshot.stack.with_room(bucket.column_id, expected) {
@@ -214,41 +216,42 @@ impl BucketRegistry {
                 marked
             }
         };
-        // A bucket that the filter has no column for is always asked on disk.
+        // A bucket without a column in the filter is always looked up on disk.
         if !marked && snapshot.stack.covers(bucket.column_id) {
-            self.unmarked(bucket.range);
+            self.report_missing_bits(bucket.range);
         }
     }
 
-    fn unmarked(&self, of: impl std::fmt::Display) {
-        self.poison.broken(Invariant::FilterBits, format_args!("not so for keys of {of}"));
+    fn report_missing_bits(&self, of: impl std::fmt::Display) {
+        self.poison.broken(Invariant::FilterBits, format_args!("bits are missing for keys of {of}"));
     }
 
-    /// Adds kept columns to a layer of the filter.
+    /// Adds persisted columns to one shard of a filter matrix.
     pub(crate) fn add_columns(&self, matrix: &FilterMatrix, shard: usize, columns: &[(ColumnId, Vec<u8>)]) {
         let _change = self.change.lock();
         if !matrix.add_columns(shard, columns) {
-            self.unmarked("a filter file");
+            self.report_missing_bits("a filter file");
         }
     }
 
-    /// As [`BucketRegistry::set_filtered`], where a layer got the bucket's column from a file: `keys` keys. Not if the layer
-    /// has gone meanwhile.
+    /// As [`BucketRegistry::set_filtered`], after the bucket's column with `keys` keys was loaded from a file into
+    /// `matrix`. Does nothing if the matrix was freed concurrently.
     pub(crate) fn set_loaded(&self, bucket: &Arc<Bucket>, matrix: &Arc<FilterMatrix>, keys: u64) {
         {
             let _change = self.change.lock();
             if !self.snapshot.load().stack.has(matrix) {
                 return;
             }
-            // A layer without keys passes for empty, and the number may be RocksDB's guess.
+            // At least 1: a matrix without keys counts as empty and would be freed, and `keys` may be an estimate of
+            // 0.
             if !matrix.count(bucket.column_id, keys.max(1)) {
-                self.unmarked(bucket.range);
+                self.report_missing_bits(bucket.range);
             }
         }
         self.set_filtered(bucket);
     }
 
-    /// From now on the filter answers for the bucket.
+    /// Marks the bucket as covered by the filter. Call it only after all its keys are inserted.
     pub(crate) fn set_filtered(&self, bucket: &Arc<Bucket>) {
         let _change = self.change.lock();
         let mut snapshot = Snapshot::clone(&self.snapshot.load());
@@ -258,21 +261,22 @@ impl BucketRegistry {
         }
     }
 
-    /// The layer that a bucket's keys should move to, so that the layers they lie in can go.
+    /// The base that a bucket's keys should move to, so that its other matrices can be freed.
     pub(crate) fn target_for(&self, bucket: &Bucket) -> Option<Arc<FilterMatrix>> {
         let keys = bucket.keys.load(Ordering::Relaxed);
         self.snapshot().stack.target_for(bucket.column_id, keys).cloned()
     }
 
-    /// Notes digests of keys that move to a layer.
+    /// Inserts digests of a bucket that moves to another matrix.
     pub(crate) fn insert_moved(&self, bucket: &Bucket, target: &FilterMatrix, digests: &[u64]) {
         let _change = self.change.lock();
         if !target.insert(bucket.column_id, digests.iter().copied()) {
-            self.unmarked(bucket.range);
+            self.report_missing_bits(bucket.range);
         }
     }
 
-    /// All keys of the bucket have moved: its older layers are asked no more.
+    /// Stops lookups in the older matrices of a bucket whose keys have all moved to `target`. Does nothing if
+    /// the bucket or the target was dropped concurrently.
     pub(crate) fn moved(&self, bucket: &Arc<Bucket>, target: &Arc<FilterMatrix>) {
         let _change = self.change.lock();
         let mut snapshot = Snapshot::clone(&self.snapshot.load());
@@ -283,17 +287,17 @@ impl BucketRegistry {
         }
     }
 
-    /// Drops the buckets that had passed before this opening, as long as `should_continue` says so.
+    /// Drops the buckets that had expired before this open. Stops when `should_continue` returns false.
     pub(crate) fn remove_expired(&self, db: &Db, should_continue: &impl Fn() -> bool) {
         while should_continue() {
-            // Not in the loop's condition, which would keep the lock.
+            // Not in the loop's condition, which would hold the lock during the drop.
             let Some(family) = self.expired.lock().pop() else { return };
             drop_or_leave(db, &family);
         }
     }
 
-    /// Whether a bucket that is about to be dropped has passed indeed.
-    fn may_go(&self, range: BucketRange, now: &Now, window_ms: u64) -> bool {
+    /// Checks that a bucket has expired before it is dropped.
+    fn may_drop(&self, range: BucketRange, now: &Now, window_ms: u64) -> bool {
         let is_live = range.is_live(now, window_ms);
         if is_live {
             let detail = format_args!("{range} at {}, with a window of {window_ms} ms", now.time_ms);
@@ -302,31 +306,31 @@ impl BucketRegistry {
         !is_live
     }
 
-    /// Whether buckets are left that had passed before this opening.
+    /// Whether buckets that had expired before this open are still to be dropped.
     pub(crate) fn has_expired(&self) -> bool {
         !self.expired.lock().is_empty()
     }
 
-    /// Drops a bucket that has passed, and frees its slot.
+    /// Drops an expired bucket and frees its column.
     pub(crate) fn remove(&self, db: &Db, bucket: &Arc<Bucket>, now: &Now, window_ms: u64) {
-        if !self.may_go(bucket.range, now, window_ms) {
+        if !self.may_drop(bucket.range, now, window_ms) {
             return;
         }
         let _change = self.change.lock();
         let mut snapshot = Snapshot::clone(&self.snapshot.load());
         if !snapshot.has(bucket) {
-            // Somebody else has dropped it meanwhile.
+            // Another thread has dropped it concurrently.
             return;
         }
         let bit = 1 << bucket.column_id;
         snapshot.live &= !bit;
         snapshot.unfiltered &= !bit;
-        // Nobody asks it from here on. The slot stays taken until its column is clean, for a bit that is left over
-        // would be erased again after the next bucket has set it.
+        // From here on no lookup reads the bucket. The column id stays in use until its column is cleared: a new
+        // bucket could otherwise set a bit that the clearing then erases.
         self.snapshot.store(Arc::new(snapshot.clone()));
         drop_or_leave(db, &bucket.family);
-        if let Some(index) = snapshot.buckets.get_mut(usize::from(bucket.column_id)) {
-            *index = None;
+        if let Some(entry) = snapshot.buckets.get_mut(usize::from(bucket.column_id)) {
+            *entry = None;
         }
         snapshot.stack = snapshot.stack.without(bucket.column_id);
         self.snapshot.store(Arc::new(snapshot));
@@ -334,25 +338,25 @@ impl BucketRegistry {
     }
 }
 
-/// Drops a bucket that nobody asks any more. RocksDB forgets the handle even where it fails, so that it cannot be tried
-/// again: the next open finds the bucket, and that it has passed.
+/// Drops the column family of a bucket that is no longer in any snapshot. RocksDB invalidates the handle even if the
+/// drop fails, so a retry is impossible; the next open finds the expired bucket and drops it.
 fn drop_or_leave(db: &Db, family: &str) {
     Failpoint::BucketUnlinked.pass();
     if let Err(error) = db.drop_bucket(family) {
-        tracing::warn!(%error, family, "a passed bucket could not be dropped: the next open will");
+        tracing::warn!(error = error.chain(), family, "failed to drop an expired bucket; the next open drops it");
     }
 }
 
 impl Snapshot {
-    /// Makes the filter's base large enough for buckets of `keys` keys, where the budget allows.
-    fn expect(&mut self, keys: u64) {
+    /// Grows the filter's base for buckets of `keys` keys, as far as the budget allows.
+    fn reserve(&mut self, keys: u64) {
         if let Some(stack) = self.stack.with_base_for(keys) {
             tracing::debug!(keys, bytes = stack.bytes(), "filter base grown");
             self.stack = stack;
         }
     }
 
-    /// Puts a bucket into the first free slot.
+    /// Adds a bucket under the first free column id.
     fn insert(&mut self, range: BucketRange, keys: u64) -> Option<Arc<Bucket>> {
         let free = self.buckets.iter().position(Option::is_none).unwrap_or(self.buckets.len());
         if free >= MAX_COLUMNS {
@@ -361,19 +365,19 @@ impl Snapshot {
         let column_id = ColumnId::try_from(free).ok()?;
         let bucket = Arc::new(Bucket { range, column_id, family: range.family(), keys: AtomicU64::new(keys) });
         match self.buckets.get_mut(free) {
-            Some(index) => *index = Some(Arc::clone(&bucket)),
+            Some(entry) => *entry = Some(Arc::clone(&bucket)),
             None => self.buckets.push(Some(Arc::clone(&bucket))),
         }
         self.live |= 1 << column_id;
         if !self.stack.covers(column_id) {
-            // More buckets than the filter has columns for: this one is asked on disk for as long as it lives.
+            // The filter has no column left: this bucket is always looked up on disk.
             self.unfiltered |= 1 << column_id;
         }
         Some(bucket)
     }
 }
 
-/// A key that the filter could not rule out: its place in the caller's batch, and what to look for where.
+/// A key that the filter did not rule out: its index in the caller's batch, and the buckets that may hold it.
 pub(crate) struct Probe<'a> {
     pub(crate) index: usize,
     pub(crate) digest: u64,
@@ -381,16 +385,16 @@ pub(crate) struct Probe<'a> {
     pub(crate) column_bits: u64,
 }
 
-/// Looks the probes up on disk, each in the buckets that may hold it, and hands what is there to `found`. The whole
-/// key is compared: a digest alone never finds anything.
+/// Looks the probes up on disk, each in the buckets that may hold it, and passes the entries to `found`. Compares
+/// whole keys, never digests alone.
 pub(crate) fn look_up(
     db: &Db,
     snapshot: &Snapshot,
     probes: &[Probe<'_>],
     mut found: impl FnMut(usize, &Arc<Bucket>, Entry),
 ) -> Result<()> {
-    let asked = probes.iter().fold(0, |column_bits, probe| column_bits | probe.column_bits);
-    for bucket in snapshot.of_columns(asked) {
+    let all_columns = probes.iter().fold(0, |column_bits, probe| column_bits | probe.column_bits);
+    for bucket in snapshot.of_columns(all_columns) {
         let here: Vec<&Probe<'_>> =
             probes.iter().filter(|probe| probe.column_bits & 1 << bucket.column_id != 0).collect();
         let entry_keys: Vec<Vec<u8>> = here
@@ -401,17 +405,14 @@ pub(crate) fn look_up(
                 entry_key
             })
             .collect();
-        let mut read = |at: usize, value: &[u8]| {
-            let entry = read_value(value, bucket.range.start_ms).ok_or_else(|| Error::Corrupt {
-                place: format!("a row of the bucket {}", bucket.range),
-                detail: "its value is not in a format that this version writes".to_owned(),
-            })?;
-            let corrupt =
-                |detail: String| Error::Corrupt { place: format!("a row of the bucket {}", bucket.range), detail };
+        let mut read = |index: usize, value: &[u8]| {
+            let corrupt = |detail: String| Error::Corrupt { place: format!("an entry of {}", bucket.range), detail };
+            let entry =
+                read_value(value, bucket.range.start_ms).ok_or_else(|| corrupt("unknown value format".to_owned()))?;
             if !bucket.range.contains(entry.time_ms()) {
-                return Err(corrupt(format!("its key has the time {}, outside the bucket", entry.time_ms())));
+                return Err(corrupt(format!("its time {} is outside the bucket", entry.time_ms())));
             }
-            let probe = here.get(at).ok_or_else(|| corrupt("nobody has asked for it".to_owned()))?;
+            let probe = here.get(index).ok_or_else(|| corrupt("it was not requested".to_owned()))?;
             found(probe.index, bucket, entry);
             Ok(())
         };
@@ -440,8 +441,8 @@ mod tests {
         BucketRange { start_ms: second * 1_000, width_ms: 1_000 }
     }
 
-    /// A store of three buckets without their filters, as they are found at open.
-    fn three_found(dir: &tempfile::TempDir) -> (Db, BucketRegistry, [Arc<Bucket>; 3]) {
+    /// A reopened store with three buckets that have no filter yet.
+    fn three_reopened(dir: &tempfile::TempDir) -> (Db, BucketRegistry, [Arc<Bucket>; 3]) {
         let (db, _) = open(dir);
         (0..3).for_each(|i| db.create_bucket(&second(i).family()).unwrap());
         db.close().unwrap();
@@ -451,8 +452,8 @@ mod tests {
         (db, registry, buckets)
     }
 
-    /// The seconds of the buckets that may hold a key, asked in either way.
-    fn asked(registry: &BucketRegistry, digest: u64) -> Vec<u64> {
+    /// The start times, in seconds, of the buckets that may hold a key. Checks that both lookup functions agree.
+    fn candidates(registry: &BucketRegistry, digest: u64) -> Vec<u64> {
         let snapshot = registry.snapshot();
         let (column_bits, mut again) = (snapshot.candidates(digest), [0, 0]);
         snapshot.candidates_of(&[digest, digest], &mut again);
@@ -460,50 +461,54 @@ mod tests {
         let mut seconds: Vec<u64> =
             snapshot.of_columns(column_bits).map(|bucket| bucket.range.start_ms / 1_000).collect();
         seconds.sort_unstable();
-        assert_eq!(seconds.len() as u32, column_bits.count_ones(), "and no place where there is none");
+        assert_eq!(seconds.len() as u32, column_bits.count_ones(), "each candidate column has a bucket");
         seconds
     }
 
     #[test]
-    fn a_bucket_is_asked_on_disk_until_its_filter_is_there_and_by_its_filter_from_then_on() {
+    fn a_bucket_is_always_a_candidate_until_its_filter_is_complete() {
         let dir = tempfile::tempdir().unwrap();
-        let (_db, registry, buckets) = three_found(&dir);
-        // Half of a filter: some keys are in it already.
+        let (_db, registry, buckets) = three_reopened(&dir);
+        // An incomplete filter: some keys are in it already.
         registry.mark(&buckets[1], &[77]);
-        assert_eq!((asked(&registry, 77), asked(&registry, 78)), (vec![0, 1, 2], vec![0, 1, 2]));
+        assert_eq!((candidates(&registry, 77), candidates(&registry, 78)), (vec![0, 1, 2], vec![0, 1, 2]));
         registry.set_filtered(&buckets[1]);
-        assert_eq!((asked(&registry, 77), asked(&registry, 78)), (vec![0, 1, 2], vec![0, 2]));
+        assert_eq!((candidates(&registry, 77), candidates(&registry, 78)), (vec![0, 1, 2], vec![0, 2]));
         registry.set_filtered(&buckets[0]);
         registry.set_filtered(&buckets[2]);
-        assert_eq!((asked(&registry, 77), asked(&registry, 78)), (vec![1], vec![]));
+        assert_eq!((candidates(&registry, 77), candidates(&registry, 78)), (vec![1], vec![]));
     }
 
     #[test]
-    fn a_bucket_that_goes_takes_nothing_of_the_others_and_none_of_the_next_in_its_place() {
+    fn a_dropped_bucket_affects_neither_other_buckets_nor_the_next_one_in_its_column() {
         let dir = tempfile::tempdir().unwrap();
-        let (db, registry, [first, gone, last]) = three_found(&dir);
-        registry.mark(&gone, &[77]);
-        registry.remove(&db, &gone, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
-        assert_eq!(asked(&registry, 77), [0, 2]);
+        let (db, registry, [first, dropped, last]) = three_reopened(&dir);
+        registry.mark(&dropped, &[77]);
+        registry.remove(&db, &dropped, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
+        assert_eq!(candidates(&registry, 77), [0, 2]);
         let next = registry.ensure(&db, second(3)).unwrap();
-        assert_eq!(next.column_id, gone.column_id);
-        assert_eq!(asked(&registry, 77), [0, 2], "its filter is new and empty");
+        assert_eq!(next.column_id, dropped.column_id);
+        assert_eq!(candidates(&registry, 77), [0, 2], "its filter is new and empty");
         registry.mark(&next, &[99]);
-        // Whoever still has the old one in hand.
-        registry.remove(&db, &gone, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
-        registry.moved(&gone, registry.snapshot().base().unwrap());
-        assert_eq!(asked(&registry, 99), [0, 2, 3]);
+        // A thread may still hold the dropped bucket.
+        registry.remove(&db, &dropped, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
+        registry.moved(&dropped, registry.snapshot().base().unwrap());
+        assert_eq!(candidates(&registry, 99), [0, 2, 3]);
         registry.set_filtered(&first);
         registry.set_filtered(&last);
-        assert_eq!(asked(&registry, 99), [3]);
-        let passing = registry.ensure(&db, second(9)).unwrap();
-        registry.remove(&db, &passing, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
-        assert_eq!((asked(&registry, 99), asked(&registry, 77)), (vec![3], vec![]), "the others keep their filters");
-        // A home that has gone meanwhile has nobody's keys.
+        assert_eq!(candidates(&registry, 99), [3]);
+        let another = registry.ensure(&db, second(9)).unwrap();
+        registry.remove(&db, &another, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
+        assert_eq!(
+            (candidates(&registry, 99), candidates(&registry, 77)),
+            (vec![3], vec![]),
+            "the others keep their filters"
+        );
+        // A target that is not in the stack (dropped concurrently) changes nothing.
         let elsewhere = tempfile::tempdir().unwrap();
-        let (_db, other, _) = three_found(&elsewhere);
+        let (_db, other, _) = three_reopened(&elsewhere);
         registry.moved(&next, other.snapshot().base().unwrap());
-        assert_eq!(asked(&registry, 99), [3]);
+        assert_eq!(candidates(&registry, 99), [3]);
         db.close().unwrap();
         let (db, families) = open(&dir);
         assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
@@ -513,11 +518,11 @@ mod tests {
         let newer = registry.ensure(&db, second(4)).unwrap();
         registry.remove(&db, &newer, &Now { time_ms: u64::MAX, ..Now::default() }, 0);
         registry.set_filtered(&buckets[1]);
-        assert_eq!(asked(&registry, 99), [0, 3], "they have no filter yet");
+        assert_eq!(candidates(&registry, 99), [0, 3], "they have no filter yet");
     }
 
     #[test]
-    fn buckets_of_other_widths_count_for_how_many_there_may_be() {
+    fn buckets_of_other_widths_count_towards_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         let (db, _) = open(&dir);
         let others: Vec<String> = (0..13).map(|i| BucketRange { start_ms: i * 500, width_ms: 500 }.family()).collect();
@@ -526,18 +531,18 @@ mod tests {
         let open = |families: &[String]| {
             BucketRegistry::open(&db, families, span, &Now::default(), 0, 1 << 20, None).map(|_| ())
         };
-        // 48 for the window, four around it, and the others, of which there is room for 12.
+        // 48 for the window, 4 around it, and room for 12 others.
         open(&others[..12]).unwrap();
-        let refused = open(&others).unwrap_err().to_string();
-        assert!(refused.contains("65 would be, 13 of them"), "{refused}");
+        let error = open(&others).unwrap_err().to_string();
+        assert!(error.contains("there would be 65, 13 of them"), "{error}");
     }
 
     #[test]
-    fn a_bucket_beyond_the_filters_columns_is_asked_on_disk() {
+    fn a_bucket_without_a_filter_column_is_always_a_candidate() {
         let dir = tempfile::tempdir().unwrap();
         let (db, _) = open(&dir);
         let registry = BucketRegistry::open(&db, &[], SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
-        // Eight columns; nobody has dropped anything yet.
+        // The filter has eight columns; no bucket is dropped yet.
         for second in 0..12 {
             let bucket = registry.ensure(&db, super::tests::second(second)).unwrap();
             registry.mark(&bucket, &[second * 977]);
@@ -548,16 +553,16 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_that_still_counts_is_not_dropped() {
+    fn a_bucket_with_unexpired_keys_is_not_dropped() {
         let dir = tempfile::tempdir().unwrap();
-        let (db, registry, [first, ..]) = three_found(&dir);
-        // Its newest possible key is of 999.
+        let (db, registry, [first, ..]) = three_reopened(&dir);
+        // Its newest possible key is from 999 ms.
         let (last_ms, window_ms) = (4_998, SPAN.window_ms);
         let at = |time_ms| Now { time_ms, ..Now::default() };
         registry.remove(&db, &first, &at(last_ms), window_ms);
         assert!(registry.snapshot().has(&first));
         let reason = registry.poison().reason().unwrap();
-        assert!(reason.contains("dropped only when all its keys have run out"), "{reason}");
+        assert!(reason.contains("dropped only when all its keys have expired"), "{reason}");
         assert!(reason.contains("bucket-0-1000 at 4998"), "{reason}");
         db.close().unwrap();
 
@@ -567,25 +572,25 @@ mod tests {
         registry.remove_expired(&db, &|| true);
         registry.poison().unbroken().unwrap();
         db.close().unwrap();
-        assert_eq!(open(&dir).1.len(), 2, "what had passed at the open was dropped");
+        assert_eq!(open(&dir).1.len(), 2, "the bucket that had expired at the open was dropped");
     }
 
     #[test]
-    fn a_filter_that_misses_a_bit_poisons_the_store() {
+    fn a_missing_filter_bit_poisons_the_store() {
         let dir = tempfile::tempdir().unwrap();
-        let (_db, registry, [first, ..]) = three_found(&dir);
+        let (_db, registry, [first, ..]) = three_reopened(&dir);
         registry.mark(&first, &[1, 2, 3]);
         let base = Arc::clone(registry.snapshot().base().unwrap());
         registry.add_columns(&base, 0, &[(first.column_id, base.column(0, first.column_id).unwrap())]);
         registry.insert_moved(&first, &base, &[4]);
         registry.poison().unbroken().unwrap();
         registry.add_columns(&base, 0, &[(first.column_id, vec![0; 3])]);
-        let said = registry.poison().unbroken().unwrap_err().to_string();
-        assert!(said.contains("sets all its bits (not so for keys of a filter file)"), "{said}");
+        let error = registry.poison().unbroken().unwrap_err().to_string();
+        assert!(error.contains("sets all its bits (bits are missing for keys of a filter file)"), "{error}");
 
-        // Slot 64 is none that a layer counts for.
+        // No matrix counts keys for column id 64.
         let outside = Bucket { range: second(9), column_id: 64, family: "none".to_owned(), keys: AtomicU64::new(0) };
-        let (_db, registry, _) = three_found(&tempfile::tempdir().unwrap());
+        let (_db, registry, _) = three_reopened(&tempfile::tempdir().unwrap());
         registry.insert_moved(&outside, &base, &[4]);
         assert!(registry.poison().unbroken().is_err());
     }

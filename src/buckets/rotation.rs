@@ -1,4 +1,4 @@
-//! Rotation: the next bucket is there before it is needed, and one whose time has passed is dropped whole.
+//! Rotation: creates the next bucket before it is needed, and drops expired buckets whole.
 
 use std::sync::atomic::Ordering;
 
@@ -9,14 +9,14 @@ use crate::config::Span;
 use crate::rocks::db::Db;
 use onlyonce_core::Result;
 
-/// Whether there are buckets whose keys are all forgotten.
+/// Whether there are buckets whose keys have all expired.
 pub(crate) fn has_expired(registry: &BucketRegistry, span: Span, now: &Now) -> bool {
     registry.has_expired()
         || registry.snapshot().newest_first().iter().any(|bucket| !bucket.range.is_live(now, span.window_ms))
 }
 
-/// Drops every bucket whose keys are all forgotten, as long as `should_continue` says so. Costs a change of the manifest each, however
-/// many keys it has.
+/// Drops every bucket whose keys have all expired. Stops when `should_continue` returns false. Each drop costs one
+/// manifest edit, whatever the number of keys.
 pub(crate) fn drop_expired(
     db: &Db,
     registry: &BucketRegistry,
@@ -33,8 +33,7 @@ pub(crate) fn drop_expired(
     }
 }
 
-/// Creates the bucket after the present one, once half of the present one's time is over. A store that has nothing to
-/// remember creates none.
+/// Creates the next bucket once half of the present bucket's time is over, if the present bucket has keys.
 pub(crate) fn prepare_next(db: &Db, registry: &BucketRegistry, span: Span, now_ms: u64) -> Result<()> {
     let present = BucketRange::containing(now_ms, span.bucket_ms);
     let snapshot = registry.snapshot();
@@ -72,16 +71,16 @@ mod tests {
     }
 
     #[test]
-    fn the_next_bucket_is_there_when_half_of_one_with_keys_is_over() {
+    fn the_next_bucket_is_created_halfway_through_a_bucket_with_keys() {
         let dir = tempfile::tempdir().unwrap();
         let (db, registry) = open(&dir, 0);
         let prepared = |now_ms| {
             prepare_next(&db, &registry, SPAN, now_ms).unwrap();
             seconds(&registry)
         };
-        assert!(prepared(5_900).is_empty(), "there is nothing to remember");
+        assert!(prepared(5_900).is_empty(), "there is no bucket");
         let bucket = registry.ensure(&db, BucketRange::containing(5_000, 1_000)).unwrap();
-        assert_eq!(prepared(5_900), [5], "nor is there now");
+        assert_eq!(prepared(5_900), [5], "the bucket has no keys");
         registry.mark(&bucket, &[77]);
         assert_eq!(prepared(5_499), [5]);
         assert_eq!(prepared(5_500), [5, 6]);
@@ -90,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_goes_when_its_last_possible_key_is_forgotten_also_where_nobody_was_there() {
+    fn a_bucket_is_dropped_when_its_last_possible_key_expires_also_while_the_store_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let (db, registry) = open(&dir, 0);
         for second in 0..3 {
@@ -106,13 +105,13 @@ mod tests {
 
         let (db, registry) = open(&dir, 5_999);
         assert_eq!(seconds(&registry), [2]);
-        assert!(has_expired(&registry, SPAN, &at(5_999)), "it is still on the disk");
+        assert!(has_expired(&registry, SPAN, &at(5_999)), "the expired bucket is still on disk");
         drop_expired(&db, &registry, SPAN, &at(5_999), &|| false);
-        assert!(has_expired(&registry, SPAN, &at(5_999)), "there was no time for it");
+        assert!(has_expired(&registry, SPAN, &at(5_999)), "the drop was stopped");
         drop_expired(&db, &registry, SPAN, &at(5_999), &|| true);
         assert!(!has_expired(&registry, SPAN, &at(5_999)));
         db.close().unwrap();
         let (_db, registry) = open(&dir, 0);
-        assert_eq!(seconds(&registry), [2], "and now it is gone");
+        assert_eq!(seconds(&registry), [2], "the expired bucket was dropped from disk");
     }
 }

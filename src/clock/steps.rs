@@ -1,10 +1,11 @@
-//! Confirmed steps of the wall clock, and the completions that they carry along.
+//! Confirmed forward steps of the wall clock, and the completions that they shift.
 
-/// How many steps are kept at a time.
-const KEPT: usize = 3;
+/// Maximum number of steps.
+const MAX_STEPS: usize = 3;
 
-/// The store's time moved forward by `by_ms`, after the wall clock had said so for a while. Completions of that while, from
-/// `from_ms` to `to_ms`, have a time of before the step and count as completed `by_ms` later.
+/// The store's time stepped forward by `by_ms` after the wall clock had been ahead for the confirmation time.
+/// Completions of that time, `from_ms..=to_ms`, have a timestamp from before the step and count as completed `by_ms`
+/// later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Step {
     pub(crate) from_ms: u64,
@@ -13,11 +14,11 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    fn carries(self, at_ms: u64) -> bool {
+    fn shifts(self, at_ms: u64) -> bool {
         (self.from_ms..=self.to_ms).contains(&at_ms)
     }
 
-    /// One step for the completions of two, and of the time between them.
+    /// One step that covers two, and the time between them.
     fn merged(self, other: Self) -> Self {
         let overlap = self.from_ms <= other.to_ms && other.from_ms <= self.to_ms;
         let by_ms = if overlap { self.by_ms.saturating_add(other.by_ms) } else { self.by_ms.max(other.by_ms) };
@@ -27,10 +28,10 @@ impl Step {
 
 /// The steps whose completions are still remembered, the oldest first. Small, because each call copies it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Steps([Step; KEPT]);
+pub(crate) struct Steps([Step; MAX_STEPS]);
 
 impl Steps {
-    /// `None` where there are more than are ever kept.
+    /// `None` if there are more than [`MAX_STEPS`].
     pub(crate) fn of(steps: &[Step]) -> Option<Self> {
         let mut all = Self::default();
         all.0.get_mut(..steps.len())?.copy_from_slice(steps);
@@ -41,54 +42,54 @@ impl Steps {
         self.0.iter().copied().filter(|step| step.by_ms > 0)
     }
 
-    /// When something of this time counts as having happened. Every step that carries it along counts: where the clock stepped again
-    /// before the first step was confirmed, what came between them is carried by both.
+    /// The time that an event at `at_ms` counts as. All matching steps add up: if the clock stepped again before the
+    /// first step was confirmed, events between the two are shifted by both.
     #[inline]
     pub(crate) fn counted_ms(&self, at_ms: u64) -> u64 {
-        // Most stores have none.
-        if self.0[0].by_ms == 0 { at_ms } else { self.carried_ms(at_ms) }
+        // Fast path: most stores have no steps.
+        if self.0[0].by_ms == 0 { at_ms } else { self.shifted_ms(at_ms) }
     }
 
-    fn carried_ms(&self, at_ms: u64) -> u64 {
-        self.iter().filter(|step| step.carries(at_ms)).fold(at_ms, |ms, step| ms.saturating_add(step.by_ms))
+    fn shifted_ms(&self, at_ms: u64) -> u64 {
+        self.iter().filter(|step| step.shifts(at_ms)).fold(at_ms, |ms, step| ms.saturating_add(step.by_ms))
     }
 
-    /// When the newest that may have happened from `first_ms` to `last_ms` counts as having happened.
+    /// The latest time that an event in `first_ms..=last_ms` can count as.
     pub(crate) fn newest_counted_ms(&self, first_ms: u64, last_ms: u64) -> u64 {
         let ends = self.iter().map(|step| step.to_ms).filter(|to_ms| (first_ms..=last_ms).contains(to_ms));
-        ends.chain([last_ms]).map(|ms| self.carried_ms(ms)).fold(last_ms, u64::max)
+        ends.chain([last_ms]).map(|ms| self.shifted_ms(ms)).fold(last_ms, u64::max)
     }
 
-    /// The steps without those whose completions are all forgotten at this time.
+    /// The steps without those whose completions have all expired.
     pub(crate) fn pruned(&self, time_ms: u64, window_ms: u64) -> Self {
         self.pruned_before(Step { from_ms: u64::MAX, ..Step::default() }, time_ms, window_ms)
     }
 
-    /// The same, where `next` is about to be added: a step stays if `next` carries some of its completions further.
+    /// As [`Steps::pruned`], before `next` is added: also keeps a step if `next` shifts some of its completions further.
     pub(crate) fn pruned_before(&self, next: Step, time_ms: u64, window_ms: u64) -> Self {
-        let mut kept = Self::default();
+        let mut pruned = Self::default();
         let newest_ms = |step: &Step| self.newest_counted_ms(step.from_ms, step.to_ms);
         let is_living = |step: &Step| time_ms < newest_ms(step).saturating_add(window_ms);
         let living = self.iter().filter(|step| next.from_ms <= step.to_ms || is_living(step));
-        kept.0.iter_mut().zip(living).for_each(|(place, step)| *place = step);
-        kept
+        pruned.0.iter_mut().zip(living).for_each(|(entry, step)| *entry = step);
+        pruned
     }
 
-    /// The steps with one more. Where there is no room, two of at most `mergeable_ms` become one, which remembers
-    /// some completions for so much longer. `None` where none are as small.
+    /// The steps with one more. If there is no room, two neighbours are merged into a step of at most `mergeable_ms`,
+    /// which remembers some completions for that much longer. `None` if no two steps are that small.
     pub(crate) fn with(&self, step: Step, mergeable_ms: u64) -> Option<Self> {
         let mut steps: Vec<Step> = self.iter().chain([step]).collect();
-        if steps.len() > KEPT {
-            let largest = |pair: &[Step]| match *pair {
+        if steps.len() > MAX_STEPS {
+            let merged_ms = |pair: &[Step]| match *pair {
                 [earlier, later] => earlier.merged(later).by_ms,
                 _ => u64::MAX,
             };
-            let (place, by_ms) = steps.windows(2).map(largest).enumerate().min_by_key(|(_, by_ms)| *by_ms)?;
+            let (index, by_ms) = steps.windows(2).map(merged_ms).enumerate().min_by_key(|(_, by_ms)| *by_ms)?;
             if by_ms > mergeable_ms {
                 return None;
             }
-            let later = steps.remove(place + 1);
-            let earlier = steps.get_mut(place)?;
+            let later = steps.remove(index + 1);
+            let earlier = steps.get_mut(index)?;
             *earlier = earlier.merged(later);
         }
         Self::of(&steps)
@@ -104,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_carries_the_completions_of_its_while_and_no_others() {
+    fn a_step_shifts_only_the_completions_in_its_range() {
         let steps = Steps::of(&[step(100, 200, 1_000)]).unwrap();
         for (at_ms, counted_ms) in [(99, 99), (100, 1_100), (200, 1_200), (201, 201)] {
             assert_eq!(steps.counted_ms(at_ms), counted_ms, "{at_ms}");
@@ -116,31 +117,31 @@ mod tests {
             assert_eq!(steps.newest_counted_ms(first_ms, last_ms), newest_ms, "{first_ms} to {last_ms}");
         }
         let overlapping = Steps::of(&[step(100, 200, 1_000), step(150, 300, 500)]).unwrap();
-        assert_eq!(overlapping.counted_ms(160), 1_660, "both carry it");
+        assert_eq!(overlapping.counted_ms(160), 1_660, "both steps shift it");
         assert_eq!((overlapping.counted_ms(140), overlapping.counted_ms(250)), (1_140, 750));
         assert_eq!(overlapping.newest_counted_ms(100, 300), 1_700);
     }
 
     #[test]
-    fn a_step_is_kept_where_the_next_one_carries_its_completions_further() {
+    fn a_step_is_kept_if_the_next_one_shifts_its_completions_further() {
         let steps = Steps::of(&[step(100, 200, 1_000)]).unwrap();
-        for (from_ms, kept) in [(150, steps), (200, steps), (201, Steps::default())] {
-            assert_eq!(steps.pruned_before(step(from_ms, 300, 9_000), 10_000, 500), kept, "from {from_ms}");
+        for (from_ms, expected) in [(150, steps), (200, steps), (201, Steps::default())] {
+            assert_eq!(steps.pruned_before(step(from_ms, 300, 9_000), 10_000, 500), expected, "from {from_ms}");
         }
     }
 
     #[test]
-    fn a_step_is_kept_until_its_last_completion_is_forgotten() {
+    fn a_step_is_pruned_when_its_last_completion_expires() {
         let steps = Steps::of(&[step(100, 200, 1_000), step(5_000, 5_100, 50)]).unwrap();
         assert_eq!(steps.pruned(6_199, 5_000), steps);
         let left = steps.pruned(6_200, 5_000);
         assert_eq!(left.iter().collect::<Vec<_>>(), [step(5_000, 5_100, 50)]);
-        assert_eq!(left.counted_ms(5_050), 5_100, "the one that is left has its place");
+        assert_eq!(left.counted_ms(5_050), 5_100, "the remaining step still applies");
         assert_eq!(steps.pruned(u64::MAX, u64::MAX), Steps::default());
     }
 
     #[test]
-    fn a_fourth_step_is_merged_with_a_neighbour_or_has_no_room() {
+    fn a_fourth_step_is_merged_with_a_neighbour_or_rejected() {
         let three = [step(100, 200, 50), step(1_000, 1_100, 70), step(2_000, 2_100, 900)];
         let steps = Steps::of(&three).unwrap();
         let fourth = step(3_000, 3_100, 60);
@@ -152,6 +153,6 @@ mod tests {
         assert_eq!(Steps::of(&[fourth; 4]), None);
         let nested = Steps::of(&[step(1_000, 1_100, 30), step(1_000, 1_200, 40), three[2]]).unwrap();
         let merged = nested.with(step(9_000, 9_100, 950), 100).unwrap();
-        assert_eq!(merged.iter().next(), Some(step(1_000, 1_200, 70)), "never less than both say");
+        assert_eq!(merged.iter().next(), Some(step(1_000, 1_200, 70)), "overlapping steps add up");
     }
 }

@@ -1,4 +1,7 @@
-//! The store's time where messages drive it: the newest timestamp that was not refused.
+//! Stream time: the newest message timestamp that was accepted.
+//!
+//! A message may advance stream time by at most `max_ahead`. A larger step, a *leap*, needs a second message to
+//! confirm it: otherwise one wrong timestamp would expire all keys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,24 +9,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::steps::Steps;
 use super::{Clock, MAX_WALL_MS, Now, Saved, YEAR, millis, wall};
 
-/// What moves stream time, and how far.
+/// Stream time, and the state of its leap detection.
 pub(super) struct StreamTime {
     clock: Arc<dyn Clock>,
     high_water_ms: AtomicU64,
-    /// What was completed before this was forgotten by an earlier opening.
+    /// The retention floor at open: completions before it are forgotten.
     floor_ms: u64,
     max_ahead_ms: u64,
     window_ms: u64,
-    /// The time of the last message that was refused for its leap. 0 if there is none, or one within reach came since.
+    /// The time of the last message rejected for its leap. 0 if there is none, or if a message within `max_ahead`
+    /// came after it.
     leap_ms: AtomicU64,
 }
 
-/// A message that is too far ahead of stream time.
+/// The rejection of a message that is too far ahead of stream time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Leap {
     pub(crate) stream_ms: u64,
     pub(crate) max_ahead_ms: u64,
-    /// Whether it is as far ahead of the wall clock, too.
+    /// Whether it is also that far ahead of the wall clock.
     pub(crate) in_future: bool,
 }
 
@@ -47,20 +51,20 @@ impl StreamTime {
     /// See [`Timeline::follow`](super::Timeline::follow).
     pub(super) fn follow(&self, at_ms: u64, next_ms: impl IntoIterator<Item = u64>) -> Result<u64, Leap> {
         let stream_ms = self.high_water_ms();
-        let noted_ms = self.leap_ms.load(Ordering::Relaxed);
+        let rejected_ms = self.leap_ms.load(Ordering::Relaxed);
         if self.reaches(stream_ms, at_ms) {
-            // What is too old says nothing about where the stream is now.
-            if noted_ms != 0 && !self.is_late(stream_ms, at_ms) {
+            // A message that is too old does not refute the leap.
+            if rejected_ms != 0 && !self.is_late(stream_ms, at_ms) {
                 self.leap_ms.store(0, Ordering::Relaxed);
             }
         } else {
-            let refused = self.may_leap(stream_ms, at_ms, noted_ms, next_ms).err();
-            match refused {
-                None if self.reaches(at_ms, noted_ms) => self.leap_ms.store(0, Ordering::Relaxed),
+            let rejected = self.may_leap(stream_ms, at_ms, rejected_ms, next_ms).err();
+            match rejected {
+                None if self.reaches(at_ms, rejected_ms) => self.leap_ms.store(0, Ordering::Relaxed),
                 Some(Leap { in_future: false, .. }) => self.leap_ms.store(at_ms, Ordering::Relaxed),
                 _ => {}
             }
-            refused.map_or(Ok(()), Err)?;
+            rejected.map_or(Ok(()), Err)?;
         }
         if at_ms > stream_ms {
             self.advance(at_ms);
@@ -68,7 +72,7 @@ impl StreamTime {
         Ok(self.high_water_ms())
     }
 
-    /// What [`StreamTime::follow`] would say. Changes nothing.
+    /// What [`StreamTime::follow`] would return. Changes nothing.
     pub(super) fn foresee(&self, at_ms: u64) -> Result<u64, Leap> {
         let stream_ms = self.high_water_ms();
         if !self.reaches(stream_ms, at_ms) {
@@ -77,29 +81,30 @@ impl StreamTime {
         Ok(stream_ms.max(at_ms))
     }
 
-    /// Whether a leap is believed: another message that leaps, next to it, is as far, or less than a step behind.
+    /// Accepts a leap if an adjacent message also leaps and its time is at most `max_ahead` earlier.
     fn may_leap(
         &self,
         stream_ms: u64,
         at_ms: u64,
-        noted_ms: u64,
+        rejected_ms: u64,
         next_ms: impl IntoIterator<Item = u64>,
     ) -> Result<(), Leap> {
         let max_ahead_ms = self.max_ahead_ms;
         let latest_ms = self.wall_ms().saturating_add(max_ahead_ms);
         let confirms = |other_ms: u64| !self.reaches(stream_ms, other_ms) && self.reaches(other_ms, at_ms);
-        // What is too old or of the future says nothing.
-        let says_something = |other_ms: &u64| !self.is_late(stream_ms, *other_ms) && *other_ms <= latest_ms;
+        // Messages that are too old, or ahead of the wall clock, are ignored.
+        let is_relevant = |other_ms: &u64| !self.is_late(stream_ms, *other_ms) && *other_ms <= latest_ms;
         let is_confirmed = || {
-            // The first message of a store leaps from nowhere.
-            stream_ms == 0 || confirms(noted_ms) || next_ms.into_iter().find(says_something).is_some_and(confirms)
+            // The first message of a store needs no confirmation.
+            stream_ms == 0 || confirms(rejected_ms) || next_ms.into_iter().find(is_relevant).is_some_and(confirms)
         };
         let in_future = at_ms > latest_ms;
         if !in_future && is_confirmed() { Ok(()) } else { Err(Leap { stream_ms, max_ahead_ms, in_future }) }
     }
 
-    /// Whether an operator can mean that: nobody takes stream time back, and a time in another unit lies far ahead. The clock
-    /// may be what is wrong.
+    /// Advances stream time on an operator's request. Rejects a time more than a year ahead of both stream time and
+    /// the wall clock: it is probably in another unit, and stream time never goes back. Either of the two is enough,
+    /// because the wall clock may be wrong.
     pub(super) fn advance_by_hand(&self, to_ms: u64) -> bool {
         let is_within_a_year = to_ms <= self.wall_ms().max(self.high_water_ms()).saturating_add(millis(YEAR));
         if is_within_a_year {
@@ -162,41 +167,41 @@ mod tests {
     }
 
     #[test]
-    fn a_leap_goes_as_far_as_two_messages_in_a_row_say() {
+    fn a_leap_needs_two_consecutive_messages_and_goes_as_far_as_both() {
         let (_, stream) = of_messages(5_000);
-        let refused = Err(Leap { stream_ms: 5_000, max_ahead_ms: 100, in_future: false });
-        assert_eq!(stream.foresee(9_000), refused);
-        assert_eq!(stream.follow(9_000, []), refused);
-        assert_eq!(stream.follow(5_000, []), Ok(5_000), "so the other was a stray");
-        assert_eq!(stream.follow(9_000, []), refused);
-        assert_eq!(stream.follow(20_000, []), refused, "nobody else says so much");
-        assert_eq!(stream.follow(4_500, []), Ok(5_000), "too old to say where the stream is");
-        assert_eq!(stream.foresee(20_000), Ok(20_000), "noted, and not changed by looking");
-        assert_eq!(stream.follow(9_000, []), Ok(9_000), "so much say both");
-        assert!(stream.follow(20_101, []).is_err(), "more than a step beyond what was noted");
+        let rejected = Err(Leap { stream_ms: 5_000, max_ahead_ms: 100, in_future: false });
+        assert_eq!(stream.foresee(9_000), rejected);
+        assert_eq!(stream.follow(9_000, []), rejected);
+        assert_eq!(stream.follow(5_000, []), Ok(5_000), "so 9,000 was an outlier");
+        assert_eq!(stream.follow(9_000, []), rejected);
+        assert_eq!(stream.follow(20_000, []), rejected, "9,000 does not confirm 20,000");
+        assert_eq!(stream.follow(4_500, []), Ok(5_000), "too old to refute a leap");
+        assert_eq!(stream.foresee(20_000), Ok(20_000), "`foresee` changes nothing");
+        assert_eq!(stream.follow(9_000, []), Ok(9_000), "20,000 confirms 9,000");
+        assert!(stream.follow(20_101, []).is_err(), "more than `max_ahead` beyond the rejected leap");
         assert_eq!(stream.follow(20_000, []), Ok(20_000));
         assert_eq!(stream.follow(20_100, []), Ok(20_100));
     }
 
     #[test]
-    fn a_leap_is_confirmed_by_the_next_that_came_with_it() {
-        let refused = |next: &[u64]| of_messages(5_000).1.follow(9_000, next.iter().copied()).is_err();
-        assert!(refused(&[]) && refused(&[5_050, 9_000]) && refused(&[8_899]));
-        assert!(!refused(&[8_900]) && !refused(&[30_000]) && !refused(&[4_500, 9_000]));
-        // What is of the future says nothing: neither for it nor against it.
-        assert!(refused(&[u64::MAX]) && !refused(&[u64::MAX, 9_000]));
+    fn the_next_message_of_the_same_batch_can_confirm_a_leap() {
+        let is_rejected = |next: &[u64]| of_messages(5_000).1.follow(9_000, next.iter().copied()).is_err();
+        assert!(is_rejected(&[]) && is_rejected(&[5_050, 9_000]) && is_rejected(&[8_899]));
+        assert!(!is_rejected(&[8_900]) && !is_rejected(&[30_000]) && !is_rejected(&[4_500, 9_000]));
+        // Future timestamps are ignored.
+        assert!(is_rejected(&[u64::MAX]) && !is_rejected(&[u64::MAX, 9_000]));
     }
 
     #[test]
-    fn a_leap_beyond_the_wall_clock_waits_for_it() {
+    fn a_leap_beyond_the_wall_clock_is_rejected_until_the_wall_clock_catches_up() {
         for high_water_ms in [0, 5_000] {
             let (clock, stream) = of_messages(high_water_ms);
             for _ in 0..5 {
                 assert!(stream.follow(1_000_101, []).is_err_and(|leap| leap.in_future));
             }
             clock.advance(Duration::from_millis(1));
-            let noted = stream.follow(1_000_101, []);
-            assert_eq!(noted.is_ok(), high_water_ms == 0, "the first of all needs no second");
+            let followed = stream.follow(1_000_101, []);
+            assert_eq!(followed.is_ok(), high_water_ms == 0, "the first message of a store needs no confirmation");
             assert_eq!(stream.follow(1_000_101, []), Ok(1_000_101));
         }
     }

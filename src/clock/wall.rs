@@ -1,7 +1,7 @@
-//! The store's time where no message drives it: elapsed time, which the wall clock corrects.
+//! The store's time without stream time: elapsed time, corrected by the wall clock.
 //!
-//! [`Course`] is the rule (decision 16): readings of the clocks in, the offset of the store's time to the monotonic clock out. [`WallTime`]
-//! lets many threads read it. A reading that changes nothing takes no lock.
+//! [`Course`] implements the rule (decision 16): from readings of the clocks it computes the offset of the store's
+//! time to the monotonic clock. [`WallTime`] shares it between threads; a reading that changes nothing takes no lock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,20 +13,21 @@ use super::steps::{Step, Steps};
 use super::{BootTime, Clock, MAX_WALL_MS, Now, Saved, YEAR, millis};
 use crate::config::Span;
 
-/// How far the wall clock may be from the store's time without being doubted: ahead, in all of [`CONFIRMED_AFTER_MS`]; behind, at any
-/// moment.
+/// Largest difference between wall clock and store's time that is not a deviation. Ahead: in total within
+/// [`CONFIRMED_AFTER_MS`]; behind: at any moment.
 const TOLERANCE_MS: u64 = 1_000;
 
-/// For how much elapsed time every reading must deviate before the store's time moves because of them.
+/// How long every reading must deviate before the store's time follows the wall clock.
 const CONFIRMED_AFTER_MS: u64 = 10 * 60 * 1_000;
 
-/// Less of a difference between the boot clock and the monotonic one is no suspended time: they are read one after the other.
-const LEAST_SLEEP_MS: u64 = 10;
+/// Smaller differences between the boot clock and the monotonic clock are not suspended time: the two are not read at
+/// the same moment.
+const MIN_SLEEP_MS: u64 = 10;
 
-/// How far apart two readings of the monotonic clock may be that enclose readings of the others.
+/// Largest time between the two readings of the monotonic clock that enclose the readings of the other clocks.
 const READING_MS: u64 = 10;
 
-/// A wall clock that is not where the store's time is.
+/// A difference between the wall clock and the store's time that is not confirmed yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Deviation {
     pub(crate) is_ahead: bool,
@@ -34,11 +35,12 @@ pub(crate) struct Deviation {
     pub(crate) since_ms: u64,
     /// The smallest deviation of all readings since `measured_since_ms`.
     pub(crate) least_ms: u64,
-    /// The store's time at the first reading that `least_ms` is of. Later than `since_ms` where a step found no room.
+    /// The store's time at the first reading that counts for `least_ms`. Later than `since_ms` if there was no room
+    /// for a step and the measurement began again.
     pub(crate) measured_since_ms: u64,
     /// The wall clock at that reading.
     pub(crate) first_wall_ms: u64,
-    /// The store's time when the wall clock may have stepped further ahead. 0 if it has not.
+    /// The store's time when the wall clock may have stepped ahead a second time. 0 if it has not.
     pub(crate) grown_since_ms: u64,
 }
 
@@ -54,10 +56,10 @@ impl Deviation {
         }
     }
 
-    /// The same with another reading, in the same direction.
+    /// Adds a reading in the same direction.
     fn with(self, by_ms: u64, since_ms: u64) -> Self {
         let grown_since_ms = match self.grown_since_ms {
-            // All that was read before was more.
+            // All earlier readings were larger.
             _ if by_ms.saturating_add(TOLERANCE_MS) < self.least_ms => self.since_ms,
             0 if by_ms > self.least_ms.saturating_add(TOLERANCE_MS) => since_ms,
             grown_since_ms => grown_since_ms,
@@ -66,18 +68,18 @@ impl Deviation {
     }
 }
 
-/// What the next opening needs to know of the clocks, beside the store's time.
+/// The state of the clocks that is stored for the next open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct ClockState {
-    /// When this was so, by a clock that runs across processes.
+    /// The boot clock at the moment of this state.
     pub(crate) boot: Option<BootTime>,
-    /// How far the store's time is ahead of the wall clock for good: it went back as far as it could.
+    /// How far the store's time permanently leads the wall clock, because the retention floor limited a step back.
     pub(crate) lead_ms: u64,
     pub(crate) deviation: Option<Deviation>,
     pub(crate) steps: Steps,
 }
 
-/// All clocks at one moment.
+/// A reading of all clocks.
 #[derive(Debug, Clone, Copy)]
 struct Reading {
     wall_ms: u64,
@@ -86,8 +88,9 @@ struct Reading {
 }
 
 impl Reading {
-    /// The wall clock first and the monotonic one last. A thread that is suspended in between sees the wall clock too far behind, not
-    /// too far ahead; and it reads them again.
+    /// Reads the wall clock first and the monotonic clock last, and repeats if too much time passed in between. In
+    /// this order a thread that is descheduled in between sees a wall clock that is too slow, never one that is
+    /// ahead.
     fn take(clock: &dyn Clock) -> Self {
         let mut tries = 3;
         loop {
@@ -109,21 +112,22 @@ fn time_ms(offset_ms: i64, monotonic_ms: u64) -> u64 {
     (monotonic_ms.min(MAX_WALL_MS) as i64).saturating_add(offset_ms).clamp(0, MAX_WALL_MS as i64) as u64
 }
 
-/// How far the wall clock is ahead of where it should be, which is `lead_ms` before the store's time.
+/// How far the wall clock is ahead of its expected value, which is the store's time minus `lead_ms`.
 fn ahead_ms(wall_ms: u64, lead_ms: u64, time_ms: u64) -> i64 {
     wall_ms as i64 + lead_ms as i64 - time_ms as i64
 }
 
-/// What a call needs to know of the course.
+/// A snapshot of the course, for calls that take no lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Anchor {
     offset_ms: i64,
     lead_ms: u64,
     floor_ms: u64,
     steps: Steps,
-    /// A wall clock that is so far ahead, at least and at most, and before this time, changes nothing.
-    least_ahead_ms: i64,
-    most_ahead_ms: i64,
+    /// A reading changes nothing if the wall clock is ahead by `min_ahead_ms..=max_ahead_ms` and the store's time is
+    /// before `until_ms`.
+    min_ahead_ms: i64,
+    max_ahead_ms: i64,
     until_ms: u64,
 }
 
@@ -131,40 +135,40 @@ impl Anchor {
     fn expects(&self, wall_ms: u64, monotonic_ms: u64) -> bool {
         let time_ms = time_ms(self.offset_ms, monotonic_ms);
         let ahead_ms = ahead_ms(wall_ms, self.lead_ms, time_ms);
-        self.least_ahead_ms <= ahead_ms && ahead_ms <= self.most_ahead_ms && time_ms < self.until_ms
+        self.min_ahead_ms <= ahead_ms && ahead_ms <= self.max_ahead_ms && time_ms < self.until_ms
     }
 
     fn at(&self, monotonic_ms: u64) -> Now {
-        // A reading of before the time went back to the floor is not below it.
+        // Clamped, because this reading may be older than a step back to the floor.
         let time_ms = time_ms(self.offset_ms, monotonic_ms).max(self.floor_ms);
         Now { time_ms, monotonic_ms, remembers_since_ms: self.floor_ms, steps: self.steps }
     }
 }
 
-/// Where the store's time is, and what the wall clock has said of it.
+/// The store's time and the recent deviation of the wall clock.
 #[derive(Debug)]
 struct Course {
     span: Span,
-    /// The store's time, less the monotonic clock.
+    /// The store's time minus the monotonic clock.
     offset_ms: i64,
     lead_ms: u64,
-    /// What was completed before this is forgotten for good.
+    /// Completions before this are forgotten permanently.
     floor_ms: u64,
     steps: Steps,
     deviation: Option<Deviation>,
-    /// No key had a later time when this process began, or when the store's time went back since.
+    /// The newest time of a key when this process opened the store, or when the store's time last went back.
     newest_ms: u64,
-    /// How far the wall clock was followed since this time.
+    /// How far the store's time followed the wall clock since `following_since_ms`.
     followed_ms: u64,
     following_since_ms: u64,
-    /// Where this process went on.
+    /// The store's time when this process opened the store.
     resumed_ms: u64,
-    /// When the boot clock and the monotonic one were compared last.
+    /// The last comparison of the boot clock and the monotonic clock.
     compared: Option<(BootTime, u64)>,
 }
 
 impl Course {
-    /// Goes on where another process stopped. A new store begins with the wall clock.
+    /// Continues from the stored state. A new store starts with the wall clock.
     fn resume(saved: &Saved, state: &ClockState, span: Span, reading: &Reading) -> Self {
         let elapsed_ms = match (state.boot, reading.boot) {
             (Some(then), Some(now)) if then.id == now.id => now.ms.checked_sub(then.ms),
@@ -187,7 +191,7 @@ impl Course {
             0 => reading.wall_ms,
             saved_ms => saved_ms.saturating_add(elapsed_ms.unwrap_or(0)),
         };
-        // A small difference is none: nobody has seen a time since.
+        // A small difference is corrected at once: no call has seen a time since the close.
         let wall_ms = reading.wall_ms.saturating_add(state.lead_ms);
         let is_near = wall_ms.abs_diff(resumed_ms) <= TOLERANCE_MS;
         let begins_ms = if is_near { wall_ms.max(saved.time_ms) } else { resumed_ms };
@@ -195,7 +199,7 @@ impl Course {
         course.resumed_ms = course.time_ms(reading);
         course.observe(reading);
         if elapsed_ms.is_none() {
-            course.confirm_by_two_openings(state.deviation, reading);
+            course.confirm_by_two_opens(state.deviation, reading);
         }
         course
     }
@@ -208,7 +212,7 @@ impl Course {
         self.offset_ms = time_ms.min(MAX_WALL_MS) as i64 - reading.monotonic_ms.min(MAX_WALL_MS) as i64;
     }
 
-    /// Takes a reading into account. Whether the next opening must know of a change.
+    /// Applies a reading. True if a change must be saved for the next open.
     fn observe(&mut self, reading: &Reading) -> bool {
         self.add_sleep(reading);
         let time_ms = self.time_ms(reading);
@@ -224,12 +228,12 @@ impl Course {
         }
         let before = self.deviation;
         let deviation = match before {
-            // A clock that falls further behind stands still, or is slow: it says nothing of what time it is.
+            // A clock that falls further behind is stopped or slow. Its deviation cannot be confirmed.
             Some(known) if known.is_ahead == is_ahead && (is_ahead || by_ms <= known.least_ms + TOLERANCE_MS) => {
                 known.with(by_ms, self.since_ms(time_ms))
             }
             _ => {
-                // A clock that stands still begins again and again.
+                // Logged once a direction, because the deviation of a stopped clock begins again and again.
                 if before.is_none_or(|known| known.is_ahead != is_ahead) {
                     report_deviation(is_ahead, by_ms);
                 }
@@ -245,8 +249,8 @@ impl Course {
         before != self.deviation
     }
 
-    /// Goes on after a deviation was confirmed. Where the wall clock is still ahead, it stepped again meanwhile: the next step
-    /// carries along what came after that, too.
+    /// Applies the reading again after a deviation was confirmed. If the wall clock is still ahead, it stepped a
+    /// second time; the next step then also shifts the completions since that second step.
     fn observe_rest(&mut self, confirmed: Deviation, reading: &Reading) {
         self.observe(reading);
         let is_rest = |rest: &&mut Deviation| rest.is_ahead && confirmed.is_ahead && confirmed.grown_since_ms > 0;
@@ -255,20 +259,20 @@ impl Course {
         }
     }
 
-    /// Since when the wall clock may have been as it is read now. A completion that waited for the disk when the clock stepped is
-    /// acknowledged after it; none did before this process began.
+    /// The earliest time since when the wall clock may have had its present deviation. It includes completions that
+    /// were waiting for a sync when the clock stepped, but none from before this process.
     fn since_ms(&self, time_ms: u64) -> u64 {
         time_ms.saturating_sub(TOLERANCE_MS).max(self.resumed_ms).min(time_ms)
     }
 
-    /// Adds the time for which the machine was suspended, and its monotonic clock stood still.
+    /// Adds the time that the machine was suspended, during which the monotonic clock stops.
     fn add_sleep(&mut self, reading: &Reading) {
         let Reading { monotonic_ms, boot, .. } = *reading;
         match (self.compared, boot) {
             (Some((then, then_monotonic_ms)), Some(now)) if then.id == now.id => {
                 let elapsed_ms = now.ms.saturating_sub(then.ms);
                 let slept_ms = elapsed_ms.saturating_sub(monotonic_ms.saturating_sub(then_monotonic_ms));
-                if slept_ms >= LEAST_SLEEP_MS {
+                if slept_ms >= MIN_SLEEP_MS {
                     self.set(self.time_ms(reading).saturating_add(slept_ms), reading);
                     self.compared = Some((now, monotonic_ms));
                 }
@@ -277,7 +281,7 @@ impl Course {
         }
     }
 
-    /// How far ahead of the store's time the wall clock may be and is followed at once.
+    /// How far ahead the wall clock may be to be followed at once.
     fn may_follow_ms(&self, time_ms: u64) -> u64 {
         let is_fresh = time_ms.abs_diff(self.following_since_ms) >= CONFIRMED_AFTER_MS;
         if is_fresh { TOLERANCE_MS } else { TOLERANCE_MS.saturating_sub(self.followed_ms) }
@@ -291,8 +295,8 @@ impl Course {
         self.set(time_ms.saturating_add(by_ms), reading);
     }
 
-    /// Lets the wall clock, which deviates by `by_ms` now, count. False where there is no room for another step: then it must be
-    /// confirmed once more, for what it has become by then.
+    /// Applies a confirmed deviation; `by_ms` is its present size. False if there is no room for another step: then
+    /// the measurement begins again.
     fn confirm(&mut self, deviation: Deviation, by_ms: u64, reading: &Reading) -> bool {
         let time_ms = self.time_ms(reading);
         if !deviation.is_ahead {
@@ -308,14 +312,14 @@ impl Course {
 
     fn step_forward(&mut self, deviation: Deviation, time_ms: u64, reading: &Reading) -> bool {
         let Some(by_ms) = deviation.least_ms.checked_sub(self.lead_ms).filter(|by_ms| *by_ms > 0) else {
-            // The wall clock has come nearer, and is still behind.
+            // The wall clock has come nearer to the store's time, but is still behind it.
             self.lead_ms = self.lead_ms.saturating_sub(deviation.least_ms);
             return true;
         };
         let stepped_ms = time_ms.saturating_add(by_ms).min(MAX_WALL_MS);
         if by_ms > TOLERANCE_MS {
-            // Work that began before the store's time went back keeps its later time when it ends. And some other thread may have
-            // read its clocks a moment ago and use what it read a moment later.
+            // `newest_ms` covers work that began before the store's time went back and keeps its later time. The tolerance
+            // covers threads that read the clocks before the step and use the reading after it.
             let to_ms = time_ms.max(self.newest_ms).saturating_add(TOLERANCE_MS).min(MAX_WALL_MS);
             let step = Step { from_ms: deviation.since_ms, to_ms, by_ms };
             let others = self.steps.pruned_before(step, stepped_ms, self.span.window_ms);
@@ -324,7 +328,7 @@ impl Course {
         }
         self.lead_ms = 0;
         self.set(stepped_ms, reading);
-        tracing::info!(by_ms, now_ms = stepped_ms, "the wall clock is confirmed: the store's time steps forward to it");
+        tracing::info!(by_ms, now_ms = stepped_ms, "stepping the store's time forward to the confirmed wall clock");
         true
     }
 
@@ -334,7 +338,7 @@ impl Course {
         let back_to_ms = match self.lead_ms {
             _ if wall_ms >= floor_ms => wall_ms,
             0 => floor_ms.min(time_ms),
-            // It has gone back as far as it could before. Again and again would keep keys from expiring.
+            // It already went back to the floor once. Repeated steps back would keep keys from expiring.
             _ => time_ms,
         };
         self.floor_ms = floor_ms;
@@ -344,69 +348,67 @@ impl Course {
         self.set(back_to_ms, reading);
         let (back_ms, ahead_ms) = (time_ms - back_to_ms, self.lead_ms);
         if ahead_ms == 0 {
-            tracing::warn!(back_ms, "the wall clock is confirmed: the store's time goes back to it");
+            tracing::warn!(back_ms, "stepping the store's time back to the confirmed wall clock");
         } else {
             tracing::warn!(
                 back_ms,
                 ahead_ms,
                 remembers_since_ms = floor_ms,
-                "the wall clock is confirmed, and was too far ahead before: completions before `remembers_since_ms` were forgotten, and the \
-                 store's time stays ahead of the wall clock; only a new store begins with the right time"
+                "the wall clock was too far ahead before: the store's time stays ahead of it, and completions before \
+                 `remembers_since_ms` are forgotten; only a new store starts with the correct time"
             );
         }
     }
 
-    /// Where no clock runs across openings, a wall clock that was ahead at two of them, long enough apart by its own account, is
-    /// confirmed: processes may be too short for anything else.
-    fn confirm_by_two_openings(&mut self, carried: Option<Deviation>, reading: &Reading) {
-        let (Some(carried), Some(deviation)) = (carried, self.deviation) else { return };
-        let is_the_same = carried.measured_since_ms == deviation.measured_since_ms && deviation.is_ahead;
-        let is_apart = reading.wall_ms.saturating_sub(deviation.first_wall_ms) >= CONFIRMED_AFTER_MS;
+    /// Without a boot clock, confirms a wall clock that was ahead at two opens that are far enough apart by the wall
+    /// clock itself. Otherwise short-lived processes could never confirm a deviation.
+    fn confirm_by_two_opens(&mut self, stored: Option<Deviation>, reading: &Reading) {
+        let (Some(stored), Some(deviation)) = (stored, self.deviation) else { return };
+        let is_same = stored.measured_since_ms == deviation.measured_since_ms && deviation.is_ahead;
+        let is_far_apart = reading.wall_ms.saturating_sub(deviation.first_wall_ms) >= CONFIRMED_AFTER_MS;
         let by_ms = ahead_ms(reading.wall_ms, self.lead_ms, self.time_ms(reading)).unsigned_abs();
-        if is_the_same && is_apart && deviation.least_ms <= millis(YEAR) && self.confirm(deviation, by_ms, reading) {
+        if is_same && is_far_apart && deviation.least_ms <= millis(YEAR) && self.confirm(deviation, by_ms, reading) {
             self.observe_rest(deviation, reading);
         }
     }
 
     fn anchor(&self) -> Anchor {
-        let far = i64::MAX;
-        let (least_ahead_ms, most_ahead_ms, until_ms) = match self.deviation {
+        let unlimited = i64::MAX;
+        let (min_ahead_ms, max_ahead_ms, until_ms) = match self.deviation {
             None => (-(TOLERANCE_MS as i64), 0, u64::MAX),
             Some(Deviation { is_ahead, measured_since_ms, least_ms, grown_since_ms, .. }) => {
-                // A second step is to be noticed when it comes.
-                let far = if grown_since_ms == 0 { (least_ms as i64).saturating_add(TOLERANCE_MS as i64) } else { far };
+                // A second step must be noticed when it happens.
+                let max_ms =
+                    if grown_since_ms == 0 { (least_ms as i64).saturating_add(TOLERANCE_MS as i64) } else { unlimited };
                 let least_ms = least_ms as i64;
                 let until_ms = measured_since_ms.saturating_add(CONFIRMED_AFTER_MS);
                 let behind_ms = -least_ms - TOLERANCE_MS as i64;
-                if is_ahead { (least_ms, far, until_ms) } else { (behind_ms, -least_ms, until_ms) }
+                if is_ahead { (least_ms, max_ms, until_ms) } else { (behind_ms, -least_ms, until_ms) }
             }
         };
         let Self { offset_ms, lead_ms, floor_ms, steps, .. } = *self;
-        Anchor { offset_ms, lead_ms, floor_ms, steps, least_ahead_ms, most_ahead_ms, until_ms }
+        Anchor { offset_ms, lead_ms, floor_ms, steps, min_ahead_ms, max_ahead_ms, until_ms }
     }
 }
 
 fn report_deviation(is_ahead: bool, by_ms: u64) {
     let minutes = CONFIRMED_AFTER_MS / 60_000;
     if is_ahead {
-        tracing::info!(
-            by_ms,
-            "the wall clock is ahead of the store's time, which follows if this is so for {minutes} minutes"
-        );
+        tracing::info!(by_ms, "the wall clock is ahead of the store's time, which follows it after {minutes} minutes");
     } else {
         tracing::warn!(
             by_ms,
-            "the wall clock is behind the store's time, which goes back if this is so for {minutes} minutes"
+            "the wall clock is behind the store's time, which goes back to it after {minutes} minutes"
         );
     }
 }
 
-/// The time before which everything is forgotten by now: it only rises.
+/// The retention floor: everything before it has expired. It never decreases.
 pub(super) fn floor_ms(before_ms: u64, time_ms: u64, window_ms: u64) -> u64 {
     before_ms.max(time_ms.saturating_add(1).saturating_sub(window_ms))
 }
 
-/// The store's time, for many threads.
+/// The store's time, shared between threads.
 pub(super) struct WallTime {
     clock: Arc<dyn Clock>,
     anchor: ArcSwap<Anchor>,
@@ -424,12 +426,13 @@ impl WallTime {
     pub(super) fn now(&self) -> Now {
         let wall_ms = wall_ms(&*self.clock);
         let monotonic_ms = self.clock.monotonic_ms();
-        // After the clocks: a reading of after a step must not be used with the offset of before it.
+        // Loaded after the clocks are read: a reading from after a step must not be combined with the offset from
+        // before it.
         let anchor = self.anchor.load();
         if anchor.expects(wall_ms, monotonic_ms) { anchor.at(monotonic_ms) } else { self.observe() }
     }
 
-    /// Looks at all clocks.
+    /// Reads all clocks and applies the reading.
     pub(super) fn observe(&self) -> Now {
         let mut course = self.course.lock();
         let reading = self.observe_with(&mut course);
@@ -439,7 +442,8 @@ impl WallTime {
     fn observe_with(&self, course: &mut Course) -> Reading {
         let reading = Reading::take(&*self.clock);
         if course.observe(&reading) {
-            // Before anybody can use it: what is written because of the change must not be written without it.
+            // Counted before the new anchor is published: a write that depends on the change must not be written
+            // without it.
             self.changes.fetch_add(1, Ordering::AcqRel);
         }
         let anchor = course.anchor();
@@ -449,12 +453,12 @@ impl WallTime {
         reading
     }
 
-    /// How often there was something that the next opening must know of.
+    /// A counter of changes that must be saved for the next open.
     pub(super) fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// What the next opening must know.
+    /// The state to store for the next open.
     pub(super) fn save(&self) -> (Saved, ClockState) {
         let mut course = self.course.lock();
         let reading = self.observe_with(&mut course);
@@ -484,10 +488,10 @@ mod tests {
         WallTime::resume(Arc::new(clock.clone()), &Saved::default(), &ClockState::default(), SPAN)
     }
 
-    /// A clock that shows another time each time it is asked.
+    /// A clock whose reader is descheduled between two readings.
     struct Stuttering {
         inner: ManualClock,
-        asked: AtomicU64,
+        readings: AtomicU64,
         by_ms: u64,
     }
 
@@ -497,8 +501,8 @@ mod tests {
         }
 
         fn monotonic_ms(&self) -> u64 {
-            // The thread is suspended before every third look at a clock.
-            if self.asked.fetch_add(1, Ordering::SeqCst) % 3 == 2 {
+            // The thread is descheduled before every third reading.
+            if self.readings.fetch_add(1, Ordering::SeqCst) % 3 == 2 {
                 self.inner.advance(Duration::from_millis(self.by_ms));
             }
             self.inner.monotonic_ms()
@@ -506,20 +510,20 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_is_suspended_between_two_clocks_takes_neither_for_wrong() {
+    fn a_thread_that_is_descheduled_between_two_clock_readings_sees_no_deviation() {
         let inner = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(START_MS));
-        let clock = Arc::new(Stuttering { inner: inner.clone(), asked: AtomicU64::new(0), by_ms: 3_000 });
+        let clock = Arc::new(Stuttering { inner: inner.clone(), readings: AtomicU64::new(0), by_ms: 3_000 });
         let wall = WallTime::resume(clock, &Saved::default(), &ClockState::default(), SPAN);
         for _ in 0..1_000 {
             wall.now();
             let course = wall.course.lock();
             assert_eq!(course.deviation, None);
-            assert_eq!(course.offset_ms, START_MS as i64, "nobody is taken along");
+            assert_eq!(course.offset_ms, START_MS as i64, "the store's time does not move");
         }
     }
 
     #[test]
-    fn a_wall_clock_that_drifts_is_never_far_from_the_time() {
+    fn the_time_follows_a_drifting_wall_clock() {
         for drift_ppm in [-50_i64, 50, 500] {
             let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(START_MS));
             let wall = begun(&clock);
@@ -536,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_never_goes_back_while_threads_follow_small_steps() {
+    fn the_time_never_goes_back_while_threads_follow_small_steps_concurrently() {
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(START_MS));
         let wall = begun(&clock);
         std::thread::scope(|scope| {
@@ -555,10 +559,10 @@ mod tests {
                 clock.set_wall(onlyonce_core::Timestamp::from_unix_ms(clock.wall().as_unix_ms() + step % 2));
             }
         });
-        assert!(wall.now().time_ms >= START_MS + 5_000 * 3 - 7, "it went on");
+        assert!(wall.now().time_ms >= START_MS + 5_000 * 3 - 7, "the time advanced");
     }
 
-    /// Moments at which clocks show whatever they like.
+    /// Arbitrary clock readings.
     fn any_readings() -> impl Strategy<Value = Vec<Reading>> {
         let near = |around_ms: u64| {
             prop_oneof![
@@ -607,30 +611,30 @@ mod tests {
             let mut floor = 0;
             for reading in &readings {
                 let before_ms = course.time_ms(reading);
-                // As if the monotonic clock ran on.
+                // Simulates a monotonic clock that advances.
                 course.set(before_ms.max(course.floor_ms), reading);
                 course.observe(reading);
                 let time_ms = course.time_ms(reading);
                 prop_assert!(time_ms <= MAX_WALL_MS && course.floor_ms <= time_ms && floor <= course.floor_ms);
                 floor = course.floor_ms;
                 course.observe(reading);
-                prop_assert_eq!(course.time_ms(reading), time_ms, "what was seen is seen once");
+                prop_assert_eq!(course.time_ms(reading), time_ms, "a repeated reading changes nothing");
             }
         }
 
         #[test]
-        fn readings_that_take_no_lock_change_nothing((saved, state) in any_saved(), readings in any_readings()) {
+        fn readings_without_the_lock_change_nothing((saved, state) in any_saved(), readings in any_readings()) {
             let mut course = Course::resume(&saved, &state, SPAN, &readings[0]);
             for reading in &readings {
                 let anchor = course.anchor();
-                // The boot clock is not asked on every call.
-                let asked = Reading { boot: None, ..*reading };
+                // Calls do not read the boot clock.
+                let call_reading = Reading { boot: None, ..*reading };
                 let is_expected = anchor.expects(reading.wall_ms, reading.monotonic_ms);
                 let (steps, expected) = (course.steps, anchor.at(reading.monotonic_ms));
-                let changed = course.observe(&asked);
+                let changed = course.observe(&call_reading);
                 if is_expected {
                     prop_assert!(!changed);
-                    // Steps that are obsolete may go at any time.
+                    // Expired steps may be pruned at any time.
                     prop_assert_eq!(course.anchor(), Anchor { steps: course.steps, ..anchor });
                     prop_assert_eq!(course.anchor().at(reading.monotonic_ms), Now { steps: course.steps, ..expected });
                     prop_assert!(steps.iter().count() >= course.steps.iter().count());

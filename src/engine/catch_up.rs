@@ -1,9 +1,11 @@
-//! What an open does of the upkeep, because a process may end before the keeper has come round: a command in cron, or a
-//! service that is killed over and over. And what a close waits for.
+//! The maintenance that an open runs itself, and the compactions that an open and a close wait for.
 //!
-//! An open drops buckets that have passed for [`DROP_TIME`], and seals what was completed in a bucket that has ended, up
-//! to [`FLUSH_BYTES`]. What is left the keeper does first, before it may be told to stop. Both wait for RocksDB's merges where
-//! tables have piled up, for [`MERGE_TIME`].
+//! A process may end before its first round of maintenance: a cron job, or a service that is killed repeatedly. Without this,
+//! such processes would leave expired buckets, the journal and small SSTs to each other forever.
+//!
+//! An open drops expired buckets for [`DROP_TIME`], and flushes the keys of an ended bucket if the journal has at most
+//! [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family has more SSTs than
+//! [`MAX_SSTS`], an open and a close wait for compactions, at most for [`COMPACTION_TIME`].
 
 use std::time::{Duration, Instant};
 
@@ -12,19 +14,19 @@ use super::maintenance::MaintenanceState;
 use crate::buckets::range::BucketRange;
 use onlyonce_core::{Error, Result};
 
-/// How long an open drops buckets; one that it has begun with is finished, which takes some milliseconds.
+/// How long an open drops buckets. A drop that has begun is finished, which takes some milliseconds.
 const DROP_TIME: Duration = Duration::from_millis(250);
-/// What an open seals by itself, in bytes of journal: it takes about as long as they took to be read.
+/// The journal size up to which an open flushes. The flush takes about as long as the replay.
 const FLUSH_BYTES: u64 = 8 << 20;
-/// How long an open or a close waits for merges.
-const MERGE_TIME: Duration = Duration::from_secs(1);
-/// Tables of a column family beyond which they wait: what RocksDB merges by itself, unless it is stopped half way each
-/// time, is at most half as many.
-const MAX_TABLES: u64 = 16;
+/// How long an open or a close waits for compactions.
+const COMPACTION_TIME: Duration = Duration::from_secs(1);
+/// The number of SSTs in a column family beyond which they wait. RocksDB compacts at half as many, unless each process ends
+/// before a compaction does.
+const MAX_SSTS: u64 = 16;
 
 impl Engine {
-    /// Does what is due at an open, and says where the keeper's rounds go on. What fails here is tried again by the keeper,
-    /// unless the store has ended.
+    /// Runs the tasks that are due at open, and returns the state for the first round of maintenance. That round retries a
+    /// failed task, unless the store is poisoned.
     pub(super) fn catch_up(&self) -> Result<MaintenanceState> {
         let mut maintenance_state = self.maintenance_state();
         match self.run_due_tasks(&mut maintenance_state) {
@@ -35,7 +37,7 @@ impl Engine {
                 | Error::Broken { .. }),
             ) => Err(error),
             Err(error) => {
-                tracing::warn!(%error, "what was due at the open failed, and will be tried again");
+                tracing::warn!(error = error.chain(), "maintenance at open failed; it will be retried");
                 Ok(maintenance_state)
             }
             Ok(()) => Ok(maintenance_state),
@@ -43,29 +45,29 @@ impl Engine {
     }
 
     fn run_due_tasks(&self, maintenance_state: &mut MaintenanceState) -> Result<()> {
-        let begun = Instant::now();
-        maintenance_state.has_leftover_work = !self.drop_expired_while(|| begun.elapsed() < DROP_TIME)?;
-        // A process before this one may have dropped a bucket and no more.
+        let started = Instant::now();
+        maintenance_state.has_leftover_work = !self.drop_expired_while(|| started.elapsed() < DROP_TIME)?;
+        // An earlier process may have dropped a bucket and not removed its filter file.
         self.filters.remove_expired(&self.buckets)?;
-        // What was written in a bucket that has ended: completed keys, and claims that may have run out since.
+        // The journal has keys of an ended bucket: completed keys, or claims that may have expired since.
         let bucket_ms = self.config().span.bucket_ms;
-        let ended = self.found.oldest_ms.is_some_and(|oldest_ms| {
+        let ended = self.replayed.oldest_ms.is_some_and(|oldest_ms| {
             BucketRange::containing(oldest_ms, bucket_ms) != BucketRange::containing(self.now().time_ms, bucket_ms)
         });
-        if ended && self.found.bytes <= FLUSH_BYTES {
+        if ended && self.replayed.bytes <= FLUSH_BYTES {
             self.flush()?;
         } else {
             maintenance_state.has_leftover_work |= ended;
         }
-        self.wait_for_merges()
+        self.wait_for_compactions()
     }
 
-    /// Waits for RocksDB's merges, where tables have piled up.
-    pub(super) fn wait_for_merges(&self) -> Result<()> {
+    /// Waits for RocksDB's compactions if a column family has too many SSTs.
+    pub(super) fn wait_for_compactions(&self) -> Result<()> {
         let families = self.buckets.snapshot().newest_first();
         let families = families.iter().map(|bucket| bucket.family.as_str());
-        if !self.db.wait_for_merges(families, MAX_TABLES, MERGE_TIME)? {
-            tracing::warn!(waited = ?MERGE_TIME, "tables pile up faster than RocksDB merges them");
+        if !self.db.wait_for_merges(families, MAX_SSTS, COMPACTION_TIME)? {
+            tracing::warn!(waited = ?COMPACTION_TIME, "SSTs accumulate faster than RocksDB compacts them");
         }
         Ok(())
     }
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_seals_what_an_ended_bucket_left_and_nothing_of_the_present_one() {
+    fn an_open_flushes_the_keys_of_an_ended_bucket_only() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -131,11 +133,11 @@ mod tests {
         clock.advance(Duration::from_secs(1));
         let engine = open(&dir, &clock);
         engine.catch_up().unwrap();
-        assert_eq!(flush_generation(&engine), 0, "there is nothing left");
+        assert_eq!(flush_generation(&engine), 0, "nothing is left to flush");
     }
 
     #[test]
-    fn what_has_run_out_goes_with_the_next_open_and_its_filter_file_too() {
+    fn the_next_open_drops_expired_buckets_and_their_filter_files() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_long_to_seal_is_left_to_the_first_round_of_the_keeper() {
+    fn a_large_flush_is_left_to_the_first_round_of_maintenance() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_goes_on_where_what_is_due_fails_and_not_in_a_store_that_has_ended() {
+    fn an_open_succeeds_if_a_due_task_fails_unless_the_store_is_poisoned() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let engine = open(&dir, &clock);
@@ -188,7 +190,7 @@ mod tests {
         let engine = open(&dir, &clock);
         std::fs::remove_dir_all(engine.db.directory().sst_dir()).unwrap();
         engine.catch_up().unwrap();
-        assert_eq!(engine.memtable.flushable(), 1, "there is no room for its run");
+        assert_eq!(engine.memtable.flushable(), 1, "its SST cannot be written");
         engine.poison("a test");
         assert!(matches!(engine.catch_up(), Err(Error::Poisoned { .. })));
     }

@@ -1,4 +1,13 @@
-//! Claiming and recording keys: a free key gets its place in the hot table before its row is written.
+//! Claims and records: the order of their effects.
+//!
+//! 1. Look the keys up on disk, without a lock.
+//! 2. Take a record number.
+//! 3. For each key: lock its shard, decide, take a token, change the memtable, unlock.
+//! 4. Write the record, with one sync if the configuration requires it.
+//!
+//! A claimed key is visible as leased in step 3, before its record is written. Otherwise a concurrent claim could acquire the
+//! same key. A recorded key is visible as committing in step 3, and as completed only after step 4. Otherwise a caller could
+//! skip its work because of a record that a crash takes back.
 
 use std::sync::Arc;
 
@@ -9,14 +18,14 @@ use super::transition::{self, Decision};
 use crate::clock::Now;
 use crate::codec::RecordKind;
 use crate::entry::{CompletedEntry, Entry, Holder, Processing};
-use crate::memtable::arena::Pending;
+use crate::memtable::slot::Pending;
 use crate::metrics::Call;
 use onlyonce_core::Fingerprint;
 use onlyonce_core::{Claim, Error, RecordOutcome, Result, TimestampError};
 use onlyonce_core::{PriorAttempt, StoredResult};
 
 impl Engine {
-    /// Claims every key that is free. One row, whatever their number.
+    /// Claims each key that is free, in one record.
     pub(crate) fn claim(&self, request: &Arc<Request>) -> Result<Vec<Result<Claim<Grant>>>> {
         let _timer = self.metrics.call(Call::Claim, request.len());
         self.admit(request.len(), request.key_bytes())?;
@@ -27,7 +36,7 @@ impl Engine {
         let mut record = self.record_writer(RecordKind::Claimed, now, request.key_bytes() + request.len() * 12);
         let mut claimed = Vec::with_capacity(request.len());
         for key_ref in request.iter() {
-            // What fails here fails for this key alone: those before it have their places already.
+            // An error is this key's alone: earlier keys of the call are claimed already.
             let decided = self.with_locked_key(key_ref, &on_disk, |shard, stored| {
                 let at_ms = request.at_ms(key_ref.index);
                 let now = match at_ms {
@@ -38,7 +47,7 @@ impl Engine {
                     Decision::Available { attempt, prior } => {
                         self.admit_in_flight(stored.as_ref())?;
                         let since_ms = time_of(at_ms, now, prior, stored.as_ref());
-                        // Under the lock, so that later holders have higher tokens.
+                        // Under the shard's lock, so that a later holder has a higher token.
                         let token = self.sequence.take();
                         let fingerprint = key_ref.payload.copied().or_else(|| first_payload(prior, stored.as_ref()));
                         let processing = Processing {
@@ -76,7 +85,7 @@ impl Engine {
         self.check_response_count(claimed, request.len())
     }
 
-    /// Records every key that is free as completed, without a result. One row, whatever their number.
+    /// Records each key that is free as completed, without a result, in one record.
     pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<RecordOutcome>>> {
         let _timer = self.metrics.call(Call::Record, request.len());
         self.admit(request.len(), request.key_bytes())?;
@@ -113,7 +122,7 @@ impl Engine {
         }
         self.append(open, record, self.config.sync_results())?;
         self.waiters.wake(request.digests());
-        // A key that stands twice in one call was being recorded when it came up again, and is completed by now.
+        // A key that occurs twice in one call was committing at its second occurrence. It is completed now.
         for (key_ref, response) in request.iter().zip(&mut responses) {
             if let Ok(RecordOutcome::Duplicate { in_flight }) = response
                 && *in_flight
@@ -127,8 +136,8 @@ impl Engine {
         self.check_response_count(responses, request.len())
     }
 
-    /// Room for one more key in flight, if it is none yet, and for its decision, should it come to one. Asked under a
-    /// stripe's lock: callers in other stripes may overshoot by a key each.
+    /// Fails if `in_flight_limit` or `held_limit` is reached. Only the key's shard is locked, so concurrent callers may exceed
+    /// the limit by a key each.
     fn admit_in_flight(&self, stored: Option<&Entry>) -> Result<()> {
         let holder = match stored {
             Some(Entry::Processing(processing)) => Some(processing.holder),
@@ -197,7 +206,7 @@ impl Engine {
     }
 }
 
-/// The payload that the first attempt came with binds the later ones that bring none.
+/// The payload fingerprint of an earlier attempt, for a later attempt that has none.
 fn first_payload(prior: Option<PriorAttempt>, stored: Option<&Entry>) -> Option<Fingerprint> {
     match (prior, stored) {
         (Some(_), Some(Entry::Processing(processing))) => processing.fingerprint,
@@ -205,8 +214,8 @@ fn first_payload(prior: Option<PriorAttempt>, stored: Option<&Entry>) -> Option<
     }
 }
 
-/// The time that a key gets: now, or its message's. Another attempt at the same work keeps the later of the two, so that a
-/// later state of a key is never in an earlier bucket.
+/// A key's time: now, or its message's timestamp. A repeated attempt keeps the later time. Otherwise a later state of a key
+/// could be in an earlier bucket, which is dropped first.
 fn time_of(at_ms: Option<u64>, now: Now, prior: Option<PriorAttempt>, stored: Option<&Entry>) -> u64 {
     let time_ms = at_ms.unwrap_or(now.time_ms);
     match (prior, stored) {
@@ -215,7 +224,7 @@ fn time_of(at_ms: Option<u64>, now: Now, prior: Option<PriorAttempt>, stored: Op
     }
 }
 
-/// Why a key was not given out, for the counters.
+/// Why a key was not acquired, for the counters.
 enum Refusal {
     None,
     Duplicate,

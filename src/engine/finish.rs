@@ -1,4 +1,10 @@
-//! Ending what a claim began: a completion takes effect only when its row is written.
+//! Completions, releases, renewals and `forget`: the order of their effects.
+//!
+//! A completion or a release changes the memtable under the shard's lock, and is visible as committing until its record is
+//! written. Otherwise a caller could rely on a completion that a crash takes back. The token is compared under the same
+//! lock: otherwise a late holder could overwrite the state of the next one.
+//!
+//! Renewals and dropped leases change only memory: a lease ends with its process anyway.
 
 use std::sync::Arc;
 
@@ -11,15 +17,14 @@ use crate::clock::Now;
 use crate::codec::{self, RecordKind};
 use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::Invariant;
-use crate::memtable::arena::Pending;
+use crate::memtable::slot::Pending;
 use crate::metrics::Call;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::PriorAttempt;
 use onlyonce_core::{Error, FencingToken, Key, Result, SideWrites};
 
 impl Engine {
-    /// Settles leases. One row a kind of settlement, whatever their number; each answer is its lease's. `Ok(false)`:
-    /// superseded.
+    /// Finishes leases, in one record. Returns for each lease whether it was accepted; false means superseded.
     pub(crate) fn finish(
         &self,
         kind: RecordKind,
@@ -35,29 +40,23 @@ impl Engine {
         let mut record = self.record_writer(kind, now, bytes);
         let mut accepted = Vec::with_capacity(leases.len());
         let mut side_writes = Vec::new();
-        // An offset says that all before it is done: behind a lease of its batch that was overtaken it would say too much.
+        // Offsets are cumulative: after a rejected lease of its batch, an offset would cover a message that is not processed.
         let mut is_contiguous = true;
         for (grant, finish_kind) in &leases {
             let follows = matches!(finish_kind, FinishKind::Complete { follows: true, .. });
             is_contiguous |= !follows;
             let (digest, key) = (grant.digest(), grant.key());
-            self.has_key(key)?;
+            self.require_key(key)?;
             let mut shard = self.memtable.shard(digest);
             let stored = shard.get(digest, key);
-            let may = match (finished_by, &stored) {
-                (FinishedBy::Operator, Some(Entry::Processing(processing))) => {
-                    matches!(self.lease_state_at(processing, now), LeaseState::Held(_))
-                }
-                _ => true,
-            };
-            let is_ours = may && transition::may_finish(stored.as_ref(), grant.token);
-            accepted.push(is_ours);
-            if !is_ours {
+            let is_accepted = self.may_finish(stored.as_ref(), grant.token, finished_by, now);
+            accepted.push(is_accepted);
+            if !is_accepted {
                 is_contiguous = false;
                 continue;
             }
             let Grant { token, attempt, fingerprint, at_ms, .. } = **grant;
-            // Also where the store's time came back meanwhile: a later state of a key is never in an earlier bucket.
+            // Not before the claim, even if the store's time went back: a later state of a key is never in an earlier bucket.
             let time_ms = if self.policy.is_stream { at_ms } else { now.time_ms.max(at_ms) };
             let entry = match *finish_kind {
                 FinishKind::Complete { result, side_writes: own, .. } => {
@@ -72,9 +71,9 @@ impl Engine {
                         FinishedBy::Operator => Holder::Resolved(prior),
                     };
                     let fingerprint = transition::binding(fingerprint, prior);
-                    let open = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
-                    record.processing(key, &open);
-                    Entry::Processing(open)
+                    let released = Processing { token, attempt, since_ms: time_ms, fingerprint, holder };
+                    record.processing(key, &released);
+                    Entry::Processing(released)
                 }
             };
             shard.set_pending(
@@ -85,12 +84,12 @@ impl Engine {
             );
         }
         let sync = if completes { self.config.sync_results() } else { self.config.sync_claims() };
-        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         self.append_with(open, record, &side_writes, sync)?;
         self.waiters.wake(leases.iter().map(|(grant, _)| grant.digest()));
+        let count = accepted.iter().filter(|accepted| **accepted).count() as u64;
         if completes {
             self.counters.completed.add(count);
-            // One of a call: for all of them it would cost too much.
+            // One sample a call: a measurement for each key would be too expensive.
             let sample = leases.iter().zip(&accepted).find(|(_, accepted)| **accepted);
             if let (FinishedBy::Holder, Some(((grant, _), _))) = (finished_by, sample) {
                 self.metrics.processed(|| now.monotonic_ms.saturating_sub(grant.claimed_monotonic_ms));
@@ -103,13 +102,24 @@ impl Engine {
         self.check_response_count(accepted, leases.len())
     }
 
-    /// Gives a lease its full time again. False: superseded. Costs no write: a lease ends with its process anyway.
+    /// Whether a finish is accepted: by the token, and for an operator only while the key is held.
+    fn may_finish(&self, stored: Option<&Entry>, token: u64, finished_by: FinishedBy, now: Now) -> bool {
+        let may = match (finished_by, stored) {
+            (FinishedBy::Operator, Some(Entry::Processing(processing))) => {
+                matches!(self.lease_state_at(processing, now), LeaseState::Held(_))
+            }
+            _ => true,
+        };
+        may && transition::may_finish(stored, token)
+    }
+
+    /// Renews a lease to its full length. False: superseded. Changes only memory.
     pub(crate) fn renew(&self, grant: &Grant) -> Result<bool> {
         self.renew_until(grant, u64::MAX)
     }
 
-    /// As [`Engine::renew`], while the work runs: no longer than `renew_for` after the claim. After that it changes nothing,
-    /// and says whether the key is still the lease's.
+    /// As [`Engine::renew`], for automatic renewals: at most up to `renew_for` after the claim. Later it changes nothing, and
+    /// returns whether the lease still has the key.
     pub(crate) fn keep_renewed(&self, grant: &Grant) -> Result<bool> {
         self.renew_until(grant, grant.claimed_monotonic_ms.saturating_add(self.config.renew_for_ms))
     }
@@ -122,18 +132,17 @@ impl Engine {
             Holder::Leased { until_monotonic_ms } => {
                 Some(Holder::Leased { until_monotonic_ms: until_monotonic_ms.max(full_ms.min(limit_ms)) })
             }
-            // It was resolved to run again: the journal says so, and a renewal, which it does not see, cannot undo it. Or
-            // its lease was dropped.
+            // Resolved or dropped. A resolution is in the journal, so a renewal, which is not, must not undo it.
             _ => None,
         });
-        self.unbroken()?;
+        self.check_invariants()?;
         if !renewed {
             self.counters.superseded.add(1);
         }
         Ok(renewed)
     }
 
-    /// How long nobody else can get the key of a lease.
+    /// How long a lease still excludes other holders.
     pub(crate) fn remaining_ms(&self, grant: &Grant) -> u64 {
         let now = self.now();
         let shard = self.memtable.shard(grant.digest());
@@ -148,31 +157,33 @@ impl Engine {
         }
     }
 
-    /// Notes that a lease was dropped without a word. Costs no write.
+    /// Marks a lease as dropped without completion or release. Changes only memory.
     pub(crate) fn abandon(&self, grant: &Grant) {
-        self.leave(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
+        self.end_unwritten(grant, transition::interrupted(PriorAttempt::Dropped, self.policy.on_interrupt));
     }
 
-    /// Takes back a lease that reached nobody: nothing was done with it. Costs no write, so that the next opening counts it as
-    /// one that crashed, unless a flush came between.
+    /// Takes back a lease that no caller received, so that no work was done. Changes only memory: the next open counts it as
+    /// crashed, unless a flush wrote it before.
     #[cfg(feature = "tokio")]
     pub(crate) fn take_back(&self, grant: &Grant) {
-        self.leave(
+        self.end_unwritten(
             grant,
             Holder::Released { prior: grant.prior.unwrap_or(PriorAttempt::Released), backoff: Default::default() },
         );
     }
 
-    fn leave(&self, grant: &Grant, left: Holder) {
+    /// Ends a lease in memory and wakes its waiters.
+    fn end_unwritten(&self, grant: &Grant, ended: Holder) {
         let now = self.timeline.now();
-        self.change_holder(grant, now, |holder| matches!(holder, Holder::Leased { .. }).then_some(left));
+        self.change_holder(grant, now, |holder| matches!(holder, Holder::Leased { .. }).then_some(ended));
         self.waiters.wake([grant.digest()]);
     }
 
+    /// Changes the holder of a lease's key in memory. False if the lease is superseded or `change` returns `None`.
     fn change_holder(&self, grant: &Grant, now: Now, change: impl FnOnce(Holder) -> Option<Holder>) -> bool {
         let (digest, key) = (grant.digest(), grant.key());
-        if self.has_key(key).is_err() {
-            // The store is poisoned by it.
+        if self.require_key(key).is_err() {
+            // The error has poisoned the store.
             return false;
         }
         let mut shard = self.memtable.shard(digest);
@@ -187,21 +198,21 @@ impl Engine {
             Holder::Released { prior, .. } => transition::binding(processing.fingerprint, prior),
             _ => processing.fingerprint,
         };
-        let left = Processing { since_ms, holder, fingerprint, ..processing };
-        shard.set(digest, key, Entry::Processing(left));
+        let changed = Processing { since_ms, holder, fingerprint, ..processing };
+        shard.set(digest, key, Entry::Processing(changed));
         drop(shard);
         self.wake_if_due();
         true
     }
 
-    /// The grant of a key that is held, as if its holder had come back.
+    /// The grant of a held key, for its resolution, and how its attempt ended.
     pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, PriorAttempt)>> {
         self.ready()?;
         let now = self.now();
-        let key_ref = self.only_key(request)?;
+        let key_ref = self.single_key(request)?;
         let shard = self.memtable.shard(key_ref.digest);
         let stored = shard.get(key_ref.digest, key_ref.key);
-        self.unbroken()?;
+        self.check_invariants()?;
         let Some(Entry::Processing(processing)) = stored else { return Ok(None) };
         let LeaseState::Held(prior) = self.lease_state_at(&processing, now) else { return Ok(None) };
         let grant = Grant {
@@ -217,52 +228,35 @@ impl Engine {
         Ok(Some((grant, prior)))
     }
 
-    /// The key of a request that is about one.
-    fn only_key<'r>(&self, request: &'r Request) -> Result<KeyRef<'r>> {
-        let none = || self.broken(Invariant::KeyInRequest, format_args!("a request about one key has none"));
+    /// The key of a request that has one.
+    fn single_key<'r>(&self, request: &'r Request) -> Result<KeyRef<'r>> {
+        let none = || self.broken(Invariant::KeyInRequest, format_args!("the request has no key"));
         let key_ref = request.iter().next().ok_or_else(none)?;
-        self.has_key(key_ref.key)?;
+        self.require_key(key_ref.key)?;
         Ok(key_ref)
     }
 
-    /// Removes all that is stored of a key: true if there was something that counted.
+    /// Removes everything that is stored about a key. Returns whether something was stored that had not expired.
     pub(crate) fn forget(&self, request: &Request) -> Result<bool> {
-        // A seal under way would bring the key back into its bucket.
+        // Excludes a flush, which could write the key to its bucket after the bucket's entry was deleted.
         let flush_lock = self.flush_lock.lock();
         self.reserve(1)?;
-        let key_ref = self.only_key(request)?;
+        let key_ref = self.single_key(request)?;
         let now = self.now();
         let snapshot = self.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
         let probe = Probe { index: 0, digest: key_ref.digest, key: key_ref.key, column_bits };
-        let (mut flushed, mut counted) = (Vec::new(), false);
+        let (mut flushed, mut existed) = (Vec::new(), false);
         look_up(&self.db, &snapshot, &[probe], |_, bucket, entry| {
-            counted |= self.counts_now(&entry, now);
+            existed |= self.is_live_at(&entry, now);
             flushed.push(Arc::clone(bucket));
         })?;
         let mut shard = self.memtable.shard(key_ref.digest);
         let in_memory = shard.get(key_ref.digest, key_ref.key);
-        if let Some(Entry::Processing(processing)) = &in_memory {
-            match self.lease_state_at(processing, now) {
-                LeaseState::Active { .. } | LeaseState::Committing => {
-                    return Err(Error::InUse {
-                        key: Key::display_encoded(key_ref.key),
-                        token: FencingToken::new(processing.token),
-                    });
-                }
-                // Without its entry the next claim would not learn that its effect may have happened.
-                LeaseState::Held(_) => {
-                    return Err(Error::Undecided {
-                        key: Key::display_encoded(key_ref.key),
-                        token: FencingToken::new(processing.token),
-                    });
-                }
-                _ => {}
-            }
-        }
-        counted |= in_memory.as_ref().is_some_and(|entry| self.counts_now(entry, now));
+        self.check_forgettable(key_ref, in_memory.as_ref(), now)?;
+        existed |= in_memory.as_ref().is_some_and(|entry| self.is_live_at(entry, now));
         if let Some(entry) = &in_memory {
-            // Whoever comes between now and the row sees work that is nearly over.
+            // Until the record is written, other calls see the key as committing.
             let committing = Processing {
                 token: entry.token(),
                 attempt: 1,
@@ -272,11 +266,12 @@ impl Engine {
             };
             shard.set(key_ref.digest, key_ref.key, Entry::Processing(committing));
         }
-        // Under the lock: behind every row of what is forgotten here, and below the token of whoever claims the key next.
+        // Under the lock: the record's number is above those of the key's earlier records, and its token is below that of the
+        // next claim. So a replay removes the old state and keeps a newer one.
         let open = self.begin_record();
         let token = self.sequence.take();
         drop(shard);
-        self.unbroken()?;
+        self.check_invariants()?;
         if in_memory.is_none() && flushed.is_empty() {
             open.finish();
             return Ok(false);
@@ -304,14 +299,28 @@ impl Engine {
         drop(shard);
         Failpoint::ForgetRemoved.pass();
         open.finish();
-        // A waker may run code of its own.
+        // Released before the wakeup: a waker runs caller code.
         drop(flush_lock);
         self.waiters.wake([key_ref.digest]);
-        Ok(counted)
+        Ok(existed)
+    }
+
+    /// Fails if a key is leased or held.
+    fn check_forgettable(&self, key_ref: KeyRef<'_>, stored: Option<&Entry>, now: Now) -> Result<()> {
+        let Some(Entry::Processing(processing)) = stored else { return Ok(()) };
+        let token = FencingToken::new(processing.token);
+        match self.lease_state_at(processing, now) {
+            LeaseState::Active { .. } | LeaseState::Committing => {
+                Err(Error::InUse { key: Key::display_encoded(key_ref.key), token })
+            }
+            // Without the entry, the next claim would not report that the work may have happened.
+            LeaseState::Held(_) => Err(Error::Undecided { key: Key::display_encoded(key_ref.key), token }),
+            _ => Ok(()),
+        }
     }
 }
 
-/// What a settlement brings to its row, in bytes or a few more.
+/// The size of a finish in its record, or a few bytes more.
 fn encoded_len(grant: &Grant, finish_kind: &FinishKind<'_>) -> usize {
     let encoded_len = match finish_kind {
         FinishKind::Complete { result, side_writes, .. } => {
@@ -327,11 +336,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::clock::ManualClock;
     use crate::config::{Durability, OnInterrupt, Options};
     use crate::entry::Backoff;
     use crate::fs::directory::Directory;
-    use onlyonce_core::Claim;
-    use onlyonce_core::StoredResult;
+    use onlyonce_core::{Claim, StoredResult};
 
     fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
@@ -346,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_finished_waits_for_the_disk_and_what_may_be_repeated_does_not() {
+    fn completions_are_synced_and_repeatable_work_is_not() {
         for (durability, on_interrupt, started, finished) in [
             (Durability::Disk, OnInterrupt::Rerun, 0, 1),
             (Durability::Disk, OnInterrupt::Hold, 1, 1),
@@ -379,7 +388,29 @@ mod tests {
     }
 
     #[test]
-    fn a_settlement_brings_its_key_its_result_and_what_it_takes_along() {
+    fn a_held_key_that_is_renewed_cannot_be_resolved() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
+        let options = Options {
+            clock: Arc::new(clock.clone()),
+            on_interrupt: Some(OnInterrupt::Hold),
+            lease: Duration::from_secs(1),
+            ..Options::default()
+        };
+        let engine = engine(&dir, &options);
+        let request = engine.request(["k"]).unwrap();
+        let Ok(Claim::Acquired(grant)) = engine.claim(&request).unwrap().pop().unwrap() else { panic!("k is new") };
+        clock.advance(Duration::from_secs(1));
+        let (held, prior) = engine.held_grant(&request).unwrap().unwrap();
+        // Between the two steps of a resolution.
+        assert!(engine.renew(&grant).unwrap());
+        let rerun = vec![(&held, FinishKind::Release { prior, backoff: Backoff::NONE })];
+        assert_eq!(engine.finish(RecordKind::Released, FinishedBy::Operator, rerun).unwrap(), [false]);
+        assert!(matches!(engine.claim(&request).unwrap().pop(), Some(Ok(Claim::InProgress { .. }))));
+    }
+
+    #[test]
+    fn the_size_of_a_completion_includes_its_key_result_and_side_writes() {
         let dir = tempfile::tempdir().unwrap();
         let grant = claim(&engine(&dir, &Options::default()), "a key");
         let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };

@@ -1,4 +1,8 @@
-//! Looking keys up: what the disk knows, what the hot table has, and which of the two counts.
+//! Lookups: a key's entry on disk, its entry in the memtable, and which of the two counts.
+//!
+//! Order: the flush generation is read first, then the buckets, then the memtable under the shard's lock. The memtable
+//! overrules the disk. If the memtable has no entry and the generation has changed, the disk is read again. Otherwise a key
+//! that was flushed between the two reads would be missed in both, and claimed a second time.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -15,47 +19,45 @@ use crate::memtable::table::Shard;
 use crate::metrics::Call;
 use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, PriorAttempt, Result, StoredKey, Timestamp};
 
-/// What the buckets know of a request's keys, and as of which seal.
+/// The entries that the buckets have for a request's keys, as of a flush generation.
 pub(super) struct DiskLookup {
     flush_generation: u64,
-    /// The place of a key in its request, and what was found of it. In the order of the places.
+    /// The index of a key in its request, and an entry that was found for it. Sorted by index.
     entries: Vec<(usize, Entry)>,
 }
 
 impl DiskLookup {
     fn entry(&self, index: usize) -> Option<&Entry> {
         let start = self.entries.partition_point(|(found, _)| *found < index);
-        let here = self.entries.iter().skip(start).take_while(|(found, _)| *found == index);
+        let entries = self.entries.iter().skip(start).take_while(|(found, _)| *found == index);
         // A key that was released and completed later, or forgotten and completed again, may be in two buckets.
-        here.map(|(_, entry)| entry).max_by_key(|entry| entry.token())
+        entries.map(|(_, entry)| entry).max_by_key(|entry| entry.token())
     }
 }
 
 impl Engine {
-    /// What the buckets know of the keys of a request.
+    /// Looks the keys of a request up in the recent cache and the buckets.
     pub(super) fn look_up_on_disk(&self, request: &Request) -> Result<DiskLookup> {
-        // Before anything is looked at: what changes from here on is noticed.
+        // First, so that a flush that ends during the lookup is noticed.
         let flush_generation = self.flush_generation.load(Ordering::Acquire);
         let snapshot = self.buckets.snapshot();
         let digests: Vec<u64> = request.digests().collect();
         let mut column_bits = vec![0; digests.len()];
         snapshot.candidates_of(&digests, &mut column_bits);
-        let mut lost = false;
+        let mut is_missing = false;
         let key_refs = column_bits.iter().enumerate().filter(|(_, column_bits)| **column_bits != 0).filter_map(
             |(index, column_bits)| {
                 let key_ref = request.get(index);
-                lost |= key_ref.is_none();
+                is_missing |= key_ref.is_none();
                 key_ref.map(|key_ref| (key_ref, *column_bits))
             },
         );
-        let found = self.in_buckets(&snapshot, key_refs)?;
-        if lost {
-            return Err(
-                self.broken(Invariant::KeyInRequest, format_args!("{} digests are of fewer keys", digests.len()))
-            );
+        let entries = self.look_up_in_buckets(&snapshot, key_refs)?;
+        if is_missing {
+            return Err(self.broken(Invariant::KeyInRequest, format_args!("{} digests, but fewer keys", digests.len())));
         }
         self.counters.filter_checks.add(digests.len() as u64);
-        Ok(DiskLookup { flush_generation, entries: found })
+        Ok(DiskLookup { flush_generation, entries })
     }
 
     /// As [`Engine::look_up_on_disk`], for one key.
@@ -63,12 +65,13 @@ impl Engine {
         let flush_generation = self.flush_generation.load(Ordering::Acquire);
         let snapshot = self.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
-        let entries = self.in_buckets(&snapshot, (column_bits != 0).then_some((key_ref, column_bits)).into_iter())?;
+        let entries =
+            self.look_up_in_buckets(&snapshot, (column_bits != 0).then_some((key_ref, column_bits)).into_iter())?;
         Ok(DiskLookup { flush_generation, entries })
     }
 
-    /// What the buckets that the filter named know of the keys: from what came there lately, or from the disk.
-    fn in_buckets<'a>(
+    /// Looks keys up in the buckets that the filter returned: in the recent cache, then on disk.
+    fn look_up_in_buckets<'a>(
         &self,
         snapshot: &Snapshot,
         key_refs: impl Iterator<Item = (KeyRef<'a>, u64)>,
@@ -79,7 +82,7 @@ impl Engine {
         let mut hits = 0;
         for (key_ref, column_bits) in key_refs {
             hits += 1;
-            // What the hot table has beside that does not count here: a seal may be about to remove it.
+            // The memtable is not read here: a flush may remove its entry before the shard is locked.
             match recent.get(key_ref.digest, key_ref.key) {
                 Some(entry) => found.push((key_ref.index, entry)),
                 None => {
@@ -91,15 +94,14 @@ impl Engine {
             return Ok(found);
         }
         look_up(&self.db, snapshot, &probes, |index, _, entry| found.push((index, entry)))?;
-        // Sorted, so that [`DiskLookup::entry`] finds a key without a walk through all of them.
+        // Sorted for the binary search in `DiskLookup::entry`.
         found.sort_unstable_by_key(|(index, _)| *index);
         self.counters.filter_hits.add(hits);
         self.counters.filter_false_positives.add(hits.saturating_sub(found.len() as u64));
         Ok(found)
     }
 
-    /// Calls `decide` with the key's locked stripe and what is stored of it, which is the truth as long as the
-    /// stripe is locked.
+    /// Calls `decide` with the key's locked shard and its entry. The entry cannot change while the shard is locked.
     pub(super) fn with_locked_key<R>(
         &self,
         key_ref: KeyRef<'_>,
@@ -108,7 +110,7 @@ impl Engine {
     ) -> Result<R> {
         let mut again;
         let mut on_disk = on_disk;
-        self.has_key(key_ref.key)?;
+        self.require_key(key_ref.key)?;
         loop {
             let mut shard = self.memtable.shard(key_ref.digest);
             let in_memory = shard.get(key_ref.digest, key_ref.key);
@@ -116,18 +118,18 @@ impl Engine {
                 let stored = in_memory.or_else(|| on_disk.entry(key_ref.index).cloned());
                 return Ok(decide(&mut shard, stored));
             }
-            // The key may have been completed and sealed since the disk was asked. Ask again.
+            // A flush may have moved the key to its bucket since the disk was read.
             drop(shard);
             again = self.look_up_on_disk_again(key_ref)?;
             on_disk = &again;
         }
     }
 
-    /// What a claim of each key would find. Changes nothing.
+    /// Returns the status of each key. Changes nothing.
     pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<KeyStatus>>> {
         let _timer = self.metrics.call(Call::Check, request.len());
         let now = self.now();
-        self.look_at(request, |key_ref, stored| {
+        self.look_up_each(request, |key_ref, stored| {
             let at_ms = request.at_ms(key_ref.index);
             let now = match at_ms.map(|at_ms| (at_ms, self.timeline.foresee(at_ms))) {
                 None => now,
@@ -146,10 +148,10 @@ impl Engine {
         })
     }
 
-    /// Everything that is stored about the key of a request, unless it has expired.
+    /// Returns the entry of a request's key, unless it has expired.
     pub(crate) fn inspect(&self, request: &Request) -> Result<Option<StoredKey>> {
         let now = self.now();
-        let found = self.look_at(request, |_, stored| stored.filter(|entry| self.counts_now(entry, now)))?;
+        let found = self.look_up_each(request, |_, stored| stored.filter(|entry| self.is_live_at(entry, now)))?;
         Ok(found.into_iter().next().flatten().map(|entry| match entry {
             Entry::Completed(done) => StoredKey::Completed(completed(&done, &now, self.policy.window_ms)),
             Entry::Processing(processing) => StoredKey::processing(
@@ -160,30 +162,30 @@ impl Engine {
         }))
     }
 
-    /// Whether what is stored of a key counts: it is inside its window, or in flight.
-    pub(super) fn counts_now(&self, entry: &Entry, now: Now) -> bool {
+    /// Whether an entry counts: it is within its window, or in progress.
+    pub(super) fn is_live_at(&self, entry: &Entry, now: Now) -> bool {
         match entry {
             Entry::Completed(done) => done.is_live(now, self.policy.window_ms),
             Entry::Processing(processing) => self.lease_state_at(processing, now) != LeaseState::Forgotten,
         }
     }
 
-    /// What `response` makes of each key and what is stored of it.
-    fn look_at<R>(&self, request: &Request, response: impl Fn(KeyRef<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
+    /// Looks each key up and maps it and its entry to a response.
+    fn look_up_each<R>(&self, request: &Request, response: impl Fn(KeyRef<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
         let on_disk = self.look_up_on_disk(request)?;
         let responses = request
             .iter()
             .map(|key_ref| self.with_locked_key(key_ref, &on_disk, |_, stored| response(key_ref, stored)));
         let responses = responses.collect::<Result<Vec<R>>>()?;
-        self.unbroken()?;
+        self.check_invariants()?;
         self.check_response_count(responses, request.len())
     }
 
-    /// Fails where a request has lost a key: an encoded key has at least its first byte.
+    /// Fails if a key has no bytes: an encoded key has at least one, so the request was damaged.
     #[inline]
-    pub(super) fn has_key(&self, key: &[u8]) -> Result<()> {
+    pub(super) fn require_key(&self, key: &[u8]) -> Result<()> {
         if key.is_empty() {
-            return Err(self.broken(Invariant::KeyInRequest, format_args!("it has no bytes")));
+            return Err(self.broken(Invariant::KeyInRequest, format_args!("a key has no bytes")));
         }
         Ok(())
     }
@@ -204,7 +206,7 @@ impl Engine {
             }));
         }
         held.sort_by_key(|(_, processing, _)| processing.token);
-        self.unbroken()?;
+        self.check_invariants()?;
         held.into_iter()
             .map(|(key, Processing { token, attempt, since_ms, .. }, prior)| {
                 let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
@@ -252,12 +254,12 @@ mod tests {
     }
 
     #[test]
-    fn each_key_of_a_call_is_found_where_it_lies_and_counted_once() {
+    fn each_key_of_a_call_is_found_in_its_bucket_and_counted_once() {
         let dir = tempfile::tempdir().unwrap();
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40));
         let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
         let engine = engine(&dir, &options);
-        // Each in a bucket of its own.
+        // Each key is in a bucket of its own.
         for key in ["a", "b"] {
             engine.record(&engine.request([key]).unwrap()).unwrap();
             engine.flush().unwrap();
@@ -271,7 +273,7 @@ mod tests {
             }
             let on_disk = engine.look_up_on_disk(&request).unwrap();
             let found = [0, 1, 2].map(|index| on_disk.entry(index).is_some());
-            assert_eq!(found, [true, false, true], "at hand: {cached}");
+            assert_eq!(found, [true, false, true], "cached: {cached}");
         }
         let after = engine.stats();
         assert_eq!(after.filter_checks - before.filter_checks, 6);
@@ -280,31 +282,31 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sealed_since_the_disk_was_asked_is_asked_for_once_more() {
+    fn keys_that_were_flushed_after_the_lookup_are_looked_up_again() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
-        let request = engine.request(["new", "sealed", "young"]).unwrap();
+        let request = engine.request(["new", "flushed", "active"]).unwrap();
         let on_disk = engine.look_up_on_disk(&request).unwrap();
-        engine.record(&engine.request(["sealed"]).unwrap()).unwrap();
+        engine.record(&engine.request(["flushed"]).unwrap()).unwrap();
         engine.flush().unwrap();
-        engine.record(&engine.request(["young"]).unwrap()).unwrap();
+        engine.record(&engine.request(["active"]).unwrap()).unwrap();
         let stored =
             request.iter().map(|key_ref| engine.with_locked_key(key_ref, &on_disk, |_, stored| stored).unwrap());
         let stored: Vec<_> = stored.collect();
         assert!(matches!(stored[..], [None, Some(Entry::Completed(_)), Some(Entry::Completed(_))]), "{stored:?}");
     }
 
-    fn assert_broken(engine: &Engine, name: &str, failed: Result<()>, said: &str) {
+    fn assert_broken(engine: &Engine, name: &str, failed: Result<()>, text: &str) {
         let error = failed.expect_err(name);
-        assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(said)), "{name}: {error}");
+        assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(text)), "{name}: {error}");
         for refused in [engine.ready(), engine.flush(), engine.held().map(drop)] {
             let error = refused.expect_err(name);
-            assert!(matches!(&error, Error::Poisoned { reason } if reason.contains(said)), "{name}: {error}");
+            assert!(matches!(&error, Error::Poisoned { reason } if reason.contains(text)), "{name}: {error}");
         }
     }
 
     #[test]
-    fn a_call_that_meets_a_broken_invariant_fails_and_the_next_is_refused() {
+    fn a_call_that_finds_a_broken_invariant_fails_and_later_calls_fail_too() {
         type Call = fn(&Engine, &Arc<Request>, &Grant) -> Result<()>;
         let calls: [(&str, Call); 9] = [
             ("check", |engine, request, _| engine.check(request).map(drop)),
@@ -329,18 +331,18 @@ mod tests {
             let request = engine.request(["a"]).unwrap();
             let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
             engine.memtable.lose_slots(grant.digest());
-            assert_broken(&engine, name, call(&engine, &request, &grant), "points to a slot");
+            assert_broken(&engine, name, call(&engine, &request, &grant), Invariant::IndexedSlot.text());
         }
     }
 
     #[test]
-    fn a_seal_of_a_page_in_disorder_moves_nothing() {
+    fn a_flush_of_a_broken_arena_moves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
         engine.record(&request).unwrap();
         engine.memtable.lose_slots(request.digests().next().unwrap());
-        assert_broken(&engine, "seal", engine.flush(), "points to a slot");
+        assert_broken(&engine, "flush", engine.flush(), Invariant::IndexedSlot.text());
         engine.close().unwrap_err();
         let engine = super::tests::engine(&dir, &Options::default());
         let response = engine.check(&engine.request(["a"]).unwrap()).unwrap().pop().unwrap();
@@ -348,22 +350,22 @@ mod tests {
     }
 
     #[test]
-    fn a_key_without_bytes_is_neither_claimed_nor_settled() {
+    fn a_key_without_bytes_is_neither_claimed_nor_finished() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
         let on_disk = engine.look_up_on_disk(&request).unwrap();
         let key_ref = KeyRef { key: &[], ..request.get(0).unwrap() };
         let decided = engine.with_locked_key(key_ref, &on_disk, |_, stored| stored);
-        assert_broken(&engine, "a lookup", decided.map(drop), "within the bytes of its request");
+        assert_broken(&engine, "a lookup", decided.map(drop), Invariant::KeyInRequest.text());
 
         let dir = tempfile::tempdir().unwrap();
         let engine = super::tests::engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
         let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
-        let nobodys = Grant { index: 7, ..grant };
+        let damaged = Grant { index: 7, ..grant };
         let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
-        let finished = engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&nobodys, done)]);
-        assert_broken(&engine, "a completion", finished.map(drop), "within the bytes of its request");
+        let finished = engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&damaged, done)]);
+        assert_broken(&engine, "a completion", finished.map(drop), Invariant::KeyInRequest.text());
     }
 }

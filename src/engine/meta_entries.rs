@@ -1,4 +1,4 @@
-//! What a store knows of itself: names in `meta`, and how their values are read.
+//! The meta entries that a store keeps about itself: their keys in `meta`, and how they are read.
 
 use crate::rocks::db::Db;
 use onlyonce_core::{Error, Result};
@@ -10,9 +10,9 @@ pub(super) const ON_INTERRUPT: &str = "on-interrupt";
 pub(super) const TOKENS: &str = "tokens";
 pub(super) const HIGH_WATER: &str = "high-water";
 pub(super) const FLOOR: &str = "floor";
-/// Only in a store that runs on its clock.
+/// Only in a store whose time runs on the clock.
 pub(super) const CLOCK: &str = "clock";
-/// Only in a store that runs on stream time.
+/// Only in a store whose time runs on message timestamps.
 pub(super) const STREAM_TIME: &str = "stream-time";
 
 pub(super) fn meta<const N: usize>(db: &Db, name: &'static str) -> Result<[u8; N]> {
@@ -20,5 +20,8 @@ pub(super) fn meta<const N: usize>(db: &Db, name: &'static str) -> Result<[u8; N
 }
 
 pub(super) fn corrupt_meta(name: &str) -> Error {
-    Error::Corrupt { place: format!("`{name}` in `meta`"), detail: "it is missing or of another form".to_owned() }
+    Error::Corrupt {
+        place: format!("`{name}` in `meta`"),
+        detail: "it is missing or has an unexpected form".to_owned(),
+    }
 }

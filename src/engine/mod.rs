@@ -1,12 +1,20 @@
-//! The engine: composition of the store's parts, and the order of effects.
+//! The engine: it composes the store's parts and owns the order of their effects.
+//!
+//! Every call has the same order: look the keys up without a lock, take a record number, lock a key's shard, decide, change
+//! the memtable, unlock, write the record. `claim.rs`, `finish.rs` and `flush.rs` state which bug each order prevents.
 
+mod backpressure;
 mod catch_up;
 mod claim;
 pub(crate) mod core;
 mod finish;
+mod flush;
+mod gauges;
+mod health;
 mod lookup;
 mod maintenance;
 mod meta_entries;
+mod open;
 mod outbox;
 pub(crate) mod renewal;
 pub(crate) mod request;

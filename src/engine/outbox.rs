@@ -1,4 +1,7 @@
-//! What completions took along: offsets are read, messages are read and removed.
+//! Offsets and the outbox: reading what completions stored, and removing messages.
+//!
+//! A message is returned only once its completion is durable. Otherwise a message could be delivered whose work a power cut
+//! takes back and the next attempt repeats.
 
 use std::sync::atomic::Ordering;
 
@@ -8,21 +11,21 @@ use super::side_writes::{message_id, message_name, offset_name};
 use onlyonce_core::{Error, Message, MessageId, NewMessage, Result};
 
 impl Engine {
-    /// How far a partition was read. As durable as a completion, once it is answered: somebody may commit it elsewhere.
+    /// Returns a partition's offset. Under `Durability::Disk` it is synced first: the caller may commit it to the broker.
     pub(crate) fn offset(&self, stream: &[u8], partition: u32) -> Result<Option<u64>> {
         self.ready()?;
         let Some(value) = self.db.meta(&offset_name(stream, partition))? else { return Ok(None) };
         if self.config.sync_results() {
-            // Nothing but the sync, shared with whoever waits for one.
+            // An empty write joins the next sync.
             self.write(true, |_| Ok(()))?;
         }
         match value.try_into() {
             Ok(offset) => Ok(Some(u64::from_le_bytes(offset))),
-            Err(_) => Err(corrupt("an offset has another length than 8")),
+            Err(_) => Err(corrupt("an offset is not 8 bytes long")),
         }
     }
 
-    /// Notes how far a partition was read, with no completion.
+    /// Stores a partition's offset without a completion.
     pub(crate) fn set_offset(&self, stream: &[u8], partition: u32, offset: u64) -> Result<()> {
         let name = offset_name(stream, partition);
         admit_bytes(name.len())?;
@@ -31,17 +34,17 @@ impl Engine {
         Ok(())
     }
 
-    /// The first messages that are not removed and whose completion counts.
+    /// Returns the oldest messages that are not removed and whose completion is durable.
     pub(crate) fn outbox(&self, limit: usize) -> Result<Vec<Message>> {
         self.ready()?;
         self.reserve(0)?;
-        // Rows below this one are written, and so are their messages: what is not found there never will be.
+        // Records below this number are written with their messages, so no message can appear there any more.
         let finished = self.memtable.records().finished_below(|| self.sequence.take());
         let from = message_name(MessageId::new(self.delivered_below.load(Ordering::Acquire), 0));
         let mut messages = Vec::new();
         self.db.for_each_meta(&from, |name, value| {
             let Some(id) = message_id(name).filter(|_| messages.len() < limit) else { return Ok(false) };
-            // It is written, and may not be synced: a power cut could take it, and the work would be done again.
+            // The message is written, but its record may not be synced yet.
             if !self.memtable.records().is_finished(id.record()) {
                 return Ok(true);
             }
@@ -51,7 +54,7 @@ impl Engine {
             messages.push(Message::new(id, message));
             Ok(true)
         })?;
-        // The next reading need not step over all that was removed.
+        // The next read skips the tombstones of removed messages.
         if limit > 0 {
             let first = messages.first().map_or(finished, |message| message.id.record().min(finished));
             self.delivered_below.fetch_max(first, Ordering::AcqRel);
@@ -59,7 +62,7 @@ impl Engine {
         Ok(messages)
     }
 
-    /// Removes messages. Not synced: what a power cut brings back is delivered again.
+    /// Removes messages. Not synced: a message that a power cut brings back is delivered again.
     pub(crate) fn remove_messages(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
         let mut bytes = 0;
         self.write(false, |tx| {
@@ -88,7 +91,7 @@ mod tests {
     use crate::fs::directory::Directory;
 
     #[test]
-    fn offsets_and_removals_count_for_the_log_that_is_to_be_cut() {
+    fn offsets_and_removals_count_towards_the_truncation_of_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let engine = Engine::open(directory, &Options::default()).unwrap();
@@ -102,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_comes_up_when_its_completion_counts_and_not_when_it_is_written() {
+    fn a_message_is_visible_once_its_completion_is_durable() {
         let dir = tempfile::tempdir().unwrap();
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let engine = Engine::open(directory, &Options::default()).unwrap();
@@ -113,7 +116,7 @@ mod tests {
         for record in [&open, &early] {
             engine.write(false, |tx| side_writes::put(tx, record.number(), &[(side_writes, true)])).unwrap();
         }
-        assert!(engine.outbox(10).unwrap().is_empty(), "they may not be synced");
+        assert!(engine.outbox(10).unwrap().is_empty(), "their records may not be synced");
         let (first, second) = (early.number(), open.number());
         open.finish();
         assert_eq!(engine.outbox(10).unwrap().iter().map(|it| it.id.record()).collect::<Vec<_>>(), [second]);
@@ -122,6 +125,6 @@ mod tests {
         engine.remove_messages([MessageId::new(first, 0)]).unwrap();
         assert_eq!(engine.outbox(10).unwrap().len(), 1);
         let begins = engine.delivered_below.load(Ordering::Acquire);
-        assert_eq!(begins, second, "the next reading need not step over the first");
+        assert_eq!(begins, second, "the next read starts after the removed message");
     }
 }

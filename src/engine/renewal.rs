@@ -1,7 +1,7 @@
 //! Renewing leases while their work runs.
 //!
-//! One thread renews for all stores of the process, so that no work can stop it: neither a handler that blocks its thread nor
-//! a runtime whose threads are all busy. A renewal changes memory only; the thread never waits for a disk.
+//! One thread renews for all stores of the process, so that work cannot delay a renewal: neither a handler that blocks its
+//! thread nor a runtime whose threads are all busy. A renewal changes only memory, so the thread never waits for a disk.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,7 +17,7 @@ use super::core::Engine;
 use super::response::Grant;
 use onlyonce_core::Error;
 
-/// Renewals in the length of a lease: two may be late.
+/// Renewals in the length of a lease: two may be missed.
 const RENEWALS: u64 = 3;
 
 const THREAD: &str = "onlyonce-renew";
@@ -35,15 +35,15 @@ struct Entry {
 }
 
 struct State {
-    /// Where the renewer keeps it.
+    /// Its position in the renewer's queue.
     due: Due,
-    /// Checked under the lock by each renewal: none happens after the end.
+    /// Checked under the lock by each renewal, so that none happens after the end.
     ended: bool,
     lost: Option<Error>,
     waker: Option<Waker>,
 }
 
-/// A time, and a number that is given once.
+/// When a renewal is due, and a unique number.
 type Due = (Instant, u64);
 
 impl Renewal {
@@ -57,14 +57,14 @@ impl Renewal {
             && !cfg!(shuttle)
             && let Err(error) = RENEWER.add(&renewal.entry)
         {
-            let error = Error::io("cannot start a thread for", engine.path(), error);
-            tracing::error!(%error, "a lease is not renewed while its work runs");
+            let error = Error::io("starting a thread for", engine.path(), error);
+            tracing::error!(error = error.chain(), "a lease is not renewed while its work runs");
             renewal.entry.state.lock().lost = Some(error);
         }
         renewal
     }
 
-    /// Why the lease is not renewed any more, if so.
+    /// Why the lease is no longer renewed, if it is not.
     pub(crate) fn lost(&self) -> Option<Error> {
         self.entry.state.lock().lost.clone()
     }
@@ -80,7 +80,7 @@ impl Renewal {
             Some(waker) if waker.will_wake(context.waker()) => None,
             _ => state.waker.replace(context.waker().clone()),
         };
-        // A waker is the caller's code: it is not dropped under a lock.
+        // Dropping a waker runs caller code, so it happens without a lock.
         drop(state);
         drop(before);
         Poll::Pending
@@ -99,7 +99,7 @@ impl Drop for Renewal {
 }
 
 impl Entry {
-    /// Renews the lease. False where there is nothing to renew any more.
+    /// Renews the lease. False if it needs no more renewals.
     fn renew(&self) -> bool {
         let engine = self.engine.upgrade();
         let waker = {
@@ -121,13 +121,13 @@ impl Entry {
         false
     }
 
-    /// After a panic in a renewal, which is one of the store's clock.
-    fn panicked(&self) {
+    /// Ends the renewal after a panic, and poisons the store if its clock panicked.
+    fn handle_panic(&self) {
         let reason = format!("the thread {THREAD} panicked");
         let waker = {
             let mut state = self.state.lock();
             if state.lost.is_some() {
-                // The waker panicked: the store has nothing to do with it.
+                // The waker panicked, not the store's clock.
                 return;
             }
             state.lost = Some(Error::Poisoned { reason: reason.clone() });
@@ -145,18 +145,18 @@ impl Entry {
 static RENEWER: Renewer =
     Renewer { queue: Mutex::new(Queue { due: BTreeMap::new(), next: 0, is_running: false }), changed: Condvar::new() };
 
-/// The leases of all stores that are to be renewed, and the thread that does it.
+/// The renewals of all stores, and the thread that runs them.
 struct Renewer {
     queue: Mutex<Queue>,
-    /// Notified when an entry becomes the first.
+    /// Notified when a new entry is the first.
     changed: Condvar,
 }
 
 struct Queue {
-    /// No more entries than there are renewals: the end of a renewal removes its entry.
+    /// At most one entry for each renewal: a renewal removes its entry when it ends.
     due: BTreeMap<Due, Arc<Entry>>,
     next: u64,
-    /// The thread is started with the first entry, and never ends.
+    /// The thread starts with the first entry and never ends.
     is_running: bool,
 }
 
@@ -175,7 +175,7 @@ impl Renewer {
 
     fn remove(&self, due: Due) {
         let removed = self.queue.lock().due.remove(&due);
-        // Not under the lock: it has a waker, which is the caller's code.
+        // Without the lock: dropping the entry's waker runs caller code.
         drop(removed);
     }
 
@@ -192,7 +192,7 @@ impl Renewer {
                     if MutexGuard::unlocked(&mut queue, || renew(&entry)) {
                         queue.put(&entry);
                     }
-                    // Where the work has ended meanwhile, this drops its waker, which is the caller's code.
+                    // If the work has ended meanwhile, this drops its waker, which runs caller code.
                     MutexGuard::unlocked(&mut queue, || drop(catch_unwind(AssertUnwindSafe(|| drop(entry)))));
                 }
             }
@@ -201,7 +201,7 @@ impl Renewer {
 }
 
 impl Queue {
-    /// Adds an entry that is due a period from now, unless it has ended. True if it is the first.
+    /// Adds an entry that is due one period from now, unless its renewal has ended. True if it is the first.
     fn put(&mut self, entry: &Arc<Entry>) -> bool {
         let mut state = entry.state.lock();
         if state.ended {
@@ -214,12 +214,13 @@ impl Queue {
     }
 }
 
-/// The clock of a store and the waker of a task are the caller's code: a panic there must not end the thread of all stores.
+/// Renews a lease. A store's clock and a task's waker run caller code: a panic there must not end the thread, which all stores
+/// share.
 fn renew(entry: &Entry) -> bool {
     match catch_unwind(AssertUnwindSafe(|| entry.renew())) {
-        Ok(goes_on) => goes_on,
+        Ok(is_needed) => is_needed,
         Err(_) => {
-            let _ = catch_unwind(AssertUnwindSafe(|| entry.panicked()));
+            let _ = catch_unwind(AssertUnwindSafe(|| entry.handle_panic()));
             false
         }
     }
@@ -250,22 +251,22 @@ mod tests {
         }
     }
 
-    /// How many leases of this store the renewer has.
+    /// The number of this store's leases in the queue.
     fn queued(engine: &Arc<Engine>) -> usize {
         let engine = Arc::downgrade(engine);
         RENEWER.queue.lock().due.values().filter(|entry| entry.engine.ptr_eq(&engine)).count()
     }
 
-    fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    fn wait_until(what: &str, mut is_true: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while !is_so() {
+        while !is_true() {
             assert!(Instant::now() < deadline, "{what}");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     #[test]
-    fn an_ended_renewal_is_not_kept() {
+    fn an_ended_renewal_is_removed_from_the_queue() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, LEASE, ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1)));
         let grants: Vec<Grant> = (0..50).map(|i| grant(&engine, &i.to_string())).collect();
@@ -273,17 +274,17 @@ mod tests {
         for _ in 0..1_000 {
             drop(Renewal::start(&engine, &grants[0]));
         }
-        // One may be with the thread.
-        until("all of them", || queued(&engine) == 50);
+        // The thread may have taken one out of the queue.
+        wait_until("all are queued", || queued(&engine) == 50);
         drop(renewals);
         assert_eq!(queued(&engine), 0);
         std::thread::sleep(LEASE);
-        assert_eq!(queued(&engine), 0, "and none comes back");
+        assert_eq!(queued(&engine), 0, "none is queued again");
         assert_eq!(Arc::strong_count(&engine), 1);
     }
 
     #[test]
-    fn renewals_of_many_threads_that_begin_and_end_lose_no_lease() {
+    fn concurrent_renewals_lose_no_lease() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, LEASE * 5, crate::clock::SystemClock::new());
         std::thread::scope(|scope| {
@@ -305,7 +306,7 @@ mod tests {
         assert_eq!(queued(&engine), 0);
     }
 
-    /// A clock that panics in the thread that renews, once it is told to.
+    /// A clock that panics in the renewal thread once it is armed.
     struct Panics {
         clock: ManualClock,
         armed: Arc<AtomicBool>,
@@ -317,8 +318,8 @@ mod tests {
         }
 
         fn monotonic_ms(&self) -> u64 {
-            let is_renewed = std::thread::current().name() == Some(THREAD);
-            assert!(!(is_renewed && self.armed.load(Ordering::SeqCst)), "the clock panics, as it should");
+            let is_renewal = std::thread::current().name() == Some(THREAD);
+            assert!(!(is_renewal && self.armed.load(Ordering::SeqCst)), "the clock panics, as it should");
             self.clock.monotonic_ms()
         }
     }
@@ -333,19 +334,19 @@ mod tests {
         let grants = [grant(&broken, "k"), grant(&sound, "k")];
         let (lost, kept) = (Renewal::start(&broken, &grants[0]), Renewal::start(&sound, &grants[1]));
         armed.store(true, Ordering::SeqCst);
-        until("it is told", || lost.lost().is_some());
+        wait_until("the loss is reported", || lost.lost().is_some());
         assert!(matches!(lost.lost(), Some(Error::Poisoned { .. })), "{:?}", lost.lost());
-        until("the store is poisoned", || broken.request(["k"]).is_err());
+        wait_until("the store is poisoned", || broken.request(["k"]).is_err());
         for _ in 0..5 {
             clock.advance(LEASE / 2);
-            until("the other is renewed", || sound.remaining_ms(&grants[1]) == 60);
+            wait_until("the other store's lease is renewed", || sound.remaining_ms(&grants[1]) == 60);
         }
         assert!(kept.lost().is_none());
     }
 
     #[cfg(feature = "tokio")]
     #[test]
-    fn a_waiter_is_woken_once_and_a_waker_that_panics_stops_no_renewal() {
+    fn a_lost_lease_wakes_its_task_once_and_a_panicking_waker_stops_no_renewal() {
         use std::sync::atomic::AtomicUsize;
 
         struct Wakes(AtomicUsize);
@@ -366,7 +367,7 @@ mod tests {
         }
         for i in [0, 1] {
             engine.abandon(&grants[i]);
-            until("it is woken", || wakes[i].0.load(Ordering::SeqCst) == 1);
+            wait_until("it is woken", || wakes[i].0.load(Ordering::SeqCst) == 1);
             let lost = renewals[i].poll_lost(&Context::from_waker(Waker::noop()));
             assert!(matches!(lost, Poll::Ready(Error::Superseded { .. })), "{lost:?}");
         }

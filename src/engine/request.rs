@@ -1,13 +1,13 @@
-//! The keys of one call, encoded and digested once for everything that follows.
+//! A request: the keys of one call, encoded and digested once.
 
 use crate::digest::Digester;
 use onlyonce_core::{Error, Result, TimestampError};
 use onlyonce_core::{Fingerprint, Key};
 
-/// Bytes of keys and results that one call may bring: a row must fit into RocksDB's 32-bit lengths, with room to spare.
+/// The limit of a call's keys, results and messages in bytes: a record must fit into RocksDB's 32-bit lengths, with a margin.
 const CALL_BYTES: usize = 1 << 30;
 
-/// The size of an iterator over the key of a call that has one.
+/// The size hint of a call with one key.
 const ONE: (usize, Option<usize>) = (1, Some(1));
 
 /// The keys of a call, in the caller's order.
@@ -15,7 +15,7 @@ const ONE: (usize, Option<usize>) = (1, Some(1));
 pub(crate) struct Request {
     bytes: Vec<u8>,
     items: Vec<Item>,
-    /// The times of their messages: none, or one for each.
+    /// The timestamps of their messages: empty, or one for each key.
     times_ms: Vec<u64>,
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct KeyRef<'a> {
     pub(crate) payload: Option<&'a Fingerprint>,
 }
 
-/// Refuses a call that brings too much.
+/// Fails if a call has too many bytes.
 pub(super) fn admit_bytes(bytes: usize) -> Result<()> {
     if bytes > CALL_BYTES { Err(Error::BatchTooLarge { bytes, limit: CALL_BYTES }) } else { Ok(()) }
 }
@@ -80,7 +80,7 @@ impl Request {
         if is_batch { error.at_index(self.items.len()) } else { error }
     }
 
-    // As a call of its own it costs every key about sixty instructions.
+    // Inlined: as a call it costs about sixty instructions a key.
     #[inline(always)]
     fn push(&mut self, key: &Key<'_>, time: TimeSource, key_limit: usize, digester: &Digester) -> Result<()> {
         match (time, key.timestamp()) {
@@ -98,7 +98,7 @@ impl Request {
         Ok(())
     }
 
-    /// The keys of several calls, one call after the other. All of them with times, or none.
+    /// Concatenates the keys of several calls. Either all calls have timestamps or none has.
     #[cfg(feature = "tokio")]
     pub(crate) fn concat<'r>(requests: impl Iterator<Item = &'r Self>) -> Self {
         let mut all = Self { bytes: Vec::new(), items: Vec::new(), times_ms: Vec::new() };
@@ -111,7 +111,7 @@ impl Request {
         all
     }
 
-    /// The digests of its keys.
+    /// The digests of the keys.
     pub(crate) fn digests(&self) -> impl Iterator<Item = u64> {
         self.items.iter().map(|item| item.digest)
     }
@@ -125,21 +125,21 @@ impl Request {
         self.bytes.len()
     }
 
-    /// When the message in this place is of, on stream time.
+    /// The timestamp of the message at this index, on stream time.
     pub(crate) fn at_ms(&self, index: usize) -> Option<u64> {
         self.times_ms.get(index).copied()
     }
 
-    /// The times of the messages behind this place.
+    /// The timestamps of the messages after this index.
     pub(crate) fn timestamps_after(&self, index: usize) -> impl Iterator<Item = u64> {
         self.times_ms.get(index + 1..).unwrap_or_default().iter().copied()
     }
 
-    /// The key in this place.
+    /// The key at this index.
     pub(crate) fn get(&self, index: usize) -> Option<KeyRef<'_>> {
         let item = self.items.get(index)?;
-        let before = index.checked_sub(1).and_then(|before| self.items.get(before));
-        let key = self.bytes.get(before.map_or(0, |before| before.end)..item.end).unwrap_or_default();
+        let previous = index.checked_sub(1).and_then(|previous| self.items.get(previous));
+        let key = self.bytes.get(previous.map_or(0, |previous| previous.end)..item.end).unwrap_or_default();
         Some(KeyRef { index, digest: item.digest, key, payload: item.payload.as_ref() })
     }
 
@@ -173,7 +173,7 @@ mod tests {
         bytes
     }
 
-    fn assert_is_of(request: &Request, keys: &[&str]) {
+    fn assert_has_keys(request: &Request, keys: &[&str]) {
         assert_eq!(request.len(), keys.len());
         assert_eq!(request.key_bytes(), keys.iter().map(|key| encoded(key).len()).sum::<usize>());
         let digests: Vec<u64> = keys.iter().map(|key| digester().digest(&encoded(key))).collect();
@@ -189,13 +189,13 @@ mod tests {
     }
 
     #[test]
-    fn a_call_has_its_keys_in_their_order_and_their_times() {
+    fn a_request_keeps_the_order_of_its_keys_and_timestamps() {
         let request = Request::new(KEYS, TimeSource::Clock, 1_024, &digester()).unwrap();
-        assert_is_of(&request, &KEYS);
+        assert_has_keys(&request, &KEYS);
         assert_eq!((request.at_ms(0), request.timestamps_after(0).count()), (None, 0));
         let request =
             Request::new(timed(KEYS.into_iter().zip([7, 5, 9])), TimeSource::Stream, 1_024, &digester()).unwrap();
-        assert_is_of(&request, &KEYS);
+        assert_has_keys(&request, &KEYS);
         assert_eq!([0, 1, 2, 3].map(|index| request.at_ms(index)), [Some(7), Some(5), Some(9), None]);
         assert_eq!(request.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
         assert_eq!(request.timestamps_after(1).collect::<Vec<_>>(), [9]);
@@ -204,17 +204,17 @@ mod tests {
 
     #[cfg(feature = "tokio")]
     #[test]
-    fn several_calls_in_one_have_all_their_keys_and_times() {
+    fn a_concatenated_request_has_all_keys_and_timestamps() {
         let calls = [&[("a", 7)][..], &[], &[("longer", 5), ("a", 9)]];
         let calls = calls
             .map(|call| Request::new(timed(call.iter().copied()), TimeSource::Stream, 1_024, &digester()).unwrap());
         let all = Request::concat(calls.iter());
-        assert_is_of(&all, &KEYS);
+        assert_has_keys(&all, &KEYS);
         assert_eq!(all.timestamps_after(0).collect::<Vec<_>>(), [5, 9]);
     }
 
     #[test]
-    fn a_call_may_bring_a_gigabyte_and_no_byte_more() {
+    fn a_call_may_have_one_gibibyte_and_no_byte_more() {
         admit_bytes(1 << 30).unwrap();
         let refused = admit_bytes((1 << 30) + 1);
         assert!(matches!(refused, Err(Error::BatchTooLarge { bytes: 1_073_741_825, limit: 1_073_741_824 })));

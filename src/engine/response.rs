@@ -15,14 +15,14 @@ use crate::entry::{Backoff, CompletedEntry};
 /// The right to work on a key.
 #[derive(Debug, Clone)]
 pub(crate) struct Grant {
-    /// The keys of the call that it was given in, shared by all that were.
+    /// The request of the claim, shared by all its grants.
     pub(crate) request: Arc<Request>,
     pub(crate) index: usize,
     pub(crate) token: u64,
     pub(crate) attempt: u32,
     pub(crate) prior: Option<PriorAttempt>,
     pub(crate) fingerprint: Option<Fingerprint>,
-    /// When it was claimed; on stream time, what the key's time is to be. What ends it is not earlier.
+    /// When it was claimed, or on stream time the message's timestamp. The key's completion has at least this time.
     pub(crate) at_ms: u64,
     pub(crate) claimed_monotonic_ms: u64,
 }
@@ -46,12 +46,12 @@ impl Grant {
     }
 }
 
-/// Who settles a key.
+/// Who finishes a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FinishedBy {
-    /// Its holder, however late, unless somebody has taken over.
+    /// Its holder, even after the lease expired, unless there is a later holder.
     Holder,
-    /// An operator, as long as the key is held.
+    /// An operator, while the key is held.
     Operator,
 }
 

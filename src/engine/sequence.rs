@@ -1,4 +1,7 @@
-//! The numbers of tokens and journal rows: they only grow, also across restarts.
+//! The sequence: numbers for tokens and journal records, which increase across restarts.
+//!
+//! Order: a block of numbers is reserved on disk before one of them is used. Otherwise a token could be handed out a second
+//! time after a power cut, and a late holder would pass for the current one.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,14 +10,14 @@ use crate::invariant::{Invariant, Poison};
 use crate::testing::sync_shim::{AtomicU64, Mutex};
 use onlyonce_core::{Error, Result};
 
-/// Numbers that are reserved on disk at a time: one synced write for so many.
+/// How many numbers one synced write reserves.
 const BLOCK: u64 = 1 << 32;
 
-/// When so few are left, the next block is reserved. More than all threads together can take between
+/// When fewer numbers are left, the next block is reserved. More than all threads together can take between
 /// [`Sequence::ensure`] and [`Sequence::take`].
 const MARGIN: u64 = 1 << 28;
 
-/// Hands out each number once in the life of the store.
+/// Hands out each number at most once in the lifetime of the store.
 pub(crate) struct Sequence {
     next: AtomicU64,
     reserved: AtomicU64,
@@ -23,7 +26,7 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// Goes on behind all that was reserved before; the first block is reserved by [`Sequence::ensure`].
+    /// A sequence that starts after all numbers that were reserved. [`Sequence::ensure`] reserves the first block.
     pub(crate) fn after(reserved: u64) -> Self {
         Self {
             next: AtomicU64::new(reserved),
@@ -33,13 +36,13 @@ impl Sequence {
         }
     }
 
-    /// Has it end the store where an invariant is broken.
+    /// Sets what to poison if an invariant is broken.
     pub(crate) fn of(self, poison: &Arc<Poison>) -> Self {
         Self { poison: Arc::clone(poison), ..self }
     }
 
-    /// Makes sure that `count` numbers can be taken. `reserve` puts a new limit on the disk before it returns; it is
-    /// called once in four billion numbers.
+    /// Ensures that `count` numbers can be taken. `reserve` syncs a new limit before it returns. It is called once in
+    /// [`BLOCK`] numbers.
     pub(crate) fn ensure(&self, count: u64, reserve: impl FnOnce(u64) -> Result<()>) -> Result<()> {
         if self.left() >= count.saturating_add(MARGIN) {
             return Ok(());
@@ -52,7 +55,7 @@ impl Sequence {
         let Some(more) = reserved.checked_add(BLOCK.max(count.saturating_add(MARGIN))) else {
             return Err(Error::Corrupt {
                 place: "`tokens` in `meta`".to_owned(),
-                detail: format!("{reserved} is near the end of all numbers"),
+                detail: format!("{reserved} leaves no numbers to reserve"),
             });
         };
         reserve(more)?;
@@ -60,7 +63,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// The lowest number that nobody has taken. Once nobody can take more, the rest need not stay reserved.
+    /// The lowest number that is not taken. A close returns the numbers from it on, when no call can take more.
     pub(crate) fn next_unused(&self) -> u64 {
         self.next.load(Ordering::Acquire)
     }
@@ -69,20 +72,20 @@ impl Sequence {
         self.reserved.load(Ordering::Acquire).saturating_sub(self.next.load(Ordering::Acquire))
     }
 
-    /// The next number. Call [`Sequence::ensure`] before.
+    /// Takes the next number. Call [`Sequence::ensure`] before.
     pub(crate) fn take(&self) -> u64 {
         let number = self.next.fetch_add(1, Ordering::AcqRel);
         if number >= self.reserved.load(Ordering::Acquire) {
-            self.is_not_reserved(number);
+            self.report_unreserved(number);
         }
         number
     }
 
     #[cold]
     #[inline(never)]
-    fn is_not_reserved(&self, number: u64) {
+    fn report_unreserved(&self, number: u64) {
         let reserved = self.reserved.load(Ordering::Acquire);
-        self.poison.broken(Invariant::NumberReserved, format_args!("{number}, of {reserved} that are reserved"));
+        self.poison.broken(Invariant::NumberReserved, format_args!("{number}, reserved below {reserved}"));
     }
 }
 
@@ -110,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_runs_low_is_followed_by_another() {
+    fn a_new_block_is_reserved_before_the_last_one_is_used_up() {
         let sequence = Sequence::after(1);
         let writes = AtomicU64::new(0);
         let reserve = |_| {
@@ -133,12 +136,13 @@ mod tests {
         sequence.poison.unbroken().unwrap();
         let sequence = Sequence::after(7);
         sequence.take();
-        let said = sequence.poison.unbroken().unwrap_err().to_string();
-        assert!(said.contains("reserved on disk before it is used (7, of 7"), "{said}");
+        let message = sequence.poison.unbroken().unwrap_err().to_string();
+        let expected = format!("{} (7, reserved below 7)", Invariant::NumberReserved.text());
+        assert!(message.contains(&expected), "{message}");
     }
 
     #[test]
-    fn numbers_that_cannot_be_reserved_are_not_given_out() {
+    fn numbers_that_cannot_be_reserved_are_not_handed_out() {
         let sequence = Sequence::after(1);
         let refused = sequence.ensure(1, |_| Err(Error::Closed));
         assert!(matches!(refused, Err(Error::Closed)));

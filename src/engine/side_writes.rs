@@ -1,4 +1,6 @@
-//! Side writes of completions: where offsets and messages are stored, and how they are written.
+//! Side writes of completions: the keys of offsets and messages in `meta`, and how they are written.
+//!
+//! They are part of the write of their completion. In a write of their own, a crash could leave one without the other.
 
 use onlyonce_core::{MessageId, Result, SideWrites};
 
@@ -45,7 +47,7 @@ pub(super) fn message_name(id: MessageId) -> [u8; 13] {
     name
 }
 
-/// The message that this meta key belongs to. `None` if it is no message's.
+/// The id of the message with this meta key. `None` if it is not a message's key.
 pub(super) fn message_id(name: &[u8]) -> Option<MessageId> {
     let name: &[u8; 12] = name.strip_prefix(&[MESSAGE])?.try_into().ok()?;
     let (record, index) = name.split_at(8);

@@ -1,4 +1,7 @@
-//! How the store's time comes from the disk and gets there: with other writes, and not after anything that relies on it.
+//! Storing the store's time: it is read at open, and written with other writes.
+//!
+//! Order: a change of the store's time is stored with, or before, the first write that depends on it. Otherwise a completion
+//! could survive a crash that loses the change, and expire too early or too late.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,10 +14,10 @@ use crate::rocks::db::{Db, Tx};
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use onlyonce_core::Result;
 
-/// How much of the store's time may pass before the next write takes it along.
-const SAVED_EVERY_MS: u64 = 10_000;
+/// How far the store's time may advance before the next write stores it.
+const SAVE_INTERVAL_MS: u64 = 10_000;
 
-/// The time of a store that was last opened with `span`, and in whose journal `newest_ms` is the newest time.
+/// Resumes the time of a store. `span` is the one of the last open, `newest_ms` the newest time in the journal.
 pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Span, newest_ms: u64) -> Result<Timeline> {
     let number = |name| -> Result<u64> { Ok(u64::from_le_bytes(meta(db, name)?)) };
     let saved = Saved { time_ms: number(HIGH_WATER)?, floor_ms: number(FLOOR)?, newest_ms };
@@ -41,7 +44,7 @@ pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Spa
     }
 }
 
-/// Puts the time into a write, as the next opening needs it. What it is.
+/// Adds the store's time to a write, and returns it.
 pub(super) fn put(timeline: &Timeline, tx: &mut Tx<'_>) -> Result<u64> {
     let (saved, state) = timeline.save();
     tx.put_meta(HIGH_WATER, &saved.time_ms.to_le_bytes())?;
@@ -52,20 +55,20 @@ pub(super) fn put(timeline: &Timeline, tx: &mut Tx<'_>) -> Result<u64> {
     Ok(saved.time_ms)
 }
 
-/// What is known of the time on the disk.
+/// Which state of the store's time was stored last.
 #[derive(Default)]
 pub(super) struct TimeSaved {
-    /// The store's time that was saved last.
+    /// The time that was stored last.
     time_ms: AtomicU64,
-    /// The [`Timeline::changes`] that were saved with it.
+    /// The [`Timeline::changes`] that were stored with it.
     changes: AtomicU64,
-    /// Whether the next write takes it along although nothing has changed.
+    /// Whether the next write stores the time although only elapsed time has changed it.
     is_due: AtomicBool,
-    /// One write at a time takes it along; one that depends on a change waits for it.
+    /// One write at a time stores the time. Another write that depends on a change waits for it.
     saving: Mutex<()>,
 }
 
-/// A write that takes the time along, until it is done.
+/// The time in a write that is not done yet.
 pub(super) struct Saving<'a> {
     saved: &'a TimeSaved,
     changes: u64,
@@ -74,7 +77,7 @@ pub(super) struct Saving<'a> {
 }
 
 impl Saving<'_> {
-    /// It is written.
+    /// The write was successful.
     pub(super) fn done(self) {
         self.saved.time_ms.store(self.time_ms, Ordering::Relaxed);
         self.saved.changes.store(self.changes, Ordering::Release);
@@ -82,20 +85,20 @@ impl Saving<'_> {
 }
 
 impl TimeSaved {
-    /// Whether the time changed in a way that elapsed time does not explain.
+    /// Whether the time has changed by more than elapsed time since it was stored.
     pub(super) fn is_outdated(&self, timeline: &Timeline) -> bool {
         timeline.changes() != self.changes.load(Ordering::Acquire)
     }
 
-    /// Has the next write take the time along, where it is long ago that one did.
+    /// Makes the next write store the time if the last one that did is [`SAVE_INTERVAL_MS`] ago.
     pub(super) fn refresh(&self, now: Now) {
-        if now.time_ms.abs_diff(self.time_ms.load(Ordering::Relaxed)) >= SAVED_EVERY_MS {
+        if now.time_ms.abs_diff(self.time_ms.load(Ordering::Relaxed)) >= SAVE_INTERVAL_MS {
             self.is_due.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Takes the time along where it has changed or is due. Nothing that is written after a change may be on the disk
-    /// without it: a write that finds another one at it waits.
+    /// Adds the time to a write if it has changed or is due. Waits for another write that is storing a change: no write after
+    /// a change may be on disk without the change.
     pub(super) fn put_changed(&self, timeline: &Timeline, tx: &mut Tx<'_>) -> Result<Option<Saving<'_>>> {
         let saving = match (self.is_outdated(timeline), self.is_due.load(Ordering::Relaxed)) {
             (true, _) => Some(self.saving.lock()),
@@ -104,11 +107,11 @@ impl TimeSaved {
         };
         let Some(saving) = saving else { return Ok(None) };
         let is_due = self.is_due.swap(false, Ordering::Relaxed);
-        // Another write may have taken it along meanwhile.
+        // Another write may have stored it meanwhile.
         if !is_due && !self.is_outdated(timeline) {
             return Ok(None);
         }
-        // Before the time is read: what changes from here on is not part of it.
+        // Before the time is read: a later change is not part of this write, and must stay outdated.
         let changes = timeline.changes();
         let time_ms = put(timeline, tx)?;
         Ok(Some(Saving { saved: self, changes, time_ms, _saving: saving }))

@@ -1,6 +1,6 @@
-//! The state machine, as pure functions: what is stored of a key and what time it is, in; what to do, out.
+//! The state machine of a key, as pure functions: they map the stored entry and the time to a decision.
 //!
-//! No I/O, no lock, no clock. The table of states in `docs/guarantees.md` is this file in words.
+//! No I/O, no lock, no clock. The table of states in `docs/guarantees.md` describes the same rules.
 
 use crate::clock::Now;
 use crate::config::OnInterrupt;
@@ -8,15 +8,15 @@ use crate::entry::{Backoff, CompletedEntry, Entry, Holder, Processing, is_live};
 use onlyonce_core::Fingerprint;
 use onlyonce_core::PriorAttempt;
 
-/// The options that decide.
+/// The options and facts that decisions depend on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Policy {
     pub(crate) window_ms: u64,
     pub(crate) on_interrupt: OnInterrupt,
-    /// Whether the store's time is that of its messages.
+    /// Whether message timestamps drive the store's time.
     pub(crate) is_stream: bool,
     pub(crate) opened: Opened,
-    /// The lowest token that this process gives out: a lower one is of an earlier process.
+    /// The lowest token of this process. Lower ones were handed out by earlier processes.
     pub(crate) first_token: u64,
 }
 
@@ -34,9 +34,9 @@ impl From<&Now> for Opened {
 }
 
 impl Policy {
-    /// When the backoff of a released key ends, on this process's monotonic clock. One of an earlier process goes on from
-    /// the opening, on what was left of it by the store's time then; on stream time, which knows nothing of real time, it
-    /// ends with its process.
+    /// When the backoff of a released key ends, on the monotonic clock of this process. The backoff of an earlier process runs
+    /// on from the open, with the length that remained on the store's time then. On stream time, which is unrelated to elapsed
+    /// time, such a backoff is over.
     fn backoff_ends_at(&self, token: u64, since_ms: u64, backoff: Backoff) -> u64 {
         if token >= self.first_token {
             return backoff.until_monotonic_ms;
@@ -50,20 +50,20 @@ impl Policy {
     }
 }
 
-/// How a claimed, uncompleted key stands.
+/// The state of a key that is claimed and not completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LeaseState {
-    /// Somebody works on it for so long at least.
+    /// A holder has it, for at least this long.
     Active { remaining_ms: u64 },
-    /// Its outcome is on its way to the journal.
+    /// Its completion or release is not durable yet.
     Committing,
-    /// The next claim gets it.
+    /// The next claim acquires it.
     Free(PriorAttempt),
-    /// The next claim gets it after a backoff.
+    /// A claim acquires it after the backoff.
     Backoff { remaining_ms: u64, prior: PriorAttempt },
-    /// Nobody gets it before it is resolved.
+    /// No claim acquires it until it is resolved.
     Held(PriorAttempt),
-    /// It was left alone for a whole window: as good as never seen.
+    /// Nothing happened to it for a window. It counts as a new key.
     Forgotten,
 }
 
@@ -78,15 +78,15 @@ pub(crate) fn lease_state(processing: &Processing, now: Now, policy: Policy) -> 
         Holder::Committing | Holder::CommittingUnclaimed => LeaseState::Committing,
         Holder::Leased { until_monotonic_ms } => match until_monotonic_ms.checked_sub(now.monotonic_ms) {
             Some(remaining_ms) if remaining_ms > 0 => LeaseState::Active { remaining_ms },
-            // How long it has been alone is a matter of the store's time where that has nothing to do with leases.
+            // On stream time the window does not run on elapsed time, as leases do.
             _ if policy.is_stream => interrupted(PriorAttempt::LeaseExpired, is_over(processing.since_ms)),
             _ => {
-                let alone_ms = now.monotonic_ms.saturating_sub(until_monotonic_ms);
-                interrupted(PriorAttempt::LeaseExpired, alone_ms >= policy.window_ms)
+                let expired_for_ms = now.monotonic_ms.saturating_sub(until_monotonic_ms);
+                interrupted(PriorAttempt::LeaseExpired, expired_for_ms >= policy.window_ms)
             }
         },
         Holder::Interrupted(prior) => interrupted(prior, is_over(processing.since_ms)),
-        // Before the backoff is looked at, and as for a completion: what is in a bucket goes with it.
+        // Before the backoff, and by the rule of completions: a released key may be in a bucket, which is dropped then.
         Holder::Released { .. } | Holder::Resolved(_) if !is_live(processing.since_ms, now, policy.window_ms) => {
             LeaseState::Forgotten
         }
@@ -101,25 +101,25 @@ pub(crate) fn lease_state(processing: &Processing, now: Now, policy: Policy) -> 
     }
 }
 
-/// What a claim, a check or a record finds.
+/// The answer of the state machine to a claim, a check or a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decision<'a> {
-    /// Nothing that counts: the work is the caller's.
+    /// The key is new or free: the caller may work on it.
     Available { attempt: u32, prior: Option<PriorAttempt> },
-    /// Somebody else's, for now. `None`: until it is resolved.
+    /// Another holder has it, or it is in backoff. `None`: it is held until it is resolved.
     InProgress { retry_after_ms: Option<u64>, attempt: u32 },
-    /// Done: the stored result is the answer.
+    /// The key is completed.
     Completed(&'a CompletedEntry),
     /// The key was used with another payload.
     PayloadMismatch,
-    /// Nothing that counts, and whether there ever was something nobody knows: the message is older than the window.
+    /// No entry counts, and the message is older than the window: it cannot be known whether the key was completed.
     TooOld,
 }
 
-/// A completion takes about this long to reach the disk: when to ask again for a key that is settling.
+/// The retry hint for a committing key: about as long as a completion takes to reach the disk.
 const COMMITTING_RETRY_MS: u64 = 10;
 
-/// `at_ms` is the message's time, on stream time.
+/// Decides what a call gets for a key. `at_ms` is the message's timestamp on stream time.
 #[inline]
 pub(crate) fn decide<'a>(
     stored: Option<&'a Entry>,
@@ -154,19 +154,19 @@ pub(crate) fn decide<'a>(
         }
     };
     match (first_payload, payload) {
-        (Some(first), Some(this)) if first != this => Decision::PayloadMismatch,
+        (Some(first), Some(payload)) if first != payload => Decision::PayloadMismatch,
         _ => decision,
     }
 }
 
-/// Whether the holder of `token` may settle the key. The token decides, never the clock: a late completion that
-/// nobody has overtaken is accepted, for refusing it would only cause the duplicate.
+/// Whether the holder of `token` may finish the key. The token decides, never the clock: if no later holder exists, a late
+/// completion is accepted, since a rejection would cause the work to be repeated.
 pub(crate) fn may_finish(stored: Option<&Entry>, token: u64) -> bool {
     matches!(stored, Some(Entry::Processing(processing))
         if processing.token == token && !matches!(processing.holder, Holder::Committing | Holder::CommittingUnclaimed))
 }
 
-/// What becomes of a holder that vanished.
+/// The state of a key whose holder crashed, dropped its lease or let it expire.
 pub(crate) fn interrupted(prior: PriorAttempt, on_interrupt: OnInterrupt) -> Holder {
     match on_interrupt {
         OnInterrupt::Hold => Holder::Interrupted(prior),
@@ -174,16 +174,16 @@ pub(crate) fn interrupted(prior: PriorAttempt, on_interrupt: OnInterrupt) -> Hol
     }
 }
 
-/// The payload that binds the next attempt: none where nothing happened, so that a corrected retry runs as if it were the
-/// first.
+/// The payload fingerprint that the next attempt must match. None if the prior attempt had no effect, so that a retry with a
+/// corrected payload is accepted.
 pub(crate) fn binding(fingerprint: Option<Fingerprint>, prior: PriorAttempt) -> Option<Fingerprint> {
     fingerprint.filter(|_| prior.may_have_happened())
 }
 
-/// Whether an event of the journal changes what was read of its key so far.
+/// Whether the replay of a claim changes the state that earlier records left.
 ///
-/// A row is numbered before it takes effect, so the rows of one holder stand in their order. Those of two holders may
-/// stand in the other order where their calls overlapped: tokens tell.
+/// A record is numbered before it takes effect, so the records of one holder are in order. The records of two holders whose
+/// calls overlapped may be in the other order; then their tokens decide.
 pub(crate) fn replay_claimed(stored: Option<&Entry>, token: u64) -> bool {
     stored.is_none_or(|entry| entry.token() < token)
 }
@@ -202,7 +202,7 @@ pub(crate) fn replay_completed(stored: Option<&Entry>, token: u64) -> bool {
     stored.is_none_or(|entry| entry.token() <= token)
 }
 
-/// As [`replay_claimed`], for a key that was forgotten.
+/// As [`replay_claimed`], for a `forget`.
 pub(crate) fn replay_forgotten(stored: Option<&Entry>, token: u64) -> bool {
     stored.is_some_and(|entry| entry.token() < token)
 }
@@ -226,8 +226,8 @@ mod tests {
     const HOLD: Policy = Policy { on_interrupt: OnInterrupt::Hold, ..RERUN };
     const STREAM: Policy = Policy { is_stream: true, ..RERUN };
     const RELEASED: Holder = Holder::Released { prior: PriorAttempt::Released, backoff: Backoff::NONE };
-    const HERS: Option<&Fingerprint> = Some(&[1; 16]);
-    const HIS: Option<&Fingerprint> = Some(&[2; 16]);
+    const PAYLOAD: Option<&Fingerprint> = Some(&[1; 16]);
+    const OTHER_PAYLOAD: Option<&Fingerprint> = Some(&[2; 16]);
 
     fn at(wall_ms: u64) -> Now {
         Now { time_ms: wall_ms, monotonic_ms: wall_ms - 5_000, ..Now::default() }
@@ -239,20 +239,20 @@ mod tests {
     }
 
     fn processing(holder: Holder) -> Entry {
-        Entry::Processing(Processing { token: 7, attempt: 2, since_ms: 5_000, fingerprint: HERS.copied(), holder })
+        Entry::Processing(Processing { token: 7, attempt: 2, since_ms: 5_000, fingerprint: PAYLOAD.copied(), holder })
     }
 
     fn completed() -> Entry {
         Entry::Completed(CompletedEntry {
             token: 7,
             completed_ms: 5_000,
-            fingerprint: HERS.copied(),
+            fingerprint: PAYLOAD.copied(),
             result: StoredResult::None,
         })
     }
 
     fn decision(stored: &Entry, wall_ms: u64, policy: Policy) -> Decision<'_> {
-        decide(Some(stored), HERS, None, at(wall_ms), policy)
+        decide(Some(stored), PAYLOAD, None, at(wall_ms), policy)
     }
 
     const NEW: Decision<'_> = Decision::Available { attempt: 1, prior: None };
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn an_absent_key_is_available() {
-        assert_eq!(decide(None, HIS, None, at(5_000), RERUN), NEW);
+        assert_eq!(decide(None, OTHER_PAYLOAD, None, at(5_000), RERUN), NEW);
     }
 
     #[test]
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leased_key_is_in_progress_until_its_lease_runs_out() {
+    fn a_leased_key_is_in_progress_until_its_lease_expires() {
         let leased = processing(Holder::Leased { until_monotonic_ms: 300 });
         assert_eq!(decision(&leased, 5_000, RERUN), in_progress(Some(300)));
         assert_eq!(decision(&leased, 5_299, RERUN), in_progress(Some(1)));
@@ -293,9 +293,9 @@ mod tests {
     fn a_lease_longer_than_the_window_is_still_a_lease() {
         let leased = processing(Holder::Leased { until_monotonic_ms: 4_000 });
         assert_eq!(decision(&leased, 8_999, RERUN), in_progress(Some(1)));
-        assert_eq!(decision(&leased, 9_000, RERUN), again(PriorAttempt::LeaseExpired), "and its end is told");
+        assert_eq!(decision(&leased, 9_000, RERUN), again(PriorAttempt::LeaseExpired), "with the reason");
         assert_eq!(decision(&leased, 9_999, RERUN), again(PriorAttempt::LeaseExpired));
-        assert_eq!(decision(&leased, 10_000, RERUN), NEW, "for a window");
+        assert_eq!(decision(&leased, 10_000, RERUN), NEW, "after a window");
     }
 
     #[test]
@@ -305,7 +305,7 @@ mod tests {
             assert_eq!(decision(&interrupted, 5_999, RERUN), again(prior));
             assert_eq!(decision(&interrupted, 6_000, RERUN), NEW);
             assert_eq!(decision(&interrupted, 5_999, HOLD), in_progress(None));
-            assert_eq!(decision(&interrupted, 999_000, HOLD), in_progress(None), "a decision does not expire");
+            assert_eq!(decision(&interrupted, 999_000, HOLD), in_progress(None), "a held key does not expire");
         }
     }
 
@@ -320,38 +320,45 @@ mod tests {
             assert_eq!(decision(&released, 5_000, policy), again(PriorAttempt::Released));
             assert_eq!(decision(&released, 5_999, policy), again(PriorAttempt::Released));
             assert_eq!(decision(&released, 6_000, policy), NEW);
-            let waits = processing(backoff(900, 900));
-            assert_eq!(decision(&waits, 5_890, policy), in_progress(Some(10)));
-            assert_eq!(decision(&waits, 5_900, policy), again(PriorAttempt::Released));
-            assert_eq!(decision(&waits, 6_000, policy), NEW);
+            let in_backoff = processing(backoff(900, 900));
+            assert_eq!(decision(&in_backoff, 5_890, policy), in_progress(Some(10)));
+            assert_eq!(decision(&in_backoff, 5_900, policy), again(PriorAttempt::Released));
+            assert_eq!(decision(&in_backoff, 6_000, policy), NEW);
         }
     }
 
     #[test]
     fn a_backoff_runs_on_monotonic_time_and_no_wall_clock_lengthens_it() {
-        let waits = processing(backoff(300, 300));
-        let ask = |time_ms, monotonic_ms| {
+        let in_backoff = processing(backoff(300, 300));
+        let decide_at = |time_ms, monotonic_ms| {
             let now = Now { time_ms, monotonic_ms, ..Now::default() };
-            decide(Some(&waits), HERS, None, now, RERUN)
+            decide(Some(&in_backoff), PAYLOAD, None, now, RERUN)
         };
-        // The store's time stands still, or leaps inside the window.
-        assert_eq!((ask(5_000, 299), ask(5_000, 300)), (in_progress(Some(1)), again(PriorAttempt::Released)));
-        assert_eq!((ask(5_999, 299), ask(5_999, 300)), (in_progress(Some(1)), again(PriorAttempt::Released)));
+        // The store's time does not change, or jumps within the window.
+        assert_eq!(
+            (decide_at(5_000, 299), decide_at(5_000, 300)),
+            (in_progress(Some(1)), again(PriorAttempt::Released))
+        );
+        assert_eq!(
+            (decide_at(5_999, 299), decide_at(5_999, 300)),
+            (in_progress(Some(1)), again(PriorAttempt::Released))
+        );
     }
 
     #[test]
-    fn a_backoff_of_an_earlier_process_goes_on_with_what_was_left_of_it() {
+    fn a_backoff_of_an_earlier_process_continues_with_its_rest() {
         let of_earlier = |time_ms, length_ms, is_stream| {
-            // Its end on the clock of a process that is gone says nothing.
-            let waits = processing(backoff(1 << 50, length_ms));
+            // The end on the monotonic clock of an earlier process has no meaning.
+            let in_backoff = processing(backoff(1 << 50, length_ms));
             let policy = Policy { opened: Opened { time_ms, monotonic_ms: 40 }, first_token: 8, is_stream, ..RERUN };
-            let at = |monotonic_ms| lease_state_of(&waits, Now { time_ms, monotonic_ms, ..Now::default() }, policy);
+            let at =
+                |monotonic_ms| lease_state_of(&in_backoff, Now { time_ms, monotonic_ms, ..Now::default() }, policy);
             (40..2_000).find(|ms| at(*ms) == LeaseState::Free(PriorAttempt::Released)).map(|ms| ms - 40)
         };
         assert_eq!(of_earlier(5_000, 300, false), Some(300));
         assert_eq!(of_earlier(5_200, 300, false), Some(100));
         assert_eq!(of_earlier(5_300, 300, false), Some(0));
-        assert_eq!(of_earlier(1_000, 300, false), Some(300), "a clock that was set back does not lengthen it");
+        assert_eq!(of_earlier(1_000, 300, false), Some(300), "a clock that was set back does not extend it");
         assert_eq!(of_earlier(5_000, 300, true), Some(0), "on stream time it ends with its process");
     }
 
@@ -366,15 +373,15 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_was_decided_to_run_again_is_free_for_a_window() {
+    fn a_key_that_was_resolved_to_run_again_is_free_for_a_window() {
         let resolved = processing(Holder::Resolved(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&resolved, 5_999, HOLD), again(PriorAttempt::LeaseExpired));
         assert_eq!(decision(&resolved, 6_000, HOLD), NEW);
-        assert!(may_finish(Some(&resolved), 7), "its holder may still come back");
+        assert!(may_finish(Some(&resolved), 7), "its holder may still complete it");
     }
 
     #[test]
-    fn a_settling_key_is_nobodys_to_take() {
+    fn a_committing_key_is_in_progress_for_every_claim() {
         for (policy, holder) in
             [(RERUN, Holder::Committing), (HOLD, Holder::Committing), (HOLD, Holder::CommittingUnclaimed)]
         {
@@ -385,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn another_payload_is_refused_before_anything_else_is_said() {
+    fn a_payload_mismatch_takes_precedence_over_every_state() {
         let states = [
             completed(),
             processing(Holder::Leased { until_monotonic_ms: 300 }),
@@ -394,14 +401,22 @@ mod tests {
             processing(Holder::Committing),
         ];
         for stored in &states {
-            assert_eq!(decide(Some(stored), HIS, None, at(5_100), RERUN), Decision::PayloadMismatch, "{stored:?}");
+            assert_eq!(
+                decide(Some(stored), OTHER_PAYLOAD, None, at(5_100), RERUN),
+                Decision::PayloadMismatch,
+                "{stored:?}"
+            );
             assert_ne!(decide(Some(stored), None, None, at(5_100), RERUN), Decision::PayloadMismatch, "{stored:?}");
         }
-        assert_eq!(decide(Some(&completed()), HIS, None, at(6_000), RERUN), NEW, "an expired payload binds nobody");
+        assert_eq!(
+            decide(Some(&completed()), OTHER_PAYLOAD, None, at(6_000), RERUN),
+            NEW,
+            "the payload of an expired entry is not compared"
+        );
     }
 
     #[test]
-    fn a_completion_is_judged_by_its_token() {
+    fn a_completion_is_accepted_by_its_token_alone() {
         let late = processing(Holder::Leased { until_monotonic_ms: 0 });
         assert!(may_finish(Some(&late), 7));
         assert!(!may_finish(Some(&late), 6));
@@ -410,10 +425,10 @@ mod tests {
     }
 
     #[test]
-    fn on_stream_time_what_is_known_answers_before_the_messages_age() {
+    fn on_stream_time_a_live_entry_decides_before_the_age_of_the_message() {
         let ask = |stored: Option<&Entry>, at_ms, stream_ms| {
             let now = Now { time_ms: stream_ms, monotonic_ms: 100, ..Now::default() };
-            match decide(stored, HERS, Some(at_ms), now, STREAM) {
+            match decide(stored, PAYLOAD, Some(at_ms), now, STREAM) {
                 Decision::Completed(_) => "completed",
                 Decision::InProgress { .. } => "in progress",
                 Decision::Available { prior: None, .. } => "new",
@@ -427,7 +442,7 @@ mod tests {
         assert_eq!((ask(Some(&done), 5_000, 5_999), ask(Some(&done), 4_000, 5_999)), ("completed", "completed"));
         assert_eq!((ask(Some(&done), 5_000, 6_000), ask(Some(&done), 5_001, 6_000)), ("too old", "new"));
         let leased = processing(Holder::Leased { until_monotonic_ms: 101 });
-        assert_eq!(ask(Some(&leased), 5_000, 900_000), "in progress", "however far the stream has come");
+        assert_eq!(ask(Some(&leased), 5_000, 900_000), "in progress", "whatever the stream time");
         for holder in
             [Holder::Leased { until_monotonic_ms: 100 }, Holder::Interrupted(PriorAttempt::Crashed), backoff(100, 100)]
         {
@@ -435,12 +450,15 @@ mod tests {
             assert_eq!((ask(Some(&left), 5_000, 5_999), ask(Some(&left), 3_000, 5_999)), ("again", "again"));
             assert_eq!((ask(Some(&left), 5_000, 6_000), ask(Some(&left), 5_001, 6_000)), ("too old", "new"));
         }
-        let waits = processing(backoff(101, 101));
-        assert_eq!((ask(Some(&waits), 5_000, 5_999), ask(Some(&waits), 5_000, 6_000)), ("in progress", "too old"));
+        let in_backoff = processing(backoff(101, 101));
+        assert_eq!(
+            (ask(Some(&in_backoff), 5_000, 5_999), ask(Some(&in_backoff), 5_000, 6_000)),
+            ("in progress", "too old")
+        );
     }
 
     #[test]
-    fn replay_follows_the_tokens() {
+    fn a_replay_orders_events_by_their_tokens() {
         let claimed = processing(Holder::Interrupted(PriorAttempt::Crashed));
         for (token, claim, release, complete, forget) in
             [(6, false, false, false, false), (7, false, true, true, false), (8, true, true, true, true)]
@@ -454,7 +472,7 @@ mod tests {
             assert_eq!(
                 replay_released(Some(&completed()), token),
                 release,
-                "only a later holder settles again: {token}"
+                "only a later holder releases it again: {token}"
             );
         }
         assert!(replay_claimed(None, 1) && replay_released(None, 1) && replay_completed(None, 1));

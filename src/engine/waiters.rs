@@ -1,7 +1,8 @@
-//! Who waits in this process for a key's holder to be done, and is woken then.
+//! Waiters: calls of this process that wait until work on a key ends.
 //!
-//! Whoever waits takes a slot first and asks for the key afterwards; whoever ends the work says so in the hot table
-//! first and looks for slots afterwards. One of the two sees the other.
+//! Order: a waiter registers before it checks the key again; a finisher changes the memtable before it looks for waiters. With
+//! `SeqCst` fences between the two steps, one of them sees the other. With another order a wakeup could be lost, and the waiter
+//! would sleep until its timeout.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -13,11 +14,11 @@ use std::time::Instant;
 
 use crate::testing::sync_shim::{AtomicUsize, Mutex, Thread, current, fence, park, park_timeout};
 
-/// The slots of a store. Costs whoever ends work one look at a counter where nobody waits.
+/// The wait slots of a store. Finishing a key without waiters costs one atomic load.
 #[derive(Debug, Default)]
 pub(crate) struct Waiters {
     count: AtomicUsize,
-    /// By digest: two keys of one digest are woken together, and ask again.
+    /// By digest. Waiters of two keys with one digest are woken together, and check their key again.
     slots: Mutex<BTreeMap<u64, Vec<Arc<WaitSlot>>>>,
 }
 
@@ -34,7 +35,7 @@ enum State {
 }
 
 impl Waiters {
-    /// A slot to wait for the next end of work on a key. Ask for the key once more before you wait.
+    /// Registers a waiter for the next end of work on a key. Check the key once more before you wait.
     pub(crate) fn enter(self: &Arc<Self>, digest: u64) -> Waiter {
         let slot = Arc::new(WaitSlot { digest, state: Mutex::new(State::Parked(None)) });
         let mut slots = self.slots.lock();
@@ -45,7 +46,7 @@ impl Waiters {
         Waiter { waiters: Arc::clone(self), slot }
     }
 
-    /// Wakes who waits for these keys. Called after what they wait for can be seen.
+    /// Wakes the waiters of these keys. Call it after the change of the keys is visible.
     pub(super) fn wake(&self, digests: impl IntoIterator<Item = u64>) {
         fence(Ordering::SeqCst);
         if self.count.load(Ordering::SeqCst) == 0 {
@@ -53,21 +54,21 @@ impl Waiters {
         }
         for digest in digests {
             let woken = self.slots.lock().remove(&digest).unwrap_or_default();
-            self.call(woken);
+            self.wake_slots(woken);
         }
     }
 
-    /// Wakes everybody: the store has an error for each of them.
+    /// Wakes all waiters: the store is poisoned or closed, and their calls fail.
     pub(super) fn wake_all(&self) {
         let woken = std::mem::take(&mut *self.slots.lock());
-        self.call(woken.into_values().flatten());
+        self.wake_slots(woken.into_values().flatten());
     }
 
-    fn call(&self, woken: impl IntoIterator<Item = Arc<WaitSlot>>) {
+    fn wake_slots(&self, woken: impl IntoIterator<Item = Arc<WaitSlot>>) {
         for slot in woken {
             self.count.fetch_sub(1, Ordering::SeqCst);
             let before = std::mem::replace(&mut *slot.state.lock(), State::Woken);
-            // With no lock held: a waker may run code of its own.
+            // Without a lock: a waker runs caller code.
             if let State::Parked(Some(waker)) = before {
                 waker.wake();
             }
@@ -76,17 +77,17 @@ impl Waiters {
 
     fn leave(&self, slot: &Arc<WaitSlot>) {
         let mut slots = self.slots.lock();
-        let Some(here) = slots.get_mut(&slot.digest) else { return };
-        let before = here.len();
-        here.retain(|other| !Arc::ptr_eq(other, slot));
-        self.count.fetch_sub(before - here.len(), Ordering::SeqCst);
-        if here.is_empty() {
+        let Some(of_digest) = slots.get_mut(&slot.digest) else { return };
+        let before = of_digest.len();
+        of_digest.retain(|other| !Arc::ptr_eq(other, slot));
+        self.count.fetch_sub(before - of_digest.len(), Ordering::SeqCst);
+        if of_digest.is_empty() {
             slots.remove(&slot.digest);
         }
     }
 }
 
-/// A slot in [`Waiters`], until it is dropped. As a future, done when it is woken.
+/// A registered wait slot, until it is dropped. As a future, it is ready once it is woken.
 #[derive(Debug)]
 pub(crate) struct Waiter {
     waiters: Arc<Waiters>,
@@ -94,7 +95,7 @@ pub(crate) struct Waiter {
 }
 
 impl Waiter {
-    /// Blocks the thread until it is woken, or until `end`. `None`: however long it takes.
+    /// Blocks the thread until the slot is woken, or until `end`. `None`: without a timeout.
     pub(crate) fn block_until(mut self, end: Option<Instant>) {
         let waker = Waker::from(Arc::new(Unpark(current())));
         let mut context = Context::from_waker(&waker);
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_wakes_all_that_wait_for_its_key_and_nobody_else() {
+    fn a_finished_key_wakes_all_its_waiters_and_no_others() {
         let waiters = Arc::new(Waiters::default());
         let (mut a, mut b, mut other) = (waiters.enter(1), waiters.enter(1), waiters.enter(2));
         assert!(!is_woken(&mut a) && !is_woken(&mut b) && !is_woken(&mut other));
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_or_was_woken_takes_no_place() {
+    fn dropped_and_woken_waiters_leave_no_slot() {
         let waiters = Arc::new(Waiters::default());
         let woken = waiters.enter(1);
         waiters.wake([1]);
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_takes_nobody_elses_place() {
+    fn a_dropped_waiter_keeps_the_slots_of_others() {
         let waiters = Arc::new(Waiters::default());
         let (left, mut stays) = (waiters.enter(1), waiters.enter(1));
         drop(left);
@@ -183,11 +184,11 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_sleeps_until_it_is_woken_or_its_time_is_over() {
+    fn a_blocked_waiter_returns_when_it_is_woken_or_its_timeout_is_over() {
         let waiters = Arc::new(Waiters::default());
-        let begun = Instant::now();
-        waiters.enter(1).block_until(Some(begun + Duration::from_millis(30)));
-        assert!(begun.elapsed() >= Duration::from_millis(30));
+        let started = Instant::now();
+        waiters.enter(1).block_until(Some(started + Duration::from_millis(30)));
+        assert!(started.elapsed() >= Duration::from_millis(30));
         let waiter = waiters.enter(1);
         let sleeper = std::thread::spawn(move || waiter.block_until(None));
         waiters.wake([1]);
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_between_the_question_and_the_sleep_is_not_missed() {
+    fn a_wakeup_between_the_check_and_the_wait_is_not_lost() {
         let (waiters, done) = (Arc::new(Waiters::default()), AtomicUsize::new(0));
         for round in 1..=if cfg!(miri) { 10 } else { 2_000 } {
             std::thread::scope(|scope| {
@@ -205,7 +206,7 @@ mod tests {
                 });
                 let waiter = waiters.enter(5);
                 if done.load(Ordering::Acquire) < round {
-                    // Forever, were the end missed.
+                    // Blocks forever if the wakeup is lost.
                     waiter.block_until(None);
                 }
             });

@@ -1,4 +1,4 @@
-//! The keeper: the threads behind a store, and their end.
+//! The background threads of a store, and how they start and end.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -12,16 +12,16 @@ use crate::config::Durability;
 use crate::testing::sync_shim::Mutex;
 use onlyonce_core::{Error, Result};
 
-/// How often the keeper looks whether a bucket has ended or passed.
+/// The interval between rounds of maintenance.
 const TICK: Duration = Duration::from_millis(100);
-/// How often it looks whether the filter of an ended bucket is to be kept on disk.
+/// The interval between checks for filters to persist.
 const FILTER_INTERVAL: Duration = Duration::from_secs(1);
-/// How long it leaves a failure alone.
-const PAUSE: Duration = Duration::from_secs(1);
+/// The backoff after a failed round of maintenance.
+const FAILURE_BACKOFF: Duration = Duration::from_secs(1);
 
-/// Threads that end when they are told to.
+/// The threads of a store, until they are stopped.
 pub(crate) struct BackgroundWorkers {
-    /// Dropped to end the threads.
+    /// Dropped to stop the threads.
     stop: Mutex<Option<Sender<()>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -31,14 +31,14 @@ impl BackgroundWorkers {
     pub(crate) fn start(engine: &Arc<Engine>) -> Result<Self> {
         let (stop, stopped) = bounded(0);
         let (wake, woken) = bounded(1);
-        // Set once: an engine has one keeper.
+        // Set once: an engine has one set of workers.
         let _ = engine.backlog.wake.set(wake);
         let workers = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
         if cfg!(shuttle) {
-            // Threads that a model does not know would go when they like.
+            // The model checker cannot schedule these threads.
             return Ok(workers);
         }
-        // The rounds begin here, however late the thread does.
+        // Before the threads start: a bucket that ends until the first round counts as ended, however late the thread runs.
         let maintenance_state = engine.catch_up()?;
         workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
             run_workers(engine, maintenance_state, &woken, stopped);
@@ -66,12 +66,12 @@ impl BackgroundWorkers {
                 work(&engine, &stopped);
                 drop(guard);
             })
-            .map_err(|error| Error::io("cannot start a thread for", path, error))?;
+            .map_err(|error| Error::io("starting a thread for", path, error))?;
         self.threads.lock().push(thread);
         Ok(())
     }
 
-    /// Ends the threads and waits for them.
+    /// Stops the threads and waits for them.
     pub(crate) fn stop(&self) {
         drop(self.stop.lock().take());
         for thread in std::mem::take(&mut *self.threads.lock()) {
@@ -81,7 +81,7 @@ impl BackgroundWorkers {
     }
 }
 
-/// An engine with its keeper: open until it is closed or dropped.
+/// An engine with its background threads, open until it is closed or dropped.
 pub(crate) struct StoreHandle {
     pub(crate) engine: Arc<Engine>,
     workers: BackgroundWorkers,
@@ -95,9 +95,9 @@ impl StoreHandle {
         Ok(Self { engine, workers, closing: Mutex::new(()) })
     }
 
-    /// Ends the keeper, waits for the calls under way, and closes.
+    /// Stops the threads, waits for running calls, and closes the engine.
     pub(crate) fn close(&self) -> Result<()> {
-        // Whoever closes second returns when the first has let go of the directory.
+        // A second, concurrent close returns after the first has released the directory.
         let _closing = self.closing.lock();
         self.workers.stop();
         self.engine.close()
@@ -107,12 +107,12 @@ impl StoreHandle {
 impl Drop for StoreHandle {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            tracing::warn!(%error, "the store was not closed cleanly; nothing that was acknowledged is lost");
+            tracing::warn!(error = error.chain(), "failed to close the store cleanly; no acknowledged write is lost");
         }
     }
 }
 
-/// A store one of whose threads died half way through something must not go on.
+/// Poisons the store if its thread panics: a state that the thread left half changed must not be used.
 pub(crate) struct PoisonOnPanic<'a> {
     pub(crate) engine: &'a Engine,
     pub(crate) name: &'static str,
@@ -126,66 +126,72 @@ impl Drop for PoisonOnPanic<'_> {
     }
 }
 
-fn is_over(stopped: &Receiver<()>) -> bool {
+fn is_stopped(stopped: &Receiver<()>) -> bool {
     matches!(stopped.try_recv(), Err(crossbeam::channel::TryRecvError::Disconnected))
 }
 
-fn run_workers(engine: &Engine, mut last: MaintenanceState, woken: &Receiver<()>, stopped: &Receiver<()>) {
+fn run_workers(engine: &Engine, mut state: MaintenanceState, woken: &Receiver<()>, stopped: &Receiver<()>) {
     let mut pause = TICK;
-    // After a failure nobody may hurry it.
-    let quiet = never();
-    // Before it may be told to stop: what the open has left would else be left by every process that is short.
-    if last.has_leftover_work
-        && let Err(error) = engine.run_maintenance(&mut last)
+    // Replaces the wakeups during the backoff after a failure.
+    let no_wakeups = never();
+    // Before the thread can be stopped: otherwise processes that run briefly would leave this work to each other forever.
+    if state.has_leftover_work
+        && let Err(error) = engine.run_maintenance(&mut state)
     {
-        tracing::warn!(%error, "upkeep failed, and will be tried again");
+        tracing::warn!(error = error.chain(), "maintenance failed; it will be retried");
     }
     loop {
-        let woken = if pause == TICK { woken } else { &quiet };
+        let woken = if pause == TICK { woken } else { &no_wakeups };
         crossbeam::select! {
             recv(stopped) -> _ => return,
             recv(woken) -> _ => {}
             default(pause) => {}
         }
         engine.export_metrics();
-        match engine.run_maintenance(&mut last) {
+        match engine.run_maintenance(&mut state) {
             Ok(()) => pause = TICK,
             Err(Error::Closed) => return,
             Err(Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => {
-                // What a part of the store noted has woken nobody yet.
+                // A part of the store may have set the poison without waking the waiting calls.
                 engine.wake_all();
                 break;
             }
             Err(error) => {
-                tracing::warn!(%error, "upkeep failed, and will be tried again");
-                pause = PAUSE;
+                tracing::warn!(error = error.chain(), "maintenance failed; it will be retried");
+                pause = FAILURE_BACKOFF;
             }
         }
     }
-    // There is nothing to keep any more. Whoever watches is to learn it.
-    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(PAUSE) {
+    // Maintenance has ended, but the metrics must continue to report that the store is poisoned.
+    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(FAILURE_BACKOFF) {
         engine.export_metrics();
     }
 }
 
-/// A filter that fails costs time and nothing else: the buckets without one are asked on disk.
+/// Restores filters at open, then persists those of ended buckets. An error costs only time: buckets without a filter are read
+/// on disk.
 fn persist_filters(engine: &Engine, stopped: &Receiver<()>) {
-    let should_continue = || !is_over(stopped);
+    let should_continue = || !is_stopped(stopped);
     match engine.restore_filters(&should_continue) {
         Ok(()) | Err(Error::Closed) => {}
-        Err(error) => tracing::warn!(%error, "filters could not be rebuilt"),
+        Err(error) => {
+            tracing::warn!(error = error.chain(), "failed to restore filters; lookups read the disk more often")
+        }
     }
     while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(FILTER_INTERVAL) {
         match engine.persist_filters(should_continue) {
             Ok(()) | Err(Error::Closed) => {}
-            Err(error) => tracing::warn!(%error, "the filter of an ended bucket could not be kept on disk"),
+            Err(error) => tracing::warn!(
+                error = error.chain(),
+                "failed to persist the filter of an ended bucket; it will be retried"
+            ),
         }
     }
 }
 
 fn sync(engine: &Engine, stopped: &Receiver<()>) {
     while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(engine.config().sync_interval) {
-        // A failure has poisoned the store.
+        // The error has poisoned the store.
         if engine.sync().is_err() {
             return;
         }
@@ -212,16 +218,16 @@ mod tests {
     }
 
     #[test]
-    fn the_threads_of_a_store_end_before_it_is_closed() {
+    fn the_background_threads_end_before_the_store_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let handle = start(&dir, &Options { durability: Durability::Process, ..Options::default() });
-        assert_eq!(Arc::strong_count(&handle.engine), 4, "each of them has it");
+        assert_eq!(Arc::strong_count(&handle.engine), 4, "one for each thread, and the handle");
         handle.close().unwrap();
         assert_eq!(Arc::strong_count(&handle.engine), 1);
     }
 
     #[test]
-    fn what_an_open_leaves_to_the_keeper_is_done_also_where_the_store_is_closed_at_once() {
+    fn work_that_an_open_leaves_is_done_even_if_the_store_is_closed_at_once() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let options = Options { clock: Arc::new(clock.clone()), result_limit: 4 << 20, ..Options::default() };
@@ -245,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn under_process_what_was_written_is_synced_after_the_interval() {
+    fn under_process_durability_a_write_is_synced_after_the_interval() {
         let dir = tempfile::tempdir().unwrap();
         let sync_interval = Duration::from_millis(5);
         let handle = start(&dir, &Options { durability: Durability::Process, sync_interval, ..Options::default() });
@@ -253,13 +259,13 @@ mod tests {
         engine.record(&engine.request(["k"]).unwrap()).unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         while engine.unsynced.load(Ordering::Acquire) {
-            assert!(Instant::now() < deadline, "nobody syncs");
+            assert!(Instant::now() < deadline, "the log is not synced");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     #[test]
-    fn a_thread_of_the_store_that_panics_poisons_it_and_one_that_ends_does_not() {
+    fn a_background_thread_that_panics_poisons_the_store() {
         let dir = tempfile::tempdir().unwrap();
         let handle = start(&dir, &Options::default());
         let (_stop, stopped) = bounded(0);
@@ -275,16 +281,16 @@ mod tests {
     }
 
     #[test]
-    fn what_takes_long_is_told_when_the_store_ends() {
+    fn a_long_task_can_check_whether_the_store_is_stopped() {
         let (stop, stopped) = bounded(0);
-        assert!(!is_over(&stopped));
+        assert!(!is_stopped(&stopped));
         drop(stop);
-        assert!(is_over(&stopped));
+        assert!(is_stopped(&stopped));
     }
 
     #[cfg(feature = "metrics")]
     #[test]
-    fn whoever_watches_learns_that_a_store_is_poisoned_and_keeps_learning_it() {
+    fn the_metrics_report_a_poisoned_store_until_it_is_closed() {
         use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 
         let recorder = DebuggingRecorder::new();
@@ -293,16 +299,16 @@ mod tests {
         let handle = metrics::with_local_recorder(&recorder, || start(&dir, &Options::default()));
         handle.engine.poison("a test");
         let deadline = Instant::now() + Duration::from_secs(60);
-        // Each snapshot begins anew.
+        // Each snapshot resets the gauges.
         for time in 1..=2 {
-            let is_told = || {
-                let told = snapshotter.snapshot().into_vec();
-                told.into_iter().any(|(key, _, _, value)| {
+            let is_reported = || {
+                let reported = snapshotter.snapshot().into_vec();
+                reported.into_iter().any(|(key, _, _, value)| {
                     key.key().name() == "onlyonce.poisoned"
                         && matches!(value, DebugValue::Gauge(level) if level.0 == 1.0)
                 })
             };
-            while !is_told() {
+            while !is_reported() {
                 assert!(Instant::now() < deadline, "time {time}");
                 std::thread::sleep(Duration::from_millis(20));
             }

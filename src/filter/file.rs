@@ -1,14 +1,15 @@
-//! Filter files: the column of one bucket, kept so that an opening need not read the bucket's keys.
+//! Filter files: the filter column of one bucket, persisted so that an open need not read the bucket's keys.
 //!
 //! ```text
 //! file   := header | header hash (16) | (column of a shard | hash (16)) for each of 16 shards
-//! header := "ONLYFLT1" | width (4) | lines of a shard (8) | keys (8) | number of runs (4) | number of a run (8)*
+//! header := "ONLYFLT1" | width (4) | lines of a shard (8) | keys (8) | number of SSTs (4) | number of an SST (8)*
 //! column := a bit for each row, row after row, the lowest bit of a byte first
 //! ```
 //!
-//! Numbers are little endian. A hash is BLAKE3's, keyed with the store's secret, over the bucket's name and the header
-//! (the header's), or over the header's hash, the shard's number and the column (a shard's), cut to 16 bytes: a file of
-//! another store, another bucket or another moment does not pass, nor does one with a wrong bit.
+//! Numbers are little endian and have the same width on every platform. Hashes are BLAKE3, keyed with the store's
+//! secret and truncated to 16 bytes. The header hash covers the bucket's name and the header. The hash of a shard
+//! covers the header hash, the shard's number (8) and the column. So a file of another store, another bucket or an
+//! earlier version of the filter is rejected, and so is a flipped bit.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
@@ -21,22 +22,27 @@ use crate::testing::failpoint::Failpoint;
 
 const MAGIC: &[u8; 8] = b"ONLYFLT1";
 const HASH_BYTES: usize = 16;
-/// What the name of a file ends in while it is being written.
+/// The extension of a file that is being written.
 pub(crate) const NEW: &str = "new";
-/// A bucket's runs are merged long before.
+/// Upper bound for SSTs in a header. Compaction keeps the real number far below.
 const MAX_SSTS: u32 = 1 << 16;
 
 type Hash = [u8; HASH_BYTES];
 
-const HEADER: &str = "its header does not match its checksum";
+const BAD_HEADER: &str = "the header does not match its checksum";
 
-/// The key that the files of a store are hashed with.
+/// The key of the hashes in a store's filter files.
 #[derive(Clone, Copy)]
 pub(crate) struct FileKey([u8; blake3::KEY_LEN]);
 
 impl FileKey {
     pub(crate) fn new(secret: &Secret) -> Self {
         Self(blake3::derive_key("onlyonce 2026 filter files", secret))
+    }
+
+    /// The hash of a shard's column. The shard's number has 8 bytes on every platform.
+    fn column_hash(&self, header_hash: &Hash, shard: usize, column: &[u8]) -> Hash {
+        self.hash(&[header_hash, &(shard as u64).to_le_bytes(), column])
     }
 
     pub(crate) fn hash(&self, parts: &[&[u8]]) -> Hash {
@@ -51,11 +57,11 @@ impl FileKey {
     }
 }
 
-/// What a filter file answers for.
+/// What a filter file covers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Covered {
     pub(crate) keys: u64,
-    /// The numbers of the bucket's files. It answers for no key that lies in another.
+    /// The numbers of the bucket's SSTs whose keys are in the file.
     pub(crate) ssts: Vec<u64>,
 }
 
@@ -67,13 +73,13 @@ impl Geometry {
 }
 
 impl Covered {
-    /// Whether it answers for all keys of a bucket that has these files.
+    /// Whether it covers all keys of a bucket with these SSTs.
     pub(crate) fn covers(&self, ssts: &[u64]) -> bool {
         ssts.iter().all(|sst| self.ssts.contains(sst))
     }
 }
 
-/// Writes a slot's column of a base layer, whole or not at all.
+/// Writes one column of a base matrix atomically: the file is complete or does not exist.
 pub(crate) fn write(
     path: &Path,
     key: &FileKey,
@@ -83,7 +89,9 @@ pub(crate) fn write(
     covered: &Covered,
 ) -> io::Result<()> {
     Failpoint::FilterBegun.pass();
-    let Some(geometry) = matrix.geometry() else { return Err(io::Error::other("only a base has columns to keep")) };
+    let Some(geometry) = matrix.geometry() else {
+        return Err(io::Error::other("only columns of a base matrix can be persisted"));
+    };
     let new = path.with_extension(NEW);
     let file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
@@ -104,9 +112,9 @@ pub(crate) fn write(
             Failpoint::FilterHalfWritten.pass();
         }
         let column =
-            matrix.column(shard, column_id).ok_or_else(|| io::Error::other("the layer has no such column to keep"))?;
+            matrix.column(shard, column_id).ok_or_else(|| io::Error::other("the matrix has no such column"))?;
         out.write_all(&column)?;
-        out.write_all(&key.hash(&[&header_hash, &shard.to_le_bytes(), &column]))?;
+        out.write_all(&key.column_hash(&header_hash, shard, &column))?;
     }
     out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_data()?;
     Failpoint::FilterWritten.pass();
@@ -115,42 +123,42 @@ pub(crate) fn write(
     Ok(())
 }
 
-/// A filter file whose header was read and found right.
+/// An open filter file with a valid header.
 pub(crate) struct FilterFile {
     file: File,
     key: FileKey,
     header_hash: Hash,
-    /// Where the first column begins.
+    /// The offset of the first column.
     columns_start: u64,
     pub(crate) geometry: Geometry,
     pub(crate) covered: Covered,
 }
 
 impl FilterFile {
-    /// Opens the file of a bucket. An error says why it is not to be trusted.
+    /// Opens the file of a bucket and validates its header and its length.
     pub(crate) fn open(path: &Path, key: &FileKey, bucket: &str) -> io::Result<Self> {
         let mut file = File::open(path)?;
         let mut header = vec![0; MAGIC.len() + 24];
         file.read_exact(&mut header)?;
-        let (geometry, keys, ssts) = read_header(&header).ok_or_else(|| damaged(HEADER))?;
+        let (geometry, keys, ssts) = read_header(&header).ok_or_else(|| damaged(BAD_HEADER))?;
         let fixed = header.len();
         header.resize(fixed + ssts as usize * 8, 0);
         file.read_exact(header.get_mut(fixed..).unwrap_or_default())?;
         let mut header_hash = Hash::default();
         file.read_exact(&mut header_hash)?;
         if header_hash != key.hash(&[bucket.as_bytes(), &header]) || !geometry.is_valid() {
-            return Err(damaged(HEADER));
+            return Err(damaged(BAD_HEADER));
         }
         let columns_start = (header.len() + HASH_BYTES) as u64;
         if geometry.file_bytes(columns_start) != Some(file.metadata()?.len()) {
-            return Err(damaged("its length does not fit its header"));
+            return Err(damaged("the length does not match the header"));
         }
         let ssts = header.get(fixed..).unwrap_or_default().as_chunks().0.iter().copied().map(u64::from_le_bytes);
         let covered = Covered { keys, ssts: ssts.collect() };
         Ok(Self { file, key: *key, header_hash, columns_start, geometry, covered })
     }
 
-    /// The column of a shard.
+    /// Reads the column of a shard and verifies its hash.
     pub(crate) fn column(&self, shard: usize) -> io::Result<Vec<u8>> {
         let len = self.geometry.column_bytes();
         let start = self.columns_start + (len + HASH_BYTES as u64) * shard as u64;
@@ -158,7 +166,7 @@ impl FilterFile {
         self.file.read_exact_at(&mut column, start)?;
         let mut hash = Hash::default();
         self.file.read_exact_at(&mut hash, start + len)?;
-        if hash != self.key.hash(&[&self.header_hash, &shard.to_le_bytes(), &column]) {
+        if hash != self.key.column_hash(&self.header_hash, shard, &column) {
             return Err(damaged("a column does not match its checksum"));
         }
         Ok(column)
@@ -206,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_comes_back_as_it_was_written() {
+    fn a_filter_file_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let (path, matrix, covered) = written(&dir);
         let (read, columns) = read(&path, &key(), "bucket").unwrap();
@@ -216,17 +224,23 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_a_wrong_bit_or_a_missing_end_or_of_another_bucket_is_not_trusted() {
+    fn the_hash_of_a_column_has_the_same_bytes_on_every_platform() {
+        let expected = key().hash(&[&[9; 16], &[3, 0, 0, 0, 0, 0, 0, 0], b"column"]);
+        assert_eq!(key().column_hash(&[9; 16], 3, b"column"), expected);
+    }
+
+    #[test]
+    fn a_filter_file_that_is_damaged_or_truncated_or_of_another_bucket_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let (path, ..) = written(&dir);
         let good = fs::read(&path).unwrap();
         for at in (0..good.len()).step_by(97) {
-            let mut bad = good.clone();
-            bad[at] ^= 1 << (at % 8);
-            fs::write(&path, &bad).unwrap();
-            assert!(read(&path, &key(), "bucket").is_err(), "a bit of byte {at}");
+            let mut damaged = good.clone();
+            damaged[at] ^= 1 << (at % 8);
+            fs::write(&path, &damaged).unwrap();
+            assert!(read(&path, &key(), "bucket").is_err(), "a bit of byte {at} is flipped");
             fs::write(&path, &good[..at]).unwrap();
-            assert!(read(&path, &key(), "bucket").is_err(), "cut at {at}");
+            assert!(read(&path, &key(), "bucket").is_err(), "truncated at {at}");
         }
         fs::write(&path, &good).unwrap();
         assert!(read(&path, &key(), "other").is_err());

@@ -1,15 +1,15 @@
-//! A layer of the filter: a matrix of bits, a column for each bucket, eight rows a key.
+//! A filter matrix: a bit matrix with a column for each bucket and eight rows for each key.
 //!
-//! Where the columns are many, the rows of a key lie in four cache lines, two in each: four reads of memory at most,
-//! that answer for every bucket. Where there is one column, they lie in one line, a bit in each of its eight words: one
-//! read of memory.
+//! In a matrix with many columns, the rows of a key are in four cache lines, two in each: at most four memory
+//! accesses cover every bucket. In a matrix with one column they are in one line, one bit in each of its eight words:
+//! one memory access.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::sizing::{LINE_BITS, LINES, capacity_of, rows_for};
 use crate::invariant::STRICT;
 
-/// Shards of a layer: each is an allocation of its own, so that none is too large to come by.
+/// Shards of a matrix. Each is an allocation of its own, so that no allocation is too large to succeed.
 pub(crate) const SHARDS: usize = 16;
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 
@@ -18,21 +18,22 @@ const WORD_BITS: u32 = u64::BITS;
 const LINE_WORDS: usize = 8;
 const LINE_BYTES: usize = LINE_WORDS * 8;
 
-/// Lines whose reads are under way together before the answers are looked at.
+/// Lines of a key that are read before the first check whether the key is ruled out.
 const AHEAD: u32 = LINES / 2;
-/// Keys that are looked up together: enough for a core, which waits for ten to twelve lines at a time, never to idle.
+/// Keys looked up together: enough that a core, which has ten to twelve outstanding cache misses at a time, never
+/// idles.
 const GROUP: usize = 64;
 
-/// A number below [`MAX_COLUMNS`] that stands for a live bucket.
+/// The id of a live bucket's column, below [`MAX_COLUMNS`].
 pub(crate) type ColumnId = u8;
 pub(crate) const MAX_COLUMNS: usize = 64;
 
-/// What the columns of a layer stand for.
+/// The columns that a matrix has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Columns {
-    /// Column `n` is slot `n`; this many columns, a power of two.
+    /// Columns 0 to this number, exclusive; a power of two.
     All(u32),
-    /// One column, for this slot: where a bucket has far more keys than the others.
+    /// Only this column, for a bucket with far more keys than the others.
     One(ColumnId),
 }
 
@@ -52,7 +53,7 @@ impl Columns {
     }
 }
 
-/// The measures of a base layer. Two of the same geometry put a key into the same rows.
+/// The dimensions of a base matrix. Matrices of the same geometry map a key to the same rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {
     pub(super) width: u32,
@@ -60,17 +61,17 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
-    /// Whether a layer can be like this.
+    /// Whether a matrix can have this geometry.
     pub(super) fn is_valid(self) -> bool {
         self.width.is_power_of_two() && (8..=WORD_BITS).contains(&self.width) && self.lines_per_shard > 0
     }
 
-    /// Bytes of a line that belong to one column.
+    /// Bytes of one column in a line.
     fn column_line_bytes(self) -> usize {
         LINE_BYTES / self.width as usize
     }
 
-    /// Bytes of one column of one shard.
+    /// Bytes of one column in a shard.
     pub(super) fn column_bytes(self) -> u64 {
         self.lines_per_shard.saturating_mul(self.column_line_bytes() as u64)
     }
@@ -79,34 +80,34 @@ impl Geometry {
         self.width
     }
 
-    /// The memory that a layer of this geometry takes.
+    /// Memory of a matrix with this geometry.
     pub(super) fn bytes(self) -> u64 {
         self.lines_per_shard.saturating_mul((SHARDS * LINE_BYTES) as u64)
     }
 }
 
-/// A matrix of bits. Rows are chosen by a key's digest, columns by the bucket that holds it.
+/// A bit matrix. A key's digest selects the rows, its bucket the column.
 ///
-/// Bits are set while others read; a reader that must see them takes a lock that the writer gave back afterwards
-/// (the hot table's stripe), so that relaxed accesses are enough. Writers take turns: a word that two of them change at
-/// a time could lose a bit.
+/// Bits are set while other threads read. A reader that must see them acquires a lock that the writer releases
+/// afterwards (the memtable shard's), so relaxed accesses are sufficient. Writers must hold a common lock: two
+/// concurrent changes of one word could lose a bit.
 pub(crate) struct FilterMatrix {
     columns: Columns,
     lines_per_shard: u64,
     shards: Vec<Shard>,
-    /// Keys inserted for each slot.
+    /// Keys inserted into each column.
     keys: [AtomicU64; MAX_COLUMNS],
 }
 
 impl FilterMatrix {
-    /// A layer whose columns are made for `keys` keys each. The memory is taken as it is touched.
+    /// A matrix whose columns hold `keys` keys each. The operating system allocates its pages on first use.
     pub(crate) fn new(columns: Columns, keys: u64) -> Self {
         let rows_per_line = LINE_BITS / u64::from(columns.width());
         let lines = rows_for(keys.max(1)).div_ceil(SHARDS as u64 * rows_per_line);
         Self::of_lines(columns, lines)
     }
 
-    /// A base layer of this geometry.
+    /// A base matrix of this geometry.
     pub(super) fn like(geometry: Geometry) -> Self {
         Self::of_lines(Columns::All(geometry.width), geometry.lines_per_shard)
     }
@@ -121,7 +122,7 @@ impl FilterMatrix {
         }
     }
 
-    /// The measures of a base layer.
+    /// The dimensions, if this is a base matrix.
     pub(crate) fn geometry(&self) -> Option<Geometry> {
         match self.columns {
             Columns::All(width) => Some(Geometry { width, lines_per_shard: self.lines_per_shard }),
@@ -129,15 +130,15 @@ impl FilterMatrix {
         }
     }
 
-    /// The bits of a slot's column in one shard, row after row, the lowest bit of a byte first. `None` if this is no base,
-    /// or has no such column or shard.
+    /// The bits of a column in one shard, row after row, the lowest bit of a byte first. `None` if this is not a base
+    /// matrix, or if it has no such column or shard.
     pub(crate) fn column(&self, shard: usize, column_id: ColumnId) -> Option<Vec<u8>> {
         let (geometry, column) = (self.geometry()?, self.columns.column(column_id)?);
         let rows_per_word = WORD_BITS / geometry.width;
         let line_bytes = geometry.column_line_bytes();
         let mut bytes = Vec::with_capacity(geometry.column_bytes() as usize);
         for line in self.shards.get(shard)?.lines() {
-            // A column has 64 rows of a line at most.
+            // A line has at most 64 rows.
             let mut rows = 0_u64;
             for (word, index) in line.iter().zip(0..) {
                 let word = word.load(Ordering::Relaxed) >> column;
@@ -150,8 +151,8 @@ impl FilterMatrix {
         Some(bytes)
     }
 
-    /// Adds columns, as [`FilterMatrix::column`] gave them, to one shard. False if one of them is not of this layer's geometry:
-    /// bits of it are missing then.
+    /// Adds columns, as returned by [`FilterMatrix::column`], to one shard. False if a column does not match this
+    /// matrix; then bits are missing.
     #[must_use]
     pub(crate) fn add_columns(&self, shard: usize, columns: &[(ColumnId, Vec<u8>)]) -> bool {
         let (Some(geometry), Some(shard)) = (self.geometry(), self.shards.get(shard)) else { return false };
@@ -183,24 +184,24 @@ impl FilterMatrix {
         fit
     }
 
-    /// Whether it has a column for the slot.
-    pub(super) fn column_for(&self, column_id: ColumnId) -> bool {
+    /// Whether the matrix has this column.
+    pub(super) fn has_column(&self, column_id: ColumnId) -> bool {
         self.columns.column(column_id).is_some()
     }
 
-    /// Notes that another layer has all keys of the slot. Its bits stay.
-    pub(super) fn leave(&self, column_id: ColumnId) {
+    /// Sets the key count of a column to zero because another matrix has all its keys. The bits stay.
+    pub(super) fn forget_keys(&self, column_id: ColumnId) {
         if let Some(count) = self.keys.get(usize::from(column_id)) {
             count.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Counts keys that came with a column. False if there is no such slot.
+    /// Adds to the key count of a column. False if there is no such column.
     pub(crate) fn count(&self, column_id: ColumnId, keys: u64) -> bool {
         self.keys.get(usize::from(column_id)).map(|count| count.fetch_add(keys, Ordering::Relaxed)).is_some()
     }
 
-    /// The memory that a layer takes.
+    /// Memory of a matrix whose columns hold `keys` keys each.
     pub(crate) fn bytes_for(columns: Columns, keys: u64) -> u64 {
         rows_for(keys).saturating_mul(u64::from(columns.width())) / 8
     }
@@ -213,7 +214,7 @@ impl FilterMatrix {
         self.columns
     }
 
-    /// The keys that each column is made for.
+    /// Capacity of each column, in keys.
     pub(crate) fn capacity(&self) -> u64 {
         capacity_of(self.rows())
     }
@@ -222,17 +223,17 @@ impl FilterMatrix {
         self.lines_per_shard * SHARDS as u64 * LINE_BITS / u64::from(self.columns.width())
     }
 
-    /// The keys that were inserted for a slot.
+    /// The number of keys in a column.
     pub(crate) fn keys(&self, column_id: ColumnId) -> u64 {
         self.keys.get(usize::from(column_id)).map_or(0, |keys| keys.load(Ordering::Relaxed))
     }
 
-    /// Whether no slot has keys here.
+    /// Whether no column has keys.
     pub(crate) fn is_empty(&self) -> bool {
         self.keys.iter().all(|keys| keys.load(Ordering::Relaxed) == 0)
     }
 
-    /// The slots that may hold the key with this digest, a bit each.
+    /// The columns that may hold the key with this digest, one bit for each.
     pub(crate) fn column_bits(&self, digest: u64) -> u64 {
         let mut column_bits = [0];
         self.column_bits_of(&[digest], &mut column_bits);
@@ -240,7 +241,7 @@ impl FilterMatrix {
         column_bits
     }
 
-    /// As [`FilterMatrix::column_bits`], for many digests: adds to what stands in each one's place.
+    /// As [`FilterMatrix::column_bits`], for many digests at once. Ors the result into `column_bits`.
     pub(crate) fn column_bits_of(&self, digests: &[u64], column_bits: &mut [u64]) {
         for (digests, column_bits) in digests.chunks(GROUP).zip(column_bits.chunks_mut(GROUP)) {
             match self.columns {
@@ -256,31 +257,32 @@ impl FilterMatrix {
 
     fn columns_of(&self, width: u32, digests: &[u64], column_bits: &mut [u64]) {
         let mut found = [u64::MAX >> (WORD_BITS - width); GROUP];
-        // The reads do not wait for each other, so that memory answers many at a time.
+        // These reads are independent of each other, so that their cache misses overlap.
         for number in 0..AHEAD {
             for (digest, found) in digests.iter().zip(&mut found) {
                 *found &= self.both(*digest, number, width);
             }
         }
-        // Four rows of full columns let one key in fifty on, for each bucket. Those that are left are asked together again,
-        // without a branch that hangs on an answer: a wrong guess would cost more than a line.
-        let mut left = [0; GROUP];
-        let mut count = compact(&mut left, 0..digests.len(), &found);
+        // After four rows of a full column, one key in fifty is still a candidate for each bucket. The candidates are
+        // looked up together again, without a branch on each result: a branch misprediction would cost more than a
+        // line.
+        let mut candidates = [0; GROUP];
+        let mut count = compact(&mut candidates, 0..digests.len(), &found);
         for number in AHEAD..LINES {
-            for index in left.iter().take(count) {
+            for index in candidates.iter().take(count) {
                 if let (Some(digest), Some(found)) = (digests.get(*index), found.get_mut(*index)) {
                     *found &= self.both(*digest, number, width);
                 }
             }
-            let before = left;
-            count = compact(&mut left, before.into_iter().take(count), &found);
+            let before = candidates;
+            count = compact(&mut candidates, before.into_iter().take(count), &found);
         }
         for (found, column_bits) in found.iter().zip(column_bits) {
             *column_bits |= found;
         }
     }
 
-    /// What the two rows of a key have in common that lie in its line of this number.
+    /// The conjunction of a key's two rows in its line of this number.
     #[inline]
     fn both(&self, digest: u64, number: u32, width: u32) -> u64 {
         let index = BitIndex::of(digest, number, width, self.lines_per_shard);
@@ -300,7 +302,7 @@ impl FilterMatrix {
         })
     }
 
-    /// The one line of a key, and six bits for the place in each of its words.
+    /// The line of a key in a matrix with one column, and six bits for the position in each of its words.
     #[inline]
     fn line_of_one(&self, digest: u64) -> (&[AtomicU64], u64) {
         let line = reduce(mix(digest.wrapping_add(GOLDEN_GAMMA)), self.lines_per_shard);
@@ -313,12 +315,12 @@ impl FilterMatrix {
         self.shards.get((digest >> (u64::BITS - SHARD_BITS)) as usize).map_or(&[], Shard::lines)
     }
 
-    /// Notes that the slot's bucket holds keys with these digests. False if a bit of one of them could not be set, or the
-    /// layer has no column for the slot: then the layer must not answer for the bucket. Quickest where the digests are sorted.
+    /// Inserts keys into a column. False if a bit could not be set, or if there is no such column: then the matrix
+    /// must not be used for the bucket. Fastest for sorted digests.
     #[must_use]
     pub(crate) fn insert(&self, column_id: ColumnId, digests: impl IntoIterator<Item = u64>) -> bool {
         let Some(column) = self.columns.column(column_id) else { return false };
-        let (mut inserted, mut whole, mut last) = (0, true, None);
+        let (mut inserted, mut is_complete, mut last) = (0, true, None);
         for digest in digests {
             match self.columns {
                 Columns::All(width) => {
@@ -328,14 +330,14 @@ impl FilterMatrix {
                         for (word, shift) in index.rows {
                             match line.get(word) {
                                 Some(word) => set(word, 1 << (shift + column)),
-                                None => whole = false,
+                                None => is_complete = false,
                             }
                         }
                     }
                 }
                 Columns::One(_) => {
                     let (line, mut indexes) = self.line_of_one(digest);
-                    whole &= line.len() == LINE_WORDS;
+                    is_complete &= line.len() == LINE_WORDS;
                     for word in line {
                         set(word, 1 << (indexes & 63));
                         indexes >>= 6;
@@ -344,20 +346,20 @@ impl FilterMatrix {
             }
             inserted += 1;
             if STRICT {
-                whole &= self.has(column_id, digest);
+                is_complete &= self.has(column_id, digest);
             }
             last = Some(digest);
         }
-        // What was set is read back: of each call the last key, where not all are.
+        // Reads back the last key of each call; strict builds read back every key.
         let is_read_back = last.is_none_or(|digest| self.has(column_id, digest));
-        self.count(column_id, inserted) && whole && is_read_back
+        self.count(column_id, inserted) && is_complete && is_read_back
     }
 
     fn has(&self, column_id: ColumnId, digest: u64) -> bool {
         self.column_bits(digest) & 1 << column_id != 0
     }
 
-    /// Empties a slot's column. It must not stand for a live bucket any more.
+    /// Clears a column. Its bucket must have been removed from the snapshot before.
     pub(crate) fn clear(&self, column_id: ColumnId) {
         let Some(column) = self.columns.column(column_id) else { return };
         let mut column_bits = 0_u64;
@@ -376,12 +378,12 @@ impl FilterMatrix {
     }
 }
 
-/// Puts those places to the front whose keys are not ruled out yet, and counts them.
+/// Moves the indexes of keys that are not ruled out yet to the front, and returns their number.
 #[inline]
-fn compact(left: &mut [usize; GROUP], indexes: impl Iterator<Item = usize>, found: &[u64; GROUP]) -> usize {
+fn compact(candidates: &mut [usize; GROUP], indexes: impl Iterator<Item = usize>, found: &[u64; GROUP]) -> usize {
     let mut count = 0;
     for index in indexes {
-        if let Some(next) = left.get_mut(count) {
+        if let Some(next) = candidates.get_mut(count) {
             *next = index;
         }
         count += usize::from(found.get(index).is_some_and(|found| *found != 0));
@@ -389,27 +391,29 @@ fn compact(left: &mut [usize; GROUP], indexes: impl Iterator<Item = usize>, foun
     count
 }
 
-/// Sets bits. A plain load and store, for writers take turns: a locked instruction would wait for each line in turn.
+/// Sets bits with a plain load and store, because writers hold a common lock: an atomic read-modify-write would
+/// serialise the cache misses.
 #[inline]
 fn set(word: &AtomicU64, bits: u64) {
     word.store(word.load(Ordering::Relaxed) | bits, Ordering::Relaxed);
 }
 
-/// Where two rows of a key lie: a line, and for each row a word of it and the place where the row begins there.
+/// The position of two rows of a key: a line, and for each row its word and the shift within the word.
 struct BitIndex {
     line: usize,
     rows: [(usize, u32); 2],
 }
 
 impl BitIndex {
-    /// The line of this number. That of number 0 grows with the digest, so that sorted keys meet memory in order.
+    /// The rows in the key's line of this number. Line 0 increases with the digest, so that sorted keys access memory
+    /// in order.
     #[inline]
     fn of(digest: u64, number: u32, width: u32, lines: u64) -> Self {
         let mixed = mix(digest.wrapping_add(GOLDEN_GAMMA.wrapping_mul(u64::from(number) + 1)));
         let line = reduce(if number == 0 { digest << SHARD_BITS } else { mixed }, lines) as usize;
         let width_bits = width.trailing_zeros();
         let rows = LINE_BITS as u32 >> width_bits;
-        // The line hangs on the high bits, the rows on the low ones. Another row than the first: all but one may be it.
+        // The high bits select the line, the low bits the rows. The second row is any row but the first.
         let first = mixed as u32 & (rows - 1);
         let further = 1 + ((((mixed >> 16) as u32 & 0xffff) * (rows - 1)) >> 16);
         let second = (first + further) & (rows - 1);
@@ -420,7 +424,7 @@ impl BitIndex {
     }
 }
 
-/// SplitMix64: each number of the sequence is as good as drawn anew.
+/// The increment of SplitMix64, whose outputs are statistically independent.
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 #[inline]
@@ -436,18 +440,18 @@ fn reduce(number: u64, end: u64) -> u64 {
     ((u128::from(number) * u128::from(end)) >> 64) as u64
 }
 
-/// A part of a layer: words that begin at a cache line.
+/// A part of a matrix: words aligned to a cache line.
 struct Shard {
     words: Box<[AtomicU64]>,
     start: usize,
 }
 
 impl Shard {
-    /// So many words, zero. The memory is taken as it is touched.
+    /// A shard of zeroed words. The operating system allocates its pages on first use.
     fn new(words: usize) -> Self {
         let words: Box<[AtomicU64]> = bytemuck::zeroed_slice_box(words + LINE_WORDS - 1);
-        let over = words.as_ptr().addr() % LINE_BYTES;
-        let start = if over == 0 { 0 } else { (LINE_BYTES - over) / 8 };
+        let misaligned = words.as_ptr().addr() % LINE_BYTES;
+        let start = if misaligned == 0 { 0 } else { (LINE_BYTES - misaligned) / 8 };
         Self { words, start }
     }
 
@@ -473,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_inserted_is_found_in_its_slot() {
+    fn inserted_keys_are_found_in_their_column() {
         for columns in [Columns::All(1), Columns::All(4), Columns::All(32), Columns::All(64), Columns::One(9)] {
             let column_id = match columns {
                 Columns::All(width) => ColumnId::try_from(width - 1).unwrap(),
@@ -489,26 +493,26 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_of_wrong_answers_is_the_computed_one() {
+    fn the_false_positive_rate_matches_the_formula() {
         for columns in [Columns::All(8), Columns::All(32), Columns::All(64), Columns::One(3)] {
             let matrix = FilterMatrix::new(columns, 25_000);
             let column_id = if columns == Columns::One(3) { 3 } else { 0 };
-            // Twice what it is made for, so that wrong answers are frequent enough to count.
+            // Twice the capacity, so that false positives are frequent enough to count.
             assert!(matrix.insert(column_id, digests(0..50_000)));
             let trials = 400_000;
-            let wrong =
+            let false_positives =
                 digests(1_000_000..1_000_000 + trials).filter(|digest| matrix.column_bits(*digest) != 0).count();
-            let rate = wrong as f64 / trials as f64;
+            let rate = false_positives as f64 / trials as f64;
             let expected = match columns {
                 Columns::All(width) => false_positive_rate(50_000, matrix.rows(), u64::from(width)),
                 Columns::One(_) => false_positive_rate_in_line(50_000, matrix.rows()),
             };
-            assert!((0.85..1.15).contains(&(rate / expected)), "{columns:?}: {rate} where {expected} was computed");
+            assert!((0.85..1.15).contains(&(rate / expected)), "{columns:?}: {rate}, expected {expected}");
         }
     }
 
     #[test]
-    fn clearing_a_slot_leaves_the_others() {
+    fn clearing_a_column_leaves_the_others_unchanged() {
         let matrix = FilterMatrix::new(Columns::All(8), 1_000);
         for column_id in 0..8 {
             assert!(matrix.insert(column_id, digests(u64::from(column_id) * 100..u64::from(column_id) * 100 + 100)));
@@ -528,11 +532,11 @@ mod tests {
     }
 
     #[test]
-    fn a_column_comes_back_as_it_was_taken_out() {
+    fn an_exported_column_is_loaded_unchanged() {
         for width in [8, 16, 32, 64] {
             let matrix = FilterMatrix::new(Columns::All(width), 3_000);
-            let column_bits: Vec<ColumnId> = [0, 5, width as ColumnId - 1].into();
-            for column_id in &column_bits {
+            let column_ids: Vec<ColumnId> = [0, 5, width as ColumnId - 1].into();
+            for column_id in &column_ids {
                 assert!(matrix.insert(
                     *column_id,
                     digests(u64::from(*column_id) * 10_000..u64::from(*column_id) * 10_000 + 3_000)
@@ -540,7 +544,7 @@ mod tests {
             }
             let other = FilterMatrix::like(matrix.geometry().unwrap());
             for shard in 0..SHARDS {
-                let columns: Vec<_> = column_bits
+                let columns: Vec<_> = column_ids
                     .iter()
                     .map(|column_id| (*column_id, matrix.column(shard, *column_id).unwrap()))
                     .collect();
@@ -555,26 +559,26 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_without_a_column_is_refused() {
+    fn an_insert_into_a_missing_column_fails() {
         assert!(!FilterMatrix::new(Columns::All(8), 10).insert(8, [1]));
         assert!(!FilterMatrix::new(Columns::One(3), 10).insert(4, [1]));
     }
 
     #[test]
-    fn a_layer_that_cannot_set_every_bit_or_lacks_a_column_says_so() {
+    fn an_insert_reports_missing_bits_and_missing_columns() {
         for columns in [Columns::All(8), Columns::One(3)] {
             let mut matrix = FilterMatrix::new(columns, 3_000);
             assert!(matrix.insert(3, digests(0..1_000)));
             matrix.shards[5] = Shard::new(0);
             assert!(!matrix.insert(3, digests(0..1_000)), "{columns:?}");
-            assert!(!matrix.insert(9, digests(0..10)), "no column of {columns:?} is for it");
+            assert!(!matrix.insert(9, digests(0..10)), "{columns:?} has no such column");
         }
         let matrix = FilterMatrix::new(Columns::All(8), 3_000);
         let column = matrix.column(0, 3).unwrap();
         assert!(matrix.add_columns(0, &[(3, column.clone())]));
-        assert!(!matrix.add_columns(0, &[(3, column[1..].to_vec())]), "a column that is too short");
-        assert!(!matrix.add_columns(0, &[(9, column.clone())]), "of a slot that it has no column for");
-        assert!(!matrix.add_columns(SHARDS, &[(3, column)]), "of a shard that it does not have");
+        assert!(!matrix.add_columns(0, &[(3, column[1..].to_vec())]), "the column is too short");
+        assert!(!matrix.add_columns(0, &[(9, column.clone())]), "no such column");
+        assert!(!matrix.add_columns(SHARDS, &[(3, column)]), "no such shard");
         assert!(matrix.column(SHARDS, 3).is_none() && matrix.column(0, 9).is_none());
         assert!(!matrix.count(64, 1));
     }

@@ -1,7 +1,7 @@
-//! The filter: which buckets may hold a key, from memory.
+//! The filter: a bit-sliced Bloom filter in memory that returns which buckets may hold a key.
 //!
-//! One row of bits holds a bit for every bucket, so that one look answers for all of them. See
-//! `docs/architecture.md` for why it is laid out this way.
+//! Each row has one bit for every bucket, so one lookup covers all buckets. `docs/architecture.md` explains the
+//! layout.
 
 pub(crate) mod file;
 pub(crate) mod matrix;

@@ -1,12 +1,12 @@
-//! A store's directory: who may use it, and what lies in it.
+//! A store's directory: its layout, its lock, and its creation.
 //!
 //! ```text
-//! STORE/onlyonce.lock   locked by the process that has the store open; says "created" once there is a store
-//! STORE/onlyonce.files  what `db/` must hold at the next open: see `file_manifest.rs`
+//! STORE/onlyonce.lock   locked by the process that has the store open; contains "created" once the store exists
+//! STORE/onlyonce.files  the file manifest: the required content of `db/`, see `file_manifest.rs`
 //! STORE/db/             RocksDB
-//! STORE/db.new/         a store that is being created; removed where a crash left it
-//! STORE/runs/           runs that are written and not yet ingested; removed at open
-//! STORE/filters/        filters of ended buckets; what is missing or does not match is made anew
+//! STORE/db.new/         a store that is being created; removed at open if a crash left it
+//! STORE/ssts/           SSTs that are written but not ingested yet; removed at open
+//! STORE/filters/        filters of ended buckets; rebuilt if missing or mismatched
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -25,19 +25,20 @@ const LOCK: &str = "onlyonce.lock";
 const FILES: &str = "onlyonce.files";
 const DATABASE: &str = "db";
 const NEW_DATABASE: &str = "db.new";
-const SST_DIR: &str = "runs";
+const SST_DIR: &str = "ssts";
 const FILTERS: &str = "filters";
-/// What the lock file says once a store was created: without it, a lost database would pass for a new store.
+/// The content of the lock file once a store exists. Without it, a store whose database was lost would be taken for a
+/// new one, and every duplicate would be new.
 const CREATED: &[u8] = b"created\n";
 
-/// How long to sleep between two tries for a lock.
+/// How long to sleep between two attempts to lock.
 const LOCK_POLL: Duration = Duration::from_millis(5);
 
-/// A directory that this process alone may use, until it is released or dropped.
+/// A directory locked by this process, until it is released or dropped.
 pub(crate) struct Directory {
     root: PathBuf,
     lock: Mutex<Option<File>>,
-    /// Whether the file system counts names of the lock file: most do.
+    /// Whether the file system reports link counts. Most do.
     counts_links: bool,
 }
 
@@ -47,13 +48,13 @@ impl Directory {
         if root.join(DATABASE).is_dir() { Ok(()) } else { Err(Error::NotFound { path: root.to_owned() }) }
     }
 
-    /// Makes the directory ours. Creates it, readable by its owner alone, where there is none; waits up to `wait`
-    /// for another process to let go: a killed one holds its locks until the kernel has torn it down.
+    /// Locks the directory. Creates it, readable only by its owner, if it does not exist. Waits up to `wait` for
+    /// another process to release the lock, because a killed process holds its locks until the kernel has cleaned up.
     pub(crate) fn acquire(root: &Path, wait: Duration) -> Result<Self> {
-        refuse_impossible(root)?;
-        // A process that changes its working directory, as services do, must not lose its store.
-        let root = &std::path::absolute(root).map_err(|error| Error::io("cannot find", root, error))?;
-        refuse_foreign(root)?;
+        reject_invalid_path(root)?;
+        // Absolute, because a process may change its working directory.
+        let root = &std::path::absolute(root).map_err(|error| Error::io("resolving", root, error))?;
+        reject_foreign(root)?;
         make_private(root)?;
         let path = root.join(LOCK);
         let lock = OpenOptions::new()
@@ -63,7 +64,7 @@ impl Directory {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(|error| refused("cannot open", &path, &error))?;
+            .map_err(|error| io_error("opening", &path, &error))?;
         let start = Instant::now();
         loop {
             match lock.try_lock() {
@@ -72,7 +73,7 @@ impl Directory {
                 Err(TryLockError::WouldBlock) => {
                     return Err(Error::AlreadyOpen { path: root.to_owned(), waited: wait });
                 }
-                Err(TryLockError::Error(error)) => return Err(Error::io("cannot lock", &path, error)),
+                Err(TryLockError::Error(error)) => return Err(Error::io("locking", &path, error)),
             }
         }
         let counts_links = lock.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
@@ -88,39 +89,40 @@ impl Directory {
         Ok(directory)
     }
 
-    /// Sees to it that the lock file says "created" if and only if there is a store.
+    /// Writes "created" to the lock file if the store exists. Fails if the lock file has it and the store does not
+    /// exist.
     fn write_created_flag(&self) -> Result<()> {
         let path = self.root.join(LOCK);
-        let said = fs::read(&path).map_err(|error| Error::io("cannot read", &path, error))?;
-        match (self.holds_a_store()?, said.is_empty()) {
+        let content = fs::read(&path).map_err(|error| Error::io("reading", &path, error))?;
+        match (self.holds_a_store()?, content.is_empty()) {
             (true, true) => fs::write(&path, CREATED)
                 .and_then(|()| File::open(&path)?.sync_all())
-                .map_err(|error| Error::io("cannot write", &path, error)),
+                .map_err(|error| Error::io("writing", &path, error)),
             (false, false) => Err(Error::Corrupt {
                 place: self.database().display().to_string(),
-                detail: "it is missing, though a store was created here".to_owned(),
+                detail: "the database is missing, but a store was created here".to_owned(),
             }),
             _ => Ok(()),
         }
     }
 
-    /// Lets others use the directory.
+    /// Releases the lock.
     pub(crate) fn release(&self) {
         drop(self.lock.lock().take());
     }
 
-    /// What somebody has deleted of an open store, if it is one of two files that are always there, or the whole directory:
-    /// files that are open go on taking what is written, and nothing of it stays.
+    /// Returns a sentinel file, or the whole directory, that was deleted while the store was open. Writes to deleted
+    /// files succeed but are lost.
     pub(crate) fn deleted(&self) -> Option<PathBuf> {
         let is_gone = |path: &Path| matches!(path.try_exists(), Ok(false));
         let is_nameless = |lock: &File| lock.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
-        let gone = if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
+        let missing = if self.counts_links && self.lock.lock().as_ref().is_some_and(is_nameless) {
             self.root.join(LOCK)
         } else {
-            // RocksDB puts a new one in its place in one step.
+            // RocksDB replaces this file atomically, so that it always exists.
             Some(self.database().join("CURRENT")).filter(|current| is_gone(current))?
         };
-        Some(if is_gone(&self.root) { self.root.clone() } else { gone })
+        Some(if is_gone(&self.root) { self.root.clone() } else { missing })
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -131,7 +133,7 @@ impl Directory {
         self.root.join(DATABASE)
     }
 
-    /// Where it is noted what the database must hold.
+    /// The path of the file manifest.
     pub(crate) fn file_manifest(&self) -> PathBuf {
         self.root.join(FILES)
     }
@@ -148,22 +150,22 @@ impl Directory {
         self.root.join(NEW_DATABASE)
     }
 
-    /// Whether a store was ever created here.
+    /// Whether a store exists here.
     pub(crate) fn holds_a_store(&self) -> Result<bool> {
         let path = self.database();
-        path.try_exists().map_err(|error| Error::io("cannot look at", &path, error))
+        path.try_exists().map_err(|error| Error::io("looking up", &path, error))
     }
 
-    /// Creates a database with `create` and puts it in its place whole: a crash leaves none or all of it.
+    /// Creates a database with `create` and renames it into place: after a crash it is complete or does not exist.
     pub(crate) fn create_database(&self, create: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let (new, database) = (self.new_database(), self.database());
         make_private(&new)?;
         create(&new)?;
         Failpoint::StoreCreated.pass();
-        fs::rename(&new, &database).map_err(|error| Error::io("cannot rename", &new, error))?;
+        fs::rename(&new, &database).map_err(|error| Error::io("renaming", &new, error))?;
         Failpoint::StorePlaced.pass();
         sync_dir(&self.root)?;
-        // The directory's own name must survive a power cut, too.
+        // The directory's own entry must survive a power cut, too.
         match self.root.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent)?,
             _ => sync_dir(Path::new("."))?,
@@ -171,7 +173,7 @@ impl Directory {
         self.write_created_flag()
     }
 
-    /// Bytes of all files below. Files that vanish meanwhile count as none.
+    /// Bytes of all files in the directory. Files deleted concurrently count as 0.
     pub(crate) fn bytes(&self) -> u64 {
         fn below(path: &Path) -> u64 {
             let Ok(entries) = fs::read_dir(path) else { return 0 };
@@ -188,9 +190,9 @@ impl Directory {
     }
 }
 
-/// Refuses what no file system takes for a path. The empty one would be the working directory to some calls, and nothing to
+/// Rejects paths that no file system accepts. The empty path means the working directory to some calls and nothing to
 /// others.
-fn refuse_impossible(root: &Path) -> Result<()> {
+fn reject_invalid_path(root: &Path) -> Result<()> {
     let bytes = root.as_os_str().as_bytes();
     let (value, bounds) = if bytes.is_empty() {
         ("empty".to_owned(), "the path of a directory")
@@ -202,22 +204,22 @@ fn refuse_impossible(root: &Path) -> Result<()> {
     Err(Error::Config { option: "path", value, bounds: bounds.to_owned() })
 }
 
-/// Refuses a path that is or goes through a file or a broken link, or a directory that holds something and was never a
-/// store: the lock file is the first thing that is created in one.
-fn refuse_foreign(root: &Path) -> Result<()> {
+/// Rejects a path that is, or leads through, a file or a broken link, and a non-empty directory without a lock file.
+/// The lock file is the first file created in a store.
+fn reject_foreign(root: &Path) -> Result<()> {
     let entries = match fs::read_dir(root) {
         Ok(entries) => entries,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-            return match in_the_way(root) {
+            return match obstacle(root) {
                 None => Ok(()),
                 Some(reason) => Err(Error::NotAStore { path: root.to_owned(), reason }),
             };
         }
-        Err(error) => return Err(refused("cannot read", root, &error)),
+        Err(error) => return Err(io_error("reading", root, &error)),
     };
     let mut found = None;
     for entry in entries {
-        let name = entry.map_err(|error| Error::io("cannot read", root, error))?.file_name();
+        let name = entry.map_err(|error| Error::io("reading", root, error))?.file_name();
         if name == LOCK {
             return Ok(());
         }
@@ -227,23 +229,23 @@ fn refuse_foreign(root: &Path) -> Result<()> {
         None => Ok(()),
         Some(name) => Err(Error::NotAStore {
             path: root.to_owned(),
-            reason: format!("it holds {:?} and no store", name.to_string_lossy()),
+            reason: format!("it contains {:?} but no store", name.to_string_lossy()),
         }),
     }
 }
 
-/// Why there is no directory where a path leads, and none can be created.
-fn in_the_way(path: &Path) -> Option<String> {
+/// Why no directory can be created at a path.
+fn obstacle(path: &Path) -> Option<String> {
     for part in path.ancestors() {
         let Ok(found) = fs::symlink_metadata(part) else { continue };
         let name = if part == path { "it".to_owned() } else { part.display().to_string() };
         return match (found.is_symlink(), fs::metadata(part)) {
             (true, Err(_)) => {
                 let target = fs::read_link(part).unwrap_or_default();
-                Some(format!("{name} is a link to {}, which is not there", target.display()))
+                Some(format!("{name} is a link to {}, which does not exist", target.display()))
             }
             (_, Ok(found)) if found.is_file() => Some(format!("{name} is a file")),
-            (_, Ok(found)) if !found.is_dir() => Some(format!("{name} is no directory")),
+            (_, Ok(found)) if !found.is_dir() => Some(format!("{name} is not a directory")),
             _ => None,
         };
     }
@@ -251,11 +253,11 @@ fn in_the_way(path: &Path) -> Option<String> {
 }
 
 fn make_private(path: &Path) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| refused("cannot create", path, &error))
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_error("creating", path, &error))
 }
 
-/// An error of the file system, with what to do where it lets this process not write.
-fn refused(action: &'static str, path: &Path, error: &std::io::Error) -> Error {
+/// An I/O error, with a remedy if permissions are missing.
+fn io_error(action: &'static str, path: &Path, error: &std::io::Error) -> Error {
     match error.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
             let detail = format!("{error}; the process needs to read and write the store's directory");
@@ -265,26 +267,27 @@ fn refused(action: &'static str, path: &Path, error: &std::io::Error) -> Error {
     }
 }
 
-/// A run that a crash left before the database had it, and nothing else that somebody may have put beside it.
+/// Whether this is an SST written by this store. Foreign files are left alone.
 fn is_sst(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "sst")
         && path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| stem.parse::<u64>().is_ok())
 }
 
-/// What a crash left of RocksDB's note of its own options. RocksDB removes all its temporary files but these.
+/// Whether this is an incomplete options file of RocksDB. RocksDB removes its other temporary files after a crash,
+/// but not these.
 fn is_half_written_options(path: &Path) -> bool {
     path.file_name()
         .and_then(|name| name.to_str())
         .is_some_and(|name| name.starts_with("OPTIONS-") && name.ends_with(".dbtmp"))
 }
 
-/// Removes files that a crash left.
-fn remove_files(dir: &Path, left: impl Fn(&Path) -> bool) -> Result<()> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", dir, error);
+/// Removes the files that match, which a crash left behind.
+fn remove_files(dir: &Path, is_leftover: impl Fn(&Path) -> bool) -> Result<()> {
+    let unreadable = |error: std::io::Error| Error::io("reading", dir, error);
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        if left(&path) {
-            fs::remove_file(&path).map_err(|error| Error::io("cannot remove", &path, error))?;
+        if is_leftover(&path) {
+            fs::remove_file(&path).map_err(|error| Error::io("removing", &path, error))?;
         }
     }
     Ok(())
@@ -292,13 +295,13 @@ fn remove_files(dir: &Path, left: impl Fn(&Path) -> bool) -> Result<()> {
 
 fn remove_dir(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("cannot remove", path, error)),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("removing", path, error)),
         _ => Ok(()),
     }
 }
 
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("cannot sync", path, error))
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| Error::io("syncing", path, error))
 }
 
 #[cfg(test)]
@@ -306,7 +309,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_relative_path_is_made_absolute_so_that_a_process_may_change_its_directory() {
+    fn a_relative_path_is_made_absolute() {
         let dir = tempfile::tempdir_in(".").unwrap();
         let relative = Path::new(dir.path().file_name().unwrap()).join("store");
         let directory = Directory::acquire(&relative, Duration::ZERO).unwrap();

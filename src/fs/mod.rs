@@ -1,4 +1,4 @@
-//! Files without RocksDB: the store's directory and its lock, and group commit for syncs.
+//! File-system parts outside RocksDB: the store's directory with its lock, and group commit for syncs.
 
 pub(crate) mod directory;
 pub(crate) mod sync_group;

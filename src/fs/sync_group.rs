@@ -1,13 +1,16 @@
-//! Group commit: callers that wait for the disk at the same time share one sync.
+//! Group commit: concurrent callers that wait for the disk share one sync.
+//!
+//! The first waiter becomes the leader and syncs for all writes made before its sync starts. A write made during a
+//! sync is not covered by it: counting it would acknowledge a write that is not on disk.
 
 use crate::testing::sync_shim::{Condvar, Mutex, MutexGuard, yield_now};
 use onlyonce_core::{Error, Outcome, Result};
 
-/// How often whoever is going to sync lets others go first, as long as more of them come.
+/// Maximum yields of the leader while more callers keep arriving.
 const MAX_YIELDS: usize = 16;
 
-/// Whose writes are on the disk. RocksDB has a group commit of its own, but does not mix writes that sync with writes that
-/// do not: where claims (which need no sync) and completions come by turns, its groups stay small.
+/// Tracks which writes are on disk. RocksDB has a group commit of its own, but it never groups writes that sync with
+/// writes that do not. With alternating claims (not synced) and completions (synced) its groups stay small.
 #[derive(Debug, Default)]
 pub(crate) struct SyncGroup {
     state: Mutex<State>,
@@ -16,20 +19,21 @@ pub(crate) struct SyncGroup {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Writes that were made, and of those the ones that are on the disk.
+    /// The number of writes made, and of writes known to be on disk.
     written: u64,
     synced: u64,
-    /// Whether somebody syncs at the moment.
+    /// Whether a leader is syncing.
     syncing: bool,
-    /// Syncs that were made.
+    /// The number of successful syncs.
     syncs: u64,
-    /// Why a sync failed. Nobody knows what is on the disk since: a sync that succeeds after it proves nothing.
+    /// The error of a failed sync. It is permanent: after a failed fsync the kernel may drop the dirty pages, so a
+    /// later successful sync proves nothing.
     failed: Option<Error>,
 }
 
 impl SyncGroup {
-    /// Returns when all that was written before this call is on the disk. `sync` syncs everything written so far; one
-    /// caller at a time calls it, for all that wait.
+    /// Returns when everything written before this call is on disk. `sync` syncs everything written so far; only the
+    /// leader calls it.
     pub(crate) fn wait(&self, sync: impl Fn() -> Result<()>) -> Result<()> {
         let mut state = self.state.lock();
         state.written += 1;
@@ -46,7 +50,7 @@ impl SyncGroup {
                 continue;
             }
             state.syncing = true;
-            // Where others are about to come, one sync for all of them is cheaper than one for each.
+            // One sync for all arriving callers is cheaper than one for each.
             for _ in 0..MAX_YIELDS {
                 let before = state.written;
                 MutexGuard::unlocked(&mut state, || (0..2).for_each(|_| yield_now()));
@@ -64,20 +68,20 @@ impl SyncGroup {
                     state.synced = covered;
                     state.syncs += 1;
                 }
-                Err(error) => state.failed = Some(of_made_writes(error)),
+                Err(error) => state.failed = Some(as_write_failure(error)),
             }
             self.synced.notify_all();
         }
     }
 
-    /// Syncs that callers waited for.
+    /// The number of syncs that callers waited for.
     pub(crate) fn syncs(&self) -> u64 {
         self.state.lock().syncs
     }
 }
 
-/// The error of a sync for those who wait: their writes are made, whatever kept them from being synced.
-fn of_made_writes(error: Error) -> Error {
+/// Turns the error of a sync into one with an unknown outcome: the waiters' writes were already made.
+fn as_write_failure(error: Error) -> Error {
     match error.outcome() {
         Outcome::Unknown => error,
         Outcome::NotWritten => Error::WriteFailed { source: error.into() },
@@ -116,7 +120,7 @@ mod tests {
         });
         let syncs = syncs.into_inner();
         assert_eq!(group.syncs(), syncs);
-        // Miri lets threads go as it likes, and few come at the same time.
+        // Under Miri's scheduler few threads arrive at the same time.
         assert!(
             cfg!(miri) || syncs <= THREADS * WRITES / 2,
             "{syncs} syncs for {WRITES} writes of each of {THREADS} threads"
@@ -124,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_sync_that_failed_none_is_believed() {
+    fn after_a_failed_sync_every_later_wait_fails() {
         let group = SyncGroup::default();
         let failed = group.wait(|| Err(Error::WriteFailed { source: "no space left".into() }));
         assert!(failed.unwrap_err().chain().contains("no space left"));

@@ -1,3 +1,3 @@
-//! The journal: record numbers, and which records are still being written.
+//! The journal's record numbers.
 
 pub(crate) mod numbers;

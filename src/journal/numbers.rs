@@ -1,4 +1,7 @@
-//! Numbers of journal records, and which records are still being written.
+//! Numbers journal records and tracks which of them are still being written.
+//!
+//! A flush may delete only the records below [`RecordNumbers::finished_below`]. Deleting a record that is still being
+//! written would lose an acknowledged call.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -6,15 +9,15 @@ use std::sync::atomic::Ordering;
 use crate::invariant::{Invariant, Poison};
 use crate::testing::sync_shim::{AtomicU64, Mutex};
 
-/// Numbers for rows that are being written, and which of them are.
+/// The numbers of journal records, and which records are still being written.
 ///
-/// A seal may delete the rows below [`RecordNumbers::finished_below`]: each of them is written, and what it says is in
-/// the hot table. What a row says counts once [`RecordNumbers::is_finished`] says so.
+/// A finished record is written, and its content is in the memtable. A record's changes take effect once
+/// [`RecordNumbers::is_finished`] returns true.
 #[derive(Debug, Default)]
 pub(crate) struct RecordNumbers {
-    /// In the order they were taken; seldom more than there are threads.
+    /// In the order of their numbers; rarely more than there are threads.
     open: Mutex<Open>,
-    /// Every row below this one is settled. Spares most readers the lock.
+    /// Every record below this number is finished. Lets most readers skip the lock.
     finished: AtomicU64,
     poison: Arc<Poison>,
 }
@@ -26,42 +29,44 @@ struct Open {
 }
 
 impl RecordNumbers {
-    /// Has them end the store where an invariant is broken.
+    /// Sets the poison that broken invariants are reported to.
     pub(crate) fn of(poison: &Arc<Poison>) -> Self {
         Self { poison: Arc::clone(poison), ..Self::default() }
     }
 
-    /// Takes a number from `next`, which must only grow, and keeps it open until it is finished.
+    /// Takes a number from `next`, which must increase strictly. The record is open until it is finished.
     pub(crate) fn begin(&self, next: impl FnOnce() -> u64) -> u64 {
         let mut open = self.open.lock();
         let number = next();
         if number <= open.last {
-            self.poison.broken(Invariant::RecordNumbersRise, format_args!("row {number} after row {}", open.last));
+            self.poison
+                .broken(Invariant::RecordNumbersRise, format_args!("record {number} after record {}", open.last));
         }
         open.numbers.push(number);
         open.last = number;
         number
     }
 
-    /// The row is written, or never will be.
+    /// Marks the record as written, or as one that will never be written.
     pub(crate) fn finish(&self, number: u64) {
         let mut open = self.open.lock();
         let before = open.numbers.len();
         open.numbers.retain(|other| *other != number);
         let finished = open.numbers.first().copied().unwrap_or(open.last + 1);
         if open.numbers.len() + 1 != before || finished < self.finished.load(Ordering::Relaxed) {
-            let detail = format_args!("row {number} of {before} that are open; settled below {finished}");
+            let detail = format_args!("record {number} of {before} open records, finished below {finished}");
             self.poison.broken(Invariant::RecordFinishedOnce, detail);
         }
         self.finished.store(finished, Ordering::Release);
     }
 
-    /// Whether the row is finished.
+    /// Whether the record is finished.
     pub(crate) fn is_finished(&self, number: u64) -> bool {
         number < self.finished.load(Ordering::Acquire) || !self.open.lock().numbers.contains(&number)
     }
 
-    /// Every row numbered below the answer is finished; `next` gives a number for where none is open.
+    /// The number below which every record is finished: the first open record, or a number from `next` if none is
+    /// open.
     pub(crate) fn finished_below(&self, next: impl FnOnce() -> u64) -> u64 {
         let open = self.open.lock();
         if let Some(first) = open.numbers.first() {
@@ -69,7 +74,7 @@ impl RecordNumbers {
         }
         let number = next();
         if number <= open.last {
-            self.poison.broken(Invariant::RecordNumbersRise, format_args!("{number} after row {}", open.last));
+            self.poison.broken(Invariant::RecordNumbersRise, format_args!("{number} after record {}", open.last));
         }
         number
     }
@@ -80,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_settled_up_to_the_first_that_is_open() {
+    fn records_are_finished_below_the_first_open_one() {
         let numbers = RecordNumbers::default();
         let finished = |next| numbers.finished_below(|| next);
         for number in [1, 2, 5] {
@@ -101,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_number_that_does_not_rise_and_a_row_that_is_finished_twice_break_an_invariant() {
+    fn a_record_number_that_does_not_increase_and_a_record_finished_twice_break_an_invariant() {
         let broken = |act: &dyn Fn(&RecordNumbers)| {
             let numbers = RecordNumbers::default();
             numbers.begin(|| 5);
@@ -109,15 +114,15 @@ mod tests {
             numbers.poison.unbroken().unwrap_err().to_string()
         };
         for again in [4, 5] {
-            let said = broken(&|numbers| assert_eq!(numbers.begin(|| again), again));
-            assert!(said.contains("rows strictly rise"), "{said}");
+            let text = broken(&|numbers| assert_eq!(numbers.begin(|| again), again));
+            assert!(text.contains("records strictly rise"), "{text}");
         }
-        let said = broken(&|numbers| [5, 5].iter().for_each(|number| numbers.finish(*number)));
-        assert!(said.contains("finished once"), "{said}");
-        let said = broken(&|numbers| {
+        let text = broken(&|numbers| [5, 5].iter().for_each(|number| numbers.finish(*number)));
+        assert!(text.contains("finished once"), "{text}");
+        let text = broken(&|numbers| {
             numbers.finish(5);
             numbers.finished_below(|| 5);
         });
-        assert!(said.contains("rows strictly rise"), "{said}");
+        assert!(text.contains("records strictly rise"), "{text}");
     }
 }

@@ -1,151 +1,22 @@
-//! A page: keys of one stripe and what is known of them, packed. An index of places, a list of slots, a heap of bytes.
+//! An arena: the packed keys of one shard. It is an index, a list of slots and a heap of bytes.
 //!
-//! Nothing in it is an allocation of its own but large results and fingerprints, so that a key costs no call of the
-//! allocator, and a page that was sealed goes in one piece.
+//! Only large results and fingerprints have allocations of their own. So a key costs no call of the allocator, and a frozen
+//! arena is freed as a whole.
 
 use std::sync::Arc;
 
 use hashbrown::HashTable;
 
+use super::slot::{OVERHEAD_BYTES, Pending, Slot, State, Tally, separate_bytes};
 use crate::entry::{CompletedEntry, Entry, Holder, Processing};
 use crate::invariant::{Invariant, Poison, STRICT};
 use crate::journal::numbers::RecordNumbers;
-use onlyonce_core::Error;
-use onlyonce_core::Fingerprint;
-use onlyonce_core::StoredResult;
+use onlyonce_core::{Error, StoredResult};
 
-/// Results up to this size lie in the heap; a larger one would be copied each time the heap grows.
+/// Results up to this size are stored in the heap. A larger one would be expensive to copy whenever the heap grows.
 const HEAP_RESULT_BYTES: usize = 1_024;
 
-/// What a key takes beside its own bytes and its result's: a slot, a place in the index and the room kept for growth.
-pub(crate) const OVERHEAD_BYTES: usize = 112;
-
-/// What a write changes in the figures of the table.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Tally {
-    /// Keys that somebody works on.
-    pub(crate) in_flight: isize,
-    /// Keys that wait for a decision.
-    pub(crate) held: isize,
-    /// Keys that a flush moves to their buckets: completed ones, and those whose attempt has ended.
-    pub(crate) flushable: isize,
-    pub(crate) flushable_bytes: isize,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.in_flight += other.in_flight;
-        self.held += other.held;
-        self.flushable += other.flushable;
-        self.flushable_bytes += other.flushable_bytes;
-    }
-}
-
-impl std::ops::Sub for Tally {
-    type Output = Self;
-
-    fn sub(self, other: Self) -> Self {
-        Self {
-            in_flight: self.in_flight - other.in_flight,
-            held: self.held - other.held,
-            flushable: self.flushable - other.flushable,
-            flushable_bytes: self.flushable_bytes - other.flushable_bytes,
-        }
-    }
-}
-
-/// A change that counts from the moment on at which its row is written.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Pending {
-    pub(crate) record: u64,
-    /// What the key is until then: its attempt, and `Committing` or `CommittingUnclaimed`.
-    pub(crate) attempt: u32,
-    pub(crate) holder: Holder,
-}
-
-impl Pending {
-    /// Counts at once.
-    const NONE: Self = Self { record: 0, attempt: 1, holder: Holder::Committing };
-}
-
-/// A key, and what is known of it.
-#[derive(Debug, Clone)]
-struct Slot {
-    digest: u64,
-    token: u64,
-    /// The row that brings it into force; none is numbered 0.
-    record: u64,
-    /// When it was completed, or its holder became what it is.
-    since_ms: u64,
-    key_start: usize,
-    key_len: u32,
-    attempt: u32,
-    /// Whether nobody had claimed the key that is being completed.
-    is_unclaimed: bool,
-    fingerprint: Option<Box<Fingerprint>>,
-    state: State,
-}
-
-#[derive(Debug, Clone)]
-enum State {
-    /// Removed.
-    Gone,
-    Processing(Holder),
-    /// Completed, with nothing to keep.
-    NoResult,
-    /// Completed, with a result too large to keep.
-    TooLarge,
-    /// Completed; its result lies in the heap.
-    Heap {
-        start: usize,
-        len: u32,
-    },
-    /// Completed; its result is large.
-    Separate(Arc<[u8]>),
-}
-
-impl Slot {
-    fn tally(&self) -> Tally {
-        let result = match &self.state {
-            State::Gone => return Tally::default(),
-            State::Processing(Holder::Interrupted(_)) => return Tally { held: 1, ..Tally::default() },
-            // An operator has decided already: it is in nobody's way.
-            State::Processing(Holder::Resolved(_)) => return Tally::default(),
-            State::Processing(Holder::Leased { .. } | Holder::Committing | Holder::CommittingUnclaimed) => {
-                return Tally { in_flight: 1, ..Tally::default() };
-            }
-            State::Processing(Holder::Released { .. }) | State::NoResult | State::TooLarge => 0,
-            State::Heap { len, .. } => *len as usize,
-            State::Separate(bytes) => bytes.len(),
-        };
-        let bytes = self.key_len as usize + result + OVERHEAD_BYTES;
-        Tally { flushable: 1, flushable_bytes: bytes as isize, ..Tally::default() }
-    }
-
-    /// Whether a flush moves it to a bucket: it is completed, or about to be, or its attempt has ended.
-    fn is_flushable(&self) -> bool {
-        !matches!(self.state, State::Gone)
-            && (!matches!(self.state, State::Processing(_))
-                || matches!(self.state, State::Processing(Holder::Released { .. })))
-    }
-
-    fn processing(&self, holder: Holder) -> Processing {
-        Processing {
-            token: self.token,
-            attempt: self.attempt,
-            since_ms: self.since_ms,
-            fingerprint: self.fingerprint.as_deref().copied(),
-            holder,
-        }
-    }
-
-    /// What the key is while the row that changes it is on its way.
-    fn before(&self) -> Processing {
-        self.processing(if self.is_unclaimed { Holder::CommittingUnclaimed } else { Holder::Committing })
-    }
-}
-
-/// A key that a flush moves, in its place.
+/// A key that a flush moves, in its arena.
 #[derive(Clone, Copy)]
 pub(crate) struct Flushable<'a> {
     arena: &'a ShardArena,
@@ -167,35 +38,35 @@ impl<'a> Flushable<'a> {
     }
 
     pub(crate) fn entry(self) -> Option<Entry<&'a [u8]>> {
-        self.arena.at_rest(self.slot)
+        self.arena.ended_entry(self.slot)
     }
 
-    /// What to fail with where it has nothing that it was completed with.
+    /// The error for a key that has no entry to flush.
     #[cold]
-    pub(crate) fn is_not(self) -> Error {
+    pub(crate) fn not_flushable(self) -> Error {
         let (token, state) = (self.slot.token, &self.slot.state);
         self.arena.poison.broken(Invariant::OnlyEndedFlushed, format_args!("the key with token {token} is {state:?}"))
     }
 }
 
-/// Keys of one stripe. Places of slots that are gone are used again by nobody: the next split leaves them behind.
+/// The keys of one shard. Removed slots are not reused: the next freeze drops them.
 #[derive(Debug, Default)]
 pub(crate) struct ShardArena {
     index: HashTable<u32>,
     slots: Vec<Slot>,
     heap: Vec<u8>,
-    /// Bytes of what lies apart: large results, fingerprints.
+    /// Bytes in separate allocations: large results, fingerprints.
     separate_bytes: usize,
     poison: Arc<Poison>,
 }
 
 impl ShardArena {
-    /// An empty page, which ends the store where an invariant is broken.
+    /// An empty arena that poisons the store if an invariant is broken.
     pub(crate) fn of(poison: &Arc<Poison>) -> Self {
         Self { poison: Arc::clone(poison), ..Self::default() }
     }
 
-    /// An empty page with room for what another holds.
+    /// An empty arena with the capacity for the keys of another.
     fn like(other: &Self) -> Self {
         Self {
             index: HashTable::with_capacity(other.index.len()),
@@ -211,19 +82,20 @@ impl ShardArena {
         self.slots.clear();
     }
 
-    /// The memory it takes.
+    /// The memory that it uses.
     pub(crate) fn bytes(&self) -> usize {
         self.slots.len() * OVERHEAD_BYTES + self.heap.len() + self.separate_bytes
     }
 
-    // A part of few callers: as a call of its own it costs every key some thirty instructions.
+    // Inlined: as a call it costs about thirty instructions a key.
     #[inline(always)]
     fn find(&self, digest: u64, key: &[u8]) -> Option<&Slot> {
         let Self { slots, heap, poison, .. } = self;
-        let slot_index = *self.index.find(spread(digest), |slot_index| is(slots, heap, *slot_index, digest, key))?;
+        let slot_index =
+            *self.index.find(spread(digest), |slot_index| is_key(slots, heap, *slot_index, digest, key))?;
         let slot = slots.get(slot_index as usize);
-        if slot.is_none_or(|slot| !lies_in(heap, slot)) {
-            lost(poison, slot, heap, slot_index);
+        if slot.is_none_or(|slot| !has_key_in(heap, slot)) {
+            report_bad_index(poison, slot, heap, slot_index);
             return None;
         }
         slot
@@ -235,53 +107,53 @@ impl ShardArena {
 
     fn bytes_at(&self, start: usize, len: u32) -> &[u8] {
         self.heap.get(start..start.wrapping_add(len as usize)).unwrap_or_else(|| {
-            no_bytes(&self.poison, start, len, self.heap.len());
+            report_out_of_range(&self.poison, start, len, self.heap.len());
             &[]
         })
     }
 
-    /// What is known of a key.
+    /// The entry of a key.
     pub(crate) fn get(&self, digest: u64, key: &[u8], records: &RecordNumbers) -> Option<Entry> {
         self.find(digest, key).map(|slot| self.entry(slot, records))
     }
 
-    /// What is known of a key in a page that was flushed.
+    /// The entry of a key in an arena that was flushed.
     pub(crate) fn get_flushed(&self, digest: u64, key: &[u8]) -> Option<Entry> {
-        self.find(digest, key).and_then(|slot| self.at_rest(slot)).map(|entry| entry.shared())
+        self.find(digest, key).and_then(|slot| self.ended_entry(slot)).map(|entry| entry.shared())
     }
 
-    /// What a slot says when its row is written; `None` if it is in flight.
-    fn at_rest<'a>(&'a self, slot: &'a Slot) -> Option<Entry<&'a [u8]>> {
+    /// The entry of a slot whose record is written. `None` if the key is in progress.
+    fn ended_entry<'a>(&'a self, slot: &'a Slot) -> Option<Entry<&'a [u8]>> {
         match &slot.state {
             State::Processing(holder @ Holder::Released { .. }) => Some(Entry::Processing(slot.processing(*holder))),
-            _ => self.done(slot).map(Entry::Completed),
+            _ => self.completed_entry(slot).map(Entry::Completed),
         }
     }
 
     fn entry(&self, slot: &Slot, records: &RecordNumbers) -> Entry {
         if !records.is_finished(slot.record) {
-            return Entry::Processing(slot.before());
+            return Entry::Processing(slot.committing());
         }
-        match (&slot.state, self.done(slot)) {
+        match (&slot.state, self.completed_entry(slot)) {
             (_, Some(done)) => Entry::Completed(done.shared()),
             (State::Processing(holder), None) => Entry::Processing(slot.processing(*holder)),
             (_, None) => {
-                self.is_gone();
-                Entry::Processing(slot.before())
+                self.report_removed_slot();
+                Entry::Processing(slot.committing())
             }
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn is_gone(&self) {
-        self.poison.broken(Invariant::IndexedSlot, format_args!("it points to one whose key was removed"));
+    fn report_removed_slot(&self) {
+        self.poison.broken(Invariant::IndexedSlot, format_args!("it points to a slot whose key was removed"));
     }
 
-    /// What a slot was completed with.
-    fn done<'a>(&'a self, slot: &'a Slot) -> Option<CompletedEntry<&'a [u8]>> {
+    /// The completion that a slot holds.
+    fn completed_entry<'a>(&'a self, slot: &'a Slot) -> Option<CompletedEntry<&'a [u8]>> {
         let result = match &slot.state {
-            State::Gone | State::Processing(_) => return None,
+            State::Removed | State::Processing(_) => return None,
             State::NoResult => StoredResult::None,
             State::TooLarge => StoredResult::TooLarge,
             State::Heap { start, len } => StoredResult::Bytes(self.bytes_at(*start, *len)),
@@ -291,12 +163,12 @@ impl ShardArena {
         Some(CompletedEntry { token: slot.token, completed_ms: slot.since_ms, fingerprint, result })
     }
 
-    /// Puts an entry in the place of whatever was there.
+    /// Replaces the entry of a key.
     pub(crate) fn set(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>) -> Tally {
         self.set_pending(digest, key, entry, Pending::NONE)
     }
 
-    /// As [`ShardArena::set`], from the moment on at which a row is written.
+    /// As [`ShardArena::set`], visible once a record is written.
     pub(crate) fn set_pending(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) -> Tally {
         let (token, since_ms, attempt, fingerprint, state) = match entry {
             Entry::Processing(processing) => {
@@ -310,7 +182,7 @@ impl ShardArena {
         };
         self.separate_bytes += separate_bytes(&state, fingerprint.is_some());
         let Self { index, slots, heap, poison, .. } = self;
-        let is = |slot_index: &u32| is(slots, heap, *slot_index, digest, key);
+        let is = |slot_index: &u32| is_key(slots, heap, *slot_index, digest, key);
         let hash = |slot_index: &u32| hash(slots, *slot_index);
         let mut new = Slot {
             digest,
@@ -326,8 +198,8 @@ impl ShardArena {
         };
         match index.find(spread(digest), is).copied() {
             Some(slot_index) => {
-                let Some(slot) = slots.get_mut(slot_index as usize).filter(|slot| lies_in(heap, slot)) else {
-                    lost(poison, slots.get(slot_index as usize), heap, slot_index);
+                let Some(slot) = slots.get_mut(slot_index as usize).filter(|slot| has_key_in(heap, slot)) else {
+                    report_bad_index(poison, slots.get(slot_index as usize), heap, slot_index);
                     return Tally::default();
                 };
                 new.key_start = slot.key_start;
@@ -360,36 +232,34 @@ impl ShardArena {
 
     pub(crate) fn remove(&mut self, digest: u64, key: &[u8]) -> Tally {
         let Self { index, slots, heap, poison, .. } = self;
-        let is = |slot_index: &u32| is(slots, heap, *slot_index, digest, key);
-        // A key that is not there was removed before.
+        let is = |slot_index: &u32| is_key(slots, heap, *slot_index, digest, key);
+        // A missing key was removed before.
         let Ok(found) = index.find_entry(spread(digest), is) else { return Tally::default() };
         let (slot_index, _) = found.remove();
-        let Some(slot) = slots.get_mut(slot_index as usize).filter(|slot| lies_in(heap, slot)) else {
-            lost(poison, slots.get(slot_index as usize), heap, slot_index);
+        let Some(slot) = slots.get_mut(slot_index as usize).filter(|slot| has_key_in(heap, slot)) else {
+            report_bad_index(poison, slots.get(slot_index as usize), heap, slot_index);
             return Tally::default();
         };
         let before = slot.tally();
-        slot.state = State::Gone;
+        slot.state = State::Removed;
         Tally::default() - before
     }
 
-    /// Visits the keys in flight, also those whose completion is on its way.
+    /// Iterates over the keys in progress, including committing ones.
     pub(crate) fn in_flight(&self, records: &RecordNumbers) -> impl Iterator<Item = (u64, &[u8], Processing)> {
-        self.slots.iter().filter(|slot| !matches!(slot.state, State::Gone)).filter_map(|slot| {
-            match self.entry(slot, records) {
-                Entry::Processing(processing) => Some((slot.digest, self.key(slot), processing)),
-                Entry::Completed(_) => None,
-            }
+        self.slots.iter().filter(|slot| !slot.is_removed()).filter_map(|slot| match self.entry(slot, records) {
+            Entry::Processing(processing) => Some((slot.digest, self.key(slot), processing)),
+            Entry::Completed(_) => None,
         })
     }
 
-    /// Visits the keys that a flush moves, in no order.
+    /// Iterates over the keys that a flush moves, in no order.
     pub(crate) fn flushable(&self) -> impl Iterator<Item = Flushable<'_>> {
         self.slots.iter().filter(|slot| slot.is_flushable()).map(|slot| Flushable { arena: self, slot })
     }
 
-    /// Takes out the keys whose work has ended by rows below `start`, all of which are written, as a page of its own. What
-    /// is in flight stays if `keep` says so; it is asked about each such key.
+    /// Splits off the flushable keys whose records are below `start`, as the frozen arena. All records below `start` are
+    /// written. Of the other keys, those in progress stay only if `keep`, which is called for each of them, returns true.
     pub(crate) fn freeze(
         &mut self,
         start: u64,
@@ -398,19 +268,19 @@ impl ShardArena {
     ) -> (Self, Tally) {
         let empty = Self::like(self);
         if STRICT {
-            self.assert_sound();
+            self.check_index();
         }
         let mut frozen = std::mem::replace(self, empty);
         let mut tally = Tally::default();
         let (indexed, mut keys) = (frozen.index.len(), 0);
         for slot_index in 0..frozen.slots.len() {
             let Some(slot) = frozen.slots.get(slot_index) else {
-                lost(&frozen.poison, None, &frozen.heap, slot_index as u32);
+                report_bad_index(&frozen.poison, None, &frozen.heap, slot_index as u32);
                 break;
             };
-            keys += usize::from(!matches!(slot.state, State::Gone));
+            keys += usize::from(!slot.is_removed());
             let stays = match slot.state {
-                State::Gone => continue,
+                State::Removed => continue,
                 _ if !slot.is_flushable() => true,
                 _ => slot.record >= start,
             };
@@ -418,14 +288,14 @@ impl ShardArena {
                 continue;
             }
             let key = frozen.key(slot);
-            // A completion whose row is written behind the cut needs nobody's leave.
+            // Completions at or after `start` are kept unconditionally.
             let kept = match frozen.entry(slot, records) {
                 Entry::Processing(processing) => keep(key, &processing),
                 Entry::Completed(_) => true,
             };
             let (digest, key) = (slot.digest, key.to_vec());
             if kept {
-                self.take(&frozen, slot);
+                self.copy_slot(&frozen, slot);
             } else {
                 tally += Tally::default() - slot.tally();
             }
@@ -438,23 +308,23 @@ impl ShardArena {
         (frozen, tally)
     }
 
-    /// Fails where an invariant of a page is broken. Visits every key.
-    fn assert_sound(&self) {
-        let keys = self.slots.iter().filter(|slot| !matches!(slot.state, State::Gone));
+    /// Checks that the index finds each key. Visits all keys.
+    fn check_index(&self) {
+        let keys = self.slots.iter().filter(|slot| !slot.is_removed());
         for slot in keys {
             let found = self.find(slot.digest, self.key(slot));
             if !found.is_some_and(|found| std::ptr::eq(found, slot)) {
-                let detail = format_args!("the key with token {} is not found in its page", slot.token);
+                let detail = format_args!("the key with token {} is not found in its arena", slot.token);
                 self.poison.broken(Invariant::IndexedSlot, detail);
             }
         }
     }
 
-    /// Copies a slot of another page, which has no other here.
-    fn take(&mut self, other: &Self, slot: &Slot) {
+    /// Copies a slot of another arena. This arena must not have the key.
+    fn copy_slot(&mut self, other: &Self, slot: &Slot) {
         let key_start = self.heap.len();
         self.heap.extend_from_slice(other.key(slot));
-        let state = match (&slot.state, other.done(slot)) {
+        let state = match (&slot.state, other.completed_entry(slot)) {
             (State::Heap { .. }, Some(CompletedEntry { result, .. })) => self.put_result(result),
             (state, _) => state.clone(),
         };
@@ -465,12 +335,12 @@ impl ShardArena {
         self.index.insert_unique(spread(slot.digest), slot_index, |slot_index| hash(slots, *slot_index));
     }
 
-    /// Takes back what was split off, where nothing newer is known.
+    /// Takes back the keys of a frozen arena, except those that have a newer entry here.
     pub(crate) fn absorb(&mut self, frozen: &Self) -> Tally {
         let mut tally = Tally::default();
-        for slot in frozen.slots.iter().filter(|slot| !matches!(slot.state, State::Gone)) {
+        for slot in frozen.slots.iter().filter(|slot| !slot.is_removed()) {
             if self.find(slot.digest, frozen.key(slot)).is_none() {
-                self.take(frozen, slot);
+                self.copy_slot(frozen, slot);
             } else {
                 tally += Tally::default() - slot.tally();
             }
@@ -478,22 +348,22 @@ impl ShardArena {
         tally
     }
 
-    /// Removes every key for which `keep` says false.
+    /// Removes each key for which `keep` returns false.
     pub(crate) fn retain(&mut self, records: &RecordNumbers, mut keep: impl FnMut(&Entry) -> bool) -> Tally {
-        let gone: Vec<(u64, Vec<u8>)> = self
+        let removed: Vec<(u64, Vec<u8>)> = self
             .slots
             .iter()
-            .filter(|slot| !matches!(slot.state, State::Gone) && !keep(&self.entry(slot, records)))
+            .filter(|slot| !slot.is_removed() && !keep(&self.entry(slot, records)))
             .map(|slot| (slot.digest, self.key(slot).to_vec()))
             .collect();
         let mut tally = Tally::default();
-        for (digest, key) in gone {
+        for (digest, key) in removed {
             tally += self.remove(digest, &key);
         }
         tally
     }
 
-    /// The figures of all its keys.
+    /// The counts of all keys.
     pub(crate) fn tally(&self) -> Tally {
         self.slots.iter().fold(Tally::default(), |mut sum, slot| {
             sum += slot.tally();
@@ -502,25 +372,20 @@ impl ShardArena {
     }
 }
 
-fn separate_bytes(state: &State, has_fingerprint: bool) -> usize {
-    let result = if let State::Separate(bytes) = state { bytes.len() } else { 0 };
-    result + if has_fingerprint { size_of::<Fingerprint>() } else { 0 }
-}
-
-/// The top bits of a digest are the same throughout a page; the index wants others at the top.
+/// The index uses a hash's top bits. Those of the digest are the same for all keys of a shard, so they are rotated away.
 fn spread(digest: u64) -> u64 {
     digest.rotate_left(32)
 }
 
-/// Whether an entry of the index is of this key. One without a slot, or whose key lies outside the page, is taken for it, and
-/// found out by whoever looks at the slot: what calls nothing that can fail is part of its caller.
-fn is(slots: &[Slot], heap: &[u8], slot_index: u32, digest: u64, key: &[u8]) -> bool {
+/// Whether an index entry belongs to this key. True for an entry without a slot, or with a key outside the heap: the caller
+/// checks the slot it gets and reports the broken index, so that this function stays small enough to be inlined.
+fn is_key(slots: &[Slot], heap: &[u8], slot_index: u32, digest: u64, key: &[u8]) -> bool {
     slots.get(slot_index as usize).is_none_or(|slot| {
         slot.digest == digest && heap.get(slot.key_start..key_end(slot)).is_none_or(|found| found == key)
     })
 }
 
-fn lies_in(heap: &[u8], slot: &Slot) -> bool {
+fn has_key_in(heap: &[u8], slot: &Slot) -> bool {
     slot.key_start <= key_end(slot) && key_end(slot) <= heap.len()
 }
 
@@ -532,25 +397,26 @@ fn hash(slots: &[Slot], slot_index: u32) -> u64 {
     slots.get(slot_index as usize).map_or(0, |slot| spread(slot.digest))
 }
 
-/// An entry of the index without a slot, or whose slot has no key.
+/// Reports an index entry without a slot, or whose slot has no key in the heap.
 #[cold]
 #[inline(never)]
-fn lost(poison: &Poison, slot: Option<&Slot>, heap: &[u8], slot_index: u32) {
+fn report_bad_index(poison: &Poison, slot: Option<&Slot>, heap: &[u8], slot_index: u32) {
     match slot {
         None => drop(poison.broken(Invariant::IndexedSlot, format_args!("there is no slot {slot_index}"))),
-        Some(slot) => no_bytes(poison, slot.key_start, slot.key_len, heap.len()),
+        Some(slot) => report_out_of_range(poison, slot.key_start, slot.key_len, heap.len()),
     }
 }
 
 #[cold]
 #[inline(never)]
-fn no_bytes(poison: &Poison, start: usize, len: u32, heap: usize) {
-    poison.broken(Invariant::KeyInArena, format_args!("{len} bytes from {start} on, of {heap}"));
+fn report_out_of_range(poison: &Poison, start: usize, len: u32, heap: usize) {
+    poison.broken(Invariant::KeyInArena, format_args!("{len} bytes at {start}, of {heap}"));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use onlyonce_core::Fingerprint;
 
     fn leased(token: u64, fingerprint: Option<Fingerprint>) -> Entry<&'static [u8]> {
         let holder = Holder::Leased { until_monotonic_ms: 1 };
@@ -566,57 +432,59 @@ mod tests {
         })
     }
 
-    fn behind_the_cut(record: u64) -> Pending {
+    fn pending(record: u64) -> Pending {
         Pending { record, attempt: 1, holder: Holder::Committing }
     }
 
     #[test]
-    fn a_page_knows_the_memory_that_it_takes_also_of_what_a_split_leaves() {
+    fn an_arena_counts_its_memory_also_after_a_freeze() {
         let records = RecordNumbers::default();
         let mut arena = ShardArena::default();
         assert_eq!(arena.bytes(), 0);
         arena.set(1, b"ab", leased(1, Some([7; 16])));
         assert_eq!(arena.bytes(), OVERHEAD_BYTES + 2 + 16);
         arena.set(2, b"c", completed(2, &[0; 10]));
-        arena.set_pending(3, b"d", completed(3, &[0; 2_000]), behind_the_cut(9));
-        arena.set_pending(4, b"e", completed(4, &[0; 30]), behind_the_cut(9));
+        arena.set_pending(3, b"d", completed(3, &[0; 2_000]), pending(9));
+        arena.set_pending(4, b"e", completed(4, &[0; 30]), pending(9));
         assert_eq!(arena.bytes(), 4 * OVERHEAD_BYTES + (2 + 16) + (1 + 10) + (1 + 2_000) + (1 + 30));
         let (frozen, _) = arena.freeze(9, &records, |_, _| true);
         assert_eq!(arena.bytes(), 3 * OVERHEAD_BYTES + (2 + 16) + (1 + 2_000) + (1 + 30));
         let keys: Vec<&[u8]> = frozen.flushable().map(Flushable::key).collect();
         assert_eq!(keys, [b"c"]);
         for (digest, key, len) in [(3, b"d", 2_000), (4, b"e", 30)] {
-            let Some(Entry::Completed(done)) = arena.get(digest, key, &records) else { panic!("it is behind the cut") };
+            let Some(Entry::Completed(done)) = arena.get(digest, key, &records) else {
+                panic!("its record is not below the start")
+            };
             assert_eq!(done.result, StoredResult::Bytes(Arc::from(vec![0; len])));
         }
     }
 
     #[test]
-    fn what_was_removed_is_gone_for_a_split_and_for_whoever_removes_more() {
+    fn removed_keys_are_skipped_by_freeze_and_retain() {
         let records = RecordNumbers::default();
         let mut arena = ShardArena::default();
-        arena.set_pending(1, b"gone", completed(1, b"r"), behind_the_cut(9));
-        arena.remove(1, b"gone");
+        arena.set_pending(1, b"removed", completed(1, b"r"), pending(9));
+        arena.remove(1, b"removed");
         arena.set(2, b"again", leased(2, None));
         arena.remove(2, b"again");
         arena.set(2, b"again", leased(3, None));
         assert_eq!(arena.retain(&records, |_| true), Tally::default());
         assert_eq!(arena.get(2, b"again", &records).unwrap().token(), 3);
-        let mut asked = Vec::new();
+        let mut visited = Vec::new();
         let (frozen, tally) = arena.freeze(5, &records, |key, _| {
-            asked.push(key.to_vec());
+            visited.push(key.to_vec());
             true
         });
-        assert_eq!((asked, tally), (vec![b"again".to_vec()], Tally::default()));
+        assert_eq!((visited, tally), (vec![b"again".to_vec()], Tally::default()));
         assert_eq!((frozen.flushable().count(), arena.in_flight(&records).count()), (0, 1));
-        assert!(arena.get(1, b"gone", &records).is_none());
+        assert!(arena.get(1, b"removed", &records).is_none());
     }
 
     fn leased_tally() -> Tally {
         Tally { in_flight: 1, ..Tally::default() }
     }
 
-    /// What a page whose parts were damaged says when it is used.
+    /// The error after a damaged arena is used.
     fn broken(damage: impl FnOnce(&mut ShardArena), uses: impl FnOnce(&mut ShardArena)) -> String {
         let mut arena = ShardArena::default();
         arena.set(1, b"first", completed(1, b"its result"));
@@ -628,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_entry_without_a_slot_breaks_an_invariant_whatever_is_asked() {
+    fn an_index_entry_without_a_slot_breaks_an_invariant_in_every_operation() {
         type Use = fn(&mut ShardArena);
         let uses: [Use; 4] = [
             |arena| drop(arena.get(2, b"second", &RecordNumbers::default())),
@@ -637,27 +505,27 @@ mod tests {
             |arena| drop(arena.freeze(9, &RecordNumbers::default(), |_, _| true)),
         ];
         for uses in uses {
-            let said = broken(|arena| arena.slots.truncate(1), uses);
-            assert!(said.contains("points to a slot"), "{said}");
+            let message = broken(|arena| arena.slots.truncate(1), uses);
+            assert!(message.contains(Invariant::IndexedSlot.text()), "{message}");
         }
-        let gone = |arena: &mut ShardArena| arena.slots[1].state = State::Gone;
-        let said = broken(gone, |arena| drop(arena.get(2, b"second", &RecordNumbers::default())));
-        assert!(said.contains("points to a slot"), "{said}");
+        let removed = |arena: &mut ShardArena| arena.slots[1].state = State::Removed;
+        let message = broken(removed, |arena| drop(arena.get(2, b"second", &RecordNumbers::default())));
+        assert!(message.contains(Invariant::IndexedSlot.text()), "{message}");
     }
 
     #[test]
-    fn a_key_or_a_result_outside_its_page_breaks_an_invariant() {
+    fn a_key_or_a_result_outside_its_arena_breaks_an_invariant() {
         let get = |arena: &mut ShardArena| drop(arena.get(1, b"first", &RecordNumbers::default()));
-        let said = broken(|arena| arena.slots[0].key_start = 1_000, get);
-        assert!(said.contains("within the bytes of their page (5 bytes from 1000 on, of 21)"), "{said}");
-        let said = broken(|arena| arena.slots[0].key_start = usize::MAX, get);
-        assert!(said.contains("within the bytes of their page"), "{said}");
-        let said = broken(|arena| arena.slots[0].state = State::Heap { start: 5, len: 500 }, get);
-        assert!(said.contains("within the bytes of their page"), "{said}");
-        let said = broken(
+        let message = broken(|arena| arena.slots[0].key_start = 1_000, get);
+        assert!(message.contains(&format!("{} (5 bytes at 1000, of 21)", Invariant::KeyInArena.text())), "{message}");
+        let message = broken(|arena| arena.slots[0].key_start = usize::MAX, get);
+        assert!(message.contains(Invariant::KeyInArena.text()), "{message}");
+        let message = broken(|arena| arena.slots[0].state = State::Heap { start: 5, len: 500 }, get);
+        assert!(message.contains(Invariant::KeyInArena.text()), "{message}");
+        let message = broken(
             |arena| arena.heap.truncate(3),
             |arena| assert!(arena.flushable().all(|here| here.key().is_empty())),
         );
-        assert!(said.contains("within the bytes of their page"), "{said}");
+        assert!(message.contains(Invariant::KeyInArena.text()), "{message}");
     }
 }

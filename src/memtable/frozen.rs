@@ -1,4 +1,4 @@
-//! A chunk: the keys of one seal, completed or released, in the order in which a run wants them.
+//! The frozen set: the completed and released keys of one flush, in the order of an SST.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,13 +10,14 @@ use crate::clock::Now;
 use crate::entry::is_live;
 use onlyonce_core::Result;
 
-/// The pages that a seal took out of the hot table, and what counts of them.
+/// The frozen arenas of a flush, without the keys that have expired.
 pub(crate) struct FrozenSet {
-    /// A page for each stripe that had something to seal, in the order of their digests.
+    /// In the order of the shards, so of the digests. Shards without flushable keys have none.
     arenas: Vec<Arc<ShardArena>>,
     now: Now,
     window_ms: u64,
     bucket_ms: u64,
+    /// The bucket ranges of the keys, with their number.
     ranges: BTreeMap<BucketRange, usize>,
 }
 
@@ -51,16 +52,16 @@ impl FlushSource for FrozenSet {
     }
 
     fn visit(&self, range: BucketRange, mut visit: impl FnMut(FlushEntry<'_>) -> Result<()>) -> Result<()> {
-        let mut here: Vec<(u64, Flushable<'_>)> = Vec::new();
-        // A stripe holds the digests between two bounds, so that sorting each by itself sorts them all.
+        let mut in_range: Vec<(u64, Flushable<'_>)> = Vec::new();
+        // The digests of a shard are all below those of the next one, so sorting each shard sorts the whole set.
         for arena in &self.arenas {
-            here.clear();
-            here.extend(self.live(arena).filter(|key| self.range(*key) == range).map(|key| (key.digest(), key)));
-            here.sort_unstable_by(|(a_digest, a), (b_digest, b)| {
+            in_range.clear();
+            in_range.extend(self.live(arena).filter(|key| self.range(*key) == range).map(|key| (key.digest(), key)));
+            in_range.sort_unstable_by(|(a_digest, a), (b_digest, b)| {
                 a_digest.cmp(b_digest).then_with(|| a.key().cmp(b.key()))
             });
-            for (digest, key) in &here {
-                let entry = &key.entry().ok_or_else(|| key.is_not())?;
+            for (digest, key) in &in_range {
+                let entry = &key.entry().ok_or_else(|| key.not_flushable())?;
                 visit(FlushEntry { digest: *digest, key: key.key(), entry })?;
             }
         }

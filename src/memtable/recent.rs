@@ -1,5 +1,5 @@
-//! The recent cache: arenas that were flushed recently, as long as memory allows. It holds nothing that the buckets do not
-//! hold, and answers without the disk.
+//! The recent cache: the arenas of the last flushes, kept for reading while they fit into its memory. It has only entries that
+//! are in buckets as well, so that lookups of recent keys need no disk read.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,16 +12,16 @@ use crate::testing::sync_shim::ArcSwap;
 /// Flushed arenas by shard, the newest first.
 type RecentArenas = Vec<VecDeque<Arc<ShardArena>>>;
 
-/// Flushed arenas. Readers take a snapshot without a lock, so that a batch's reads of memory need not wait for each other.
+/// Flushed arenas. Readers take a snapshot without a lock, so that the CPU can overlap the memory reads of a batch.
 pub(super) struct RecentCache {
     arenas: ArcSwap<RecentArenas>,
-    /// The memory that it takes at least, once so much was flushed, and at most one flush more.
-    least_bytes: usize,
+    /// The size down to which the oldest flushes are evicted. The cache exceeds it by at most one flush.
+    min_bytes: usize,
 }
 
 impl RecentCache {
-    pub(super) fn new(least_bytes: usize) -> Self {
-        Self { arenas: ArcSwap::from_pointee(vec![VecDeque::new(); SHARDS]), least_bytes }
+    pub(super) fn new(min_bytes: usize) -> Self {
+        Self { arenas: ArcSwap::from_pointee(vec![VecDeque::new(); SHARDS]), min_bytes }
     }
 
     /// Adds the frozen arena of each shard, in the order of the shards, and evicts the oldest flushes.
@@ -35,8 +35,8 @@ impl RecentCache {
         let mut bytes: usize = recent.iter().flatten().map(|arena| arena.bytes()).sum();
         while recent.iter().any(|arenas| !arenas.is_empty()) {
             let oldest: usize = recent.iter().filter_map(VecDeque::back).map(|arena| arena.bytes()).sum();
-            // The oldest flush is evicted as long as the rest is enough.
-            if bytes - oldest < self.least_bytes {
+            // Evict the oldest flush only if the others still have `min_bytes`.
+            if bytes - oldest < self.min_bytes {
                 break;
             }
             bytes -= oldest;
@@ -45,7 +45,7 @@ impl RecentCache {
         self.arenas.store(Arc::new(recent));
     }
 
-    /// Removes the cached entries of the digest's shard.
+    /// Removes the cached arenas of the digest's shard.
     pub(super) fn invalidate(&self, digest: u64) {
         self.arenas.rcu(|recent| {
             let mut recent = RecentArenas::clone(recent);
@@ -65,7 +65,7 @@ impl RecentCache {
 pub(crate) struct RecentSnapshot(Arc<RecentArenas>);
 
 impl RecentSnapshot {
-    /// The entry that a bucket holds of the key, if it was flushed recently.
+    /// The newest flushed entry of the key, if it is cached.
     pub(crate) fn get(&self, digest: u64, key: &[u8]) -> Option<Entry> {
         self.0.get(shard_of(digest))?.iter().find_map(|arena| arena.get_flushed(digest, key))
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::arena::ShardArena;
 
-/// Many more than there are cores, so that two threads rarely contend for one. Model checkers look for races: there they contend.
+/// Many more than there are cores, so that two threads rarely contend for one. Under a model checker they should contend.
 pub(super) const SHARDS: usize = if cfg!(any(shuttle, miri)) { 2 } else { 256 };
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 

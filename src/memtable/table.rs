@@ -1,23 +1,27 @@
-//! The hot table: the journal's image in memory. Exact, and locked by stripes.
+//! The memtable: all shards, and the steps of a flush as readers see them.
 //!
-//! It holds every key in flight, and every completed or released key that is not yet in a bucket. A key that is neither here nor
-//! in a bucket was never seen, or is forgotten. What was sealed lately stays at hand as long as memory allows: it says
-//! nothing that its bucket does not say, but says it without the disk.
+//! It has every key in progress, and every completed or released key that is not in a bucket yet. A key that is in neither is
+//! new, or forgotten.
+//!
+//! Order of a flush: [`MemTable::freeze`], write the buckets, [`MemTable::publish`], increment the flush generation,
+//! [`MemTable::retire`]. So a key is readable here until it is readable in its bucket. With another order a reader could miss a
+//! completed key in both places, and its work would be repeated.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam::utils::CachePadded;
 
-use super::arena::{Pending, ShardArena, Tally};
+use super::arena::ShardArena;
 use super::recent::{RecentCache, RecentSnapshot};
 use super::shard::{Arenas, SHARDS, shard_of};
+use super::slot::{Pending, Tally};
 use crate::entry::{Entry, Processing};
 use crate::invariant::{Invariant, Poison};
 use crate::journal::numbers::RecordNumbers;
 use crate::testing::sync_shim::{AtomicUsize, Mutex, MutexGuard};
 
-/// How much the table holds.
+/// The counts of all shards.
 #[derive(Debug, Default)]
 struct Counts {
     in_flight: AtomicUsize,
@@ -36,11 +40,11 @@ impl Counts {
             (&self.flushable_bytes, tally.flushable_bytes),
         ] {
             if change != 0 {
-                // Two's complement: adding a negative number wraps around to the difference.
+                // Two's complement: adding a negative number as `usize` wraps to the difference.
                 let before = count.fetch_add(change as usize, Ordering::Relaxed) as isize;
-                // What is taken away was added before, under the same stripe's lock.
+                // Each decrement follows its increment, under the lock of the same shard.
                 if before.wrapping_add(change) < 0 {
-                    below_zero(poison, before, change);
+                    report_negative_count(poison, before, change);
                 }
             }
         }
@@ -49,11 +53,11 @@ impl Counts {
 
 #[cold]
 #[inline(never)]
-fn below_zero(poison: &Poison, before: isize, change: isize) {
-    poison.broken(Invariant::CountsNotNegative, format_args!("{before} and {change}"));
+fn report_negative_count(poison: &Poison, before: isize, change: isize) {
+    poison.broken(Invariant::CountsNotNegative, format_args!("{before} changed by {change}"));
 }
 
-/// Keys by digest, in stripes.
+/// Keys in memory, in shards by digest.
 pub(crate) struct MemTable {
     shards: Box<[CachePadded<Mutex<Arenas>>]>,
     counts: Counts,
@@ -63,7 +67,7 @@ pub(crate) struct MemTable {
 }
 
 impl MemTable {
-    /// An empty table that keeps about `recent_bytes` of what was sealed.
+    /// An empty memtable whose recent cache has about `recent_bytes`.
     pub(crate) fn new(recent_bytes: usize) -> Self {
         let poison = Arc::<Poison>::default();
         let arenas = || Arenas { active: ShardArena::of(&poison), frozen: None };
@@ -76,7 +80,7 @@ impl MemTable {
         }
     }
 
-    /// What ends the store, where an invariant of the table is broken.
+    /// Set if an invariant of the memtable is broken.
     pub(crate) fn poison(&self) -> &Arc<Poison> {
         &self.poison
     }
@@ -86,34 +90,34 @@ impl MemTable {
         self.counts.add(tally, &self.poison);
     }
 
-    /// The rows that changes wait for.
+    /// The journal's records: an entry is visible once its record is finished.
     pub(crate) fn records(&self) -> &RecordNumbers {
         &self.records
     }
 
-    /// Locks the stripe of a digest.
+    /// Locks the shard of a digest.
     pub(crate) fn shard(&self, digest: u64) -> Shard<'_> {
         #[expect(clippy::indexing_slicing, reason = "as many bits as there are shards")]
         let arenas = self.shards[shard_of(digest)].lock();
         Shard { arenas, table: self }
     }
 
-    /// Locks one stripe after the other.
+    /// Locks the shards one after the other.
     pub(crate) fn shards(&self) -> impl Iterator<Item = Shard<'_>> {
         self.shards.iter().map(|shard| Shard { arenas: shard.lock(), table: self })
     }
 
-    /// Keys that somebody works on, or whose lease has run out in this process.
+    /// Keys that are leased or committing, including those whose lease has expired in this process.
     pub(crate) fn in_flight(&self) -> usize {
         self.counts.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Keys that wait for a decision because their holder is gone.
+    /// Keys that are held for resolution.
     pub(crate) fn held(&self) -> usize {
         self.counts.held.load(Ordering::Relaxed)
     }
 
-    /// Keys that a flush moves to their buckets: completed ones, and those whose attempt has ended.
+    /// Keys that a flush moves to their buckets: completed keys, and those whose attempt was released.
     pub(crate) fn flushable(&self) -> usize {
         self.counts.flushable.load(Ordering::Relaxed)
     }
@@ -122,8 +126,9 @@ impl MemTable {
         self.counts.flushable_bytes.load(Ordering::Relaxed)
     }
 
-    /// Begins to seal the keys whose work has ended by rows below `start`, and hands them out stripe by stripe. What is in flight stays
-    /// if `keep` says so. Ended by [`MemTable::publish`] and [`MemTable::retire`], or undone by [`MemTable::restore`].
+    /// Starts a flush: freezes each shard's flushable keys whose records are below `start`, and returns the frozen arenas in
+    /// the order of the shards. Keys in progress stay if `keep` returns true. [`MemTable::publish`] and [`MemTable::retire`]
+    /// end the flush, [`MemTable::restore`] undoes it.
     pub(crate) fn freeze(&self, start: u64, mut keep: impl FnMut(&[u8], &Processing) -> bool) -> Vec<Arc<ShardArena>> {
         self.shards()
             .filter_map(|mut shard| {
@@ -137,7 +142,7 @@ impl MemTable {
             .collect()
     }
 
-    /// Takes back what a seal could not finish.
+    /// Undoes a flush that failed: moves the frozen keys back to the active arenas.
     pub(crate) fn restore(&self) {
         for mut shard in self.shards() {
             if let Some(arena) = shard.arenas.frozen.take() {
@@ -147,13 +152,13 @@ impl MemTable {
         }
     }
 
-    /// Puts what is being sealed at hand. Before anybody is told that it leaves the table: an older state of a key that
-    /// is still at hand must not be found where the newer one has just gone.
+    /// Publishes the frozen arenas to the recent cache. Call it before the flush generation is incremented: otherwise a reader
+    /// could find an older entry of a key in the cache after the newer one was removed from the memtable.
     pub(crate) fn publish(&self) {
         self.recent.publish(self.shards().map(|shard| shard.arenas.frozen.clone()));
     }
 
-    /// Ends a seal: from here on the buckets answer for what [`MemTable::freeze`] handed out.
+    /// Ends a flush: removes the frozen keys, for which the buckets answer from now on.
     pub(crate) fn retire(&self) {
         for mut shard in self.shards() {
             let frozen = shard.arenas.frozen.take();
@@ -164,62 +169,62 @@ impl MemTable {
         }
     }
 
-    /// What was sealed lately.
+    /// A snapshot of the recent cache.
     pub(crate) fn recent(&self) -> RecentSnapshot {
         self.recent.snapshot()
     }
 
-    /// Breaks an invariant: the index of a digest's stripe keeps its entries, and the slots are gone.
+    /// Breaks an invariant: removes the slots of a digest's shard and leaves its index.
     #[cfg(test)]
     pub(crate) fn lose_slots(&self, digest: u64) {
         self.shard(digest).arenas.active.lose_slots();
     }
 
-    /// Lets go of what is at hand of a key's bucket, where the bucket has changed.
+    /// Invalidates the recent cache for a digest's shard, after a key was deleted from its bucket.
     pub(crate) fn invalidate_recent(&self, digest: u64) {
         self.recent.invalidate(digest);
     }
 }
 
-/// A locked stripe.
+/// A locked shard.
 pub(crate) struct Shard<'a> {
     arenas: MutexGuard<'a, Arenas>,
     table: &'a MemTable,
 }
 
 impl Shard<'_> {
-    /// What is known of a key that is in no bucket, or not yet known to be.
+    /// The entry of a key that is in no bucket, or is being flushed to one.
     pub(crate) fn get(&self, digest: u64, key: &[u8]) -> Option<Entry> {
         let records = &self.table.records;
         let arenas = &*self.arenas;
-        // The newer first: a key may have run out, and been claimed again.
+        // The active arena first: a frozen key may have expired and been claimed again.
         arenas.active.get(digest, key, records).or_else(|| arenas.frozen.as_ref()?.get(digest, key, records))
     }
 
-    /// Puts an entry in the place of whatever was there.
+    /// Replaces the entry of a key.
     pub(crate) fn set(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>) {
         let tally = self.arenas.active.set(digest, key, entry);
         self.table.count(tally);
     }
 
-    /// As [`Shard::set`], from the moment on at which a row is written.
+    /// As [`Shard::set`], visible once a record is written.
     pub(crate) fn set_pending(&mut self, digest: u64, key: &[u8], entry: Entry<&[u8]>, pending: Pending) {
         let tally = self.arenas.active.set_pending(digest, key, entry, pending);
         self.table.count(tally);
     }
 
-    /// Removes a key. Not while a seal is under way.
+    /// Removes a key. Not during a flush: the frozen arena would still have it.
     pub(crate) fn remove(&mut self, digest: u64, key: &[u8]) {
         let tally = self.arenas.active.remove(digest, key);
         self.table.count(tally);
     }
 
-    /// Visits the keys in flight.
+    /// Iterates over the keys in progress.
     pub(crate) fn in_flight(&self) -> impl Iterator<Item = (u64, &[u8], Processing)> {
         self.arenas.active.in_flight(&self.table.records)
     }
 
-    /// Removes every key for which `keep` says false, of those that can change.
+    /// Removes each key of the active arena for which `keep` returns false.
     pub(crate) fn retain(&mut self, keep: impl FnMut(&Entry) -> bool) {
         let tally = self.arenas.active.retain(&self.table.records, keep);
         self.table.count(tally);
@@ -276,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_with_one_digest_are_told_apart_by_their_bytes() {
+    fn keys_with_the_same_digest_are_distinguished_by_their_bytes() {
         let table = MemTable::new(RECENT_BYTES);
         table.shard(5).set(5, b"a", processing(1));
         table.shard(5).set(5, b"b", completed(2));
@@ -290,7 +295,7 @@ mod tests {
     fn the_counts_follow_every_change() {
         let table = table(1_000);
         assert_eq!((table.in_flight(), table.flushable()), (500, 500));
-        assert_eq!(table.flushable_bytes(), 500 * (8 + 1 + crate::memtable::arena::OVERHEAD_BYTES));
+        assert_eq!(table.flushable_bytes(), 500 * (8 + 1 + crate::memtable::slot::OVERHEAD_BYTES));
         for mut shard in table.shards() {
             shard.retain(|entry| matches!(entry, Entry::Processing(_)));
         }
@@ -301,35 +306,35 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_counts_from_the_moment_on_at_which_its_row_is_written() {
+    fn a_completion_is_visible_once_its_record_is_written() {
         let table = MemTable::new(RECENT_BYTES);
         table.shard(5).set(5, b"k", processing(1));
         let record = table.records().begin(|| 9);
         table.shard(5).set_pending(5, b"k", completed(1), Pending { record, attempt: 3, holder: Holder::Committing });
-        let Some(Entry::Processing(before)) = table.shard(5).get(5, b"k") else { panic!("its row is open") };
+        let Some(Entry::Processing(before)) = table.shard(5).get(5, b"k") else { panic!("its record is open") };
         assert_eq!((before.token, before.attempt, before.holder), (1, 3, Holder::Committing));
         table.records().finish(record);
         assert_eq!(result(&table, 5, b"k").unwrap().token, 1);
     }
 
     #[test]
-    fn what_a_seal_takes_is_found_until_it_ends_and_what_it_leaves_stays() {
+    fn frozen_keys_are_readable_until_the_flush_ends_and_other_keys_stay() {
         let table = table(10_000);
         let open = table.records().begin(|| 7);
-        let (digest, key) = (1 << 40, b"behind the cut");
+        let (digest, key) = (1 << 40, b"after the start");
         table.shard(digest).set_pending(
             digest,
             key,
             completed(20_000),
             Pending { record: open, attempt: 2, holder: Holder::CommittingUnclaimed },
         );
-        let mut kept = Vec::new();
+        let mut visited = Vec::new();
         let arenas = table.freeze(7, |key, processing| {
-            kept.push((key.to_vec(), processing.holder));
+            visited.push((key.to_vec(), processing.holder));
             processing.token != 1
         });
-        assert_eq!(kept.len(), 5_001, "asked about every key in flight");
-        assert!(kept.contains(&(key.to_vec(), Holder::CommittingUnclaimed)), "and about one that is being recorded");
+        assert_eq!(visited.len(), 5_001, "every key in progress");
+        assert!(visited.contains(&(key.to_vec(), Holder::CommittingUnclaimed)), "including one that is being recorded");
         assert_eq!(arenas.iter().flat_map(|arena| arena.flushable()).count(), 5_000);
         assert_eq!((table.in_flight(), table.flushable()), (4_999, 5_001));
         for (i, digest, key) in each(10_000) {
@@ -340,19 +345,23 @@ mod tests {
         table.records().finish(open);
         table.publish();
         for (i, digest, key) in each(10_000) {
-            assert_eq!(table.shard(digest).get(digest, &key).is_some(), i != 1, "in both places, or in one");
+            assert_eq!(
+                table.shard(digest).get(digest, &key).is_some(),
+                i != 1,
+                "in the memtable, whether cached or not"
+            );
         }
         table.retire();
         assert_eq!((table.in_flight(), table.flushable()), (4_999, 1));
         assert_eq!(result(&table, digest, key).unwrap().token, 20_000);
         for (i, digest, key) in each(10_000) {
             assert_eq!(table.shard(digest).get(digest, &key).is_some(), i % 2 == 1 && i != 1);
-            assert_eq!(table.recent().get(digest, &key).is_some(), i % 2 == 0, "at hand for now");
+            assert_eq!(table.recent().get(digest, &key).is_some(), i % 2 == 0, "flushed keys are cached");
         }
     }
 
     #[test]
-    fn what_is_at_hand_of_the_buckets_goes_when_it_is_too_much_the_oldest_first() {
+    fn the_recent_cache_evicts_the_oldest_flush_first() {
         let table = MemTable::new(RECENT_BYTES);
         for frozen_set in 0..20_u64 {
             for i in frozen_set * 1_000..(frozen_set + 1) * 1_000 {
@@ -362,7 +371,7 @@ mod tests {
             table.freeze(u64::MAX, |_, _| true);
             table.publish();
             table.retire();
-            // A seal that finds nothing must not stand in the way.
+            // A flush of nothing must not evict anything.
             table.freeze(u64::MAX, |_, _| true);
             table.publish();
             table.retire();
@@ -378,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_failed_seal_left_behind_is_taken_back() {
+    fn a_failed_flush_restores_its_keys() {
         let table = table(1_000);
         table.freeze(u64::MAX, |_, _| true);
         table.restore();
@@ -389,11 +398,11 @@ mod tests {
         assert_eq!((table.in_flight(), table.flushable()), (500, 499));
         let arenas = table.freeze(u64::MAX, |_, _| true);
         let frozen = arenas.iter().flat_map(|arena| arena.flushable()).count();
-        assert_eq!(frozen, 499, "the rest is sealed by the next");
+        assert_eq!(frozen, 499, "the next flush moves the rest");
     }
 
     #[test]
-    fn what_a_failed_seal_left_behind_does_not_come_back_over_what_is_newer() {
+    fn a_failed_flush_does_not_restore_over_newer_entries() {
         let table = MemTable::new(RECENT_BYTES);
         for key in [b"a", b"b", b"c"] {
             table.shard(5).set(5, key, completed(1));
@@ -401,42 +410,42 @@ mod tests {
         table.freeze(u64::MAX, |_, _| true);
         table.shard(5).set(5, b"b", processing(2));
         table.shard(5).set(5, b"c", completed(3));
-        assert_eq!((table.in_flight(), table.flushable()), (1, 4), "the older are on their way");
+        assert_eq!((table.in_flight(), table.flushable()), (1, 4), "the older entries are frozen");
         table.restore();
         assert_eq!((table.in_flight(), table.flushable()), (1, 2));
-        assert_eq!(table.flushable_bytes(), 2 * (1 + 1 + crate::memtable::arena::OVERHEAD_BYTES));
+        assert_eq!(table.flushable_bytes(), 2 * (1 + 1 + crate::memtable::slot::OVERHEAD_BYTES));
         let tokens = [b"a", b"b", b"c"].map(|key| table.shard(5).get(5, key).unwrap().token());
         assert_eq!(tokens, [1, 2, 3]);
     }
 
     #[test]
-    fn the_newer_state_is_at_hand_before_it_leaves_the_table() {
+    fn a_newer_entry_is_cached_before_the_memtable_drops_it() {
         let table = MemTable::new(RECENT_BYTES);
         for token in [1, 2] {
             table.shard(5).set(5, b"k", completed(token));
             table.freeze(u64::MAX, |_, _| true);
             table.publish();
             assert_eq!(table.recent().get(5, b"k").unwrap().token(), token);
-            assert_eq!(result(&table, 5, b"k").unwrap().token, token, "and still in the table");
+            assert_eq!(result(&table, 5, b"k").unwrap().token, token, "and still in the memtable");
             table.retire();
         }
     }
 
-    /// As `Engine::with_locked_key` and a seal do it, with the filter in the place of the disk.
+    /// The same order as `Engine::with_locked_key` and a flush, with the filter in place of the disk.
     #[test]
-    fn whoever_looks_for_a_completed_key_finds_it_while_seals_move_it() {
+    fn a_completed_key_is_found_while_flushes_move_it() {
         const KEYS: u64 = if cfg!(miri) { 8 } else { 2_000 };
         let (table, filter) = (MemTable::new(0), FilterMatrix::new(Columns::All(2), KEYS));
-        let (completed_below, seals) = (AtomicU64::new(0), AtomicU64::new(0));
-        let look = |digest: u64, key: &[u8]| {
+        let (completed_below, generation) = (AtomicU64::new(0), AtomicU64::new(0));
+        let is_found = |digest: u64, key: &[u8]| {
             loop {
-                let before = seals.load(Ordering::Acquire);
-                let mut slots = [0];
-                filter.column_bits_of(&[digest], &mut slots);
+                let before = generation.load(Ordering::Acquire);
+                let mut column_bits = [0];
+                filter.column_bits_of(&[digest], &mut column_bits);
                 let shard = table.shard(digest);
-                let hot = shard.get(digest, key);
-                if hot.is_some() || seals.load(Ordering::Acquire) == before {
-                    return hot.is_some() || slots != [0];
+                let in_memory = shard.get(digest, key);
+                if in_memory.is_some() || generation.load(Ordering::Acquire) == before {
+                    return in_memory.is_some() || column_bits != [0];
                 }
             }
         };
@@ -448,7 +457,7 @@ mod tests {
                     table.freeze(u64::MAX, |_, _| true);
                     assert!(filter.insert(1, [digest]));
                     table.publish();
-                    seals.fetch_add(1, Ordering::AcqRel);
+                    generation.fetch_add(1, Ordering::AcqRel);
                     table.retire();
                 }
             });
@@ -458,17 +467,17 @@ mod tests {
                         && below < KEYS
                     {
                         if let Some((i, digest, key)) = each(below).last() {
-                            assert!(look(digest, &key), "key {i} is nowhere");
+                            assert!(is_found(digest, &key), "key {i} is in neither place");
                         }
                     }
                 });
             }
         });
-        assert!(each(KEYS).all(|(_, digest, key)| look(digest, &key)));
+        assert!(each(KEYS).all(|(_, digest, key)| is_found(digest, &key)));
     }
 
     #[test]
-    fn large_results_count_for_what_is_at_hand() {
+    fn large_results_count_towards_the_recent_cache() {
         let table = MemTable::new(RECENT_BYTES);
         let bytes = vec![b'x'; 100_000];
         for token in 1..100_u64 {
@@ -488,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn large_results_and_fingerprints_come_back() {
+    fn large_results_and_fingerprints_are_stored_and_returned() {
         let table = MemTable::new(RECENT_BYTES);
         for len in [0, 1, 1_024, 1_025, 100_000] {
             let bytes = vec![b'x'; len];
@@ -510,7 +519,7 @@ mod tests {
         table.counts.in_flight.store(0, Ordering::Relaxed);
         table.poison.unbroken().unwrap();
         table.shard(5).remove(5, b"a");
-        let said = table.poison.unbroken().unwrap_err().to_string();
-        assert!(said.contains("counts of the hot table are never negative"), "{said}");
+        let message = table.poison.unbroken().unwrap_err().to_string();
+        assert!(message.contains(Invariant::CountsNotNegative.text()), "{message}");
     }
 }

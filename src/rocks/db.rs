@@ -1,4 +1,4 @@
-//! The database: opening, creating, reading, writing. Every RocksDB error becomes one of ours here.
+//! The RocksDB database: creates, opens, reads, writes and closes it, and converts RocksDB's errors into [`Error`].
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -25,44 +25,44 @@ type Rocks = DBWithThreadMode<MultiThreaded>;
 const JOURNAL: &str = DEFAULT_COLUMN_FAMILY_NAME;
 const META: &str = "meta";
 
-/// RocksDB's own lock outlives ours, in a process that is being torn down, by no more than this.
+/// In a process that is being killed, RocksDB's own lock outlives the store's by at most this.
 const OPEN_WAIT: Duration = Duration::from_secs(1);
-/// How long to wait between two tries to open a database whose files a dying process still has.
+/// How long to wait between two attempts to open a database whose files a dying process still holds.
 const OPEN_POLL: Duration = Duration::from_millis(20);
 
-/// How long to sleep between two looks whether tables are merged.
+/// How long to sleep between two checks for finished compactions.
 const MERGE_POLL: Duration = Duration::from_millis(1);
 
-/// A row of one key and its mark need no more: room for them is made once.
+/// Enough for a record of one key and its LSN header, so that the batch is allocated once.
 const SMALL_BATCH_BYTES: usize = 256;
 
-/// Before and behind every key of a bucket.
+/// Below and above every key of a bucket.
 const FIRST_KEY: &[u8] = &[];
 const LAST_KEY: &[u8] = &[0xff; 16];
 
 /// An open database, until it is closed.
 pub(crate) struct Db {
-    // A read lock a call, so that `close` can wait for the calls under way and then really close.
+    // Each call holds a read lock, so that `close` can wait for running calls.
     rocks: RwLock<Option<Rocks>>,
     directory: Directory,
     tuning: Tuning,
     group: SyncGroup,
     lsn: LsnTracker,
     ssts_written: AtomicU64,
-    /// A write or a sync has failed: nobody knows what the files hold.
+    /// A write or a sync has failed, so the content of the files is unknown.
     in_doubt: AtomicBool,
-    /// One inventory at a time.
+    /// Held while the file manifest is written.
     manifest_lock: Mutex<()>,
-    /// Bytes that were written since the last one.
+    /// Bytes written since the last file manifest.
     bytes_since_manifest: AtomicU64,
 }
 
-/// What a new database starts with in `meta`.
+/// The initial `meta` values of a new database.
 pub(crate) type Seed<'a> = &'a [(&'static str, Vec<u8>)];
 
 impl Db {
-    /// Opens the database in `directory`, creating it with `seed` where there is none. Gives the names of the other
-    /// column families, which are buckets.
+    /// Opens the database in `directory`, or creates it with `seed`. Returns it with the names of its bucket column
+    /// families.
     pub(crate) fn open(
         directory: Directory,
         memory_budget: usize,
@@ -77,12 +77,12 @@ impl Db {
         let path = directory.database();
         file_manifest::check(&directory.file_manifest(), &path)?;
         let options = tuning.database();
-        let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("cannot open", &path, &error))?;
+        let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("opening", &path, &error))?;
         let buckets: Vec<String> = families.iter().filter(|name| *name != JOURNAL && *name != META).cloned().collect();
         if !families.iter().any(|name| name == META) {
             return Err(Error::Corrupt {
                 place: path.display().to_string(),
-                detail: "the column family `meta` is missing".to_owned(),
+                detail: "column family `meta` is missing".to_owned(),
             });
         }
         file_manifest::reopen(&directory.file_manifest())?;
@@ -102,7 +102,7 @@ impl Db {
                 Err(error) if error.kind() == rocksdb::ErrorKind::IOError && start.elapsed() < wait.min(OPEN_WAIT) => {
                     std::thread::sleep(OPEN_POLL);
                 }
-                Err(error) => return Err(unreadable("cannot open", &path, &error)),
+                Err(error) => return Err(unreadable("opening", &path, &error)),
             }
         };
         Failpoint::OpenDatabase.pass();
@@ -130,8 +130,8 @@ impl Db {
         if guard.is_some() { Ok(Open(guard)) } else { Err(Error::Closed) }
     }
 
-    /// Writes all that `fill` puts into the transaction, or nothing of it. With `sync`, it is on the disk when this
-    /// returns. An error means that nobody knows.
+    /// Writes the transaction that `fill` builds, atomically. With `sync` it is on disk when this returns. After an
+    /// error the outcome is unknown.
     pub(crate) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
@@ -158,12 +158,12 @@ impl Db {
         Ok(())
     }
 
-    /// Syncs of the log that callers waited for.
+    /// The number of log syncs that callers waited for.
     pub(crate) fn syncs(&self) -> u64 {
         self.group.syncs()
     }
 
-    /// Puts everything that was written so far on the disk.
+    /// Syncs everything written so far.
     pub(crate) fn sync_log(&self) -> Result<()> {
         let open = self.rocks()?;
         self.sync(open.get()?)
@@ -190,21 +190,21 @@ impl Db {
         }
     }
 
-    /// Reads a value of the store's own, or one that callers put beside them.
+    /// Reads a value of `meta`.
     pub(crate) fn meta(&self, name: &(impl AsRef<[u8]> + ?Sized)) -> Result<Option<Vec<u8>>> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        rocks.get_cf(&family, name).map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
+        rocks.get_cf(&family, name).map_err(|error| unreadable("reading", &self.directory.database(), &error))
     }
 
-    /// Hands such values, from the name `from` on and in the order of their names, to `visit`, until it answers false.
+    /// Passes the values of `meta` to `visit`, ordered by name from `from` on, until it returns false.
     pub(crate) fn for_each_meta(&self, from: &[u8], mut visit: impl FnMut(&[u8], &[u8]) -> Result<bool>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         for item in rocks.iterator_cf(&family, IteratorMode::From(from, Direction::Forward)) {
-            let (name, value) = item.map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            let (name, value) = item.map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
             if !visit(&name, &value)? {
                 break;
             }
@@ -212,7 +212,7 @@ impl Db {
         Ok(())
     }
 
-    /// Reads the value under `entry_key` in a bucket and hands it to `read`. A bucket that is gone has no keys.
+    /// Reads the value of `entry_key` in a bucket and passes it to `read`. A dropped bucket has no keys.
     pub(crate) fn get<R>(&self, bucket: &str, entry_key: &[u8], read: impl FnOnce(&[u8]) -> R) -> Result<Option<R>> {
         let open = self.rocks()?;
         let rocks = open.get()?;
@@ -220,11 +220,11 @@ impl Db {
         match rocks.get_pinned_cf(&family, entry_key) {
             Ok(value) => Ok(value.map(|value| read(&value))),
             Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => Ok(None),
-            Err(error) => Err(unreadable("cannot read", &self.directory.database(), &error)),
+            Err(error) => Err(unreadable("reading", &self.directory.database(), &error)),
         }
     }
 
-    /// Reads many values of a bucket: `read` gets the place of each row key that is there, and its value.
+    /// Reads many values of a bucket. Passes the index and the value of each entry key that exists to `read`.
     pub(crate) fn get_many(
         &self,
         bucket: &str,
@@ -241,21 +241,21 @@ impl Db {
                 Ok(Some(value)) => read(index, &value)?,
                 Ok(None) => {}
                 Err(error) if error.kind() == rocksdb::ErrorKind::ColumnFamilyDropped => {}
-                Err(error) => return Err(unreadable("cannot read", &self.directory.database(), &error)),
+                Err(error) => return Err(unreadable("reading", &self.directory.database(), &error)),
             }
         }
         Ok(())
     }
 
-    /// Hands every row of the journal to `visit`, in the order of their numbers.
+    /// Passes every journal record to `visit`, ordered by number.
     pub(crate) fn for_each_record(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         let open = self.rocks()?;
         for item in open.get()?.iterator(IteratorMode::Start) {
-            let (key, record) = item.map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            let (key, record) = item.map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
             let Some(number) = journal_cf::number(&key) else {
                 return Err(Error::Corrupt {
                     place: "the journal".to_owned(),
-                    detail: format!("{} is no row number", key.escape_ascii()),
+                    detail: format!("the key {} is not a record number", key.escape_ascii()),
                 });
             };
             visit(number, &record)?;
@@ -263,39 +263,39 @@ impl Db {
         Ok(())
     }
 
-    /// Hands the row keys of a bucket to `visit`, in their order, until it answers false.
+    /// Passes the entry keys of a bucket to `visit`, in order, until it returns false.
     pub(crate) fn for_each_key(&self, bucket: &str, mut visit: impl FnMut(&[u8]) -> Result<bool>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(()) };
         let mut options = ReadOptions::default();
-        // A scan of everything must not push out what is asked for.
+        // A full scan must not evict blocks that lookups use.
         options.fill_cache(false);
         options.set_readahead_size(1 << 20);
-        let mut rows = rocks.raw_iterator_cf_opt(&family, options);
-        rows.seek_to_first();
-        while let Some(key) = rows.key() {
+        let mut entries = rocks.raw_iterator_cf_opt(&family, options);
+        entries.seek_to_first();
+        while let Some(key) = entries.key() {
             if !visit(key)? {
                 return Ok(());
             }
-            rows.next();
+            entries.next();
         }
-        rows.status().map_err(|error| unreadable("cannot read", &self.directory.database(), &error))
+        entries.status().map_err(|error| unreadable("reading", &self.directory.database(), &error))
     }
 
     pub(crate) fn create_bucket(&self, bucket: &str) -> Result<()> {
         let open = self.rocks()?;
         open.get()?
             .create_cf(bucket, &self.tuning.bucket())
-            .map_err(|error| failed("cannot create a bucket in", &self.directory.database(), &error))
+            .map_err(|error| failed("creating a bucket in", &self.directory.database(), &error))
     }
 
-    /// Drops a bucket whole. Its files go as soon as nobody reads them.
+    /// Drops a bucket. Its files are deleted once no reader uses them.
     pub(crate) fn drop_bucket(&self, bucket: &str) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
-        let cannot_drop = |error| failed("cannot drop a bucket in", &self.directory.database(), &error);
-        // Its files first: while a family is dropped nobody can look anything up, and without files that is over soon.
+        let cannot_drop = |error| failed("dropping a bucket in", &self.directory.database(), &error);
+        // Deletes the files first: dropping a column family blocks all lookups, and is fast without files.
         if let Some(family) = rocks.cf_handle(bucket) {
             rocks.delete_file_in_range_cf(&family, FIRST_KEY, LAST_KEY).map_err(cannot_drop)?;
         }
@@ -305,40 +305,43 @@ impl Db {
         Ok(())
     }
 
-    /// The numbers of the files of each bucket. A number is given once.
+    /// The numbers of the SSTs of each column family. Numbers are never reused.
     pub(crate) fn sst_files(&self) -> Result<HashMap<String, Vec<u64>>> {
         let open = self.rocks()?;
         let path = self.directory.database();
-        let files = open.get()?.live_files().map_err(|error| failed("cannot list the files of", &path, &error))?;
+        let files = open.get()?.live_files().map_err(|error| failed("listing the files of", &path, &error))?;
         let mut sst_files: HashMap<String, Vec<u64>> = HashMap::new();
         for file in files {
-            let number = file.name.trim_start_matches('/').trim_end_matches(".sst").parse().map_err(|_| {
-                Error::Corrupt { place: path.display().to_string(), detail: format!("{} is no number", file.name) }
-            })?;
+            let number =
+                file.name.trim_start_matches('/').trim_end_matches(".sst").parse().map_err(|_| Error::Corrupt {
+                    place: path.display().to_string(),
+                    detail: format!("the file name {} is not a number", file.name),
+                })?;
             sst_files.entry(file.column_family_name).or_default().push(number);
         }
         Ok(sst_files)
     }
 
-    /// How many keys a bucket has, as RocksDB estimates it: exact but for keys that were forgotten or ingested twice.
+    /// RocksDB's estimate of the number of keys in a bucket. Exact except for keys that were forgotten or ingested
+    /// twice.
     pub(crate) fn estimate_keys(&self, bucket: &str) -> Result<u64> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
         let keys = rocks
             .property_int_value_cf(&family, properties::ESTIMATE_NUM_KEYS)
-            .map_err(|error| unreadable("cannot read", &self.directory.database(), &error))?;
+            .map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
         Ok(keys.unwrap_or(0))
     }
 
-    /// Writes a run with `fill` and gives it to `bucket`. When this returns it is on the disk. A run may be given
-    /// twice: the second changes nothing.
+    /// Writes an SST with `fill` and ingests it into `bucket`. It is on disk when this returns. Idempotent: ingesting
+    /// the same keys again changes nothing.
     pub(crate) fn add_sst(&self, bucket: &str, fill: impl FnOnce(&mut SstWriter<'_>) -> Result<()>) -> Result<()> {
         let number = self.ssts_written.fetch_add(1, Ordering::Relaxed);
         let path: PathBuf = self.directory.sst_dir().join(format!("{number}.sst"));
         let written = sst::write(&self.tuning, &path, fill).and_then(|()| self.ingest(bucket, &path));
         if written.is_err() {
-            // It is not part of the store; what cannot be removed now goes at the next open.
+            // The file is not part of the store. If it cannot be removed now, the next open removes it.
             let _ = std::fs::remove_file(&path);
         }
         written
@@ -353,34 +356,34 @@ impl Db {
         Failpoint::SstWritten.pass();
         rocks
             .ingest_external_file_cf_opts(&family, &options, vec![path])
-            .map_err(|error| failed("cannot ingest", path, &error))?;
+            .map_err(|error| failed("ingesting", path, &error))?;
         Failpoint::SstIngested.pass();
         Ok(())
     }
 
-    /// Writes what the store knows of itself to a table, so that it does not hang on the log alone, and begins a new log.
-    /// Nobody writes meanwhile.
+    /// Flushes `meta`, so that its values do not depend on the log alone, and begins a new log. Must not run
+    /// concurrently with writes.
     pub(crate) fn begin_log(&self) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         let database = self.directory.database();
-        rocks.flush_cf(&meta).map_err(|error| failed("cannot flush", &database, &error))?;
+        rocks.flush_cf(&meta).map_err(|error| failed("flushing", &database, &error))?;
         self.lsn.begin_epoch(file_manifest::newest_log(&database)?.unwrap_or_default());
         self.write_manifest()
     }
 
-    /// Where so much was written that there may be a new log. It waits for the disk.
+    /// Writes the file manifest if enough was written that there may be a new log. Waits for the disk.
     pub(crate) fn write_manifest_if_due(&self) {
         if self.bytes_since_manifest.load(Ordering::Relaxed) >= self.tuning.manifest_interval_bytes()
             && let Err(error) = self.write_manifest()
         {
-            // What was written is safe all the same.
-            tracing::warn!(%error, "it could not be noted which files the store has");
+            // Only the detection of missing files suffers, not the data.
+            tracing::warn!(error = error.chain(), "failed to write file manifest");
         }
     }
 
-    /// Notes what the database must hold from now on.
+    /// Writes the file manifest.
     pub(crate) fn write_manifest(&self) -> Result<()> {
         self.write_manifest_as(false)
     }
@@ -391,15 +394,15 @@ impl Db {
         file_manifest::write(&self.directory.file_manifest(), &self.directory.database(), closed)
     }
 
-    /// Writes what is left of the journal's memtable to a table, so that the log behind it can go; and what was deleted
-    /// from buckets, which would hold it back.
+    /// Flushes RocksDB's memtables of the journal and of `meta`, so that RocksDB can delete old logs. Also flushes
+    /// buckets with pending deletes, which would otherwise keep the logs alive.
     pub(crate) fn flush_journal<'a>(&self, buckets: impl Iterator<Item = &'a str>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        let Some(rows) = rocks.cf_handle(JOURNAL) else { return Err(missing_family(JOURNAL)) };
-        let cannot_flush = |error| failed("cannot flush", &self.directory.database(), &error);
-        let mut families = vec![rows, meta];
+        let Some(journal) = rocks.cf_handle(JOURNAL) else { return Err(missing_family(JOURNAL)) };
+        let cannot_flush = |error| failed("flushing", &self.directory.database(), &error);
+        let mut families = vec![journal, meta];
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
             let entries =
                 rocks.property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE).map_err(cannot_flush)?;
@@ -414,22 +417,22 @@ impl Db {
         self.write_manifest()
     }
 
-    /// Waits for RocksDB's merges, as long as one of the families has more than `most` tables that are to be merged. False if
-    /// that is so after `limit`.
+    /// Waits until no column family has more than `max_ssts` SSTs in level 0. False if compaction has not achieved
+    /// that within `limit`.
     pub(crate) fn wait_for_merges<'a>(
         &self,
         buckets: impl Iterator<Item = &'a str>,
-        most: u64,
+        max_ssts: u64,
         limit: Duration,
     ) -> Result<bool> {
         let begun = Instant::now();
         let open = self.rocks()?;
         let rocks = open.get()?;
         for family in [JOURNAL, META].into_iter().chain(buckets) {
-            // A bucket that was dropped meanwhile has none.
+            // A bucket that was dropped concurrently has none.
             while let Some(family) = rocks.cf_handle(family)
-                && let Ok(Some(tables)) = rocks.property_int_value_cf(&family, properties::num_files_at_level(0))
-                && tables > most
+                && let Ok(Some(ssts)) = rocks.property_int_value_cf(&family, properties::num_files_at_level(0))
+                && ssts > max_ssts
             {
                 if begun.elapsed() >= limit {
                     return Ok(false);
@@ -440,13 +443,13 @@ impl Db {
         Ok(true)
     }
 
-    /// As [`Db::close_with`], with nothing to add.
+    /// As [`Db::close_with`], without a last write.
     #[cfg(test)]
     pub(crate) fn close(&self) -> Result<()> {
         self.close_with(|_| Ok(()))
     }
 
-    /// Waits for the calls under way, writes what `last` adds, puts everything on the disk and closes. Later calls get
+    /// Waits for running calls, writes what `last` adds, syncs everything and closes. Later calls fail with
     /// [`Error::Closed`].
     pub(crate) fn close_with(&self, last: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
         let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
@@ -463,7 +466,10 @@ impl Db {
         if !self.in_doubt.load(Ordering::Acquire)
             && let Err(error) = self.write_manifest_as(true)
         {
-            tracing::warn!(%error, "the next open cannot see whether a file was cut short since");
+            tracing::warn!(
+                error = error.chain(),
+                "failed to write shutdown file manifest; the next open cannot detect truncated files"
+            );
         }
         Failpoint::CloseManifestWritten.pass();
         self.directory.release();
@@ -471,7 +477,7 @@ impl Db {
     }
 }
 
-/// A database that stays open while this lives.
+/// A guard that keeps the database open.
 struct Open<'a>(RwLockReadGuard<'a, Option<Rocks>>);
 
 impl Open<'_> {
@@ -480,7 +486,7 @@ impl Open<'_> {
     }
 }
 
-/// What is written together.
+/// A batch of writes that are applied atomically.
 pub(crate) struct Tx<'a> {
     rocks: &'a Rocks,
     batch: WriteBatch,
@@ -507,7 +513,7 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// Deletes a key of a bucket. A bucket that is gone has none.
+    /// Deletes a key of a bucket. A dropped bucket has no keys.
     pub(crate) fn delete_key(&mut self, bucket: &str, entry_key: &[u8]) {
         if let Some(family) = self.rocks.cf_handle(bucket) {
             self.batch.delete_cf(&family, entry_key);
@@ -521,7 +527,7 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
     options.create_missing_column_families(true);
     let descriptors =
         [ColumnFamilyDescriptor::new(JOURNAL, tuning.journal()), ColumnFamilyDescriptor::new(META, tuning.meta())];
-    let cannot_create = |error| failed("cannot create", path, &error);
+    let cannot_create = |error| failed("creating", path, &error);
     let rocks = Rocks::open_cf_descriptors(&options, path, descriptors).map_err(cannot_create)?;
     let mut batch = WriteBatch::default();
     let meta = rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
@@ -534,7 +540,7 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
 }
 
 fn missing_family(name: &str) -> Error {
-    Error::Corrupt { place: format!("the column family `{name}`"), detail: "it is missing".to_owned() }
+    Error::Corrupt { place: "the database".to_owned(), detail: format!("column family `{name}` is missing") }
 }
 
 #[cfg(test)]
@@ -547,12 +553,12 @@ mod tests {
     }
 
     #[test]
-    fn tables_that_have_piled_up_are_waited_for_and_no_longer_than_is_said() {
+    fn waiting_for_compactions_ends_when_they_are_done_or_at_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         let db = open(&dir);
         let flush = |number: u64| {
             db.write(false, |tx| {
-                tx.put_record(number, b"a row");
+                tx.put_record(number, b"a record");
                 Ok(())
             })
             .unwrap();
@@ -560,32 +566,32 @@ mod tests {
         };
         (1..=60).for_each(flush);
         assert!(db.wait_for_merges(std::iter::empty(), 8, Duration::from_secs(60)).unwrap());
-        let tables: usize = db.sst_files().unwrap().values().map(Vec::len).sum();
-        assert!(tables <= 20, "{tables} of 120 tables are left");
-        let mut rows = 0;
+        let ssts: usize = db.sst_files().unwrap().values().map(Vec::len).sum();
+        assert!(ssts <= 20, "{ssts} of 120 SSTs are left");
+        let mut records = 0;
         db.for_each_record(|_, _| {
-            rows += 1;
+            records += 1;
             Ok(())
         })
         .unwrap();
-        assert_eq!(rows, 60);
-        // A merge may just have taken the last one away.
-        let waited_in_vain = (61..100).any(|number| {
+        assert_eq!(records, 60);
+        // Repeated, because a compaction may just have removed the last SST of level 0.
+        let is_timeout = (61..100).any(|number| {
             flush(number);
             let begun = Instant::now();
             let merged = db.wait_for_merges(std::iter::empty(), 0, Duration::from_millis(20)).unwrap();
             assert!(merged || begun.elapsed() >= Duration::from_millis(20));
             !merged
         });
-        assert!(waited_in_vain, "one table is not merged with itself");
+        assert!(is_timeout, "a single SST is never compacted");
     }
 
     #[test]
-    fn what_is_written_last_is_there_at_the_next_open() {
+    fn the_last_write_of_a_close_is_there_at_the_next_open() {
         let dir = tempfile::tempdir().unwrap();
         let db = open(&dir);
-        db.close_with(|tx| tx.put_meta("last", b"word")).unwrap();
-        assert!(matches!(db.close_with(|_| panic!("it is closed")), Ok(())));
-        assert_eq!(open(&dir).meta("last").unwrap().as_deref(), Some(&b"word"[..]));
+        db.close_with(|tx| tx.put_meta("last", b"value")).unwrap();
+        assert!(matches!(db.close_with(|_| panic!("the database is closed")), Ok(())));
+        assert_eq!(open(&dir).meta("last").unwrap().as_deref(), Some(&b"value"[..]));
     }
 }

@@ -1,14 +1,13 @@
-//! What the database's directory must hold at the next open, written down beside it.
+//! The file manifest: lists the files that the database's directory must contain at the next open.
 //!
-//! RocksDB takes a manifest that ends early, or a log that is gone, for one that never was longer: what it said would be
-//! forgotten without a word. So the store notes, at open, after every seal and every few megabytes, the manifest and how
-//! long it is, and the newest log; and at the close, every file and its length. At open, less than that is corruption
-//! (G6). What is more has been written since.
+//! RocksDB does not notice a truncated manifest or a missing log, and would silently lose their content. So the store
+//! writes down RocksDB's manifest, its length and the newest log at open, after every flush and every few megabytes;
+//! and at close every file with its length. At open, less than that is corruption (G6). More was written since.
 //!
 //! ```text
-//! manifest NUMBER BYTES     or a later one
-//! log NUMBER                or a later one
-//! file NAME BYTES           each; only where the store was closed, and until it is opened
+//! manifest NUMBER BYTES     RocksDB's manifest has at least this number and length
+//! log NUMBER                a log with at least this number exists
+//! file NAME BYTES           a file and its length; only while the store is closed
 //! crc CRC-32C of the lines above, hexadecimal
 //! ```
 
@@ -22,7 +21,7 @@ use crate::fs::directory::sync_dir;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::{Error, Result};
 
-/// What was in use when it was noted.
+/// The files in use when the file manifest was written.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 struct FileManifest {
     manifest: (u64, u64),
@@ -30,12 +29,12 @@ struct FileManifest {
     files: Vec<(String, u64)>,
 }
 
-/// Refuses a database that has less than was noted, or whose logs or manifest have a bad record before their ends. A store
-/// from before the first note is not measured.
+/// Rejects a database that lacks files or bytes of the file manifest, or whose logs or RocksDB manifest have a
+/// corrupt record before their end. Without a file manifest only the records are checked.
 pub(super) fn check(manifest_file: &Path, database: &Path) -> Result<()> {
     let current = database.join("CURRENT");
     let Some(number) = current_manifest(&current)? else {
-        return Err(corrupt(&current, "it is missing, and with it the way to all that is stored".to_owned()));
+        return Err(corrupt(&current, "the file is missing".to_owned()));
     };
     let manifest = manifest_path(database, number);
     let Some(bytes) = length(&manifest)? else {
@@ -44,18 +43,18 @@ pub(super) fn check(manifest_file: &Path, database: &Path) -> Result<()> {
     let noted = read(manifest_file)?.unwrap_or_default();
     let (noted_number, noted_bytes) = noted.manifest;
     if number < noted_number {
-        let detail = format!("it names {}, and a later manifest was in use", name(&manifest));
+        let detail = format!("it names {}, but a later manifest was in use", name(&manifest));
         return Err(corrupt(&current, detail));
     }
     let least = if number == noted_number { noted_bytes } else { 0 };
     if bytes < least {
-        return Err(corrupt(&manifest, format!("it is {bytes} bytes long, and was {least}")));
+        return Err(corrupt(&manifest, format!("it has {bytes} bytes, expected at least {least}")));
     }
     let synced = wal::check_manifest(&manifest, least)?;
     if newest_log(database)? < Some(noted.log) {
         return Err(corrupt(
             &database.join(log_name(noted.log)),
-            "it is missing, and no later log is there".to_owned(),
+            "the file is missing, and there is no later log".to_owned(),
         ));
     }
     let closed = !noted.files.is_empty();
@@ -63,14 +62,14 @@ pub(super) fn check(manifest_file: &Path, database: &Path) -> Result<()> {
         let path = database.join(name);
         match length(&path)? {
             Some(found) if found == bytes => {}
-            Some(found) => return Err(corrupt(&path, format!("it is {found} bytes long, and was {bytes}"))),
-            None => return Err(corrupt(&path, "it is missing".to_owned())),
+            Some(found) => return Err(corrupt(&path, format!("it has {found} bytes, expected {bytes}"))),
+            None => return Err(corrupt(&path, "the file is missing".to_owned())),
         }
     }
     wal::check(database, closed, &synced)
 }
 
-/// Notes that the store is open: its files may change from here on.
+/// Marks the store as open, by removing the file list: from now on files may change.
 pub(super) fn reopen(manifest_file: &Path) -> Result<()> {
     match read(manifest_file)? {
         Some(noted) if !noted.files.is_empty() => {
@@ -80,21 +79,19 @@ pub(super) fn reopen(manifest_file: &Path) -> Result<()> {
     }
 }
 
-/// Notes what is in use now, with every file's length if nothing is going to change any more.
+/// Writes the file manifest, with every file and its length if the store is `closed`.
 pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Result<()> {
-    let cannot_read = |error: std::io::Error| Error::io("cannot read", database, error);
+    let cannot_read = |error: std::io::Error| Error::io("reading", database, error);
     let (Some(number), Some(log)) = (current_manifest(&database.join("CURRENT"))?, newest_log(database)?) else {
         return Ok(());
     };
     let manifest = manifest_path(database, number);
     let Some(bytes) = length(&manifest)? else {
-        // Another one has taken its place since: it will be noted the next time.
+        // RocksDB has replaced it concurrently. The next file manifest will list the new one.
         return Ok(());
     };
-    // What is noted must outlive a power cut: these bytes of the manifest, and the log's name.
-    File::open(&manifest)
-        .and_then(|file| file.sync_all())
-        .map_err(|error| Error::io("cannot sync", &manifest, error))?;
+    // The listed bytes of the manifest and the log's directory entry must survive a power cut.
+    File::open(&manifest).and_then(|file| file.sync_all()).map_err(|error| Error::io("syncing", &manifest, error))?;
     sync_dir(database)?;
     let mut files = Vec::new();
     if closed {
@@ -112,12 +109,12 @@ pub(super) fn write(manifest_file: &Path, database: &Path, closed: bool) -> Resu
 
 fn write_file(manifest_file: &Path, file_manifest: &FileManifest) -> Result<()> {
     let new = manifest_file.with_extension("new");
-    let cannot_write = |error: std::io::Error| Error::io("cannot write", &new, error);
+    let cannot_write = |error: std::io::Error| Error::io("writing", &new, error);
     let mut file =
         File::options().create(true).write(true).truncate(true).mode(0o600).open(&new).map_err(cannot_write)?;
     file.write_all(file_manifest.encode().as_bytes()).and_then(|()| file.sync_all()).map_err(cannot_write)?;
     Failpoint::ManifestWritten.pass();
-    fs::rename(&new, manifest_file).map_err(|error| Error::io("cannot rename", &new, error))?;
+    fs::rename(&new, manifest_file).map_err(|error| Error::io("renaming", &new, error))?;
     Failpoint::ManifestRenamed.pass();
     manifest_file.parent().map_or(Ok(()), sync_dir)
 }
@@ -129,11 +126,11 @@ fn read(manifest_file: &Path) -> Result<Option<FileManifest>> {
             None => Err(corrupt(manifest_file, "it does not match its checksum".to_owned())),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot read", manifest_file, error)),
+        Err(error) => Err(Error::io("reading", manifest_file, error)),
     }
 }
 
-/// The note that these bytes are, written again.
+/// Decodes and encodes a file manifest.
 #[cfg(any(test, fuzzing))]
 pub(super) fn rewritten(bytes: &[u8]) -> Option<String> {
     FileManifest::decode(bytes).map(|file_manifest| file_manifest.encode())
@@ -163,30 +160,30 @@ impl FileManifest {
                 _ => return None,
             }
         }
-        // Only what is written back the same was read right: so the checksum is checked, too.
+        // Comparing the encoding also verifies the checksum.
         (file_manifest.encode() == text).then_some(file_manifest)
     }
 }
 
-/// The number of the manifest that is in use; none where nothing says so.
+/// The number of RocksDB's current manifest. `None` if the file `CURRENT` is missing.
 fn current_manifest(current: &Path) -> Result<Option<u64>> {
     match fs::read_to_string(current) {
         Ok(text) => {
             let number = text.strip_prefix("MANIFEST-").and_then(|rest| rest.trim_end().parse().ok());
             let number = number.filter(|number| text == format!("{}\n", manifest_name(*number)));
-            Ok(Some(number.ok_or_else(|| corrupt(current, "it names no manifest".to_owned()))?))
+            Ok(Some(number.ok_or_else(|| corrupt(current, "it does not name a manifest".to_owned()))?))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-            Err(corrupt(current, "it names no manifest".to_owned()))
+            Err(corrupt(current, "it does not name a manifest".to_owned()))
         }
-        Err(error) => Err(Error::io("cannot read", current, error)),
+        Err(error) => Err(Error::io("reading", current, error)),
     }
 }
 
 /// The highest number of a log.
 pub(super) fn newest_log(database: &Path) -> Result<Option<u64>> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", database, error);
+    let unreadable = |error: std::io::Error| Error::io("reading", database, error);
     let mut newest = None;
     for entry in fs::read_dir(database).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -195,12 +192,12 @@ pub(super) fn newest_log(database: &Path) -> Result<Option<u64>> {
     Ok(newest)
 }
 
-/// How long a file is, if it is there.
+/// The length of a file, if it exists.
 fn length(path: &Path) -> Result<Option<u64>> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(Some(metadata.len())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot look at", path, error)),
+        Err(error) => Err(Error::io("looking up", path, error)),
     }
 }
 
@@ -229,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_inventory_is_read_back_and_a_garbled_one_is_not() {
+    fn a_file_manifest_is_decoded_as_encoded_and_a_damaged_one_is_rejected() {
         let file_manifest =
             FileManifest { manifest: (56, 1_816), log: 59, files: vec![("000017.sst".to_owned(), 10_111)] };
         let text = file_manifest.encode().into_bytes();

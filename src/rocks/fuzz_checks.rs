@@ -1,8 +1,8 @@
-//! What must hold of any bytes in the files of this folder: see `src/fuzz_checks.rs`.
+//! Fuzz checks of this folder's file formats: see `src/testing/fuzz_checks.rs`.
 
 use super::{file_manifest, wal};
 
-/// An inventory is refused, or the same when it is written again; also one whose checksum is right.
+/// A file manifest is rejected, or is the same after it is encoded again. Also tries the input with a valid checksum.
 pub(crate) fn file_manifest(bytes: &[u8]) {
     let checked = [bytes, format!("crc {:08x}\n", crc32c::crc32c(bytes)).as_bytes()].concat();
     for bytes in [bytes, &checked] {
@@ -12,8 +12,8 @@ pub(crate) fn file_manifest(bytes: &[u8]) {
     }
 }
 
-/// A log is whole up to the place where it is torn. The bytes are the log; or, if the first is even, the lengths of its
-/// records, and a change behind them.
+/// A log is valid up to its corrupt offset. The input is the log; or, if the first byte is even, the lengths of its
+/// records, and a change after them.
 pub(crate) fn wal(bytes: &[u8]) {
     check_log(bytes);
     let Some((lengths, change)) = bytes
@@ -22,23 +22,23 @@ pub(crate) fn wal(bytes: &[u8]) {
     else {
         return;
     };
-    let mut whole = Vec::new();
+    let mut log = Vec::new();
     for length in lengths {
-        wal::put_wal_record(&mut whole, &vec![*length; usize::from(*length) * 7]);
+        wal::put_wal_record(&mut log, &vec![*length; usize::from(*length) * 7]);
     }
-    assert_eq!(wal::corrupt_offset(&whole), None);
+    assert_eq!(wal::corrupt_offset(&log), None);
     if let Some((offset, xor)) = change.split_first_chunk::<2>() {
         let start = usize::from(u16::from_le_bytes(*offset));
-        for (byte, xor) in whole.iter_mut().skip(start).zip(xor) {
+        for (byte, xor) in log.iter_mut().skip(start).zip(xor) {
             *byte ^= xor;
         }
     }
-    check_log(&whole);
+    check_log(&log);
 }
 
 fn check_log(log: &[u8]) {
     if let Some(at) = wal::corrupt_offset(log) {
-        let whole = log.get(..at as usize).unwrap_or_else(|| unreachable!("it has no byte {at}"));
-        assert_eq!(wal::corrupt_offset(whole), None, "it is cut off where it is torn, and whole then");
+        let valid = log.get(..at as usize).unwrap_or_else(|| unreachable!("the log has no byte {at}"));
+        assert_eq!(wal::corrupt_offset(valid), None, "the log is valid up to its corrupt offset");
     }
 }

@@ -1,12 +1,12 @@
-//! What the log says of itself. Each write to it has a number, and says which of the writes before it were in the log when
-//! it was made, and which of those were on the disk. So the next open can tell what a power cut may have taken from what
-//! must be there, wherever in the log it is missing.
+//! LSN headers in the log. Each write has a number, and records which earlier writes were in the log and which of
+//! them were synced when it was made. So the next open can distinguish writes that a power cut may have lost from
+//! writes that must be there.
 //!
 //! ```text
-//! mark := life (varint) | number (varint) | number - written below (varint) | number - synced below (varint)
+//! header := epoch (varint) | number (varint) | number - written_lsn (varint) | number - durable_lsn (varint)
 //! ```
 //!
-//! A mark lies in its write batch as log data, which RocksDB writes to the log and nowhere else.
+//! A header is log data of its write batch: RocksDB writes it to the log and nowhere else.
 
 use std::sync::atomic::Ordering;
 
@@ -18,16 +18,16 @@ use crate::testing::sync_shim::{AtomicU64, Mutex};
 /// Sequence number (8) and count (4), before the first entry of a write batch.
 const BATCH_HEADER: usize = 12;
 
-/// What one write says.
+/// The LSN header of one write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LsnHeader {
-    /// The opening of the database in which it was made: the number of the log that was new then.
+    /// Identifies the open of the database: the number of the log that began with it.
     epoch: u64,
-    /// The writes of a life are numbered from 0, and may come to the log in another order.
+    /// The writes of an epoch are numbered from 0. Their order in the log may differ.
     number: u64,
-    /// Every write numbered below this one stands before this one in the log.
+    /// Every write numbered below this is before this one in the log.
     written_lsn: u64,
-    /// Every write numbered below this one was on the disk before.
+    /// Every write numbered below this was synced before.
     durable_lsn: u64,
 }
 
@@ -53,14 +53,14 @@ impl LsnHeader {
     }
 }
 
-/// Hands out the marks of the batches in a record of the log: RocksDB makes one record of what threads write at the same
-/// time. `None` where an entry is of no kind that we write.
+/// Passes the LSN headers in a log record to `found`. RocksDB puts concurrent batches into one record. `None` if an
+/// entry has a kind that the store never writes.
 pub(super) fn read_headers(record: &[u8], mut found: impl FnMut(LsnHeader)) -> Option<()> {
     let mut reader = Reader::new(record);
     reader.take(BATCH_HEADER)?;
     while !reader.is_empty() {
         let (in_family, slices) = match reader.byte()? {
-            // A mark.
+            // An LSN header.
             3 => {
                 found(LsnHeader::read(reader.prefixed()?)?);
                 (false, 0)
@@ -84,7 +84,7 @@ pub(super) fn read_headers(record: &[u8], mut found: impl FnMut(LsnHeader)) -> O
     Some(())
 }
 
-/// Numbers the writes of a life.
+/// Numbers the writes of an epoch and tracks which of them are written and synced.
 #[derive(Default)]
 pub(super) struct LsnTracker {
     writing: Mutex<Writing>,
@@ -95,7 +95,7 @@ pub(super) struct LsnTracker {
 struct Writing {
     epoch: u64,
     next: u64,
-    /// Numbers of writes that are on their way, the lowest first; seldom more than there are threads.
+    /// Numbers of writes in progress, the lowest first; rarely more than there are threads.
     open: Vec<u64>,
 }
 
@@ -106,14 +106,13 @@ impl Writing {
 }
 
 impl LsnTracker {
-    /// Numbers from 0 on, in a log that nothing was written to. Call it while nobody writes, and before anybody relies on
-    /// what is going to be written.
+    /// Starts an epoch with a new, empty log. Must not run concurrently with writes.
     pub(super) fn begin_epoch(&self, log: u64) {
         *self.writing.lock() = Writing { epoch: log, ..Writing::default() };
         self.durable_lsn.store(0, Ordering::Release);
     }
 
-    /// The mark of a write that is about to be made.
+    /// The LSN header of a write that begins.
     pub(super) fn begin(&self) -> LsnHeader {
         let mut writing = self.writing.lock();
         let number = writing.next;
@@ -294,12 +293,12 @@ mod tests {
     fn what_was_synced_must_be_there_and_what_was_not_may_be_missing() {
         let headers = one_by_one(10, &[5]);
         assert_eq!(missing(&headers, &[]), None);
-        // Of the second write nobody knows whether it was begun before the first was written, in a log that is gone.
+        // The second write may have begun before the first one was written, in a log that is missing now.
         for gap in 2..10 {
             let without: Vec<LsnHeader> = headers.iter().copied().filter(|header| header.number != gap).collect();
             assert_eq!(missing(&without, &[]), (gap <= 5).then_some(gap), "without {gap}");
             let (before, after) = headers.split_at(gap as usize);
-            // What the bad place has taken is the mark at `gap`.
+            // The corrupt record is that of the header at `gap`.
             let is_damage = missing(before, &after[1..]).is_some() || proves_synced(before, &after[1..]);
             // Nothing behind it says how far the log was synced when the last of its writes was made.
             assert_eq!(is_damage, gap <= 5, "bad at {gap}");

@@ -1,4 +1,4 @@
-//! The disk: RocksDB, and nothing that knows what a claim is. The only folder that names `rocksdb::`.
+//! RocksDB: the database, its options, its errors and its files. Only this folder uses the crate `rocksdb`.
 
 pub(crate) mod db;
 mod file_manifest;
@@ -14,7 +14,7 @@ use std::path::Path;
 
 use onlyonce_core::{Cause, Error};
 
-/// A RocksDB error as the source of ours. RocksDB reports a full disk in its text alone.
+/// A RocksDB error as the cause of an [`Error`]. RocksDB reports a full disk only in its text.
 fn cause(error: &rocksdb::Error) -> Cause {
     let kind = match error.kind() {
         _ if error.as_ref().contains("No space left on device") => std::io::ErrorKind::StorageFull,
@@ -36,24 +36,24 @@ fn failed(action: &'static str, path: &Path, error: &rocksdb::Error) -> Error {
     }
 }
 
-/// A failed look at what must be there: a file that is gone is corruption.
+/// A failed read of data that must exist. A missing file is corruption.
 fn unreadable(action: &'static str, database: &Path, error: &rocksdb::Error) -> Error {
     let detail = error.to_string();
     let place = place(database, &detail);
-    // RocksDB removes what it could not write: the words tell that apart from a file that was not there.
-    let is_gone = detail.contains("No such file") && matches!(Path::new(&place).try_exists(), Ok(false));
-    if error.kind() == rocksdb::ErrorKind::IOError && is_gone {
+    // The text distinguishes a missing file from one that RocksDB could not write and has removed.
+    let is_missing = detail.contains("No such file") && matches!(Path::new(&place).try_exists(), Ok(false));
+    if error.kind() == rocksdb::ErrorKind::IOError && is_missing {
         return Error::Corrupt { place, detail };
     }
     failed(action, database, error)
 }
 
-/// The file below `database` that RocksDB's words are about. It adds the manifest to most of them, which was found whole
-/// before: where no other file is named, it does not know which it is.
-fn place(database: &Path, words: &str) -> String {
+/// The file in `database` that RocksDB's error text is about. RocksDB also names the manifest in most texts, although
+/// it is valid; if no other file is named, the file is unknown.
+fn place(database: &Path, text: &str) -> String {
     let below = format!("{}/", database.display());
-    let mut names = words.match_indices(&below).map(|(at, _)| {
-        let name = words.get(at + below.len()..).unwrap_or_default();
+    let mut names = text.match_indices(&below).map(|(at, _)| {
+        let name = text.get(at + below.len()..).unwrap_or_default();
         let name = name.split(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-').next();
         name.unwrap_or_default().trim_end_matches('.')
     });
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn the_place_of_a_corruption_is_the_file_that_rocksdb_names() {
-        let place = |words: &str| place(Path::new("/a b/db"), words);
+        let place = |text: &str| place(Path::new("/a b/db"), text);
         let manifest = "The file /a b/db/MANIFEST-000056 may be corrupted.";
         let block = format!("bad block in /a b/db/000060.sst  {manifest}");
         assert_eq!(place(&block), "/a b/db/000060.sst");

@@ -1,4 +1,4 @@
-//! Runs: sorted files of completed keys, written beside the database and handed to it whole.
+//! SST writer: writes sorted bucket entries to a file outside the database, which then ingests it.
 
 use std::path::Path;
 
@@ -8,22 +8,22 @@ use super::failed;
 use super::options::Tuning;
 use onlyonce_core::{Error, Result};
 
-/// Writes the rows, which must come in the order of their keys and without doubles, to a new file, and syncs it.
+/// Writes entries to a new file and syncs it. Their keys must strictly increase.
 pub(super) fn write(tuning: &Tuning, path: &Path, fill: impl FnOnce(&mut SstWriter<'_>) -> Result<()>) -> Result<()> {
     let options = tuning.bucket();
     let mut sst = SstWriter { writer: SstFileWriter::create(&options), path };
-    sst.writer.open(path).map_err(|error| failed("cannot create", path, &error))?;
+    sst.writer.open(path).map_err(|error| failed("creating", path, &error))?;
     fill(&mut sst)?;
-    sst.writer.finish().map_err(|error| failed("cannot write", path, &error))?;
-    // The writer tells the operating system to drop what it wrote. Read once, the run's first questions find it in
-    // memory.
+    sst.writer.finish().map_err(|error| failed("writing", path, &error))?;
+    // RocksDB's writer tells the operating system to drop the file's pages. Reading it once brings them back for the
+    // first lookups.
     std::fs::File::open(path)
         .and_then(|mut sst_file| std::io::copy(&mut sst_file, &mut std::io::sink()))
         .map(|_| ())
-        .map_err(|error| Error::io("cannot read", path.to_owned(), error))
+        .map_err(|error| Error::io("reading", path.to_owned(), error))
 }
 
-/// Where the rows of a run go.
+/// An SST that is being written.
 pub(crate) struct SstWriter<'a> {
     writer: SstFileWriter<'a>,
     path: &'a Path,
@@ -31,6 +31,6 @@ pub(crate) struct SstWriter<'a> {
 
 impl SstWriter<'_> {
     pub(crate) fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        self.writer.put(key, value).map_err(|error| failed("cannot write", self.path, &error))
+        self.writer.put(key, value).map_err(|error| failed("writing", self.path, &error))
     }
 }

@@ -1,11 +1,10 @@
-//! RocksDB's log, read before RocksDB reads it: what was never synced may be torn, all else must be there (G6).
+//! Checks RocksDB's log before RocksDB reads it: unsynced records may be torn, synced ones must be there (G6).
 //!
-//! RocksDB takes a record with a bad length for the end of the log, and passes over a zeroed header to the end of its
-//! block: what follows would be forgotten without a word. And it refuses a last record that is all there with some of its
-//! bytes wrong, although nobody was told that it was written. Here a bad place is corruption where the marks of the writes
-//! (`lsn.rs`) say that it was on the disk, and so is a write that is not there; else the log is cut off at the bad place,
-//! whatever of the later writes a power cut has left. The manifest has the same form, and no marks: there a bad record
-//! that a good one follows is corruption.
+//! RocksDB takes a record with a corrupt length for the end of the log, and skips from a zeroed header to the end of
+//! its block: it would silently lose all later records. And it rejects a complete last record with wrong bytes,
+//! although that record was never acknowledged. Here a corrupt record or a missing write is corruption if the LSN
+//! headers (`lsn.rs`) prove that it had been synced. Otherwise the log is truncated at the corrupt offset. The
+//! manifest has the same format without LSN headers: there a corrupt record is corruption if a valid one follows.
 //!
 //! ```text
 //! log    := block (32 KiB)*, the last one shorter
@@ -78,7 +77,7 @@ pub(super) fn number(path: &Path) -> Option<u64> {
 /// what was not. A log that was `closed` has no such place, and none has one in its first bytes that were on the disk as
 /// `synced` says. What is left is on the disk when this returns. Where it refuses, nothing has changed.
 pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) -> Result<()> {
-    let unreadable = |error: std::io::Error| Error::io("cannot read", database, error);
+    let unreadable = |error: std::io::Error| Error::io("reading", database, error);
     let mut logs = Vec::new();
     for entry in std::fs::read_dir(database).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -97,7 +96,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
         let contents = read_file(path, Records::Writes)?;
         let least = synced.get(number).copied().unwrap_or_default();
         if let Some(at) = contents.bad.or(Some(contents.len)).filter(|at| *at < least) {
-            return Err(corrupt_record(path, at, &format!("the first {least} were on the disk")));
+            return Err(corrupt_record(path, at, &format!("the first {least} bytes were already synced")));
         }
         // A log that ended between two records is a bad place as well, at its end.
         if let (Some(older), Some(was)) = (older, contents.predecessor)
@@ -117,12 +116,12 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
         let Some((good, newer)) = logs.get(log..).and_then(<[_]>::split_first) else { return Ok(()) };
         let path = &good.1;
         if closed {
-            return Err(corrupt_record(path, at, "it was closed without one"));
+            return Err(corrupt_record(path, at, "the log was valid when the store was closed"));
         }
         if missing_before(&numbers, &before, &after).is_some() || proves_synced(&before, &after) {
-            return Err(corrupt_record(path, at, "what was on the disk by then stands behind it"));
+            return Err(corrupt_record(path, at, "records after it were already synced"));
         }
-        tracing::warn!(path = %path.display(), at, "the end of the log is bad or gone, as a crash leaves it: cut off");
+        tracing::warn!(path = %path.display(), offset = at, "truncating torn WAL tail after unclean shutdown");
         // The newest first: a crash in between leaves nothing behind the bad place.
         for (_, path) in newer.iter().rev() {
             truncate(path, 0)?;
@@ -134,7 +133,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
             let end = starts.get(log + 1).copied().unwrap_or(before.len());
             let headers = before.get(start..end).unwrap_or_default();
             if let Some(missing) = missing_within(*number, headers, &before, closed) {
-                let detail = format!("write {missing} to it, which was on the disk, is missing");
+                let detail = format!("write {missing} is missing, but was already synced");
                 return Err(Error::Corrupt { place: path.display().to_string(), detail });
             }
         }
@@ -143,7 +142,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
         // A process that was killed has left some of it in memory. A bad place before what is going to be written must be
         // damage, and not what a power cut took from this.
         for (_, path) in &logs {
-            File::open(path).and_then(|log| log.sync_all()).map_err(|error| Error::io("cannot sync", path, error))?;
+            File::open(path).and_then(|log| log.sync_all()).map_err(|error| Error::io("syncing", path, error))?;
         }
     }
     Ok(())
@@ -152,7 +151,7 @@ pub(super) fn check(database: &Path, closed: bool, synced: &BTreeMap<u64, u64>) 
 fn truncate(path: &Path, len: u64) -> Result<()> {
     let log = OpenOptions::new().write(true).open(path);
     log.and_then(|log| log.set_len(len).and_then(|()| log.sync_all()))
-        .map_err(|error| Error::io("cannot cut", path, error))
+        .map_err(|error| Error::io("truncating", path, error))
 }
 
 /// Reads a manifest, which has a log's form: refuses one with a hole, or with a bad record before `least`, which was read
@@ -160,9 +159,11 @@ fn truncate(path: &Path, len: u64) -> Result<()> {
 /// Gives how much of which log was on the disk when it was noted here: RocksDB would refuse less, after [`check`] has cut.
 pub(super) fn check_manifest(path: &Path, least: u64) -> Result<BTreeMap<u64, u64>> {
     match read_file(path, Records::Edits)? {
-        Contents { bad: Some(at), .. } if at < least => Err(corrupt_record(path, at, "it was longer before")),
+        Contents { bad: Some(at), .. } if at < least => {
+            Err(corrupt_record(path, at, &format!("the first {least} bytes were valid before")))
+        }
         Contents { bad: Some(at), has_records_after_corruption: true, .. } => {
-            Err(corrupt_record(path, at, "good ones stand behind it"))
+            Err(corrupt_record(path, at, "valid records follow"))
         }
         Contents { synced, .. } => Ok(synced.into_iter().collect()),
     }
@@ -171,7 +172,7 @@ pub(super) fn check_manifest(path: &Path, least: u64) -> Result<BTreeMap<u64, u6
 /// Hands out the logs of which a manifest's record says how much was on the disk. `None` where it says something else that
 /// cannot be passed over: then it says nothing of logs but which of them are gone.
 fn read_synced(record: &[u8], mut found: impl FnMut(u64, u64)) -> Option<()> {
-    /// From here on, what a reader does not know has its length before it; but for two of them, which nobody writes.
+    /// Unknown tags from here on are followed by a length, except for two that RocksDB never writes.
     const SKIPPED: u64 = 1 << 13;
     let mut reader = Reader::new(record);
     while !reader.is_empty() {
@@ -196,14 +197,14 @@ fn read_synced(record: &[u8], mut found: impl FnMut(u64, u64)) -> Option<()> {
 }
 
 fn read_file(path: &Path, records: Records) -> Result<Contents> {
-    let mut file = File::open(path).map_err(|error| Error::io("cannot open", path, error))?;
-    read(&mut file, records).map_err(|error| Error::io("cannot read", path, error))
+    let mut file = File::open(path).map_err(|error| Error::io("opening", path, error))?;
+    read(&mut file, records).map_err(|error| Error::io("reading", path, error))
 }
 
-fn corrupt_record(path: &Path, at: u64, and: &str) -> Error {
+fn corrupt_record(path: &Path, at: u64, reason: &str) -> Error {
     Error::Corrupt {
         place: path.display().to_string(),
-        detail: format!("it is bad or gone from byte {at} on, and {and}"),
+        detail: format!("a record is damaged or missing at offset {at}, but {reason}"),
     }
 }
 
@@ -255,7 +256,7 @@ impl Reading {
                 return;
             }
             self.bad(start + offset as u64);
-            // Nobody knows how long it was meant to be: the next may begin at any byte.
+            // Its length is unknown: the next record may begin at any byte.
             offset = (offset + 1..block.len())
                 .find(|offset| block.get(*offset..).is_some_and(|rest| piece(rest).is_some()))
                 .unwrap_or(block.len());
@@ -529,17 +530,17 @@ mod tests {
         let mut newer = Vec::new();
         let predecessor = [7_u64, older.len() as u64, 99].map(u64::to_le_bytes).concat();
         put_piece(&mut newer, PREDECESSOR, &predecessor);
-        let said = newer.len();
+        let header_end = newer.len();
         (0..2).for_each(|_| write(&mut newer, &lsn));
-        for newer in [&newer[..said], &newer[..]] {
+        for newer in [&newer[..header_end], &newer[..]] {
             for end in &ends {
                 let (checked, lens) = check_logs(&[older[..*end].to_vec(), newer.to_vec()], false);
                 if *end == older.len() {
                     assert!(checked.is_ok() && lens == [older.len(), newer.len()], "whole: {checked:?}, {lens:?}");
                 } else if *end < ends[3] {
-                    // The fourth write and those behind it say that the third was on the disk, where one of them is there.
-                    let told = newer.len() > said;
-                    assert_eq!(checked.is_err(), told, "cut at {end} of {}: {checked:?}", older.len());
+                    // A later write, if there is one, proves that the third one was synced.
+                    let is_proven = newer.len() > header_end;
+                    assert_eq!(checked.is_err(), is_proven, "cut at {end} of {}: {checked:?}", older.len());
                 } else {
                     assert!(checked.is_ok() && lens == [*end, 0], "cut at {end}: {checked:?}, {lens:?}");
                 }

@@ -1,146 +1,146 @@
-//! Moments at which a test may have the process killed: between two steps that a crash must not tear apart.
+//! Failpoints: places between two steps at which a test can kill the process.
 //!
-//! Nothing is left of them unless the feature `internals` is on. With it, `ONLYONCE_FAILPOINT=NAME:N` in the environment
-//! has the process send itself SIGKILL when it passes the point NAME for the Nth time: no destructor runs and nothing is
-//! flushed, on any thread.
+//! They compile to nothing without the feature `internals`. With it, the environment variable
+//! `ONLYONCE_FAILPOINT=NAME:N` makes the process send itself SIGKILL at the Nth pass of failpoint NAME: no destructor
+//! runs, and no buffer is flushed, on any thread.
 
 macro_rules! failpoints {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// A moment between two steps.
+        /// A place between two steps.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        #[cfg_attr(not(feature = "internals"), allow(unreachable_pub, reason = "seen by tests alone"))]
+        #[cfg_attr(not(feature = "internals"), allow(unreachable_pub, reason = "only tests use it"))]
         pub enum Failpoint {
             $($(#[$doc])* $name,)*
         }
 
         #[cfg(feature = "internals")]
         impl Failpoint {
-            /// All of them.
+            /// All failpoints.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
         }
     };
 }
 
 failpoints! {
-    /// A new database is complete, and not yet in its place.
+    /// A new database is complete, but not renamed into place.
     StoreCreated,
-    /// It is in its place, and the lock file does not say so yet.
+    /// The database is in place, but the lock file does not contain "created" yet.
     StorePlaced,
-    /// The files of a database were found whole, and it is not open yet.
+    /// The files are checked, but the database is not open yet.
     OpenChecked,
-    /// The database is open, and its journal not yet read.
+    /// The database is open, but the journal is not replayed yet.
     OpenDatabase,
-    /// The journal is in memory, and nothing was written yet.
+    /// The journal is replayed, but nothing is written yet.
     OpenReplayed,
-    /// The options of this opening are written, and no tokens are reserved.
+    /// The options are written, but no tokens are reserved yet.
     OpenOptionsWritten,
-    /// Tokens are reserved, in the log alone.
+    /// Tokens are reserved, but only in the log.
     OpenTokensReserved,
-    /// The columns of kept filters are in memory, and their buckets not yet told so.
+    /// The persisted columns are in memory, but their buckets are not marked as filtered yet.
     FilterLoaded,
-    /// Some of the keys of a bucket are in its filter again.
+    /// Some keys of a bucket are in its rebuilt filter.
     FilterHalfRebuilt,
-    /// The filter of a bucket is about to be written.
+    /// Before a filter file is written.
     FilterBegun,
-    /// Half of it is written.
+    /// Half of the filter file is written.
     FilterHalfWritten,
-    /// All of it is on the disk, under another name.
+    /// The filter file is on disk under its temporary name.
     FilterWritten,
-    /// It has its name.
+    /// The filter file is renamed into place.
     FilterRenamed,
-    /// The filter file of a bucket that is gone is about to be removed.
+    /// Before the filter file of a dropped bucket is removed.
     FilterOrphaned,
-    /// A bucket is about to be created.
+    /// Before a bucket is created.
     BucketBegun,
-    /// It is in the database, and nobody knows of it.
+    /// The bucket is in the database, but not in the registry yet.
     BucketCreated,
-    /// Lookups ask it, and it has no keys.
+    /// Lookups see the bucket, and it has no keys.
     BucketRegistered,
-    /// Buckets have passed, and the time at which they did is not on the disk.
+    /// Buckets have expired, but the time of expiry is not on disk.
     BucketExpired,
-    /// The time is on the disk, and lookups do not ask the bucket any more.
+    /// The time is on disk, and lookups do not see the bucket any more.
     BucketUnlinked,
-    /// Its files are gone, and the database still has it.
+    /// The bucket's files are deleted, but its column family still exists.
     BucketEmptied,
-    /// The database has it no more.
+    /// The column family is dropped.
     BucketDropped,
-    /// What is to be sealed is set apart.
+    /// The keys of a flush are frozen.
     FlushFrozen,
-    /// A run is written beside the database.
+    /// An SST is written, but not ingested yet.
     SstWritten,
-    /// The database has it, and the filter does not know its keys.
+    /// The SST is ingested, but its keys are not in the filter yet.
     SstIngested,
-    /// All runs are in the database, and it was not noted which files it has.
+    /// All SSTs are ingested, but the file manifest does not list them yet.
     FlushIngested,
-    /// It was noted, and the journal is about to be cut.
+    /// The file manifest is written, but the journal is not truncated yet.
     FlushManifestWritten,
-    /// The journal is cut, and the table still has what was sealed.
+    /// The journal is truncated, but the memtable still has the flushed keys.
     FlushJournalTruncated,
-    /// What was sealed is at hand, and about to leave the table.
+    /// The flushed keys are in the recent cache, but still in the memtable.
     FlushPublished,
-    /// It has left.
+    /// The flushed keys are removed from the memtable.
     FlushRetired,
-    /// The journal is about to be flushed, so that the log can go.
+    /// Before the journal's column family is flushed to free the log.
     LogFlushBegun,
-    /// The log behind it is gone, and it was not noted which files there are.
+    /// The log is freed, but the file manifest is not written yet.
     LogFlushed,
-    /// A new note of the database's files is on the disk, under another name.
+    /// A new file manifest is on disk under its temporary name.
     ManifestWritten,
-    /// It has its name, which may not be on the disk.
+    /// The file manifest is renamed into place, but the rename may not be on disk.
     ManifestRenamed,
-    /// A row, or something else, is about to be written.
+    /// Before a write to RocksDB.
     WriteBegun,
-    /// It is in the log, and neither synced nor believed.
+    /// The write is in the log, but neither synced nor in effect.
     WriteDone,
-    /// Somebody is about to sync for all who wait.
+    /// Before the leader of a group commit syncs.
     SyncBegun,
-    /// The disk has all of it, and nobody was told.
+    /// The sync is done, but no waiter has returned.
     SyncDone,
-    /// A key is being forgotten: it has its row's number, and the row is not written.
+    /// `forget` has a record number, but has not written the record.
     ForgetBegun,
-    /// The row is written, and the table still has the key.
+    /// The record is written, but the memtable still has the key.
     ForgetWritten,
-    /// The table has it no more, and the row counts as open.
+    /// The key is removed from the memtable, but the record is not finished yet.
     ForgetRemoved,
-    /// The store refuses, and its time is not written.
+    /// The store rejects calls, but its time is not written yet.
     CloseBegun,
-    /// Its time is written, in the log alone.
+    /// The time is written, but only to the log.
     CloseTimeWritten,
-    /// The tokens that nobody took are given back, in the log alone.
+    /// The unused tokens are returned, but only in the log.
     CloseTokensWritten,
-    /// All is on the disk, and the database still open.
+    /// Everything is synced, but the database is still open.
     CloseSynced,
-    /// The database is closed, and its files are not noted.
+    /// The database is closed, but the file manifest is not written yet.
     CloseDatabase,
-    /// They are noted, and the directory is still locked.
+    /// The file manifest is written, but the directory is still locked.
     CloseManifestWritten,
 }
 
 impl Failpoint {
-    /// Passes the point, or dies there.
+    /// Passes the failpoint. Kills the process if the environment selects this pass.
     #[cfg(not(feature = "internals"))]
     #[inline(always)]
     pub(crate) fn pass(self) {}
 
-    /// Passes the point, or dies there.
+    /// Passes the failpoint. Kills the process if the environment selects this pass.
     #[cfg(feature = "internals")]
     pub(crate) fn pass(self) {
         use std::sync::LazyLock;
         use std::sync::atomic::{AtomicU64, Ordering};
 
-        /// The name, and how often it is still to be passed.
-        static AIM: LazyLock<Option<(String, AtomicU64)>> = LazyLock::new(|| {
-            let aim = std::env::var("ONLYONCE_FAILPOINT").ok()?;
-            let (name, times) = aim.split_once(':')?;
+        /// The selected failpoint, and the number of passes left.
+        static SELECTED: LazyLock<Option<(String, AtomicU64)>> = LazyLock::new(|| {
+            let selected = std::env::var("ONLYONCE_FAILPOINT").ok()?;
+            let (name, times) = selected.split_once(':')?;
             Some((name.to_owned(), AtomicU64::new(times.parse().ok()?)))
         });
 
-        let Some((name, left)) = &*AIM else { return };
+        let Some((name, left)) = &*SELECTED else { return };
         if *name == format!("{self:?}") && left.fetch_sub(1, Ordering::Relaxed) == 1 {
             use nix::sys::signal::{Signal, kill};
             let sent = kill(nix::unistd::Pid::this(), Signal::SIGKILL);
             // The signal ends every thread before this call returns.
-            unreachable!("SIGKILL to oneself: {sent:?}");
+            unreachable!("SIGKILL to this process: {sent:?}");
         }
     }
 }

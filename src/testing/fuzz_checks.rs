@@ -1,5 +1,5 @@
-//! What must hold of any bytes, wherever they come from: they are refused, or read as what they are, and nothing panics.
-//! For the fuzzers in `fuzz/`, which look for bytes that break a law. The tests below try what they found worth keeping.
+//! Checks for the fuzzers in `fuzz/`: any bytes are either rejected, or decoded to a value that encodes to an
+//! equivalent form. Nothing panics. The tests below replay the committed corpora.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -12,7 +12,7 @@ use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
 use crate::rocks;
 use onlyonce_core::Key;
 
-/// A journal row is refused, or says the same when it is written again.
+/// A journal record is rejected, or decodes to the same events after it is encoded again.
 pub fn journal_record(bytes: &[u8]) {
     let read = |record: &[u8]| {
         let mut events = Vec::new();
@@ -24,7 +24,7 @@ pub fn journal_record(bytes: &[u8]) {
         Some(2) => RecordKind::Released,
         Some(3) => RecordKind::Completed,
         Some(4) => RecordKind::Forgotten,
-        other => unreachable!("a row of kind {other:?} was read"),
+        other => unreachable!("decoded a record of kind {other:?}"),
     };
     let mut record = RecordWriter::new(kind, time_ms, 0);
     for (key, event) in &events {
@@ -36,25 +36,24 @@ pub fn journal_record(bytes: &[u8]) {
     }
     assert_eq!(record.is_empty(), events.is_empty());
     let written = record.finish();
-    assert!(written.len() <= bytes.len(), "it was shorter than we write it");
+    assert!(written.len() <= bytes.len(), "the input is shorter than its encoding");
     assert_eq!(read(&written), Some((time_ms, events)));
 }
 
-/// The value of a bucket's row is refused, or says the same when it is written again. The bytes begin with the bucket's
-/// start.
+/// A bucket value is rejected, or decodes to the same entry after it is encoded again. The input begins with the
+/// bucket's start.
 pub fn bucket_value(bytes: &[u8]) {
     let mut reader = Reader::new(bytes);
     let Some(start_ms) = reader.array().map(u64::from_le_bytes) else { return };
     let value = reader.rest();
     let Some(entry) = codec::read_value(value, start_ms) else { return };
     let mut written = Vec::new();
-    codec::put_value(&entry.borrowed(), start_ms, &mut written).expect("what was read can be written");
-    assert!(written.len() <= value.len(), "it was shorter than we write it");
+    codec::put_value(&entry.borrowed(), start_ms, &mut written).expect("a decoded entry can be encoded");
+    assert!(written.len() <= value.len(), "the input is shorter than its encoding");
     assert_eq!(codec::read_value(&written, start_ms), Some(entry));
 }
 
-/// What a store knows of itself, numbers, the names of buckets and typed results are refused, or the same when they are
-/// written again.
+/// Meta values, varints, bucket names and typed results are rejected, or are the same after they are encoded again.
 pub fn meta_entries(bytes: &[u8]) {
     if let Some(span) = codec::read_span(bytes) {
         assert_eq!(codec::put_span(span), bytes);
@@ -94,15 +93,15 @@ fn completed(result: &[u8]) -> onlyonce_core::Completed {
     onlyonce_core::Completed::new(result, token, time, time)
 }
 
-/// A log, or a manifest, which has its form, is whole up to where it is said to be torn.
+/// A log, or a manifest, which has the same format, is valid up to its corrupt offset.
 pub fn wal(bytes: &[u8]) {
     rocks::fuzz_checks::wal(bytes);
 }
 
-/// Two keys have the same bytes if and only if they are the same key; what is no key is refused; and rows lie in the
-/// order of the digests.
+/// Two keys have the same encoding if and only if they are equal; invalid encodings are rejected; and bucket entries
+/// are ordered by digest.
 ///
-/// The bytes are two keys, each a form (1), a scope and a body with their lengths before them.
+/// The input is two keys, each a form (1), and a scope and a body with length prefixes.
 pub fn keys(bytes: &[u8]) {
     let mut reader = Reader::new(bytes);
     let (Some(one), Some(other)) = (any_key(&mut reader), any_key(&mut reader)) else { return };
@@ -122,10 +121,10 @@ pub fn keys(bytes: &[u8]) {
         };
         let (first, second) = (entry_key(&first), entry_key(&second));
         if first.0 != second.0 {
-            assert_eq!(first.0 < second.0, first.1 < second.1, "rows lie in the order of their digests");
+            assert_eq!(first.0 < second.0, first.1 < second.1, "entries are ordered by digest");
         }
     }
-    // As it may lie on a disk, too.
+    // The input as an encoded key, as it may be read from disk.
     if let Some(key) = Key::decode(bytes) {
         assert_eq!(encoded(&key).as_deref(), Some(bytes));
         assert!(!key.to_string().contains(char::is_control));
@@ -137,7 +136,7 @@ fn any_key(reader: &mut Reader<'_>) -> Option<Key<'static>> {
     let (scope, body) = (reader.prefixed()?, reader.prefixed()?);
     let key = match form % 3 {
         0 => Key::from(body.to_vec()),
-        // Cut into two parts at a place that is drawn as well.
+        // Split into two parts at a position that the input selects.
         1 => body
             .split_at_checked(usize::from(form / 3))
             .map_or_else(|| Key::composite([body]), |(one, other)| Key::composite([one, other])),
@@ -149,10 +148,10 @@ fn any_key(reader: &mut Reader<'_>) -> Option<Key<'static>> {
 const FILTER_KEY: [u8; 16] = [3; 16];
 const BUCKET: &str = "bucket-1700000000000-10000";
 
-/// A filter file that was changed is not believed, whatever the change, and one that was not is.
+/// A changed filter file is rejected, whatever the change, and an unchanged one is accepted.
 ///
-/// Writes to `path`. The bytes are changes, each a kind (1), a place (2) and bytes with their length before them; or,
-/// if the first is 255, a header, which gets the checksum that belongs to it.
+/// Writes to `path`. The input is a list of changes, each a kind (1), a position (2) and length-prefixed bytes; or,
+/// if the first byte is 255, a header, which gets a valid checksum.
 pub fn filter_file(path: &Path, bytes: &[u8]) {
     static GOOD: OnceLock<Vec<u8>> = OnceLock::new();
     let key = FileKey::new(&FILTER_KEY);
@@ -172,19 +171,22 @@ pub fn filter_file(path: &Path, bytes: &[u8]) {
     let read = FilterFile::open(path, &key, BUCKET)
         .and_then(|file| (0..SHARDS).map(|shard| file.column(shard)).collect::<std::io::Result<Vec<_>>>());
     assert_eq!(read.is_ok(), changed == *good, "{read:?}");
-    assert!(!good.is_empty() && FilterFile::open(path, &key, "bucket-0-10000").is_err(), "it is of another bucket");
+    assert!(
+        !good.is_empty() && FilterFile::open(path, &key, "bucket-0-10000").is_err(),
+        "the file is of another bucket"
+    );
 }
 
 fn changed(good: &[u8], changes: &[u8]) -> Vec<u8> {
     let mut file = good.to_vec();
     let mut reader = Reader::new(changes);
-    while let (Some(kind), Some(place), Some(bytes)) = (reader.byte(), reader.array(), reader.prefixed()) {
-        let place = usize::from(u16::from_le_bytes(place)).min(file.len());
-        let end = (place + bytes.len()).min(file.len());
+    while let (Some(kind), Some(offset), Some(bytes)) = (reader.byte(), reader.array(), reader.prefixed()) {
+        let offset = usize::from(u16::from_le_bytes(offset)).min(file.len());
+        let end = (offset + bytes.len()).min(file.len());
         match kind % 3 {
-            0 => drop(file.splice(place..end, bytes.iter().copied())),
-            1 => drop(file.splice(place..place, bytes.iter().copied())),
-            _ => file.truncate(place),
+            0 => drop(file.splice(offset..end, bytes.iter().copied())),
+            1 => drop(file.splice(offset..offset, bytes.iter().copied())),
+            _ => file.truncate(offset),
         }
     }
     file
@@ -194,46 +196,46 @@ fn changed(good: &[u8], changes: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// What the fuzzers of `fuzz/` begin with.
-    fn replay(target: &str, law: impl Fn(&[u8])) {
+    /// Runs a check on the committed corpus of its fuzz target.
+    fn replay(target: &str, check: impl Fn(&[u8])) {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
         let mut tried = 0;
         for entry in std::fs::read_dir(corpus).unwrap() {
             let path = entry.unwrap().path();
             eprintln!("{}", path.display());
-            law(&std::fs::read(path).unwrap());
+            check(&std::fs::read(path).unwrap());
             tried += 1;
         }
-        assert!(tried > 2, "{tried} of {target}");
+        assert!(tried > 2, "{target} has {tried} inputs");
     }
 
     #[test]
-    fn journal_rows_hold_their_law() {
+    fn the_journal_record_corpus_passes_its_check() {
         replay("journal_record", journal_record);
     }
 
     #[test]
-    fn bucket_values_hold_their_law() {
+    fn the_bucket_value_corpus_passes_its_check() {
         replay("bucket_value", bucket_value);
     }
 
     #[test]
-    fn notes_hold_their_law() {
+    fn the_meta_entries_corpus_passes_its_check() {
         replay("meta_entries", meta_entries);
     }
 
     #[test]
-    fn logs_hold_their_law() {
+    fn the_wal_corpus_passes_its_check() {
         replay("wal", wal);
     }
 
     #[test]
-    fn keys_hold_their_law() {
+    fn the_keys_corpus_passes_its_check() {
         replay("keys", keys);
     }
 
     #[test]
-    fn filter_files_hold_their_law() {
+    fn the_filter_file_corpus_passes_its_check() {
         let dir = tempfile::tempdir().unwrap();
         replay("filter_file", |bytes| filter_file(&dir.path().join("bucket.filter"), bytes));
     }

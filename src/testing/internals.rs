@@ -1,6 +1,5 @@
-//! Doors to the parts, for their benches (`benches/parts.rs`), for models (`tests/shuttle.rs`) and for tests that kill
-//! (`tests/failpoints.rs`). No part of the public interface: they may change or go at
-//! any time.
+//! Access to internal parts for benches (`benches/parts.rs`), models (`tests/shuttle.rs`) and crash tests
+//! (`tests/failpoints.rs`). Not part of the public API: it may change at any time.
 
 use std::hint::black_box;
 
@@ -18,7 +17,7 @@ use onlyonce_core::{self, Key};
 pub struct Digester(crate::digest::Digester);
 
 impl Digester {
-    /// With a secret that is none.
+    /// With a fixed secret.
     #[must_use]
     pub fn new() -> Self {
         Self(crate::digest::Digester::new(&[7; 16]))
@@ -37,43 +36,43 @@ impl Default for Digester {
     }
 }
 
-/// A key as it is stored.
+/// Encodes a key as a store does.
 ///
 /// # Errors
 ///
-/// As a store refuses it.
+/// If the key is not valid.
 pub fn encode(key: &str) -> crate::Result<Vec<u8>> {
     let mut out = Vec::new();
     Key::from(key).encode(1_024, &mut out)?;
     Ok(out)
 }
 
-/// A base layer of the filter with 32 columns.
+/// A base filter matrix with 32 columns.
 pub struct Filter(FilterMatrix);
 
 impl Filter {
-    /// For so many keys in each column.
+    /// A matrix whose columns hold `keys` keys each.
     #[must_use]
     pub fn new(keys: u64) -> Self {
         Self(FilterMatrix::new(Columns::All(32), keys))
     }
 
-    /// Marks keys of a bucket.
+    /// Inserts keys of a bucket.
     pub fn insert(&self, column_id: u8, digests: &[u64]) {
         assert!(self.0.insert(column_id, digests.iter().copied()), "a bit is missing");
     }
 
-    /// The buckets that may hold the keys.
+    /// The buckets that may hold the keys, one bit for each.
     pub fn column_bits_of(&self, digests: &[u64], column_bits: &mut [u64]) {
         self.0.column_bits_of(digests, column_bits);
     }
 }
 
-/// The hot table.
+/// The memtable.
 pub struct MemTable(table::MemTable);
 
 impl MemTable {
-    /// Empty.
+    /// An empty memtable.
     #[must_use]
     pub fn new() -> Self {
         Self(table::MemTable::new(0))
@@ -85,7 +84,7 @@ impl MemTable {
         self.0.shard(digest).set(digest, key, Entry::Completed(done));
     }
 
-    /// Whether a key is there.
+    /// Whether the memtable has the key.
     #[must_use]
     pub fn has(&self, digest: u64, key: &[u8]) -> bool {
         self.0.shard(digest).get(digest, key).is_some()
@@ -98,7 +97,7 @@ impl Default for MemTable {
     }
 }
 
-/// A journal row that completes the keys.
+/// Encodes a journal record that completes the keys.
 #[must_use]
 pub fn write_record<'k>(keys: impl IntoIterator<Item = &'k [u8]>, result: &[u8]) -> Vec<u8> {
     let mut record = RecordWriter::new(RecordKind::Completed, 1, 1 << 16);
@@ -111,7 +110,7 @@ pub fn write_record<'k>(keys: impl IntoIterator<Item = &'k [u8]>, result: &[u8])
     record.finish()
 }
 
-/// Reads a journal row, and counts its keys.
+/// Decodes a journal record and counts its keys.
 #[must_use]
 pub fn read_keys(record: &[u8]) -> usize {
     let mut keys = 0;
@@ -122,43 +121,43 @@ pub fn read_keys(record: &[u8]) -> usize {
     if read.is_some() { keys } else { 0 }
 }
 
-/// The numbers of rows that are being written.
+/// The numbers of journal records.
 #[derive(Default)]
 pub struct RecordNumbers(numbers::RecordNumbers);
 
 impl RecordNumbers {
-    /// Takes a number from `next`.
+    /// Takes a number from `next`. The record is open until it is finished.
     pub fn begin(&self, next: impl FnOnce() -> u64) -> u64 {
         self.0.begin(next)
     }
 
-    /// The row is written.
+    /// Marks the record as written.
     pub fn finish(&self, number: u64) {
         self.0.finish(number);
     }
 
-    /// Whether the row is written.
+    /// Whether the record is finished.
     #[must_use]
     pub fn is_finished(&self, number: u64) -> bool {
         self.0.is_finished(number)
     }
 
-    /// The number below which every row is written.
+    /// The number below which every record is finished.
     pub fn finished_below(&self, next: impl FnOnce() -> u64) -> u64 {
         self.0.finished_below(next)
     }
 }
 
-/// Callers that share a sync.
+/// A group commit.
 #[derive(Default)]
 pub struct SyncGroup(sync_group::SyncGroup);
 
 impl SyncGroup {
-    /// Returns when what was written before is on the disk.
+    /// Returns when everything written before this call is on disk.
     ///
     /// # Errors
     ///
-    /// Where a sync has failed.
+    /// If a sync has failed.
     pub fn wait(&self, sync: impl Fn() -> crate::Result<()>) -> crate::Result<()> {
         self.0.wait(sync)
     }

@@ -1,5 +1,5 @@
-//! What tests, benches and fuzzers need of the store: failpoints, checks, and synchronisation primitives that a model
-//! checker can replace.
+//! Support for tests, benches and fuzzers: failpoints, checks, and synchronisation primitives that a model checker
+//! can replace.
 
 pub(crate) mod failpoint;
 #[cfg(any(test, fuzzing))]

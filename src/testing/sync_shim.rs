@@ -1,7 +1,7 @@
-//! What threads meet at: locks, atomics, waiting. By one name, so that `tests/shuttle.rs` can have a model checker's in
-//! their place, which lets one thread go at a time and decides at each of them who is next.
+//! Synchronisation primitives under one name, so that `tests/shuttle.rs` can replace them with those of a model
+//! checker. The model checker runs one thread at a time and schedules the next one at each primitive.
 //!
-//! What decides nothing between threads stays outside: figures, clocks, the filter's bits.
+//! Atomics that synchronise nothing stay outside this module: statistics, clocks, the filter's bits.
 
 #[cfg(shuttle)]
 pub(crate) use modelled::*;
@@ -23,47 +23,47 @@ mod modelled {
     use std::time::Duration;
 
     pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
-    // No time passes here: whoever parks is woken, or the model has found a wake-up that is lost.
+    // Time does not pass in a model: a parked thread that is never woken is a lost wakeup, which the model reports.
     pub(crate) use shuttle::thread::{Thread, current, park, park_timeout, yield_now};
     pub(crate) use shuttle_parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
-    /// Whoever sleeps lets the others go first.
+    /// Yields to other threads instead of sleeping.
     pub(crate) fn sleep(_: Duration) {
         yield_now();
     }
 
-    /// As `parking_lot`'s. Whoever is told goes in any order; nobody wakes without being told.
+    /// Like `parking_lot::Condvar`: notified threads wake in any order, and there are no spurious wakeups.
     #[derive(Debug, Default)]
     pub(crate) struct Condvar {
-        told: shuttle::sync::Mutex<u64>,
+        notifications: shuttle::sync::Mutex<u64>,
         changed: shuttle::sync::Condvar,
     }
 
     impl Condvar {
         pub(crate) fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
-            // Taken before the caller's lock is given back: whoever tells from then on is heard.
-            let mut told = self.told.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let before = *told;
+            // Locked before the caller's lock is released: no later notification is missed.
+            let mut notifications = self.notifications.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let before = *notifications;
             MutexGuard::unlocked(guard, || {
-                while *told == before {
-                    told = self.changed.wait(told).unwrap_or_else(|poisoned| poisoned.into_inner());
+                while *notifications == before {
+                    notifications = self.changed.wait(notifications).unwrap_or_else(|poisoned| poisoned.into_inner());
                 }
-                drop(told);
+                drop(notifications);
             });
         }
 
-        /// A time that passes whenever the model likes.
+        /// Times out at any moment that the model chooses.
         pub(crate) fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, _: Duration) {
             MutexGuard::unlocked(guard, yield_now);
         }
 
         pub(crate) fn notify_all(&self) {
-            *self.told.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
+            *self.notifications.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
             self.changed.notify_all();
         }
     }
 
-    /// As `arc_swap`'s: a picture that is read while the next one takes its place.
+    /// Like `arc_swap::ArcSwap`: readers keep the value they loaded while another one is stored.
     #[derive(Debug)]
     pub(crate) struct ArcSwap<T>(Mutex<Arc<T>>);
 

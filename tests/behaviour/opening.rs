@@ -80,12 +80,12 @@ fn a_path_that_is_not_a_store_is_rejected_and_not_changed() {
 
     // A directory of another program, with names that a store uses, too.
     let theirs = dir.path().join("theirs");
-    for name in ["runs", "db", "db.new"] {
+    for name in ["ssts", "db", "db.new"] {
         fs::create_dir_all(theirs.join(name)).unwrap();
         fs::write(theirs.join(name).join("1.sst"), "weights").unwrap();
     }
     assert!(matches!(Store::open(&theirs), Err(Error::NotAStore { .. })));
-    assert!(["runs", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
+    assert!(["ssts", "db", "db.new"].iter().all(|name| theirs.join(name).join("1.sst").exists()));
 }
 
 #[test]
@@ -113,9 +113,9 @@ fn a_path_that_cannot_be_a_store_is_rejected_by_name_and_nothing_is_created() {
         (file.clone(), "it is a file".to_owned()),
         (file.join("store"), format!("{} is a file", text(&file))),
         (file.join("a/store"), format!("{} is a file", text(&file))),
-        (fifo, "it is no directory".to_owned()),
-        (broken.clone(), "it is a link to nowhere, which is not there".to_owned()),
-        (broken.join("a/store"), format!("{} is a link to nowhere, which is not there", text(&broken))),
+        (fifo, "it is not a directory".to_owned()),
+        (broken.clone(), "it is a link to nowhere, which does not exist".to_owned()),
+        (broken.join("a/store"), format!("{} is a link to nowhere, which does not exist", text(&broken))),
     ] {
         let error = Store::open(&path).unwrap_err();
         assert!(matches!(&error, Error::NotAStore { reason: found, .. } if *found == reason), "{path:?}: {error}");
@@ -173,7 +173,7 @@ fn unfinished_files_of_a_crash_are_removed() {
     let mut bench = Bench::new();
     bench.store().record("k").wait().unwrap();
     bench.store().close().wait().unwrap();
-    let (ssts, new) = (bench.path().join("runs"), bench.path().join("db.new"));
+    let (ssts, new) = (bench.path().join("ssts"), bench.path().join("db.new"));
     fs::write(ssts.join("7.sst"), "half an SST").unwrap();
     fs::create_dir(&new).unwrap();
     fs::write(new.join("CURRENT"), "half a store").unwrap();

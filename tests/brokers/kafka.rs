@@ -1,4 +1,4 @@
-//! Kafka topics, against a broker that speaks its protocol.
+//! Kafka topics, against a broker that implements the Kafka protocol.
 
 mod harness;
 
@@ -6,18 +6,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use harness::{Broker, Intake, address};
+use harness::{Broker, Source, TestStore, address};
+use onlyonce::Store;
+use onlyonce::delivery::kafka::rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use onlyonce::delivery::kafka::rdkafka::client::DefaultClientContext;
+use onlyonce::delivery::kafka::rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
+use onlyonce::delivery::kafka::rdkafka::message::{Header, Headers, Message as _, OwnedHeaders, OwnedMessage};
+use onlyonce::delivery::kafka::rdkafka::producer::{FutureProducer, FutureRecord, Producer};
+use onlyonce::delivery::kafka::rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use onlyonce::delivery::kafka::{
-    Builder, Consumer, DEAD_FROM, DEAD_OMITTED, DEAD_TIMESTAMP, DEAD_WHY, Error, Id, Message,
+    Builder, Consumer, Error, IdSource, Message, OMITTED_HEADER, REASON_HEADER, SOURCE_HEADER, TIMESTAMP_HEADER,
 };
-use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
+use onlyonce::delivery::{Attempt, Delivery, Failure, Outcome, Processor};
 use parking_lot::Mutex;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
-use rdkafka::message::{Header, Headers, Message as _, OwnedHeaders, OwnedMessage};
-use rdkafka::producer::{FutureProducer, FutureRecord, Producer};
-use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -54,22 +55,22 @@ fn all(topic: &str, offset: Offset) -> TopicPartitionList {
 }
 
 impl Kafka {
-    /// What the group has not committed: the first offset of each partition, and the one after its last.
-    fn rest(consumer: &BaseConsumer, topic: &str) -> BTreeMap<i32, (i64, i64)> {
+    /// The uncommitted range of each partition: its first offset, and the one after its last.
+    fn uncommitted(consumer: &BaseConsumer, topic: &str) -> BTreeMap<i32, (i64, i64)> {
         let committed = consumer.committed_offsets(all(topic, Offset::Invalid), WAIT).unwrap();
-        let rest = |partition| {
+        let range = |partition| {
             let (low, high) = consumer.fetch_watermarks(topic, partition, WAIT).unwrap();
             let from = committed.find_partition(topic, partition).unwrap().offset().to_raw().filter(|raw| *raw >= 0);
             (partition, (from.unwrap_or(low), high))
         };
-        (0..PARTITIONS).map(rest).collect()
+        (0..PARTITIONS).map(range).collect()
     }
 
-    /// The dead letters that nobody has put back, and a consumer that may commit that somebody has.
+    /// The dead letters that are not redriven, with a consumer and the offsets to commit after a redrive.
     fn all_letters(&self) -> (Vec<OwnedMessage>, BaseConsumer, TopicPartitionList) {
         let consumer: BaseConsumer = reader("redrive").set("enable.auto.commit", "false").create().unwrap();
         let (mut from, mut to, mut left) = (TopicPartitionList::new(), TopicPartitionList::new(), 0);
-        for (partition, (low, high)) in Self::rest(&consumer, &self.dead) {
+        for (partition, (low, high)) in Self::uncommitted(&consumer, &self.dead) {
             from.add_partition_offset(&self.dead, partition, Offset::Offset(low)).unwrap();
             to.add_partition_offset(&self.dead, partition, Offset::Offset(high)).unwrap();
             left += high - low;
@@ -79,12 +80,12 @@ impl Kafka {
         ((0..left).map(letter).collect(), consumer, to)
     }
 
-    /// As [`all_letters`](Self::all_letters). A record that is rejected, and delivered again because its consumer has died
-    /// before the next commit, is rejected once more. Its letters say that they are of one record.
+    /// As [`all_letters`](Self::all_letters), one for each source. A record whose consumer crashes between the rejection and
+    /// the next commit is rejected twice.
     fn letters(&self) -> (Vec<OwnedMessage>, BaseConsumer, TopicPartitionList) {
         let (letters, consumer, to) = self.all_letters();
         let by_record: BTreeMap<_, _> =
-            letters.into_iter().map(|letter| (header(&letter, DEAD_FROM), letter)).collect();
+            letters.into_iter().map(|letter| (header(&letter, SOURCE_HEADER), letter)).collect();
         (by_record.into_values().collect(), consumer, to)
     }
 
@@ -97,13 +98,13 @@ impl Kafka {
         Consumer::subscribe(&reader(group), &[&self.topic])
     }
 
-    /// Not as a member, for a group waits for a dead one until its session is over.
+    /// Not a group member: a group waits for a killed member until its session times out.
     fn reader(&self) -> Builder {
         let consumer = Consumer::assign(&reader(&self.group()), &all(&self.topic, Offset::Stored));
         consumer.dead_letters(self.producer.clone(), &self.dead)
     }
 
-    /// Of this topic alone: who is no member may not commit for a group that has members.
+    /// A group for this topic only: a non-member cannot commit for a group that has members.
     fn group(&self) -> String {
         format!("{}.workers", self.topic)
     }
@@ -119,28 +120,28 @@ fn header(record: &OwnedMessage, name: &str) -> String {
 }
 
 impl Broker for Kafka {
-    type Intake = Consumer;
+    type Source = Consumer;
 
-    const BETWEEN_TWINS: Duration = Duration::ZERO;
+    const ID_EXPIRY: Duration = Duration::ZERO;
 
     async fn open(queue: &str) -> Self {
         let (topic, dead) = (queue.to_owned(), format!("{queue}.dead"));
         let producer: FutureProducer = config().set("linger.ms", "0").create().unwrap();
-        let partitions = |asked: Option<&str>, topic: &str| {
-            let known = producer.client().fetch_metadata(asked, WAIT).unwrap();
-            known.topics().iter().find(|known| known.name() == topic).map(|known| known.partitions().len())
+        let partitions = |queried: Option<&str>, topic: &str| {
+            let metadata = producer.client().fetch_metadata(queried, WAIT).unwrap();
+            metadata.topics().iter().find(|found| found.name() == topic).map(|found| found.partitions().len())
         };
         for topic in [&topic, &dead] {
             if partitions(None, topic) == Some(PARTITIONS as usize) {
                 continue;
             }
-            // The mock cluster does not answer this, and makes a topic when it is asked for it by name.
+            // The mock cluster does not answer this request, and creates topics on a metadata request.
             let admin: AdminClient<DefaultClientContext> = config().create().unwrap();
-            let soon = AdminOptions::new().request_timeout(Some(Duration::from_secs(1)));
-            drop(admin.create_topics(&[NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1))], &soon).await);
-            let begun = Instant::now();
+            let short = AdminOptions::new().request_timeout(Some(Duration::from_secs(1)));
+            drop(admin.create_topics(&[NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1))], &short).await);
+            let start = Instant::now();
             while partitions(Some(topic), topic) != Some(PARTITIONS as usize) {
-                assert!(begun.elapsed() < WAIT, "{topic} has not {PARTITIONS} partitions");
+                assert!(start.elapsed() < WAIT, "{topic} does not have {PARTITIONS} partitions");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
@@ -156,16 +157,16 @@ impl Broker for Kafka {
         self.put(id.unwrap_or(body).as_bytes(), body.as_bytes(), headers).await;
     }
 
-    async fn intake(&self) -> Consumer {
+    async fn source(&self) -> Consumer {
         self.reader().build().unwrap()
     }
 
-    async fn unsettled(&self) -> u64 {
+    async fn pending(&self) -> u64 {
         let consumer: BaseConsumer = reader(&self.group()).create().unwrap();
-        Self::rest(&consumer, &self.topic).values().map(|(from, to)| (to - from) as u64).sum()
+        Self::uncommitted(&consumer, &self.topic).values().map(|(from, to)| (to - from) as u64).sum()
     }
 
-    async fn dead(&self) -> Vec<String> {
+    async fn dead_letters(&self) -> Vec<String> {
         let (letters, ..) = self.letters();
         letters.iter().map(|letter| String::from_utf8(letter.payload().unwrap().to_vec()).unwrap()).collect()
     }
@@ -173,7 +174,7 @@ impl Broker for Kafka {
     async fn redrive(&self) {
         let (letters, consumer, to) = self.letters();
         for letter in letters {
-            assert!(header(&letter, DEAD_WHY).starts_with("attempt "));
+            assert!(header(&letter, REASON_HEADER).starts_with("attempt "));
             let headers = letter.headers().unwrap();
             self.put(letter.key().unwrap(), letter.payload().unwrap(), headers.clone()).await;
         }
@@ -181,7 +182,7 @@ impl Broker for Kafka {
     }
 }
 
-impl Intake for Consumer {
+impl Source for Consumer {
     type Delivery = Message;
 
     async fn next(&mut self) -> Message {
@@ -190,58 +191,53 @@ impl Intake for Consumer {
 }
 
 tests_of!(
-    Kafka: every_effect_happens_once_however_often_its_consumer_is_killed,
+    Kafka: every_effect_happens_once_while_consumers_are_killed,
     without_a_store_effects_happen_twice,
-    poison_ends_among_the_dead_letters_and_can_come_back,
-    keys_waits_and_figures_are_right,
-    what_is_at_work_is_not_begun_again,
+    poison_messages_are_dead_lettered_and_can_be_redriven,
+    keys_delays_and_counters_are_right,
+    work_in_progress_is_not_started_again,
 );
-
-fn store(dir: &std::path::Path) -> onlyonce::future::Store {
-    let store = onlyonce::Store::builder().memory_budget(32 << 20).open(dir.join("store")).unwrap();
-    onlyonce::future::Store::new(store).unwrap()
-}
 
 fn name(test: &str) -> String {
     format!("{test}-{}", std::process::id())
 }
 
-/// What members of a group have done between them.
+/// The effects and outcomes of all members of a group.
 #[derive(Default)]
-struct Day {
+struct Log {
     effects: Mutex<BTreeMap<String, u32>>,
-    settled: Mutex<BTreeMap<String, usize>>,
+    outcomes: Mutex<BTreeMap<String, usize>>,
 }
 
-/// Works on whatever comes, until nothing has come for so long. The work that is called `long` ends when it may.
-async fn work(mut consumer: Consumer, processor: Processor, day: Arc<Day>, may_end: Arc<Semaphore>, quiet: Duration) {
+/// Processes records until none arrives for `quiet`. Work on records that start with `long` waits for a permit.
+async fn work(mut consumer: Consumer, processor: Processor, log: Arc<Log>, may_end: Arc<Semaphore>, quiet: Duration) {
     let mut tasks = JoinSet::new();
     while let Ok(message) = timeout(quiet, consumer.next()).await {
         let (message, processor) = (message.unwrap(), processor.clone());
         let body = String::from_utf8(message.payload().to_vec()).unwrap();
-        let (day, may_end) = (Arc::clone(&day), Arc::clone(&may_end));
+        let (log, may_end) = (Arc::clone(&log), Arc::clone(&may_end));
         tasks.spawn(async move {
-            let effect = async |message: &Message, _: &mut Job| {
+            let effect = async |message: &Message, _: &mut Attempt| {
                 let body = std::str::from_utf8(message.payload())?;
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 if body.starts_with("long") {
                     may_end.acquire().await?.forget();
                 }
-                *day.effects.lock().entry(body.to_owned()).or_default() += 1;
+                *log.effects.lock().entry(body.to_owned()).or_default() += 1;
                 Ok::<_, Failure>(body.to_owned())
             };
-            let what = match processor.process(message, effect).await {
-                Ok(Settled::Done) => "done",
-                Ok(Settled::Duplicate(_)) => "duplicate",
-                Ok(Settled::InProgress { .. }) => "in progress",
+            let outcome = match processor.process(message, effect).await {
+                Ok(Outcome::Done) => "done",
+                Ok(Outcome::Duplicate(_)) => "duplicate",
+                Ok(Outcome::InProgress { .. }) => "in progress",
                 Ok(other) => panic!("{other:?}"),
-                Err(unsettled) => match unsettled.error {
+                Err(error) => match error.error {
                     Error::Revoked => "revoked",
                     error => panic!("{error}"),
                 },
             };
-            let what = if body.starts_with("long") { format!("{body} {what}") } else { what.to_owned() };
-            *day.settled.lock().entry(what).or_default() += 1;
+            let outcome = if body.starts_with("long") { format!("{body} {outcome}") } else { outcome.to_owned() };
+            *log.outcomes.lock().entry(outcome).or_default() += 1;
         });
         while let Some(ended) = tasks.try_join_next() {
             ended.unwrap();
@@ -253,7 +249,7 @@ async fn work(mut consumer: Consumer, processor: Processor, day: Arc<Day>, may_e
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_at_work_when_its_partition_is_taken_away_is_done_once_and_comes_back_to_nobody() {
+async fn work_whose_partition_is_revoked_runs_once_and_its_answer_is_refused() {
     const QUIET: Duration = Duration::from_secs(12);
     let broker = Kafka::open(&name("rebalance")).await;
     for partition in 0..PARTITIONS {
@@ -264,26 +260,26 @@ async fn what_is_at_work_when_its_partition_is_taken_away_is_done_once_and_comes
     for message in (0..200).chain(0..200) {
         broker.send(Some(&format!("order-{message}")), &format!("charge {message}")).await;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let processor = Processor::new(store(dir.path())).longest_wait(Duration::from_millis(300));
-    let (day, may_end) = (Arc::new(Day::default()), Arc::new(Semaphore::new(0)));
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone()).max_retry_after(Duration::from_millis(300));
+    let (log, may_end) = (Arc::new(Log::default()), Arc::new(Semaphore::new(0)));
     let member = || {
         let consumer = broker.member(&broker.group()).build().unwrap();
-        tokio::spawn(work(consumer, processor.clone(), Arc::clone(&day), Arc::clone(&may_end), QUIET))
+        tokio::spawn(work(consumer, processor.clone(), Arc::clone(&log), Arc::clone(&may_end), QUIET))
     };
-    let seen = |what: &str| day.settled.lock().get(what).copied().unwrap_or_default();
-    let eventually = async |what: &str, least: usize| {
-        let begun = Instant::now();
-        while seen(what) < least {
-            assert!(begun.elapsed() < Duration::from_secs(60), "{what}: {:?}", day.settled.lock());
+    let count = |outcome: &str| log.outcomes.lock().get(outcome).copied().unwrap_or_default();
+    let eventually = async |outcome: &str, least: usize| {
+        let start = Instant::now();
+        while count(outcome) < least {
+            assert!(start.elapsed() < Duration::from_secs(60), "{outcome}: {:?}", log.outcomes.lock());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
     let first = member();
     eventually("done", 200).await;
     eventually("duplicate", 200).await;
-    // A second member comes: all partitions are taken away and shared out anew, with the long work in hand. It is
-    // delivered to whoever has its partition then, and found in progress.
+    // A second member joins: the group revokes and reassigns all partitions during the long work. Their new owners find it
+    // in progress.
     let second = member();
     for partition in 0..PARTITIONS {
         eventually(&format!("long {partition} in progress"), 1).await;
@@ -291,38 +287,38 @@ async fn what_is_at_work_when_its_partition_is_taken_away_is_done_once_and_comes
     may_end.add_permits(PARTITIONS as usize);
     first.await.unwrap();
     second.await.unwrap();
-    println!("rebalance: {:?}", day.settled.lock());
-    let effects = day.effects.lock().clone();
+    println!("rebalance: {:?}", log.outcomes.lock());
+    let effects = log.effects.lock().clone();
     assert_eq!(effects.len(), 200 + PARTITIONS as usize);
     assert!(effects.values().all(|times| *times == 1), "{effects:?}");
     for partition in 0..PARTITIONS {
-        let seen = |what| seen(&format!("long {partition} {what}"));
-        assert_eq!((seen("revoked"), seen("done")), (1, 0), "its answer was for nobody");
-        assert!(seen("duplicate") >= 1, "and whoever had the partition by then was told");
+        let count = |outcome| count(&format!("long {partition} {outcome}"));
+        assert_eq!((count("revoked"), count("done")), (1, 0), "the answer of the old owner is refused");
+        assert!(count("duplicate") >= 1, "the new owner finds the key completed");
     }
-    assert_eq!(broker.unsettled().await, 0);
-    let stats = processor.store().blocking().stats();
+    assert_eq!(broker.pending().await, 0);
+    let stats = store.stats();
     assert_eq!((stats.completed, stats.in_flight), (effects.len() as u64, 0), "{stats:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_one_ahead_a_partition_waits_for_what_is_to_come_back() {
+async fn with_one_uncommitted_record_a_partition_waits_for_its_delayed_record() {
     let broker = Kafka::open(&name("order")).await;
     for message in 0..150 {
         let body = format!("{message:03}");
         let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(&body);
         broker.producer.send(record, WAIT).await.unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
-    let processor = Processor::new(store(dir.path())).backoff(Duration::from_millis(50), Duration::from_millis(50));
-    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone()).backoff(Duration::from_millis(50), Duration::from_millis(50));
+    let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     let mut done = Vec::new();
     while done.len() < 150 {
         let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
         assert!(timeout(Duration::from_millis(1), consumer.next()).await.is_err(), "two at the same time");
         let body = String::from_utf8(message.payload().to_vec()).unwrap();
-        if done.len() == 70 && !done.contains(&body) && processor.store().blocking().stats().released == 7 {
-            // One that is dropped without an answer holds up the others as well.
+        if done.len() == 70 && !done.contains(&body) && store.stats().released == 7 {
+            // A record that is dropped without an answer delays the others as well.
             drop(message);
             assert!(timeout(Duration::from_millis(300), consumer.next()).await.is_err());
             let again = timeout(WAIT, consumer.next()).await.unwrap().unwrap();
@@ -331,24 +327,27 @@ async fn with_one_ahead_a_partition_waits_for_what_is_to_come_back() {
             done.push(body);
             continue;
         }
-        let work = async |_: &Message, job: &mut Job| {
-            if body.ends_with('3') && job.attempt() == 1 { Err(Failure::from("at first")) } else { Ok("") }
+        let work = async |_: &Message, attempt: &mut Attempt| {
+            if body.ends_with('3') && attempt.number() == 1 {
+                Err(Failure::from("the first attempt fails"))
+            } else {
+                Ok("")
+            }
         };
         match processor.process(message, work).await.unwrap() {
-            Settled::Done => done.push(body),
-            Settled::Failed { .. } | Settled::InProgress { .. } => {}
+            Outcome::Done => done.push(body),
+            Outcome::Failed { .. } | Outcome::InProgress { .. } => {}
             other => panic!("{other:?}"),
         }
     }
     assert!(done.is_sorted(), "{done:?}");
     drop(consumer);
-    assert_eq!(broker.unsettled().await, 0);
+    assert_eq!(broker.pending().await, 0);
 }
 
-/// A group that never committed anything would begin anew: the store knows how far it was, in the same write as what
-/// was done.
+/// Each group has no committed offsets: the store has the position, from the same write as the results.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_consumer_goes_on_at_the_offsets_in_its_store() {
+async fn a_consumer_resumes_at_the_offsets_in_its_store() {
     let broker = Kafka::open(&name("offsets")).await;
     for message in 0..100 {
         broker.send(None, &format!("charge {message}")).await;
@@ -356,36 +355,37 @@ async fn a_consumer_goes_on_at_the_offsets_in_its_store() {
     let dir = tempfile::tempdir().unwrap();
     let mut effects = Vec::new();
     for (group, records) in [("one", 37), ("two", 63)] {
-        let store = store(dir.path());
-        let offsets = store.blocking().clone();
-        let start = move |topic: &str, partition: i32| offsets.offset(topic, partition.unsigned_abs()).unwrap();
-        let mut consumer = broker.member(group).ahead(1).id(Id::Position).start_from(start).build().unwrap();
-        let processor = Processor::new(store);
+        let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+        let offsets = store.clone();
+        let start = move |topic: &str, partition: i32| offsets.offset(topic, partition.unsigned_abs()).wait().unwrap();
+        let mut consumer =
+            broker.member(group).max_uncommitted(1).id_source(IdSource::Position).start_from(start).build().unwrap();
+        let processor = Processor::new(store.clone());
         for _ in 0..records {
             let message = timeout(Duration::from_secs(30), consumer.next()).await.expect("a record").unwrap();
-            let work = async |message: &Message, job: &mut Job| {
+            let work = async |message: &Message, attempt: &mut Attempt| {
                 let record = message.record();
                 let next = record.offset().unsigned_abs() + 1;
-                job.tx().set_offset(record.topic(), record.partition().unsigned_abs(), next);
+                attempt.side_writes().offset(record.topic(), record.partition().unsigned_abs(), next);
                 Ok(message.payload().to_vec())
             };
             let payload = message.payload().to_vec();
-            let settled = processor.process(message, work).await.unwrap();
-            assert!(matches!(settled, Settled::Done), "nothing is delivered again: {settled:?}");
+            let outcome = processor.process(message, work).await.unwrap();
+            assert!(matches!(outcome, Outcome::Done), "no record is delivered twice: {outcome:?}");
             effects.push(payload);
         }
         assert!(group == "one" || timeout(Duration::from_secs(1), consumer.next()).await.is_err());
         drop(consumer);
-        processor.store().close().await.unwrap();
+        store.close().await.unwrap();
     }
     effects.sort();
     effects.dedup();
     assert_eq!(effects.len(), 100);
 }
 
-/// One record in microseconds would be too far ahead for ever, and its partition would stop when so many are read.
+/// A record in microseconds is always too far ahead. Without a rejection it would stop its partition.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_record_with_a_timestamp_in_another_unit_does_not_stop_its_partition() {
+async fn a_record_with_a_timestamp_in_a_wrong_unit_does_not_stop_its_partition() {
     let broker = Kafka::open(&name("units")).await;
     const NOW_MS: i64 = 1_700_000_000_000;
     for message in 0..10 {
@@ -394,49 +394,48 @@ async fn a_record_with_a_timestamp_in_another_unit_does_not_stop_its_partition()
         let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(&body).timestamp(at_ms);
         broker.producer.send(record, WAIT).await.unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
-    let builder = onlyonce::Store::builder().memory_budget(32 << 20).stream_time(Duration::from_secs(3_600));
-    let store = onlyonce::future::Store::new(builder.open(dir.path().join("store")).unwrap()).unwrap();
-    let processor = Processor::new(store);
-    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    let store = TestStore::with(|builder| builder.stream_time(Duration::from_secs(3_600)));
+    let processor = Processor::new(store.clone());
+    let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     let mut rejected = 0;
     for _ in 0..10 {
-        let message = timeout(Duration::from_secs(30), consumer.next()).await.expect("the partition stands").unwrap();
+        let message =
+            timeout(Duration::from_secs(30), consumer.next()).await.expect("the partition has stopped").unwrap();
         match processor.process(message, async |_, _| Ok("")).await.unwrap() {
-            Settled::Done => {}
-            Settled::Rejected { attempts: 0, .. } => rejected += 1,
+            Outcome::Done => {}
+            Outcome::Rejected { attempts: 0, .. } => rejected += 1,
             other => panic!("{other:?}"),
         }
     }
     drop(consumer);
-    assert_eq!((rejected, broker.unsettled().await), (1, 0));
+    assert_eq!((rejected, broker.pending().await), (1, 0));
     let (letters, ..) = broker.letters();
     assert_eq!(letters[0].payload(), Some(&b"2"[..]));
-    assert!(header(&letters[0], DEAD_WHY).contains("looks like microseconds"));
-    assert_eq!(header(&letters[0], DEAD_TIMESTAMP), (NOW_MS * 1_000).to_string());
+    assert!(header(&letters[0], REASON_HEADER).contains("looks like microseconds"));
+    assert_eq!(header(&letters[0], TIMESTAMP_HEADER), (NOW_MS * 1_000).to_string());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_is_deleted_twice_is_deleted_twice() {
+async fn two_tombstones_of_one_key_are_both_processed() {
     let broker = Kafka::open(&name("tombstones")).await;
     for payload in [Some("v"), None, Some("w"), None] {
         let mut record = FutureRecord::<str, str>::to(&broker.topic).partition(0).key("k");
         record.payload = payload;
         broker.producer.send(record, WAIT).await.unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
-    let processor = Processor::new(store(dir.path()));
-    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone());
+    let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     for _ in 0..4 {
         let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
-        let settled = processor.process(message, async |_, _| Ok("")).await.unwrap();
-        assert!(matches!(settled, Settled::Done), "{settled:?}");
+        let outcome = processor.process(message, async |_, _| Ok("")).await.unwrap();
+        assert!(matches!(outcome, Outcome::Done), "{outcome:?}");
     }
     assert_eq!(processor.stats().without_id, 2, "the values");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_letter_that_is_too_large_goes_with_less_and_in_the_end_without_its_value() {
+async fn a_dead_letter_that_is_too_large_omits_headers_and_at_last_its_value() {
     let broker = Kafka::open(&name("large")).await;
     let narrow: FutureProducer = config().set("linger.ms", "0").set("message.max.bytes", "2000").create().unwrap();
     let mut consumer = broker.reader().dead_letters(narrow, &broker.dead).build().unwrap();
@@ -447,18 +446,18 @@ async fn a_dead_letter_that_is_too_large_goes_with_less_and_in_the_end_without_i
         let (letters, reader, to) = broker.all_letters();
         let letter = &letters[0];
         assert_eq!(letter.payload().unwrap().len(), if omitted.is_some() { 0 } else { bytes });
-        assert_eq!(value(letter, "id").is_some(), omitted.is_none(), "the record's own");
-        assert_eq!(value(letter, DEAD_WHY).is_some(), omitted.is_some());
-        assert_eq!(value(letter, DEAD_OMITTED).as_deref(), omitted);
+        assert_eq!(value(letter, "id").is_some(), omitted.is_none(), "headers of the record");
+        assert_eq!(value(letter, REASON_HEADER).is_some(), omitted.is_some());
+        assert_eq!(value(letter, OMITTED_HEADER).as_deref(), omitted);
         reader.commit(&to, CommitMode::Sync).unwrap();
     }
     drop(consumer);
-    assert_eq!(broker.unsettled().await, 0);
+    assert_eq!(broker.pending().await, 0);
 }
 
-/// A record with a header whose name is `name`, as bytes: a batch of one, in the second version of the format.
+/// A record batch (format 2) of one record with a header of this name.
 fn raw_batch(name: &[u8], payload: &[u8]) -> Vec<u8> {
-    // Lengths are below 64 here: one byte of a varint, in zigzag.
+    // All lengths are below 64, so that a zigzag varint has one byte.
     let prefixed = |bytes: &[u8]| [&[bytes.len() as u8 * 2], bytes].concat();
     let none = [1];
     let body = [&[0, 0, 0][..], &none, &prefixed(payload), &[2], &prefixed(name), &prefixed(b"value")].concat();
@@ -472,7 +471,7 @@ fn raw_batch(name: &[u8], payload: &[u8]) -> Vec<u8> {
     [&[0; 8][..], &length, &[0xff; 4], &[2], &checksum, &checked].concat()
 }
 
-/// Produces a batch over a socket of its own, for no client sends a header name that is not UTF-8.
+/// Produces a batch over a plain socket: the client cannot send a header name that is not UTF-8.
 async fn produce_raw(topic: &str, partition: i32, batch: &[u8]) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let text = |text: &str| [&(text.len() as i16).to_be_bytes()[..], text.as_bytes()].concat();
@@ -483,30 +482,30 @@ async fn produce_raw(topic: &str, partition: i32, batch: &[u8]) {
     broker.write_all(&[&(request.len() as i32).to_be_bytes()[..], &request].concat()).await.unwrap();
     let mut answer = vec![0; broker.read_i32().await.unwrap() as usize];
     broker.read_exact(&mut answer).await.unwrap();
-    // After the request's number, one topic with its name and one partition with its number.
+    // The error code follows the correlation id, the topic and the partition.
     let at = 4 + 4 + 2 + topic.len() + 4 + 4;
-    assert_eq!(answer[at..at + 2], [0, 0], "the broker has refused it: {answer:?}");
+    assert_eq!(answer[at..at + 2], [0, 0], "the broker refused the batch: {answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_record_with_a_header_that_cannot_be_read_takes_no_other_along() {
+async fn a_record_with_an_unreadable_header_is_rejected_and_the_next_one_is_delivered() {
     let broker = Kafka::open(&name("headers")).await;
     let send = async |body: &str| {
         let record = FutureRecord::<[u8], str>::to(&broker.topic).partition(1).payload(body);
         broker.producer.send(record, WAIT).await.unwrap();
     };
     send("first").await;
-    produce_raw(&broker.topic, 1, &raw_batch(b"\xff\xfe", b"odd")).await;
+    produce_raw(&broker.topic, 1, &raw_batch(b"\xff\xfe", b"unreadable")).await;
     produce_raw(&broker.topic, 1, &raw_batch(b"tenant", b"second")).await;
-    let mut consumer = broker.reader().ahead(1).build().unwrap();
+    let mut consumer = broker.reader().max_uncommitted(1).build().unwrap();
     for body in ["first", "second"] {
         let message = timeout(WAIT, consumer.next()).await.expect("a record").unwrap();
         assert_eq!(message.payload(), body.as_bytes());
         message.ack().await.unwrap();
     }
     drop(consumer);
-    assert_eq!(broker.unsettled().await, 0);
+    assert_eq!(broker.pending().await, 0);
     let (letters, ..) = broker.letters();
-    assert_eq!(letters[0].payload(), Some(&b"odd"[..]));
-    assert!(header(&letters[0], DEAD_WHY).contains("not UTF-8"));
+    assert_eq!(letters[0].payload(), Some(&b"unreadable"[..]));
+    assert!(header(&letters[0], REASON_HEADER).contains("not UTF-8"));
 }

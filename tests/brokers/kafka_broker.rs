@@ -4,10 +4,10 @@
 //! cargo run --release --features kafka --example kafka_broker
 //! ```
 
-#![allow(clippy::print_stdout, reason = "it has nothing else to say")]
+#![allow(clippy::print_stdout, reason = "its address is its only output")]
 
-use rdkafka::error::KafkaResult;
-use rdkafka::mocking::MockCluster;
+use onlyonce::delivery::kafka::rdkafka::error::KafkaResult;
+use onlyonce::delivery::kafka::rdkafka::mocking::MockCluster;
 
 fn main() -> KafkaResult<()> {
     let cluster = MockCluster::new(1)?;

@@ -4,14 +4,14 @@ mod harness;
 
 use std::time::Duration;
 
-use async_nats::HeaderMap;
-use async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
-use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::{Config, Stream};
-use async_nats::jetstream::{self, Context};
-use harness::{Broker, Intake, address};
-use onlyonce::delivery::nats::{Consumer, DEAD_ID, DEAD_OMITTED, DEAD_SUBJECT, DEAD_WHY, Error, Message};
-use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
+use harness::{Broker, Source, TestStore, address};
+use onlyonce::delivery::nats::async_nats::jetstream::consumer::{AckPolicy, PullConsumer, pull};
+use onlyonce::delivery::nats::async_nats::jetstream::message::StreamMessage;
+use onlyonce::delivery::nats::async_nats::jetstream::stream::{Config, Stream};
+use onlyonce::delivery::nats::async_nats::jetstream::{self, Context};
+use onlyonce::delivery::nats::async_nats::{self, HeaderMap};
+use onlyonce::delivery::nats::{Consumer, Error, ID_HEADER, Message, OMITTED_HEADER, REASON_HEADER, SUBJECT_HEADER};
+use onlyonce::delivery::{Attempt, Delivery, Failure, Outcome, Processor};
 
 struct Nats {
     context: Context,
@@ -24,7 +24,7 @@ impl Nats {
     async fn publish(&self, headers: HeaderMap, body: &str) {
         let sent =
             self.context.publish_with_headers(self.queue.clone(), headers, body.to_owned().into()).await.unwrap();
-        assert!(!sent.await.unwrap().duplicate, "the server has taken a message for a twin");
+        assert!(!sent.await.unwrap().duplicate, "the server took the message for a duplicate");
     }
 
     async fn letters(&self) -> Vec<StreamMessage> {
@@ -38,10 +38,10 @@ impl Nats {
 }
 
 impl Broker for Nats {
-    type Intake = Consumer;
+    type Source = Consumer;
 
-    /// The server drops an id that it has seen within its own window, which is made short here.
-    const BETWEEN_TWINS: Duration = Duration::from_millis(250);
+    /// The duplicate window of the server, which is short here.
+    const ID_EXPIRY: Duration = Duration::from_millis(250);
 
     async fn open(queue: &str) -> Self {
         let context = jetstream::new(async_nats::connect(address("ONLYONCE_NATS")).await.unwrap());
@@ -71,32 +71,32 @@ impl Broker for Nats {
         self.publish(headers, body).await;
     }
 
-    async fn intake(&self) -> Consumer {
+    async fn source(&self) -> Consumer {
         let builder = Consumer::builder(self.context.clone(), &self.consumer);
         builder.dead_letters(&format!("{}-dead", self.queue)).build().await.unwrap()
     }
 
-    async fn unsettled(&self) -> u64 {
+    async fn pending(&self) -> u64 {
         let info = self.consumer.get_info().await.unwrap();
         info.num_pending + info.num_ack_pending as u64
     }
 
-    async fn dead(&self) -> Vec<String> {
+    async fn dead_letters(&self) -> Vec<String> {
         let body = |letter: StreamMessage| String::from_utf8(letter.payload.to_vec()).unwrap();
         self.letters().await.into_iter().map(body).collect()
     }
 
     async fn redrive(&self) {
         for letter in self.letters().await {
-            assert_eq!(letter.headers.get(DEAD_SUBJECT).unwrap().as_str(), self.queue);
-            assert!(!letter.headers.get(DEAD_WHY).unwrap().as_str().is_empty());
+            assert_eq!(letter.headers.get(SUBJECT_HEADER).unwrap().as_str(), self.queue);
+            assert!(!letter.headers.get(REASON_HEADER).unwrap().as_str().is_empty());
             self.publish(letter.headers, std::str::from_utf8(&letter.payload).unwrap()).await;
         }
         self.dead.purge().await.unwrap();
     }
 }
 
-impl Intake for Consumer {
+impl Source for Consumer {
     type Delivery = Message;
 
     async fn next(&mut self) -> Message {
@@ -105,24 +105,23 @@ impl Intake for Consumer {
 }
 
 tests_of!(
-    Nats: every_effect_happens_once_however_often_its_consumer_is_killed,
+    Nats: every_effect_happens_once_while_consumers_are_killed,
     without_a_store_effects_happen_twice,
-    poison_ends_among_the_dead_letters_and_can_come_back,
-    what_is_at_work_is_not_begun_again,
-    keys_waits_and_figures_are_right,
+    poison_messages_are_dead_lettered_and_can_be_redriven,
+    work_in_progress_is_not_started_again,
+    keys_delays_and_counters_are_right,
 );
 
-async fn rejects(message: Message) -> Settled {
-    let dir = tempfile::tempdir().unwrap();
-    let store = onlyonce::Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
-    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap());
-    let work = async |_: &Message, _: &mut Job| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
+async fn reject(message: Message) -> Outcome {
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone());
+    let work = async |_: &Message, _: &mut Attempt| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
     processor.process(message, work).await.unwrap()
 }
 
-/// Each of these headers would make the server refuse the copy, each time that it is sent.
+/// The server would refuse a copy with any of these headers.
 #[tokio::test]
-async fn a_message_with_directives_to_the_server_reaches_the_dead_letters() {
+async fn a_message_with_server_directives_reaches_the_dead_letters() {
     let broker = Nats::open(&format!("directives-{}", std::process::id())).await;
     let mut headers = HeaderMap::new();
     headers.insert("Nats-Msg-Id", "order-1");
@@ -130,21 +129,21 @@ async fn a_message_with_directives_to_the_server_reaches_the_dead_letters() {
     headers.insert("Nats-Expected-Last-Sequence", "0");
     headers.insert("Tenant", "a");
     broker.publish(headers, "charge").await;
-    // The stream of the dead letters is at another number.
+    // The dead letter stream has another last sequence.
     let other = broker.context.publish(format!("{}-dead", broker.queue), "another".into());
     other.await.unwrap().await.unwrap();
-    let message = broker.intake().await.next().await.unwrap().unwrap();
-    assert!(matches!(rejects(message).await, Settled::Rejected { .. }));
+    let message = broker.source().await.next().await.unwrap().unwrap();
+    assert!(matches!(reject(message).await, Outcome::Rejected { .. }));
     let letter = broker.letters().await.pop().unwrap();
     let header = |name: &str| letter.headers.get(name).map(|value| value.as_str().to_owned());
-    assert_eq!(header(DEAD_ID).as_deref(), Some("order-1"));
+    assert_eq!(header(ID_HEADER).as_deref(), Some("order-1"));
     assert_eq!(header("Tenant").as_deref(), Some("a"));
     assert_eq!(header("Onlyonce-Nats-Expected-Stream").as_deref(), Some(broker.queue.as_str()));
     assert_eq!(header("Nats-Expected-Stream"), None);
-    assert_eq!(broker.unsettled().await, 0);
+    assert_eq!(broker.pending().await, 0);
 }
 
-/// A stream that takes smaller messages than the queue.
+/// A stream with a smaller message limit than the queue.
 async fn narrow(broker: &Nats) -> (Stream, String) {
     let name = format!("{}-narrow", broker.queue);
     let config =
@@ -153,31 +152,31 @@ async fn narrow(broker: &Nats) -> (Stream, String) {
 }
 
 #[tokio::test]
-async fn a_dead_letter_that_is_too_large_goes_without_its_payload_where_the_stream_keeps_it() {
+async fn a_dead_letter_that_is_too_large_omits_its_payload_if_the_stream_retains_it() {
     let broker = Nats::open(&format!("large-{}", std::process::id())).await;
     let (dead, subject) = narrow(&broker).await;
     let mut consumer =
         Consumer::builder(broker.context.clone(), &broker.consumer).dead_letters(&subject).build().await.unwrap();
     broker.send(Some("order-1"), &"x".repeat(5_000)).await;
     let message = consumer.next().await.unwrap().unwrap();
-    assert!(matches!(rejects(message).await, Settled::Rejected { .. }));
+    assert!(matches!(reject(message).await, Outcome::Rejected { .. }));
     let letter = dead.get_raw_message(1).await.unwrap();
     assert!(letter.payload.is_empty());
-    let omitted = letter.headers.get(DEAD_OMITTED).unwrap().as_str();
+    let omitted = letter.headers.get(OMITTED_HEADER).unwrap().as_str();
     assert_eq!(omitted, format!("{}/1, 5000 bytes", broker.queue));
-    assert!(letter.headers.get(DEAD_WHY).unwrap().as_str().contains("no such order"));
-    assert_eq!(broker.unsettled().await, 0);
-    // What is a little smaller has no room for our headers, and goes whole.
+    assert!(letter.headers.get(REASON_HEADER).unwrap().as_str().contains("no such order"));
+    assert_eq!(broker.pending().await, 0);
+    // A smaller payload fits, but not with all our headers.
     broker.send(Some("order-2"), &"x".repeat(850)).await;
     let message = consumer.next().await.unwrap().unwrap();
     message.reject(&"why ".repeat(200)).await.unwrap();
     let letter = dead.get_raw_message(2).await.unwrap();
-    assert_eq!((letter.payload.len(), letter.headers.get(DEAD_ID).unwrap().as_str()), (850, "order-2"));
-    assert!(letter.headers.get(DEAD_WHY).is_none());
+    assert_eq!((letter.payload.len(), letter.headers.get(ID_HEADER).unwrap().as_str()), (850, "order-2"));
+    assert!(letter.headers.get(REASON_HEADER).is_none());
 }
 
 #[tokio::test]
-async fn a_dead_letter_that_is_too_large_keeps_its_message_on_a_work_queue() {
+async fn a_dead_letter_that_is_too_large_leaves_its_message_on_a_work_queue() {
     let broker = Nats::open(&format!("base-{}", std::process::id())).await;
     let (_, subject) = narrow(&broker).await;
     let name = format!("work-{}", std::process::id());
@@ -195,12 +194,12 @@ async fn a_dead_letter_that_is_too_large_keeps_its_message_on_a_work_queue() {
     broker.context.publish(name.clone(), "x".repeat(5_000).into()).await.unwrap().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
     let refused = message.reject("no such order").await.unwrap_err();
-    assert!(matches!(refused, Error::LetterTooLarge { sequence: 1, .. }), "{refused}");
-    assert_eq!(stream.get_info().await.unwrap().state.messages, 1, "its payload is nowhere else");
+    assert!(matches!(refused, Error::DeadLetterTooLarge { sequence: 1, .. }), "{refused}");
+    assert_eq!(stream.get_info().await.unwrap().state.messages, 1, "no other copy of the payload exists");
 }
 
 #[tokio::test]
-async fn a_consumer_of_the_server_that_does_not_fit_is_an_error() {
+async fn a_server_consumer_with_wrong_settings_is_an_error() {
     let broker = Nats::open(&format!("settings-{}", std::process::id())).await;
     let stream = broker.context.get_stream(&broker.queue).await.unwrap();
     for (name, ack_policy, headers_only) in [("none", AckPolicy::None, false), ("heads", AckPolicy::Explicit, true)] {

@@ -4,16 +4,15 @@ mod harness;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use harness::{Broker, Intake, address};
-use lapin::message::BasicGetMessage;
-use lapin::options::{
+use harness::{Broker, Source, TestStore, address};
+use onlyonce::delivery::rabbitmq::lapin::message::BasicGetMessage;
+use onlyonce::delivery::rabbitmq::lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
-use onlyonce::Store;
-use onlyonce::delivery::rabbitmq::{Consumer, DEAD_WHY, Message, Retries};
-use onlyonce::delivery::{Failure, Processor, Settled};
+use onlyonce::delivery::rabbitmq::lapin::types::{AMQPValue, FieldTable};
+use onlyonce::delivery::rabbitmq::lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use onlyonce::delivery::rabbitmq::{Consumer, Message, REASON_HEADER, Retries};
+use onlyonce::delivery::{Attempt, Delivery, Failure, Outcome, Processor};
 
 struct Rabbit {
     connection: Connection,
@@ -26,10 +25,10 @@ async fn connect() -> Connection {
 }
 
 impl Rabbit {
-    /// Messages that are ready in a queue, if it is there.
+    /// The number of ready messages in a queue. 0 if the queue does not exist.
     async fn ready(&self, queue: &str) -> u64 {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        // A question for a queue that is not there closes its channel.
+        // A passive declaration of a missing queue closes its channel.
         let channel = self.connection.create_channel().await.unwrap();
         match channel.queue_declare(queue.into(), passive, FieldTable::default()).await {
             Ok(queue) => u64::from(queue.message_count()),
@@ -43,7 +42,7 @@ impl Rabbit {
         assert!(confirmed.await.unwrap().await.unwrap().is_ack());
     }
 
-    /// Takes the dead letters; those that are not acknowledged are there again when the channel is closed.
+    /// Gets the dead letters. Closing the channel returns those that are not acknowledged.
     async fn letters(&self, channel: &Channel) -> Vec<BasicGetMessage> {
         let mut letters = Vec::new();
         let dead = format!("{}.dead", self.queue);
@@ -55,9 +54,9 @@ impl Rabbit {
 }
 
 impl Broker for Rabbit {
-    type Intake = Reader;
+    type Source = Reader;
 
-    const BETWEEN_TWINS: Duration = Duration::ZERO;
+    const ID_EXPIRY: Duration = Duration::ZERO;
 
     async fn open(queue: &str) -> Self {
         let connection = connect().await;
@@ -76,28 +75,28 @@ impl Broker for Rabbit {
         self.publish(properties, body.as_bytes()).await;
     }
 
-    async fn intake(&self) -> Reader {
+    async fn source(&self) -> Reader {
         let connection = connect().await;
         let channel = connection.create_channel().await.unwrap();
         let consumer = Consumer::builder(channel, &self.queue).prefetch(16).build().await.unwrap();
         Reader { consumer, _connection: connection }
     }
 
-    async fn unsettled(&self) -> u64 {
-        // What a connection that has just ended had not acknowledged becomes ready.
+    async fn pending(&self) -> u64 {
+        // Unacknowledged messages of a connection that has just ended become ready.
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let mut unsettled = self.ready(&self.queue).await;
-        for stay in [64, 128, 256, 512, 1_024] {
-            unsettled += self.ready(&format!("{}.retry.{stay}", self.queue)).await;
+        let mut pending = self.ready(&self.queue).await;
+        for ttl_ms in [64, 128, 256, 512, 1_024] {
+            pending += self.ready(&format!("{}.retry.{ttl_ms}", self.queue)).await;
         }
-        unsettled
+        pending
     }
 
-    async fn dead(&self) -> Vec<String> {
+    async fn dead_letters(&self) -> Vec<String> {
         let channel = self.connection.create_channel().await.unwrap();
         let letters = self.letters(&channel).await;
         let bodies = letters.iter().map(|letter| String::from_utf8(letter.delivery.data.clone()).unwrap()).collect();
-        channel.close(200, "looked at them".into()).await.unwrap();
+        channel.close(200, "done".into()).await.unwrap();
         bodies
     }
 
@@ -116,7 +115,7 @@ struct Reader {
     _connection: Connection,
 }
 
-impl Intake for Reader {
+impl Source for Reader {
     type Delivery = Message;
 
     async fn next(&mut self) -> Message {
@@ -125,65 +124,63 @@ impl Intake for Reader {
 }
 
 tests_of!(
-    Rabbit: every_effect_happens_once_however_often_its_consumer_is_killed,
+    Rabbit: every_effect_happens_once_while_consumers_are_killed,
     without_a_store_effects_happen_twice,
-    poison_ends_among_the_dead_letters_and_can_come_back,
-    what_is_at_work_is_not_begun_again,
-    keys_waits_and_figures_are_right,
+    poison_messages_are_dead_lettered_and_can_be_redriven,
+    work_in_progress_is_not_started_again,
+    keys_delays_and_counters_are_right,
 );
 
 #[tokio::test]
-async fn a_consumer_that_may_not_declare_queues_keeps_a_delivery_back_in_its_process() {
+async fn a_consumer_without_retry_queues_delays_deliveries_in_its_process() {
     let broker = Rabbit::open(&format!("in-process-{}", std::process::id())).await;
     broker.send(Some("order-1"), "charge").await;
     let channel = broker.connection.create_channel().await.unwrap();
-    let most = Duration::from_millis(300);
+    let max = Duration::from_millis(300);
     let mut consumer =
-        Consumer::builder(channel, &broker.queue).prefetch(1).retries(Retries::InProcess(most)).build().await.unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
-    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap()).backoff(most * 2, most * 2);
-    let begun = std::time::Instant::now();
-    let mut settled = Vec::new();
-    while !matches!(settled.last(), Some(Settled::Done)) {
+        Consumer::builder(channel, &broker.queue).prefetch(1).retries(Retries::InProcess(max)).build().await.unwrap();
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone()).backoff(max * 2, max * 2);
+    let start = std::time::Instant::now();
+    let mut outcomes = Vec::new();
+    while !matches!(outcomes.last(), Some(Outcome::Done)) {
         let message = consumer.next().await.unwrap().unwrap();
-        assert_eq!(message.delivery().redelivered, !settled.is_empty());
-        let work = async |_: &Message, job: &mut onlyonce::delivery::Job| {
-            if job.attempt() == 1 { Err(Failure::from("it fails at first")) } else { Ok("charged") }
+        assert_eq!(message.delivery().redelivered, !outcomes.is_empty());
+        let work = async |_: &Message, attempt: &mut Attempt| {
+            if attempt.number() == 1 { Err(Failure::from("the first attempt fails")) } else { Ok("charged") }
         };
-        settled.push(processor.process(message, work).await.unwrap());
+        outcomes.push(processor.process(message, work).await.unwrap());
     }
-    assert!(begun.elapsed() >= most * 2, "the store's backoff is kept, however often the broker delivers meanwhile");
+    assert!(start.elapsed() >= max * 2, "redeliveries do not shorten the backoff of the store");
     assert!(
-        matches!(settled[..], [Settled::Failed { .. }, Settled::InProgress { .. }, .., Settled::Done]),
-        "{settled:?}"
+        matches!(outcomes[..], [Outcome::Failed { .. }, Outcome::InProgress { .. }, .., Outcome::Done]),
+        "{outcomes:?}"
     );
     assert_eq!(broker.ready(&format!("{}.retry.1024", broker.queue)).await, 0);
 }
 
 #[tokio::test]
-async fn an_acknowledgement_on_a_closed_channel_is_reported_and_the_redelivery_is_a_duplicate() {
+async fn an_acknowledgement_on_a_closed_channel_is_an_error_and_the_redelivery_is_a_duplicate() {
     let broker = Rabbit::open(&format!("closed-{}", std::process::id())).await;
     broker.send(Some("order-1"), "charge").await;
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
-    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap());
+    let store = TestStore::new();
+    let processor = Processor::new(store.clone());
     let channel = broker.connection.create_channel().await.unwrap();
     let mut consumer = Consumer::builder(channel.clone(), &broker.queue).prefetch(1).build().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
-    let work = async |_: &Message, _: &mut onlyonce::delivery::Job| {
-        channel.close(200, "in the middle of the work".into()).await?;
+    let work = async |_: &Message, _: &mut Attempt| {
+        channel.close(200, "during the work".into()).await?;
         Ok("charged")
     };
-    let unsettled = processor.process(message, work).await.unwrap_err();
-    assert!(matches!(unsettled.settled, Settled::Done), "{unsettled:?}");
+    let error = processor.process(message, work).await.unwrap_err();
+    assert!(matches!(error.outcome, Outcome::Done), "{error:?}");
 
     let channel = broker.connection.create_channel().await.unwrap();
     let mut consumer = Consumer::builder(channel, &broker.queue).prefetch(1).build().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
-    let work = async |_: &Message, _: &mut onlyonce::delivery::Job| -> Result<&str, Failure> { panic!("it was done") };
-    let settled = processor.process(message, work).await.unwrap();
-    assert!(matches!(settled, Settled::Duplicate(_)), "{settled:?}");
+    let work = async |_: &Message, _: &mut Attempt| -> Result<&str, Failure> { panic!("the work runs twice") };
+    let outcome = processor.process(message, work).await.unwrap();
+    assert!(matches!(outcome, Outcome::Duplicate(_)), "{outcome:?}");
 }
 
 fn table(entries: &[(&str, AMQPValue)]) -> FieldTable {
@@ -198,26 +195,25 @@ fn text(text: &str) -> AMQPValue {
     AMQPValue::LongString(text.into())
 }
 
-/// Fails twice, and then goes to the dead letters, each time after its backoff. The letter.
+/// Fails a message three times, with backoffs, and returns its dead letter.
 async fn fails_three_times(broker: &Rabbit, properties: BasicProperties) -> BasicGetMessage {
     let channel = broker.connection.create_channel().await.unwrap();
     let dead = format!("{}.dead", broker.queue);
     let mut consumer = Consumer::builder(channel, &broker.queue).prefetch(1).dead_letters(&dead).build().await.unwrap();
     broker.publish(properties, b"charge").await;
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::builder().memory_budget(32 << 20).open(dir.path().join("store")).unwrap();
+    let store = TestStore::new();
     let backoff = Duration::from_millis(900);
-    let processor = Processor::new(onlyonce::future::Store::new(store).unwrap()).attempts(3).backoff(backoff, backoff);
-    let mut settled = Vec::new();
-    while !matches!(settled.last(), Some(Settled::Rejected { .. })) {
+    let processor = Processor::new(store.clone()).attempts(3).backoff(backoff, backoff);
+    let mut outcomes = Vec::new();
+    while !matches!(outcomes.last(), Some(Outcome::Rejected { .. })) {
         let next = tokio::time::timeout(Duration::from_secs(20), consumer.next());
-        let message = next.await.expect("the broker has dropped the copy").unwrap().unwrap();
-        let work = async |_: &Message, _: &mut onlyonce::delivery::Job| Err::<&str, _>(Failure::from("no such order"));
-        settled.push(processor.process(message, work).await.unwrap());
+        let message = next.await.expect("the broker dropped the copy").unwrap().unwrap();
+        let work = async |_: &Message, _: &mut Attempt| Err::<&str, _>(Failure::from("no such order"));
+        outcomes.push(processor.process(message, work).await.unwrap());
     }
     assert!(
-        matches!(settled[..], [Settled::Failed { .. }, Settled::Failed { .. }, Settled::Rejected { attempts: 3, .. }]),
-        "none came back before its time: {settled:?}"
+        matches!(outcomes[..], [Outcome::Failed { .. }, Outcome::Failed { .. }, Outcome::Rejected { attempts: 3, .. }]),
+        "no redelivery came early: {outcomes:?}"
     );
     let channel = broker.connection.create_channel().await.unwrap();
     let mut letters = broker.letters(&channel).await;
@@ -227,8 +223,7 @@ async fn fails_three_times(broker: &Rabbit, properties: BasicProperties) -> Basi
     letter
 }
 
-/// Copied as they are, these would send each retry copy to another queue, and have the broker take its way back for a cycle,
-/// and drop it.
+/// Unchanged copies of these headers would be routed to another queue, and the broker would drop them as a dead letter cycle.
 #[tokio::test]
 async fn a_retry_copy_does_not_repeat_directives_to_the_broker() {
     let broker = Rabbit::open(&format!("directives-{}", std::process::id())).await;
@@ -250,16 +245,16 @@ async fn a_retry_copy_does_not_repeat_directives_to_the_broker() {
     ]);
     let properties = BasicProperties::default().with_message_id("order-1".into()).with_headers(headers);
     let letter = fails_three_times(&broker, properties.with_user_id("guest".into())).await;
-    assert_eq!(broker.ready(&audit).await, 1, "what the producer has sent there");
+    assert_eq!(broker.ready(&audit).await, 1, "the copy that the producer sent there");
     let headers = letter.delivery.properties.headers().clone().unwrap();
-    assert_eq!(headers.inner().get(DEAD_WHY), Some(&text("attempt 3: no such order")));
+    assert_eq!(headers.inner().get(REASON_HEADER), Some(&text("attempt 3: no such order")));
     assert_eq!(headers.inner().get("tenant"), Some(&text("a")));
     assert_eq!(headers.inner().get("onlyonce-user-id"), Some(&text("guest")));
     assert_eq!(letter.delivery.properties.user_id(), &None);
 }
 
 #[tokio::test]
-async fn a_message_that_expires_waits_as_long_as_any_other() {
+async fn a_message_with_an_expiration_is_delayed_like_any_other() {
     let broker = Rabbit::open(&format!("expires-{}", std::process::id())).await;
     let properties = BasicProperties::default().with_message_id("order-1".into()).with_expiration("200".into());
     let letter = fails_three_times(&broker, properties).await;
@@ -267,14 +262,14 @@ async fn a_message_that_expires_waits_as_long_as_any_other() {
 }
 
 #[tokio::test]
-async fn a_dead_letter_that_is_not_confirmed_keeps_its_message() {
+async fn a_message_whose_dead_letter_is_not_confirmed_is_redelivered() {
     let broker = Rabbit::open(&format!("unconfirmed-{}", std::process::id())).await;
     broker.send(Some("order-1"), "charge").await;
     let channel = broker.connection.create_channel().await.unwrap();
-    let builder = Consumer::builder(channel, &broker.queue).prefetch(1).dead_letters("nowhere");
+    let builder = Consumer::builder(channel, &broker.queue).prefetch(1).dead_letters("missing");
     let mut consumer = builder.build().await.unwrap();
     let message = consumer.next().await.unwrap().unwrap();
-    let refused = onlyonce::delivery::Delivery::reject(message, "no such order").await.unwrap_err().to_string();
-    assert!(refused.contains("queue nowhere"), "{refused}");
+    let refused = message.reject("no such order").await.unwrap_err().to_string();
+    assert!(refused.contains("queue missing"), "{refused}");
     assert!(consumer.next().await.unwrap().unwrap().delivery().redelivered);
 }

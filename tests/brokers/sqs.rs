@@ -4,12 +4,17 @@ mod harness;
 
 use std::time::{Duration, Instant};
 
-use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
-use aws_sdk_sqs::types::{Message as Received, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName};
-use aws_sdk_sqs::{Client, Config};
-use harness::{Broker, Intake, address};
-use onlyonce::delivery::sqs::{Builder, Consumer, DEAD_ID, DEAD_WHY, Error, Message};
-use onlyonce::delivery::{Delivery, Failure, Job, Processor, Settled};
+use harness::{Broker, Source, TestStore, address};
+use onlyonce::Store;
+use onlyonce::delivery::sqs::aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
+use onlyonce::delivery::sqs::aws_sdk_sqs::types::{
+    Message as SqsMessage, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName,
+};
+use onlyonce::delivery::sqs::aws_sdk_sqs::{Client, Config};
+use onlyonce::delivery::sqs::{
+    Builder, Consumer, Error, ID_ATTRIBUTE, Message, REASON_ATTRIBUTE, aws_smithy_http_client,
+};
+use onlyonce::delivery::{Attempt, Delivery, Failure, Outcome, Processor};
 use tokio::time::timeout;
 
 /// A queue with its dead letters.
@@ -33,8 +38,8 @@ fn client() -> Client {
 }
 
 impl<const FIFO: bool> Sqs<FIFO> {
-    /// An address of the queue that is there by then.
-    async fn made(client: &Client, name: &str) -> String {
+    /// Creates a queue if it is missing, and returns its URL.
+    async fn create(client: &Client, name: &str) -> String {
         let suffix = if FIFO { ".fifo" } else { "" };
         let mut create = client.create_queue().queue_name(format!("{name}{suffix}"));
         if FIFO {
@@ -55,42 +60,42 @@ impl<const FIFO: bool> Sqs<FIFO> {
         self.builder().build().unwrap()
     }
 
-    async fn letters(&self, visibility: i32) -> Vec<Received> {
+    async fn letters(&self, visibility: i32) -> Vec<SqsMessage> {
         let receive = self.client.receive_message().queue_url(&self.dead).max_number_of_messages(10);
         let receive = receive.message_attribute_names("All").visibility_timeout(visibility);
         let receive = receive.message_system_attribute_names(MessageSystemAttributeName::MessageGroupId);
         receive.send().await.unwrap().messages.unwrap_or_default()
     }
 
-    /// Messages that are waiting, and messages that somebody has received.
+    /// The numbers of visible and of invisible messages.
     async fn counts(&self) -> [u64; 2] {
         use QueueAttributeName::{ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible};
-        let asked = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(QueueAttributeName::All);
-        let attributes = asked.send().await.unwrap().attributes.unwrap();
+        let request = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(QueueAttributeName::All);
+        let attributes = request.send().await.unwrap().attributes.unwrap();
         [ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible]
             .map(|name| attributes[&name].parse().unwrap())
     }
 }
 
 impl<const FIFO: bool> Broker for Sqs<FIFO> {
-    type Intake = Consumer;
+    type Source = Consumer;
 
-    // Each poll of moto looks at all messages and copies some: a tenth of a second.
-    const SHARE: u32 = 4;
-    // A FIFO queue of AWS forgets a deduplication id after five minutes. `run` tells moto to do so after a second.
-    const BETWEEN_TWINS: Duration = Duration::from_millis(if FIFO { 1_200 } else { 0 });
+    // A poll of moto scans all messages, which takes a tenth of a second.
+    const DIVISOR: u32 = 4;
+    // A FIFO queue of AWS remembers a deduplication id for five minutes; `run` sets moto to a second.
+    const ID_EXPIRY: Duration = Duration::from_millis(if FIFO { 1_200 } else { 0 });
 
     async fn open(queue: &str) -> Self {
         let client = client();
-        let url = Self::made(&client, queue).await;
-        let dead = Self::made(&client, &format!("{queue}-dead")).await;
+        let url = Self::create(&client, queue).await;
+        let dead = Self::create(&client, &format!("{queue}-dead")).await;
         Self { client, url, dead }
     }
 
     async fn send(&self, id: Option<&str>, body: &str) {
         let mut send = self.client.send_message().queue_url(&self.url).message_body(body);
         if FIFO {
-            // A hundred groups, of which those wait that a dead consumer has messages of.
+            // A hundred groups. Groups with messages of a killed consumer wait for their visibility timeout.
             send = send.message_group_id(body[body.len().saturating_sub(2)..].replace(' ', "-"));
             send = send.set_message_deduplication_id(id.map(str::to_owned));
         } else if let Some(id) = id {
@@ -100,22 +105,22 @@ impl<const FIFO: bool> Broker for Sqs<FIFO> {
         send.send().await.unwrap();
     }
 
-    async fn intake(&self) -> Consumer {
+    async fn source(&self) -> Consumer {
         self.consumer()
     }
 
-    async fn unsettled(&self) -> u64 {
+    async fn pending(&self) -> u64 {
         self.counts().await.iter().sum()
     }
 
-    async fn dead(&self) -> Vec<String> {
+    async fn dead_letters(&self) -> Vec<String> {
         self.letters(0).await.into_iter().map(|letter| letter.body.unwrap()).collect()
     }
 
     async fn redrive(&self) {
         for letter in self.letters(30).await {
             let attributes = letter.message_attributes.unwrap();
-            assert!(attributes[DEAD_WHY].string_value().is_some_and(|why| why.starts_with("attempt ")));
+            assert!(attributes[REASON_ATTRIBUTE].string_value().is_some_and(|reason| reason.starts_with("attempt ")));
             let mut send = self.client.send_message().queue_url(&self.url).message_body(letter.body.unwrap());
             send = send.set_message_attributes(Some(attributes));
             if FIFO {
@@ -129,7 +134,7 @@ impl<const FIFO: bool> Broker for Sqs<FIFO> {
     }
 }
 
-impl Intake for Consumer {
+impl Source for Consumer {
     type Delivery = Message;
 
     async fn next(&mut self) -> Message {
@@ -139,67 +144,66 @@ impl Intake for Consumer {
 
 mod standard {
     crate::tests_of!(
-        super::Standard: every_effect_happens_once_however_often_its_consumer_is_killed,
+        super::Standard: every_effect_happens_once_while_consumers_are_killed,
         without_a_store_effects_happen_twice,
-        poison_ends_among_the_dead_letters_and_can_come_back,
-        keys_waits_and_figures_are_right,
-        what_is_at_work_is_not_begun_again,
+        poison_messages_are_dead_lettered_and_can_be_redriven,
+        keys_delays_and_counters_are_right,
+        work_in_progress_is_not_started_again,
     );
 }
 
 mod fifo {
     crate::tests_of!(
-        super::Fifo: every_effect_happens_once_however_often_its_consumer_is_killed,
+        super::Fifo: every_effect_happens_once_while_consumers_are_killed,
         without_a_store_effects_happen_twice,
-        poison_ends_among_the_dead_letters_and_can_come_back,
-        keys_waits_and_figures_are_right,
+        poison_messages_are_dead_lettered_and_can_be_redriven,
+        keys_delays_and_counters_are_right,
     );
 }
 
-fn processor(dir: &std::path::Path) -> Processor {
-    let store = onlyonce::Store::builder().memory_budget(32 << 20).open(dir.join("store")).unwrap();
-    Processor::new(onlyonce::future::Store::new(store).unwrap()).backoff(Duration::from_millis(10), Duration::MAX)
+fn processor(store: &Store) -> Processor {
+    Processor::new(store.clone()).backoff(Duration::from_millis(10), Duration::MAX)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_stays_invisible_while_it_is_held_and_comes_back_when_it_is_dropped() {
+async fn a_message_stays_invisible_while_it_is_held_and_is_redelivered_after_it_is_dropped() {
     let broker = Standard::open(&format!("held-{}", std::process::id())).await;
     broker.send(Some("order-1"), "charge").await;
     let (mut first, mut second) = (broker.consumer(), broker.consumer());
     let held = first.next().await.unwrap();
-    // Longer than twice the time for which it is invisible by itself.
-    assert!(timeout(Duration::from_secs(5), second.next()).await.is_err(), "it was delivered to another one");
+    // Longer than two visibility timeouts.
+    assert!(timeout(Duration::from_secs(5), second.next()).await.is_err(), "another consumer received it");
     drop(held);
-    let begun = Instant::now();
-    let again = timeout(Duration::from_secs(10), second.next()).await.expect("it did not come back").unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(5), "it was kept back for {:?}", begun.elapsed());
+    let start = Instant::now();
+    let again = timeout(Duration::from_secs(10), second.next()).await.expect("no redelivery").unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5), "it stayed invisible for {:?}", start.elapsed());
 
-    // Sent away for three seconds: nothing shortens or prolongs that.
-    let begun = Instant::now();
+    // A delay of 2.5 seconds, rounded up: the extension of the visibility does not change it.
+    let start = Instant::now();
     again.retry_after(Duration::from_millis(2_500)).await.unwrap();
-    let again = timeout(Duration::from_secs(10), second.next()).await.expect("it did not come back").unwrap();
-    assert!(begun.elapsed() >= Duration::from_millis(2_900), "it came back after {:?}", begun.elapsed());
+    let again = timeout(Duration::from_secs(10), second.next()).await.expect("no redelivery").unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(2_900), "it was redelivered after {:?}", start.elapsed());
     again.ack().await.unwrap();
     assert_eq!(broker.counts().await, [0, 0]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_group_of_a_fifo_queue_waits_for_a_message_that_is_to_come_back() {
+async fn a_group_of_a_fifo_queue_waits_for_its_delayed_message() {
     let broker = Fifo::open(&format!("order-{}", std::process::id())).await;
     for body in ["first 77", "second 77", "third 77"] {
         broker.send(None, body).await;
     }
-    let dir = tempfile::tempdir().unwrap();
-    let processor = processor(dir.path());
+    let store = TestStore::new();
+    let processor = processor(&store);
     let mut done = Vec::new();
     let mut consumer = broker.consumer();
     while done.len() < 3 {
         let message = consumer.next().await.unwrap();
         let body = String::from_utf8(message.payload().to_vec()).unwrap();
-        let work = async |_: &Message, job: &mut Job| {
-            if job.attempt() == 1 { Err(Failure::from("it fails at first")) } else { Ok("") }
+        let work = async |_: &Message, attempt: &mut Attempt| {
+            if attempt.number() == 1 { Err(Failure::from("the first attempt fails")) } else { Ok("") }
         };
-        if matches!(processor.process(message, work).await.unwrap(), Settled::Done) {
+        if matches!(processor.process(message, work).await.unwrap(), Outcome::Done) {
             done.push(body);
         }
     }
@@ -207,36 +211,36 @@ async fn a_group_of_a_fifo_queue_waits_for_a_message_that_is_to_come_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_message_ids_two_messages_that_say_the_same_are_two_pieces_of_work() {
+async fn with_message_ids_two_messages_with_equal_content_are_distinct() {
     let broker = Standard::open(&format!("ids-{}", std::process::id())).await;
-    let dir = tempfile::tempdir().unwrap();
-    let processor = processor(dir.path());
-    let mut by_id = broker.builder().or_message_id().build().unwrap();
-    let mut settled = Vec::new();
+    let store = TestStore::new();
+    let processor = processor(&store);
+    let mut by_id = broker.builder().fall_back_to_message_id().build().unwrap();
+    let mut outcomes = Vec::new();
     for _ in 0..2 {
         broker.send(None, "refund 12").await;
         let message = by_id.next().await.unwrap();
-        let work = async |_: &Message, _: &mut Job| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
-        settled.push(processor.clone().process(message, work).await.unwrap());
+        let work = async |_: &Message, _: &mut Attempt| Err::<Vec<u8>, _>(Failure::permanent("no such order"));
+        outcomes.push(processor.clone().process(message, work).await.unwrap());
     }
-    // Back from the dead letters they are the same two, under other message ids.
+    // After a redrive they are the same two messages, with other message ids.
     broker.redrive().await;
     for _ in 0..2 {
         let message = by_id.next().await.unwrap();
-        settled.push(processor.process(message, async |_, _| Ok("refunded")).await.unwrap());
+        outcomes.push(processor.process(message, async |_, _| Ok("refunded")).await.unwrap());
     }
     assert!(
-        matches!(settled[..], [Settled::Rejected { .. }, Settled::Rejected { .. }, Settled::Done, Settled::Done]),
-        "{settled:?}"
+        matches!(outcomes[..], [Outcome::Rejected { .. }, Outcome::Rejected { .. }, Outcome::Done, Outcome::Done]),
+        "{outcomes:?}"
     );
-    let stats = processor.store().blocking().stats();
+    let stats = store.stats();
     assert_eq!((stats.acquired, stats.completed, stats.duplicates), (4, 2, 0), "{stats:?}");
-    assert_eq!((broker.counts().await, broker.dead().await), ([0, 0], Vec::new()));
+    assert_eq!((broker.counts().await, broker.dead_letters().await), ([0, 0], Vec::new()));
 }
 
-/// The service takes ten attributes, and refuses an eleventh each time.
+/// The service refuses a message with more than ten attributes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_with_ten_attributes_reaches_the_dead_letters_with_all_of_them() {
+async fn a_message_with_ten_attributes_keeps_all_of_them_in_its_dead_letter() {
     for attributes in [8, 9, 10] {
         let broker = Standard::open(&format!("attributes-{attributes}-{}", std::process::id())).await;
         let mut send = broker.client.send_message().queue_url(&broker.url).message_body("charge");
@@ -245,25 +249,25 @@ async fn a_message_with_ten_attributes_reaches_the_dead_letters_with_all_of_them
             send = send.message_attributes(format!("tenant-{attribute}"), value);
         }
         send.send().await.unwrap();
-        let message = broker.builder().or_message_id().build().unwrap().next().await.unwrap();
+        let message = broker.builder().fall_back_to_message_id().build().unwrap().next().await.unwrap();
         message.reject("no such order").await.unwrap();
         let letter = broker.letters(0).await.pop().unwrap().message_attributes.unwrap();
         let own = letter.keys().filter(|name| name.starts_with("tenant-")).count();
-        let ours = [DEAD_ID, DEAD_WHY].map(|name| letter.contains_key(name));
+        let ours = [ID_ATTRIBUTE, REASON_ATTRIBUTE].map(|name| letter.contains_key(name));
         assert_eq!((own, ours), (attributes, [attributes < 10, attributes < 9]));
         assert_eq!(broker.counts().await, [0, 0]);
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_that_the_dead_letters_refuse_is_neither_deleted_nor_tried_at_once() {
+async fn a_message_that_the_dead_letter_queue_refuses_is_neither_deleted_nor_retried_soon() {
     let broker = Standard::open(&format!("narrow-{}", std::process::id())).await;
     let narrow = broker.client.set_queue_attributes().queue_url(&broker.dead);
     narrow.attributes(QueueAttributeName::MaximumMessageSize, "1024").send().await.unwrap();
     let mut consumer = broker.consumer();
     broker.send(Some("order-1"), &"x".repeat(2_000)).await;
     let refused = consumer.next().await.unwrap().reject("no such order").await.unwrap_err();
-    assert!(matches!(&refused, Error::LetterRefused { queue, .. } if *queue == broker.dead), "{refused}");
+    assert!(matches!(&refused, Error::DeadLetterRefused { queue, .. } if *queue == broker.dead), "{refused}");
     assert_eq!(broker.counts().await, [0, 1]);
-    assert!(timeout(Duration::from_secs(3), consumer.next()).await.is_err(), "longer than it is invisible by itself");
+    assert!(timeout(Duration::from_secs(3), consumer.next()).await.is_err(), "longer than the visibility timeout");
 }

@@ -40,7 +40,7 @@ impl Image {
     /// Writes it to a new directory.
     pub fn write(&self, root: &Path) {
         // A store creates these directories even if they are empty.
-        for dir in ["db", "runs", "filters"] {
+        for dir in ["db", "ssts", "filters"] {
             fs::create_dir_all(root.join(dir)).unwrap();
         }
         for (path, bytes) in &self.files {

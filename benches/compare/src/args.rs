@@ -1,4 +1,4 @@
-//! The command line, and how large a run is.
+//! The arguments, and the size of a run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,41 +9,41 @@ use serde::{Deserialize, Serialize};
 use crate::child::Child;
 use crate::subject::Kind;
 
-/// Measures onlyonce beside its peers, in one run.
+/// Measures onlyonce and comparable stores in one run.
 #[derive(Parser)]
 pub struct Args {
-    /// Fewer keys and one round: everything together in five minutes.
+    /// Fewer keys and one round: about five minutes in all
     #[arg(long)]
     pub quick: bool,
-    /// Only these workloads: W1,W4
+    /// Only these workloads, such as W1,W4
     #[arg(long, value_delimiter = ',', ignore_case = true)]
     pub only: Vec<Workload>,
-    /// Only these subjects: onlyonce,redb
+    /// Only these subjects, such as onlyonce,redb
     #[arg(long, value_delimiter = ',')]
     pub subjects: Vec<Kind>,
-    /// Write the figures to this file, an object a line.
+    /// Write the figures to this file, one JSON object per line
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Write a page with tables and plots to this directory.
+    /// Write a page with tables and plots to this directory
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
-    /// Measure nothing: take the figures from files that --json wrote, of one commit: FILE,FILE
+    /// Measure nothing; read the figures from files that --json wrote on one commit: FILE,FILE
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub from: Vec<PathBuf>,
-    /// How often each measurement with the smaller number of keys is made: the table has medians. 3 by default, 1 with
-    /// --quick.
+    /// Rounds of each measurement with the smaller number of keys; the tables show medians [default: 3, or 1 with
+    /// --quick]
     #[arg(long)]
     pub rounds: Option<usize>,
-    /// How many keys the workloads have at most.
+    /// The maximum number of keys of any workload
     #[arg(long)]
     pub keys: Option<u64>,
-    /// How long the consumer's day (W6) is, in seconds. 600 by default, 30 with --quick.
+    /// The length of the consumer's day (W6) in seconds [default: 600, or 30 with --quick]
     #[arg(long, value_name = "SECONDS")]
     pub day: Option<u64>,
-    /// Where the data goes while it is needed: the system's directory for temporary files by default.
+    /// The directory for the data during the run [default: the directory for temporary files]
     #[arg(long)]
     pub dir: Option<PathBuf>,
-    /// Answer one key wrong: the run has to fail.
+    /// Answer one key wrong, so that the run must fail
     #[arg(long, hide = true)]
     pub plant_wrong_answer: bool,
     #[command(subcommand)]
@@ -51,7 +51,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// The command that measures the same again, without the places that files go to.
+    /// The command that repeats the measurement, without the options for output files.
     pub fn command(&self) -> String {
         let mut command = "cargo run --release -p onlyonce-compare --".to_owned();
         let mut add = |argument: String| {
@@ -84,7 +84,7 @@ fn joined(names: impl Iterator<Item = String>) -> String {
     names.collect::<Vec<_>>().join(",")
 }
 
-/// What is measured.
+/// The workloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[value(rename_all = "verbatim")]
 pub enum Workload {
@@ -94,17 +94,17 @@ pub enum Workload {
     W2,
     /// Records of new keys.
     W3,
-    /// The whole life: claim, then complete.
+    /// Claim, then complete.
     W4,
-    /// The whole life, safe from a power cut.
+    /// Claim, then complete, both synced.
     W5,
     /// A consumer's day.
     W6,
-    /// A bucket of many keys leaves.
+    /// Expiry of a bucket with many keys.
     W7,
     /// Opening.
     W8,
-    /// What more keys and more buckets cost.
+    /// The cost of more keys and more buckets.
     W9,
 }
 
@@ -116,30 +116,30 @@ impl Workload {
         match self {
             Self::W1 => "W1: checks of new keys",
             Self::W2 => "W2: checks of known keys",
-            Self::W3 => "W3: records of new keys, until all lie where they stay",
-            Self::W4 => "W4: the whole life, claim then complete, until all lie where they stay",
-            Self::W5 => "W5: the whole life, each synced to the disk",
+            Self::W3 => "W3: records of new keys, including flush to the final files",
+            Self::W4 => "W4: claim, then complete, including flush to the final files",
+            Self::W5 => "W5: claim, then complete, each cycle synced to disk",
             Self::W6 => "W6: a consumer's day",
-            Self::W7 => "W7: many keys leave at once",
+            Self::W7 => "W7: many keys expire at once",
             Self::W8 => "W8: opening",
             Self::W9 => "W9: growth",
         }
     }
 }
 
-/// How many keys the comparisons have.
+/// The number of keys of the comparisons.
 #[derive(Debug, Clone)]
 pub struct Size {
-    /// W1: live keys of the subjects that are fast enough to be filled with so many.
+    /// W1: live keys of the subjects that can be filled with this many in reasonable time.
     pub live: u64,
-    /// W1 and W2: live keys where all subjects are compared.
+    /// W1 and W2: live keys in the comparison of all subjects.
     pub compared: u64,
-    /// W1 and W2: keys that are asked for.
+    /// W1 and W2: checked keys.
     pub probes: u64,
-    /// W3 and W4: keys in batches, and one at a time.
+    /// W3 and W4: keys in batches, and single keys.
     pub batched: u64,
     pub single: u64,
-    /// W3 and W4: how many threads call.
+    /// W3 and W4: calling threads.
     pub threads: Vec<u32>,
 }
 
@@ -167,22 +167,22 @@ impl Size {
     }
 }
 
-/// How much of everything.
+/// The size of each workload.
 #[derive(Debug, Clone)]
 pub struct Scale {
     pub rounds: usize,
-    /// W1 to W4, the smaller size first. A full run makes the quick run's measurements, too, so that a quick run can be
-    /// held beside the page; only they have several rounds.
+    /// W1 to W4, the smaller size first. A full run includes the measurements of a quick run, so that a quick run can be compared
+    /// with the page. Only these have several rounds.
     pub sizes: Vec<Size>,
-    /// W5: how long each.
+    /// W5: the time of each measurement.
     pub synced: Duration,
-    /// W6: how long in all.
+    /// W6: the total time.
     pub day: Duration,
-    /// W7: keys that leave.
+    /// W7: keys that expire.
     pub leaving: u64,
-    /// W8: keys in the store that is opened.
+    /// W8: keys in the opened store.
     pub opened: u64,
-    /// W9: the largest number of keys, and the smaller ones as parts of it.
+    /// W9: the largest number of keys, and the divisors for the smaller ones.
     pub grown: u64,
     pub grown_parts: [u64; 3],
 }
@@ -219,7 +219,7 @@ impl Scale {
             for count in sizes.chain([&mut scale.leaving, &mut scale.opened, &mut scale.grown]) {
                 *count = keys.min(*count);
             }
-            // Sizes that the bound has made equal would measure the same twice.
+            // With a bound on keys, sizes can be equal. Measure each once.
             scale.sizes.dedup_by_key(|size| (size.live, size.compared, size.batched));
         }
         scale.rounds = args.rounds.unwrap_or(scale.rounds).max(1);

@@ -1,4 +1,4 @@
-//! The parts that run in a process of their own: what a tracer counts, and what is killed.
+//! Measurements in a child process, which is traced or killed.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -18,17 +18,16 @@ use crate::subjects::onlyonce::{BUCKET, OnlyOnce};
 use crate::workloads::durable::{Way, insert_for};
 use crate::workloads::{BATCH, fill, remove};
 
-/// What the process does when it is started by the bench itself.
+/// What a child process does.
 #[derive(Subcommand)]
 pub enum Child {
-    /// Lives synced lives for a time, and says how many and when.
+    /// Claims and completes keys with syncs for a time, and prints how many and when.
     #[command(hide = true)]
-    SyncedLives { dir: PathBuf, way: Way, milliseconds: u64 },
+    SyncedCycles { dir: PathBuf, way: Way, milliseconds: u64 },
     /// Fills a store and closes it.
     #[command(hide = true)]
     Fill { dir: PathBuf, keys: u64, buckets: u32 },
-    /// Fills a cache, and says how much more memory the process has then: in a process of its own, where nobody has
-    /// left memory behind.
+    /// Fills a cache and prints how much the memory of the process has grown. A new process has no freed memory to reuse.
     #[command(hide = true)]
     MokaBytes { keys: u64 },
     /// Records keys in a store until it is killed.
@@ -39,8 +38,8 @@ pub enum Child {
 impl Child {
     pub fn run(&self) -> Result<()> {
         match self {
-            Self::SyncedLives { dir, way, milliseconds } => {
-                synced_lives(dir, *way, Duration::from_millis(*milliseconds))
+            Self::SyncedCycles { dir, way, milliseconds } => {
+                synced_cycles(dir, *way, Duration::from_millis(*milliseconds))
             }
             Self::Fill { dir, keys, buckets } => {
                 end_with_parent();
@@ -57,7 +56,7 @@ impl Child {
                 let before = machine::resident_bytes()?;
                 let moka = Moka::new(&setup);
                 fill(&moka, keys, 1, RESULT)?;
-                moka.settle()?;
+                moka.finish_background_work()?;
                 println!("{}", machine::resident_bytes()?.saturating_sub(before));
                 Ok(())
             }
@@ -67,7 +66,7 @@ impl Child {
                 println!("open");
                 let mut from = NEW;
                 loop {
-                    for recorded in store.record_batch(&keys::keys(from, BATCH))? {
+                    for recorded in store.record_batch(&keys::keys(from, BATCH)).wait()? {
                         recorded?;
                     }
                     from += BATCH as u64;
@@ -77,7 +76,7 @@ impl Child {
     }
 }
 
-/// Opens a store that a child has filled, on the real clock.
+/// Opens a store that a child filled, with the real clock.
 pub fn open_filled(dir: &Path, keys: u64, buckets: u32) -> Result<Store> {
     Ok(Store::builder()
         .durability(onlyonce::Durability::Process)
@@ -87,7 +86,7 @@ pub fn open_filled(dir: &Path, keys: u64, buckets: u32) -> Result<Store> {
         .open(dir.join("store"))?)
 }
 
-/// A started child, killed with its owner. It ends by itself where its owner is killed: its input ends then.
+/// A child process. It is killed when this value is dropped, and exits by itself if its parent is killed, because its input ends.
 struct Tethered {
     child: std::process::Child,
     _input: Option<std::process::ChildStdin>,
@@ -99,7 +98,7 @@ impl Tethered {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg(name).arg(dir).arg(keys.to_string()).arg(buckets.to_string());
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        // Waiting for a child closes its input unless somebody else has it.
+        // `Child::wait` closes the input unless it was taken.
         let input = child.stdin.take();
         Ok(Self { child, _input: input })
     }
@@ -107,13 +106,13 @@ impl Tethered {
 
 impl Drop for Tethered {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The child may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// In a child: ends the process when the one that started it is gone.
+/// In a child: exits when the parent process has exited.
 fn end_with_parent() {
     std::thread::spawn(|| {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
@@ -121,32 +120,32 @@ fn end_with_parent() {
     });
 }
 
-/// Starts a child that works until it is killed, lets it work, and kills it.
+/// Starts a child that records keys, and kills it after a time.
 pub fn work_and_kill(dir: &Path, keys: u64, buckets: u32, work: Duration) -> Result<()> {
     let mut worker = Tethered::start("work", dir, keys, buckets)?;
     let stdout = worker.child.stdout.take().context("the child has no output")?;
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line)?;
     if line.trim() != "open" {
-        bail!("the child does not open the store");
+        bail!("the child process did not open the store");
     }
     std::thread::sleep(work);
     if let Some(status) = worker.child.try_wait()? {
-        bail!("the child that works ended with {status}, before it was killed");
+        bail!("the child process exited with {status} before it was killed");
     }
     Ok(())
 }
 
-/// Fills a store in a process of its own, which ends well.
+/// Fills a store in a child process, which closes it.
 pub fn fill_and_close(dir: &Path, keys: u64, buckets: u32) -> Result<()> {
     let status = Tethered::start("fill", dir, keys, buckets)?.child.wait()?;
     if !status.success() {
-        bail!("the child that fills the store ended with {status}");
+        bail!("the child process that fills the store failed: {status}");
     }
     Ok(())
 }
 
-/// The memory that moka takes for so many keys.
+/// The memory that moka needs for this many keys.
 pub fn moka_bytes(keys: u64) -> Result<u64> {
     let output = Command::new(std::env::current_exe()?)
         .arg("moka-bytes")
@@ -154,28 +153,28 @@ pub fn moka_bytes(keys: u64) -> Result<u64> {
         .stderr(Stdio::inherit())
         .output()?;
     if !output.status.success() {
-        bail!("the child that fills moka ended with {}", output.status);
+        bail!("the child process that fills moka failed: {}", output.status);
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().parse()?)
 }
 
 #[derive(Serialize, Deserialize)]
-struct Lived {
-    lives: u64,
-    /// In seconds since the Unix epoch, as the tracer prints it.
+struct Counted {
+    cycles: u64,
+    /// In seconds since the Unix epoch, as strace prints it.
     begin_s: f64,
     end_s: f64,
 }
 
-fn synced_lives(dir: &Path, way: Way, duration: Duration) -> Result<()> {
+fn synced_cycles(dir: &Path, way: Way, duration: Duration) -> Result<()> {
     let setup = Setup { dir, durability: Durability::Disk, keys: 1_000_000, buckets: 24, filter_bytes: 0 };
     let store = subject::open(Kind::Onlyonce, &setup)?;
     let begin_s = now_s()?;
-    let (lives, _) = insert_for(&*store, way, duration)?;
-    let lived = Lived { lives, begin_s, end_s: now_s()? };
+    let (cycles, _) = insert_for(&*store, way, duration)?;
+    let counted = Counted { cycles, begin_s, end_s: now_s()? };
     store.close()?;
     let mut stdout = std::io::stdout().lock();
-    serde_json::to_writer(&mut stdout, &lived)?;
+    serde_json::to_writer(&mut stdout, &counted)?;
     Ok(writeln!(stdout)?)
 }
 
@@ -183,9 +182,9 @@ fn now_s() -> Result<f64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
 }
 
-/// How many syncs a life of onlyonce costs, as strace counts them, those of its background included. `None` where
-/// there is no strace.
-pub fn syncs_per_life(dir: &Path, way: Way, duration: Duration) -> Result<Option<f64>> {
+/// The number of syncs per claim-complete cycle of onlyonce, counted by strace, background syncs included. `None` without
+/// strace.
+pub fn syncs_per_cycle(dir: &Path, way: Way, duration: Duration) -> Result<Option<f64>> {
     if !machine::has("strace") {
         return Ok(None);
     }
@@ -195,7 +194,7 @@ pub fn syncs_per_life(dir: &Path, way: Way, duration: Duration) -> Result<Option
         .args(["-f", "--seccomp-bpf", "-ttt", "-e", "trace=fdatasync,fsync", "-o"])
         .arg(&trace)
         .arg(std::env::current_exe()?)
-        .arg("synced-lives")
+        .arg("synced-cycles")
         .arg(dir)
         .arg(way.name())
         .arg(duration.as_millis().to_string())
@@ -203,21 +202,22 @@ pub fn syncs_per_life(dir: &Path, way: Way, duration: Duration) -> Result<Option
         .stderr(Stdio::piped())
         .output()?;
     if !output.status.success() {
-        // Some containers forbid tracing: that is no fault of who is measured.
-        eprintln!("strace counts nothing: {}", String::from_utf8_lossy(&output.stderr).trim());
+        // Some containers forbid tracing, which is not an error of the store.
+        eprintln!("strace failed: {}", String::from_utf8_lossy(&output.stderr).trim());
         remove(dir)?;
         return Ok(None);
     }
-    let lived: Lived = serde_json::from_slice(&output.stdout).context("the traced child says nothing")?;
+    let counted: Counted =
+        serde_json::from_slice(&output.stdout).context("the traced child process printed no result")?;
     let syncs = std::fs::read_to_string(&trace)?
         .lines()
-        .filter(|line| line.contains("sync(") && is_between(line, lived.begin_s, lived.end_s))
+        .filter(|line| line.contains("sync(") && is_between(line, counted.begin_s, counted.end_s))
         .count();
     remove(dir)?;
-    Ok(Some(syncs as f64 / lived.lives as f64))
+    Ok(Some(syncs as f64 / counted.cycles as f64))
 }
 
-/// A line is a process, a time and a call.
+/// A line has a process, a time and a system call.
 fn is_between(line: &str, begin_s: f64, end_s: f64) -> bool {
     line.split_whitespace()
         .nth(1)

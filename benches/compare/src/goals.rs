@@ -1,4 +1,4 @@
-//! What onlyonce is meant to reach, beside what was measured. Goals are ratios within one run wherever they can be.
+//! The goals for onlyonce and the measured values. Most goals are ratios within one run.
 
 use crate::args::Workload::{self, W1, W2, W3, W4, W5, W6, W7, W8, W9};
 use crate::keys::{Key, RESULT};
@@ -7,18 +7,18 @@ use crate::subject::Kind;
 use crate::table::{number, rate};
 use crate::workloads::BATCH;
 
-/// The stores in the process that one would take instead. Plain RocksDB has goals of its own.
+/// The embedded stores to compare with. Plain RocksDB has goals of its own.
 const EMBEDDED: [&str; 4] = ["fjall", "redb", "lmdb", "sqlite"];
 
 pub struct Goal {
     pub workload: Workload,
     pub aim: &'static str,
     pub measured: String,
-    /// `None` where it was not measured.
+    /// `None` if it was not measured.
     pub is_reached: Option<bool>,
 }
 
-/// All goals, beside what these rows say of them.
+/// All goals with their measured values in these rows.
 pub fn goals(rows: &[Row]) -> Vec<Goal> {
     let rows = Rows(rows);
     let batch = BATCH as u32;
@@ -33,15 +33,15 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
 
     let new = rows.find(W1, "new keys", "onlyonce", 1, batch);
     let beside = |name| rows.of_same_keys(W1, "new keys", "onlyonce", name, batch);
-    goal(W1, "batches: at least 8 M/s a thread", new.and_then(|row| at_least_rate(row, 8e6)));
+    goal(W1, "batches: at least 8 M/s per thread", new.and_then(|row| at_least_rate(row, 8e6)));
     goal(
         W1,
-        "batches: within 4 times of the bare filter",
+        "batches: at least a quarter of the rate of the bare filter",
         beside("bloom").map(|(ours, theirs)| (format!("{} times", number(theirs / ours)), theirs / ours <= 4.0)),
     );
     goal(
         W1,
-        "batches: at least 10 times RocksDB with as many families",
+        "batches: at least 10 times RocksDB with as many column families",
         beside("rocksdb-families").map(|(ours, theirs)| times(ours, theirs, 10.0)),
     );
 
@@ -49,12 +49,12 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
         (
             "recent",
             "recent, batches: at least 5 times the best embedded peer",
-            "recent, batches: at least 4 M/s a thread",
+            "recent, batches: at least 4 M/s per thread",
         ),
         (
-            "recent, sealed",
-            "the same, where they are sealed: at least 5 times the best embedded peer",
-            "the same, where they are sealed: at least 4 M/s a thread",
+            "recent, flushed",
+            "recent and flushed, batches: at least 5 times the best embedded peer",
+            "recent and flushed, batches: at least 4 M/s per thread",
         ),
     ] {
         let ours = rows.find(W2, case, "onlyonce", 1, batch);
@@ -87,7 +87,7 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
     let key_bytes = size_of::<Key>() as f64;
     goal(
         W3,
-        "disk: at most key and result and 28 bytes a key",
+        "disk: at most key and result and 28 bytes per key",
         record.and_then(|row| at_most(row.figures.disk_bytes_per_key?, key_bytes + 28.0, "bytes")),
     );
     goal(
@@ -100,7 +100,7 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
     goal(W4, "batches: at least 4 times the best embedded peer's insert", best(life, &EMBEDDED, batch, 4.0));
     goal(
         W4,
-        "disk: at most key and result and 28 bytes a key",
+        "disk: at most key and result and 28 bytes per key",
         life.and_then(|row| at_most(row.figures.disk_bytes_per_key?, key_bytes + RESULT.len() as f64 + 28.0, "bytes")),
     );
     goal(
@@ -109,12 +109,12 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
         life.and_then(|row| at_most(row.figures.write_amp?, 2.5, "times")),
     );
 
-    let syncs = |case| rows.of(W5, case, "onlyonce").and_then(|row| row.more.get("syncs_per_life").copied());
-    goal(W5, "alone: at most 1.3 syncs a life", syncs("alone").and_then(|syncs| at_most(syncs, 1.3, "syncs")));
+    let syncs = |case| rows.of(W5, case, "onlyonce").and_then(|row| row.more.get("syncs_per_cycle").copied());
+    goal(W5, "alone: at most 1.3 syncs per cycle", syncs("alone").and_then(|syncs| at_most(syncs, 1.3, "syncs")));
     goal(
         W5,
-        "64 callers: at least 30 lives a sync",
-        syncs("64 callers").map(|syncs| (format!("{} lives", number(1.0 / syncs)), syncs <= 1.0 / 30.0)),
+        "64 callers: at least 30 cycles per sync",
+        syncs("64 callers").map(|syncs| (format!("{} cycles", number(1.0 / syncs)), syncs <= 1.0 / 30.0)),
     );
     let synced = rows.of(W5, "batches", "onlyonce");
     goal(
@@ -126,28 +126,28 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
     let day = rows.of(W6, "open loop at half", "onlyonce");
     goal(
         W6,
-        "half of the rate reached: p99.9 of a batch under 3 ms",
+        "at half of the maximum rate: p99.9 of a batch under 3 ms",
         day.and_then(|row| at_most(row.figures.p999_us? / 1e3, 3.0, "ms")),
     );
     goal(
         W6,
-        "half of the rate reached: the worst batch under 50 ms",
+        "at half of the maximum rate: the worst batch under 50 ms",
         day.and_then(|row| at_most(row.figures.worst_us? / 1e3, 50.0, "ms")),
     );
     goal(
         W6,
-        "nothing slows as windows roll (the median batch at the end at most 1.1 times that at the beginning)",
+        "no slowdown as buckets rotate (median batch at the end at most 1.1 times that at the beginning)",
         day.and_then(|row| at_most(*row.more.get("slowdown")?, 1.1, "times")),
     );
 
-    let expiry = rows.of(W7, "many keys leave", "onlyonce");
+    let expiry = rows.of(W7, "many keys expire", "onlyonce");
     let more = |row: Option<&Row>, name: &str| row.and_then(|row| row.more.get(name).copied());
     goal(
         W7,
-        "no claim waits more than 10 ms because a bucket leaves",
+        "no claim waits more than 10 ms because a bucket is dropped",
         more(expiry, "worst_wait_ms").and_then(|ms| at_most(ms, 10.0, "ms")),
     );
-    goal(W7, "the disk is free within 2 s", more(expiry, "disk_free_s").and_then(|s| at_most(s, 2.0, "s")));
+    goal(W7, "the disk space is freed within 2 s", more(expiry, "disk_free_s").and_then(|s| at_most(s, 2.0, "s")));
 
     let opening = |case, name, most, unit| {
         let row = rows.of(W8, case, "onlyonce");
@@ -161,20 +161,24 @@ pub fn goals(rows: &[Row]) -> Vec<Goal> {
         opening("clean close", "first_claim_ms", 300.0, "ms"),
     );
     goal(W8, "100 M keys, SIGKILL: first claim within 1 s", opening("SIGKILL", "first_claim_ms", 1_000.0, "ms"));
-    goal(W8, "100 M keys, clean close: filters whole in 5 s", opening("clean close", "filters_whole_s", 5.0, "s"));
-    goal(W8, "100 M keys, SIGKILL: filters whole in 5 s", opening("SIGKILL", "filters_whole_s", 5.0, "s"));
+    goal(
+        W8,
+        "100 M keys, clean close: filters complete within 5 s",
+        opening("clean close", "filters_complete_s", 5.0, "s"),
+    );
+    goal(W8, "100 M keys, SIGKILL: filters complete within 5 s", opening("SIGKILL", "filters_complete_s", 5.0, "s"));
 
-    goal(W9, "new keys: at most 1.3 times the cost at 32 buckets as at 2", rows.growth_in_buckets());
-    goal(W9, "new keys: at most 3 times the cost with the most keys as with the fewest", rows.growth_in_keys());
+    goal(W9, "new keys: with 32 buckets at most 1.3 times the cost with 2", rows.growth_in_buckets());
+    goal(W9, "new keys: with the most keys at most 3 times the cost with the fewest", rows.growth_in_keys());
 
     goal(
         W1,
-        "filters: at most 3 bytes a live key, at 24 buckets",
+        "filters: at most 3 bytes per live key, with 24 buckets",
         new.and_then(|row| at_most(row.figures.ram_bytes_per_key?, 3.0, "bytes")),
     );
     goal(
         W1,
-        "less than 1 % of new keys reach the disk, at 24 buckets",
+        "less than 1 % of new keys are looked up on disk, with 24 buckets",
         more(new, "to_disk_percent").and_then(|percent| at_most(percent, 1.0, "%")),
     );
     goals
@@ -205,18 +209,18 @@ impl<'a> Rows<'a> {
         })
     }
 
-    /// Where a case has one row.
+    /// The row of a case that has only one.
     fn of(&self, workload: Workload, case: &str, subject: &str) -> Option<&'a Row> {
         self.0.iter().find(|row| row.workload == workload && row.case == case && row.subject == subject)
     }
 
-    /// Goals are of the largest size that was measured.
+    /// The row with the most keys.
     fn with_most_keys(&self, is_one: impl Fn(&Row) -> bool) -> Option<&'a Row> {
-        // The first of those with as many keys: W1 asks the store of many keys first.
+        // The first one with this many keys: W1 measures the largest store first.
         self.0.iter().rev().filter(|row| is_one(row)).max_by_key(|row| row.keys)
     }
 
-    /// The rates of two subjects with the largest number of keys that both were measured with.
+    /// The rates of two subjects at the largest number of keys that both have.
     fn of_same_keys(&self, workload: Workload, case: &str, ours: &str, theirs: &str, batch: u32) -> Option<(f64, f64)> {
         let is_one = |row: &&Row, subject: &str| {
             row.workload == workload
@@ -231,8 +235,8 @@ impl<'a> Rows<'a> {
         pairs.max_by_key(|(keys, ..)| *keys).map(|(_, ours, theirs)| (ours, theirs))
     }
 
-    /// Our rate beside that of the best of some peers.
-    #[expect(clippy::too_many_arguments, reason = "they name a row of the table")]
+    /// The rate of onlyonce compared with the best of some peers.
+    #[expect(clippy::too_many_arguments, reason = "they identify a row of the table")]
     fn beside_best(
         &self,
         ours: Option<&Row>,
@@ -281,6 +285,6 @@ impl<'a> Rows<'a> {
         };
         let worst = self.grown().filter(|row| row.keys == fewest).filter_map(of).max_by(f64::total_cmp)?;
         let keys = |keys: u64| number(keys as f64 / 1e6);
-        Some((format!("{} times, {} M beside {} M keys", number(worst), keys(most), keys(fewest)), worst <= 3.0))
+        Some((format!("{} times, {} M and {} M keys", number(worst), keys(most), keys(fewest)), worst <= 3.0))
     }
 }

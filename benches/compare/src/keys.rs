@@ -1,12 +1,12 @@
-//! The keys: they look like UUIDs, and are the same in every run.
+//! The keys, which look like UUIDs and are the same in every run.
 
-/// A key, as a caller has it.
+/// A key.
 pub type Key = [u8; 36];
 
-/// What is stored with a key where the workload has results.
+/// The result of workloads that store one.
 pub const RESULT: &[u8] = b"result-0123456789";
 
-/// Keys from here on are never inserted before they are asked for.
+/// Keys from this number on are new when they are checked.
 pub const NEW: u64 = 1 << 40;
 
 const SEED: u64 = 0x0eed_5eed_0fa1_1e55;
@@ -18,7 +18,7 @@ pub fn mix(number: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// The key of a number.
+/// The key with this number.
 pub fn key(number: u64) -> Key {
     let (high, low) = (mix(SEED ^ number), mix(number.wrapping_add(SEED)));
     let mut bytes = [0; 16];
@@ -37,7 +37,7 @@ pub fn key(number: u64) -> Key {
     key
 }
 
-/// The keys of the numbers from `from` on.
+/// The keys with the numbers from `from` on.
 pub fn keys(from: u64, count: usize) -> Vec<Key> {
     (from..from + count as u64).map(key).collect()
 }

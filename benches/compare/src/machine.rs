@@ -1,4 +1,4 @@
-//! What the operating system knows: bytes written, sizes, the disk's syncs, and what machine it is.
+//! Figures of the operating system: written bytes, sizes, syncs, CPU time, and the machine.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-/// The bytes that this process has passed to `write` and its kin. The kernel's count of bytes that went to the
-/// device would leave out what the page cache has not written back yet.
+/// The bytes that this process passed to `write` and similar calls. The kernel's count of bytes sent to the device would exclude
+/// dirty pages.
 pub fn bytes_written() -> Result<u64> {
     field("/proc/self/io", "wchar:")
 }
 
-/// The bytes of pages that another process has dirtied: its `write` calls are answers to its clients as well.
+/// The bytes of pages that another process dirtied. Its `write` calls would include answers to clients.
 pub fn bytes_dirtied_by(pid: u32) -> Result<u64> {
     field(&format!("/proc/{pid}/io"), "write_bytes:")
 }
@@ -25,20 +25,19 @@ pub fn resident_bytes() -> Result<u64> {
     Ok(field("/proc/self/status", "VmRSS:")? * 1024)
 }
 
-/// The processor time of a process (`self`, or its number) and all of its threads, in seconds: what it costs, whoever
-/// else uses the machine.
+/// The CPU time of a process (`self`, or its id) with all of its threads, in seconds. It does not depend on other load.
 pub fn cpu_s(process: &str) -> Result<f64> {
-    // Linux shows these in hundredths of a second, whatever it counts in.
+    // Linux shows these in hundredths of a second.
     const TICKS_PER_S: f64 = 100.0;
     let path = format!("/proc/{process}/stat");
     let text = fs::read_to_string(&path).with_context(|| format!("{path} cannot be read"))?;
-    // The second field is a name, in parentheses, that may hold blanks.
+    // The second field is a name in parentheses that may contain spaces.
     let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
     let ticks: Vec<f64> = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
     Ok(ticks.iter().sum::<f64>() / TICKS_PER_S)
 }
 
-/// The processor time of this thread. `None` where the kernel does not say.
+/// The CPU time of this thread. `None` if the kernel does not report it.
 pub fn thread_cpu() -> Option<Duration> {
     let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
     Some(Duration::from_nanos(text.split_whitespace().next()?.parse().ok()?))
@@ -50,7 +49,7 @@ fn field(path: &str, name: &str) -> Result<u64> {
     value.and_then(|value| value.parse().ok()).with_context(|| format!("{path} has no {name}"))
 }
 
-/// What a directory takes on the disk. Files that vanish meanwhile count nothing.
+/// The disk space of a directory. Ignores files that are deleted meanwhile.
 pub fn directory_bytes(path: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(path) else { return 0 };
     entries
@@ -63,7 +62,7 @@ pub fn directory_bytes(path: &Path) -> u64 {
         .sum()
 }
 
-/// How many small appends a second the disk can make safe, one after the other.
+/// How many small appends per second the disk can sync, one after the other.
 pub fn fsyncs_per_s(dir: &Path, duration: Duration) -> Result<f64> {
     let path = dir.join("fsyncs");
     let mut file = File::create(&path)?;
@@ -79,7 +78,7 @@ pub fn fsyncs_per_s(dir: &Path, duration: Duration) -> Result<f64> {
     Ok(rate)
 }
 
-/// Has the kernel write back what it has not written yet.
+/// Makes the kernel write back all dirty pages.
 pub fn write_back() -> Result<()> {
     let status = Command::new("sync").status().context("`sync` cannot be run")?;
     ensure!(status.success(), "`sync` fails: {status}");
@@ -99,13 +98,13 @@ pub fn description() -> String {
     format!("{model}, {cores} cores, {memory:.0} GiB, {system}")
 }
 
-/// How many threads wanted a processor in the last minute.
+/// The load average of the last minute.
 pub fn load() -> Result<f64> {
     let text = fs::read_to_string("/proc/loadavg").context("/proc/loadavg cannot be read")?;
     text.split_whitespace().next().and_then(|load| load.parse().ok()).context("/proc/loadavg has no load")
 }
 
-/// The commit that was built, as far as the sources tell that are there now.
+/// The commit of the current sources.
 pub fn commit() -> String {
     let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
     let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|text| !text.is_empty());

@@ -1,4 +1,4 @@
-//! Measures onlyonce beside its peers, on the same keys, in one run. README.md says what each workload is.
+//! Measures onlyonce and comparable stores on the same keys in one run. README.md describes the workloads.
 
 mod args;
 mod child;
@@ -44,15 +44,15 @@ fn main() -> ExitCode {
 
 fn measure(args: &Args) -> Result<()> {
     let root = args.dir.clone().unwrap_or_else(std::env::temp_dir);
-    // Removed when it is dropped, also when a measurement fails.
+    // Removed on drop, also if a measurement fails.
     let dir = tempfile::Builder::new()
         .prefix("onlyonce-compare-")
         .tempdir_in(&root)
-        .with_context(|| format!("no directory for the data in {}", root.display()))?;
+        .with_context(|| format!("cannot create a directory for the data in {}", root.display()))?;
     let interrupted = dir.path().to_owned();
     ctrlc::set_handler(move || {
         subjects::redis::stop_all();
-        // Somebody may still write to it: what is left is left.
+        // Another thread may still write to it, so a rest can remain.
         let _ = std::fs::remove_dir_all(&interrupted);
         std::process::exit(130);
     })?;
@@ -74,10 +74,10 @@ fn measure(args: &Args) -> Result<()> {
         rounds: run.scale.rounds,
     };
     if circumstances.load > 0.5 {
-        eprintln!("the load was {} before the run: somebody else uses this machine", circumstances.load);
+        eprintln!("the load average is {}: other processes use this machine", circumstances.load);
     }
     println!("{}\ncommit {}\n{}", circumstances.machine, circumstances.commit, circumstances.command);
-    println!("{:.0} fdatasyncs of small appends a second\n", circumstances.fsyncs_per_s);
+    println!("{:.0} fdatasyncs of small appends per second\n", circumstances.fsyncs_per_s);
 
     let mut rows: Vec<Row> = Vec::new();
     let mut part = |has: bool, rounds: usize, workload: &dyn Fn(&Run) -> Result<Vec<Row>>| -> Result<()> {
@@ -92,7 +92,7 @@ fn measure(args: &Args) -> Result<()> {
         }
         eprintln!("{:.0} s", start.elapsed().as_secs_f64());
         rows.extend(row::medians(measured));
-        // After each part: a run of hours that fails has not been for nothing.
+        // After each part, so that a long run that fails keeps its results.
         if let Some(path) = &args.json {
             row::write(path, &circumstances, &rows)?;
         }
@@ -105,7 +105,7 @@ fn measure(args: &Args) -> Result<()> {
         part(run.has(Workload::W1), rounds, &|run| checks::many(run, size))?;
         part(run.has(Workload::W1) || run.has(Workload::W2), rounds, &|run| checks::compared(run, size))?;
         part(run.has(Workload::W3), rounds, &|run| inserts::records(run, size))?;
-        part(run.has(Workload::W4) && has_ours, rounds, &|run| inserts::lives(run, size))?;
+        part(run.has(Workload::W4) && has_ours, rounds, &|run| inserts::claims_and_completions(run, size))?;
     }
     part(run.has(Workload::W5), rounds, &durable::run)?;
     part(run.has(Workload::W6) && has_ours, 1, &day::run)?;
@@ -115,14 +115,14 @@ fn measure(args: &Args) -> Result<()> {
     show(args, &circumstances, &rows)
 }
 
-/// The subjects that were asked for and are there.
+/// The requested subjects that are installed.
 fn subjects(args: &Args) -> Vec<Kind> {
     let mut kinds = Kind::ALL.to_vec();
     if !args.subjects.is_empty() {
         kinds.retain(|kind| args.subjects.contains(kind));
     }
     if kinds.contains(&Kind::Redis) && !machine::has(subjects::redis::PROGRAM) {
-        eprintln!("redis is left out: {} is not installed", subjects::redis::PROGRAM);
+        eprintln!("redis is skipped: {} is not installed", subjects::redis::PROGRAM);
         kinds.retain(|kind| *kind != Kind::Redis);
     }
     kinds

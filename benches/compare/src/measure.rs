@@ -1,4 +1,4 @@
-//! Time: calls, their latencies, and rates that leave the making of keys out.
+//! Measures latencies and rates of calls. The time to generate keys is excluded.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ impl Latencies {
     }
 
     pub fn merge(&mut self, other: &Self) -> Result<()> {
-        self.0.add(&other.0).map_err(|error| anyhow!("latencies do not add up: {error}"))
+        self.0.add(&other.0).map_err(|error| anyhow!("cannot add latencies: {error}"))
     }
 
     /// In microseconds.
@@ -36,14 +36,14 @@ impl Latencies {
     }
 }
 
-/// What came of calls.
+/// The results of calls.
 pub struct Called {
-    /// The sum of what the calls answered.
+    /// The sum of the answers.
     pub answers: u64,
     pub latencies: Latencies,
 }
 
-/// Calls with each batch in turn. The clock is read once a call.
+/// Calls with each batch in turn. Reads the clock once per call.
 pub fn call_each(keys: &[Key], batch: usize, call: impl Fn(&[Key]) -> Result<usize>) -> Result<Called> {
     let mut called = Called { answers: 0, latencies: Latencies::new()? };
     let mut before = Instant::now();
@@ -56,9 +56,9 @@ pub fn call_each(keys: &[Key], batch: usize, call: impl Fn(&[Key]) -> Result<usi
     Ok(called)
 }
 
-/// What came of reads.
+/// The results of reads.
 pub struct Probed {
-    /// Calls for so many keys, and what they answered.
+    /// The number of keys and the sum of the answers.
     pub keys: u64,
     pub answers: u64,
     pub ops_per_s: f64,
@@ -67,8 +67,8 @@ pub struct Probed {
     pub latencies: Latencies,
 }
 
-/// Calls with `count` keys, those that `pick` names, made a piece at a time while no clock runs. Rate and latencies are
-/// of different pieces: reading the clock costs as much as a fast answer.
+/// Calls with `count` keys that `pick` chooses, generated in chunks outside of the measured time. Rate and latencies come from
+/// different chunks, because reading the clock costs as much as a fast answer.
 pub fn probe(
     count: u64,
     batch: usize,
@@ -89,7 +89,7 @@ pub fn probe(
         if number % 4 == 0 {
             let called = call_each(&piece, batch, &call)?;
             probed.answers += called.answers;
-            // The first piece warms up.
+            // The first chunk is a warm-up.
             if number > 0 || pieces < 5 {
                 probed.latencies.merge(&called.latencies)?;
             }
@@ -106,15 +106,15 @@ pub fn probe(
         }
         probed.keys += piece.len() as u64;
     }
-    // The kernel adds it up a few milliseconds at a time.
+    // The kernel updates it every few milliseconds.
     let cpu = cpu.filter(|_| timed > Duration::from_millis(100));
     probed.cpu_us_per_key = cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / timed_keys as f64);
     probed.ops_per_s = timed_keys as f64 / timed.as_secs_f64();
     Ok(probed)
 }
 
-/// Calls on a schedule, whatever the calls before took, until `stop`. Gives when each was due, in seconds from the
-/// start, and how long after that it was answered, in milliseconds: who waits in line waits too.
+/// Calls on a fixed schedule until `stop`. Returns the scheduled time of each call in seconds from the start, and the time from
+/// then to its answer in milliseconds, which includes queueing.
 pub fn pulse(
     start: Instant,
     every: Duration,
@@ -132,7 +132,7 @@ pub fn pulse(
     Ok(beats)
 }
 
-/// Sleeps, and for the last moment only yields: sleeping overshoots by more than a fast call takes.
+/// Sleeps, and yields for the last part, because a sleep overshoots by more than a fast call takes.
 pub fn wait_until(due: Instant) {
     const OVERSHOOT: Duration = Duration::from_micros(150);
     let left = due.saturating_duration_since(Instant::now());
@@ -144,7 +144,7 @@ pub fn wait_until(due: Instant) {
     }
 }
 
-/// The worst of each slice of time: what a plot of many points can show.
+/// The worst value of each time interval, for plots.
 pub fn worst_of_slices(points: &[[f64; 2]], width: f64) -> Vec<[f64; 2]> {
     let mut slices: Vec<[f64; 2]> = Vec::new();
     for &[at, value] in points {

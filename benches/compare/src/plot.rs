@@ -1,4 +1,4 @@
-//! The figures as pictures, in SVG.
+//! Plots in SVG.
 
 use std::path::Path;
 
@@ -15,9 +15,9 @@ const LINES: [RGBColor; 4] = [OURS, RGBColor(0x1d, 0x4e, 0xd8), RGBColor(0x15, 0
 const FONT: &str = "sans-serif";
 const TITLE: u32 = 20;
 
-/// A bar for each subject, from zero, with its rate beside it.
+/// A bar per subject, labelled with its rate.
 pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
-    // Room for the rate behind the longest bar.
+    // Space for the rate after the longest bar.
     let most = bars.iter().map(|(_, value)| *value).fold(1.0, f64::max) * 1.2;
     let height = 70 + 30 * u32::try_from(bars.len())?;
     let root = SVGBackend::new(path, (760, height)).into_drawing_area();
@@ -39,7 +39,7 @@ pub fn bars(path: &Path, title: &str, bars: &[(String, f64)]) -> Result<()> {
         chart
             .draw_series([Text::new(rate(*value), (value + most * 0.008, top - 0.5), text.clone())])
             .map_err(failed)?;
-        // The subject's name stands left of the plot, at the height of its bar.
+        // The name of the subject is left of its bar.
         let (_, y) = chart.backend_coord(&(0.0, top - 0.5));
         root.draw(&Text::new(subject.clone(), (14, y), text)).map_err(failed)?;
     }
@@ -52,18 +52,18 @@ pub struct Line {
     pub points: Vec<[f64; 2]>,
 }
 
-/// What a plot of lines says at its axes, and how they are scaled.
+/// The labels and scales of the axes.
 pub struct Axes<'a> {
     pub title: &'a str,
     pub x: &'a str,
     pub y: &'a str,
-    /// Powers of ten along x.
+    /// A logarithmic x axis.
     pub is_x_log: bool,
 }
 
 pub fn lines(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
     let points = || lines.iter().flat_map(|line| &line.points);
-    // A scale of powers of ten is a scale of logarithms with other labels.
+    // Plots the logarithms, and labels them as powers of ten.
     let x_of = |x: f64| if axes.is_x_log { x.max(1.0).log10() } else { x };
     let (x_least, x_most) = points()
         .map(|[x, _]| x_of(*x))
@@ -115,5 +115,5 @@ pub fn lines(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
 }
 
 fn failed<E: std::error::Error + Send + Sync>(error: DrawingAreaErrorKind<E>) -> anyhow::Error {
-    anyhow!("a plot cannot be drawn: {error}")
+    anyhow!("cannot draw a plot: {error}")
 }

@@ -1,4 +1,4 @@
-//! The page: goals beside what was measured, tables, and plots.
+//! Writes the page: goals, tables and plots.
 
 use std::fmt::Write;
 use std::fs;
@@ -12,16 +12,16 @@ use crate::plot::{Axes, Line, bars, lines};
 use crate::row::{Circumstances, Row};
 use crate::table::{count, rows_of, table};
 
-/// The page's name in its directory.
+/// The file name of the page.
 pub const PAGE: &str = "benchmarks.md";
 
-/// The case that is shown beside the same of peers, who have no such difference.
-const SEALED: &str = "recent, sealed";
+/// A case of onlyonce that is compared with the case "recent" of peers.
+const FLUSHED: &str = "recent, flushed";
 
-/// What stands in the way of the goals that are missed. Written by hand.
+/// The reasons for missed goals. Maintained by hand.
 const LIMITS: &str = include_str!("../limits.md");
 
-/// The directory of the plots, beside the page.
+/// The directory of the plots, next to the page.
 const PLOTS: &str = "benchmarks";
 
 pub fn goals_table(rows: &[Row]) -> String {
@@ -32,7 +32,7 @@ pub fn goals_table(rows: &[Row]) -> String {
             Some(false) => "**no**",
             None => "",
         };
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = writeln!(text, "| {:?} | {} | {} | {reached} |", goal.workload, goal.aim, goal.measured);
     }
     text
@@ -41,21 +41,21 @@ pub fn goals_table(rows: &[Row]) -> String {
 /// Writes the page and its plots.
 pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<()> {
     let plots = dir.join(PLOTS);
-    fs::create_dir_all(&plots).with_context(|| format!("{} cannot be made", plots.display()))?;
+    fs::create_dir_all(&plots).with_context(|| format!("cannot create {}", plots.display()))?;
     for entry in fs::read_dir(&plots)?.flatten() {
-        // Those of an earlier page, which may have had others.
+        // Plots of an earlier page.
         if entry.path().extension().is_some_and(|extension| extension == "svg") {
             fs::remove_file(entry.path())?;
         }
     }
     let mut page = format!(
         "# Benchmarks\n\n\
-         onlyonce beside its peers, on the same keys, in one run: `{}`, commit {}.\n\n\
-         {}. The disk made {:.0} small appends a second safe when the run began. The load of \
-         others was {:.1} then. Ratios carry over to other machines, absolute figures do not.\n\n\
-         Keys are 36 bytes and look like UUIDs; results are 17 bytes. {} The column *onlyonce* says how many times the rate \
-         of a row onlyonce has. Each measurement checks its answers: as many first answers as distinct keys, or the \
-         run fails. [How to run it, and what is counted](../benches/compare/README.md).\n\n\
+         onlyonce and comparable stores, on the same keys, in one run: `{}`, commit {}.\n\n\
+         {}. At the start of the run, the disk synced {:.0} small appends per second, and the load average was {:.1}. \
+         Ratios carry over to other machines; absolute figures do not.\n\n\
+         Keys are 36 bytes and look like UUIDs; results are 17 bytes. {} The column *onlyonce* is the rate of onlyonce divided by \
+         the rate of the row. Each measurement checks its answers: if the number of new keys reported differs from the number of \
+         distinct keys, the run fails. [How to run it, and what is counted](../benches/compare/README.md).\n\n\
          ## Goals\n\n{}\n",
         circumstances.command,
         circumstances.commit,
@@ -65,8 +65,8 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
         match circumstances.rounds {
             1 => "There was one round.".to_owned(),
             rounds => format!(
-                "Figures of W5, and of the smaller sizes of W1 to W4, are medians of {rounds} rounds, in which the subjects took \
-                 turns; the worst is the worst of all rounds. The others were measured once."
+                "Figures of W5 and of the smaller sizes of W1 to W4 are medians of {rounds} rounds, in which the subjects \
+                 alternate; *worst* is the worst of all rounds. All others were measured once."
             ),
         },
         goals_table(rows),
@@ -81,46 +81,45 @@ pub fn write(dir: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<
         writeln!(page, "{}\n", table(workload, rows))?;
     }
     let path = dir.join(PAGE);
-    fs::write(&path, page.trim_end().to_owned() + "\n").with_context(|| format!("{} cannot be written", path.display()))
+    fs::write(&path, page.trim_end().to_owned() + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// What has to be known to read a workload's figures.
+/// The description of a workload.
 fn words(workload: Workload) -> &'static str {
     match workload {
         Workload::W1 => {
-            "Keys that were never seen are asked for, one at a time and in batches of 512. With many live keys only what \
-             can be filled with so many in time: onlyonce, RocksDB with a family for each bucket, and a bare Bloom \
-             filter with as many bits as onlyonce's. The other rows are of stores with fewer keys, which makes them faster. \
-             The smallest stores are those of a quick run (`--quick`), which gives the same ratios but for noise."
+            "Checks of new keys, one at a time and in batches of 512. The large size has only subjects that can be filled in \
+             reasonable time: onlyonce, RocksDB with a column family per bucket, and a bare Bloom filter with as many bits as \
+             that of onlyonce. The other rows have fewer keys, which makes them faster. The smallest size is that of a quick \
+             run (`--quick`), which gives the same ratios except for noise."
         }
         Workload::W2 => {
-            "Known keys are asked for: the last hundredth as inserting left them (and, for onlyonce, once more after they \
-             were sealed to disk), and any of all keys."
+            "Checks of known keys: of the most recent hundredth (for onlyonce also after a flush to disk), and of any key."
         }
         Workload::W3 => {
-            "New keys without a result: `record` of onlyonce, and an insert-if-absent of peers, one transaction a call. \
-             The clock stops when everything is sealed, flushed or checkpointed. Write amplification counts all bytes \
-             passed to `write` (of Redis: pages dirtied by the server) for each byte of key and result."
+            "New keys without a result: `record` of onlyonce, insert-if-absent of peers, one transaction per call. The time \
+             includes the flush or checkpoint. Write amplification is the number of bytes passed to `write` (for Redis: pages \
+             dirtied by the server) per byte of key and result."
         }
-        Workload::W4 => "Two calls: claim, then complete with a result. Peers do only the insert of W3.",
+        Workload::W4 => "Two calls: claim, then complete with a result. Peers only do the insert of W3.",
         Workload::W5 => {
-            "As W4, and on the disk when it is answered. Syncs a life are counted by strace in a run of their own, those \
-             of sealing included; tracing slows each sync down a little, and a slower sync is shared by more callers."
+            "As W4, synced to disk before the answer. Syncs per cycle are counted by strace in a separate run, syncs of \
+             flushes included. Tracing slows each sync a little, and a slower sync is shared by more callers."
         }
         Workload::W6 => {
-            "Batches of 500 are claimed and completed, one key in a hundred is a duplicate, mostly of a moment ago. \
-             Buckets are 2 seconds wide and the window 24, so that buckets come and go all the time. First as fast as \
-             it goes; then on a schedule at half that rate, where latency counts from when a batch was due. \
-             *slowdown*: the median batch of the last fifth beside that of the second."
+            "Batches of 500 are claimed and completed. One key in a hundred is a duplicate, mostly of a recent key. Buckets \
+             are 2 seconds wide and the window 24 seconds, so buckets rotate all the time. First at full speed, then on a \
+             schedule at half that rate, where latency counts from the scheduled time. *slowdown*: the median batch of the last \
+             fifth divided by that of the second fifth."
         }
         Workload::W7 => {
-            "All keys of a bucket run out at once, while somebody claims 5,000 keys a second, each wait counted from when \
-             it was due. Beside it, the same on plain RocksDB: `delete_range` and a compaction, and a compaction of a \
-             database with a TTL. The disk is free when seven tenths of the space are back."
+            "All keys of a bucket expire at once, during 5,000 claims per second. Latency counts from the scheduled time. For \
+             comparison, the same on plain RocksDB: `delete_range` with a compaction, and a compaction with a TTL. The disk \
+             counts as free when 70 % of the space are freed."
         }
         Workload::W8 => {
-            "The time from the call of `open` to the answer to a first claim, and until every bucket has its filter, \
-             after a clean close and after a kill while keys were recorded at full speed."
+            "The time from the call of `open` to the answer of the first claim, and until every bucket has a filter: after a \
+             clean close, and after a kill while keys were recorded at full speed."
         }
         Workload::W9 => "onlyonce with more keys and with more buckets, batches of 512.",
     }
@@ -142,7 +141,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
     let of = rows_of(workload, rows);
     match workload {
         Workload::W1 | Workload::W2 | Workload::W3 | Workload::W4 | Workload::W5 => {
-            // Stores of different sizes do not belong in one picture.
+            // One plot per number of keys.
             let size = |row: &Row| (workload != Workload::W5).then_some(row.keys);
             let most = of.iter().filter(|row| row.workload == workload).filter_map(|row| size(row)).max();
             let has_picture = |row: &Row| match workload {
@@ -151,7 +150,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
                 _ => row.batch > 1 && size(row) == most,
             };
             let mut pictures: Vec<(&str, Option<u64>)> = Vec::new();
-            for row in of.iter().filter(|row| row.workload == workload && row.case != SEALED && has_picture(row)) {
+            for row in of.iter().filter(|row| row.workload == workload && row.case != FLUSHED && has_picture(row)) {
                 if !pictures.contains(&(&row.case, size(row))) {
                     pictures.push((&row.case, size(row)));
                 }
@@ -160,7 +159,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
                 let is_shown = |row: &&&Row| {
                     let is_way = workload == Workload::W5 || row.batch > 1 && row.threads == 1;
                     let is_case =
-                        row.case == case || row.workload != workload || case == "recent" && row.case == SEALED;
+                        row.case == case || row.workload != workload || case == "recent" && row.case == FLUSHED;
                     is_way && is_case && size(row) == keys
                 };
                 let mut shown: Vec<(String, f64)> =
@@ -168,7 +167,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
                 shown.sort_by(|(_, one), (_, other)| other.total_cmp(one));
                 let way = if workload == Workload::W5 { "" } else { ", batches of 512, 1 thread" };
                 let live = keys.map_or_else(String::new, |keys| format!(", {} keys", count(keys)));
-                let title = format!("{workload:?}, {case}{live}{way}: keys a second");
+                let title = format!("{workload:?}, {case}{live}{way}: keys per second");
                 let sized = keys.filter(|_| workload == Workload::W1);
                 let name = format!("{workload:?}-{case}{}", sized.map_or_else(String::new, |keys| format!("-{keys}")));
                 bars(&add(&name.to_lowercase(), title.clone()), &title, &shown)?;
@@ -176,9 +175,9 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
         }
         Workload::W6 => {
             for row in &of {
-                // A day of some seconds may not have one that is whole.
+                // A short run may not have a complete second.
                 for (name, points) in row.series.iter().filter(|(_, points)| !points.is_empty()) {
-                    let unit = if name.starts_with("worst") { "worst batch, ms" } else { "M keys a second" };
+                    let unit = if name.starts_with("worst") { "worst batch, ms" } else { "M keys per second" };
                     let title = format!("W6, {}: {unit}", row.case);
                     let line = Line { name: row.case.clone(), points: points.clone() };
                     let axes = Axes { title: &title, x: "seconds", y: unit, is_x_log: false };
@@ -187,7 +186,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
             }
         }
         Workload::W7 => {
-            let title = "W7: the longest wait of a claim, in each twentieth of a second".to_owned();
+            let title = "W7: the slowest claim in each interval of 50 ms".to_owned();
             let all: Vec<Line> = of
                 .iter()
                 .filter_map(|row| Some(Line { name: row.subject.clone(), points: row.series.values().next()?.clone() }))
@@ -198,7 +197,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
         Workload::W8 => {}
         Workload::W9 => {
             for case in ["new keys", "uniform", "record"] {
-                let title = format!("W9, {case}, batches of 512: M keys a second");
+                let title = format!("W9, {case}, batches of 512: M keys per second");
                 let line = |buckets: u32| Line {
                     name: format!("{buckets} buckets"),
                     points: of
@@ -215,7 +214,7 @@ fn draw(dir: &Path, workload: Workload, rows: &[Row]) -> Result<Vec<Plot>> {
     Ok(drawn)
 }
 
-/// The subject, and what sets its row apart from another of the same picture.
+/// The label of a row in a plot.
 fn label(row: &Row) -> String {
-    if row.case == SEALED { format!("{}, sealed", row.subject) } else { row.subject.clone() }
+    if row.case == FLUSHED { format!("{}, flushed", row.subject) } else { row.subject.clone() }
 }

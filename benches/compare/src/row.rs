@@ -1,4 +1,4 @@
-//! The figures: a row a measurement, medians over rounds, and the file they are kept in.
+//! Rows of figures, one per measurement; medians over rounds; and their file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::Workload;
 
-/// A measurement; after [`medians`], those of all rounds.
+/// A measurement, or after [`medians`] the median of all rounds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Row {
     pub workload: Workload,
-    /// Which measurement of the workload.
+    /// The measurement within the workload.
     pub case: String,
     pub subject: String,
     /// `process`, `disk`, or `none`.
@@ -22,11 +22,11 @@ pub struct Row {
     pub keys: u64,
     pub buckets: Option<u32>,
     pub threads: u32,
-    /// Keys a call.
+    /// Keys per call.
     pub batch: u32,
     #[serde(flatten)]
     pub figures: Figures,
-    /// Figures that only this workload has, with their unit at the end of the name.
+    /// Figures of this workload only. The name ends with the unit.
     #[serde(default)]
     pub more: BTreeMap<String, f64>,
     pub note: Option<String>,
@@ -39,7 +39,7 @@ pub struct Row {
     pub series: BTreeMap<String, Vec<[f64; 2]>>,
 }
 
-/// The figures that most workloads have. `None` where it does not apply.
+/// The figures of most workloads. `None` if not applicable.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Figures {
     pub ops_per_s: Option<f64>,
@@ -47,7 +47,7 @@ pub struct Figures {
     pub p99_us: Option<f64>,
     pub p999_us: Option<f64>,
     pub worst_us: Option<f64>,
-    /// Processor time. Of checks that of the caller's thread; else of all threads, and of the server where there is one.
+    /// CPU time: for checks of the calling thread, otherwise of all threads and of the server.
     pub cpu_us_per_key: Option<f64>,
     pub ram_bytes_per_key: Option<f64>,
     pub disk_bytes_per_key: Option<f64>,
@@ -87,19 +87,19 @@ impl Row {
         self.more.insert(name.to_owned(), value);
     }
 
-    /// Whether two rows are of the same measurement in different rounds.
+    /// Whether two rows are the same measurement in different rounds.
     fn is_same(&self, other: &Self) -> bool {
         let of = |row: &Self| (row.workload, row.buckets, row.threads, row.batch);
         of(self) == of(other)
             && self.case == other.case
             && self.subject == other.subject
             && self.durability == other.durability
-            // A run of a fixed time has another number of keys each round.
+            // The number of keys differs between rounds of a fixed time.
             && (self.keys == other.keys || self.workload == Workload::W5)
     }
 }
 
-/// One row for each measurement: the median of each figure over the rounds. The worst of all rounds stays the worst.
+/// One row per measurement, with the median of each figure over the rounds, and the maximum of `worst`.
 pub fn medians(rows: Vec<Row>) -> Vec<Row> {
     let mut groups: Vec<Vec<Row>> = Vec::new();
     for row in rows {
@@ -139,20 +139,20 @@ fn median_row(group: &[Row]) -> Row {
     row
 }
 
-/// Of an even number of values the lower of the two in the middle: a value that was measured.
+/// For an even number of values, the lower of the two in the middle, which is a measured value.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len().checked_sub(1)? / 2).copied()
 }
 
-/// Where, with what and how the figures came about.
+/// The machine, the commit and the command of a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Circumstances {
     pub machine: String,
     pub commit: String,
     pub command: String,
     pub fsyncs_per_s: f64,
-    /// How many others wanted a processor in the minute before the run.
+    /// The load average before the run.
     pub load: f64,
     pub rounds: usize,
 }
@@ -164,7 +164,7 @@ enum Line {
     Row(Box<Row>),
 }
 
-/// Writes the circumstances and the rows, an object a line.
+/// Writes the circumstances and the rows, one object per line.
 pub fn write(path: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result<()> {
     let file = fs::File::create(path).with_context(|| format!("{} cannot be written", path.display()))?;
     let mut file = BufWriter::new(file);
@@ -177,8 +177,7 @@ pub fn write(path: &Path, circumstances: &Circumstances, rows: &[Row]) -> Result
     Ok(file.flush()?)
 }
 
-/// Reads files that [`write`] wrote one after the other, as if they were of one run. How it was on the machine is said as of
-/// the first.
+/// Reads several files of [`write`] as one run. The circumstances are those of the first file.
 pub fn read_all(paths: &[impl AsRef<Path>]) -> Result<(Circumstances, Vec<Row>)> {
     let mut all: Option<(Circumstances, Vec<Row>)> = None;
     for path in paths {
@@ -188,33 +187,29 @@ pub fn read_all(paths: &[impl AsRef<Path>]) -> Result<(Circumstances, Vec<Row>)>
             continue;
         };
         let (was, is) = (&first.commit, &circumstances.commit);
-        ensure!(
-            was == is,
-            "{} was measured on commit {is}, and what comes before it on {was}",
-            path.as_ref().display()
-        );
+        ensure!(was == is, "{} was measured on commit {is}, the files before it on {was}", path.as_ref().display());
         first.command = format!("{}`, then `{}", first.command, circumstances.command);
         first.rounds = first.rounds.max(circumstances.rounds);
-        // What was measured twice counts once.
+        // Of equal measurements, keep one.
         let new: Vec<Row> = rows.into_iter().filter(|row| !all.iter().any(|other| other.is_same(row))).collect();
         all.extend(new);
     }
     all.context("no file of figures")
 }
 
-/// Reads what [`write`] wrote.
+/// Reads a file of [`write`].
 fn read(path: &Path) -> Result<(Circumstances, Vec<Row>)> {
     let text = fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
     let (mut circumstances, mut rows) = (None, Vec::new());
     for (number, line) in text.lines().enumerate() {
         let line = serde_json::from_str(line)
-            .with_context(|| format!("line {} of {} is no figure", number + 1, path.display()))?;
+            .with_context(|| format!("line {} of {} is not a row", number + 1, path.display()))?;
         match line {
             Line::Circumstances(read) => circumstances = Some(read),
             Line::Row(row) => rows.push(*row),
         }
     }
-    Ok((circumstances.with_context(|| format!("{} does not say where it was measured", path.display()))?, rows))
+    Ok((circumstances.with_context(|| format!("{} has no circumstances", path.display()))?, rows))
 }
 
 #[cfg(test)]

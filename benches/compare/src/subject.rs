@@ -1,4 +1,4 @@
-//! What every subject can do, and how it is set up.
+//! The interface and the settings of subjects.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::keys::Key;
 use crate::machine;
 use crate::subjects;
 
-/// The systems that are measured.
+/// The measured systems.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Kind {
     Onlyonce,
@@ -21,11 +21,11 @@ pub enum Kind {
     Redb,
     Lmdb,
     Sqlite,
-    /// A server beside the process; `SET NX EX`.
+    /// A server process; `SET NX EX`.
     Redis,
-    /// A cache in memory: what forgetting everything at a restart would give.
+    /// A cache in memory, which loses everything at a restart.
     Moka,
-    /// A bare Bloom filter: what memory itself would give.
+    /// A bare Bloom filter: the limit that memory sets.
     Bloom,
 }
 
@@ -58,52 +58,52 @@ impl Kind {
         }
     }
 
-    /// Whether it remembers keys after a restart.
+    /// Whether it keeps keys across a restart.
     pub fn is_persistent(self) -> bool {
         !matches!(self, Self::Moka | Self::Bloom)
     }
 
-    /// What has to be said beside its figures.
+    /// A remark on its figures.
     pub fn note(self) -> Option<&'static str> {
         match self {
             Self::RocksdbDefault | Self::RocksdbTuned | Self::Fjall => {
-                Some("two threads may both find a key absent: nothing makes get-then-put one step")
+                Some("get then put is not atomic: two threads may both find a key absent")
             }
-            Self::Redb => {
-                Some("unsynced commits do not outlive the process, unlike those of the others; one a second is synced")
-            }
+            Self::Redb => Some(
+                "unsynced commits do not survive a crash of the process, unlike in the other stores; one commit per second is synced",
+            ),
             Self::Redis => Some("pipelines of 64 over two connections; single: one request at a time"),
             Self::Moka => Some("volatile"),
-            Self::Bloom => Some("volatile, and wrong about some keys"),
+            Self::Bloom => Some("volatile, with false positives"),
             Self::Onlyonce | Self::Lmdb | Self::Sqlite => None,
         }
     }
 }
 
-/// When an answered insert is safe.
+/// What an answered insert survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// In the operating system's hands.
+    /// Written to the operating system: a crash of the process.
     Process,
-    /// On the disk.
+    /// Synced to disk: a power failure.
     Disk,
 }
 
-/// How a subject is opened.
+/// The settings of a subject.
 pub struct Setup<'a> {
     pub dir: &'a Path,
     pub durability: Durability,
-    /// How many keys it will hold.
+    /// The expected number of keys.
     pub keys: u64,
-    /// How many slices of time they will lie in.
+    /// The number of time buckets.
     pub buckets: u32,
-    /// Bits for the bare filter.
+    /// The size of the bare filter.
     pub filter_bytes: u64,
 }
 
 impl Setup<'_> {
-    /// The memory that each subject may use for filters and caches: 3.2 bytes of filter a key in the half that
-    /// filters get, and 256 MiB.
+    /// The memory that each subject may use for filters and caches: twice 3.2 bytes per key, because filters get half of it, and
+    /// 256 MiB.
     pub fn memory(&self) -> u64 {
         memory_for(self.keys)
     }
@@ -114,38 +114,38 @@ pub fn memory_for(keys: u64) -> u64 {
     (keys as f64 * 3.2 * 2.0) as u64 + (256 << 20)
 }
 
-/// Calls are made with one key, or with many: one transaction a call.
+/// A call has one key or many, and is one transaction.
 pub trait Subject: Send + Sync {
-    /// Inserts the keys that are absent, and says how many were. An empty result is none.
+    /// Inserts the absent keys and returns their number. An empty result means no result.
     fn insert(&self, keys: &[Key], result: &[u8]) -> Result<usize>;
 
-    /// How many of the keys are there.
+    /// The number of known keys among these.
     fn check(&self, keys: &[Key]) -> Result<usize>;
 
-    /// What is inserted from now on belongs to the next slice of time.
+    /// Starts the next time bucket.
     fn next_bucket(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Ends the work that inserts have left to do: everything lies where it is going to stay.
-    fn settle(&self) -> Result<()>;
+    /// Completes all pending background work: flushes, compactions, checkpoints.
+    fn finish_background_work(&self) -> Result<()>;
 
-    /// Memory that it takes for its keys, where it can tell.
+    /// The memory for its keys, if known.
     fn memory_bytes(&self) -> Option<u64> {
         None
     }
 
-    /// All bytes that were written up to now.
+    /// The total of written bytes.
     fn bytes_written(&self) -> Result<u64> {
         machine::bytes_written()
     }
 
-    /// All processor time that was used up to now, in seconds.
+    /// The total CPU time in seconds.
     fn cpu_s(&self) -> Result<f64> {
         machine::cpu_s("self")
     }
 
-    /// Lets go of the directory.
+    /// Closes the subject.
     fn close(self: Box<Self>) -> Result<()> {
         Ok(())
     }

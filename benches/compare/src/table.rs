@@ -1,4 +1,4 @@
-//! The figures as tables, for a terminal and for the page alike.
+//! Tables of figures in Markdown, for the terminal and the page.
 
 use std::cmp::Reverse;
 
@@ -30,7 +30,7 @@ const COLUMNS: [&str; 18] = [
     "fsyncs/s",
 ];
 
-/// The rows of a workload. In W4 those of peers in W3 stand beside it: the insert is all they do.
+/// The rows of a workload. W4 also shows the rows of peers in W3, because they only insert.
 pub fn rows_of(workload: Workload, rows: &[Row]) -> Vec<&Row> {
     let is_peer_of_life =
         |row: &&Row| workload == Workload::W4 && row.workload == Workload::W3 && row.subject != Kind::Onlyonce.name();
@@ -38,10 +38,10 @@ pub fn rows_of(workload: Workload, rows: &[Row]) -> Vec<&Row> {
     if !of.is_empty() {
         of.extend(rows.iter().filter(is_peer_of_life));
     }
-    // As they were measured, but what is compared stands together, the sizes of the runs apart.
+    // In the order of measurement, but grouped by size and case.
     let order = |row: &&Row| {
         let case = of.iter().position(|other| other.case == row.case || is_insert(other, row)).unwrap_or(usize::MAX);
-        // In W5 it is the time that all have in common.
+        // In W5 the time is fixed, and the number of keys differs.
         let keys = if row.workload == Workload::W5 { 0 } else { row.keys };
         (case, Reverse(keys), row.threads, row.batch == 1)
     };
@@ -50,12 +50,12 @@ pub fn rows_of(workload: Workload, rows: &[Row]) -> Vec<&Row> {
     sorted
 }
 
-/// A life and a peer's insert.
+/// A claim with completion, compared with the insert of a peer.
 fn is_insert(one: &Row, other: &Row) -> bool {
     matches!((one.workload, other.workload), (Workload::W3, Workload::W4) | (Workload::W4, Workload::W3))
 }
 
-/// How many times the rate of a row the rate of onlyonce is: at the same number of keys if there is such a row.
+/// The rate of onlyonce divided by that of a row, at the same number of keys if possible.
 pub fn ratio(rows: &[&Row], row: &Row) -> Option<f64> {
     let ours = |row: &Row, with_keys: bool| {
         rows.iter()
@@ -73,7 +73,7 @@ pub fn ratio(rows: &[&Row], row: &Row) -> Option<f64> {
     Some(ours(row, true).or_else(|| ours(row, false))? / row.figures.ops_per_s?)
 }
 
-/// A table of a workload in Markdown; columns that would be empty are left out.
+/// The table of a workload in Markdown, without empty columns.
 pub fn table(workload: Workload, rows: &[Row]) -> String {
     let rows = rows_of(workload, rows);
     let mut lines: Vec<Vec<String>> = rows.iter().map(|row| cells(&rows, row)).collect();
@@ -109,7 +109,7 @@ pub fn table(workload: Workload, rows: &[Row]) -> String {
     markdown_alignment(&table.to_string(), &alignments) + &notes(&rows)
 }
 
-/// What has to be said of some subjects, once each, under the table.
+/// The notes on subjects below the table.
 fn notes(rows: &[&Row]) -> String {
     let mut notes: Vec<(&str, Vec<&str>)> = Vec::new();
     for row in rows {
@@ -125,7 +125,7 @@ fn notes(rows: &[&Row]) -> String {
     if text.is_empty() { text } else { format!("\n{text}") }
 }
 
-/// Markdown aligns by the line under the header.
+/// The alignment line below the header.
 fn markdown_alignment(table: &str, alignments: &[CellAlignment]) -> String {
     let mut lines: Vec<String> = table.lines().map(str::to_owned).collect();
     if let Some(rule) = lines.get_mut(1) {
@@ -168,7 +168,7 @@ fn cells(rows: &[&Row], row: &Row) -> Vec<String> {
     ]
 }
 
-/// The name of a figure, its unit last.
+/// The name of a figure with its unit.
 fn spoken(name: &str) -> String {
     name.trim_end_matches("_per_s").replace("_percent", "_%").replace('_', " ")
 }
@@ -193,7 +193,7 @@ pub fn count(keys: u64) -> String {
     }
 }
 
-/// Three digits that say something.
+/// Three significant digits.
 pub fn number(value: f64) -> String {
     let decimals = match value.abs() {
         100.0.. => 0,

@@ -1,14 +1,15 @@
-//! Lines on their way from the input to the store.
+//! Batches of lines between the reader thread and the store.
 
 use std::convert::Infallible;
 
+use anyhow::Context;
 use crossbeam::channel::{Receiver, TryRecvError, select};
 use onlyonce::Key;
 
-/// Bounds the memory of a batch, whatever its lines are like: with so many bytes it is full.
+/// A batch with this many bytes is full, so that long lines do not use unbounded memory.
 const FULL_BYTES: usize = 1 << 20;
 
-/// Lines in the order of the input, each with what it is about.
+/// Lines in the order of the input.
 #[derive(Default)]
 pub(crate) struct Batch {
     bytes: Vec<u8>,
@@ -16,16 +17,17 @@ pub(crate) struct Batch {
 }
 
 struct Line {
+    /// Where the line ends in `Batch::bytes`. It begins where the line before it ends.
     end: usize,
     subject: Subject,
 }
 
-/// What a line is about.
+/// Whether a line has a key.
 pub(crate) enum Subject {
     Key(Key<'static>),
-    /// It should have a key and has none.
+    /// The line must have a key and has none.
     Missing,
-    /// It holds nothing.
+    /// The line contains only white space.
     Blank,
 }
 
@@ -53,7 +55,7 @@ impl Batch {
         self.lines.len() + other.lines.len() <= limit && self.bytes.len() + other.bytes.len() <= FULL_BYTES
     }
 
-    /// Bytes of all lines.
+    /// The total length of all lines.
     pub(crate) fn len_bytes(&self) -> usize {
         self.bytes.len()
     }
@@ -62,38 +64,41 @@ impl Batch {
         self.lines.iter().filter_map(|line| if let Subject::Key(key) = &line.subject { Some(key) } else { None })
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], &Subject)> {
+    /// The lines and their subjects. An error is a bug in this module.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = anyhow::Result<(&[u8], &Subject)>> {
         let mut start = 0;
         self.lines.iter().map(move |line| {
-            let bytes = self.bytes.get(start..line.end).unwrap_or_default();
+            let bytes = self.bytes.get(start..line.end).with_context(|| {
+                format!("internal error: a line ends at byte {} of a batch of {}", line.end, self.bytes.len())
+            })?;
             start = line.end;
-            (bytes, &line.subject)
+            Ok((bytes, &line.subject))
         })
     }
 }
 
-/// What comes out of an [`Intake`].
+/// What [`Intake::take`] returns.
 pub(crate) enum Taken {
     Batch(Batch),
-    /// The reader is done.
+    /// The reader has finished.
     End,
     Interrupted,
 }
 
-/// Takes what the reader has ready, and makes one batch of it: under load a batch is as large as it may be, and a line
-/// that comes alone goes alone.
+/// Joins the batches that the reader has ready into one. Under load a batch reaches its limit; a line that arrives alone is
+/// a batch of its own.
 pub(crate) struct Intake {
     pub(crate) read: Receiver<Batch>,
-    /// Disconnected when the user interrupts.
+    /// Disconnected by Ctrl-C.
     pub(crate) interrupt: Receiver<Infallible>,
     pub(crate) limit: usize,
-    /// What was received and had no room.
+    /// A received batch that did not fit into the last one.
     pub(crate) left_over: Batch,
 }
 
 impl Intake {
     pub(crate) fn take(&mut self) -> Taken {
-        // Also where the reader is always ahead, so that there is nothing to wait for.
+        // Checked here too, because `select!` is not reached while a batch is left over.
         if self.interrupt.try_recv() == Err(TryRecvError::Disconnected) {
             return Taken::Interrupted;
         }
@@ -139,14 +144,14 @@ mod tests {
 
     fn lines(taken: &Taken) -> String {
         match taken {
-            Taken::Batch(batch) => batch.iter().map(|(line, _)| format!("{} ", line.escape_ascii())).collect(),
+            Taken::Batch(batch) => batch.iter().map(|line| format!("{} ", line.unwrap().0.escape_ascii())).collect(),
             Taken::End => "end".to_owned(),
             Taken::Interrupted => "interrupted".to_owned(),
         }
     }
 
     #[test]
-    fn what_is_ready_is_one_batch_of_no_more_than_the_limit() {
+    fn ready_lines_are_joined_up_to_the_limit() {
         let (batches, _interrupter, mut intake) = intake(3, &[&["a"], &["b", "c"], &["d", "e"], &["f", "g", "h"]]);
         drop(batches);
         for expected in ["a b c ", "d e ", "f g h ", "end"] {
@@ -155,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_of_large_lines_is_full_earlier() {
+    fn a_batch_of_long_lines_is_full_before_the_limit() {
         let large = "x".repeat(FULL_BYTES / 2 + 1);
         let (_batches, _interrupter, mut intake) = intake(100, &[&[&large], &[&large], &["a"]]);
         assert_eq!(lines(&intake.take()).len(), large.len() + 1);
@@ -164,10 +169,20 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupt_comes_first_however_much_is_ready() {
+    fn an_interrupt_takes_priority_over_ready_lines() {
         let (_batches, interrupter, mut intake) = intake(1, &[&["a"], &["b"], &["c"]]);
         assert_eq!(lines(&intake.take()), "a ");
         drop(interrupter);
         assert_eq!(lines(&intake.take()), "interrupted");
+    }
+
+    #[test]
+    fn a_line_out_of_range_is_an_error_and_not_an_empty_line() {
+        let mut batch = batch(&["a", "b"]);
+        batch.bytes.pop();
+        let mut lines = batch.iter();
+        assert_eq!(lines.next().unwrap().unwrap().0, b"a");
+        let error = lines.next().unwrap().map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("ends at byte 2 of a batch of 1"), "{error}");
     }
 }

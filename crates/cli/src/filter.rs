@@ -1,4 +1,4 @@
-//! `onlyonce filter`: each line whose key is new, once.
+//! `onlyonce filter`: writes each line whose key is new.
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use crossbeam::channel::{Receiver, bounded};
 use indicatif::ProgressBar;
-use onlyonce::{Check, Durability, Store};
+use onlyonce::{Durability, KeyStatus, Store};
 
 use crate::args::{self, OnMissingKey};
 use crate::batch::{Batch, Intake, Subject, Taken};
@@ -21,10 +21,10 @@ use crate::line_key::LineKey;
 use crate::summary::Summary;
 use crate::{INTERRUPTED, opening, progress};
 
-/// How many batches the reader may be ahead.
+/// The number of batches that the reader may queue.
 const READ_AHEAD: usize = 4;
 
-/// Runs the filter to its end, and gives the exit code.
+/// Runs the filter and returns the exit code.
 pub(crate) fn run(args: &args::Filter, verbose: bool) -> anyhow::Result<u8> {
     let begun = Instant::now();
     let (sources, total_bytes) = input::sources(&args.files)?;
@@ -43,7 +43,7 @@ pub(crate) fn run(args: &args::Filter, verbose: bool) -> anyhow::Result<u8> {
     let reader = std::thread::Builder::new()
         .name("reader".to_owned())
         .spawn(move || reading.read(&sources, &batches))
-        .context("cannot start a thread")?;
+        .context("cannot start the reader thread")?;
 
     let mut filter = Filter {
         store: &store,
@@ -55,12 +55,12 @@ pub(crate) fn run(args: &args::Filter, verbose: bool) -> anyhow::Result<u8> {
         progress: progress::bar(total_bytes, verbose)?,
     };
     let ended = filter.drain(Intake { read, interrupt, limit, left_over: Batch::default() }, reader);
-    let closed = store.close();
+    let closed = store.close().wait();
 
     filter.progress.finish_and_clear();
     let summary = Summary { seconds: begun.elapsed().as_secs_f64(), ..filter.summary };
     let summary = if args.json { serde_json::to_string(&summary)? } else { summary.to_string() };
-    // Where nobody listens to the summary, the lines are no worse for it.
+    // The lines are written and recorded, so a closed standard error is no failure.
     let _ = writeln!(std::io::stderr(), "{summary}");
     let ended = ended?;
     closed?;
@@ -82,16 +82,16 @@ fn open(args: &args::Filter) -> anyhow::Result<Store> {
     opening::open(builder, &args.store)
 }
 
-/// With keys on the disk and lines in the page cache, a power cut would lose lines. A pipe's reader has to see to it itself.
+/// The output, if it is a file that must be synced before the keys are recorded. Otherwise a power failure could lose lines whose
+/// keys are on disk. A reader of a pipe must sync its own output.
 fn synced_output(durability: args::Durability) -> anyhow::Result<Option<File>> {
     let output = std::io::stdout().as_fd().try_clone_to_owned().context("cannot use standard output")?;
     let output = File::from(output);
-    let is_file = output.metadata().context("cannot look at standard output")?.is_file();
+    let is_file = output.metadata().context("cannot read the metadata of standard output")?.is_file();
     Ok(Some(output).filter(|_| is_file && durability == args::Durability::Disk))
 }
 
-/// A channel that disconnects at the first Ctrl-C. The second ends the process where it stands, which costs no more
-/// than any kill.
+/// A channel that disconnects at the first Ctrl-C. The second one exits immediately, which is as safe as a kill.
 fn interrupt() -> anyhow::Result<Receiver<Infallible>> {
     let (sender, receiver) = bounded(0);
     let mut sender = Some(sender);
@@ -100,11 +100,11 @@ fn interrupt() -> anyhow::Result<Receiver<Infallible>> {
             std::process::exit(i32::from(INTERRUPTED));
         }
     })
-    .context("cannot listen for Ctrl-C")?;
+    .context("cannot install the handler for Ctrl-C")?;
     Ok(receiver)
 }
 
-/// Why there is nothing more to do.
+/// What ended the filter.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ended {
     Input,
@@ -114,12 +114,12 @@ enum Ended {
 
 struct Filter<'s> {
     store: &'s Store,
-    /// Whether a line without a key is written.
+    /// Whether lines without a key are written.
     pass_missing: bool,
     output: std::io::Stdout,
-    /// The output once more, where it is a file that must be on the disk before the keys are.
+    /// See [`synced_output`].
     synced_output: Option<File>,
-    /// Whether the last line that was written had no "\n".
+    /// Whether the last written line has no "\n".
     in_line: bool,
     summary: Summary,
     progress: ProgressBar,
@@ -139,7 +139,7 @@ impl Filter<'_> {
                         self.progress.set_message(format!("{passed} passed, {duplicates} duplicates"));
                     }
                 }
-                // The reader may be waiting for input that never comes: it ends with the process.
+                // The reader is not joined: it may wait for input that never arrives, and ends with the process.
                 Taken::Interrupted => return Ok(Ended::Interrupted),
                 Taken::End => {
                     reader.join().map_err(|_| anyhow!("the reader panicked"))??;
@@ -149,15 +149,16 @@ impl Filter<'_> {
         }
     }
 
-    /// Writes the lines whose keys are new, then records these keys. The other order would lose the lines of a batch
-    /// that a kill cuts short. False, and nothing recorded, where nobody reads the output any more.
+    /// Writes the lines whose keys are new, then records the keys. In the other order, a crash in between would lose lines.
+    /// Returns false and records nothing if the reader of the output has closed it.
     fn pass(&mut self, batch: &Batch) -> anyhow::Result<bool> {
         let mut summary = self.summary.clone();
         let mut in_line = self.in_line;
         let mut output = Vec::with_capacity(batch.len_bytes());
         let mut new = HashSet::new();
-        let mut checks = self.store.check_batch(batch.keys())?.into_iter();
-        for (line, subject) in batch.iter() {
+        let mut statuses = self.store.check_batch(batch.keys()).wait().map_err(opening::explain)?.into_iter();
+        for line in batch.iter() {
+            let (line, subject) = line?;
             summary.lines += 1;
             let passes = match subject {
                 Subject::Blank => {
@@ -169,8 +170,9 @@ impl Filter<'_> {
                     self.pass_missing
                 }
                 Subject::Key(key) => {
-                    let check = checks.next().context("the store left a key unanswered")??;
-                    let first = check == Check::New && new.insert(key);
+                    let status = statuses.next().context("internal error: the store did not answer every key")?;
+                    let status = status.map_err(opening::explain)?;
+                    let first = status == KeyStatus::New && new.insert(key);
                     summary.duplicates += u64::from(!first);
                     first
                 }
@@ -192,7 +194,9 @@ impl Filter<'_> {
             if let Some(output) = &self.synced_output {
                 output.sync_data().context("cannot sync standard output")?;
             }
-            self.store.record_batch(new)?.into_iter().collect::<Result<Vec<_>, _>>()?;
+            for recorded in self.store.record_batch(new).wait().map_err(opening::explain)? {
+                recorded.map_err(opening::explain)?;
+            }
         }
         self.in_line = in_line;
         self.summary = summary;

@@ -1,5 +1,5 @@
-//! Lines out of files and standard input. Runs on a thread of its own: it waits for input and parses while the store
-//! is at work.
+//! Reads lines from files and standard input on a thread of its own, so that reading and parsing overlap with the work of
+//! the store.
 
 use std::fmt;
 use std::fs::File;
@@ -13,15 +13,15 @@ use crate::args::OnMissingKey;
 use crate::batch::{Batch, Subject};
 use crate::line_key::LineKey;
 
-/// The byte order mark of UTF-8. It is no part of the text that it stands before.
+/// The byte order mark of UTF-8. It is not part of the text.
 const MARK: &[u8] = b"\xef\xbb\xbf";
-/// Those of UTF-16 and UTF-32, in which a "\n" is more than one byte.
+/// The byte order marks of UTF-16 and UTF-32, where "\n" is more than one byte.
 const FOREIGN_MARKS: [&[u8]; 3] = [b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"];
 
-/// How much is read at a time. A pipe gives a quarter of it.
+/// The size of the read buffer.
 const READ_BYTES: usize = 256 * 1024;
 
-/// Where lines come from.
+/// An input.
 pub(crate) enum Source {
     Stdin,
     File(PathBuf),
@@ -45,8 +45,8 @@ impl Source {
     }
 }
 
-/// The sources that the arguments name, and how many bytes they have in all where that is known. A file that is not
-/// there is found out here, before anything is read.
+/// The inputs that the arguments name, and their total size if it is known. A missing file is an error here, before anything
+/// is read.
 pub(crate) fn sources(files: &[PathBuf]) -> anyhow::Result<(Vec<Source>, Option<u64>)> {
     if files.is_empty() {
         return Ok((vec![Source::Stdin], None));
@@ -67,7 +67,7 @@ pub(crate) fn sources(files: &[PathBuf]) -> anyhow::Result<(Vec<Source>, Option<
     Ok((sources, bytes))
 }
 
-/// How input becomes batches.
+/// How lines are read and keyed.
 pub(crate) struct Reading {
     pub(crate) line_key: LineKey,
     pub(crate) on_missing_key: OnMissingKey,
@@ -76,8 +76,8 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// Sends all lines, in batches that are no larger than allowed, until they end or nobody takes them. All that
-    /// comes before an error is sent before it is returned.
+    /// Sends all lines in batches, until the input ends or the receiver is dropped. Lines before an error are sent before the
+    /// error is returned.
     pub(crate) fn read(&self, sources: &[Source], batches: &Sender<Batch>) -> anyhow::Result<()> {
         for source in sources {
             let input = source.open().with_context(|| format!("cannot read {source}"))?;
@@ -95,18 +95,18 @@ impl Reading {
         Ok(())
     }
 
-    /// Fills a batch with the lines that are there without waiting, one at least. False where the input ends.
+    /// Fills a batch with the lines that are buffered, and waits for at most one. Returns false at the end of the input.
     fn fill(&self, batch: &mut Batch, lines: &mut Lines<impl Read>) -> anyhow::Result<bool> {
         while !batch.is_full(self.batch) {
             let Some(line) = lines.next(self.max_line)? else { return Ok(false) };
-            // Also within an input, which may be of several that `cat` has put together.
+            // Not only on the first line: `cat` may have joined several files.
             let line = if self.line_key.is_json() { without_mark(line) } else { line };
             let text = line.strip_suffix(b"\n").unwrap_or(line);
             let subject = match self.line_key.of(text) {
                 Err(_) if self.line_key.is_json() && is_blank(text) => Subject::Blank,
                 Ok(key) => Subject::Key(key),
                 Err(why) if self.on_missing_key == OnMissingKey::Fail => {
-                    bail!("{why} (`--on-missing-key pass` or `drop` would go on)")
+                    bail!("{why}; to continue after such lines, give `--on-missing-key pass` or `drop`")
                 }
                 Err(_) => Subject::Missing,
             };
@@ -123,7 +123,7 @@ fn without_mark(line: &[u8]) -> &[u8] {
     line.strip_prefix(MARK).unwrap_or(line)
 }
 
-/// Whether a line holds nothing but what JSON calls white space.
+/// Whether a line contains only the white space of JSON.
 fn is_blank(line: &[u8]) -> bool {
     line.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r'))
 }
@@ -132,12 +132,12 @@ fn is_blank(line: &[u8]) -> bool {
 struct Lines<R> {
     input: BufReader<R>,
     line: Vec<u8>,
-    /// Of the line that was read last, from 1.
+    /// The number of the last line, from 1.
     number: u64,
 }
 
 impl<R: Read> Lines<R> {
-    /// The next line, with its "\n" if it has one, and without the byte order mark of its input.
+    /// The next line, with its "\n" if it has one, and without the byte order mark of the input.
     fn next(&mut self, max_line: u64) -> anyhow::Result<Option<&[u8]>> {
         self.line.clear();
         self.number += 1;
@@ -147,18 +147,18 @@ impl<R: Read> Lines<R> {
         if self.number == 1 {
             ensure!(
                 !FOREIGN_MARKS.iter().any(|mark| line.starts_with(mark)),
-                "it is text in UTF-16 or UTF-32: convert it to UTF-8, as with `iconv -f UTF-16 -t UTF-8`"
+                "the input is UTF-16 or UTF-32; convert it to UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
             );
             line = without_mark(line);
         }
         ensure!(
             line.strip_suffix(b"\n").unwrap_or(line).len() as u64 <= max_line,
-            "it is longer than {max_line} bytes (`--max-line` sets the limit)"
+            "the line is longer than {max_line} bytes; raise the limit with `--max-line`"
         );
         Ok((!line.is_empty()).then_some(line))
     }
 
-    /// Whether the next line is here already.
+    /// Whether the next line is buffered.
     fn has_next(&self) -> bool {
         self.input.buffer().contains(&b'\n')
     }

@@ -1,14 +1,14 @@
-//! The fields of a JSON line that make its key.
+//! Extracts the fields of a JSON line that make its key.
 //!
-//! serde_json judges whether a line is JSON. The wanted values are then cut out of the text as they stand, in one pass
-//! and without building the others: a number read as an `f64` would lose digits, and with them could lose a line, for
-//! two keys that differ in those digits alone would be one.
+//! serde_json checks that the line is JSON. The values are then cut out of the text unchanged, in one pass and without parsing
+//! the others. A number parsed as an `f64` would lose digits, so two keys that differ only in those digits would be equal, and
+//! the second line would be lost.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-/// Where a field stands in a line, in the forms of jq: `.a.b`, `.list[0]`, `.["a b"]`; also `.list.0` and `."a b"`.
+/// The path of a field, as in jq: `.a.b`, `.list[0]`, `.["a b"]`; also `.list.0` and `."a b"`.
 #[derive(Debug, Clone)]
 pub(crate) struct FieldPath {
     text: String,
@@ -17,9 +17,9 @@ pub(crate) struct FieldPath {
 
 #[derive(Debug, Clone)]
 struct Step {
-    /// The name of a field. None for a place in brackets.
+    /// The name of a field. `None` for an index in brackets.
     name: Option<String>,
-    /// The place in an array. None for a quoted name.
+    /// The index in an array. `None` for a quoted name.
     index: Option<usize>,
 }
 
@@ -31,7 +31,7 @@ impl FromStr for FieldPath {
         let mut rest = text;
         while !rest.is_empty() || steps.is_empty() {
             let (step, after) = Step::cut(rest, steps.is_empty()).map_err(|why| match rest {
-                "" => format!("at its end: {why}"),
+                "" => format!("at the end: {why}"),
                 _ => format!("at {rest}, byte {}: {why}", text.len() - rest.len()),
             })?;
             steps.push(step);
@@ -42,25 +42,25 @@ impl FromStr for FieldPath {
 }
 
 impl Step {
-    /// Cuts the first step off a path.
+    /// Splits off the first step of a path.
     fn cut(path: &str, is_first: bool) -> Result<(Self, &str), String> {
         let after_dot = path.strip_prefix('.');
-        // A dot may stand before a bracket, and must at the beginning.
+        // A dot before a bracket is optional, except at the beginning.
         let in_brackets = after_dot.or((!is_first).then_some(path)).and_then(|path| path.strip_prefix('['));
         if let Some(inside) = in_brackets {
             return Self::cut_brackets(skip_space(inside));
         }
-        let path = after_dot.ok_or("each field begins with a dot, as in .user.id")?;
+        let path = after_dot.ok_or("a field begins with a dot, as in .user.id")?;
         if path.starts_with('"') {
             return Self::cut_quoted(path);
         }
         let (name, after) = path.split_at_checked(path.find(['.', '[']).unwrap_or(path.len())).unwrap_or((path, ""));
         if name.is_empty() {
-            return Err("a field has no name".to_owned());
+            return Err("the name of the field is missing".to_owned());
         }
-        // What jq would take for an operator is more likely one than a part of the name.
+        // These characters are operators in jq, so they are more likely a mistake than a part of the name.
         if name.contains(['"', ']', '|', '?', ',', '(', ')']) {
-            return Err(format!("a path names one field; a name such as {name} is quoted, as in .[\"a|b\"]"));
+            return Err(format!("a path selects one field; quote a name such as {name}, as in .[\"a|b\"]"));
         }
         Ok((Self { name: Some(name.to_owned()), index: name.parse().ok() }, after))
     }
@@ -68,11 +68,11 @@ impl Step {
     fn cut_quoted(path: &str) -> Result<(Self, &str), String> {
         let (quoted, after) = path.split_at_checked(value_len(path.as_bytes())).unwrap_or((path, ""));
         let name = serde_json::from_str(quoted)
-            .map_err(|_| format!("{quoted} is no quoted name, as in .\"a.b\" or .[\"a b\"]"))?;
+            .map_err(|_| format!("{quoted} is not a quoted name, as in .\"a.b\" or .[\"a b\"]"))?;
         Ok((Self { name: Some(name), index: None }, after))
     }
 
-    /// `inside` is what follows the opening bracket.
+    /// `inside` is the text after the opening bracket.
     fn cut_brackets(inside: &str) -> Result<(Self, &str), String> {
         let (step, after) = if inside.starts_with('"') {
             Self::cut_quoted(inside)?
@@ -80,11 +80,11 @@ impl Step {
             let digits = inside.find(|char: char| !char.is_ascii_digit()).unwrap_or(inside.len());
             let (place, after) = inside.split_at_checked(digits).unwrap_or((inside, ""));
             let index = place.parse().map_err(|_| {
-                "brackets hold a place in an array, as in [0], or a quoted name, as in [\"a b\"]".to_owned()
+                "brackets contain an array index, as in [0], or a quoted name, as in [\"a b\"]".to_owned()
             })?;
             (Self { name: None, index: Some(index) }, after)
         };
-        let after = skip_space(after).strip_prefix(']').ok_or("the bracket is not closed after one place or name")?;
+        let after = skip_space(after).strip_prefix(']').ok_or("the bracket is not closed after one index or name")?;
         Ok((step, after))
     }
 }
@@ -95,7 +95,7 @@ impl fmt::Display for FieldPath {
     }
 }
 
-/// What stands at each path of a line, or `None`: the JSON text of a value.
+/// The JSON text of the value at each path, or `None` if the line has no such field.
 pub(crate) fn find<'l>(line: &'l [u8], paths: &[FieldPath]) -> Result<Vec<Option<&'l str>>, NotJson> {
     let line = str::from_utf8(line).map_err(|_| NotJson::NotText)?;
     let serde::de::IgnoredAny = serde_json::from_str(line).map_err(NotJson::Syntax)?;
@@ -106,7 +106,7 @@ pub(crate) fn find<'l>(line: &'l [u8], paths: &[FieldPath]) -> Result<Vec<Option
     Ok(found)
 }
 
-/// A path from some value on, and the place of what it leads to.
+/// The rest of a path, and the index of its value in the result.
 struct Wanted<'p> {
     place: usize,
     steps: &'p [Step],
@@ -119,7 +119,7 @@ fn descend<'l>(value: &'l str, wanted: &[Wanted<'_>], found: &mut [Option<&'l st
             if !name.is(step) {
                 continue;
             }
-            // Of a name that stands twice the last counts, also where it leads nowhere.
+            // If a name occurs twice, the last one counts, even if the rest of the path does not exist in it.
             if let Some(slot) = found.get_mut(place) {
                 *slot = steps.is_empty().then_some(member);
             }
@@ -133,7 +133,7 @@ fn descend<'l>(value: &'l str, wanted: &[Wanted<'_>], found: &mut [Option<&'l st
 /// The members of an object or array, as JSON text. Any other value has none.
 struct Members<'l> {
     rest: &'l str,
-    /// The place of the next one, in an array.
+    /// The index of the next one, in an array.
     index: Option<usize>,
 }
 
@@ -161,13 +161,13 @@ impl<'l> Members<'l> {
         }
     }
 
-    /// Cuts the next value off the rest, and what stands between it and the next.
+    /// Splits off the next value and the separator after it.
     fn cut(&mut self) -> Option<&'l str> {
         let rest = skip_space(self.rest);
         let (value, rest) = rest.split_at_checked(value_len(rest.as_bytes()))?;
         let rest = skip_space(rest);
         self.rest = rest.strip_prefix([',', ':']).unwrap_or(rest);
-        // Nothing is cut off where a bracket closes.
+        // The value is empty at a closing bracket.
         (!value.is_empty()).then_some(value)
     }
 }
@@ -208,7 +208,7 @@ fn value_len(text: &[u8]) -> usize {
             match byte {
                 b'"' => quoted = true,
                 b'{' | b'[' => depth += 1,
-                // A number ends before the next byte that is none of its own.
+                // A number or literal ends before the next separator.
                 b',' | b':' | b'}' | b']' | b' ' | b'\t' | b'\n' | b'\r' if depth == 0 => return at,
                 b'}' | b']' => depth -= 1,
                 _ => {}
@@ -222,7 +222,7 @@ fn value_len(text: &[u8]) -> usize {
     text.len()
 }
 
-/// The characters of a JSON string. `None` if it has an escape that is no character.
+/// The characters of a JSON string. `None` if an escape in it is not a character.
 fn string(quoted: &str) -> Option<Cow<'_, str>> {
     match quoted.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
         Some(text) if !text.contains('\\') => Some(Cow::Borrowed(text)),
@@ -230,7 +230,7 @@ fn string(quoted: &str) -> Option<Cow<'_, str>> {
     }
 }
 
-/// What a value adds to a key, or what it is instead.
+/// The part of a key that a value makes, or a name for a value that makes none.
 pub(crate) fn key_part(value: &str) -> Result<Cow<'_, str>, &'static str> {
     match value.as_bytes().first() {
         Some(b'"') => string(value).ok_or("text with a broken escape"),
@@ -241,7 +241,7 @@ pub(crate) fn key_part(value: &str) -> Result<Cow<'_, str>, &'static str> {
     }
 }
 
-/// Why a line is no JSON.
+/// Why a line is not JSON.
 #[derive(Debug)]
 pub(crate) enum NotJson {
     NotText,
@@ -251,9 +251,9 @@ pub(crate) enum NotJson {
 impl fmt::Display for NotJson {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotText => f.write_str("it is no UTF-8"),
+            Self::NotText => f.write_str("it is not UTF-8"),
             Self::Syntax(error) => {
-                // Its own "at line 1" would be taken for the line of the file.
+                // The "at line 1" of serde_json would look like a line number of the file.
                 let message = error.to_string();
                 let what = message.split(" at line ").next().unwrap_or_default();
                 write!(f, "{what} at byte {}", error.column())
@@ -262,10 +262,10 @@ impl fmt::Display for NotJson {
     }
 }
 
-/// What must hold of any bytes: a path leads where serde_json says, or is refused, as is a line that is no JSON. The
-/// bytes are a path, a line's end, and a line.
+/// Checks any bytes, which are a path, "\n" and a line: the path selects the same value as in serde_json, and a bad path or a
+/// line that is not JSON is an error.
 #[cfg(any(test, fuzzing))]
-pub(crate) fn law(bytes: &[u8]) {
+pub(crate) fn fuzz_check(bytes: &[u8]) {
     use serde_json::Value;
 
     let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else { return };
@@ -277,7 +277,7 @@ pub(crate) fn law(bytes: &[u8]) {
         return;
     };
     let part = found[0].map(key_part);
-    // It may be JSON and still hold what serde_json makes no value of, such as half a character.
+    // serde_json accepts some JSON that it cannot make a `Value` of, such as half of a surrogate pair.
     let Ok(value) = value else { return };
     let expected = path.steps.iter().try_fold(&value, |value, step| match value {
         Value::Object(members) => members.get(step.name.as_ref()?),
@@ -301,12 +301,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_hold_their_law() {
+    fn fuzz_corpus_paths_select_the_same_value_as_serde_json() {
         let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/json_path");
         let tried = std::fs::read_dir(corpus).unwrap().map(|entry| {
             let path = entry.unwrap().path();
             eprintln!("{}", path.display());
-            law(&std::fs::read(path).unwrap());
+            fuzz_check(&std::fs::read(path).unwrap());
         });
         assert!(tried.count() > 2);
     }
@@ -327,7 +327,7 @@ mod tests {
         })
     }
 
-    /// Every path there is in a value, and what it leads to; in brackets or not.
+    /// Every path in a value with its target, in either form.
     fn paths(value: &Value, path: &str, brackets: bool, found: &mut Vec<(String, Value)>) {
         let members: Vec<(String, &Value)> = match value {
             Value::Object(map) => {
@@ -346,7 +346,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_path_leads_where_serde_json_says(value in json(), pretty: bool, brackets: bool) {
+        fn every_path_selects_the_same_value_as_serde_json(value in json(), pretty: bool, brackets: bool) {
             let line = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) }.unwrap();
             let (mut names, mut values) = (Vec::new(), Vec::new());
             let mut all = Vec::new();
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_leads_to_the_text_of_a_value() {
+    fn a_path_selects_the_text_of_a_value() {
         let line = r#" { "a" : {"b": "x,}\"", "c":[1,{"d":-1.50e3},[]], "a":2} , "x.y":true,"e":[ ],"":0 } "#;
         for (path, value) in [
             (".a.b", Some(r#""x,}\"""#)),
@@ -401,21 +401,21 @@ mod tests {
     }
 
     #[test]
-    fn several_paths_are_found_in_one_line_in_their_own_order() {
+    fn several_paths_return_values_in_the_order_of_the_paths() {
         let paths: Vec<FieldPath> = [".b", ".a.y", ".a", ".a.x"].map(|path| path.parse().unwrap()).to_vec();
         let found = find(br#"{"a":{"x":1,"y":2},"b":3}"#, &paths).unwrap();
         assert_eq!(found, [Some("3"), Some("2"), Some(r#"{"x":1,"y":2}"#), Some("1")]);
     }
 
     #[test]
-    fn of_a_name_that_stands_twice_the_last_counts() {
+    fn the_last_of_two_equal_names_counts() {
         assert_eq!(at(".a", r#"{"a":1,"\u0061":2}"#), Some("2"));
         assert_eq!(at(".a.b", r#"{"a":{"b":1},"a":{}}"#), None);
         assert_eq!(at(".a.b", r#"{"a":{"b":1},"a":5}"#), None);
     }
 
     #[test]
-    fn a_value_counts_by_its_characters_or_its_text() {
+    fn a_string_makes_its_characters_a_key_and_a_number_its_text() {
         let value = |line| key_part(at(".a", line).unwrap());
         assert_eq!(value(r#"{"a":"A\u00e9\n"}"#).unwrap(), "Aé\n");
         assert_eq!(value(r#"{"a":18446744073709551617}"#).unwrap(), "18446744073709551617");
@@ -432,15 +432,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_says_why() {
+    fn a_line_that_is_not_json_is_an_error_with_the_reason() {
         let why = |line: &[u8]| find(line, &[]).unwrap_err().to_string();
-        assert_eq!(why(b"\"\xff\""), "it is no UTF-8");
+        assert_eq!(why(b"\"\xff\""), "it is not UTF-8");
         assert_eq!(why(b"{\"a\":1"), "EOF while parsing an object at byte 6");
         assert!(!why(b"{} {}").contains("line"));
     }
 
     #[test]
-    fn names_and_places_are_not_taken_for_each_other() {
+    fn a_quoted_name_is_not_an_index() {
         assert_eq!(at(".[1]", "[5,6]"), Some("6"));
         assert_eq!(at(".1", "[5,6]"), Some("6"));
         assert_eq!(at(".[\"1\"]", "[5,6]"), None);
@@ -451,33 +451,33 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_path_is_refused_at_its_place() {
+    fn a_bad_path_is_an_error_that_names_the_position() {
         for (path, place, why) in [
-            ("", "at its end: ", "begins with a dot"),
-            (".", "at ., byte 0: ", "has no name"),
+            ("", "at the end: ", "begins with a dot"),
+            (".", "at ., byte 0: ", "name of the field is missing"),
             ("a", "at a, byte 0: ", "begins with a dot"),
-            (".a.", "at ., byte 2: ", "has no name"),
-            (".a..b", "at ..b, byte 2: ", "has no name"),
-            ("..", "at .., byte 0: ", "has no name"),
-            (".\"a", "at .\"a, byte 0: ", "\"a is no quoted name"),
+            (".a.", "at ., byte 2: ", "name of the field is missing"),
+            (".a..b", "at ..b, byte 2: ", "name of the field is missing"),
+            ("..", "at .., byte 0: ", "name of the field is missing"),
+            (".\"a", "at .\"a, byte 0: ", "\"a is not a quoted name"),
             (".\"a\"b", "at b, byte 4: ", "begins with a dot"),
-            (".a\"b\"", "at .a\"b\", byte 0: ", "is quoted"),
-            (".a b.\"\\x\"", "at .\"\\x\", byte 4: ", "no quoted name"),
+            (".a\"b\"", "at .a\"b\", byte 0: ", "quote a name"),
+            (".a b.\"\\x\"", "at .\"\\x\", byte 4: ", "not a quoted name"),
             ("[0]", "at [0], byte 0: ", "begins with a dot"),
-            (".a[]", "at [], byte 2: ", "a place in an array"),
-            (".a[-1].b", "at [-1].b, byte 2: ", "a place in an array"),
+            (".a[]", "at [], byte 2: ", "an array index"),
+            (".a[-1].b", "at [-1].b, byte 2: ", "an array index"),
             (".a[x]", "at [x], byte 2: ", "a quoted name"),
             (".a['x']", "at ['x'], byte 2: ", "a quoted name"),
-            (".a[99999999999999999999999]", "at [9", "a place in an array"),
+            (".a[99999999999999999999999]", "at [9", "an array index"),
             (".a[1:2]", "at [1:2], byte 2: ", "not closed"),
             (".a[0", "at [0, byte 2: ", "not closed"),
             (".a[\"b\"", "at [\"b\", byte 2: ", "not closed"),
-            (".[\"a b]", "at .[\"a b], byte 0: ", "no quoted name"),
-            (".[\"\\ud800\"]", "at .[", "no quoted name"),
-            (".a]", "at .a], byte 0: ", "is quoted"),
-            (".a | .b", "at .a | .b, byte 0: ", "names one field"),
-            (".a?", "at .a?, byte 0: ", "names one field"),
-            (".a,.b", "at .a,.b, byte 0: ", "names one field"),
+            (".[\"a b]", "at .[\"a b], byte 0: ", "not a quoted name"),
+            (".[\"\\ud800\"]", "at .[", "not a quoted name"),
+            (".a]", "at .a], byte 0: ", "quote a name"),
+            (".a | .b", "at .a | .b, byte 0: ", "selects one field"),
+            (".a?", "at .a?, byte 0: ", "selects one field"),
+            (".a,.b", "at .a,.b, byte 0: ", "selects one field"),
         ] {
             let error = path.parse::<FieldPath>().unwrap_err();
             assert!(error.starts_with(place) && error.contains(why), "{path}: {error}");

@@ -1,4 +1,4 @@
-//! What the key of a line is.
+//! Derives the key of a line.
 
 use std::fmt;
 
@@ -9,9 +9,9 @@ use crate::opening::KEY_LIMIT;
 
 /// How a line gets its key.
 pub(crate) struct LineKey {
-    /// Where the values stand that make the key; where there are none, all of the line's bytes make it.
+    /// The fields that make the key. If empty, the whole line is the key.
     pub(crate) paths: Vec<FieldPath>,
-    /// Given for the rest of the process, so that no key needs a copy of it.
+    /// Leaked, so that keys can borrow it.
     pub(crate) scope: &'static [u8],
 }
 
@@ -21,7 +21,7 @@ impl LineKey {
         !self.paths.is_empty()
     }
 
-    /// The key of a line, which is given without its "\n".
+    /// The key of a line without its "\n".
     pub(crate) fn of(&self, line: &[u8]) -> Result<Key<'static>, NoKey<'_>> {
         let key = if self.is_json() { self.of_fields(line)? } else { Key::content(line) };
         Ok(key.scope(self.scope))
@@ -35,7 +35,7 @@ impl LineKey {
             parts.push(json_field::key_part(value).map_err(|what| NoKey::NotAPart(path, what))?);
         }
         let key = match parts.as_slice() {
-            // A single value is the key itself, so that `get` and other programs can name it.
+            // A single value is a plain key, so that `get` and other programs can look it up.
             [value] => Key::from(String::from(value.as_ref())),
             parts => Key::composite(parts.iter().map(|part| part.as_bytes())),
         };
@@ -59,13 +59,11 @@ pub(crate) enum NoKey<'p> {
 impl fmt::Display for NoKey<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotJson(why) => write!(f, "it is no JSON: {why}"),
-            Self::Absent(path) => write!(f, "it has no {path}"),
-            Self::NotAPart(path, what) => write!(f, "its {path} is {what}"),
-            Self::Empty => f.write_str("its key is empty"),
-            Self::TooLong(len) => {
-                write!(f, "its key is {len} bytes long with the scope, over the limit of {KEY_LIMIT}")
-            }
+            Self::NotJson(why) => write!(f, "the line is not JSON: {why}"),
+            Self::Absent(path) => write!(f, "the line has no {path}"),
+            Self::NotAPart(path, what) => write!(f, "{path} is {what}"),
+            Self::Empty => f.write_str("the key is empty"),
+            Self::TooLong(len) => write!(f, "the key and the scope have {len} bytes; the limit is {KEY_LIMIT}"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The command line: `onlyonce filter`, `get` and `stats`.
+//! The command `onlyonce`: `filter`, `get` and `stats`.
 
 mod args;
 mod batch;
@@ -20,11 +20,11 @@ use tracing::Level;
 
 use crate::args::{Args, Command};
 
-/// `get` found nothing.
-const NOTHING: u8 = 1;
-/// Bad usage, bad input, or a store or file that refuses.
+/// `get` found no entry.
+const NOT_FOUND: u8 = 1;
+/// Bad usage, bad input, or an error of the store or of a file.
 const FAILED: u8 = 2;
-/// Ended by Ctrl-C: 128 and the number of the signal, as shells say it.
+/// Ended by Ctrl-C: 128 plus the number of the signal, as in shells.
 const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
@@ -41,12 +41,8 @@ fn main() -> ExitCode {
         Command::Stats(stats) => report::stats(stats),
     };
     ExitCode::from(exit.unwrap_or_else(|error| {
-        complain(&error);
+        // If standard error is closed, only the exit code reports the failure.
+        let _ = writeln!(std::io::stderr(), "onlyonce: {error:#}");
         FAILED
     }))
-}
-
-/// Says on standard error what went wrong. Where nobody listens there, the exit code has to do.
-fn complain(error: &anyhow::Error) {
-    let _ = writeln!(std::io::stderr(), "onlyonce: {error:#}");
 }

@@ -1,10 +1,10 @@
-//! A key as `get` is given it and prints it, so that a program can read it back.
+//! The names of keys: arguments of `get`, and the JSON that it prints and reads.
 //!
 //! ```text
-//! key   := part                                   the key's text, or its bytes
-//!        | [part, ...]                            the parts of a composite key
-//!        | {"content": "<64 hex digits>"}         BLAKE3 of a whole line
-//! part  := "text" | {"hex": "<hex digits>"}       the latter where the bytes are no UTF-8
+//! key   := part                                   a plain key
+//!        | [part, ...]                            a composite key
+//!        | {"content": "<64 hex digits>"}         the BLAKE3 hash of a whole line
+//! part  := "text" | {"hex": "<hex digits>"}       the latter if the bytes are not UTF-8
 //! scope := part | null
 //! ```
 
@@ -26,7 +26,7 @@ pub(crate) struct NamedKey {
 enum Name {
     Plain(Vec<u8>),
     Composite(Vec<Vec<u8>>),
-    /// The hash of the content.
+    /// The BLAKE3 hash of a whole line.
     Content([u8; 32]),
 }
 
@@ -36,12 +36,15 @@ impl NamedKey {
         let scope = args.scope.as_bytes().to_vec();
         match args.keys.as_slice() {
             [line] if args.content => {
-                let hash = Key::content(line.as_bytes()).as_bytes().try_into().context("a hash has 32 bytes")?;
+                let hash = Key::content(line.as_bytes())
+                    .as_bytes()
+                    .try_into()
+                    .context("internal error: the hash of a line does not have 32 bytes")?;
                 Ok(Self { name: Name::Content(hash), scope })
             }
-            _ if args.content => bail!("with --content there is one KEY, the whole line"),
+            _ if args.content => bail!("--content takes one KEY, the whole line"),
             [json] if args.json => Self::of_json(json, scope),
-            _ if args.json => bail!("with --json there is one KEY, as `get` prints it"),
+            _ if args.json => bail!("--json takes one KEY, as `get` prints it"),
             [key] => Ok(Self { name: Name::Plain(key.as_bytes().to_vec()), scope }),
             parts => {
                 let parts = parts.iter().map(|part| part.as_bytes().to_vec()).collect();
@@ -50,9 +53,9 @@ impl NamedKey {
         }
     }
 
-    /// What `get` printed, or the value of its "key" alone.
+    /// Parses an object that `get` printed, or only the value of its member "key".
     fn of_json(text: &OsString, scope: Vec<u8>) -> anyhow::Result<Self> {
-        let value: Value = serde_json::from_slice(text.as_bytes()).context("KEY is no JSON")?;
+        let value: Value = serde_json::from_slice(text.as_bytes()).context("KEY is not JSON")?;
         let printed = value.as_object().filter(|members| members.contains_key("key"));
         let Some(printed) = printed else { return Ok(Self { name: Name::of_json(&value)?, scope }) };
         let name = Name::of_json(printed.get("key").unwrap_or(&Value::Null))?;
@@ -60,7 +63,7 @@ impl NamedKey {
             None | Some(Value::Null) => Vec::new(),
             Some(scope) => bytes(scope).context("the scope of KEY")?,
         };
-        ensure!(scope.is_empty() || scope == own, "--scope is not the scope of KEY: leave it out");
+        ensure!(scope.is_empty() || scope == own, "--scope differs from the scope in KEY; leave --scope out");
         Ok(Self { name, scope: own })
     }
 
@@ -73,7 +76,11 @@ impl NamedKey {
         key.scope(&self.scope)
     }
 
-    /// As members of a JSON object.
+    pub(crate) fn has_scope(&self) -> bool {
+        !self.scope.is_empty()
+    }
+
+    /// The members "key" and "scope" of a JSON object.
     pub(crate) fn members(&self) -> Map<String, Value> {
         let scope = if self.scope.is_empty() { Value::Null } else { part(&self.scope) };
         Map::from_iter([("key".to_owned(), self.name.json()), ("scope".to_owned(), scope)])
@@ -91,7 +98,7 @@ impl Name {
             Value::Object(members) if members.contains_key("content") => {
                 let hash = members.get("content").and_then(Value::as_str).and_then(unhex);
                 let hash = hash.and_then(|bytes| bytes.try_into().ok());
-                Ok(Self::Content(hash.context("the content of KEY is no 64 hex digits")?))
+                Ok(Self::Content(hash.context("the content of KEY is not 64 hex digits")?))
             }
             part => Ok(Self::Plain(bytes(part).context("KEY")?)),
         }
@@ -118,10 +125,10 @@ fn bytes(part: &Value) -> anyhow::Result<Vec<u8>> {
         Value::String(text) => Ok(text.clone().into_bytes()),
         Value::Object(members) => {
             let hex = members.get("hex").and_then(Value::as_str);
-            hex.and_then(unhex).context(r#"bytes are given as {"hex": "00ff"}"#)
+            hex.and_then(unhex).context(r#"the bytes are not in the form {"hex": "00ff"}"#)
         }
-        // `filter` makes the text of a number its key, and JSON has several texts for one number.
-        other => bail!(r#"{other} is no text: put it in quotes, as in "1""#),
+        // `filter` uses the text of a number as the key, and a JSON number has several texts.
+        other => bail!(r#"{other} is not a string; quote it, as in "1""#),
     }
 }
 
@@ -157,7 +164,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_key_is_read_back_as_it_is_printed(
+        fn every_printed_key_is_parsed_as_the_same_key(
             form in 0..3, parts in prop::collection::vec(any_bytes(), 1..4), scope in any_bytes(), hash: [u8; 32],
         ) {
             let name = match form {
@@ -175,22 +182,22 @@ mod tests {
     }
 
     #[test]
-    fn an_argument_that_is_no_key_is_refused_with_the_reason() {
+    fn an_argument_that_is_not_a_key_is_an_error_with_the_reason() {
         for (text, why) in [
-            ("a", "KEY is no JSON"),
-            ("1", "KEY: 1 is no text: put it in quotes"),
-            ("null", "KEY: null is no text"),
-            (r#"["a",1]"#, "part 1 of KEY: 1 is no text"),
-            (r#"{"hex":"0"}"#, "KEY: bytes are given as"),
-            (r#"{"hex":"0g"}"#, "KEY: bytes are given as"),
-            (r#"{"content":"00"}"#, "the content of KEY is no 64 hex digits"),
-            (r#"{"key":"a","scope":7}"#, "the scope of KEY: 7 is no text"),
-            (r#"{}"#, "KEY: bytes are given as"),
+            ("a", "KEY is not JSON"),
+            ("1", "KEY: 1 is not a string; quote it"),
+            ("null", "KEY: null is not a string"),
+            (r#"["a",1]"#, "part 1 of KEY: 1 is not a string"),
+            (r#"{"hex":"0"}"#, "KEY: the bytes are not in the form"),
+            (r#"{"hex":"0g"}"#, "KEY: the bytes are not in the form"),
+            (r#"{"content":"00"}"#, "the content of KEY is not 64 hex digits"),
+            (r#"{"key":"a","scope":7}"#, "the scope of KEY: 7 is not a string"),
+            (r#"{}"#, "KEY: the bytes are not in the form"),
         ] {
-            let said = read(text).map(|_| ()).unwrap_err();
-            assert!(format!("{said:#}").starts_with(why), "{text}: {said:#}");
+            let error = read(text).map(|_| ()).unwrap_err();
+            assert!(format!("{error:#}").starts_with(why), "{text}: {error:#}");
         }
         let other = NamedKey::of_json(&OsString::from(r#"{"key":"a","scope":"s"}"#), b"t".to_vec());
-        assert!(other.is_err_and(|said| said.to_string().contains("--scope is not the scope of KEY")));
+        assert!(other.is_err_and(|error| error.to_string().contains("--scope differs from the scope in KEY")));
     }
 }

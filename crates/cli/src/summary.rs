@@ -1,11 +1,11 @@
-//! What `filter` says at its end.
+//! The summary that `filter` prints at its end.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// `lines` is `passed`, `duplicates` and `blank`, and `missing` where those are left out; where they are passed, `passed`
-/// holds them, too.
+/// `lines` is the sum of `passed`, `duplicates`, `blank` and, if lines without a key are dropped, `missing`. If those are
+/// passed, `passed` includes them.
 #[derive(Debug, Default, Clone, Serialize)]
 pub(crate) struct Summary {
     pub(crate) lines: u64,

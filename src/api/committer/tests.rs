@@ -47,11 +47,11 @@ impl GatedStore {
     }
 
     async fn block_ask_thread(&self) -> Gate {
-        block(&self.committer().ask).await
+        block(self.committer().queue(Queue::Ask).unwrap()).await
     }
 
     async fn block_commit_thread(&self) -> Gate {
-        block(&self.committer().commit).await
+        block(self.committer().queue(Queue::Commit).unwrap()).await
     }
 
     async fn acquire(&self, key: &str) -> Lease {
@@ -248,7 +248,7 @@ async fn a_full_queue_makes_calls_wait_without_blocking_the_thread() {
     let gated = GatedStore::new(3);
     let gate = gated.block_ask_thread().await;
     let claims: Vec<_> = (0..5).map(|i| submitted(gated.store.claim(i.to_string()))).collect();
-    let queue = &gated.committer().ask;
+    let queue = gated.committer().queue(Queue::Ask).unwrap();
     assert_eq!((queue.capacity(), queue.max_capacity()), (0, 3));
     drop(gate);
     for claim in claims {

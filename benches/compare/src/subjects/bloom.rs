@@ -1,4 +1,4 @@
-//! A bare Bloom filter of blocks of 512 bits: one cache line a key, and nothing else. The physical limit of a check.
+//! A bare Bloom filter with blocks of 512 bits, one cache line per key: the physical limit of a check.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,7 +9,7 @@ use crate::subject::{Setup, Subject};
 
 const BITS_OF_A_KEY: u32 = 8;
 
-/// Keys whose lines are on their way from memory at the same time.
+/// The number of keys whose cache lines are prefetched together.
 const GROUP: usize = 32;
 
 #[repr(align(64))]
@@ -44,13 +44,13 @@ impl Block {
     }
 }
 
-/// Eight places of nine bits each.
+/// Eight bit positions of nine bits each.
 fn bits(digest: u64) -> impl Iterator<Item = usize> {
     let spread = u128::from(digest.wrapping_mul(0x9e37_79b9_7f4a_7c15)) * 0xd6e8_feb8_6659_fd93;
     (0..BITS_OF_A_KEY).map(move |i| (spread >> (i * 13)) as usize % 512)
 }
 
-/// Multiplies and folds eight bytes at a time: the cheapest hash that will do.
+/// Multiplies and folds eight bytes at a time: the cheapest sufficient hash.
 fn digest(key: &Key) -> u64 {
     let mut state = 0x243f_6a88_85a3_08d3_u64;
     for word in key.chunks(8) {
@@ -84,7 +84,7 @@ impl Subject for Bloom {
             for (look, key) in looks.iter_mut().zip(group) {
                 let digest = digest(key);
                 let block = self.block(digest);
-                // Only asks for the line: what hangs on it comes when all lines of the group are asked for.
+                // Requests the cache line only. It is used after all lines of the group are requested.
                 std::hint::black_box(block.0[0].load(Ordering::Relaxed));
                 *look = (digest, Some(block));
             }
@@ -93,7 +93,7 @@ impl Subject for Bloom {
         Ok(known)
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         Ok(())
     }
 
@@ -123,6 +123,6 @@ mod tests {
         bloom.insert(&keys(0, 100_000), &[]).unwrap();
         assert_eq!(bloom.check(&keys(0, 100_000)).unwrap(), 100_000);
         let wrong = bloom.check(&keys(NEW, 100_000)).unwrap();
-        assert!(wrong < 200, "{wrong} of 100,000 new keys are taken for known");
+        assert!(wrong < 200, "{wrong} of 100,000 new keys are reported as known");
     }
 }

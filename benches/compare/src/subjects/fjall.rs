@@ -45,7 +45,7 @@ impl Subject for Fjall {
         Ok(known)
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         self.keyspace.rotate_memtable_and_wait()?;
         Ok(self.db.persist(PersistMode::SyncAll)?)
     }

@@ -1,4 +1,4 @@
-//! A subject that answers one key wrong: who measures has to notice.
+//! A subject that answers one key wrong. The benchmark must detect it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,7 +21,7 @@ impl Liar {
 impl Subject for Liar {
     fn insert(&self, keys: &[Key], result: &[u8]) -> Result<usize> {
         let first = self.inner.insert(keys, result)?;
-        // The first new key is called a duplicate.
+        // Reports the first new key as a duplicate.
         Ok(if first > 0 && !self.has_lied.swap(true, Ordering::Relaxed) { first - 1 } else { first })
     }
 
@@ -33,8 +33,8 @@ impl Subject for Liar {
         self.inner.next_bucket()
     }
 
-    fn settle(&self) -> Result<()> {
-        self.inner.settle()
+    fn finish_background_work(&self) -> Result<()> {
+        self.inner.finish_background_work()
     }
 
     fn memory_bytes(&self) -> Option<u64> {

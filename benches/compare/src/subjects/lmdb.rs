@@ -22,17 +22,17 @@ impl Lmdb {
         let opened = env.create_databases_and_commit(env.write_txn()?, |databases, transaction| {
             anyhow::Ok(CommitOrAbort::<_, ()>::Commit(databases.create_database(transaction, None)?))
         })?;
-        let CommitOrAbort::Commit(seen) = opened else { bail!("LMDB did not make its database") };
+        let CommitOrAbort::Commit(seen) = opened else { bail!("LMDB did not create its database") };
         Ok(Self { env, seen })
     }
 }
 
-#[expect(unsafe_code, reason = "the map is sound while nobody else changes the file, and the directory is ours alone")]
+#[expect(unsafe_code, reason = "the memory map is sound because no other process uses the directory")]
 fn open_env(dir: &Path, map_bytes: usize, durability: Durability) -> heed::Result<Env<WithTls>> {
     let mut options = EnvOpenOptions::new();
     options.map_size(map_bytes).max_readers(256);
     // SAFETY: the directory was created for this run, and nothing but this environment touches it. Without syncs a
-    // power cut may corrupt the database, which no run survives anyway.
+    // power failure may corrupt the database, but no run survives one.
     unsafe {
         if durability == Durability::Process {
             options.flags(EnvFlags::NO_SYNC);
@@ -61,7 +61,7 @@ impl Subject for Lmdb {
         Ok(known)
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         Ok(self.env.force_sync()?)
     }
 

@@ -1,4 +1,4 @@
-//! A file for each system.
+//! One file per system.
 
 pub mod bloom;
 pub mod fjall;

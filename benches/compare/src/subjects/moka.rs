@@ -1,4 +1,4 @@
-//! moka: a concurrent cache in memory. What it forgets at a restart is everything.
+//! moka: a concurrent cache in memory. It loses everything at a restart.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl Subject for Moka {
         Ok(keys.iter().filter(|key| self.cache.get(*key).is_some()).count())
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         self.cache.run_pending_tasks();
         Ok(())
     }

@@ -1,14 +1,14 @@
-//! The store of this repository, through its public interface.
+//! The store of this repository, through its public API.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
-use onlyonce::{Check, Claim, Lease, ManualClock, Recorded, Store};
+use anyhow::Result;
+use onlyonce::{Claim, KeyStatus, Lease, ManualClock, RecordOutcome, Store, Timestamp};
 
 use crate::keys::Key;
 use crate::subject::{Durability, Setup, Subject};
 
-/// How wide a slice of time is where a clock is moved by hand.
+/// The width of a bucket. The clock is advanced manually.
 pub const BUCKET: Duration = Duration::from_secs(60 * 60);
 
 pub struct OnlyOnce {
@@ -19,8 +19,8 @@ pub struct OnlyOnce {
 impl OnlyOnce {
     pub fn open(setup: &Setup) -> Result<Self> {
         let window = BUCKET * setup.buckets;
-        // The last bucket is about now, so that the keys are remembered by who opens the store with the real clock.
-        let clock = ManualClock::at(now_ms()?.saturating_sub(millis(BUCKET * setup.buckets.saturating_sub(1))));
+        // The last bucket is the current one on the real clock, so that a process with the real clock still remembers the keys.
+        let clock = ManualClock::at(Timestamp::from(SystemTime::now() - BUCKET * setup.buckets.saturating_sub(1)));
         let store = Store::builder()
             .durability(match setup.durability {
                 Durability::Process => onlyonce::Durability::Process,
@@ -35,7 +35,7 @@ impl OnlyOnce {
         Ok(Self { store, clock })
     }
 
-    /// The share of new keys that a filter did not rule out, and the number of keys asked, up to now.
+    /// The number of keys that a filter did not rule out, and of all looked up keys.
     pub fn filter_counts(&self) -> (u64, u64) {
         let stats = self.store.stats();
         (stats.filter_hits, stats.filter_checks)
@@ -43,41 +43,41 @@ impl OnlyOnce {
 }
 
 impl Subject for OnlyOnce {
-    /// A key with a result is claimed and completed; one without is recorded.
+    /// Claims and completes keys with a result; records keys without one.
     fn insert(&self, keys: &[Key], result: &[u8]) -> Result<usize> {
         match (keys, result) {
-            ([key], []) => Ok(usize::from(self.store.record(key)? == Recorded::First)),
+            ([key], []) => Ok(usize::from(self.store.record(key).wait()? == RecordOutcome::First)),
             (_, []) => {
                 let mut first = 0;
-                for recorded in self.store.record_batch(keys)? {
-                    first += usize::from(recorded? == Recorded::First);
+                for recorded in self.store.record_batch(keys).wait()? {
+                    first += usize::from(recorded? == RecordOutcome::First);
                 }
                 Ok(first)
             }
-            ([key], _) => live_one(&self.store, key, result),
-            _ => live(&self.store, keys, result),
+            ([key], _) => claim_and_complete_one(&self.store, key, result),
+            _ => claim_and_complete(&self.store, keys, result),
         }
     }
 
     fn check(&self, keys: &[Key]) -> Result<usize> {
         if let [key] = keys {
-            return Ok(usize::from(self.store.check(key)? != Check::New));
+            return Ok(usize::from(self.store.check(key).wait()? != KeyStatus::New));
         }
         let mut known = 0;
-        for check in self.store.check_batch(keys)? {
-            known += usize::from(check? != Check::New);
+        for check in self.store.check_batch(keys).wait()? {
+            known += usize::from(check? != KeyStatus::New);
         }
         Ok(known)
     }
 
     fn next_bucket(&self) -> Result<()> {
-        self.store.seal()?;
+        self.store.flush()?;
         self.clock.advance(BUCKET);
         Ok(())
     }
 
-    fn settle(&self) -> Result<()> {
-        Ok(self.store.seal()?)
+    fn finish_background_work(&self) -> Result<()> {
+        Ok(self.store.flush()?)
     }
 
     fn memory_bytes(&self) -> Option<u64> {
@@ -85,41 +85,32 @@ impl Subject for OnlyOnce {
     }
 
     fn close(self: Box<Self>) -> Result<()> {
-        Ok(self.store.close()?)
+        Ok(self.store.close().wait()?)
     }
 }
 
-/// Claims a key and completes it. How many lives were begun and ended: one, or none for a duplicate.
-pub fn live_one(store: &Store, key: &Key, result: &[u8]) -> Result<usize> {
-    match store.claim(key)? {
+/// Claims and completes a key. Returns 1, or 0 for a duplicate.
+pub fn claim_and_complete_one(store: &Store, key: &Key, result: &[u8]) -> Result<usize> {
+    match store.claim(key).wait()? {
         Claim::Acquired(lease) => {
-            lease.complete(result)?;
+            lease.complete(result).wait()?;
             Ok(1)
         }
         Claim::Completed(_) | Claim::InProgress(_) => Ok(0),
     }
 }
 
-/// Claims the keys and completes what was acquired.
-pub fn live(store: &Store, keys: &[Key], result: &[u8]) -> Result<usize> {
+/// Claims the keys and completes the acquired ones. Returns their number.
+pub fn claim_and_complete(store: &Store, keys: &[Key], result: &[u8]) -> Result<usize> {
     let mut leases: Vec<(Lease, &[u8])> = Vec::with_capacity(keys.len());
-    for claim in store.claim_batch(keys)? {
+    for claim in store.claim_batch(keys).wait()? {
         if let Claim::Acquired(lease) = claim? {
             leases.push((lease, result));
         }
     }
     let first = leases.len();
-    for completed in store.complete_batch(leases) {
+    for completed in store.complete_batch(leases).wait() {
         completed?;
     }
     Ok(first)
-}
-
-/// Milliseconds since the Unix epoch.
-pub fn now_ms() -> Result<u64> {
-    Ok(millis(SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970")?))
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

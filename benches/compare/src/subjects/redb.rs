@@ -34,7 +34,7 @@ impl Redb {
         Ok(done)
     }
 
-    /// Unsynced commits cannot free pages: once a second one is synced, as the others' logs are.
+    /// Unsynced commits cannot free pages, so one commit per second is synced, like the logs of the other stores.
     fn is_sync_due(&self) -> Result<bool> {
         if self.durability == Durability::Disk {
             return Ok(true);
@@ -71,7 +71,7 @@ impl Subject for Redb {
         Ok(known)
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         self.commit(true, |_| Ok(()))
     }
 }

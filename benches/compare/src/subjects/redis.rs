@@ -1,4 +1,4 @@
-//! Redis: a server that is started for the run and stopped after it.
+//! Redis: a server process that runs during the benchmark.
 
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -14,7 +14,7 @@ use crate::subject::{Durability, Setup, Subject};
 
 pub const PROGRAM: &str = "redis-server";
 
-/// Commands in one write to the server.
+/// The number of commands in one write to the server.
 const PIPELINE: usize = 64;
 
 /// How long the server remembers a key, in seconds.
@@ -22,12 +22,12 @@ const WINDOW_S: u64 = 24 * 60 * 60;
 
 pub struct Redis {
     client: Client,
-    /// Connections that nobody uses at the moment.
+    /// Idle connections.
     idle: Mutex<Vec<Connection>>,
     server: Server,
 }
 
-/// The servers that run. Whoever ends the process early has to stop them.
+/// The running servers. An early exit of the process must stop them.
 static RUNNING: Mutex<Vec<Child>> = Mutex::new(Vec::new());
 
 /// Stops every server.
@@ -38,12 +38,12 @@ pub fn stop_all() {
 }
 
 fn stop(mut server: Child) {
-    // It has nothing to lose, and may be gone already.
+    // The server has no data to keep, and may have exited already.
     let _ = server.kill();
     let _ = server.wait();
 }
 
-/// The number of a server's process; it is stopped with its owner.
+/// The process id of a server, which is stopped on drop.
 struct Server(u32);
 
 impl Server {
@@ -107,8 +107,8 @@ impl Redis {
         Ok(())
     }
 
-    /// Sends a command for each key, and says how many were answered with yes. Two connections take turns, so that the
-    /// server has the next pipeline while the answers to the one before are read.
+    /// Sends a command per key and returns the number of positive answers. Two connections alternate, so that the server works on
+    /// the next pipeline while the answers of the last one are read.
     fn ask(&self, keys: &[Key], command: impl Fn(&mut Pipeline, &Key)) -> Result<usize> {
         let ways = if keys.len() > PIPELINE { 2 } else { 1 };
         let mut connections = (0..ways).map(|_| self.connection()).collect::<Result<Vec<_>>>()?;
@@ -157,7 +157,7 @@ impl Subject for Redis {
         })
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         Ok(())
     }
 

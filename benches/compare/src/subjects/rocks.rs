@@ -1,4 +1,4 @@
-//! RocksDB as one would use it: with its default options, tuned, and with a family for each slice of time.
+//! RocksDB with default options, tuned, and with a column family per time bucket.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +9,7 @@ use rocksdb::{BlockBasedOptions, BoundColumnFamily, Cache, DB, Options, ReadOpti
 use crate::keys::Key;
 use crate::subject::{Durability, Setup, Subject};
 
-/// The family that every database has.
+/// The default column family.
 const DEFAULT: &str = "default";
 
 pub struct Rocks {
@@ -28,7 +28,7 @@ impl Rocks {
 
     pub fn tuned(setup: &Setup) -> Result<Self> {
         let options = tuned_options(setup);
-        // Named, so that its handle can be had: a multi-get in one piece needs it.
+        // Opened by name, because a batched multi-get needs its handle.
         let db = DB::open_cf_with_opts(&options, setup.dir.join("db"), [(DEFAULT, options.clone())])?;
         Ok(Self { db, durability: setup.durability, tuned: true })
     }
@@ -79,12 +79,12 @@ impl Subject for Rocks {
         Ok(known)
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         Ok(self.db.flush()?)
     }
 }
 
-/// A family for each slice of time, all of which a check has to ask: what a window is on plain RocksDB.
+/// A window on plain RocksDB: a column family per time bucket. A check must look into all of them.
 pub struct Families {
     db: DB,
     options: Options,
@@ -95,7 +95,7 @@ impl Families {
     pub fn open(setup: &Setup) -> Result<Self> {
         std::fs::create_dir_all(setup.dir)?;
         let mut options = tuned_options(setup);
-        // All families together get what one would.
+        // All column families together get the memory of one.
         options.set_write_buffer_size(16 << 20);
         let db = DB::open(&options, setup.dir.join("db"))?;
         db.create_cf(name(0), &options)?;
@@ -108,7 +108,7 @@ impl Families {
 }
 
 impl Subject for Families {
-    /// Only fills: the keys have to be absent.
+    /// Inserts absent keys without a check.
     fn insert(&self, keys: &[Key], result: &[u8]) -> Result<usize> {
         let family = family(&self.db, &name(self.current.load(Ordering::Relaxed)))?;
         let mut batch = WriteBatch::default();
@@ -154,10 +154,10 @@ impl Subject for Families {
         Ok(())
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         for family in self.families()? {
             self.db.flush_cf(&family)?;
-            // A slice that has ended is read for a day: it is worth being merged once.
+            // A bucket that has ended is read for the rest of the window, so it is compacted once.
             self.db.compact_range_cf(&family, None::<&[u8]>, None::<&[u8]>);
         }
         Ok(())
@@ -169,13 +169,13 @@ fn name(number: u32) -> String {
 }
 
 fn family<'a>(db: &'a DB, name: &str) -> Result<Arc<BoundColumnFamily<'a>>> {
-    db.cf_handle(name).with_context(|| format!("RocksDB has no family {name}"))
+    db.cf_handle(name).with_context(|| format!("RocksDB has no column family {name}"))
 }
 
 fn tuned_options(setup: &Setup) -> Options {
     let mut table = BlockBasedOptions::default();
     table.set_bloom_filter(10.0, false);
-    // Filters and indexes lie outside of the cache: they are always there.
+    // Filters and indexes are outside of the block cache, so they are always in memory.
     table.set_block_cache(&Cache::new_lru_cache(usize::try_from(setup.memory() / 2).unwrap_or(usize::MAX)));
     let mut options = Options::default();
     options.create_if_missing(true);

@@ -9,7 +9,7 @@ use crate::keys::Key;
 use crate::subject::{Durability, Setup, Subject};
 
 pub struct Sqlite {
-    /// SQLite has one writer at a time: threads share its connection.
+    /// SQLite allows one writer at a time, so threads share a connection.
     connection: Mutex<Connection>,
 }
 
@@ -62,7 +62,7 @@ impl Subject for Sqlite {
         Ok(known)
     }
 
-    fn settle(&self) -> Result<()> {
+    fn finish_background_work(&self) -> Result<()> {
         self.connection()?.query_row("PRAGMA wal_checkpoint(TRUNCATE)", (), |_| Ok(()))?;
         Ok(())
     }

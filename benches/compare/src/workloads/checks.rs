@@ -15,10 +15,10 @@ use crate::subjects::rocks::Families;
 
 const BUCKETS: u32 = 24;
 
-/// Of onlyonce's filter, where it is not measured itself.
+/// Used for the filter of onlyonce if onlyonce is not measured.
 pub const FILTER_BYTES_PER_KEY: f64 = 2.5;
 
-/// W1 with many keys: onlyonce, RocksDB with a family for each bucket, and the bare filter.
+/// W1 with many keys: onlyonce, RocksDB with a column family per bucket, and the bare filter.
 pub fn many(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let keys = size.live;
@@ -32,7 +32,7 @@ pub fn many(run: &Run, size: &Size) -> Result<Vec<Row>> {
         std::fs::create_dir_all(&dir)?;
         let store = OnlyOnce::open(&setup)?;
         fill(&store, keys, BUCKETS, &[])?;
-        store.settle()?;
+        store.finish_background_work()?;
         let filter_bytes_per_key = store.memory_bytes().unwrap_or(0) as f64 / keys as f64;
         run.filter_bytes_per_key.set(filter_bytes_per_key);
         let disk = directory_bytes(&dir);
@@ -51,16 +51,16 @@ pub fn many(run: &Run, size: &Size) -> Result<Vec<Row>> {
         super::remove(&dir)?;
     }
     if run.has_subject(Kind::RocksdbTuned) {
-        say(&format!("W1: rocksdb-tuned with {BUCKETS} families, {keys} keys"));
+        say(&format!("W1: rocksdb-tuned with {BUCKETS} column families, {keys} keys"));
         let setup = setup(0);
         let open = || Ok(Box::new(Families::open(&setup)?) as Box<dyn Subject>);
         let families = run.with_opened("rocksdb-families", &setup, open, |families| {
             fill(families, keys, BUCKETS, &[])?;
-            families.settle()?;
+            families.finish_background_work()?;
             new_keys(size, families, "rocksdb-families", keys)
         })?;
         rows.extend(families.into_iter().map(|mut row| {
-            row.note = Some("a family for each bucket, each merged; filters of 10 bits a key".to_owned());
+            row.note = Some("one column family per bucket, each compacted; filters of 10 bits per key".to_owned());
             row
         }));
     }
@@ -81,7 +81,7 @@ pub fn many(run: &Run, size: &Size) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// W1 and W2 with as many keys as the slowest subject can be filled with.
+/// W1 and W2 with as many keys as the slowest subject can be filled with in reasonable time.
 pub fn compared(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     let keys = size.compared;
@@ -96,7 +96,7 @@ pub fn compared(run: &Run, size: &Size) -> Result<Vec<Row>> {
             if run.has(Workload::W2) {
                 rows.extend(recent(size, subject, kind, keys, "recent")?);
             }
-            subject.settle()?;
+            subject.finish_background_work()?;
             let disk = directory_bytes(&dir);
             let ram = match (kind, subject.memory_bytes()) {
                 (Kind::Onlyonce, after) => after,
@@ -105,7 +105,7 @@ pub fn compared(run: &Run, size: &Size) -> Result<Vec<Row>> {
             };
             if run.has(Workload::W2) {
                 if kind == Kind::Onlyonce {
-                    rows.extend(recent(size, subject, kind, keys, "recent, sealed")?);
+                    rows.extend(recent(size, subject, kind, keys, "recent, flushed")?);
                 }
                 for batch in [1, BATCH] {
                     let pick = |i| mix(i ^ 0x5eed) % keys;
@@ -139,7 +139,7 @@ pub fn new_keys(size: &Size, subject: &dyn Subject, name: &str, keys: u64) -> Re
         if name == Kind::Bloom.name() {
             ensure!(probed.answers * 50 < probed.keys, "{} of {} new keys pass", probed.answers, probed.keys);
         } else {
-            ensure!(probed.answers == 0, "{} of {} new keys are taken for known", probed.answers, probed.keys);
+            ensure!(probed.answers == 0, "{} of {} new keys are reported as known", probed.answers, probed.keys);
         }
         rows.push(row(Workload::W1, "new keys", name, keys, batch, &probed));
     }
@@ -149,11 +149,11 @@ pub fn new_keys(size: &Size, subject: &dyn Subject, name: &str, keys: u64) -> Re
     Ok(rows)
 }
 
-/// Checks of the keys that came last.
+/// Checks of the most recent keys.
 fn recent(size: &Size, subject: &dyn Subject, kind: Kind, keys: u64, case: &str) -> Result<Vec<Row>> {
     let last = (keys / 100).max(1);
     let mut rows = Vec::new();
-    // Batches first: what came last is soon moved to where the rest is.
+    // Batches first: recent keys are flushed soon.
     for batch in [BATCH, 1] {
         let count = if batch == 1 { size.probes / 4 } else { size.probes };
         let probed = probe(count, batch, |i| keys - 1 - mix(i) % last, |keys| subject.check(keys))?;
@@ -172,7 +172,7 @@ fn row(workload: Workload, case: &str, name: &str, keys: u64, batch: usize, prob
     row.keys = keys;
     row.batch = batch as u32;
     row.figures.ops_per_s = Some(probed.ops_per_s);
-    // Redis answers in another process.
+    // Redis uses its CPU time in another process.
     row.figures.cpu_us_per_key = probed.cpu_us_per_key.filter(|_| name != Kind::Redis.name());
     row.latencies(&probed.latencies);
     row

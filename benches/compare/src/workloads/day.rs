@@ -1,5 +1,5 @@
-//! W6: a consumer's day. Batches of 500 with some duplicates, while buckets come and go: first as fast as it goes, then
-//! on a schedule at half that rate, where who is late counts as late.
+//! W6: a consumer's day. Batches of 500 with some duplicates, while buckets rotate: first at full speed, then on a schedule at
+//! half that rate, where latency counts from the scheduled time.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
     let mut consumer = Consumer::new(&store);
 
     let closed_for = (day / 4).min(Duration::from_secs(120));
-    say(&format!("W6: as fast as it goes, for {} s", closed_for.as_secs()));
+    say(&format!("W6: at full speed, for {} s", closed_for.as_secs()));
     let start = Instant::now();
     let mut closed = Phase::new("closed loop")?;
     while start.elapsed() < closed_for {
@@ -43,8 +43,8 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
     }
     let rate = closed.batches() as f64 * BATCH as f64 / start.elapsed().as_secs_f64();
 
-    // What going as fast as it goes has left to do is no part of the day at half that rate.
-    store.seal()?;
+    // Background work of the first part must not run in the second.
+    store.flush()?;
     let open_for = day.saturating_sub(closed_for);
     say(&format!("W6: at half of {:.2} M/s, for {} s", rate / 1e6, open_for.as_secs()));
     let every = Duration::from_secs_f64(BATCH as f64 / (rate / 2.0));
@@ -61,7 +61,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
     let open_rate = open.batches() as f64 * BATCH as f64 / start.elapsed().as_secs_f64();
     consumer.verify()?;
 
-    let live: u64 = store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>() + store.stats().unsealed;
+    let live: u64 = store.stats().buckets.iter().map(|bucket| bucket.keys).sum::<u64>() + store.stats().unflushed;
     let filter_bytes = store.stats().filter_bytes;
     let disk = directory_bytes(&dir);
     let rows = [closed.row(rate, consumer.asked)?, open.row(open_rate, consumer.asked)?].map(|mut row| {
@@ -73,12 +73,12 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
         row
     });
     drop(consumer);
-    store.close()?;
+    store.close().wait()?;
     remove(&dir)?;
     Ok(rows.into())
 }
 
-/// Makes batches, works on them, and knows what the answers have to be.
+/// Generates batches, processes them, and checks the answers.
 struct Consumer<'a> {
     store: &'a Store,
     /// The number of the next new key. All below it are completed.
@@ -88,7 +88,7 @@ struct Consumer<'a> {
     duplicates: u64,
     acquired: u64,
     completed: u64,
-    /// When which number was the next: what is certainly still in the window.
+    /// Past values of `next` with their times, to choose keys that are still in the window.
     marks: VecDeque<(Instant, u64)>,
 }
 
@@ -108,7 +108,7 @@ impl<'a> Consumer<'a> {
         mix(self.draws) % below
     }
 
-    /// One key in a hundred was there before: nine of ten of those a moment ago, the rest within half a window.
+    /// One key in a hundred is a duplicate: nine of ten of those are recent, the others at most half a window old.
     fn next_batch(&mut self) -> Batch {
         let now = Instant::now();
         if self.marks.back().is_none_or(|(at, _)| now - *at > Duration::from_millis(100)) {
@@ -137,22 +137,22 @@ impl<'a> Consumer<'a> {
     fn work(&mut self, batch: &Batch) -> Result<()> {
         let mut leases: Vec<(Lease, &[u8])> = Vec::with_capacity(batch.keys.len());
         let mut duplicates = 0;
-        for claim in self.store.claim_batch(&batch.keys)? {
+        for claim in self.store.claim_batch(&batch.keys).wait()? {
             match claim? {
                 Claim::Acquired(lease) => leases.push((lease, RESULT)),
                 Claim::Completed(first) => {
-                    ensure!(first.result() == Some(RESULT), "a duplicate was given another result");
+                    ensure!(first.result() == Some(RESULT), "a duplicate got a different result");
                     duplicates += 1;
                 }
-                Claim::InProgress(_) => anyhow::bail!("a key that nobody works on is in progress"),
+                Claim::InProgress(_) => anyhow::bail!("a completed key is reported as in progress"),
             }
         }
         let acquired = leases.len() as u64;
-        for completed in self.store.complete_batch(leases) {
+        for completed in self.store.complete_batch(leases).wait() {
             completed?;
             self.completed += 1;
         }
-        ensure!(acquired == batch.new, "{} keys of a batch were new, and {acquired} were acquired", batch.new);
+        ensure!(acquired == batch.new, "{} keys of a batch were new, but {acquired} were acquired", batch.new);
         self.asked += batch.keys.len() as u64;
         self.acquired += acquired;
         self.duplicates += duplicates;
@@ -171,11 +171,11 @@ impl<'a> Consumer<'a> {
     }
 }
 
-/// What was measured in a part of the day.
+/// The measurements of a part of the day.
 struct Phase {
     case: &'static str,
     latencies: Latencies,
-    /// Of each batch: when, in seconds, and how long, in milliseconds.
+    /// For each batch, its time in seconds and its latency in milliseconds.
     points: Vec<[f64; 2]>,
 }
 
@@ -199,7 +199,7 @@ impl Phase {
         row.batch = BATCH as u32;
         row.figures.ops_per_s = Some(rate);
         row.latencies(&self.latencies);
-        // Whether anything slows as windows roll: the median batch of the last fifth beside that of the second.
+        // Slowdown as buckets rotate: the median batch of the last fifth, divided by that of the second fifth.
         let fifth = self.points.len() / 5;
         if fifth > 0 {
             let median = |part: &[[f64; 2]]| -> Result<f64> {
@@ -219,7 +219,7 @@ impl Phase {
                 _ => throughput.push([second, BATCH as f64 / 1e6]),
             }
         }
-        // The last second is not whole.
+        // The last second is incomplete.
         throughput.pop();
         row.series.insert("throughput_m_per_s".to_owned(), throughput);
         row.series.insert("worst_batch_ms".to_owned(), worst_of_slices(&self.points, 1.0));

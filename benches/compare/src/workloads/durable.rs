@@ -1,4 +1,4 @@
-//! W5: the whole life, safe from a power cut when it is answered. Peers do the insert alone.
+//! W5: claim, then complete, synced before the answer. Peers only insert.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::measure::{Latencies, call_each};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
 
-/// Who calls.
+/// The callers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Way {
     /// One thread, one key at a time.
@@ -25,7 +25,7 @@ pub enum Way {
 }
 
 impl Way {
-    /// As on the command line.
+    /// The argument on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Alone => "alone",
@@ -64,7 +64,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
                 let cpu_s = subject.cpu_s()?;
                 let start = Instant::now();
                 let (count, latencies) = insert_for(subject, way, run.scale.synced)?;
-                subject.settle()?;
+                subject.finish_background_work()?;
                 let mut row = Row::new(Workload::W5, way.case(), kind.name());
                 row.keys = count;
                 row.figures.ops_per_s = Some(count as f64 / start.elapsed().as_secs_f64());
@@ -82,9 +82,9 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
             }
             if kind == Kind::Onlyonce {
                 row.buckets = Some(1);
-                match child::syncs_per_life(&run.directory("traced"), way, run.scale.synced)? {
-                    Some(syncs) => row.more("syncs_per_life", syncs),
-                    None => row.note = Some("no strace: syncs are not counted".to_owned()),
+                match child::syncs_per_cycle(&run.directory("traced"), way, run.scale.synced)? {
+                    Some(syncs) => row.more("syncs_per_cycle", syncs),
+                    None => row.note = Some("syncs are not counted without strace".to_owned()),
                 }
             }
             rows.push(row);
@@ -93,7 +93,7 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Inserts new keys for a time, and says how many.
+/// Inserts new keys for a time, and returns how many.
 pub fn insert_for(subject: &dyn Subject, way: Way, duration: Duration) -> Result<(u64, Latencies)> {
     let deadline = Instant::now() + duration;
     let one_caller = |caller: u64| -> Result<(u64, Latencies)> {
@@ -106,7 +106,7 @@ pub fn insert_for(subject: &dyn Subject, way: Way, duration: Duration) -> Result
             first += called.answers;
             count += keys.len() as u64;
         }
-        ensure!(first == count, "{count} distinct keys were inserted, and {first} were answered as the first");
+        ensure!(first == count, "{count} distinct keys were inserted, but {first} were reported as new");
         Ok((count, latencies))
     };
     let called = std::thread::scope(|scope| {

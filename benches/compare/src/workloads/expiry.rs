@@ -1,11 +1,11 @@
-//! W7: many keys leave at once. How long somebody who claims waits meanwhile, and when the disk has its space back.
+//! W7: many keys expire at once. Measures the latency of concurrent claims, and the time until the disk space is free.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
-use onlyonce::Check;
+use onlyonce::KeyStatus;
 use rocksdb::{DB, Options, WriteBatch};
 
 use super::{BATCH, Run, remove, say};
@@ -15,18 +15,18 @@ use crate::machine::directory_bytes;
 use crate::measure::{pulse, worst_of_slices};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
-use crate::subjects::onlyonce::{BUCKET, OnlyOnce, live_one};
+use crate::subjects::onlyonce::{BUCKET, OnlyOnce, claim_and_complete_one};
 
-/// Somebody claims a key so often, and each wait is measured from when it was due.
+/// The interval of claims. Latency counts from the scheduled time.
 const EVERY: Duration = Duration::from_micros(200);
 
-/// Before the keys leave: what waits are like without.
+/// The time before the expiry, for comparison.
 const QUIET: Duration = Duration::from_millis(1_500);
 
-/// After this the space counts as not given back.
+/// The maximum time to wait for the disk space.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How old a key gets under RocksDB's own expiry.
+/// The TTL of keys under the TTL compaction of RocksDB.
 const TTL: Duration = Duration::from_secs(1);
 
 pub fn run(run: &Run) -> Result<Vec<Row>> {
@@ -54,33 +54,36 @@ fn bucket(dir: &Path, count: u64) -> Result<Row> {
     let store = OnlyOnce::open(&setup)?;
     let empty = directory_bytes(dir);
     super::fill(&store, count, 1, &[])?;
-    store.settle()?;
+    store.finish_background_work()?;
     let leaving = directory_bytes(dir).saturating_sub(empty);
-    // The window is two buckets wide: all is remembered for a second more, and the bucket may go an hour after that.
+    // The window is two buckets wide: all keys are remembered for one more second, and the bucket is dropped an hour later.
     const SECOND: Duration = Duration::from_secs(1);
     store.next_bucket()?;
     store.clock.advance(BUCKET - SECOND);
     let known = store.check(&keys(0, 1_000))?;
-    ensure!(known == 1_000, "of 1,000 keys inside the window {known} are known");
+    ensure!(known == 1_000, "only {known} of 1,000 keys inside the window are known");
 
     let mut from = NEW;
     let claim = || {
         from += 1;
-        ensure!(live_one(&store.store, &key(from), RESULT)? == 1, "a new key was taken for a duplicate");
+        ensure!(
+            claim_and_complete_one(&store.store, &key(from), RESULT)? == 1,
+            "a new key was reported as a duplicate"
+        );
         Ok(())
     };
     let row = watch("onlyonce", dir, count, leaving, claim, || {
         store.clock.advance(BUCKET + SECOND);
         Ok(())
     })?;
-    for check in store.store.check_batch(&keys(0, 1_000))? {
-        ensure!(check? == Check::New, "a key is remembered longer than the window");
+    for check in store.store.check_batch(&keys(0, 1_000)).wait()? {
+        ensure!(check? == KeyStatus::New, "a key is remembered longer than the window");
     }
     Box::new(store).close()?;
     Ok(row)
 }
 
-/// How keys leave a plain RocksDB.
+/// How keys expire in a plain RocksDB.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Expiry {
     DeleteRange,
@@ -109,7 +112,7 @@ fn plain_rocksdb(dir: &Path, count: u64, expiry: Expiry) -> Result<Row> {
     let empty = directory_bytes(dir);
     let mut batch = WriteBatch::default();
     for number in 0..count {
-        batch.put(in_slice(0, &key(number)), RESULT);
+        batch.put(in_bucket(0, &key(number)), RESULT);
         if batch.len() >= BATCH {
             db.write(std::mem::take(&mut batch))?;
         }
@@ -118,15 +121,15 @@ fn plain_rocksdb(dir: &Path, count: u64, expiry: Expiry) -> Result<Row> {
     db.flush()?;
     let leaving = directory_bytes(dir).saturating_sub(empty);
     if expiry == Expiry::Ttl {
-        // Counted in whole seconds, from the last key.
+        // The TTL is in whole seconds, and counts from the last key.
         std::thread::sleep(TTL + Duration::from_secs(1));
     }
 
     let mut from = NEW;
     let claim = || {
         from += 1;
-        let key = in_slice(1, &key(from));
-        ensure!(db.get_pinned(key)?.is_none(), "a new key was taken for a duplicate");
+        let key = in_bucket(1, &key(from));
+        ensure!(db.get_pinned(key)?.is_none(), "a new key was reported as a duplicate");
         Ok(db.put(key, RESULT)?)
     };
     let mut row = watch(expiry.subject(), dir, count, leaving, claim, || {
@@ -143,15 +146,15 @@ fn plain_rocksdb(dir: &Path, count: u64, expiry: Expiry) -> Result<Row> {
     Ok(row)
 }
 
-/// A key behind the number of its slice of time.
-fn in_slice(slice: u64, key: &Key) -> [u8; 44] {
+/// A key with the number of its time bucket as the prefix.
+fn in_bucket(bucket: u64, key: &Key) -> [u8; 44] {
     let mut bytes = [0; 44];
-    bytes[..8].copy_from_slice(&slice.to_be_bytes());
+    bytes[..8].copy_from_slice(&bucket.to_be_bytes());
     bytes[8..].copy_from_slice(key);
     bytes
 }
 
-/// Lets the keys leave while somebody claims.
+/// Expires the keys during concurrent claims.
 fn watch(
     subject: &str,
     dir: &Path,
@@ -168,13 +171,13 @@ fn watch(
         let before = directory_bytes(dir);
         let left = Instant::now();
         let waited = leave().map(|()| {
-            // The claims themselves take some space meanwhile.
+            // The claims use some space meanwhile.
             while before.saturating_sub(directory_bytes(dir)) < leaving * 7 / 10 && left.elapsed() < PATIENCE {
                 std::thread::sleep(Duration::from_millis(10));
             }
             left.elapsed()
         });
-        // What the keys leave behind, such as merges that they caused, counts for a moment more.
+        // Include work that follows the expiry, such as compactions.
         std::thread::sleep(Duration::from_millis(500));
         stop.store(true, Ordering::Relaxed);
         let beats = claimer.join().map_err(|_| anyhow!("the claimer panicked"))??;
@@ -184,7 +187,7 @@ fn watch(
     let worst = |from: f64, to: f64| {
         beats.iter().filter(|[at, _]| (from..to).contains(at)).map(|[_, ms]| *ms).fold(0.0, f64::max)
     };
-    let mut row = Row::new(Workload::W7, "many keys leave", subject);
+    let mut row = Row::new(Workload::W7, "many keys expire", subject);
     row.keys = count;
     row.more("worst_wait_before_ms", worst(0.2, left_s));
     row.more("worst_wait_ms", worst(left_s, f64::MAX));
@@ -192,9 +195,9 @@ fn watch(
     if free_s < PATIENCE {
         row.more("disk_free_s", free_s.as_secs_f64());
     } else {
-        row.note = Some(format!("the disk was not free within {} s", PATIENCE.as_secs()));
+        row.note = Some(format!("the disk space was not freed within {} s", PATIENCE.as_secs()));
     }
-    row.more("leaving_mib", leaving as f64 / f64::from(1 << 20));
+    row.more("expired_mib", leaving as f64 / f64::from(1 << 20));
     row.series.insert("worst_wait_ms".to_owned(), worst_of_slices(&beats, 0.05));
     Ok(row)
 }

@@ -1,4 +1,4 @@
-//! W9: what checks and records cost with more keys and with more buckets.
+//! W9: the cost of checks and records with more keys and with more buckets.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use crate::row::Row;
 use crate::subject::{Durability, Setup, Subject};
 use crate::subjects::onlyonce::OnlyOnce;
 
-/// Keys that are asked for, and recorded.
+/// Checked and recorded keys.
 const PROBES: u64 = 1_000_000;
 
 pub fn run(run: &Run) -> Result<Vec<Row>> {
@@ -34,7 +34,7 @@ fn one(run: &Run, count: u64, buckets: u32) -> Result<Vec<Row>> {
     let setup = Setup { dir: &dir, durability: Durability::Process, keys: count, buckets, filter_bytes: 0 };
     let store = OnlyOnce::open(&setup)?;
     fill(&store, count, buckets, &[])?;
-    store.settle()?;
+    store.finish_background_work()?;
     let disk = directory_bytes(&dir);
     let filter_bytes = store.memory_bytes().unwrap_or(0);
     let row = |case: &str, rate: f64, cpu: Option<f64>, latencies: &Latencies| {
@@ -54,7 +54,7 @@ fn one(run: &Run, count: u64, buckets: u32) -> Result<Vec<Row>> {
 
     let (hits, checks) = store.filter_counts();
     let new = probe(PROBES, BATCH, |i| NEW + i, check)?;
-    ensure!(new.answers == 0, "{} of {} new keys are taken for known", new.answers, new.keys);
+    ensure!(new.answers == 0, "{} of {} new keys are reported as known", new.answers, new.keys);
     let (hits, checks) = (store.filter_counts().0 - hits, store.filter_counts().1 - checks);
     let mut new_row = row("new keys", new.ops_per_s, new.cpu_us_per_key, &new.latencies);
     new_row.more("to_disk_percent", 100.0 * hits as f64 / checks.max(1) as f64);
@@ -66,7 +66,7 @@ fn one(run: &Run, count: u64, buckets: u32) -> Result<Vec<Row>> {
     let cpu_s = store.cpu_s()?;
     let start = Instant::now();
     let called = call_each(&recorded, BATCH, |keys| store.insert(keys, &[]))?;
-    store.settle()?;
+    store.finish_background_work()?;
     let elapsed = start.elapsed();
     let cpu_us = (store.cpu_s()? - cpu_s) * 1e6 / recorded.len() as f64;
     ensure!(called.answers == recorded.len() as u64, "of {} new keys {} were first", recorded.len(), called.answers);

@@ -1,4 +1,4 @@
-//! W3, records of new keys, and W4, the whole life. A measurement ends when every key lies where it is going to stay.
+//! W3, records of new keys, and W4, claim then complete. A measurement includes the flush to the final files.
 
 use std::time::Instant;
 
@@ -17,7 +17,7 @@ pub fn records(run: &Run, size: &Size) -> Result<Vec<Row>> {
     all(run, size, Workload::W3, "record", subjects, &[])
 }
 
-pub fn lives(run: &Run, size: &Size) -> Result<Vec<Row>> {
+pub fn claims_and_completions(run: &Run, size: &Size) -> Result<Vec<Row>> {
     let subjects = run.subjects.iter().filter(|kind| **kind == Kind::Onlyonce);
     all(run, size, Workload::W4, "claim, complete", subjects, RESULT)
 }
@@ -33,7 +33,7 @@ fn all<'a>(
     let mut rows = Vec::new();
     for (batch, &threads) in [BATCH, 1].into_iter().flat_map(|batch| size.threads.iter().map(move |n| (batch, n))) {
         let count = if batch == 1 { size.single } else { size.batched };
-        // Made before the clock runs: what a subject does in the background must not have the time for it.
+        // Generated before the measurement, so that background work gets no free time.
         let keys = &keys::keys(0, usize::try_from(count)?)[..];
         for &kind in subjects.clone() {
             say(&format!("{workload:?}: {}, {} keys, {threads} threads, {batch} a call", kind.name(), keys.len()));
@@ -84,14 +84,14 @@ fn one(
             .collect::<Result<Vec<_>>>()
     })?;
     let answered = start.elapsed();
-    subject.settle()?;
+    subject.finish_background_work()?;
     let elapsed = start.elapsed();
     let written = subject.bytes_written()? - written;
     let cpu_s = subject.cpu_s()? - cpu_s;
 
     let first: u64 = called.iter().map(|called| called.answers).sum();
     let count = keys.len();
-    ensure!(first == count as u64, "{count} distinct keys were inserted, and {first} were answered as the first");
+    ensure!(first == count as u64, "{count} distinct keys were inserted, but {first} were reported as new");
     let disk = directory_bytes(dir);
     insert_again(subject, keys, result)?;
 
@@ -99,7 +99,7 @@ fn one(
     for called in &called {
         latencies.merge(&called.latencies)?;
     }
-    // The workload, the case and the subject are the caller's to say.
+    // The caller sets workload, case and subject.
     let mut row = Row::new(Workload::W3, "", "");
     row.keys = count as u64;
     row.threads = threads;

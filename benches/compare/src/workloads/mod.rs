@@ -1,4 +1,4 @@
-//! A file for each question. Each run gives its rows, or says what was answered wrong.
+//! One file per workload. A run returns rows, or an error if an answer is wrong.
 
 pub mod checks;
 pub mod day;
@@ -20,17 +20,17 @@ use crate::row::Row;
 use crate::subject::{self, Kind, Setup, Subject};
 use crate::subjects::liar::Liar;
 
-/// The large batches of all workloads but the consumer's day.
+/// The batch size of all workloads but W6.
 pub const BATCH: usize = 512;
 
-/// A run of the bench.
+/// A run of the benchmark.
 pub struct Run {
     pub scale: Scale,
     pub workloads: Vec<Workload>,
     pub subjects: Vec<Kind>,
     pub dir: PathBuf,
     pub plant_wrong_answer: bool,
-    /// Bits of onlyonce's filter a key, in bytes, as measured last: the bare filter gets as many.
+    /// The size of the filter of onlyonce in bytes per key, as measured last. The bare filter gets the same size.
     pub filter_bytes_per_key: std::cell::Cell<f64>,
 }
 
@@ -43,7 +43,7 @@ impl Run {
         self.subjects.contains(&kind)
     }
 
-    /// Opens a subject in a directory of its own, works with it, and removes what it left.
+    /// Opens a subject in a new directory, runs `work`, and removes the directory.
     pub fn with<T>(&self, kind: Kind, setup: &Setup, work: impl FnOnce(&dyn Subject) -> Result<T>) -> Result<T> {
         self.with_opened(kind.name(), setup, || subject::open(kind, setup), work)
     }
@@ -55,7 +55,7 @@ impl Run {
         open: impl FnOnce() -> Result<Box<dyn Subject>>,
         work: impl FnOnce(&dyn Subject) -> Result<T>,
     ) -> Result<T> {
-        // What an earlier subject left to the kernel to write would be written at this one's expense.
+        // Otherwise the kernel would write back data of an earlier subject during this measurement.
         machine::write_back()?;
         let mut subject = open().with_context(|| format!("{name} does not open"))?;
         if self.plant_wrong_answer {
@@ -71,13 +71,13 @@ impl Run {
         self.dir.join(name)
     }
 
-    /// The disk's syncs a second just now.
+    /// The current number of syncs per second of the disk.
     pub fn fsyncs_per_s(&self) -> Result<f64> {
         machine::fsyncs_per_s(&self.dir, Duration::from_millis(200))
     }
 }
 
-/// Says what is measured now.
+/// Prints the current measurement.
 pub fn say(what: &str) {
     eprintln!("{what}");
 }
@@ -86,7 +86,7 @@ pub fn remove(dir: &Path) -> Result<()> {
     std::fs::remove_dir_all(dir).with_context(|| format!("{} cannot be removed", dir.display()))
 }
 
-/// Inserts the first `count` keys, an equal part into each bucket; the last bucket is left as inserting left it.
+/// Inserts the first `count` keys, an equal part into each bucket. The last bucket is not flushed.
 pub fn fill(subject: &dyn Subject, count: u64, buckets: u32, result: &[u8]) -> Result<()> {
     const PIECE: u64 = 128 * 1024;
     let mut first = 0;
@@ -104,20 +104,20 @@ pub fn fill(subject: &dyn Subject, count: u64, buckets: u32, result: &[u8]) -> R
             subject.next_bucket()?;
         }
     }
-    ensure!(first == count, "{count} distinct keys were inserted, and {first} were answered as the first");
+    ensure!(first == count, "{count} distinct keys were inserted, but {first} were reported as new");
     Ok(())
 }
 
-/// Inserts some keys again: none of them may be answered as the first.
+/// Inserts some keys again. None may be reported as new.
 pub fn insert_again(subject: &dyn Subject, known: &[Key], result: &[u8]) -> Result<()> {
     for batch in known.chunks(BATCH).step_by(known.len().div_ceil(BATCH).div_ceil(8)) {
         let first = subject.insert(batch, result)?;
-        ensure!(first == 0, "{first} of {} keys that were there were answered as the first", batch.len());
+        ensure!(first == 0, "{first} of {} keys known keys were reported as new", batch.len());
     }
     Ok(())
 }
 
-/// The row's note and durability, as far as the kind of subject decides them.
+/// Sets the note and the durability of a row from the kind of subject.
 pub fn describe(row: &mut Row, kind: Kind) {
     row.note = kind.note().map(str::to_owned);
     if !kind.is_persistent() {

@@ -1,10 +1,10 @@
-//! W8: how long after an open the first claim is answered, and how long until the filters are whole.
+//! W8: the time from an open to the first claim, and until all filters are complete.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use onlyonce::{Check, Claim};
+use onlyonce::{Claim, KeyStatus};
 
 use super::{BATCH, Run, remove, say};
 use crate::args::Workload;
@@ -15,13 +15,13 @@ use crate::row::Row;
 
 const BUCKETS: u32 = 24;
 
-/// How long the killed process works before it is killed.
+/// How long the process records keys before it is killed.
 const WORK: Duration = Duration::from_secs(2);
 
-/// Filters that take longer than this are not waited for.
+/// The maximum time to wait for filters.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Numbers of keys that nobody else inserts.
+/// The number of a key that no other part inserts.
 const FIRST_CLAIM: u64 = 1 << 50;
 
 pub fn run(run: &Run) -> Result<Vec<Row>> {
@@ -41,37 +41,37 @@ fn open(dir: &Path, keys: u64, case: &str, first_claim: u64) -> Result<Row> {
     let start = Instant::now();
     let store = open_filled(dir, keys, BUCKETS)?;
     let opened = start.elapsed();
-    let claim = store.claim(&key(first_claim))?;
+    let claim = store.claim(&key(first_claim)).wait()?;
     let claimed = start.elapsed();
     ensure!(matches!(claim, Claim::Acquired(_)), "a new key was not acquired");
     drop(claim);
-    let unsealed = store.stats().unsealed;
+    let unflushed = store.stats().unflushed;
     while !store.stats().buckets.iter().all(|bucket| bucket.filtered) {
-        ensure!(start.elapsed() < PATIENCE, "the filters are not whole after {} s", PATIENCE.as_secs());
+        ensure!(start.elapsed() < PATIENCE, "the filters are not complete after {} s", PATIENCE.as_secs());
         std::thread::sleep(Duration::from_millis(2));
     }
     let filtered = start.elapsed();
 
-    // Keys of the oldest bucket may have left meanwhile: the window goes on.
+    // Keys of the oldest bucket may have expired meanwhile.
     let oldest = keys / u64::from(BUCKETS);
     let sample: Vec<Key> = (0..20 * BATCH as u64).map(|i| key(oldest + mix(i) % (keys - oldest))).collect();
     for batch in sample.chunks(BATCH) {
-        for check in store.check_batch(batch)? {
-            ensure!(check? != Check::New, "a key that was recorded is forgotten");
+        for check in store.check_batch(batch).wait()? {
+            ensure!(check? != KeyStatus::New, "a recorded key is forgotten");
         }
     }
     let stats = store.stats();
-    let live = stats.buckets.iter().map(|bucket| bucket.keys).sum::<u64>() + stats.unsealed;
+    let live = stats.buckets.iter().map(|bucket| bucket.keys).sum::<u64>() + stats.unflushed;
     let mut row = Row::new(Workload::W8, case, "onlyonce");
     row.keys = keys;
     row.buckets = Some(BUCKETS);
     row.more("open_ms", opened.as_secs_f64() * 1e3);
     row.more("first_claim_ms", claimed.as_secs_f64() * 1e3);
-    row.more("filters_whole_s", filtered.as_secs_f64());
-    row.more("unsealed_keys", unsealed as f64);
+    row.more("filters_complete_s", filtered.as_secs_f64());
+    row.more("unflushed_keys", unflushed as f64);
     row.figures.ram_bytes_per_key = Some(stats.filter_bytes as f64 / live as f64);
     row.figures.disk_bytes_per_key = Some(directory_bytes(dir) as f64 / live as f64);
-    row.note = Some("the page cache is as the fill left it".to_owned());
-    store.close()?;
+    row.note = Some("the page cache is warm from the fill".to_owned());
+    store.close().wait()?;
     Ok(row)
 }

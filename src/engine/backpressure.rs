@@ -1,0 +1,171 @@
+//! Backpressure: calls wait while completed keys fill their share of memory, and wake the thread that flushes them.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::core::Engine;
+use super::request::admit_bytes;
+use onlyonce_core::{Error, Result};
+
+/// The number of unflushed keys at which a flush is due. Fewer make more SSTs to search; more make a replay longer.
+const FLUSH_KEYS: usize = 250_000;
+/// A flush is due when unflushed keys or the journal's records take this share of the memory budget.
+const FLUSH_SHARE: usize = 8;
+/// Calls wait when unflushed keys take this share.
+const BACKLOG_SHARE: usize = 4;
+
+/// How long a call waits before it checks again whether flushes fail.
+const BACKLOG_WAIT: Duration = Duration::from_millis(100);
+
+impl Engine {
+    /// Whether the memtable or the journal is large enough for a flush.
+    pub(super) fn is_flush_due(&self) -> bool {
+        let bytes = self.config().memory_budget / FLUSH_SHARE;
+        self.memtable.flushable() >= FLUSH_KEYS
+            || self.memtable.flushable_bytes() >= bytes
+            || self.journal_bytes.load(Ordering::Relaxed) >= bytes as u64
+    }
+
+    /// Whether unflushed keys fill the memory that they may use, so that calls wait.
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.memtable.flushable_bytes() >= self.config().memory_budget / BACKLOG_SHARE
+    }
+
+    /// Waits until there is room for a call: in the memtable, in one write, and among the reserved tokens.
+    pub(super) fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
+        // Even if the call writes nothing: a caller that waits for a key fails here once the store is poisoned or closed.
+        self.ready()?;
+        admit_bytes(bytes)?;
+        self.wait_for_room()?;
+        self.reserve(keys)
+    }
+
+    /// Waits while the backlog is full. Fails if flushes fail.
+    fn wait_for_room(&self) -> Result<()> {
+        while self.is_backlogged() {
+            self.ready()?;
+            self.wake_workers();
+            let mut failure = self.backlog.failure.lock();
+            if let Some(error) = failure.as_ref() {
+                return Err(Error::FlushFailed { source: error.clone().into() });
+            }
+            self.backlog.eased.wait_for(&mut failure, BACKLOG_WAIT);
+        }
+        Ok(())
+    }
+
+    pub(super) fn wake_workers(&self) {
+        if let Some(wake) = self.backlog.wake.get() {
+            // If the channel is full, a wakeup is pending already.
+            let _ = wake.try_send(());
+        }
+    }
+
+    pub(super) fn wake_if_due(&self) {
+        if self.is_flush_due() {
+            self.wake_workers();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::config::Options;
+    use crate::entry::{CompletedEntry, Entry};
+    use crate::fs::directory::Directory;
+    use crate::memtable::slot::OVERHEAD_BYTES;
+    use onlyonce_core::StoredResult;
+
+    fn engine(dir: &tempfile::TempDir) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
+        Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
+    }
+
+    /// Adds a completed key with a result of `bytes`.
+    fn fill(engine: &Engine, digest: u64, bytes: usize) {
+        let result = vec![0; bytes];
+        let result = StoredResult::Bytes(result.as_slice());
+        let done = CompletedEntry { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
+    }
+
+    /// Adds a completed key that counts for `bytes` in the memtable.
+    fn fill_counted(engine: &Engine, digest: u64, bytes: usize) {
+        fill(engine, digest, bytes - OVERHEAD_BYTES - 1);
+    }
+
+    #[test]
+    fn the_maintenance_thread_is_woken_when_a_flush_is_due() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        let (wake, woken) = crossbeam::channel::bounded(1);
+        engine.backlog.wake.set(wake).unwrap();
+        let record = |key: &str| engine.record(&engine.request([key]).unwrap()).unwrap();
+        record("a");
+        assert!(woken.try_recv().is_err());
+        fill(&engine, 1, 4 << 20);
+        record("b");
+        woken.try_recv().expect("a flush is due");
+    }
+
+    #[test]
+    fn calls_wait_while_the_backlog_is_full_and_report_a_failed_flush() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        fill(&engine, 1, 8 << 20);
+        let request = engine.request(["k"]).unwrap();
+        *engine.backlog.failure.lock() = Some(Error::io("writing", "/", "no space"));
+        for refused in [engine.claim(&request).map(|_| ()), engine.record(&request).map(|_| ())] {
+            let Err(Error::FlushFailed { source }) = refused else { panic!("{refused:?}") };
+            assert!(onlyonce_core::chain(&source).contains("no space"), "{source}");
+        }
+        *engine.backlog.failure.lock() = None;
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| engine.claim(&request).unwrap().len());
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            engine.flush().unwrap();
+            assert_eq!(waits.join().unwrap(), 1);
+        });
+    }
+
+    #[test]
+    fn a_flush_is_due_at_an_eighth_of_the_budget_and_calls_wait_at_a_quarter() {
+        let dir = tempfile::tempdir().unwrap();
+        let small = engine(&dir);
+        let eighth = 4 << 20;
+        let is_due_or_too_late = || (small.is_flush_due(), small.is_backlogged());
+        for (journal, is_due) in [(0, false), (eighth - 1, false), (eighth, true)] {
+            small.journal_bytes.store(journal as u64, Ordering::Relaxed);
+            assert_eq!(is_due_or_too_late(), (is_due, false), "{journal} bytes of records");
+        }
+        small.journal_bytes.store(0, Ordering::Relaxed);
+        let least = OVERHEAD_BYTES + 1;
+        for (digest, bytes, is_due, is_too_late) in [
+            (1, eighth - least, false, false),
+            (2, least - 1, false, false),
+            (3, least, true, false),
+            (4, eighth - 2 * least, true, false),
+            (5, least, true, false),
+            (6, least, true, true),
+        ] {
+            if bytes >= least {
+                fill_counted(&small, digest, bytes);
+            }
+            assert_eq!(is_due_or_too_late(), (is_due, is_too_late), "{} bytes", small.memtable.flushable_bytes());
+        }
+
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let large = Engine::open(directory, &Options::default()).unwrap();
+        (1..FLUSH_KEYS as u64).for_each(|i| fill_counted(&large, i.wrapping_mul(0x9e37_79b9_7f4a_7c15), least));
+        assert!(!large.is_flush_due());
+        fill_counted(&large, 0, least);
+        assert!(large.is_flush_due());
+    }
+}

@@ -1,0 +1,298 @@
+//! Opening a store: create or check it, replay the journal, and write what this opening changes.
+//!
+//! Order: the options, the retention floor and a new block of tokens are synced before the first call. Otherwise tokens could
+//! be handed out a second time after a power cut, and a late holder would pass for the current one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::core::{Backlog, Engine};
+use super::meta_entries::{
+    CLOCK, FLOOR, FORMAT, HIGH_WATER, ON_INTERRUPT, SECRET, SPAN, STREAM_TIME, TOKENS, corrupt_meta, meta,
+};
+use super::sequence::Sequence;
+use super::timekeeping::{self, TimeSaved};
+use super::transition::{self, Policy};
+use crate::buckets::filters::Filters;
+use crate::buckets::recovery;
+use crate::buckets::registry::BucketRegistry;
+use crate::clock::ClockState;
+use crate::codec::{self, Event};
+use crate::config::{Options, Stored};
+use crate::digest::Digester;
+use crate::entry::{Entry, Holder, Processing};
+use crate::fs::directory::Directory;
+use crate::memtable::table::{MemTable, Shard};
+use crate::metrics::Metrics;
+use crate::rocks::db::Db;
+use crate::stats::Counters;
+use crate::testing::failpoint::Failpoint;
+use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex};
+use onlyonce_core::{Error, PriorAttempt, Result};
+
+/// The filters' share of the memory budget, in sixteenths. Unflushed keys have four, the block cache two, the journal's
+/// memtable two, the recent cache one.
+const FILTER_SIXTEENTHS: usize = 7;
+
+/// The recent cache gets the memory budget divided by this.
+const RECENT_SHARE: usize = 16;
+
+impl Engine {
+    /// Opens or creates the store in `directory`, and replays the journal into the memtable.
+    pub(crate) fn open(directory: Directory, options: &Options) -> Result<Self> {
+        let path = directory.root().to_owned();
+        let seed = || first_meta_entries(options, &path);
+        let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
+        let StoredMeta { stored, secret, tokens } = StoredMeta::read(&db, &path)?;
+        let stored_span = stored.span;
+        let config = options.check(Some(stored))?;
+
+        let digester = Digester::new(&secret);
+        let memtable = MemTable::new(config.memory_budget / RECENT_SHARE);
+        let poison = Arc::clone(memtable.poison());
+        let replayed = recovery::replay(&db, |key, event| {
+            let digest = digester.digest(key);
+            apply(&mut memtable.shard(digest), digest, key, event);
+        })?;
+        if replayed.last_number >= tokens {
+            return Err(Error::Corrupt {
+                place: "`tokens` in `meta`".to_owned(),
+                detail: format!(
+                    "the journal has record {}, but only the numbers below {tokens} were reserved",
+                    replayed.last_number
+                ),
+            });
+        }
+        let timeline = timekeeping::resume(&db, &options.clock, &config, stored_span, replayed.time_ms)?;
+        let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
+        let filters = Filters::find(&db, &secret, &families)?;
+        let now = timeline.now();
+        let (span, expected) = (config.span, config.bucket_keys);
+        let buckets = BucketRegistry::open(&db, &families, span, &now, expected, filter_budget, filters.geometry())?;
+        let buckets = buckets.of(&poison);
+        let engine = Self {
+            policy: Policy {
+                window_ms: config.span.window_ms,
+                on_interrupt: config.on_interrupt,
+                is_stream: timeline.is_stream(),
+                opened: (&now).into(),
+                first_token: tokens,
+            },
+            config,
+            db,
+            memtable,
+            buckets,
+            filters,
+            sequence: Sequence::after(tokens).of(&poison),
+            timeline,
+            time_saved: TimeSaved::default(),
+            counters: Counters::default(),
+            metrics: Metrics::new(&path),
+            flush_lock: Mutex::new(replayed.last_number),
+            flush_generation: AtomicU64::new(0),
+            backlog: Backlog::default(),
+            waiters: Arc::default(),
+            delivered_below: AtomicU64::new(0),
+            journal_bytes: AtomicU64::new(replayed.bytes),
+            log_bytes: AtomicU64::new(replayed.bytes),
+            unsynced: AtomicBool::new(false),
+            replayed,
+            digester,
+            poison,
+            closed: AtomicBool::new(false),
+        };
+        Failpoint::OpenReplayed.pass();
+        engine.mark_crashed_attempts();
+        engine.persist_opening()?;
+        Ok(engine)
+    }
+
+    /// Marks the keys that were leased when the journal was written: the process that held them has crashed. A held key
+    /// becomes free if the store is opened with `OnInterrupt::Rerun`.
+    fn mark_crashed_attempts(&self) {
+        let now = self.timeline.now();
+        for mut shard in self.memtable.shards() {
+            let crashed: Vec<_> = shard
+                .in_flight()
+                .filter_map(|(digest, key, processing)| {
+                    let (prior, since_ms) = match processing.holder {
+                        Holder::Leased { .. } => (PriorAttempt::Crashed, self.next_since_ms(&processing, now)),
+                        Holder::Interrupted(prior) => (prior, processing.since_ms),
+                        _ => return None,
+                    };
+                    let holder = transition::interrupted(prior, self.policy.on_interrupt);
+                    Some((digest, key.to_vec(), Processing { since_ms, holder, ..processing }))
+                })
+                .collect();
+            for (digest, key, processing) in crashed {
+                shard.set(digest, &key, Entry::Processing(processing));
+            }
+        }
+    }
+
+    /// Syncs what this opening changes, before the first call: options, the retention floor and tokens.
+    fn persist_opening(&self) -> Result<()> {
+        self.check_invariants()?;
+        self.timeline.ask_to_be_saved();
+        self.write(true, |tx| {
+            tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
+            tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))?;
+            self.config.max_ahead_ms.map_or(Ok(()), |ahead_ms| tx.put_meta(STREAM_TIME, &ahead_ms.to_le_bytes()))
+        })?;
+        Failpoint::OpenOptionsWritten.pass();
+        self.reserve(0)?;
+        Failpoint::OpenTokensReserved.pass();
+        // Persists the reservation outside of the log: if the log is lost, tokens must not be handed out again.
+        self.db.begin_log()?;
+        tracing::info!(
+            path = %self.db.directory().root().display(),
+            journal_records = self.replayed.records,
+            unflushed = self.memtable.flushable(),
+            interrupted = self.memtable.in_flight(),
+            buckets = self.buckets.snapshot().newest_first().len(),
+            "store opened"
+        );
+        Ok(())
+    }
+}
+
+/// The meta entries of a new store.
+fn first_meta_entries(options: &Options, path: &Path) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    // Checked before anything is created. The options of an existing store are checked once its stored ones are read.
+    let config = options.check(None)?;
+    let mut secret = codec::Secret::default();
+    // A model run is repeatable only if its keys fall into the same shards each time.
+    if !cfg!(shuttle) {
+        getrandom::fill(&mut secret).map_err(|error| Error::io("drawing a secret for", path, error.to_string()))?;
+    }
+    let format = if config.max_ahead_ms.is_some() { codec::STREAM_FORMAT } else { codec::FORMAT };
+    let mut meta_entries = vec![
+        (FORMAT, format.to_le_bytes().to_vec()),
+        (SECRET, secret.to_vec()),
+        (SPAN, codec::put_span(config.span)),
+        (ON_INTERRUPT, codec::put_on_interrupt(config.on_interrupt)),
+        (TOKENS, 1_u64.to_le_bytes().to_vec()),
+        (HIGH_WATER, 0_u64.to_le_bytes().to_vec()),
+        (FLOOR, 0_u64.to_le_bytes().to_vec()),
+    ];
+    meta_entries.push(match config.max_ahead_ms {
+        Some(ahead_ms) => (STREAM_TIME, ahead_ms.to_le_bytes().to_vec()),
+        None => (CLOCK, codec::put_clock(&ClockState::default())),
+    });
+    Ok(meta_entries)
+}
+
+/// The meta entries that an open needs before the journal is replayed.
+struct StoredMeta {
+    stored: Stored,
+    secret: codec::Secret,
+    /// Tokens and record numbers below this one were reserved.
+    tokens: u64,
+}
+
+impl StoredMeta {
+    fn read(db: &Db, path: &Path) -> Result<Self> {
+        let format = u32::from_le_bytes(meta(db, FORMAT)?);
+        let max_ahead_ms = match format {
+            codec::FORMAT => None,
+            codec::STREAM_FORMAT => Some(u64::from_le_bytes(meta(db, STREAM_TIME)?)),
+            found => {
+                let supported = codec::STREAM_FORMAT;
+                return Err(Error::UnsupportedFormat { path: path.to_owned(), found, supported });
+            }
+        };
+        let span = codec::read_span(&meta::<16>(db, SPAN)?).ok_or_else(|| corrupt_meta(SPAN))?;
+        let on_interrupt = codec::read_on_interrupt(&meta::<1>(db, ON_INTERRUPT)?);
+        let on_interrupt = on_interrupt.ok_or_else(|| corrupt_meta(ON_INTERRUPT))?;
+        Ok(Self {
+            stored: Stored { span, on_interrupt, max_ahead_ms },
+            secret: meta(db, SECRET)?,
+            tokens: u64::from_le_bytes(meta(db, TOKENS)?),
+        })
+    }
+}
+
+/// Applies an event of the journal to the memtable.
+fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event) {
+    let stored = shard.get(digest, key);
+    let stored = stored.as_ref();
+    match event {
+        Event::Claimed(processing) if transition::replay_claimed(stored, processing.token) => {
+            shard.set(digest, key, Entry::Processing(processing));
+        }
+        Event::Released(processing) if transition::replay_released(stored, processing.token) => {
+            shard.set(digest, key, Entry::Processing(processing));
+        }
+        Event::Completed(done) if transition::replay_completed(stored, done.token) => {
+            shard.set(digest, key, Entry::Completed(done.borrowed()));
+        }
+        Event::Forgotten { token } if transition::replay_forgotten(stored, token) => shard.remove(digest, key),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::entry::CompletedEntry;
+    use onlyonce_core::StoredResult;
+
+    fn engine(dir: &tempfile::TempDir) -> Engine {
+        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
+        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
+        Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
+    }
+
+    /// Adds a completed key with a result of `bytes`.
+    fn fill(engine: &Engine, digest: u64, bytes: usize) {
+        let result = vec![0; bytes];
+        let result = StoredResult::Bytes(result.as_slice());
+        let done = CompletedEntry { token: digest, completed_ms: engine.now().time_ms, fingerprint: None, result };
+        engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
+    }
+
+    #[test]
+    fn the_recent_cache_has_a_sixteenth_of_the_memory_budget() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir);
+        for digest in 0..6 {
+            fill(&engine, digest, 1 << 20);
+            engine.flush().unwrap();
+        }
+        let cached = |digest: &u64| engine.memtable.recent().get(*digest, b"k").is_some();
+        assert_eq!((0..6).filter(cached).collect::<Vec<_>>(), [4, 5], "two MiB of six");
+    }
+
+    #[test]
+    fn records_of_two_holders_replay_to_the_same_state_in_either_order() {
+        let processing = |token| {
+            let holder = Holder::Interrupted(PriorAttempt::Crashed);
+            Processing { token, attempt: 1, since_ms: 5, fingerprint: None, holder }
+        };
+        let claimed = |token| Event::Claimed(processing(token));
+        let finished = |token| Event::Released(processing(token));
+        let completed = |token| {
+            Event::Completed(CompletedEntry { token, completed_ms: 5, fingerprint: None, result: StoredResult::None })
+        };
+        let after = |events: &[Event]| {
+            let table = MemTable::new(0);
+            for event in events {
+                apply(&mut table.shard(5), 5, b"k", event.clone());
+            }
+            table.shard(5).get(5, b"k")
+        };
+        for late in [claimed(2), finished(2), completed(2)] {
+            let alone = after(std::slice::from_ref(&late));
+            assert_eq!(alone.as_ref().map(Entry::token), Some(2));
+            assert_eq!(matches!(alone, Some(Entry::Completed(_))), matches!(late, Event::Completed(_)));
+            for early in [claimed(1), finished(1), completed(1), Event::Forgotten { token: 1 }] {
+                assert_eq!(after(&[early.clone(), late.clone()]), alone, "{early:?}, {late:?}");
+                assert_eq!(after(&[late.clone(), early.clone()]), alone, "{late:?}, {early:?}");
+            }
+            assert_eq!(after(&[late, Event::Forgotten { token: 3 }]), None);
+        }
+    }
+}
