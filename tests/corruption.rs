@@ -2,8 +2,8 @@
 //! After any damage the store fails with an error that names the file, or answers correctly: never a wrong answer, a
 //! panic, a hang, or a store that is silently empty.
 //!
-//! Two damages to the log of a crashed store are excluded, because nothing on disk can reveal them: log_len records
-//! removed from its start, and log_len records removed after the last proof of a sync.
+//! Two damages to the log of a crashed store are excluded, because nothing on disk can reveal them: whole records
+//! removed from its start, and whole records removed after the last proof of a sync.
 //!
 //! `ONLYONCE_CORRUPTION_ROUNDS` (default: 600) sets the rounds, `ONLYONCE_CORRUPTION_SEED` (default: random, and
 //! printed) the seed, and `ONLYONCE_CORRUPTION_FIRST` the first round. A round depends on the seed and its number
@@ -84,7 +84,7 @@ struct Base {
     last_token: u64,
 }
 
-/// A directory in memory if stored is one, because its syncs cost nothing.
+/// A directory in memory if there is one, because its syncs cost nothing.
 fn scratch() -> TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
@@ -389,7 +389,7 @@ fn third_write(base: &Base) -> usize {
     record_edges(base)[3]
 }
 
-/// True if a damage removes log_len records from the newest log of a crashed store so that the result is a valid log:
+/// True if a damage removes whole records from the newest log of a crashed store so that the result is a valid log:
 /// that of a process that never wrote them, or wrote them to an older log.
 fn is_undetectable(base: &Base, damage: &Damage) -> bool {
     let Harm::CutOut { len } = damage.harm else { return false };

@@ -308,7 +308,7 @@ fn a_directory_without_new_files_stops_flushes_but_not_claims() {
     let store = builder().open(&path).unwrap();
     assert!(ledger.work(&store, &mut rng, 50).is_none());
     store.flush().unwrap();
-    for dir in ["runs", "db"] {
+    for dir in ["ssts", "db"] {
         assert!(ledger.record(&store, 10).is_none());
         assert!(freeze(&path.join(dir), true));
         let rejected = store.flush();

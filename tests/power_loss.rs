@@ -77,7 +77,7 @@ impl<'a> Machine<'a> {
         Self { disk, store, rng: StdRng::seed_from_u64(seed()), begun: Instant::now(), children: 0 }
     }
 
-    /// Starts a child, cuts its power once `wait` returns.
+    /// Starts a child, and cuts its power once `wait` returns.
     fn cut(
         &mut self,
         options: ChildOptions,

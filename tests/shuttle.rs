@@ -221,7 +221,7 @@ fn a_failed_flush_loses_nothing() {
             })
             .collect();
         threads.push(spawn(&bench, |bench| {
-            let sst_dir = bench.dir.path().join("store/runs");
+            let sst_dir = bench.dir.path().join("store/ssts");
             std::fs::remove_dir(&sst_dir).unwrap();
             // It succeeds if there is nothing to flush.
             let _ = bench.oracle.store.flush();

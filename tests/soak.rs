@@ -126,7 +126,7 @@ impl Ledger {
 
     /// Removes batches that are older than two windows.
     fn trim(&mut self, now_ms: u64, window_ms: u64) {
-        // Keeps the last one, which tells the next delivery.
+        // Keeps the last one, which determines the next delivery.
         while self.known.len() > 1 && self.known.front().is_some_and(|old| old.ended_ms + 2 * window_ms < now_ms) {
             self.known.pop_front();
         }

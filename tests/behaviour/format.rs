@@ -165,9 +165,8 @@ fn write_the_stream_fixture() {
     // In one journal record: one message before stream time, and one ahead of it.
     store
         .record_batch(
-            ([("late", START_MS + 300_000), ("newest", START_MS + 800_000)])
-                .into_iter()
-                .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
+            [("late", START_MS + 300_000), ("newest", START_MS + 800_000)]
+                .map(|(key, at_ms)| Key::from(key).at(Timestamp::from_unix_ms(at_ms))),
         )
         .wait()
         .unwrap();

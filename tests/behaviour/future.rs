@@ -529,8 +529,13 @@ fn one_thread_renews_the_leases_of_all_stores() {
         .map(|store| if let Ok(Claim::Acquired(lease)) = store.claim("k").wait() { lease } else { panic!("new") })
         .collect();
     let keep_alive: Vec<_> = leases.iter_mut().map(onlyonce::Lease::keep_alive).collect();
-    assert!(named("onlyonce-worker") >= stores.len());
-    assert_eq!(named("onlyonce-renew"), 1);
+    // A thread gets its name only after it has started.
+    let deadline = Instant::now() + LONG;
+    while named("onlyonce-worker") < stores.len() || named("onlyonce-renew") != 1 {
+        let (workers, renewing) = (named("onlyonce-worker"), named("onlyonce-renew"));
+        assert!(Instant::now() < deadline, "{workers} background workers, and {renewing} threads that renew");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     drop(keep_alive);
     stores.iter().for_each(|store| store.close().wait().unwrap());
 }

@@ -609,30 +609,15 @@ fn an_error_names_the_index_of_the_invalid_key_in_its_batch() {
         let key = || bad.clone();
         let errors = |index: usize| {
             let batch = || (0..3).map(|i| if i == index { key() } else { Key::from(format!("key {i}")) });
-            let messages = || batch().map(|key| (key, START_MS));
+            let messages = || batch().map(|key| key.at(Timestamp::from_unix_ms(START_MS)));
             let (store, stream) = (bench.store(), stream.store());
             [
                 store.claim_batch(batch()).wait().unwrap_err(),
                 store.record_batch(batch()).wait().unwrap_err(),
                 store.check_batch(batch()).wait().unwrap_err(),
-                stream
-                    .claim_batch(
-                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-                    )
-                    .wait()
-                    .unwrap_err(),
-                stream
-                    .record_batch(
-                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-                    )
-                    .wait()
-                    .unwrap_err(),
-                stream
-                    .check_batch(
-                        (messages()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-                    )
-                    .wait()
-                    .unwrap_err(),
+                stream.claim_batch(messages()).wait().unwrap_err(),
+                stream.record_batch(messages()).wait().unwrap_err(),
+                stream.check_batch(messages()).wait().unwrap_err(),
             ]
         };
         for index in 0..3 {

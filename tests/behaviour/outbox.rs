@@ -1,4 +1,4 @@
-//! Offsets and messages that are written with a completion: a completion is atomic with them, also if the process is killed.
+//! Offsets and messages of a completion: all of them are stored with it or none is, also if the process is killed.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};

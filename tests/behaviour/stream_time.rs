@@ -44,6 +44,11 @@ fn builder(clock: &ManualClock) -> Builder {
         .clock(clock.clone())
 }
 
+/// The key of a message with this timestamp.
+fn message<'k>(key: impl Into<Key<'k>>, at_ms: u64) -> Key<'k> {
+    key.into().at(Timestamp::from_unix_ms(at_ms))
+}
+
 impl Stream {
     fn new() -> Self {
         Self::with(OnInterrupt::Rerun)
@@ -79,7 +84,7 @@ impl Stream {
     }
 
     fn acquire(&self, key: &str, at_ms: u64) -> Lease {
-        match self.store().claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
+        match self.store().claim(message(key, at_ms)).wait().unwrap() {
             Claim::Acquired(lease) => lease,
             other => panic!("{key} of {at_ms} should be unclaimed, but is {other:?}"),
         }
@@ -91,14 +96,11 @@ impl Stream {
 
     /// Advances stream time.
     fn tick(&self, at_ms: u64) {
-        assert_eq!(
-            self.store().record(Key::from(format!("tick {at_ms}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
-            RecordOutcome::First
-        );
+        assert_eq!(self.store().record(message(format!("tick {at_ms}"), at_ms)).wait().unwrap(), RecordOutcome::First);
     }
 
     fn answer(&self, key: &str, at_ms: u64) -> &'static str {
-        match self.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait() {
+        match self.store().check(message(key, at_ms)).wait() {
             Ok(KeyStatus::New) => "new",
             Ok(KeyStatus::InProgress(_)) => "in progress",
             Ok(KeyStatus::Completed(_)) => "completed",
@@ -109,7 +111,7 @@ impl Stream {
     }
 
     fn is_too_far_ahead(&self, key: &str, at_ms: u64) -> bool {
-        match self.store().record(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait() {
+        match self.store().record(message(key, at_ms)).wait() {
             Ok(_) => false,
             Err(error @ Error::Timestamp(TimestampError::TooFarAhead { .. })) => {
                 assert!(error.is_retryable());
@@ -137,9 +139,7 @@ fn a_key_is_remembered_until_stream_time_is_a_window_past_its_message() {
             stream.tick(at_ms + WINDOW_MS / 2);
             stream.tick(at_ms + WINDOW_MS - 1);
             stream.store().flush().unwrap();
-            let KeyStatus::Completed(first) =
-                stream.store().check(Key::from("k").at(Timestamp::from_unix_ms(at_ms))).wait().unwrap()
-            else {
+            let KeyStatus::Completed(first) = stream.store().check(message("k", at_ms)).wait().unwrap() else {
                 panic!("{flushed}")
             };
             assert_eq!(first.completed_at().as_unix_ms(), at_ms);
@@ -161,10 +161,7 @@ fn messages_forgotten_by_a_narrower_window_are_too_old_in_a_wider_one() {
             let hour = Duration::from_secs(3_600);
             builder(&clock).window(hour * hours).bucket(hour * hours / 24).stream_time(hour).open(&path).unwrap()
         };
-        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store
-            .claim(Key::from(key).at(Timestamp::from_unix_ms(at_ms)))
-            .wait()
-        {
+        let is_too_old = |store: &Store, key: &str, at_ms: u64| match store.claim(message(key, at_ms)).wait() {
             Err(Error::Timestamp(TimestampError::TooOld { remembers_since, .. })) => {
                 assert_eq!(remembers_since, store.stats().remembers_since);
                 true
@@ -176,12 +173,9 @@ fn messages_forgotten_by_a_narrower_window_are_too_old_in_a_wider_one() {
             other => panic!("{key} of {at_ms}: {other:?}"),
         };
         let store = open(24);
-        store.record(Key::from("done").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
+        store.record(message("done", START_MS)).wait().unwrap();
         for hour in 1..=5 {
-            store
-                .record(Key::from(format!("tick {hour}")).at(Timestamp::from_unix_ms(START_MS + hour * HOUR_MS)))
-                .wait()
-                .unwrap();
+            store.record(message(format!("tick {hour}"), START_MS + hour * HOUR_MS)).wait().unwrap();
         }
         store.close().wait().unwrap();
         let store = open(1);
@@ -204,15 +198,12 @@ fn messages_forgotten_by_a_narrower_window_are_too_old_in_a_wider_one() {
             "{case}"
         );
         assert!(
-            matches!(
-                store.check(Key::from("tick 5").at(Timestamp::from_unix_ms(START_MS + 5 * HOUR_MS))).wait(),
-                Ok(KeyStatus::Completed(_))
-            ),
+            matches!(store.check(message("tick 5", START_MS + 5 * HOUR_MS)).wait(), Ok(KeyStatus::Completed(_))),
             "{case}"
         );
         assert!(
             matches!(
-                store.check(Key::from("tick 4").at(Timestamp::from_unix_ms(START_MS + 4 * HOUR_MS))).wait(),
+                store.check(message("tick 4", START_MS + 4 * HOUR_MS)).wait(),
                 Err(Error::Timestamp(TimestampError::TooOld { .. }))
             ),
             "{case}"
@@ -253,19 +244,16 @@ fn a_late_message_is_remembered_for_a_window_from_its_timestamp() {
     stream.tick(START_MS);
     stream.tick(START_MS + AHEAD_MS);
     stream.store().flush().unwrap();
-    // Its bucket is over, and was never created.
+    // Its bucket has ended, and was never created.
     let late_ms = START_MS - 2_500;
-    assert_eq!(
-        stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
-        RecordOutcome::First
-    );
+    assert_eq!(stream.store().record(message("late", late_ms)).wait().unwrap(), RecordOutcome::First);
     stream.store().flush().unwrap();
     let bucket = late_ms - late_ms % 1_000;
     let buckets = stream.store().stats().buckets;
     assert!(buckets.iter().any(|stats| stats.start.as_unix_ms() == bucket && stats.keys == 1), "{buckets:?}");
     stream.reopen();
     assert_eq!(
-        stream.store().record(Key::from("late").at(Timestamp::from_unix_ms(late_ms))).wait().unwrap(),
+        stream.store().record(message("late", late_ms)).wait().unwrap(),
         RecordOutcome::Duplicate { in_flight: false }
     );
     stream.tick(late_ms + WINDOW_MS - 1);
@@ -285,19 +273,10 @@ fn a_message_that_is_too_old_is_neither_accepted_nor_reported_as_a_duplicate() {
     stream.tick(START_MS);
     let old_ms = START_MS - WINDOW_MS;
     for answer in [
-        stream.store().claim(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
-        stream.store().record(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
-        stream.store().check(Key::from("old").at(Timestamp::from_unix_ms(old_ms))).wait().map(drop),
-        stream
-            .store()
-            .claim_batch(
-                ([("old", old_ms)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-            )
-            .wait()
-            .unwrap()
-            .pop()
-            .unwrap()
-            .map(drop),
+        stream.store().claim(message("old", old_ms)).wait().map(drop),
+        stream.store().record(message("old", old_ms)).wait().map(drop),
+        stream.store().check(message("old", old_ms)).wait().map(drop),
+        stream.store().claim_batch([message("old", old_ms)]).wait().unwrap().pop().unwrap().map(drop),
     ] {
         let Err(Error::Timestamp(TimestampError::TooOld { key, at, remembers_since })) = answer else {
             panic!("{answer:?}")
@@ -397,17 +376,17 @@ fn a_replay_of_last_year_is_deduplicated_as_in_the_original_run() {
         other => panic!("{other:?}"),
     };
     for at in 0..times.len() {
-        let message = |at: usize| (format!("message {}", times[at]), times[at]);
-        let mut batch = vec![message(at), message(at)];
+        let delivery = |at: usize| (format!("message {}", times[at]), times[at]);
+        let mut batch = vec![delivery(at), delivery(at)];
         if at % 3 == 0 && at >= 5 {
-            batch.push(message(at - 5));
+            batch.push(delivery(at - 5));
         }
         if at % 7 == 0 && at >= 20 {
-            batch.push(message(at - 20));
+            batch.push(delivery(at - 20));
         }
         stream
             .store()
-            .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
+            .record_batch(batch.into_iter().map(|(key, ms)| message(key, ms)))
             .wait()
             .unwrap()
             .into_iter()
@@ -463,7 +442,7 @@ fn a_single_outlier_timestamp_does_not_advance_stream_time() {
     assert_eq!(stream.answer("k", START_MS), "completed");
     assert_eq!(stream.store().stats().too_far_ahead, 49);
     let Err(Error::Timestamp(TimestampError::TooFarAhead { key, at, stream_time, max_ahead, in_future })) =
-        stream.store().claim(Key::from("a").at(Timestamp::from_unix_ms(START_MS + DAY_MS))).wait()
+        stream.store().claim(message("a", START_MS + DAY_MS)).wait()
     else {
         panic!("it is still too far ahead")
     };
@@ -477,23 +456,14 @@ fn a_step_within_the_bound_makes_no_message_in_order_too_old() {
     let clock = ManualClock::at(Timestamp::from_unix_ms(TODAY_MS));
     let window = Duration::from_millis(WINDOW_MS);
     let store = builder(&clock).stream_time(window).open(dir.path().join("store")).unwrap();
-    store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait().unwrap();
+    store.record(message("k", START_MS)).wait().unwrap();
     assert_eq!(
-        store
-            .record(Key::from("as far ahead as allowed").at(Timestamp::from_unix_ms(START_MS + WINDOW_MS)))
-            .wait()
-            .unwrap(),
+        store.record(message("as far ahead as allowed", START_MS + WINDOW_MS)).wait().unwrap(),
         RecordOutcome::First
     );
-    assert_eq!(
-        store.record(Key::from("next in order").at(Timestamp::from_unix_ms(START_MS + 1))).wait().unwrap(),
-        RecordOutcome::First
-    );
+    assert_eq!(store.record(message("next in order", START_MS + 1)).wait().unwrap(), RecordOutcome::First);
     assert!(
-        matches!(
-            store.record(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
-            Err(Error::Timestamp(TimestampError::TooOld { .. }))
-        ),
+        matches!(store.record(message("k", START_MS)).wait(), Err(Error::Timestamp(TimestampError::TooOld { .. }))),
         "no duplicate is accepted"
     );
 }
@@ -514,20 +484,13 @@ fn a_gap_longer_than_the_bound_ends_with_the_second_message_or_a_retry() {
     // One batch with all messages, which spans more than a window.
     let week_ms = friday_ms + 7 * DAY_MS;
     let batch: Vec<(String, u64)> = (0..10).map(|i| (format!("w{i}"), week_ms + i * 2_000)).collect();
-    let claims = stream
-        .store()
-        .claim_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
-        .wait()
-        .unwrap();
+    let claims = stream.store().claim_batch(batch.into_iter().map(|(key, ms)| message(key, ms))).wait().unwrap();
     assert!(claims.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
     assert_eq!(stream.now_ms(), week_ms + 18_000);
     // Every message is too far ahead of the one before.
     let batch: Vec<(String, u64)> = (1..10).map(|i| (format!("y{i}"), week_ms + i * DAY_MS)).collect();
-    let claims = stream
-        .store()
-        .claim_batch((batch.clone()).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
-        .wait()
-        .unwrap();
+    let claims =
+        stream.store().claim_batch(batch.clone().into_iter().map(|(key, ms)| message(key, ms))).wait().unwrap();
     let (last, others) = claims.split_last().unwrap();
     assert!(others.iter().all(|claim| matches!(claim, Ok(Claim::Acquired(_)))), "{claims:?}");
     assert!(matches!(last, Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))));
@@ -543,11 +506,7 @@ fn an_outlier_in_a_batch_is_rejected_alone_whatever_the_next_batch_has() {
         let at_ms = START_MS + round * 10;
         let batch =
             [("a", at_ms), ("outlier", outlier_ms), ("b", at_ms + 1)].map(|(key, at)| (format!("{key}{round}"), at));
-        let answers = stream
-            .store()
-            .record_batch((batch).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))))
-            .wait()
-            .unwrap();
+        let answers = stream.store().record_batch(batch.into_iter().map(|(key, ms)| message(key, ms))).wait().unwrap();
         assert!(matches!(
             answers.as_slice(),
             [
@@ -588,15 +547,7 @@ fn messages_from_the_future_are_rejected_whatever_their_number() {
             assert!(stream.is_too_far_ahead(&format!("future {i}"), future_ms + i));
         }
         assert!(stream.is_too_far_ahead("broken", u64::MAX));
-        let batch = stream
-            .store()
-            .record_batch(
-                ([("x", future_ms), ("y", future_ms)])
-                    .into_iter()
-                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-            )
-            .wait()
-            .unwrap();
+        let batch = stream.store().record_batch([message("x", future_ms), message("y", future_ms)]).wait().unwrap();
         assert!(batch.iter().all(|answer| matches!(
             answer,
             Err(Error::Timestamp(TimestampError::TooFarAhead { in_future: true, .. }))
@@ -653,11 +604,10 @@ fn leases_and_backoffs_run_on_monotonic_time() {
     stream.acquire("released", START_MS).release().after(Duration::from_secs(5)).wait().unwrap();
     stream.clock.set_wall(Timestamp::from_unix_ms(0));
     stream.tick(START_MS + AHEAD_MS);
-    let retry_after =
-        |key: &str| match stream.store().claim(Key::from(key).at(Timestamp::from_unix_ms(START_MS))).wait().unwrap() {
-            Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
-            other => panic!("{key}: {other:?}"),
-        };
+    let retry_after = |key: &str| match stream.store().claim(message(key, START_MS)).wait().unwrap() {
+        Claim::InProgress(other) => other.retry_after.unwrap().as_millis(),
+        other => panic!("{key}: {other:?}"),
+    };
     assert_eq!((retry_after("leased"), retry_after("released")), (1_000, 5_000));
     stream.clock.advance(Duration::from_millis(999));
     assert_eq!((retry_after("leased"), retry_after("released")), (1, 4_001));
@@ -689,11 +639,10 @@ fn interrupted_work_keeps_the_timestamp_of_its_message_however_it_ends() {
         stream.store().resolve(key, Resolution::Completed(b"by an operator".to_vec())).wait().unwrap();
     }
     stream.store().flush().unwrap();
-    let completed_at =
-        |key, at_ms| match stream.store().check(Key::from(key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap() {
-            KeyStatus::Completed(completed) => completed.completed_at().as_unix_ms(),
-            other => panic!("{key}: {other:?}"),
-        };
+    let completed_at = |key, at_ms| match stream.store().check(message(key, at_ms)).wait().unwrap() {
+        KeyStatus::Completed(completed) => completed.completed_at().as_unix_ms(),
+        other => panic!("{key}: {other:?}"),
+    };
     assert_eq!(completed_at("crashed", START_MS + 100), START_MS + 100);
     assert_eq!(completed_at("dropped", START_MS + 200), START_MS + 200);
 
@@ -728,32 +677,19 @@ fn a_store_keeps_its_time_source_and_rejects_timestamps_that_do_not_fit_it() {
     // A reopen keeps the time source and the bound.
     let store = builder(&stream.clock).open(stream.path()).unwrap();
     assert!(matches!(store.claim("k").wait(), Err(Error::Timestamp(TimestampError::Missing))));
-    assert_eq!(
-        store.record(Key::from("a").at(Timestamp::from_unix_ms(START_MS + AHEAD_MS))).wait().unwrap(),
-        RecordOutcome::First
-    );
+    assert_eq!(store.record(message("a", START_MS + AHEAD_MS)).wait().unwrap(), RecordOutcome::First);
     assert!(matches!(
-        store.record(Key::from("b").at(Timestamp::from_unix_ms(START_MS + 2 * AHEAD_MS + 1))).wait(),
+        store.record(message("b", START_MS + 2 * AHEAD_MS + 1)).wait(),
         Err(Error::Timestamp(TimestampError::TooFarAhead { .. }))
     ));
 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     let store = builder(&stream.clock).open(&path).unwrap();
+    assert!(matches!(store.claim(message("k", START_MS)).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
+    assert!(matches!(store.check(message("k", START_MS)).wait(), Err(Error::Timestamp(TimestampError::Unexpected))));
     assert!(matches!(
-        store.claim(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
-        Err(Error::Timestamp(TimestampError::Unexpected))
-    ));
-    assert!(matches!(
-        store.check(Key::from("k").at(Timestamp::from_unix_ms(START_MS))).wait(),
-        Err(Error::Timestamp(TimestampError::Unexpected))
-    ));
-    assert!(matches!(
-        store
-            .record_batch(
-                ([("k", START_MS)]).into_iter().map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms)))
-            )
-            .wait(),
+        store.record_batch([message("k", START_MS)]).wait(),
         Err(Error::Timestamp(TimestampError::Unexpected))
     ));
     assert!(matches!(
@@ -781,32 +717,17 @@ fn a_stream_faster_than_its_flushes_has_few_buckets_and_forgets_no_key_early() {
     let messages: Vec<(String, u64)> = (0..100_000).map(|i| (format!("m{i}"), START_MS + i * 100)).collect();
     let mut sent = 0;
     for batch in messages.chunks(400) {
-        let answers = store
-            .record_batch(
-                (batch.iter().map(|(key, at_ms)| (key, *at_ms)))
-                    .into_iter()
-                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-            )
-            .wait()
-            .unwrap();
+        let answers = store.record_batch(batch.iter().map(|(key, at_ms)| message(key, *at_ms))).wait().unwrap();
         assert!(answers.iter().all(|answer| matches!(answer, Ok(RecordOutcome::First))));
         sent += batch.len();
         // The last 480 messages are within the window.
         let again = messages[sent.saturating_sub(480)..sent].iter().step_by(37);
-        for answer in store
-            .record_batch(
-                (again.map(|(key, at_ms)| (key, *at_ms)))
-                    .into_iter()
-                    .map(|(key, ms)| Key::from(key).at(Timestamp::from_unix_ms(ms))),
-            )
-            .wait()
-            .unwrap()
-        {
+        for answer in store.record_batch(again.map(|(key, at_ms)| message(key, *at_ms))).wait().unwrap() {
             assert_eq!(answer.unwrap(), RecordOutcome::Duplicate { in_flight: false });
         }
         if let Some((key, at_ms)) = sent.checked_sub(481).map(|old| &messages[old]) {
             assert!(matches!(
-                store.record(Key::from(key).at(Timestamp::from_unix_ms(*at_ms))).wait(),
+                store.record(message(key, *at_ms)).wait(),
                 Err(Error::Timestamp(TimestampError::TooOld { .. }))
             ));
         }
@@ -821,10 +742,7 @@ fn a_lookup_while_stream_time_advances_never_reports_a_known_key_as_new() {
     let mut at_ms = START_MS;
     for round in 0..30 {
         let key = format!("k{round}");
-        assert_eq!(
-            stream.store().record(Key::from(&key).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap(),
-            RecordOutcome::First
-        );
+        assert_eq!(stream.store().record(message(&key, at_ms)).wait().unwrap(), RecordOutcome::First);
         stream.store().flush().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -833,7 +751,7 @@ fn a_lookup_while_stream_time_advances_never_reports_a_known_key_as_new() {
                 stream.store().flush().unwrap();
             });
             loop {
-                match stream.store().record(Key::from(&key).at(Timestamp::from_unix_ms(at_ms))).wait() {
+                match stream.store().record(message(&key, at_ms)).wait() {
                     Ok(RecordOutcome::Duplicate { in_flight: false }) => {}
                     Err(Error::Timestamp(TimestampError::TooOld { .. })) => break,
                     other => panic!("{key}: {other:?}"),
@@ -1044,7 +962,7 @@ fn record_until_killed(path: &Path, from: u64) -> ! {
     for i in from.. {
         // Every seventh message is late.
         let at_ms = START_MS + i * 40 - if i % 7 == 0 { 3_000 } else { 0 };
-        store.record(Key::from(format!("m{i}")).at(Timestamp::from_unix_ms(at_ms))).wait().unwrap();
+        store.record(message(format!("m{i}"), at_ms)).wait().unwrap();
         writeln!(out, "recorded {i} {at_ms}").unwrap();
     }
     unreachable!("the parent kills this process first")
@@ -1093,7 +1011,7 @@ fn a_killed_store_resumes_at_its_stream_time() {
         let now_ms = store.stats().now.as_unix_ms();
         assert!(now_ms >= newest_ms, "round {round}: stream time went back");
         for (i, at_ms) in &recorded {
-            let answer = store.check(Key::from(format!("m{i}")).at(Timestamp::from_unix_ms(*at_ms))).wait();
+            let answer = store.check(message(format!("m{i}"), *at_ms)).wait();
             match answer {
                 Ok(KeyStatus::Completed(first)) => assert_eq!(first.completed_at().as_unix_ms(), *at_ms),
                 Err(Error::Timestamp(TimestampError::TooOld { .. })) => {
