@@ -1,4 +1,4 @@
-//! Microbenchmarks of single parts: `cargo bench --features internals --bench parts`. `sustained` and the package
+//! Microbenchmarks of single parts: `cargo bench --features __internals --bench parts`. `sustained` and the package
 //! `onlyonce-compare` measure the whole store.
 
 use std::hint::black_box;

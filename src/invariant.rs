@@ -9,8 +9,8 @@ use std::sync::OnceLock;
 use onlyonce_core::Error;
 
 /// Whether this build runs checks that are too expensive for production: unit tests, debug builds and the feature
-/// `internals`.
-pub(crate) const STRICT: bool = cfg!(any(test, debug_assertions, feature = "internals"));
+/// `__internals`.
+pub(crate) const STRICT: bool = cfg!(any(test, debug_assertions, feature = "__internals"));
 
 macro_rules! invariants {
     ($($name:ident: $text:literal,)*) => {

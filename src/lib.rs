@@ -84,7 +84,7 @@ pub use stats::{BucketStats, Stats};
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub use testing::fuzz_checks;
-#[cfg(feature = "internals")]
+#[cfg(feature = "__internals")]
 #[doc(hidden)]
 pub use testing::internals;
 

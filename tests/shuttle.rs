@@ -1,7 +1,7 @@
 //! Races under a model checker: shuttle runs one thread at a time, and chooses the next thread at every lock and atomic
 //! of the store. The store is real, with its database, but without background threads: a thread of the model flushes.
 //!
-//!     cargo test --config .cargo/shuttle.toml --release --features internals --test shuttle
+//!     cargo test --config .cargo/shuttle.toml --release --features __internals --test shuttle
 //!
 //! `ONLYONCE_SHUTTLE_ROUNDS` sets the schedules per model (default: a few hundred), and `ONLYONCE_SHUTTLE_SEED` the
 //! seed. A failure prints its schedule; run the test with `ONLYONCE_SHUTTLE_SCHEDULE` set to it to repeat it.

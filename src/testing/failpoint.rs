@@ -1,6 +1,6 @@
 //! Failpoints: places between two steps at which a test can kill the process.
 //!
-//! They compile to nothing without the feature `internals`. With it, the environment variable
+//! They compile to nothing without the feature `__internals`. With it, the environment variable
 //! `ONLYONCE_FAILPOINT=NAME:N` makes the process send itself SIGKILL at the Nth pass of failpoint NAME: no destructor
 //! runs, and no buffer is flushed, on any thread.
 
@@ -8,12 +8,12 @@ macro_rules! failpoints {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// A place between two steps.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        #[cfg_attr(not(feature = "internals"), allow(unreachable_pub, reason = "only tests use it"))]
+        #[cfg_attr(not(feature = "__internals"), allow(unreachable_pub, reason = "only tests use it"))]
         pub enum Failpoint {
             $($(#[$doc])* $name,)*
         }
 
-        #[cfg(feature = "internals")]
+        #[cfg(feature = "__internals")]
         impl Failpoint {
             /// All failpoints.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
@@ -118,12 +118,12 @@ failpoints! {
 
 impl Failpoint {
     /// Passes the failpoint. Kills the process if the environment selects this pass.
-    #[cfg(not(feature = "internals"))]
+    #[cfg(not(feature = "__internals"))]
     #[inline(always)]
     pub(crate) fn pass(self) {}
 
     /// Passes the failpoint. Kills the process if the environment selects this pass.
-    #[cfg(feature = "internals")]
+    #[cfg(feature = "__internals")]
     pub(crate) fn pass(self) {
         use std::sync::LazyLock;
         use std::sync::atomic::{AtomicU64, Ordering};

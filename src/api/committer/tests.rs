@@ -7,10 +7,10 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::api;
-use onlyonce_core::OnInterrupt;
 use crate::engine::workers::StoreHandle;
 use crate::stats::Stats;
 use crate::{Store, Submitted};
+use onlyonce_core::OnInterrupt;
 
 /// A store whose threads can be blocked, as by a disk that does not answer.
 struct GatedStore {
