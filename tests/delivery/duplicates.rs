@@ -173,8 +173,8 @@ async fn concurrent_duplicates_run_once_and_are_all_acknowledged() {
             }
             queue.redeliver();
         }
-        let effects = effects.lock().unwrap();
-        assert!(effects.len() == KEYS && effects.values().all(|count| *count == 1), "{effects:?}");
+        let counts: Vec<_> = effects.lock().unwrap().values().copied().collect();
+        assert_eq!(counts, [1; KEYS]);
         assert_eq!(store.stats().duplicates, (KEYS * (COPIES - 1)) as u64);
         store.close().await.unwrap();
     }
