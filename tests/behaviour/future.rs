@@ -750,3 +750,31 @@ fn queue_limit_has_bounds() {
         assert!(matches!(&rejected, Error::Config { value, .. } if *value == calls.to_string()), "{rejected}");
     }
 }
+
+/// The end of a `#[tokio::main]` that does not close its store: the last handle is dropped in the runtime, the runtime ends,
+/// and the process exits at once.
+#[test]
+fn a_process_that_does_not_close_its_store_exits_cleanly_and_loses_nothing() {
+    const TEST: &str = "future::a_process_that_does_not_close_its_store_exits_cleanly_and_loses_nothing";
+    const DIR: &str = "ONLYONCE_EXIT_STORE";
+    if let Some(dir) = std::env::var_os(DIR).filter(|_| crate::child::is_child(TEST)) {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let store = Store::builder().memory_budget(32 << 20).open(dir).unwrap();
+            acquire(&store, "k").await.complete("r").await.unwrap();
+        });
+        drop(runtime);
+        std::process::exit(0);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let path = dir.path().join(round.to_string());
+        let status = crate::child::command(TEST).env(DIR, &path).stdout(std::process::Stdio::null()).status().unwrap();
+        assert!(status.success(), "round {round}: {status}");
+        let store = Store::builder().lock_wait(Duration::from_secs(10)).open(&path).unwrap();
+        assert!(
+            matches!(store.check("k").wait().unwrap(), KeyStatus::Completed(first) if first.result() == Some(b"r"))
+        );
+        store.close().wait().unwrap();
+    }
+}
