@@ -870,7 +870,11 @@ impl Model {
             (true, None, Ok(Claim::Acquired(lease))) => {
                 assert!(counts(at_ms, window_ms), "{context}: it should be too old");
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{context}");
-                (lease, at_ms)
+                match self.known.get(key) {
+                    // It must not expire before the attempts that this completion overrules.
+                    Some(Known::Completed { at_ms: expired_ms, .. }) => (lease, at_ms.max(*expired_ms)),
+                    _ => (lease, at_ms),
+                }
             }
             (_, _, other) => panic!("{context}, the claim returned {other:?}"),
         };

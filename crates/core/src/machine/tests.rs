@@ -294,6 +294,22 @@ fn a_claim_of_a_new_key_keeps_nothing_of_an_expired_entry() {
 }
 
 #[test]
+fn a_claim_after_an_own_window_is_not_earlier_than_the_expired_completion() {
+    let request = KeyRequest { at_ms: Some(4_500), ..KeyRequest::default() };
+    let expired = Entry::Completed(CompletedEntry {
+        token: 7,
+        completed_ms: 5_000,
+        own_window: OwnWindow::from_ms(100).unwrap(),
+        fingerprint: PAYLOAD.copied(),
+        result: StoredResult::None,
+    });
+    let now = at(5_200);
+    let Decision::Available(available) = decide(Some(&expired), request, now, STREAM) else { panic!("it is over") };
+    let claimed = available.claimed(Some(&expired), request, 8, 30, now);
+    assert_eq!((claimed.since_ms, claimed.attempt, claimed.fingerprint), (5_000, 1, None));
+}
+
+#[test]
 fn an_operator_finishes_only_held_keys() {
     let finishes = |holder, by, policy| finishable(Some(&processing(holder)), 7, by, at(5_100), policy).is_some();
     let dropped = Holder::Interrupted(PriorAttempt::Dropped);

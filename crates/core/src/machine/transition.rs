@@ -282,12 +282,15 @@ impl Available {
         }
     }
 
-    /// The time of the key: now, or its message's. Another attempt at the same work keeps the later of the two, so that a
-    /// later state of a key never expires before an earlier one.
+    /// The time of the key: now, or its message's, and at least that of an earlier attempt at the same work or of a completion
+    /// whose own window is over. Otherwise this state would expire first, and an attempt before it would count again.
     #[inline]
     fn time_ms(&self, stored: Option<&Entry>, request: KeyRequest<'_>, now: impl Moment) -> u64 {
         let time_ms = request.at_ms.unwrap_or(now.time_ms());
-        self.earlier(stored).map_or(time_ms, |earlier| time_ms.max(earlier.since_ms))
+        match stored {
+            Some(Entry::Completed(done)) => time_ms.max(done.completed_ms),
+            stored => self.earlier(stored).map_or(time_ms, |earlier| time_ms.max(earlier.since_ms)),
+        }
     }
 
     /// The payload that binds the key: the call's, or that of the earlier attempt.
