@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use onlyonce::{Claim, KeyStatus, Store};
 
-use crate::torture::{Line, Messages, WINDOW_MS, check_side_writes, messages, name};
+use crate::torture::{Line, Messages, check_side_writes, messages, name, window_ms};
 
 /// A completion that was started.
 #[derive(Debug)]
@@ -188,7 +188,7 @@ impl RunLog {
     /// Compares the contents of a store with the reports. `token`: the highest token that must not be granted again.
     pub fn judge(&self, contents: &Contents, token: u64) -> Verdict {
         let mut verdict = Verdict { violations: contents.missing_side_writes.clone(), ..Verdict::default() };
-        let is_live = |completed_ms: u64| contents.now_ms < completed_ms + WINDOW_MS;
+        let is_live = |key: &str, completed_ms: u64| contents.now_ms < completed_ms + window_ms(key);
         for key in &contents.in_progress {
             verdict.violations.push(format!("G2: {key} is blocked by an ended process"));
         }
@@ -196,7 +196,7 @@ impl RunLog {
             verdict.violations.push(format!("G3: token {} after {token}", contents.token));
         }
         for (key, first) in &self.before.completed {
-            if is_live(first.1) && contents.completed.get(key) != Some(first) {
+            if is_live(key, first.1) && contents.completed.get(key) != Some(first) {
                 verdict
                     .violations
                     .push(format!("G1: {key} was on the disk: {first:?}, {:?}", contents.completed.get(key)));
@@ -207,7 +207,7 @@ impl RunLog {
             if !tried && self.before.completed.get(key) != Some(first) {
                 verdict.violations.push(format!("G2: {key} was never completed: {first:?}"));
             }
-            if !is_live(first.1) {
+            if !is_live(key, first.1) {
                 verdict
                     .violations
                     .push(format!("G4: {key} is remembered after its window: {first:?} at {}", contents.now_ms));
@@ -225,7 +225,7 @@ impl RunLog {
                         verdict.violations.push(format!("G1: {key} has a different time: {attempt:?}, {at_ms}"));
                     }
                 }
-                (_, Some(done)) if is_live(done.started_ms) => {
+                (_, Some(done)) if is_live(key, done.started_ms) => {
                     if contents.messages.contains(&(key.clone(), attempt.result.clone())) {
                         verdict.violations.push(format!("G1: {key} has a message, but is not completed: {attempt:?}"));
                     }
@@ -248,6 +248,7 @@ impl RunLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::torture::WINDOW_MS;
 
     fn run_log(run_starts: &[&[&str]]) -> RunLog {
         let mut run_log = RunLog::after(Contents::nothing());

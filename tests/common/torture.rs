@@ -482,7 +482,7 @@ fn work(session: &Session<'_>, mut rng: StdRng, worker: &str) {
 }
 
 /// Some keys have their own window.
-fn window_ms(key: &str) -> u64 {
+pub fn window_ms(key: &str) -> u64 {
     if key.ends_with('3') { 2 * WINDOW_MS / 3 } else { WINDOW_MS }
 }
 
