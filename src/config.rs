@@ -121,6 +121,10 @@ impl Options {
     /// Checks the options that do not depend on the stored ones. Must run before RocksDB sees them: RocksDB aborts
     /// the process if it cannot allocate its caches.
     pub(crate) fn check_bounds(&self) -> Result<()> {
+        // Before anything is created: what the store itself stores is only a default for these.
+        within("window", self.window.unwrap_or(YEAR), Duration::from_millis(1), YEAR * 10)?;
+        within("bucket", self.bucket.unwrap_or(YEAR), Duration::from_millis(1), YEAR * 10)?;
+        within("stream_time", self.stream_time.unwrap_or(YEAR), Duration::from_millis(1), YEAR * 10)?;
         within("lease", self.lease, Duration::from_millis(1), YEAR)?;
         within("renew_for", self.renew_for.unwrap_or(YEAR), Duration::from_millis(1), YEAR)?;
         within("sync_interval", self.sync_interval, Duration::from_millis(1), Duration::from_secs(3_600))?;

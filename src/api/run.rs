@@ -1,3 +1,5 @@
+use std::fmt;
+
 use onlyonce_core::{Completed, Error, InProgress};
 
 use super::Claim;
@@ -5,7 +7,6 @@ use super::lease::{CompleteError, Lease};
 use super::store::Store;
 
 /// What [`Store::run`] did.
-#[derive(Debug)]
 #[must_use]
 pub enum RunOutcome {
     /// The work ran now, with this result.
@@ -14,6 +15,17 @@ pub enum RunOutcome {
     Replayed(Completed),
     /// The key is leased, in backoff, or held: the work did not run.
     InProgress(InProgress),
+}
+
+/// Results may be long, and may be secrets: `Debug` prints their lengths.
+impl fmt::Debug for RunOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::First(result) => write!(f, "First({} bytes)", result.len()),
+            Self::Replayed(completed) => f.debug_tuple("Replayed").field(completed).finish(),
+            Self::InProgress(in_progress) => f.debug_tuple("InProgress").field(in_progress).finish(),
+        }
+    }
 }
 
 /// Why [`Store::run`] failed.

@@ -45,7 +45,7 @@ pub(crate) struct Directory {
 impl Directory {
     /// Fails unless the directory holds a store, or the remains of one, which `acquire` reports.
     pub(crate) fn require_store(root: &Path) -> Result<()> {
-        if root.join(DATABASE).is_dir() || root.join(LOCK).is_file() {
+        if root.join(DATABASE).is_dir() || fs::read(root.join(LOCK)).is_ok_and(|flag| !flag.is_empty()) {
             Ok(())
         } else {
             Err(Error::NotFound { path: root.to_owned() })

@@ -194,7 +194,7 @@ impl Round {
     fn asked(&mut self) -> Asked {
         let payload = *[None, None, None, Some(1), Some(1), Some(2)].choose(&mut self.rng).unwrap();
         let own_windows =
-            [None, None, None, None, Some(0), Some(1), Some(1_000), Some(3_000), Some(9_999), Some(60_000)];
+            [None, None, None, None, Some(1), Some(2), Some(1_000), Some(3_000), Some(9_999), Some(60_000)];
         Asked { payload, own_window_ms: *own_windows.choose(&mut self.rng).unwrap() }
     }
 
@@ -436,9 +436,7 @@ impl Round {
     }
 
     fn record_batch(&mut self) {
-        let mut keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.asked())).collect();
-        // A key that occurs twice in a call is a duplicate the second time, even if its window is over at once.
-        keys.iter_mut().for_each(|(_, asked)| asked.own_window_ms = asked.own_window_ms.map(|ms| ms.max(1)));
+        let keys: Vec<_> = (0..self.rng.random_range(0..6)).map(|_| (self.key(), self.asked())).collect();
         keys.iter().for_each(|(key, _)| self.forget_if_uncertain(key));
         let requested = keys.iter().map(|(key, asked)| asked.key(key));
         let recorded = self.bench.store().record_batch(requested).wait().unwrap();

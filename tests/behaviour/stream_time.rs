@@ -824,7 +824,7 @@ impl Model {
             }
             _ => self.time(rng),
         };
-        let own_ms = *[0, 1, 3_000, WINDOW_MS, u64::MAX, u64::MAX, u64::MAX].choose(rng).unwrap();
+        let own_ms = *[1, 20, 3_000, WINDOW_MS, u64::MAX, u64::MAX, u64::MAX].choose(rng).unwrap();
         let window_ms = own_ms.min(WINDOW_MS);
         let asked = Key::from(key).at(Timestamp::from_unix_ms(at_ms)).window(Duration::from_millis(own_ms));
         let (is_accepted, claim) = (self.accepts(at_ms), self.stream.store().claim(asked).wait());
@@ -870,7 +870,7 @@ impl Model {
             (true, None, Ok(Claim::Acquired(lease))) => {
                 assert!(counts(at_ms, window_ms), "{context}: it should be too old");
                 assert_eq!((lease.attempt().number(), lease.attempt().prior()), (1, None), "{context}");
-                match self.known.get(key) {
+                match self.expected.get(key) {
                     // It must not expire before the attempts that this completion overrules.
                     Some(Known::Completed { at_ms: expired_ms, .. }) => (lease, at_ms.max(*expired_ms)),
                     _ => (lease, at_ms),

@@ -1,8 +1,9 @@
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::attempt::{FencingToken, PriorAttempt};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, printable};
 use crate::key::Key;
 use crate::timestamp::Timestamp;
 
@@ -21,7 +22,7 @@ pub enum Claim<L> {
 }
 
 /// A completed key.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Completed {
     result: StoredResult,
     token: FencingToken,
@@ -30,7 +31,7 @@ pub struct Completed {
 }
 
 /// The result of a completed key, as stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub enum StoredResult<B = Arc<[u8]>> {
     /// The key was recorded, which stores no result.
     #[default]
@@ -39,6 +40,28 @@ pub enum StoredResult<B = Arc<[u8]>> {
     Bytes(B),
     /// The result was longer than the store's `result_limit` and was not stored.
     TooLarge,
+}
+
+/// Results may be long, and may be secrets: `Debug` does not print them.
+impl<B> fmt::Debug for StoredResult<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Bytes(_) => "Bytes(..)",
+            Self::TooLarge => "TooLarge",
+        })
+    }
+}
+
+impl fmt::Debug for Completed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Completed")
+            .field("result", &self.result)
+            .field("token", &self.token)
+            .field("completed_at", &self.completed_at)
+            .field("remembered_until", &self.remembered_until)
+            .finish()
+    }
 }
 
 impl<'a> StoredResult<&'a [u8]> {
@@ -266,7 +289,7 @@ pub enum Resolution {
 }
 
 /// A message of the outbox.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Message {
     /// Removes the message from the outbox. Use it as the message's idempotency key, together with a name for the store:
@@ -278,6 +301,18 @@ pub struct Message {
     pub key: Vec<u8>,
     /// Its payload.
     pub payload: Vec<u8>,
+}
+
+/// Payloads may be long, and may be secrets: `Debug` prints their lengths.
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Message")
+            .field("id", &self.id)
+            .field("topic", &printable(&self.topic))
+            .field("key", &printable(&self.key))
+            .field("payload_len", &self.payload.len())
+            .finish()
+    }
 }
 
 impl Message {

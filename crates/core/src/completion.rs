@@ -1,3 +1,6 @@
+use std::fmt;
+
+use crate::error::printable;
 use crate::wire::{Reader, put_prefixed};
 
 /// What completes a lease: its result, and the offsets and messages that are stored in the same write.
@@ -13,7 +16,7 @@ use crate::wire::{Reader, put_prefixed};
 /// assert_eq!(completion.result(), b"charged");
 /// assert_eq!(Completion::from("charged").result(), b"charged");
 /// ```
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Completion {
     result: Vec<u8>,
     // Rarely set, and then on the heap: batches move many completions.
@@ -43,7 +46,7 @@ pub struct Offset {
 }
 
 /// A message for the outbox that has no id yet.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NewMessage {
     /// The topic to publish it to.
@@ -52,6 +55,26 @@ pub struct NewMessage {
     pub key: Vec<u8>,
     /// Its payload.
     pub payload: Vec<u8>,
+}
+
+/// Results and payloads may be long, and may be secrets: `Debug` prints their lengths.
+impl fmt::Debug for Completion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Completion")
+            .field("result_len", &self.result.len())
+            .field("side_writes", &self.side_writes)
+            .finish()
+    }
+}
+
+impl fmt::Debug for NewMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NewMessage")
+            .field("topic", &printable(&self.topic))
+            .field("key", &printable(&self.key))
+            .field("payload_len", &self.payload.len())
+            .finish()
+    }
 }
 
 impl Completion {

@@ -19,7 +19,7 @@ pub type Answers<T> = Result<Vec<Result<T>>>;
 
 /// What stores keys: the contract that the HTTP layer and the delivery processor are written against.
 ///
-/// The local store implements it, and [`MemoryStore`](crate::testing::MemoryStore) for tests. An implementation passes the
+/// The local store implements it, and `testing::MemoryStore` for tests. An implementation passes the
 /// conformance suite (`onlyonce_core::conformance`, feature `conformance`).
 ///
 /// # Tokens

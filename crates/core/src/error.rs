@@ -256,6 +256,12 @@ pub enum KeyError {
         /// The key's index in its batch, from 0. `None` if the call has one key.
         index: Option<usize>,
     },
+    /// The key's own window is shorter than a millisecond: the key would be forgotten at once.
+    #[error("the window of the key{} is shorter than 1 ms: give it a longer one, or leave it out", in_batch(index))]
+    WindowTooShort {
+        /// The key's index in its batch, from 0. `None` if the call has one key.
+        index: Option<usize>,
+    },
     /// The scope is longer than 255 bytes.
     #[error("scope {scope} of the key{} has {len} bytes, over the limit of 255: shorten it", in_batch(index))]
     ScopeTooLong {
@@ -272,7 +278,10 @@ impl KeyError {
     /// The same error about the key with this index in a batch.
     #[must_use]
     pub fn at_index(mut self, at: usize) -> Self {
-        let (Self::Empty { index } | Self::TooLong { index, .. } | Self::ScopeTooLong { index, .. }) = &mut self;
+        let (Self::Empty { index }
+        | Self::TooLong { index, .. }
+        | Self::WindowTooShort { index }
+        | Self::ScopeTooLong { index, .. }) = &mut self;
         *index = Some(at);
         self
     }
@@ -407,13 +416,14 @@ impl Error {
             | Self::Result(_)
             | Self::BatchTooLarge { .. }
             | Self::NotHeld { .. }
+            | Self::NotAStore { .. }
             | Self::NotFound { .. } => ErrorKind::InvalidInput,
             Self::PayloadMismatch { .. } => ErrorKind::PayloadMismatch,
             Self::Superseded { .. } | Self::ForeignLease { .. } => ErrorKind::LeaseLost,
             Self::InUse { .. } | Self::Undecided { .. } | Self::TooManyInFlight { .. } | Self::TooManyHeld { .. } => {
                 ErrorKind::Busy
             }
-            Self::Corrupt { .. } | Self::NotAStore { .. } | Self::UnsupportedFormat { .. } => ErrorKind::Corrupt,
+            Self::Corrupt { .. } | Self::UnsupportedFormat { .. } => ErrorKind::Corrupt,
             Self::Io { .. }
             | Self::WriteFailed { .. }
             | Self::FlushFailed { .. }

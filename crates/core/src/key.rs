@@ -138,7 +138,10 @@ impl<'a> Key<'a> {
     }
 
     /// Remembers this key for less than the store's window once it is completed, to the millisecond. A longer window than
-    /// the store's has no effect. The call that claims or records the key sets it.
+    /// the store's has no effect; one shorter than a millisecond is an error. The call that claims or records the key sets it.
+    ///
+    /// Give every delivery of a message the same window. On stream time, a delivery that comes after its key's window is too
+    /// old only by the window that it has itself: without one, or with a longer one, its work runs again.
     #[must_use]
     pub fn window(mut self, window: Duration) -> Self {
         self.window = Some(window);
@@ -196,12 +199,15 @@ impl<'a> Key<'a> {
     ///
     /// # Errors
     ///
-    /// [`KeyError`] if the key is empty, longer than `limit`, or its scope is longer than [`MAX_SCOPE`]. `out` is
+    /// [`KeyError`] if the key is empty, longer than `limit`, its window is shorter than a millisecond, or its scope is longer than [`MAX_SCOPE`]. `out` is
     /// unchanged then.
     #[inline]
     pub fn encode(&self, limit: usize, out: &mut Vec<u8>) -> Result<(), KeyError> {
         if self.body.is_empty() {
             return Err(KeyError::Empty { index: None });
+        }
+        if self.window.is_some_and(|window| window < Duration::from_millis(1)) {
+            return Err(KeyError::WindowTooShort { index: None });
         }
         let len = self.scope.len().saturating_add(self.body.len());
         if len > limit {
@@ -423,6 +429,8 @@ mod tests {
         assert!(error.to_string().contains("123456789") && error.to_string().contains("limit of 8"), "{error}");
         let scope = "s".repeat(256);
         assert!(matches!(Key::from("k").scope(&scope).encode(1_024, &mut out), Err(KeyError::ScopeTooLong { .. })));
+        let zero = Key::from("k").window(Duration::ZERO);
+        assert!(matches!(zero.encode(1_024, &mut out), Err(KeyError::WindowTooShort { .. })));
         assert_eq!(out.len(), 9, "a rejected key leaves nothing");
     }
 

@@ -12,7 +12,7 @@
 //! | handle errors | [`Error`], [`ErrorKind`], [`Outcome`] |
 //! | write an engine with the rules of `onlyonce` | [`machine`] |
 //! | write an adapter | [`Engine`], [`EngineLease`], [`AttemptInfo`], [`OnStoreFailure`] |
-//! | test without a disk | [`testing::MemoryStore`] (feature `testing`) |
+//! | test without a disk | `testing::MemoryStore` (feature `testing`) |
 //! | test an engine | `conformance` (feature `conformance`) |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
