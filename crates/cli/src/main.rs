@@ -1,5 +1,6 @@
 //! The command `onlyonce`: `filter`, `get` and `stats`.
 
+#[allow(rustdoc::broken_intra_doc_links, reason = "doc comments are the text of --help, where [0] is a part of a path")]
 mod args;
 mod batch;
 mod filter;
