@@ -62,6 +62,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "maintenance",
             "catch_up",
             "workers",
+            "fixture",
         ],
     ),
 ];

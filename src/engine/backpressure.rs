@@ -70,35 +70,10 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::clock::ManualClock;
     use crate::config::Options;
-    use crate::fs::directory::Directory;
+    use crate::engine::fixture::{engine, fill, small_engine};
     use crate::memtable::slot::OVERHEAD_BYTES;
-    use onlyonce_core::StoredResult;
-    use onlyonce_core::machine::{CompletedEntry, Entry, OwnWindow};
-
-    fn engine(dir: &tempfile::TempDir) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
-        Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
-    }
-
-    /// Adds a completed key with a result of `bytes`.
-    fn fill(engine: &Engine, digest: u64, bytes: usize) {
-        let result = vec![0; bytes];
-        let result = StoredResult::Bytes(result.as_slice());
-        let done = CompletedEntry {
-            token: digest,
-            completed_ms: engine.now().time_ms,
-            own_window: OwnWindow::NONE,
-            fingerprint: None,
-            result,
-        };
-        engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
-    }
 
     /// Adds a completed key that counts for `bytes` in the memtable.
     fn fill_counted(engine: &Engine, digest: u64, bytes: usize) {
@@ -108,7 +83,7 @@ mod tests {
     #[test]
     fn the_maintenance_thread_is_woken_when_a_flush_is_due() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
+        let engine = small_engine(&dir);
         let (wake, woken) = crossbeam::channel::bounded(1);
         engine.backlog.wake.set(wake).unwrap();
         let record = |key: &str| engine.record(&engine.request([key]).unwrap()).unwrap();
@@ -122,7 +97,7 @@ mod tests {
     #[test]
     fn calls_wait_while_the_backlog_is_full_and_report_a_failed_flush() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
+        let engine = small_engine(&dir);
         fill(&engine, 1, 8 << 20);
         let request = engine.request(["k"]).unwrap();
         *engine.backlog.failure.lock() = Some(Error::io("writing", "/", "no space"));
@@ -143,7 +118,7 @@ mod tests {
     #[test]
     fn a_flush_is_due_at_an_eighth_of_the_budget_and_calls_wait_at_a_quarter() {
         let dir = tempfile::tempdir().unwrap();
-        let small = engine(&dir);
+        let small = small_engine(&dir);
         let eighth = 4 << 20;
         let is_due_or_too_late = || (small.is_flush_due(), small.is_backlogged());
         for (journal, is_due) in [(0, false), (eighth - 1, false), (eighth, true)] {
@@ -167,8 +142,7 @@ mod tests {
         }
 
         let dir = tempfile::tempdir().unwrap();
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let large = Engine::open(directory, &Options::default()).unwrap();
+        let large = engine(&dir, &Options::default());
         (1..FLUSH_KEYS as u64).for_each(|i| fill_counted(&large, i.wrapping_mul(0x9e37_79b9_7f4a_7c15), least));
         assert!(!large.is_flush_due());
         fill_counted(&large, 0, least);

@@ -76,14 +76,13 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::sync::atomic::Ordering;
 
     use super::*;
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
+    use crate::engine::fixture::{engine, flush_generation};
     use crate::engine::response::{FinishKind, FinishedBy};
-    use crate::fs::directory::Directory;
     use onlyonce_core::Claim;
     use onlyonce_core::StoredResult;
 
@@ -98,8 +97,7 @@ mod tests {
     }
 
     fn open(dir: &tempfile::TempDir, clock: &ManualClock) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Engine::open(directory, &options(clock)).unwrap()
+        engine(dir, &options(clock))
     }
 
     fn complete(engine: &Engine, key: &str, result: &[u8]) {
@@ -108,10 +106,6 @@ mod tests {
         };
         let done = FinishKind::Complete { result: StoredResult::Bytes(result), side_writes: None, follows: false };
         engine.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
-    }
-
-    fn flush_generation(engine: &Engine) -> u64 {
-        engine.flush_generation.load(Ordering::Relaxed)
     }
 
     #[test]

@@ -273,24 +273,14 @@ impl Drop for OpenRecord<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::clock::ManualClock;
-    use crate::config::Options;
-    use crate::fs::directory::Directory;
-
-    fn engine(dir: &tempfile::TempDir) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
-        Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
-    }
+    use crate::engine::fixture::small_engine;
 
     #[test]
     fn each_store_digests_its_keys_with_its_own_secret() {
         let digest = || {
             let dir = tempfile::tempdir().unwrap();
-            engine(&dir).request(["k"]).unwrap().digests().next().unwrap()
+            small_engine(&dir).request(["k"]).unwrap().digests().next().unwrap()
         };
         assert_ne!(digest(), digest());
     }
@@ -298,7 +288,7 @@ mod tests {
     #[test]
     fn an_abandoned_record_poisons_the_store_unless_it_is_closed() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
+        let engine = small_engine(&dir);
         engine.begin_record().finish();
         assert_eq!(engine.poisoned(), None);
         let (first, last) = (engine.begin_record(), engine.begin_record());
@@ -307,7 +297,7 @@ mod tests {
         drop(last);
 
         let dir = tempfile::tempdir().unwrap();
-        let engine = super::tests::engine(&dir);
+        let engine = small_engine(&dir);
         let open = engine.begin_record();
         engine.close().unwrap();
         drop(open);
@@ -317,7 +307,7 @@ mod tests {
     #[test]
     fn journal_bytes_are_counted_until_a_flush() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
+        let engine = small_engine(&dir);
         let counted = || (engine.journal_bytes.load(Ordering::Relaxed), engine.log_bytes.load(Ordering::Relaxed));
         assert_eq!(counted(), (0, 0));
         engine.record(&engine.request(["k"]).unwrap()).unwrap();

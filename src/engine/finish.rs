@@ -343,21 +343,9 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::{Durability, Options};
-    use crate::fs::directory::Directory;
+    use crate::engine::fixture::{claim, engine};
     use onlyonce_core::machine::Backoff;
     use onlyonce_core::{Claim, OnInterrupt, StoredResult};
-
-    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Engine::open(directory, options).unwrap()
-    }
-
-    fn claim(engine: &Engine, key: &str) -> Grant {
-        match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
-            Ok(Claim::Acquired(grant)) => grant,
-            other => panic!("{key}: {other:?}"),
-        }
-    }
 
     #[test]
     fn completions_are_synced_and_repeatable_work_is_not() {

@@ -180,50 +180,16 @@ mod tests {
 
     use super::*;
     use crate::clock::ManualClock;
-    use crate::config::{Durability, Options};
-    use crate::engine::response::Grant;
-    use crate::fs::directory::Directory;
+    use crate::config::Options;
+    use crate::engine::fixture::{claim, engine, flush_generation, record, short_windows};
     use crate::memtable::slot::Pending;
     use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow};
-    use onlyonce_core::{Claim, Error, Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
-
-    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Engine::open(directory, options).unwrap()
-    }
-
-    /// Short windows on a clock that the test advances.
-    fn options(clock: &ManualClock) -> Options {
-        Options {
-            clock: Arc::new(clock.clone()),
-            window: Some(Duration::from_secs(10)),
-            bucket: Some(Duration::from_secs(1)),
-            memory_budget: 32 << 20,
-            durability: Durability::Process,
-            ..Options::default()
-        }
-    }
-
-    fn record(engine: &Engine, key: &str) {
-        let outcome = engine.record(&engine.request([key]).unwrap()).unwrap().pop().unwrap();
-        assert_eq!(outcome.unwrap(), RecordOutcome::First);
-    }
-
-    fn claim(engine: &Engine, key: &str) -> Grant {
-        match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
-            Ok(Claim::Acquired(grant)) => grant,
-            other => panic!("{key}: {other:?}"),
-        }
-    }
-
-    fn flush_generation(engine: &Engine) -> u64 {
-        engine.flush_generation.load(Ordering::Relaxed)
-    }
+    use onlyonce_core::{Error, Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
 
     #[test]
     fn the_log_is_truncated_by_an_idle_round_or_by_a_flush_of_a_larger_log() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir, &options(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))));
+        let engine = engine(&dir, &short_windows(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))));
         let mut maintenance_state = engine.maintenance_state();
         let mut log_bytes_after_a_round = |bytes| {
             engine.log_bytes.store(bytes, Ordering::Relaxed);
@@ -250,7 +216,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(
             &dir,
-            &Options { key_limit: 65_535, ..options(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))) },
+            &Options { key_limit: 65_535, ..short_windows(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))) },
         );
         let records = || {
             let mut records = Vec::new();

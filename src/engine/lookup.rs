@@ -226,16 +226,11 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::fs::directory::Directory;
+    use crate::engine::fixture::engine;
     use onlyonce_core::Claim;
     use onlyonce_core::Error;
     use onlyonce_core::machine::Backoff;
     use onlyonce_core::{PriorAttempt, StoredResult};
-
-    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Engine::open(directory, options).unwrap()
-    }
 
     #[test]
     fn each_key_of_a_call_is_found_in_its_bucket_and_counted_once() {

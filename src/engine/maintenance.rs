@@ -158,55 +158,21 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::{Durability, Options};
-    use crate::engine::response::{FinishKind, FinishedBy, Grant};
-    use crate::fs::directory::Directory;
-    use onlyonce_core::{Claim, RecordOutcome, StoredResult};
-
-    fn engine(dir: &tempfile::TempDir, options: &Options) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Engine::open(directory, options).unwrap()
-    }
-
-    /// Short windows on a clock that the test advances.
-    fn options(clock: &ManualClock) -> Options {
-        Options {
-            clock: Arc::new(clock.clone()),
-            window: Some(Duration::from_secs(10)),
-            bucket: Some(Duration::from_secs(1)),
-            memory_budget: 32 << 20,
-            durability: Durability::Process,
-            ..Options::default()
-        }
-    }
-
-    fn record(engine: &Engine, key: &str) {
-        let outcome = engine.record(&engine.request([key]).unwrap()).unwrap().pop().unwrap();
-        assert_eq!(outcome.unwrap(), RecordOutcome::First);
-    }
-
-    fn claim(engine: &Engine, key: &str) -> Grant {
-        match engine.claim(&engine.request([key]).unwrap()).unwrap().pop().unwrap() {
-            Ok(Claim::Acquired(grant)) => grant,
-            other => panic!("{key}: {other:?}"),
-        }
-    }
-
-    fn flush_generation(engine: &Engine) -> u64 {
-        engine.flush_generation.load(Ordering::Relaxed)
-    }
+    use crate::engine::fixture::{claim, engine, flush_generation, record, short_windows};
+    use crate::engine::response::{FinishKind, FinishedBy};
+    use onlyonce_core::{Claim, StoredResult};
 
     #[test]
     fn a_completion_is_kept_after_its_own_window_to_overrule_an_earlier_attempt_in_a_bucket() {
         let dir = tempfile::tempdir().unwrap();
         let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
-        let engine = engine(&dir, &options(&clock));
+        let engine = engine(&dir, &short_windows(&clock));
         engine.abandon(&claim(&engine, "k"));
         engine.flush().unwrap();
         let key = onlyonce_core::Key::from("k").window(Duration::from_secs(1));
@@ -225,7 +191,7 @@ mod tests {
     fn a_round_flushes_if_a_bucket_has_ended_or_a_flush_is_due() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
-        let engine = engine(&dir, &options(&clock));
+        let engine = engine(&dir, &short_windows(&clock));
         let mut maintenance_state = engine.maintenance_state();
         let mut round = || {
             engine.run_maintenance(&mut maintenance_state).unwrap();
@@ -250,7 +216,8 @@ mod tests {
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
         let window = Some(Duration::from_millis(100));
         let lease = Duration::from_secs(1);
-        let engine = engine(&dir, &Options { in_flight_limit: 2, window, bucket: window, lease, ..options(&clock) });
+        let engine =
+            engine(&dir, &Options { in_flight_limit: 2, window, bucket: window, lease, ..short_windows(&clock) });
         let mut maintenance_state = engine.maintenance_state();
         let mut round_after = |ms| {
             clock.advance(Duration::from_millis(ms));
@@ -275,7 +242,10 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(
                 &dir,
-                &Options { durability, ..options(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000))) },
+                &Options {
+                    durability,
+                    ..short_windows(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)))
+                },
             );
             engine.sync().unwrap();
             record(&engine, "k");
@@ -290,7 +260,7 @@ mod tests {
     fn the_filter_of_an_ended_bucket_is_persisted() {
         let (dir, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
-        let engine = engine(&dir, &options(&clock));
+        let engine = engine(&dir, &short_windows(&clock));
         let persisted = || {
             engine.persist_filters(|| true).unwrap();
             std::fs::read_dir(engine.db.directory().filters()).unwrap().count()

@@ -8,6 +8,8 @@ mod catch_up;
 mod claim;
 pub(crate) mod core;
 mod finish;
+#[cfg(test)]
+mod fixture;
 mod flush;
 mod gauges;
 mod health;

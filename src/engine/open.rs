@@ -217,37 +217,15 @@ fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::clock::ManualClock;
+    use crate::engine::fixture::{fill, small_engine};
     use onlyonce_core::machine::{CompletedEntry, Holder, OwnWindow, Processing};
     use onlyonce_core::{PriorAttempt, StoredResult};
-
-    fn engine(dir: &tempfile::TempDir) -> Engine {
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let clock = Arc::new(ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
-        Engine::open(directory, &Options { memory_budget: 32 << 20, clock, ..Options::default() }).unwrap()
-    }
-
-    /// Adds a completed key with a result of `bytes`.
-    fn fill(engine: &Engine, digest: u64, bytes: usize) {
-        let result = vec![0; bytes];
-        let result = StoredResult::Bytes(result.as_slice());
-        let done = CompletedEntry {
-            token: digest,
-            completed_ms: engine.now().time_ms,
-            own_window: OwnWindow::NONE,
-            fingerprint: None,
-            result,
-        };
-        engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
-    }
 
     #[test]
     fn the_recent_cache_has_a_sixteenth_of_the_memory_budget() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(&dir);
+        let engine = small_engine(&dir);
         for digest in 0..6 {
             fill(&engine, digest, 1 << 20);
             engine.flush().unwrap();
