@@ -93,7 +93,7 @@ impl RunLog {
     fn apply(&mut self, line: usize, text: &str) {
         let words: Vec<&str> = text.split(' ').collect();
         let (key, result, done) = match words.as_slice() {
-            ["opening" | "open" | "pulse"] | ["got" | "left", ..] => return,
+            ["opening" | "open" | "pulse"] | ["got" | "left" | "clock", ..] => return,
             ["try", key, result] => {
                 let attempt = Attempt { result: (*result).to_owned(), begun: line, done: None };
                 return self.attempts.entry((*key).to_owned()).or_default().push(attempt);
@@ -144,7 +144,7 @@ impl RunLog {
                     token = token.max(number.parse().unwrap());
                     at
                 }
-                ["done", _, _, _, at] | ["dup", _, _, at] => at,
+                ["done", _, _, _, at] | ["dup", _, _, at] | ["clock", at] => at,
                 _ => continue,
             };
             time_ms = time_ms.max(at.parse().unwrap());

@@ -3,6 +3,11 @@
 //! The child works on a store with several threads, while other threads flush it and run its clock many times as fast
 //! as real time, so that buckets are created and dropped. It reports each step before and after it, as lines on a pipe.
 //! The parent then opens the store, and checks G1 to G4 for every reported key.
+//!
+//! The parent's clock starts at the last reported time. It must not be behind the child's clock. A kill can separate a call
+//! from its report, and then the store has times that the parent does not expect: a completion has at least the time of the
+//! attempt before it, and a key can be acquired again once its window is over. So the child reports each tick of its clock
+//! before the tick.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
@@ -253,6 +258,8 @@ pub fn child() {
                 while !session.is_over() {
                     std::thread::sleep(Duration::from_millis(1));
                     let _clock_stopped = session.clock_lock.lock().unwrap();
+                    // Reported first, so that no call has a later time than the reports.
+                    report(&format!("@clock {}\n", session.now_ms() + pace.as_millis() as u64));
                     clock.advance(pace);
                 }
             });
@@ -536,6 +543,9 @@ enum Reported {
 
 pub struct Oracle {
     reported: BTreeMap<String, Reported>,
+    /// The completions of this opening whose key was acquired again, and the time by which it was: a key and the result of
+    /// its completion. A thread that is descheduled may report its completion after that.
+    replaced: BTreeMap<(String, String), u64>,
     /// Messages of stored completions that were removed from the outbox.
     messages: Messages,
     last_token: u64,
@@ -548,7 +558,8 @@ pub struct Oracle {
 impl Oracle {
     pub fn new() -> Self {
         let (reported, messages) = (BTreeMap::new(), Messages::new());
-        Self { reported, messages, last_token: 0, clock_ms: 1_700_000_000_000, opened: 0, acknowledged: 0 }
+        let (replaced, clock_ms) = (BTreeMap::new(), 1_700_000_000_000);
+        Self { reported, replaced, messages, last_token: 0, clock_ms, opened: 0, acknowledged: 0 }
     }
 
     /// Applies the lines of one child in their order. After the first `certain` lines, reports of completions may be void.
@@ -561,6 +572,8 @@ impl Oracle {
                 for reported in self.reported.values_mut().filter(|reported| **reported == Reported::Got) {
                     *reported = Reported::Left;
                 }
+                // The threads of an opening end before the next one.
+                self.replaced.clear();
                 continue;
             }
             if line == "open" || line == "pulse" {
@@ -597,15 +610,16 @@ impl Oracle {
             ["got", key, token, prior, at] => {
                 let (token, at_ms): (u64, u64) = (token.parse().unwrap(), at.parse().unwrap());
                 match self.reported.get(*key) {
-                    // The claim was answered before it was reported, at `at` or earlier.
-                    Some(Reported::Done { started_ms, result, .. }) => assert!(
-                        at_ms >= started_ms + window_ms(key),
-                        "G1: {key}, completed at {started_ms} with {result}, was acquired again by {at_ms}"
-                    ),
+                    Some(Reported::Done { started_ms, result, .. }) => {
+                        check_acquired_again(key, result, *started_ms, at_ms);
+                    }
                     Some(Reported::Got) => panic!("G3: {key} has two holders"),
                     Some(Reported::Tried { .. } | Reported::Left | Reported::Forgetting { .. }) | None => {}
                 }
                 assert_ne!(*prior, "LeaseExpired", "leases last a day");
+                if let Some(Reported::Tried { result } | Reported::Done { result, .. }) = self.reported.get(*key) {
+                    self.replaced.insert(((*key).to_owned(), result.clone()), at_ms);
+                }
                 self.tokens_seen(token);
                 self.clock_ms = self.clock_ms.max(at_ms);
                 self.reported.insert((*key).to_owned(), Reported::Got);
@@ -619,9 +633,19 @@ impl Oracle {
             ["done", key, result, started, ended] => {
                 let (started_ms, ended_ms) = (started.parse().unwrap(), ended.parse().unwrap());
                 self.clock_ms = self.clock_ms.max(ended_ms);
-                let done = Reported::Done { result: (*result).to_owned(), started_ms, ended_ms };
-                self.reported.insert((*key).to_owned(), done);
+                match self.reported.get(*key) {
+                    Some(Reported::Tried { result: last } | Reported::Done { result: last, .. }) if last == result => {
+                        let done = Reported::Done { result: (*result).to_owned(), started_ms, ended_ms };
+                        self.reported.insert((*key).to_owned(), done);
+                    }
+                    // It is reported late, after another thread acquired the key.
+                    reported => match self.replaced.remove(&((*key).to_owned(), (*result).to_owned())) {
+                        Some(by_ms) => check_acquired_again(key, result, started_ms, by_ms),
+                        None => panic!("the child reported {line:?}, but the key was {reported:?}"),
+                    },
+                }
             }
+            ["clock", at] => self.clock_ms = self.clock_ms.max(at.parse().unwrap()),
             ["dup", key, result, at] => {
                 let at_ms = at.parse().unwrap();
                 // It may be reported late, after another thread acquired the key: then it is ignored.
@@ -665,13 +689,20 @@ impl Oracle {
             let check = check.unwrap();
             if let KeyStatus::Completed(first) = &check {
                 check_side_writes(store, &self.messages, &key, first).unwrap();
+                assert!(
+                    first.completed_at().as_unix_ms() <= now_ms,
+                    "{key} is {first:?}, later than the present {now_ms}: the child's clock was ahead of its reports"
+                );
             }
             let reported = self.reported.get_mut(&key).unwrap();
             match (&*reported, check) {
                 (Reported::Done { result, started_ms, ended_ms }, KeyStatus::Completed(completed)) => {
                     assert!(now_ms < ended_ms + window_ms(&key), "G4: {key} is remembered after its window");
-                    assert!((*started_ms..=*ended_ms).contains(&completed.completed_at().as_unix_ms()), "G1: {key}");
-                    assert_eq!(&name(completed.result()), result, "G1: {key} has a different result");
+                    let at_ms = completed.completed_at().as_unix_ms();
+                    assert!(
+                        (*started_ms..=*ended_ms).contains(&at_ms) && &name(completed.result()) == result,
+                        "G1: {key} was acknowledged: {reported:?}, but is {completed:?}"
+                    );
                 }
                 (Reported::Done { started_ms, .. }, check) => {
                     assert!(
@@ -728,7 +759,69 @@ impl Oracle {
     }
 }
 
+/// Fails if a key was acquired again within its window. The claim was answered before it was reported, by `by_ms` or earlier.
+fn check_acquired_again(key: &str, result: &str, started_ms: u64, by_ms: u64) {
+    assert!(
+        by_ms >= started_ms + window_ms(key),
+        "G1: {key}, completed at {started_ms} with {result}, was acquired again by {by_ms}"
+    );
+}
+
 /// A number from the environment.
 pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(lines: &[&str]) -> Oracle {
+        let mut oracle = Oracle::new();
+        let lines: Vec<Line> = lines.iter().map(|text| Line { text: (*text).to_owned(), at: 0 }).collect();
+        oracle.apply_all(&lines, usize::MAX);
+        oracle
+    }
+
+    fn done(result: &str, started_ms: u64, ended_ms: u64) -> Reported {
+        Reported::Done { result: result.to_owned(), started_ms, ended_ms }
+    }
+
+    const FIRST: [&str; 3] = ["opening", "got k 1 none 90", "try k r1"];
+
+    #[test]
+    fn a_completion_that_is_reported_late_does_not_overwrite_the_next_one() {
+        let second = ["got k 2 none 60200", "try k r2", "done k r2 60300 60300"];
+        for late in 0..=second.len() {
+            let (before, after_it) = second.split_at(late);
+            let oracle = after(&[&FIRST[..], before, &["done k r1 100 200"], after_it].concat());
+            assert_eq!(oracle.reported["k"], done("r2", 60_300, 60_300), "after {before:?}");
+            assert_eq!((oracle.acknowledged, oracle.clock_ms), (2, 1_700_000_000_000));
+        }
+        let known = ["dup k r1 150", "done k r1 100 200"];
+        assert_eq!(after(&[&FIRST[..], &known].concat()).reported["k"], done("r1", 100, 200));
+        let left = ["got k 2 none 60200", "left k", "done k r1 100 200"];
+        assert_eq!(after(&[&FIRST[..], &left].concat()).reported["k"], Reported::Left);
+    }
+
+    #[test]
+    fn a_completion_that_is_reported_late_is_compared_with_the_next_claim() {
+        for lines in [
+            &["got k 2 none 60099", "done k r1 100 200"][..],
+            &["dup k r1 100", "got k 2 none 60099"],
+            &["done k r1 100 200", "got k 2 none 60099"],
+            // No thread of this opening can report it.
+            &["got k 2 none 60200", "opening", "done k r1 100 200"],
+            &["done k r9 100 200"],
+        ] {
+            let applied = std::panic::catch_unwind(|| after(&[&FIRST[..], lines].concat()));
+            assert!(applied.is_err(), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn the_clock_is_the_last_reported_one() {
+        let lines = ["opening", "open", "clock 1700000000300", "got k 1 none 1700000000200"];
+        assert_eq!(after(&lines).clock_ms, 1_700_000_000_300);
+    }
 }
