@@ -73,8 +73,8 @@ fn exact_member_count(text: &[u8]) -> Option<usize> {
     Some(members)
 }
 
-/// Returns whether the shortest notation of the nearest double equals this number. Then no other number has the same
-/// canonical form.
+/// Returns whether the canonical notation of the nearest double equals this number. Then no other number has the same
+/// canonical form. Where two decimals of the same length are equally near, other libraries may choose another one.
 fn is_exact(literal: &str) -> bool {
     if literal.len() <= 15 && literal.bytes().all(|byte| byte.is_ascii_digit()) {
         return true;
@@ -83,7 +83,7 @@ fn is_exact(literal: &str) -> bool {
     let decimal = Decimal::parse(literal);
     // The canonical form of minus zero is zero.
     decimal.as_ref().is_some_and(|number| !number.digits.is_empty() || !number.is_negative)
-        && decimal == Decimal::parse(&format!("{double:e}"))
+        && serde_json_canonicalizer::to_string(&double).is_ok_and(|canonical| decimal == Decimal::parse(&canonical))
 }
 
 /// A decimal number in normalized notation.
@@ -319,6 +319,10 @@ mod tests {
         for exact in ["9007199254740992", "5e-324", "1.7976931348623157e308", "0", "0.0", "-1", "123456789012345"] {
             assert!(is_exact(exact), "{exact}");
         }
+        // As far from the double as 631172890748395.3, and the even one of the two.
+        let even = "-631172890748395.2";
+        assert_eq!(canonical_text(even).as_deref(), Some(even));
+        assert_eq!(canonical_text("-631172890748395.3"), None);
         assert_eq!(canonical_text("0.30000000000000004").unwrap(), "0.30000000000000004");
         assert_ne!(canonical_text("0.30000000000000004"), canonical_text("0.3"));
     }
