@@ -97,6 +97,8 @@ struct State {
     is_writing: bool,
     is_syncing: bool,
     waiters: VecDeque<Arc<Waiter>>,
+    /// No record is queued any more.
+    is_closed: bool,
     /// Records that were not written, until all their callers know it.
     rejected: Vec<Rejected>,
     /// The error of a write or a sync whose outcome is unknown. It is permanent.
@@ -112,10 +114,18 @@ struct Rejected {
     error: Error,
 }
 
-#[derive(Debug)]
-struct Waiter {
+/// What a call waits for.
+#[derive(Debug, Clone, Copy)]
+struct Call {
     record: u64,
     durability: Durability,
+    /// Whether the record is its own, so that it returns the record's error.
+    is_append: bool,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    call: Call,
     thread: Thread,
     is_woken: AtomicBool,
 }
@@ -134,19 +144,25 @@ impl Waiter {
 }
 
 impl State {
-    /// The answer for a caller, if it need not wait any more.
-    fn answer(&mut self, record: u64, durability: Durability) -> Option<Result<()>> {
-        if let Some(at) = self.rejected.iter().position(|rejected| (rejected.first..=rejected.last).contains(&record)) {
+    /// The error of all calls that begin now.
+    fn refusal(&self) -> Option<Error> {
+        self.failed.clone().or(self.is_closed.then_some(Error::Closed))
+    }
+
+    /// The answer for a call, if it need not wait any more.
+    fn answer(&mut self, call: Call) -> Option<Result<()>> {
+        let is_own = |rejected: &Rejected| call.is_append && (rejected.first..=rejected.last).contains(&call.record);
+        if let Some(at) = self.rejected.iter().position(is_own) {
             return Some(Err(self.take_rejection(at)));
         }
-        if self.is_done(record, durability) {
+        if self.is_done(call) {
             return Some(Ok(()));
         }
         self.failed.clone().map(Err)
     }
 
-    fn is_done(&self, record: u64, durability: Durability) -> bool {
-        record <= if durability == Durability::Disk { self.durable } else { self.written }
+    fn is_done(&self, call: Call) -> bool {
+        call.record <= if call.durability == Durability::Disk { self.durable } else { self.written }
     }
 
     #[cold]
@@ -171,8 +187,8 @@ impl State {
         let (mut leaders, has_failed) = (0, self.failed.is_some());
         let mut left = VecDeque::with_capacity(self.waiters.len());
         for waiter in std::mem::take(&mut self.waiters) {
-            let is_written = waiter.record <= self.written;
-            let is_done = has_failed || self.is_done(waiter.record, waiter.durability);
+            let is_written = waiter.call.record <= self.written;
+            let is_done = has_failed || self.is_done(waiter.call);
             let leads = !is_done && std::mem::take(if is_written { &mut needs_syncer } else { &mut needs_writer });
             if leads {
                 woken.insert(leaders, waiter);
@@ -192,44 +208,49 @@ impl GroupCommit {
     /// Appends a record, and returns when it is as durable as asked.
     pub(crate) fn append(&self, kind: Kind, parts: &[&[u8]], durability: Durability, sink: &impl Sink) -> Result<()> {
         let mut state = self.state.lock();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
+        if let Some(error) = state.refusal() {
+            return Err(error);
         }
         state.queued.push(kind, parts);
         state.last_queued += 1;
         let record = state.last_queued;
-        self.wait(state, record, durability, sink)
+        self.wait(state, Call { record, durability, is_append: true }, sink)
     }
 
     /// Returns when everything that was appended before is on disk.
     pub(crate) fn sync(&self, sink: &impl Sink) -> Result<()> {
         let state = self.state.lock();
-        if let Some(error) = &state.failed {
-            return Err(error.clone());
+        if let Some(error) = state.refusal() {
+            return Err(error);
         }
         // Records that are still queued are not acknowledged.
         let record = state.written;
-        self.wait(state, record, Durability::Disk, sink)
+        self.wait(state, Call { record, durability: Durability::Disk, is_append: false }, sink)
     }
 
-    fn wait<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-        record: u64,
-        durability: Durability,
-        sink: &impl Sink,
-    ) -> Result<()> {
+    /// Makes all later calls fail. Returns when everything that was appended before is on disk or rejected: then the sink is
+    /// not used any more.
+    pub(crate) fn close(&self, sink: &impl Sink) -> Result<()> {
+        let mut state = self.state.lock();
+        if let Some(error) = state.refusal() {
+            return Err(error);
+        }
+        state.is_closed = true;
+        let record = state.last_queued;
+        self.wait(state, Call { record, durability: Durability::Disk, is_append: false }, sink)
+    }
+
+    fn wait<'a>(&'a self, mut state: MutexGuard<'a, State>, call: Call, sink: &impl Sink) -> Result<()> {
         loop {
-            if let Some(answer) = state.answer(record, durability) {
+            if let Some(answer) = state.answer(call) {
                 return answer;
             }
-            if record > state.written && !state.is_writing {
+            if call.record > state.written && !state.is_writing {
                 state = self.write(state, sink);
-            } else if record <= state.written && !state.is_syncing {
+            } else if call.record <= state.written && !state.is_syncing {
                 state = self.sync_written(state, sink);
             } else {
-                let thread = current();
-                let waiter = Arc::new(Waiter { record, durability, thread, is_woken: AtomicBool::new(false) });
+                let waiter = Arc::new(Waiter { call, thread: current(), is_woken: AtomicBool::new(false) });
                 state.waiters.push_back(Arc::clone(&waiter));
                 drop(state);
                 waiter.wait();
@@ -295,15 +316,169 @@ impl GroupCommit {
         state
     }
 
-    /// Makes all later calls fail with this error.
-    pub(crate) fn fail(&self, error: Error) {
-        let mut state = self.state.lock();
-        state.failed.get_or_insert(error);
-        drop(self.wake(state));
+    /// Fails if all calls do.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.state.lock().refusal().map_or(Ok(()), Err)
     }
 
     /// How many syncs there were.
     pub(crate) fn syncs(&self) -> u64 {
         self.state.lock().syncs
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use std::io;
+    use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::error::{not_written, unknown};
+
+    /// Counts records, and fails where it is asked to.
+    #[derive(Default)]
+    struct Counter {
+        written: AtomicU64,
+        durable: AtomicU64,
+        writes: AtomicU64,
+        syncs: AtomicU64,
+        rejected_write: Option<u64>,
+        failed_write: Option<u64>,
+        failed_sync: Option<u64>,
+    }
+
+    impl Sink for Counter {
+        fn write(&self, batch: &Batch) -> Result<()> {
+            let this = Some(self.writes.fetch_add(1, Ordering::SeqCst));
+            std::thread::sleep(Duration::from_micros(100));
+            if this == self.rejected_write {
+                return Err(not_written("creating", "a file", io::ErrorKind::StorageFull.into()));
+            }
+            if this == self.failed_write {
+                return Err(unknown("writing", "a file", io::Error::other("the disk failed")));
+            }
+            self.written.fetch_add(batch.len() as u64, Ordering::SeqCst);
+            Ok(())
+        }
+
+        fn sync(&self) -> Result<()> {
+            let this = Some(self.syncs.fetch_add(1, Ordering::SeqCst));
+            let written = self.written.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_micros(500));
+            if this == self.failed_sync {
+                return Err(unknown("syncing", "a file", io::Error::other("the disk failed")));
+            }
+            self.durable.store(written, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    const THREADS: u64 = if cfg!(miri) { 4 } else { 32 };
+    const RECORDS: u64 = if cfg!(miri) { 3 } else { 50 };
+
+    /// Threads append; returns how many appends succeeded and failed.
+    fn append(group: &GroupCommit, sink: &Counter) -> (u64, u64) {
+        let (succeeded, failed) = (AtomicU64::new(0), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (succeeded, failed) = (&succeeded, &failed);
+                scope.spawn(move || {
+                    for i in 0..RECORDS {
+                        let disk = (thread + i) % 2 == 0;
+                        let durability = if disk { Durability::Disk } else { Durability::Process };
+                        match group.append(Kind::Data, &[b"record"], durability, sink) {
+                            Ok(()) => {
+                                let count = succeeded.fetch_add(1, Ordering::SeqCst) + 1;
+                                assert!(sink.written.load(Ordering::SeqCst) >= count);
+                            }
+                            Err(_) => drop(failed.fetch_add(1, Ordering::SeqCst)),
+                        }
+                    }
+                });
+            }
+        });
+        (succeeded.into_inner(), failed.into_inner())
+    }
+
+    #[test]
+    fn callers_share_writes_and_syncs() {
+        let (group, sink) = (GroupCommit::default(), Counter::default());
+        assert_eq!(append(&group, &sink), (THREADS * RECORDS, 0));
+        group.sync(&sink).unwrap();
+        assert_eq!(sink.written.load(Ordering::SeqCst), THREADS * RECORDS);
+        assert_eq!(sink.durable.load(Ordering::SeqCst), THREADS * RECORDS);
+        let (writes, syncs) = (sink.writes.into_inner(), sink.syncs.into_inner());
+        assert_eq!(group.syncs(), syncs);
+        // Under Miri's scheduler few threads arrive at the same time.
+        assert!(cfg!(miri) || writes + syncs < THREADS * RECORDS, "{writes} writes, {syncs} syncs");
+    }
+
+    #[test]
+    fn a_rejected_batch_fails_each_of_its_callers_once() {
+        let sink = Counter { rejected_write: Some(2), ..Counter::default() };
+        let group = GroupCommit::default();
+        let (succeeded, failed) = append(&group, &sink);
+        assert!(failed >= 1);
+        assert_eq!(succeeded + failed, THREADS * RECORDS);
+        assert_eq!(sink.written.load(Ordering::SeqCst), succeeded, "exactly the acknowledged records are written");
+        assert!(group.state.lock().rejected.is_empty());
+    }
+
+    #[test]
+    fn a_sync_does_not_take_the_error_of_a_rejected_record() {
+        let mut state = State { written: 2, last_queued: 2, ..State::default() };
+        let error = not_written("creating", "a file", io::ErrorKind::StorageFull.into());
+        state.rejected.push(Rejected { first: 1, last: 2, callers: 2, error });
+        let sync = Call { record: 2, durability: Durability::Disk, is_append: false };
+        assert!(state.answer(sync).is_none());
+        state.durable = 2;
+        assert!(matches!(state.answer(sync), Some(Ok(()))));
+        for record in [1, 2] {
+            let append = Call { record, durability: Durability::Process, is_append: true };
+            assert!(matches!(state.answer(append), Some(Err(Error::NotWritten { .. }))), "{record}");
+        }
+        assert!(state.rejected.is_empty());
+    }
+
+    #[test]
+    fn a_failed_write_or_sync_fails_all_later_calls_and_is_not_repeated() {
+        for sink in [
+            Counter { failed_write: Some(1), ..Counter::default() },
+            Counter { failed_sync: Some(1), ..Counter::default() },
+        ] {
+            let group = GroupCommit::default();
+            let (succeeded, failed) = append(&group, &sink);
+            assert!(succeeded >= 1 && failed >= 1);
+            let used = || (sink.writes.load(Ordering::SeqCst), sink.syncs.load(Ordering::SeqCst));
+            let before = used();
+            assert!(sink.failed_sync.is_none() || before.1 == 2, "no sync after the one that failed");
+            for _ in 0..2 {
+                assert!(matches!(group.sync(&sink), Err(Error::Unknown { .. })));
+                assert!(matches!(group.close(&sink), Err(Error::Unknown { .. })));
+                let append = group.append(Kind::Data, &[b"late"], Durability::Process, &sink);
+                assert!(matches!(append, Err(Error::Unknown { .. })));
+            }
+            assert_eq!(used(), before);
+        }
+    }
+
+    #[test]
+    fn a_close_waits_for_the_records_before_it_and_rejects_those_after_it() {
+        let (group, sink) = (GroupCommit::default(), Counter::default());
+        let succeeded = std::thread::scope(|scope| {
+            let appends = scope.spawn(|| append(&group, &sink).0);
+            while sink.written.load(Ordering::SeqCst) < THREADS {
+                std::thread::yield_now();
+            }
+            group.close(&sink).unwrap();
+            let written = sink.written.load(Ordering::SeqCst);
+            assert_eq!(sink.durable.load(Ordering::SeqCst), written);
+            let succeeded = appends.join().unwrap();
+            assert_eq!(sink.written.load(Ordering::SeqCst), written, "nothing is written after the close");
+            succeeded
+        });
+        assert_eq!(sink.written.load(Ordering::SeqCst), succeeded, "a record is written if its append succeeded");
+        assert!(matches!(group.sync(&sink), Err(Error::Closed)));
     }
 }

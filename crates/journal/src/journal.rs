@@ -7,16 +7,13 @@ use super::error::{Error, Result, not_written, unknown};
 use super::group_commit::{Batch, Durability, GroupCommit, Sink};
 use super::medium::{Medium, MediumFile};
 use super::output::{Output, Start};
-use super::record::Kind;
+use super::record::{Kind, NO_CLAIM};
 use super::recovery::{self, Recovered, Report};
-use super::segment::{self, BLOCK, MIN_BYTES, Slot};
+use super::segment::{self, BLOCK, MAX_BYTES, MIN_BYTES, Slot};
 use super::sync::Mutex;
 
 /// The largest record. Its bytes, and those of the records that are written with it, are in memory twice for a moment.
 pub const MAX_RECORD: usize = 1 << 31;
-
-/// The largest allowed size of a segment.
-const MAX_SEGMENT: u64 = 1 << 30;
 
 /// How much disk space a journal takes. Segments are allocated before they are needed, and used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +42,7 @@ impl Options {
             ("smallest_segment", self.smallest_segment, MIN_BYTES),
             ("largest_segment", self.largest_segment, self.smallest_segment),
         ] {
-            if value < least || value > MAX_SEGMENT || value % BLOCK as u64 != 0 {
+            if value < least || value > MAX_BYTES || value % BLOCK as u64 != 0 {
                 let bounds = "a multiple of 4,096, from 64 KiB to 1 GiB, and the smallest at most the largest";
                 return Err(Error::Option { option, value, bounds });
             }
@@ -54,7 +51,7 @@ impl Options {
     }
 }
 
-/// A position between two records.
+/// A position between two records. It stays valid when the journal is opened again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position(u64);
 
@@ -78,6 +75,8 @@ pub struct Journal<M: Medium> {
     commits: GroupCommit,
     end: End<M>,
     spare_bytes: u64,
+    /// Where the replay of the last checkpoint begins. Checkpoints, maintenance and the close run one at a time.
+    replay_from: Mutex<u64>,
 }
 
 /// What the group commit writes to.
@@ -85,7 +84,9 @@ struct End<M: Medium> {
     output: Mutex<Output<M>>,
     next_lsn: AtomicU64,
     durable_lsn: AtomicU64,
-    /// The highest durable lsn that a record states.
+    /// The lsn after the last record that is not a mark. Nobody needs to know that a mark is on disk.
+    content_lsn: AtomicU64,
+    /// The highest durable lsn that a record or a header states.
     stated_lsn: AtomicU64,
 }
 
@@ -94,8 +95,14 @@ impl<M: Medium> Sink for End<M> {
         let mut output = self.output.lock();
         let durable_lsn = self.durable_lsn.load(Ordering::Acquire);
         output.write(batch, durable_lsn)?;
-        self.stated_lsn.store(durable_lsn, Ordering::Release);
-        self.next_lsn.store(output.next_lsn(), Ordering::Release);
+        let next_lsn = output.next_lsn();
+        if next_lsn - durable_lsn < NO_CLAIM {
+            self.stated_lsn.store(durable_lsn, Ordering::Release);
+        }
+        if batch.records().any(|(kind, _)| kind != Kind::Mark) {
+            self.content_lsn.store(next_lsn, Ordering::Release);
+        }
+        self.next_lsn.store(next_lsn, Ordering::Release);
         Ok(())
     }
 
@@ -106,6 +113,32 @@ impl<M: Medium> Sink for End<M> {
         }
         self.durable_lsn.store(unsynced.lsn, Ordering::Release);
         Ok(())
+    }
+}
+
+impl<M: Medium> End<M> {
+    fn is_durable_unstated(&self) -> bool {
+        let content = self.durable_lsn.load(Ordering::Acquire).min(self.content_lsn.load(Ordering::Acquire));
+        content > self.stated_lsn.load(Ordering::Acquire)
+    }
+
+    /// Writes down, on disk, that everything before is on disk.
+    fn finish(&self) -> Result<()> {
+        let mut output = self.output.lock();
+        let durable_lsn = self.durable_lsn.load(Ordering::Acquire);
+        match output.finish(durable_lsn) {
+            Ok(false) => return Ok(()),
+            Ok(true) => {}
+            // The disk is full: a record of the last segment must do.
+            Err(Error::NotWritten { .. }) => {
+                let mut batch = Batch::default();
+                batch.push(Kind::Mark, &[]);
+                output.write(&batch, durable_lsn)?;
+            }
+            Err(error) => return Err(error),
+        }
+        drop(output);
+        self.sync()
     }
 }
 
@@ -128,6 +161,7 @@ impl<M: Medium> Journal<M> {
             last_number: 0,
             previous: 0,
             next_lsn: 1,
+            replay_from: 1,
         };
         let journal = Self::start(medium, options, start)?;
         journal.checkpoint(Position(1), checkpoint)?;
@@ -155,20 +189,22 @@ impl<M: Medium> Journal<M> {
         Ok((Self::start(medium, options, start)?, report))
     }
 
-    /// Begins a segment, with its header on disk: from then on, everything after the end of the one before it is void.
+    /// Begins a segment, with its header on disk: from then on, everything that was given up is void.
     fn start(medium: M, options: &Options, start: Start<M::File>) -> Result<Self> {
         let (smallest, largest) = options.check()?;
         let medium = Arc::new(medium);
-        let next_lsn = start.next_lsn;
+        let (next_lsn, replay_from) = (start.next_lsn, start.replay_from);
         let output = Output::begin(Arc::clone(&medium), start, smallest, largest)?;
         let end = End {
             output: Mutex::new(output),
             next_lsn: AtomicU64::new(next_lsn),
             durable_lsn: AtomicU64::new(next_lsn),
+            content_lsn: AtomicU64::new(next_lsn),
             stated_lsn: AtomicU64::new(next_lsn),
         };
         end.sync()?;
-        Ok(Self { medium, commits: GroupCommit::default(), end, spare_bytes: options.spare_bytes })
+        let (commits, spare_bytes) = (GroupCommit::default(), options.spare_bytes);
+        Ok(Self { medium, commits, end, spare_bytes, replay_from: Mutex::new(replay_from) })
     }
 
     /// Appends a record that has these parts, one after the other. Returns when it is as durable as asked.
@@ -200,19 +236,27 @@ impl<M: Medium> Journal<M> {
         self.commits.sync(&self.end)
     }
 
-    /// The position after all records whose appends have returned.
+    /// The position after all records whose appends have returned. Records whose appends have not returned may be before it
+    /// or after it: a checkpoint from here must have what they change.
     pub fn position(&self) -> Position {
         Position(self.end.next_lsn.load(Ordering::Acquire))
     }
 
     /// Appends a checkpoint, which stands for all records before `from`: the next open passes it and the records from there
-    /// on. It is on disk when this returns, and the segments before `from` are free.
+    /// on. It is on disk when this returns, and the segments before `from` are free. Checkpoints are appended one at a time.
     ///
     /// # Errors
     ///
-    /// As [`Journal::append`]. An error in removing a segment is none: the next checkpoint tries again.
+    /// As [`Journal::append`]; and [`Error::Option`] if `from` is before the position of an earlier checkpoint, whose records
+    /// are gone, or not a position of this journal. An error in removing a segment is none: it is removed or used later.
     pub fn checkpoint(&self, from: Position, checkpoint: &[u8]) -> Result<()> {
+        let mut replay_from = self.replay_from.lock();
+        if from.0 < *replay_from || from > self.position() {
+            let bounds = "a position of this journal, at or after that of its last checkpoint";
+            return Err(Error::Option { option: "from", value: from.0, bounds });
+        }
         self.append_as(Kind::Checkpoint, &[&from.0.to_le_bytes(), checkpoint], Durability::Disk)?;
+        *replay_from = from.0;
         let removed = self.end.output.lock().free_below(from.0, self.spare_bytes);
         for slot in removed {
             // If it is still there at the next open, it is a spare segment.
@@ -229,33 +273,33 @@ impl<M: Medium> Journal<M> {
     ///
     /// As [`Journal::append`].
     pub fn maintain(&self) -> Result<()> {
+        let _one_at_a_time = self.replay_from.lock();
+        self.commits.check()?;
         let reserved = {
             let mut output = self.end.output.lock();
-            output.lacks_spare().then(|| output.reserve_slot())
+            output.lacks_spare().then(|| output.reserve_slot()).transpose()?
         };
         if let Some((slot, bytes)) = reserved {
             let slot = Slot::create(&*self.medium, slot, bytes)?;
             self.end.output.lock().add_spare(slot);
         }
-        self.state_durable()
+        if self.end.is_durable_unstated() {
+            self.append_as(Kind::Mark, &[], Durability::Process)?;
+        }
+        Ok(())
     }
 
-    fn state_durable(&self) -> Result<()> {
-        let is_stated = self.end.durable_lsn.load(Ordering::Acquire) <= self.end.stated_lsn.load(Ordering::Acquire);
-        if is_stated { Ok(()) } else { self.append_as(Kind::Mark, &[], Durability::Process) }
-    }
-
-    /// Syncs all records, and writes down that they are. Later calls fail.
+    /// Waits for the calls that are under way, syncs all records, and writes down, in the header of another segment, that they
+    /// are on disk. Later calls fail: what they would append is not written. When this returns, the journal does not touch its
+    /// files any more.
     ///
     /// # Errors
     ///
     /// As [`Journal::append`].
     pub fn close(&self) -> Result<()> {
-        self.sync()?;
-        self.state_durable()?;
-        self.sync()?;
-        self.commits.fail(Error::Closed);
-        Ok(())
+        let _one_at_a_time = self.replay_from.lock();
+        self.commits.close(&self.end)?;
+        self.end.finish()
     }
 
     /// What was written and allocated.

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::mapped::MappedFile;
 use super::segment::BLOCK;
@@ -128,7 +128,7 @@ impl Directory {
         File::open(&self.path)?.sync_all()
     }
 
-    fn create_new(&self, path: &PathBuf, bytes: u64) -> io::Result<()> {
+    fn create_new(&self, path: &Path, bytes: u64) -> io::Result<()> {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         let zeros = vec![0; ZEROS];
         // Zeros, not `fallocate`: the first write to an allocated but unwritten block changes the file's extents, which a
@@ -143,6 +143,11 @@ impl Directory {
     }
 }
 
+/// Frees the space of a file whose creation failed. If that fails as well, the next open frees or uses it.
+fn remove_if_possible(path: &Path) {
+    let _ = fs::remove_file(path);
+}
+
 impl Medium for Directory {
     type File = DirectoryFile;
 
@@ -153,13 +158,9 @@ impl Medium for Directory {
 
     fn create(&self, name: &str, bytes: u64) -> io::Result<DirectoryFile> {
         let (new, path) = (self.path.join(format!("{name}{NEW}")), self.path.join(name));
-        let created = self.create_new(&new, bytes).and_then(|()| fs::rename(&new, &path)).and_then(|()| self.sync());
-        if created.is_err() {
-            // The space is needed. If it cannot be freed now, the next open frees it.
-            let _ = fs::remove_file(&new);
-        }
-        created?;
-        self.open(name)
+        self.create_new(&new, bytes).inspect_err(|_| remove_if_possible(&new))?;
+        fs::rename(&new, &path).inspect_err(|_| remove_if_possible(&new))?;
+        self.sync().and_then(|()| self.open(name)).inspect_err(|_| remove_if_possible(&path))
     }
 
     fn open(&self, name: &str) -> io::Result<DirectoryFile> {

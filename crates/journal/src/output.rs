@@ -6,8 +6,9 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::error::{Result, unknown};
+use super::error::{Result, not_written, unknown};
 use super::group_commit::Batch;
 use super::medium::{Medium, MediumFile};
 use super::record::{self, Fragment, HEADER, Kind, Part, Salt};
@@ -33,8 +34,9 @@ pub(crate) struct Output<M: Medium> {
     segments: VecDeque<Segment<M::File>>,
     /// Slots for the next segments. The first one is named by the active segment's header, so there is always one.
     spares: VecDeque<Arc<Slot<M::File>>>,
-    /// The number of the active segment.
+    /// The number of the active segment, and of the first one since the open.
     number: u64,
+    opened: u64,
     salt: Salt,
     next_lsn: u64,
     /// Where the next fragment begins in the active segment.
@@ -44,7 +46,7 @@ pub(crate) struct Output<M: Medium> {
     /// How many bytes of the buffer are written.
     flushed: usize,
     /// The number of the next slot that is created.
-    next_slot: u32,
+    next_slot: u64,
     /// Segments that were written since the last sync, without the active one.
     unsynced: Vec<Arc<Slot<M::File>>>,
     /// The bytes that were written to files.
@@ -66,6 +68,8 @@ pub(crate) struct Start<F> {
     /// The number of the last segment that is needed.
     pub(crate) previous: u64,
     pub(crate) next_lsn: u64,
+    /// Where the last checkpoint's replay begins.
+    pub(crate) replay_from: u64,
 }
 
 /// A position that a sync makes durable.
@@ -78,15 +82,16 @@ pub(crate) struct Unsynced<F> {
 impl<M: Medium> Output<M> {
     /// Begins a segment after the last one. It is not synced yet.
     pub(crate) fn begin(medium: Arc<M>, start: Start<M::File>, smallest: usize, largest: usize) -> Result<Self> {
-        let Start { journal, segments, spares, last_number, previous, next_lsn } = start;
+        let Start { journal, segments, spares, last_number, previous, next_lsn, replay_from: _ } = start;
         let slots = segments.iter().map(|segment| &segment.slot).chain(&spares);
-        let next_slot = slots.map(|slot| slot.slot.saturating_add(1)).max().unwrap_or(0);
+        let next_slot = slots.map(|slot| u64::from(slot.slot) + 1).max().unwrap_or(0);
         let mut output = Self {
             medium,
             journal,
             segments,
             spares,
             number: last_number,
+            opened: last_number + 1,
             salt: Salt::new(0),
             next_lsn,
             position: 0,
@@ -157,7 +162,7 @@ impl<M: Medium> Output<M> {
 
     /// Writes what is new in the buffer, and keeps its last block if that is incomplete.
     fn flush(&mut self) -> Result<()> {
-        let Some(active) = self.segments.back() else { return Ok(()) };
+        let Some(active) = self.segments.back().filter(|_| self.flushed < self.buffer.len()) else { return Ok(()) };
         let (slot, len) = (&active.slot, self.buffer.len());
         let unit = slot.file.unit();
         let (from, to) = (self.flushed / unit * unit, len.next_multiple_of(unit));
@@ -193,6 +198,7 @@ impl<M: Medium> Output<M> {
         let header = Header {
             journal: self.journal,
             number: self.number,
+            opened: self.opened,
             previous,
             first_lsn: self.next_lsn,
             durable_lsn,
@@ -202,6 +208,10 @@ impl<M: Medium> Output<M> {
         let encoded = header.encoded();
         slot.file.write_at(&encoded, 0).map_err(|error| unknown("writing", &slot.place, error))?;
         self.bytes += encoded.len() as u64;
+        // A power cut must not leave records and half a header: in a blank slot that would look like damage.
+        if slot.is_blank.swap(false, Ordering::Relaxed) {
+            slot.file.sync().map_err(|error| unknown("syncing", &slot.place, error))?;
+        }
         self.unsynced.extend(self.segments.back().map(|active| Arc::clone(&active.slot)));
         self.segments.push_back(Segment { slot, first_lsn: self.next_lsn });
         self.salt = Salt::new(salt);
@@ -236,16 +246,29 @@ impl<M: Medium> Output<M> {
     }
 
     fn create_slot(&mut self) -> Result<Arc<Slot<M::File>>> {
-        let (slot, bytes) = self.reserve_slot();
+        let (slot, bytes) = self.reserve_slot()?;
         Slot::create(&*self.medium, slot, bytes).map(Arc::new)
     }
 
     /// The number and the size of the next slot: as large as all segments in use, so that there are never many.
-    pub(crate) fn reserve_slot(&mut self) -> (u32, usize) {
-        let slot = self.next_slot;
-        self.next_slot = slot.saturating_add(1);
+    pub(crate) fn reserve_slot(&mut self) -> Result<(u32, usize)> {
+        let slot = u32::try_from(self.next_slot).map_err(|_| {
+            not_written("creating", &self.medium.place(""), io::Error::other("all names of segments were used"))
+        })?;
+        self.next_slot += 1;
         let used: usize = self.segments.iter().map(|segment| segment.slot.bytes).sum();
-        (slot, used.clamp(self.smallest, self.largest) / BLOCK * BLOCK)
+        Ok((slot, used.clamp(self.smallest, self.largest) / BLOCK * BLOCK))
+    }
+
+    /// Begins a segment without records, so that the header says what is on disk, in another file than the records. Returns
+    /// false if the active segment has no records, so that its header says it.
+    pub(crate) fn finish(&mut self, durable_lsn: u64) -> Result<bool> {
+        if self.position == DATA_START {
+            return Ok(false);
+        }
+        self.provide(0, 2)?;
+        self.begin_segment(self.number, durable_lsn)?;
+        Ok(true)
     }
 
     /// Whether the next change to another segment would have to create a slot.

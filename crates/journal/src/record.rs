@@ -17,8 +17,8 @@
 /// The size of a fragment without its payload.
 pub(crate) const HEADER: usize = 16;
 
-/// The gap that states no durable lsn.
-const NO_CLAIM: u64 = (1 << 24) - 1;
+/// The gap that states no durable lsn. Larger gaps are none.
+pub(crate) const NO_CLAIM: u64 = (1 << 24) - 1;
 
 /// What a record is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,15 +111,25 @@ pub(crate) fn read(bytes: &[u8], lsn: u64, salt: Salt) -> Option<(Fragment, &[u8
     (salt.crc(lsn, &header[4..], payload) == word(header, 0)).then_some((fragment, payload))
 }
 
-/// Reads a fragment whose lsn is unknown, but within `first_lsn..first_lsn + 2^32`.
-pub(crate) fn read_after(bytes: &[u8], first_lsn: u64, most: u64, salt: Salt) -> Option<(Fragment, &[u8])> {
+/// The size of a payload that may be at the start of `bytes`, of a fragment whose lsn is at most `most` above `first_lsn`. A
+/// search calls this at every byte, so it computes no checksum.
+pub(crate) fn may_follow(bytes: &[u8], first_lsn: u64, most: u64) -> Option<usize> {
     let header = bytes.first_chunk::<HEADER>()?;
-    // Cheap checks first: a scan calls this at every byte.
-    let ahead = u64::from(word(header, 12).wrapping_sub(first_lsn as u32));
-    if ahead > most || kind(header).is_none() || part(header).is_none() {
+    if header[8] == 0 || kind(header).is_none() || part(header).is_none() {
         return None;
     }
-    read(bytes, first_lsn.checked_add(ahead)?, salt)
+    let (ahead, len) = (ahead(header, first_lsn), word(header, 4) as usize);
+    (u64::from(ahead) <= most && len <= bytes.len() - HEADER).then_some(len)
+}
+
+/// Reads a fragment whose lsn is unknown, but within `first_lsn..first_lsn + 2^32`.
+pub(crate) fn read_after(bytes: &[u8], first_lsn: u64, salt: Salt) -> Option<(Fragment, &[u8])> {
+    let header = bytes.first_chunk::<HEADER>()?;
+    read(bytes, first_lsn.checked_add(ahead(header, first_lsn).into())?, salt)
+}
+
+fn ahead(header: &[u8; HEADER], first_lsn: u64) -> u32 {
+    word(header, 12).wrapping_sub(first_lsn as u32)
 }
 
 fn word(header: &[u8; HEADER], at: usize) -> u32 {
@@ -162,8 +172,9 @@ mod tests {
                 assert_eq!(read(&bytes, lsn, Salt::new(8)), None);
                 assert_eq!(read(&bytes, lsn.wrapping_add(1), salt), None);
                 assert_eq!(read(&bytes, lsn ^ 1 << 32, salt), None, "the checksum has the whole lsn");
-                assert_eq!(read_after(&bytes, lsn.saturating_sub(3), 3, salt), read(&bytes, lsn, salt));
-                assert_eq!(read_after(&bytes, lsn.wrapping_add(1), 1_000, salt), None);
+                assert_eq!(read_after(&bytes, lsn.saturating_sub(3), salt), read(&bytes, lsn, salt));
+                assert_eq!(may_follow(&bytes, lsn.saturating_sub(3), 3), Some(payload.len()));
+                assert_eq!(may_follow(&bytes, lsn.wrapping_add(1), 1_000), None);
             }
         }
     }

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::error::{Result, corrupt};
+use super::error::{Error, Result, corrupt};
 use super::medium::Medium;
 use super::output::{Segment, Start};
 use super::record::{Fragment, Kind};
@@ -42,12 +42,19 @@ pub struct Report {
 struct Scanned<F> {
     slot: Arc<Slot<F>>,
     header: Header,
-    /// Where the last valid fragment ends.
+    /// Where the last valid fragment ends, and the lsn of the fragment that would follow.
     end: usize,
+    next_lsn: u64,
     /// The lsn of each checkpoint's first fragment, and the lsn at which its replay begins.
     checkpoints: Vec<(u64, u64)>,
     /// The highest durable lsn that is stated before and after the end.
     durable_lsn: u64,
+}
+
+impl<F> Scanned<F> {
+    fn end_place(&self) -> String {
+        format!("{} at offset {}", self.slot.place, self.end)
+    }
 }
 
 /// The segments of a replay, in order, each with the lsn at which its records end.
@@ -57,63 +64,94 @@ struct Chain<'s, F> {
     checkpoint: u64,
 }
 
+impl<F> Chain<'_, F> {
+    /// Which open began the last segment: the number of its first one.
+    fn opened(&self) -> Option<u64> {
+        self.segments.last().map(|(segment, _)| segment.header.opened)
+    }
+}
+
 /// Reads a journal, and passes its last checkpoint and the records after it to `visit`.
 pub(crate) fn recover<M: Medium>(
     medium: &M,
     mut visit: impl FnMut(Recovered<'_>) -> Result<()>,
 ) -> Result<(Start<M::File>, Report)> {
     let (scanned, mut spares) = scan(medium)?;
-    let place = || medium.place("");
-    let Some(journal) = scanned.first().map(|segment| segment.header.journal) else {
-        return Err(corrupt(place(), "no segment of the journal was ever used"));
+    let Some(any) = scanned.first() else {
+        return Err(corrupt(medium.place(""), "no segment of the journal was ever used"));
     };
+    let journal = any.header.journal;
     if let Some(other) = scanned.iter().find(|segment| segment.header.journal != journal) {
-        return Err(corrupt(&other.slot.place, "it is a segment of another journal"));
+        return Err(corrupt(&other.slot.place, format!("it and {} are of different journals", any.slot.place)));
     }
     let durable_lsn = scanned.iter().map(|segment| segment.durable_lsn).max().unwrap_or(0);
-    let mut replay = Replay::default();
+    let opened = scanned.iter().map(|segment| segment.header.opened).max().unwrap_or(0);
     let mut found = None;
-    for chain in chains(&scanned) {
+    for chain in chains(&scanned).filter(|chain| chain.opened() == Some(opened)) {
         // Its checkpoint may be torn: then the one before it counts, whose segments are still there.
         if let Some(end) = check(&chain)? {
             found = Some((chain, end));
             break;
         }
     }
-    let Some((chain, end)) = found else {
-        return Err(corrupt(place(), "it has no checkpoint that is complete"));
-    };
+    let Some((chain, end)) = found else { return Err(without_checkpoint(&scanned, opened)) };
     if durable_lsn > end.lsn {
-        return Err(corrupt(
-            end.place(),
-            format!("record {} is damaged or missing, and a later one says that it was on disk", end.lsn),
-        ));
+        let mut detail = format!("record {} is damaged or missing, and a later one says that it was on disk", end.lsn);
+        if chain.segments.last().is_some_and(|(last, _)| std::ptr::eq(*last, end.segment)) {
+            let next = medium.place(&segment::name(end.segment.header.next_slot));
+            detail.push_str(&format!("; or it was in {next}"));
+        }
+        return Err(corrupt(end.place(), detail));
     }
-    deliver(&chain, end.lsn, &mut replay, &mut visit)?;
-    let last_number = scanned.iter().map(|segment| segment.header.number).max().unwrap_or(0);
-    let previous = chain.segments.last().map_or(0, |(segment, _)| segment.header.number);
-    let next_slot = chain.segments.last().map(|(segment, _)| segment.header.next_slot);
-    let segments: VecDeque<_> = chain
-        .segments
-        .iter()
-        .map(|(segment, _)| Segment { slot: Arc::clone(&segment.slot), first_lsn: segment.header.first_lsn })
-        .collect();
-    let is_used = |slot: u32| segments.iter().any(|segment| segment.slot.slot == slot);
-    spares.extend(scanned.iter().map(|segment| Arc::clone(&segment.slot)).filter(|slot| !is_used(slot.slot)));
+    // What begins at the end or after it has nothing that counts, and is given up: the journal continues in its place.
+    let kept = || chain.segments.iter().map(|(segment, _)| *segment).filter(|kept| kept.header.first_lsn < end.lsn);
+    let previous = kept().next_back().map_or(0, |segment| segment.header.number);
+    let next_slot = kept().next_back().map(|segment| segment.header.next_slot);
+    let segments: VecDeque<_> =
+        kept().map(|kept| Segment { slot: Arc::clone(&kept.slot), first_lsn: kept.header.first_lsn }).collect();
+    let is_kept = |slot: u32| segments.iter().any(|segment| segment.slot.slot == slot);
+    spares.extend(scanned.iter().map(|segment| Arc::clone(&segment.slot)).filter(|slot| !is_kept(slot.slot)));
     // The chain continues in the slot that its last header names.
     let Some(at) = spares.iter().position(|slot| Some(slot.slot) == next_slot) else {
         let name = medium.place(&segment::name(next_slot.unwrap_or_default()));
         return Err(corrupt(name, "the segment is missing"));
     };
     spares.swap(0, at);
+    let mut replay = Replay::default();
+    deliver(&chain, end.lsn, &mut replay, &mut visit)?;
+    let last_number = scanned.iter().map(|segment| segment.header.number).max().unwrap_or(0);
     let report = Report { records: replay.records, bytes: replay.bytes, torn: end.torn() };
-    Ok((Start { journal, segments, spares, last_number, previous, next_lsn: end.lsn }, report))
+    let (replay_from, next_lsn) = (chain.replay_from, end.lsn);
+    Ok((Start { journal, segments, spares, last_number, previous, next_lsn, replay_from }, report))
+}
+
+/// The error of a journal that has no complete checkpoint: names the place where its records end too early.
+fn without_checkpoint<F>(scanned: &[Scanned<F>], opened: u64) -> Error {
+    const DETAIL: &str = "the journal has no complete checkpoint";
+    let Some(last) = scanned.iter().rev().find(|segment| segment.header.opened == opened) else {
+        return corrupt("the journal", DETAIL);
+    };
+    let mut first = last;
+    while let Some(previous) = previous(scanned, first) {
+        if previous.next_lsn < first.header.first_lsn {
+            return corrupt(previous.end_place(), format!("a record is damaged or missing, and {DETAIL}"));
+        }
+        first = previous;
+    }
+    if last.durable_lsn > last.next_lsn {
+        return corrupt(last.end_place(), format!("a record is damaged or missing, and {DETAIL}"));
+    }
+    corrupt(
+        &first.slot.place,
+        format!("the segment before it, or its first record, is damaged or missing, and {DETAIL}"),
+    )
 }
 
 type Slots<F> = VecDeque<Arc<Slot<F>>>;
+type Scan<F> = (Vec<Scanned<F>>, Slots<F>);
 
 /// Reads all slots: those that were used, by number, and those that were not.
-fn scan<M: Medium>(medium: &M) -> Result<(Vec<Scanned<M::File>>, Slots<M::File>)> {
+fn scan<M: Medium>(medium: &M) -> Result<Scan<M::File>> {
     let names = medium.names().map_err(|error| super::error::not_written("listing", &medium.place(""), error))?;
     let mut slots: Vec<u32> = names.iter().filter_map(|name| segment::slot(name)).collect();
     slots.sort_unstable();
@@ -143,8 +181,8 @@ fn scan_segment<F: super::medium::MediumFile>(slot: Arc<Slot<F>>, header: Header
         }
     }
     durable_lsn = durable_lsn.max(fragments.durable_lsn_after_end());
-    let end = fragments.offset;
-    Ok(Scanned { slot, header, end, checkpoints, durable_lsn })
+    let (end, next_lsn) = (fragments.offset, fragments.lsn);
+    Ok(Scanned { slot, header, end, next_lsn, checkpoints, durable_lsn })
 }
 
 /// The chains that may be the journal, the one with the newest checkpoint first.
@@ -167,12 +205,7 @@ fn chain<'s, F>(
 ) -> Option<Vec<(&'s Scanned<F>, u64)>> {
     let mut segments = VecDeque::from([at]);
     while let Some(first) = segments.front().filter(|first| first.header.first_lsn > replay_from) {
-        let previous = scanned.iter().find(|segment| {
-            segment.header.number == first.header.previous
-                && segment.header.number < first.header.number
-                && segment.header.next_slot == first.slot.slot
-        })?;
-        segments.push_front(previous);
+        segments.push_front(previous(scanned, first)?);
     }
     while let Some(last) = segments.back() {
         let next = scanned.iter().find(|next| {
@@ -190,6 +223,15 @@ fn chain<'s, F>(
     is_valid.then_some(ends)
 }
 
+/// The segment before another one.
+fn previous<'s, F>(scanned: &'s [Scanned<F>], next: &Scanned<F>) -> Option<&'s Scanned<F>> {
+    scanned.iter().find(|segment| {
+        segment.header.number == next.header.previous
+            && segment.header.number < next.header.number
+            && segment.header.next_slot == next.slot.slot
+    })
+}
+
 /// Where a chain ends.
 #[derive(Debug)]
 struct End<'s, F> {
@@ -201,7 +243,7 @@ struct End<'s, F> {
 
 impl<F> End<'_, F> {
     fn place(&self) -> String {
-        format!("{} at offset {}", self.segment.slot.place, self.segment.end)
+        self.segment.end_place()
     }
 
     fn torn(&self) -> Option<String> {

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! segment := header (4096) | header (4096) | fragment* | anything
-//! header  := "1ONCEJNL" | crc (4) | version (4) | journal (16) | number (8) | previous (8) | first lsn (8)
-//!          | durable lsn (8) | salt (8) | next slot (4) | zeros
+//! header  := "1ONCEJNL" | crc (4) | version (4) | journal (16) | number (8) | opened (8) | previous (8)
+//!          | first lsn (8) | durable lsn (8) | salt (8) | next slot (4) | zeros
 //!   crc   := CRC-32C of all fields after it
 //! ```
 //!
@@ -13,6 +13,11 @@
 //!
 //! The header is there twice, in two blocks, so that damage to one block cannot make a whole segment disappear. It names the
 //! slot of the next segment, which exists before this one is used: so a missing last segment is noticed.
+//!
+//! *Opened* is the number of the first segment since the last open. The highest one in any header belongs to the last open: what
+//! that open gave up, such as records after a torn one, has a lower one and never returns.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::{Result, corrupt, not_written};
 use super::medium::{Medium, MediumFile};
@@ -24,12 +29,18 @@ pub(crate) const BLOCK: usize = 4_096;
 pub(crate) const DATA_START: usize = 2 * BLOCK;
 /// The smallest size of a segment.
 pub(crate) const MIN_BYTES: u64 = 64 << 10;
+/// The largest size of a segment.
+pub(crate) const MAX_BYTES: u64 = 1 << 30;
+/// Numbers and lsns are lower: no journal reaches it, so that a higher one is damage, and sums never overflow.
+const MAX_COUNT: u64 = 1 << 62;
 
 const MAGIC: &[u8; 8] = b"1ONCEJNL";
 const VERSION: u32 = 1;
 /// The size of the fields after the checksum.
-const FIELDS: usize = 4 + 16 + 5 * 8 + 4;
+const FIELDS: usize = 4 + 16 + 6 * 8 + 4;
 const SUFFIX: &str = ".journal";
+/// A search for fragments computes checksums over at most this many times the size of a segment.
+const SCAN_EFFORT: usize = 16;
 
 /// The random id of a journal. All its segments have it.
 pub(crate) type JournalId = [u8; 16];
@@ -40,6 +51,8 @@ pub(crate) struct Header {
     pub(crate) journal: JournalId,
     /// Higher than that of every segment before it.
     pub(crate) number: u64,
+    /// The number of the first segment since the journal was opened.
+    pub(crate) opened: u64,
     /// The number of the segment before it.
     pub(crate) previous: u64,
     pub(crate) first_lsn: u64,
@@ -56,7 +69,7 @@ impl Header {
         let mut fields = Vec::with_capacity(FIELDS);
         fields.extend_from_slice(&VERSION.to_le_bytes());
         fields.extend_from_slice(&self.journal);
-        for field in [self.number, self.previous, self.first_lsn, self.durable_lsn, self.salt] {
+        for field in [self.number, self.opened, self.previous, self.first_lsn, self.durable_lsn, self.salt] {
             fields.extend_from_slice(&field.to_le_bytes());
         }
         fields.extend_from_slice(&self.next_slot.to_le_bytes());
@@ -77,15 +90,18 @@ impl Header {
         }
         let (journal, rest) = rest.split_first_chunk()?;
         let word = |index: usize| rest.get(index * 8..)?.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
-        Some(Self {
+        let header = Self {
             journal: *journal,
             number: word(0)?,
-            previous: word(1)?,
-            first_lsn: word(2)?,
-            durable_lsn: word(3)?,
-            salt: word(4)?,
-            next_slot: rest.get(40..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))?,
-        })
+            opened: word(1)?,
+            previous: word(2)?,
+            first_lsn: word(3)?,
+            durable_lsn: word(4)?,
+            salt: word(5)?,
+            next_slot: rest.get(48..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))?,
+        };
+        let counts = [header.number, header.opened, header.previous, header.first_lsn, header.durable_lsn];
+        counts.iter().all(|count| *count < MAX_COUNT).then_some(header)
     }
 }
 
@@ -108,6 +124,8 @@ pub(crate) struct Slot<F> {
     pub(crate) file: F,
     /// How messages name it.
     pub(crate) place: String,
+    /// Whether it never had a segment.
+    pub(crate) is_blank: AtomicBool,
 }
 
 /// What the header of a slot says.
@@ -122,17 +140,17 @@ impl<F: MediumFile> Slot<F> {
     pub(crate) fn create<M: Medium<File = F>>(medium: &M, slot: u32, bytes: usize) -> Result<Self> {
         let (name, place) = (name(slot), medium.place(&name(slot)));
         let file = medium.create(&name, bytes as u64).map_err(|error| not_written("creating", &place, error))?;
-        Ok(Self { slot, bytes, file, place })
+        Ok(Self { slot, bytes, file, place, is_blank: AtomicBool::new(true) })
     }
 
     pub(crate) fn open<M: Medium<File = F>>(medium: &M, slot: u32) -> Result<Self> {
         let (name, place) = (name(slot), medium.place(&name(slot)));
         let opened = medium.open(&name).and_then(|file| Ok((file.len()?, file)));
         let (bytes, file) = opened.map_err(|error| not_written("opening", &place, error))?;
-        if bytes < MIN_BYTES || bytes % BLOCK as u64 != 0 {
+        if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) || bytes % BLOCK as u64 != 0 {
             return Err(corrupt(place, format!("{bytes} bytes is no size of a segment")));
         }
-        Ok(Self { slot, bytes: usize::try_from(bytes).unwrap_or(usize::MAX), file, place })
+        Ok(Self { slot, bytes: bytes as usize, file, place, is_blank: AtomicBool::new(false) })
     }
 
     pub(crate) fn read(&self, bytes: usize) -> Result<Vec<u8>> {
@@ -149,9 +167,19 @@ impl<F: MediumFile> Slot<F> {
         let newest = [first, second].into_iter().filter_map(Header::read).max_by_key(|header| header.number);
         match newest {
             Some(header) => Ok(Use::Used(header)),
-            None if content.iter().all(|byte| *byte == 0) => Ok(Use::Blank),
+            None if self.was_never_used(first, second)? => {
+                self.is_blank.store(true, Ordering::Relaxed);
+                Ok(Use::Blank)
+            }
             None => Err(corrupt(&self.place, "neither copy of its header is valid")),
         }
+    }
+
+    /// Whether a slot without a valid header never had a record: it has zeros, but for one copy of its first header, which a
+    /// power cut may have torn. A slot's first header is on disk before its first record is written.
+    fn was_never_used(&self, first: &[u8], second: &[u8]) -> Result<bool> {
+        let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        Ok((is_zero(first) || is_zero(second)) && self.read(self.bytes)?.get(DATA_START..).is_some_and(is_zero))
     }
 }
 
@@ -173,10 +201,18 @@ impl<'a> Fragments<'a> {
     /// The highest durable lsn that any fragment after the last valid one states.
     pub(crate) fn durable_lsn_after_end(&self) -> u64 {
         let most = (self.content.len() / record::HEADER) as u64;
+        // A payload may be full of bytes that look like fragments, each with a checksum of its own to compute.
+        let mut left = SCAN_EFFORT * self.content.len();
         let mut durable_lsn = 0;
         let mut at = self.offset;
         while let Some(rest) = self.content.get(at..).filter(|rest| rest.len() >= record::HEADER) {
-            match record::read_after(rest, self.lsn, most, self.salt) {
+            let Some(len) = record::may_follow(rest, self.lsn, most) else {
+                at += 1;
+                continue;
+            };
+            let Some(now_left) = left.checked_sub(len) else { break };
+            left = now_left;
+            match record::read_after(rest, self.lsn, self.salt) {
                 Some((fragment, payload)) => {
                     durable_lsn = durable_lsn.max(fragment.durable_lsn);
                     at += record::HEADER + payload.len();
@@ -207,6 +243,7 @@ mod tests {
     const HEADER: Header = Header {
         journal: [5; 16],
         number: 9,
+        opened: 8,
         previous: 7,
         first_lsn: 100,
         durable_lsn: 99,

@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::medium::{Medium, MediumFile};
+use super::segment::BLOCK;
 
 const SECTOR: usize = 512;
 
@@ -25,6 +26,12 @@ struct State {
     left: Option<u64>,
     /// The operation that fails, counted down.
     fails_in: Option<(u64, io::ErrorKind)>,
+    has_stopped: bool,
+    /// The write at which the disk stopped.
+    interrupted: Option<(String, usize, Vec<u8>)>,
+    /// Files that a power cut may bring back.
+    removed: BTreeMap<String, File>,
+    is_mapped: bool,
     operations: u64,
     syncs: u64,
     free: Option<u64>,
@@ -33,21 +40,21 @@ struct State {
 #[derive(Debug, Default, Clone)]
 struct File {
     /// What a crash of the process leaves.
-    written: Vec<u8>,
+    written: Arc<Vec<u8>>,
     /// What is on disk for certain.
-    synced: Vec<u8>,
+    synced: Arc<Vec<u8>>,
     /// The writes since the last sync.
     unsynced: Vec<(usize, Vec<u8>)>,
 }
 
 impl SimulatedDisk {
-    /// Stops after so many writes, creations and syncs: those that come later return without an effect, as if the power
-    /// were off.
+    /// Stops after so many writes, creations, removals and syncs: those that come later return without an effect, as if the
+    /// power were off.
     pub fn stop_after(&self, operations: u64) {
         self.state.lock().left = Some(operations);
     }
 
-    /// Makes the operation after so many others fail.
+    /// Makes the operation after so many others fail. A write that fails writes a half.
     pub fn fail_after(&self, operations: u64, kind: io::ErrorKind) {
         self.state.lock().fails_in = Some((operations, kind));
     }
@@ -55,6 +62,16 @@ impl SimulatedDisk {
     /// Limits the bytes that files created from now on may have.
     pub fn set_free(&self, bytes: Option<u64>) {
         self.state.lock().free = bytes;
+    }
+
+    /// Whether files take writes of any size at any offset, as mapped ones do, or whole blocks.
+    pub fn set_mapped(&self, is_mapped: bool) {
+        self.state.lock().is_mapped = is_mapped;
+    }
+
+    /// Whether an operation came after the disk stopped.
+    pub fn has_stopped(&self) -> bool {
+        self.state.lock().has_stopped
     }
 
     /// How many operations there were.
@@ -69,17 +86,40 @@ impl SimulatedDisk {
 
     /// The disk after a crash of the process.
     pub fn killed(&self) -> Self {
-        self.image(|file| file.written.clone())
+        self.image(|file| Arc::clone(&file.written))
+    }
+
+    /// The disk after a crash of the process in the middle of the write at which the disk stopped, if it did.
+    pub fn killed_in_a_write(&self, seed: u64) -> Self {
+        let image = self.killed();
+        if let Some((name, offset, bytes)) = &self.state.lock().interrupted
+            && let Some(file) = image.state.lock().files.get_mut(name)
+        {
+            let len = StdRng::seed_from_u64(seed).random_range(0..=bytes.len());
+            put(&mut file.written, *offset, &bytes[..len]);
+            file.synced = Arc::clone(&file.written);
+        }
+        image
     }
 
     /// The disk after a power cut: of the writes since the last sync, any sectors are on disk, in any order, and one may be
-    /// torn.
+    /// torn. Removed files may be there again.
     pub fn power_cut(&self, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
+        let image = self.power_cut_files(&mut rng);
+        for (name, file) in &self.state.lock().removed {
+            if rng.random_bool(0.5) {
+                image.state.lock().files.entry(name.clone()).or_insert_with(|| on_disk(Arc::clone(&file.synced)));
+            }
+        }
+        image
+    }
+
+    fn power_cut_files(&self, rng: &mut StdRng) -> Self {
         let keep = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
         let mut tears = 1;
         self.image(|file| {
-            let mut content = file.synced.clone();
+            let mut content = Arc::clone(&file.synced);
             for (offset, bytes) in &file.unsynced {
                 for (index, sector) in bytes.chunks(SECTOR).enumerate() {
                     let at = offset + index * SECTOR;
@@ -88,7 +128,7 @@ impl SimulatedDisk {
                         tears -= 1;
                         len = rng.random_range(0..=sector.len());
                     }
-                    content[at..at + len].copy_from_slice(&sector[..len]);
+                    put(&mut content, at, &sector[..len]);
                 }
             }
             content
@@ -99,8 +139,8 @@ impl SimulatedDisk {
     pub fn damaged(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> Self {
         let disk = self.killed();
         if let Some(file) = disk.state.lock().files.get_mut(name) {
-            change(&mut file.written);
-            file.synced.clone_from(&file.written);
+            change(Arc::make_mut(&mut file.written));
+            file.synced = Arc::clone(&file.written);
         }
         disk
     }
@@ -114,23 +154,31 @@ impl SimulatedDisk {
 
     /// The contents of all files.
     pub fn files(&self) -> BTreeMap<String, Vec<u8>> {
-        self.state.lock().files.iter().map(|(name, file)| (name.clone(), file.written.clone())).collect()
+        self.state.lock().files.iter().map(|(name, file)| (name.clone(), file.written.to_vec())).collect()
     }
 
     /// A disk with these files.
     pub fn with_files(files: impl IntoIterator<Item = (String, Vec<u8>)>) -> Self {
-        let files = files.into_iter().map(|(name, content)| (name, on_disk(content))).collect();
+        let files = files.into_iter().map(|(name, content)| (name, on_disk(Arc::new(content)))).collect();
         Self { state: Arc::new(Mutex::new(State { files, ..State::default() })) }
     }
 
-    fn image(&self, mut content: impl FnMut(&File) -> Vec<u8>) -> Self {
+    fn image(&self, mut content: impl FnMut(&File) -> Arc<Vec<u8>>) -> Self {
         let state = self.state.lock();
-        Self::with_files(state.files.iter().map(|(name, file)| (name.clone(), content(file))))
+        let files = state.files.iter().map(|(name, file)| (name.clone(), on_disk(content(file)))).collect();
+        let is_mapped = state.is_mapped;
+        Self { state: Arc::new(Mutex::new(State { files, is_mapped, ..State::default() })) }
     }
 }
 
-fn on_disk(content: Vec<u8>) -> File {
-    File { synced: content.clone(), written: content, unsynced: Vec::new() }
+fn on_disk(content: Arc<Vec<u8>>) -> File {
+    File { synced: Arc::clone(&content), written: content, unsynced: Vec::new() }
+}
+
+fn put(content: &mut Arc<Vec<u8>>, offset: usize, bytes: &[u8]) {
+    if !bytes.is_empty() {
+        Arc::make_mut(content)[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
 }
 
 impl State {
@@ -138,6 +186,7 @@ impl State {
     fn begin(&mut self) -> io::Result<bool> {
         if let Some(left) = &mut self.left {
             if *left == 0 {
+                self.has_stopped = true;
                 return Ok(false);
             }
             *left -= 1;
@@ -161,6 +210,7 @@ impl State {
 pub struct SimulatedFile {
     name: String,
     disk: SimulatedDisk,
+    is_mapped: bool,
 }
 
 impl SimulatedFile {
@@ -188,26 +238,29 @@ impl Medium for SimulatedDisk {
             }
             assert!(!state.files.contains_key(name), "{name} exists");
             let zeros = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
-            state.files.insert(name.to_owned(), on_disk(zeros));
+            state.removed.remove(name);
+            state.files.insert(name.to_owned(), on_disk(Arc::new(zeros)));
         } else {
             // Nothing of what happens now is seen again.
             let zeros = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
-            state.files.entry(name.to_owned()).or_insert_with(|| on_disk(zeros));
+            state.files.entry(name.to_owned()).or_insert_with(|| on_disk(Arc::new(zeros)));
         }
-        Ok(SimulatedFile { name: name.to_owned(), disk: self.clone() })
+        Ok(SimulatedFile { name: name.to_owned(), disk: self.clone(), is_mapped: state.is_mapped })
     }
 
     fn open(&self, name: &str) -> io::Result<SimulatedFile> {
-        if !self.state.lock().files.contains_key(name) {
+        let state = self.state.lock();
+        if !state.files.contains_key(name) {
             return Err(missing());
         }
-        Ok(SimulatedFile { name: name.to_owned(), disk: self.clone() })
+        Ok(SimulatedFile { name: name.to_owned(), disk: self.clone(), is_mapped: state.is_mapped })
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut state = self.state.lock();
         if state.begin()? {
-            state.files.remove(name).ok_or_else(missing)?;
+            let file = state.files.remove(name).ok_or_else(missing)?;
+            state.removed.insert(name.to_owned(), file);
         }
         Ok(())
     }
@@ -234,14 +287,18 @@ impl MediumFile for SimulatedFile {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.with(|state, name| {
-            if state.begin()? {
-                let offset = usize::try_from(offset).map_err(io::Error::other)?;
-                let file = state.files.get_mut(name).ok_or_else(missing)?;
-                assert!(offset + bytes.len() <= file.written.len(), "a segment never grows");
-                file.written[offset..offset + bytes.len()].copy_from_slice(bytes);
-                file.unsynced.push((offset, bytes.to_vec()));
+            let offset = usize::try_from(offset).map_err(io::Error::other)?;
+            let begun = state.begin();
+            if matches!(begun, Ok(false)) {
+                state.interrupted.get_or_insert_with(|| (name.to_owned(), offset, bytes.to_vec()));
+                return Ok(());
             }
-            Ok(())
+            let written = if begun.is_ok() { bytes } else { &bytes[..bytes.len() / 2] };
+            let file = state.files.get_mut(name).ok_or_else(missing)?;
+            assert!(offset + bytes.len() <= file.written.len(), "a segment never grows");
+            put(&mut file.written, offset, written);
+            file.unsynced.push((offset, written.to_vec()));
+            begun.map(drop)
         })
     }
 
@@ -250,10 +307,15 @@ impl MediumFile for SimulatedFile {
             if state.begin()? {
                 state.syncs += 1;
                 let file = state.files.get_mut(name).ok_or_else(missing)?;
-                file.synced.clone_from(&file.written);
-                file.unsynced.clear();
+                for (offset, bytes) in std::mem::take(&mut file.unsynced) {
+                    put(&mut file.synced, offset, &bytes);
+                }
             }
             Ok(())
         })
+    }
+
+    fn unit(&self) -> usize {
+        if self.is_mapped { 1 } else { BLOCK }
     }
 }
