@@ -96,12 +96,12 @@ pub(crate) fn recover<M: Medium>(
     }
     let Some((chain, end)) = found else { return Err(without_checkpoint(&scanned, opened)) };
     if durable_lsn > end.lsn {
-        let mut detail = format!("record {} is damaged or missing, and a later one says that it was on disk", end.lsn);
-        if chain.segments.last().is_some_and(|(last, _)| std::ptr::eq(*last, end.segment)) {
-            let next = medium.place(&segment::name(end.segment.header.next_slot));
-            detail.push_str(&format!("; or it was in {next}"));
+        let detail = format!("record {} is damaged or missing, and a later one says that it was on disk", end.lsn);
+        if let Some(segment) = incomplete(&scanned, opened) {
+            return Err(corrupt(segment.end_place(), detail));
         }
-        return Err(corrupt(end.place(), detail));
+        let next = medium.place(&segment::name(end.segment.header.next_slot));
+        return Err(corrupt(end.place(), format!("{detail}; or it was in {next}")));
     }
     // What begins at the end or after it has nothing that counts, and is given up: the journal continues in its place.
     let kept = || chain.segments.iter().map(|(segment, _)| *segment).filter(|kept| kept.header.first_lsn < end.lsn);
@@ -125,26 +125,28 @@ pub(crate) fn recover<M: Medium>(
     Ok((Start { journal, segments, spares, last_number, previous, next_lsn, replay_from }, report))
 }
 
-/// The error of a journal that has no complete checkpoint: names the place where its records end too early.
+/// The error of a journal that has no complete checkpoint.
 fn without_checkpoint<F>(scanned: &[Scanned<F>], opened: u64) -> Error {
-    const DETAIL: &str = "the journal has no complete checkpoint";
-    let Some(last) = scanned.iter().rev().find(|segment| segment.header.opened == opened) else {
-        return corrupt("the journal", DETAIL);
-    };
-    let mut first = last;
-    while let Some(previous) = previous(scanned, first) {
-        if previous.next_lsn < first.header.first_lsn {
-            return corrupt(previous.end_place(), format!("a record is damaged or missing, and {DETAIL}"));
-        }
-        first = previous;
+    const DETAIL: &str = "damaged or missing, and the journal has no complete checkpoint";
+    if let Some(segment) = incomplete(scanned, opened) {
+        return corrupt(segment.end_place(), format!("a record is {DETAIL}"));
     }
-    if last.durable_lsn > last.next_lsn {
-        return corrupt(last.end_place(), format!("a record is damaged or missing, and {DETAIL}"));
-    }
-    corrupt(
-        &first.slot.place,
-        format!("the segment before it, or its first record, is damaged or missing, and {DETAIL}"),
-    )
+    let place = newest(scanned, opened).last().map_or("the journal", |first| &first.slot.place);
+    corrupt(place, format!("its first record, or the segment before it, is {DETAIL}"))
+}
+
+/// The newest segment and those before it, as far as they are there.
+fn newest<F>(scanned: &[Scanned<F>], opened: u64) -> impl Iterator<Item = &Scanned<F>> {
+    let last = scanned.iter().rev().find(|segment| segment.header.opened == opened);
+    std::iter::successors(last, move |next| previous(scanned, next))
+}
+
+/// The newest segment that ends before it should.
+fn incomplete<F>(scanned: &[Scanned<F>], opened: u64) -> Option<&Scanned<F>> {
+    let nexts = newest(scanned, opened).map(|next| next.header.first_lsn);
+    let last_end = newest(scanned, opened).next().map(|last| last.durable_lsn);
+    let mut ends = last_end.into_iter().chain(nexts);
+    newest(scanned, opened).find(|segment| ends.next().is_some_and(|end| segment.next_lsn < end))
 }
 
 type Slots<F> = VecDeque<Arc<Slot<F>>>;
