@@ -151,14 +151,18 @@ impl State {
 
     /// The answer for a call, if it need not wait any more.
     fn answer(&mut self, call: Call) -> Option<Result<()>> {
-        let is_own = |rejected: &Rejected| call.is_append && (rejected.first..=rejected.last).contains(&call.record);
-        if let Some(at) = self.rejected.iter().position(is_own) {
+        if let Some(at) = self.rejection(call) {
             return Some(Err(self.take_rejection(at)));
         }
         if self.is_done(call) {
             return Some(Ok(()));
         }
         self.failed.clone().map(Err)
+    }
+
+    fn rejection(&self, call: Call) -> Option<usize> {
+        let is_own = |rejected: &Rejected| call.is_append && (rejected.first..=rejected.last).contains(&call.record);
+        self.rejected.iter().position(is_own)
     }
 
     fn is_done(&self, call: Call) -> bool {
@@ -188,7 +192,8 @@ impl State {
         let mut left = VecDeque::with_capacity(self.waiters.len());
         for waiter in std::mem::take(&mut self.waiters) {
             let is_written = waiter.call.record <= self.written;
-            let is_done = has_failed || self.is_done(waiter.call);
+            // A caller whose record is rejected does not take over a role.
+            let is_done = has_failed || self.is_done(waiter.call) || self.rejection(waiter.call).is_some();
             let leads = !is_done && std::mem::take(if is_written { &mut needs_syncer } else { &mut needs_writer });
             if leads {
                 woken.insert(leaders, waiter);
@@ -319,6 +324,13 @@ impl GroupCommit {
     /// Fails if all calls do.
     pub(crate) fn check(&self) -> Result<()> {
         self.state.lock().refusal().map_or(Ok(()), Err)
+    }
+
+    /// How many calls wait, and how many rejected batches have callers that do not know it yet.
+    #[cfg(all(test, shuttle))]
+    pub(crate) fn waiting(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        (state.waiters.len(), state.rejected.len())
     }
 
     /// How many syncs there were.

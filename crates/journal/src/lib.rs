@@ -52,6 +52,8 @@ mod group_commit;
 mod journal;
 mod mapped;
 mod medium;
+#[cfg(all(test, shuttle))]
+mod models;
 mod output;
 mod record;
 mod recovery;

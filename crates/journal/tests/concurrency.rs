@@ -1,5 +1,7 @@
 //! Threads that append, sync, write checkpoints and maintain at the same time, with images of crashes taken meanwhile.
 
+#![cfg(not(shuttle))]
+
 mod common;
 
 use std::collections::BTreeSet;

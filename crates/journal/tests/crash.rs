@@ -5,6 +5,8 @@
 //!
 //! `ONLYONCE_JOURNAL_SEED` repeats a run.
 
+#![cfg(not(shuttle))]
+
 mod common;
 
 use std::time::Instant;

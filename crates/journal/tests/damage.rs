@@ -1,6 +1,8 @@
 //! Damage to the files of a journal: an open either returns an error that names a file, or loses nothing. The last tests show
 //! which damage cannot be noticed.
 
+#![cfg(not(shuttle))]
+
 mod common;
 
 use std::collections::BTreeMap;

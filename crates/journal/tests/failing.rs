@@ -1,6 +1,8 @@
 //! Operations of the disk that fail: what was not written is never replayed, and after a failure with an unknown outcome nothing
 //! more is written or synced.
 
+#![cfg(not(shuttle))]
+
 mod common;
 
 use std::io::ErrorKind;
