@@ -302,4 +302,32 @@ mod tests {
         let mut fragments = Fragments::of(&content, &other);
         assert_eq!((fragments.by_ref().count(), fragments.durable_lsn_after_end()), (0, 0), "remains of another use");
     }
+
+    #[test]
+    fn a_header_with_counts_that_no_journal_reaches_is_rejected() {
+        for header in [
+            Header { number: MAX_COUNT, ..HEADER },
+            Header { opened: u64::MAX, ..HEADER },
+            Header { previous: MAX_COUNT, ..HEADER },
+            Header { first_lsn: u64::MAX, ..HEADER },
+            Header { durable_lsn: u64::MAX, ..HEADER },
+        ] {
+            assert_eq!(Header::read(&header.encoded()), None);
+        }
+        assert!(Header::read(&Header { first_lsn: MAX_COUNT - 1, ..HEADER }.encoded()).is_some());
+    }
+
+    #[test]
+    fn a_search_through_bytes_that_look_like_fragments_ends_soon() {
+        let mut content = HEADER.encoded();
+        let mut fake = Vec::new();
+        let fragment = Fragment { kind: Kind::Data, part: Part::Whole, lsn: 101, durable_lsn: 101 };
+        record::put(fragment, b"", Salt::new(0), &mut fake);
+        fake[4..8].copy_from_slice(&(3_u32 << 20).to_le_bytes());
+        content.extend(fake.repeat((6 << 20) / fake.len()));
+        let start = std::time::Instant::now();
+        assert_eq!(Fragments::of(&content, &HEADER).durable_lsn_after_end(), 0);
+        // 200,000 checksums of 3 MiB each would take minutes.
+        assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    }
 }
