@@ -48,6 +48,8 @@
 //!   two copies of a segment's header it damages at most one.
 
 mod error;
+#[cfg(any(fuzzing, all(test, not(shuttle))))]
+pub mod fuzz_checks;
 mod group_commit;
 mod journal;
 mod mapped;

@@ -34,9 +34,8 @@ pub(crate) struct Output<M: Medium> {
     segments: VecDeque<Segment<M::File>>,
     /// Slots for the next segments. The first one is named by the active segment's header, so there is always one.
     spares: VecDeque<Arc<Slot<M::File>>>,
-    /// The number of the active segment, and of the first one since the open.
+    /// The number of the active segment.
     number: u64,
-    opened: u64,
     salt: Salt,
     next_lsn: u64,
     /// Where the next fragment begins in the active segment.
@@ -91,7 +90,6 @@ impl<M: Medium> Output<M> {
             segments,
             spares,
             number: last_number,
-            opened: last_number + 1,
             salt: Salt::new(0),
             next_lsn,
             position: 0,
@@ -198,7 +196,6 @@ impl<M: Medium> Output<M> {
         let header = Header {
             journal: self.journal,
             number: self.number,
-            opened: self.opened,
             previous,
             first_lsn: self.next_lsn,
             durable_lsn,

@@ -64,13 +64,6 @@ struct Chain<'s, F> {
     checkpoint: u64,
 }
 
-impl<F> Chain<'_, F> {
-    /// Which open began the last segment: the number of its first one.
-    fn opened(&self) -> Option<u64> {
-        self.segments.last().map(|(segment, _)| segment.header.opened)
-    }
-}
-
 /// Reads a journal, and passes its last checkpoint and the records after it to `visit`.
 pub(crate) fn recover<M: Medium>(
     medium: &M,
@@ -85,19 +78,18 @@ pub(crate) fn recover<M: Medium>(
         return Err(corrupt(&other.slot.place, format!("it and {} are of different journals", any.slot.place)));
     }
     let durable_lsn = scanned.iter().map(|segment| segment.durable_lsn).max().unwrap_or(0);
-    let opened = scanned.iter().map(|segment| segment.header.opened).max().unwrap_or(0);
     let mut found = None;
-    for chain in chains(&scanned).filter(|chain| chain.opened() == Some(opened)) {
+    for chain in chains(&scanned) {
         // Its checkpoint may be torn: then the one before it counts, whose segments are still there.
         if let Some(end) = check(&chain)? {
             found = Some((chain, end));
             break;
         }
     }
-    let Some((chain, end)) = found else { return Err(without_checkpoint(&scanned, opened)) };
+    let Some((chain, end)) = found else { return Err(without_checkpoint(&scanned)) };
     if durable_lsn > end.lsn {
         let detail = format!("record {} is damaged or missing, and a later one says that it was on disk", end.lsn);
-        if let Some(segment) = incomplete(&scanned, opened) {
+        if let Some(segment) = incomplete(&scanned) {
             return Err(corrupt(segment.end_place(), detail));
         }
         let next = medium.place(&segment::name(end.segment.header.next_slot));
@@ -126,27 +118,26 @@ pub(crate) fn recover<M: Medium>(
 }
 
 /// The error of a journal that has no complete checkpoint.
-fn without_checkpoint<F>(scanned: &[Scanned<F>], opened: u64) -> Error {
+fn without_checkpoint<F>(scanned: &[Scanned<F>]) -> Error {
     const DETAIL: &str = "damaged or missing, and the journal has no complete checkpoint";
-    if let Some(segment) = incomplete(scanned, opened) {
+    if let Some(segment) = incomplete(scanned) {
         return corrupt(segment.end_place(), format!("a record is {DETAIL}"));
     }
-    let place = newest(scanned, opened).last().map_or("the journal", |first| &first.slot.place);
+    let place = newest(scanned).last().map_or("the journal", |first| &first.slot.place);
     corrupt(place, format!("its first record, or the segment before it, is {DETAIL}"))
 }
 
 /// The newest segment and those before it, as far as they are there.
-fn newest<F>(scanned: &[Scanned<F>], opened: u64) -> impl Iterator<Item = &Scanned<F>> {
-    let last = scanned.iter().rev().find(|segment| segment.header.opened == opened);
-    std::iter::successors(last, move |next| previous(scanned, next))
+fn newest<F>(scanned: &[Scanned<F>]) -> impl Iterator<Item = &Scanned<F>> {
+    std::iter::successors(scanned.last(), move |next| previous(scanned, next))
 }
 
 /// The newest segment that ends before it should.
-fn incomplete<F>(scanned: &[Scanned<F>], opened: u64) -> Option<&Scanned<F>> {
-    let nexts = newest(scanned, opened).map(|next| next.header.first_lsn);
-    let last_end = newest(scanned, opened).next().map(|last| last.durable_lsn);
+fn incomplete<F>(scanned: &[Scanned<F>]) -> Option<&Scanned<F>> {
+    let nexts = newest(scanned).map(|next| next.header.first_lsn);
+    let last_end = newest(scanned).next().map(|last| last.durable_lsn);
     let mut ends = last_end.into_iter().chain(nexts);
-    newest(scanned, opened).find(|segment| ends.next().is_some_and(|end| segment.next_lsn < end))
+    newest(scanned).find(|segment| ends.next().is_some_and(|end| segment.next_lsn < end))
 }
 
 type Slots<F> = VecDeque<Arc<Slot<F>>>;
@@ -177,9 +168,10 @@ fn scan_segment<F: super::medium::MediumFile>(slot: Arc<Slot<F>>, header: Header
         durable_lsn = durable_lsn.max(fragment.durable_lsn);
         if fragment.kind == Kind::Checkpoint
             && fragment.part.begins()
-            && let Some(replay_from) = payload.first_chunk()
+            && let Some(replay_from) = payload.first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
+            && replay_from <= fragment.lsn
         {
-            checkpoints.push((fragment.lsn, u64::from_le_bytes(*replay_from)));
+            checkpoints.push((fragment.lsn, replay_from));
         }
     }
     durable_lsn = durable_lsn.max(fragments.durable_lsn_after_end());
@@ -188,6 +180,9 @@ fn scan_segment<F: super::medium::MediumFile>(slot: Arc<Slot<F>>, header: Header
 }
 
 /// The chains that may be the journal, the one with the newest checkpoint first.
+///
+/// A checkpoint that an open gave up never returns, although its segment may still be there: nothing is written to a segment
+/// that was given up, and no later one continues it, because a new number is higher than all that can be read.
 fn chains<F>(scanned: &[Scanned<F>]) -> impl Iterator<Item = Chain<'_, F>> {
     scanned.iter().rev().flat_map(move |segment| {
         segment.checkpoints.iter().rev().filter_map(move |(checkpoint, replay_from)| {

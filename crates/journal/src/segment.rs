@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! segment := header (4096) | header (4096) | fragment* | anything
-//! header  := "1ONCEJNL" | crc (4) | version (4) | journal (16) | number (8) | opened (8) | previous (8)
-//!          | first lsn (8) | durable lsn (8) | salt (8) | next slot (4) | zeros
+//! header  := "1ONCEJNL" | crc (4) | version (4) | journal (16) | number (8) | previous (8) | first lsn (8)
+//!          | durable lsn (8) | salt (8) | next slot (4) | zeros
 //!   crc   := CRC-32C of all fields after it
 //! ```
 //!
@@ -13,9 +13,6 @@
 //!
 //! The header is there twice, in two blocks, so that damage to one block cannot make a whole segment disappear. It names the
 //! slot of the next segment, which exists before this one is used: so a missing last segment is noticed.
-//!
-//! *Opened* is the number of the first segment since the last open. The highest one in any header belongs to the last open: what
-//! that open gave up, such as records after a torn one, has a lower one and never returns.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -37,7 +34,7 @@ const MAX_COUNT: u64 = 1 << 62;
 const MAGIC: &[u8; 8] = b"1ONCEJNL";
 const VERSION: u32 = 1;
 /// The size of the fields after the checksum.
-const FIELDS: usize = 4 + 16 + 6 * 8 + 4;
+const FIELDS: usize = 4 + 16 + 5 * 8 + 4;
 const SUFFIX: &str = ".journal";
 /// A search for fragments computes checksums over at most this many times the size of a segment.
 const SCAN_EFFORT: usize = 16;
@@ -51,8 +48,6 @@ pub(crate) struct Header {
     pub(crate) journal: JournalId,
     /// Higher than that of every segment before it.
     pub(crate) number: u64,
-    /// The number of the first segment since the journal was opened.
-    pub(crate) opened: u64,
     /// The number of the segment before it.
     pub(crate) previous: u64,
     pub(crate) first_lsn: u64,
@@ -69,7 +64,7 @@ impl Header {
         let mut fields = Vec::with_capacity(FIELDS);
         fields.extend_from_slice(&VERSION.to_le_bytes());
         fields.extend_from_slice(&self.journal);
-        for field in [self.number, self.opened, self.previous, self.first_lsn, self.durable_lsn, self.salt] {
+        for field in [self.number, self.previous, self.first_lsn, self.durable_lsn, self.salt] {
             fields.extend_from_slice(&field.to_le_bytes());
         }
         fields.extend_from_slice(&self.next_slot.to_le_bytes());
@@ -81,7 +76,7 @@ impl Header {
         block.repeat(2)
     }
 
-    fn read(block: &[u8]) -> Option<Self> {
+    pub(crate) fn read(block: &[u8]) -> Option<Self> {
         let (crc, fields) = block.strip_prefix(MAGIC)?.split_first_chunk()?;
         let fields = fields.get(..FIELDS)?;
         let (version, rest) = fields.split_first_chunk()?;
@@ -93,15 +88,17 @@ impl Header {
         let header = Self {
             journal: *journal,
             number: word(0)?,
-            opened: word(1)?,
-            previous: word(2)?,
-            first_lsn: word(3)?,
-            durable_lsn: word(4)?,
-            salt: word(5)?,
-            next_slot: rest.get(48..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))?,
+            previous: word(1)?,
+            first_lsn: word(2)?,
+            durable_lsn: word(3)?,
+            salt: word(4)?,
+            next_slot: rest.get(40..)?.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))?,
         };
-        let counts = [header.number, header.opened, header.previous, header.first_lsn, header.durable_lsn];
-        counts.iter().all(|count| *count < MAX_COUNT).then_some(header)
+        let counts = [header.number, header.previous, header.first_lsn, header.durable_lsn];
+        let is_plausible = counts.iter().all(|count| *count < MAX_COUNT)
+            && header.previous < header.number
+            && header.durable_lsn <= header.first_lsn;
+        is_plausible.then_some(header)
     }
 }
 
@@ -243,7 +240,6 @@ mod tests {
     const HEADER: Header = Header {
         journal: [5; 16],
         number: 9,
-        opened: 8,
         previous: 7,
         first_lsn: 100,
         durable_lsn: 99,
@@ -304,13 +300,12 @@ mod tests {
     }
 
     #[test]
-    fn a_header_with_counts_that_no_journal_reaches_is_rejected() {
+    fn a_header_with_counts_that_no_journal_has_is_rejected() {
         for header in [
             Header { number: MAX_COUNT, ..HEADER },
-            Header { opened: u64::MAX, ..HEADER },
-            Header { previous: MAX_COUNT, ..HEADER },
+            Header { previous: 9, ..HEADER },
             Header { first_lsn: u64::MAX, ..HEADER },
-            Header { durable_lsn: u64::MAX, ..HEADER },
+            Header { durable_lsn: 101, ..HEADER },
         ] {
             assert_eq!(Header::read(&header.encoded()), None);
         }

@@ -97,8 +97,9 @@ fn damage(files: &mut Files, sample: &Sample, name: &str, foreign: &Files, rng: 
         1 => rng.random_range(0..used.min(80)),
         _ => rng.random_range(0..used),
     };
-    let end = match rng.random_range(0..4) {
+    let end = match rng.random_range(0..5) {
         0 => len,
+        3 => (at / 8_192 * 8_192 + 8_192).min(len),
         1 => (at / 512 * 512 + 512).min(len),
         2 => (at / 4_096 * 4_096 + 4_096).min(len),
         _ => rng.random_range(at..=len.min(at + 200)),
