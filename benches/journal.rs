@@ -1,9 +1,11 @@
 //! The journal of `crates/journal` beside RocksDB's write-ahead log, with the records of a store: `cargo bench --bench journal`.
 //!
-//! Both write the same records in alternating rounds, on the same directory, and every figure is the median of the rounds.
+//! Both write the same records in alternating rounds, on the same directory, and every figure is the median of the rounds. Callers
+//! of RocksDB share syncs as those of the store do.
 
 use std::hint::black_box;
 use std::path::Path;
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use onlyonce_journal::{Access, Directory, Durability, Journal, Options};
@@ -16,17 +18,60 @@ trait Log: Sync {
     fn append(&self, record: &[u8], number: u64, durability: Durability);
 }
 
-struct Rocks(DB);
+struct Rocks {
+    db: DB,
+    syncs: Mutex<Syncs>,
+    synced: Condvar,
+}
+
+/// Which of the writes are on disk.
+#[derive(Default)]
+struct Syncs {
+    written: u64,
+    synced: u64,
+    is_syncing: bool,
+}
+
+impl Rocks {
+    /// As `fs::sync_group` of the store: the first waiter syncs for all whose writes are made, and yields while more arrive.
+    fn sync(&self) {
+        let mut state = self.syncs.lock().expect("no caller panics");
+        state.written += 1;
+        let mine = state.written;
+        while state.synced < mine {
+            if state.is_syncing {
+                state = self.synced.wait(state).expect("no caller panics");
+                continue;
+            }
+            state.is_syncing = true;
+            for _ in 0..16 {
+                let before = state.written;
+                drop(state);
+                (0..2).for_each(|_| std::thread::yield_now());
+                state = self.syncs.lock().expect("no caller panics");
+                if state.written == before {
+                    break;
+                }
+            }
+            let covered = state.written;
+            drop(state);
+            self.db.flush_wal(true).expect("the sync succeeds");
+            state = self.syncs.lock().expect("no caller panics");
+            (state.is_syncing, state.synced) = (false, covered);
+            self.synced.notify_all();
+        }
+    }
+}
 
 impl Log for Rocks {
-    /// As the store does: a row with a number and a header that says how far the log was synced, then a sync of its own.
+    /// As the store does: a record with a number and a header that says how far the log was synced, then a shared sync.
     fn append(&self, record: &[u8], number: u64, durability: Durability) {
         let mut batch = WriteBatch::with_capacity_bytes(256);
         batch.put(number.to_be_bytes(), record);
         batch.put_log_data(&[1, 2, 3, 4, 5, 6, 7, 8]);
-        self.0.write(batch).expect("the write succeeds");
+        self.db.write(batch).expect("the write succeeds");
         if durability == Durability::Disk {
-            self.0.flush_wal(true).expect("the sync succeeds");
+            self.sync();
         }
     }
 }
@@ -43,7 +88,8 @@ fn rocks(path: &Path) -> Rocks {
     options.set_write_buffer_size(32 << 20);
     options.set_max_write_buffer_number(4);
     options.set_bytes_per_sync(1 << 20);
-    Rocks(DB::open(&options, path).expect("RocksDB opens"))
+    let db = DB::open(&options, path).expect("RocksDB opens");
+    Rocks { db, syncs: Mutex::default(), synced: Condvar::new() }
 }
 
 /// As a store does: mapped if its records are not synced one by one.

@@ -1,7 +1,8 @@
 //! What a fuzzer checks: an open of files with any content returns an error, or a journal that keeps what is appended.
 
+use super::medium::BLOCK;
 use super::record::{self, Fragment, Kind, Part, Salt};
-use super::segment::{self, BLOCK, DATA_START, Header, MIN_BYTES};
+use super::segment::{self, DATA_START, Header, MIN_BYTES};
 use super::{Durability, Error, Journal, Options, Recovered, SimulatedDisk};
 
 const SLOTS: usize = 5;

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{Error, Result, not_written, unknown};
 use super::group_commit::{Batch, Durability, GroupCommit, Sink};
-use super::medium::{Medium, MediumFile};
+use super::medium::{BLOCK, Medium, MediumFile};
 use super::output::{Output, Start};
 use super::record::{Kind, NO_CLAIM};
 use super::recovery::{self, Recovered, Report};
-use super::segment::{self, BLOCK, MAX_BYTES, MIN_BYTES, Slot};
+use super::segment::{self, MAX_BYTES, MIN_BYTES, Slot};
 use super::sync::Mutex;
 
 /// The largest record. Its bytes, and those of the records that are written with it, are in memory twice for a moment.

@@ -14,10 +14,8 @@ use std::os::unix::fs::FileExt;
 use memmap2::MmapMut;
 use parking_lot::Mutex;
 
-use super::segment::BLOCK;
-
 /// How many bytes are made ready for stores at a time.
-const AHEAD: usize = 16 * BLOCK;
+const AHEAD: usize = 64 << 10;
 const ZEROS: &[u8; AHEAD] = &[0; AHEAD];
 
 /// A file that is written through a mapping.

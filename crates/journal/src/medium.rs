@@ -6,7 +6,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::mapped::MappedFile;
-use super::segment::BLOCK;
+
+/// The unit of writes. A write never has a part of a block, so that the kernel never reads a block to write it.
+pub(crate) const BLOCK: usize = 4_096;
 
 /// A set of named files of fixed sizes.
 pub trait Medium: Send + Sync {

@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering;
 
 use super::error::{Result, not_written, unknown};
 use super::group_commit::Batch;
-use super::medium::{Medium, MediumFile};
+use super::medium::{BLOCK, Medium, MediumFile};
 use super::record::{self, Fragment, HEADER, Kind, Part, Salt};
-use super::segment::{BLOCK, DATA_START, Header, JournalId, MIN_BYTES, Slot};
+use super::segment::{DATA_START, Header, JournalId, MIN_BYTES, Slot};
 
 /// The smallest payload of a fragment that is not the last one of its record. A segment with less room is full.
 const MIN_FRAGMENT: usize = 64;

@@ -17,11 +17,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::{Result, corrupt, not_written};
-use super::medium::{Medium, MediumFile};
+use super::medium::{BLOCK, Medium, MediumFile};
 use super::record::{self, Fragment, Salt};
 
-/// The unit of writes. A write never has a part of a block, so that the kernel never reads a block to write it.
-pub(crate) const BLOCK: usize = 4_096;
 /// Where the fragments of a segment begin.
 pub(crate) const DATA_START: usize = 2 * BLOCK;
 /// The smallest size of a segment.

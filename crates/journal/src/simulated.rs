@@ -8,8 +8,7 @@ use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::medium::{Medium, MediumFile};
-use super::segment::BLOCK;
+use super::medium::{BLOCK, Medium, MediumFile};
 
 const SECTOR: usize = 512;
 

@@ -86,13 +86,13 @@ fn a_crash_image_between_two_appends_of_a_busy_journal_has_everything_before_it(
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::create(directory(dir.path(), access), &small(), b"").unwrap();
         let stop = AtomicBool::new(false);
-        let appended = Mutex::new(0);
+        let appended = Mutex::new(0_u64);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let mut appended = appended.lock().unwrap();
                     *appended += 1;
-                    let disk = *appended % 16 == 0;
+                    let disk = appended.is_multiple_of(16);
                     let durability = if disk { Durability::Disk } else { Durability::Process };
                     journal.append(&[&payload(*appended, 200)], durability).unwrap();
                 }
