@@ -83,9 +83,11 @@ impl SimulatedDisk {
         self.state.lock().syncs
     }
 
-    /// The disk after a crash of the process.
+    /// The disk after a crash of the process. What was not synced is still not synced.
     pub fn killed(&self) -> Self {
-        self.image(|file| Arc::clone(&file.written))
+        let state = self.state.lock();
+        let (files, removed, is_mapped) = (state.files.clone(), state.removed.clone(), state.is_mapped);
+        Self { state: Arc::new(Mutex::new(State { files, removed, is_mapped, ..State::default() })) }
     }
 
     /// The disk after a crash of the process in the middle of the write at which the disk stopped, if it did.
@@ -96,7 +98,7 @@ impl SimulatedDisk {
         {
             let len = StdRng::seed_from_u64(seed).random_range(0..=bytes.len());
             put(&mut file.written, *offset, &bytes[..len]);
-            file.synced = Arc::clone(&file.written);
+            file.unsynced.push((*offset, bytes[..len].to_vec()));
         }
         image
     }
@@ -139,7 +141,7 @@ impl SimulatedDisk {
         let disk = self.killed();
         if let Some(file) = disk.state.lock().files.get_mut(name) {
             change(Arc::make_mut(&mut file.written));
-            file.synced = Arc::clone(&file.written);
+            *file = on_disk(Arc::clone(&file.written));
         }
         disk
     }

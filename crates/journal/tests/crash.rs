@@ -89,6 +89,15 @@ impl Model {
         Ok(())
     }
 
+    /// Checks what a crash left. After a power cut all of it is on disk; after a kill that is so after the next open.
+    fn survive(&mut self, found: &Content, crash: Crash) -> Result<(), String> {
+        self.check(found, crash)?;
+        if crash == Crash::PowerCut {
+            self.accept(found.clone());
+        }
+        Ok(())
+    }
+
     /// Goes on from what was found.
     fn accept(&mut self, found: Content) {
         self.checkpoint = found.checkpoint;
@@ -179,7 +188,7 @@ fn any_options(rng: &mut StdRng) -> Options {
 }
 
 /// Creates a journal, on a disk that may stop meanwhile.
-fn create(rng: &mut StdRng, crashes: &mut u64) -> (SimulatedDisk, Model) {
+fn create(rng: &mut StdRng, crashes: &mut u64) -> (SimulatedDisk, Model, Content) {
     let is_mapped = rng.random_bool(0.3);
     loop {
         let disk = SimulatedDisk::default();
@@ -201,9 +210,8 @@ fn create(rng: &mut StdRng, crashes: &mut u64) -> (SimulatedDisk, Model) {
         *crashes += 1;
         match content(&image) {
             Ok(found) => {
-                model.check(&found, crash).unwrap();
-                model.accept(found);
-                return (image, model);
+                model.survive(&found, crash).unwrap();
+                return (image, model, found);
             }
             // Its owner removes the files and creates it again.
             Err(Error::Corrupt { .. }) if !is_created => {}
@@ -215,28 +223,42 @@ fn create(rng: &mut StdRng, crashes: &mut u64) -> (SimulatedDisk, Model) {
 /// One journal through many crashes.
 fn live(seed: u64, generations: u64, crashes: &mut u64) {
     let mut rng = StdRng::seed_from_u64(seed);
-    let (mut disk, mut model) = create(&mut rng, crashes);
+    let (mut disk, mut model, mut found) = create(&mut rng, crashes);
     for generation in 0..generations {
-        let what = |error: String, found: &str| panic!("seed {seed}, generation {generation}: {error}; found {found}");
+        let what = |error: String, found: &str| -> ! {
+            panic!("seed {seed}, generation {generation}: {error}; found {found}")
+        };
         let options = any_options(&mut rng);
-        // Crashes of the open itself lose nothing and change nothing.
+        // Crashes of the open itself lose nothing.
         while rng.random_bool(0.3) {
             disk.stop_after(rng.random_range(0..15));
-            let crash = Crash::any(&mut rng);
             match open(disk.clone(), &options) {
-                Ok((_, found, _)) if found.records == model.records && found.checkpoint == model.checkpoint => {}
-                Ok((_, found, _)) => what("the open changed the content".to_owned(), &found.summary()),
+                Ok((_, again, _)) if again == found => {}
+                Ok((_, again, _)) => what("the open found other content".to_owned(), &again.summary()),
                 Err(error) => what(error.to_string(), "nothing"),
             }
+            if !disk.has_stopped() {
+                model.accept(found.clone());
+            }
+            let crash = Crash::any(&mut rng);
             disk = crash.image(&disk, &mut rng);
             *crashes += 1;
+            let again = content(&disk).unwrap_or_else(|error| what(error.to_string(), "nothing"));
+            if crash != Crash::PowerCut && again != found {
+                what("a killed open changed the content".to_owned(), &again.summary());
+            }
+            if let Err(error) = model.survive(&again, crash) {
+                what(format!("{crash:?} of an open: {error}"), &again.summary());
+            }
+            found = again;
         }
-        let (journal, found, _) = open(disk.clone(), &options).unwrap_or_else(|error| {
+        let (journal, again, _) = open(disk.clone(), &options).unwrap_or_else(|error| {
             panic!("seed {seed}, generation {generation}: {error}");
         });
-        if found.checkpoint != model.checkpoint || found.records != model.records {
-            what("a second open found other content".to_owned(), &found.summary());
+        if again != found {
+            what("a second open found other content".to_owned(), &again.summary());
         }
+        model.accept(again);
         if rng.random_bool(0.8) {
             disk.stop_after(rng.random_range(0..60));
         }
@@ -246,11 +268,11 @@ fn live(seed: u64, generations: u64, crashes: &mut u64) {
         disk = crash.image(&disk, &mut rng);
         *crashes += 1;
         match content(&disk) {
-            Ok(found) => {
-                if let Err(error) = model.check(&found, crash) {
-                    what(format!("{crash:?}: {error}"), &found.summary());
+            Ok(again) => {
+                if let Err(error) = model.survive(&again, crash) {
+                    what(format!("{crash:?}: {error}"), &again.summary());
                 }
-                model.accept(found);
+                found = again;
             }
             Err(error) => what(format!("{crash:?}: {error}"), "nothing"),
         }
