@@ -111,11 +111,27 @@ pub(crate) fn read(bytes: &[u8], lsn: u64, salt: Salt) -> Option<(Fragment, &[u8
     (salt.crc(lsn, &header[4..], payload) == word(header, 0)).then_some((fragment, payload))
 }
 
+/// The bytes that are a kind and a part.
+const KINDS_AND_PARTS: [bool; 256] = {
+    let mut valid = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        valid[byte] = matches!(byte & 15, 1..=3) && matches!(byte >> 4, 1..=4);
+        byte += 1;
+    }
+    valid
+};
+
+/// Where a fragment may begin in `bytes`, at the earliest. A search calls this for everything that it skips.
+pub(crate) fn next_possible(bytes: &[u8]) -> Option<usize> {
+    bytes.get(8..)?.iter().position(|byte| KINDS_AND_PARTS.get(usize::from(*byte)) == Some(&true))
+}
+
 /// The size of a payload that may be at the start of `bytes`, of a fragment whose lsn is at most `most` above `first_lsn`. A
 /// search calls this at every byte, so it computes no checksum.
 pub(crate) fn may_follow(bytes: &[u8], first_lsn: u64, most: u64) -> Option<usize> {
     let header = bytes.first_chunk::<HEADER>()?;
-    if header[8] == 0 || kind(header).is_none() || part(header).is_none() {
+    if kind(header).is_none() || part(header).is_none() {
         return None;
     }
     let (ahead, len) = (ahead(header, first_lsn), word(header, 4) as usize);
@@ -206,6 +222,17 @@ mod tests {
             put(fragment(lsn, durable_lsn), b"", salt, &mut bytes);
             let (read, _) = read(&bytes, lsn, salt).unwrap();
             assert_eq!(read.durable_lsn, stated, "{lsn}, {durable_lsn}");
+        }
+    }
+
+    #[test]
+    fn a_search_skips_bytes_that_are_no_kind_and_part() {
+        for byte in 0..=255 {
+            let mut bytes = [0; 40];
+            bytes[8 + 20] = byte;
+            let is_possible = kind(&bytes[20..].first_chunk().copied().unwrap()).is_some()
+                && part(&bytes[20..].first_chunk().copied().unwrap()).is_some();
+            assert_eq!(next_possible(&bytes), is_possible.then_some(20), "{byte}");
         }
     }
 

@@ -200,7 +200,10 @@ impl<'a> Fragments<'a> {
         let mut left = SCAN_EFFORT * self.content.len();
         let mut durable_lsn = 0;
         let mut at = self.offset;
-        while let Some(rest) = self.content.get(at..).filter(|rest| rest.len() >= record::HEADER) {
+        while let Some(rest) = self.content.get(at..) {
+            let Some(skipped) = record::next_possible(rest) else { break };
+            at += skipped;
+            let Some(rest) = rest.get(skipped..) else { break };
             let Some(len) = record::may_follow(rest, self.lsn, most) else {
                 at += 1;
                 continue;

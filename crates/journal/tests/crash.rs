@@ -290,3 +290,27 @@ fn a_crash_at_any_operation_loses_nothing_acknowledged() {
     let seconds = start.elapsed().as_secs_f64();
     println!("{crashes} crashes in {seconds:.1} s, {:.0} a second", crashes as f64 / seconds);
 }
+
+#[test]
+fn remains_of_a_lost_write_never_follow_a_new_record() {
+    // One record with its header is one block.
+    let record = |byte: u8| vec![byte; 4_096 - 16];
+    let disk = SimulatedDisk::default();
+    drop(Journal::create(disk.clone(), &common::small(), b"checkpoint").unwrap());
+    let (journal, ..) = open(disk.clone(), &common::small()).unwrap();
+    (1..6).for_each(|byte| journal.append(&[&record(byte)], Durability::Process).unwrap());
+    // A power cut loses the first block of the open's segment, and keeps the later ones.
+    let mut files = disk.files();
+    let segment = files.values_mut().find(|content| content[12_288..].contains(&5)).unwrap();
+    segment[8_192..12_288].fill(0);
+    let disk = SimulatedDisk::with_files(files);
+    let (journal, found, _) = open(disk.clone(), &common::small()).unwrap();
+    assert_eq!(found.records.len(), 0);
+    // The new record ends where the second one begins, with the lsn before it.
+    journal.append(&[&record(9)], Durability::Disk).unwrap();
+    assert!(
+        disk.files().values().any(|content| content.windows(16).any(|bytes| bytes == [5; 16])),
+        "remains are there"
+    );
+    assert_eq!(content(&disk).unwrap().records, [record(9)]);
+}
