@@ -180,14 +180,16 @@ impl State {
         error
     }
 
-    /// Removes the waiters that are to be woken: first those that take over a role, then those whose records are done.
-    fn take_woken(&mut self) -> Vec<Arc<Waiter>> {
+    /// Removes the waiters that are to be woken: first those that take over a role, then those whose records are done. `call`
+    /// has just written or synced: if it still waits for the disk, it is the next syncer itself.
+    fn take_woken(&mut self, call: Call) -> Vec<Arc<Waiter>> {
         let mut woken = Vec::new();
         if self.waiters.is_empty() {
             return woken;
         }
         let mut needs_writer = !self.is_writing && self.last_queued > self.written;
-        let mut needs_syncer = !self.is_syncing && self.written > self.durable;
+        let continues = call.record <= self.written && !self.is_done(call) && self.rejection(call).is_none();
+        let mut needs_syncer = !self.is_syncing && self.written > self.durable && !continues;
         let (mut leaders, has_failed) = (0, self.failed.is_some());
         let mut left = VecDeque::with_capacity(self.waiters.len());
         for waiter in std::mem::take(&mut self.waiters) {
@@ -251,9 +253,9 @@ impl GroupCommit {
                 return answer;
             }
             if call.record > state.written && !state.is_writing {
-                state = self.write(state, sink);
+                state = self.write(state, call, sink);
             } else if call.record <= state.written && !state.is_syncing {
-                state = self.sync_written(state, sink);
+                state = self.sync_written(state, call, sink);
             } else {
                 let waiter = Arc::new(Waiter { call, thread: current(), is_woken: AtomicBool::new(false) });
                 state.waiters.push_back(Arc::clone(&waiter));
@@ -265,7 +267,7 @@ impl GroupCommit {
     }
 
     /// Writes all queued records.
-    fn write<'a>(&'a self, mut state: MutexGuard<'a, State>, sink: &impl Sink) -> MutexGuard<'a, State> {
+    fn write<'a>(&'a self, mut state: MutexGuard<'a, State>, call: Call, sink: &impl Sink) -> MutexGuard<'a, State> {
         state.is_writing = true;
         let spare = std::mem::take(&mut state.spare);
         let mut batch = std::mem::replace(&mut state.queued, spare);
@@ -285,11 +287,16 @@ impl GroupCommit {
                 state.written = last;
             }
         }
-        self.wake(state)
+        self.wake(state, call)
     }
 
     /// Syncs everything that is written.
-    fn sync_written<'a>(&'a self, mut state: MutexGuard<'a, State>, sink: &impl Sink) -> MutexGuard<'a, State> {
+    fn sync_written<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        call: Call,
+        sink: &impl Sink,
+    ) -> MutexGuard<'a, State> {
         state.is_syncing = true;
         for _ in 0..MAX_YIELDS {
             let before = state.last_queued;
@@ -310,11 +317,11 @@ impl GroupCommit {
             }
             Err(error) => state.failed = Some(error),
         }
-        self.wake(state)
+        self.wake(state, call)
     }
 
-    fn wake<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let woken = state.take_woken();
+    fn wake<'a>(&'a self, mut state: MutexGuard<'a, State>, call: Call) -> MutexGuard<'a, State> {
+        let woken = state.take_woken(call);
         if !woken.is_empty() {
             MutexGuard::unlocked(&mut state, || woken.iter().for_each(|waiter| waiter.wake()));
         }
