@@ -62,13 +62,13 @@
 //!   failed should be opened on a repaired disk.
 
 mod error;
-#[cfg(any(fuzzing, all(test, not(shuttle))))]
+#[cfg(all(feature = "testing", any(fuzzing, all(test, not(shuttle)))))]
 pub mod fuzz_checks;
 mod group_commit;
 mod journal;
 mod mapped;
 mod medium;
-#[cfg(all(test, shuttle))]
+#[cfg(all(feature = "testing", test, shuttle))]
 mod models;
 mod output;
 mod record;

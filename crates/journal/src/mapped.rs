@@ -50,7 +50,8 @@ impl MappedFile {
         let mut mapping = self.mapping.lock();
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let end = start.checked_add(bytes.len()).ok_or(io::ErrorKind::InvalidInput)?;
-        if end > mapping.ready || start < mapping.ready.saturating_sub(AHEAD) {
+        // A header is written by the kernel: a kill in the middle of a copy must not leave a part of both of its copies.
+        if end > mapping.ready || start < mapping.ready.saturating_sub(AHEAD) || start == 0 {
             return self.write_ahead(&mut mapping, bytes, start, end);
         }
         mapping.bytes.get_mut(start..end).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(bytes);

@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::error::{Result, not_written, unknown};
 use super::group_commit::Batch;
@@ -203,10 +202,17 @@ impl<M: Medium> Output<M> {
             next_slot: next.slot,
         };
         let encoded = header.encoded();
+        let past = std::mem::take(&mut *slot.past.lock());
+        if let Some(offset) = past.bad_copy {
+            // First the copy that is not valid, so that a power cut never leaves two of them.
+            let copy = encoded.get(..BLOCK).unwrap_or_default();
+            slot.file.write_at(copy, offset as u64).map_err(|error| unknown("writing", &slot.place, error))?;
+            slot.file.sync().map_err(|error| unknown("syncing", &slot.place, error))?;
+        }
         slot.file.write_at(&encoded, 0).map_err(|error| unknown("writing", &slot.place, error))?;
         self.bytes += encoded.len() as u64;
         // A power cut must not leave records and half a header: in a blank slot that would look like damage.
-        if slot.is_blank.swap(false, Ordering::Relaxed) {
+        if past.is_blank {
             slot.file.sync().map_err(|error| unknown("syncing", &slot.place, error))?;
         }
         self.unsynced.extend(self.segments.back().map(|active| Arc::clone(&active.slot)));

@@ -14,7 +14,7 @@
 //! The header is there twice, in two blocks, so that damage to one block cannot make a whole segment disappear. It names the
 //! slot of the next segment, which exists before this one is used: so a missing last segment is noticed.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use parking_lot::Mutex;
 
 use super::error::{Result, corrupt, not_written};
 use super::medium::{BLOCK, Medium, MediumFile};
@@ -119,8 +119,17 @@ pub(crate) struct Slot<F> {
     pub(crate) file: F,
     /// How messages name it.
     pub(crate) place: String,
-    /// Whether it never had a segment.
-    pub(crate) is_blank: AtomicBool,
+    /// What its next header must mind.
+    pub(crate) past: Mutex<Past>,
+}
+
+/// What a slot has from before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Past {
+    /// It never had a segment.
+    pub(crate) is_blank: bool,
+    /// Where the copy of the header is that is not valid, if the other one is.
+    pub(crate) bad_copy: Option<usize>,
 }
 
 /// What the header of a slot says.
@@ -135,7 +144,8 @@ impl<F: MediumFile> Slot<F> {
     pub(crate) fn create<M: Medium<File = F>>(medium: &M, slot: u32, bytes: usize) -> Result<Self> {
         let (name, place) = (name(slot), medium.place(&name(slot)));
         let file = medium.create(&name, bytes as u64).map_err(|error| not_written("creating", &place, error))?;
-        Ok(Self { slot, bytes, file, place, is_blank: AtomicBool::new(true) })
+        let past = Mutex::new(Past { is_blank: true, bad_copy: None });
+        Ok(Self { slot, bytes, file, place, past })
     }
 
     pub(crate) fn open<M: Medium<File = F>>(medium: &M, slot: u32) -> Result<Self> {
@@ -145,7 +155,7 @@ impl<F: MediumFile> Slot<F> {
         if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) || bytes % BLOCK as u64 != 0 {
             return Err(corrupt(place, format!("{bytes} bytes is no size of a segment")));
         }
-        Ok(Self { slot, bytes: bytes as usize, file, place, is_blank: AtomicBool::new(false) })
+        Ok(Self { slot, bytes: bytes as usize, file, place, past: Mutex::default() })
     }
 
     pub(crate) fn read(&self, bytes: usize) -> Result<Vec<u8>> {
@@ -159,23 +169,30 @@ impl<F: MediumFile> Slot<F> {
         let content = self.read(DATA_START)?;
         let (first, second) = content.split_at(BLOCK);
         // A power cut may leave one copy of an earlier use. The newer one is right if it was synced, and if not, both are.
-        let newest = [first, second].into_iter().filter_map(Header::read).max_by_key(|header| header.number);
-        match newest {
-            Some(header) => Ok(Use::Used(header)),
-            None if self.was_never_used(first, second)? => {
-                self.is_blank.store(true, Ordering::Relaxed);
-                Ok(Use::Blank)
+        let found = match (Header::read(first), Header::read(second)) {
+            (Some(first), Some(second)) => {
+                return Ok(Use::Used(if first.number < second.number { second } else { first }));
             }
-            None => Err(corrupt(&self.place, "neither copy of its header is valid")),
-        }
+            (Some(header), None) => (Use::Used(header), Some(BLOCK)),
+            (None, Some(header)) => (Use::Used(header), Some(0)),
+            (None, None) if self.was_never_used(first, second)? => {
+                (Use::Blank, [first, second].iter().position(|copy| !is_zero(copy)).map(|copy| copy * BLOCK))
+            }
+            (None, None) => return Err(corrupt(&self.place, "neither copy of its header is valid")),
+        };
+        *self.past.lock() = Past { is_blank: found.0 == Use::Blank, bad_copy: found.1 };
+        Ok(found.0)
     }
 
     /// Whether a slot without a valid header never had a record: it has zeros, but for one copy of its first header, which a
     /// power cut may have torn. A slot's first header is on disk before its first record is written.
     fn was_never_used(&self, first: &[u8], second: &[u8]) -> Result<bool> {
-        let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
         Ok((is_zero(first) || is_zero(second)) && self.read(self.bytes)?.get(DATA_START..).is_some_and(is_zero))
     }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
 }
 
 /// The fragments of a segment, in order.

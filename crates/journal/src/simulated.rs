@@ -90,13 +90,16 @@ impl SimulatedDisk {
         Self { state: Arc::new(Mutex::new(State { files, removed, is_mapped, ..State::default() })) }
     }
 
-    /// The disk after a crash of the process in the middle of the write at which the disk stopped, if it did.
+    /// The disk after a crash of the process in the middle of the write at which the disk stopped, if it did. A kill ends a write
+    /// of the kernel between two pages, and a store to a mapping, which a header never is, at any byte.
     pub fn killed_in_a_write(&self, seed: u64) -> Self {
         let image = self.killed();
         if let Some((name, offset, bytes)) = &self.state.lock().interrupted
-            && let Some(file) = image.state.lock().files.get_mut(name)
+            && let state = &mut *image.state.lock()
+            && let Some(file) = state.files.get_mut(name)
         {
-            let len = StdRng::seed_from_u64(seed).random_range(0..=bytes.len());
+            let unit = if state.is_mapped && *offset > 0 { 1 } else { BLOCK };
+            let len = StdRng::seed_from_u64(seed).random_range(0..=bytes.len() / unit) * unit;
             put(&mut file.written, *offset, &bytes[..len]);
             file.unsynced.push((*offset, bytes[..len].to_vec()));
         }
@@ -289,9 +292,12 @@ impl MediumFile for SimulatedFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.with(|state, name| {
             let offset = usize::try_from(offset).map_err(io::Error::other)?;
+            let had_stopped = state.has_stopped;
             let begun = state.begin();
             if matches!(begun, Ok(false)) {
-                state.interrupted.get_or_insert_with(|| (name.to_owned(), offset, bytes.to_vec()));
+                if !had_stopped {
+                    state.interrupted = Some((name.to_owned(), offset, bytes.to_vec()));
+                }
                 return Ok(());
             }
             let written = if begun.is_ok() { bytes } else { &bytes[..bytes.len() / 2] };

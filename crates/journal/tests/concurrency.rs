@@ -143,21 +143,21 @@ fn run(seed: u64, fills_up: bool) -> u64 {
 #[test]
 fn an_image_at_any_time_has_everything_acknowledged_before_it() {
     let mut rng = rng("concurrency");
-    let images: u64 = (0..rounds(50)).map(|_| run(rng.random(), false)).sum();
+    let images: u64 = (0..rounds(20)).map(|_| run(rng.random(), false)).sum();
     println!("{images} images");
 }
 
 #[test]
 fn a_disk_that_is_full_now_and_then_loses_nothing_acknowledged_and_keeps_nothing_rejected() {
     let mut rng = rng("full disk");
-    let images: u64 = (0..rounds(50)).map(|_| run(rng.random(), true)).sum();
+    let images: u64 = (0..rounds(20)).map(|_| run(rng.random(), true)).sum();
     println!("{images} images");
 }
 
 #[test]
 fn a_close_during_appends_keeps_each_record_whose_append_succeeded_and_no_other() {
     let mut rng = rng("close");
-    for _ in 0..rounds(200) {
+    for _ in 0..rounds(100) {
         let disk = SimulatedDisk::default();
         let journal = Journal::create(disk.clone(), &small(), &[]).unwrap();
         let (acknowledged, is_closed) = (Mutex::new(Ids::new()), AtomicBool::new(false));

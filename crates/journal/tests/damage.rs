@@ -198,7 +198,7 @@ fn after_a_close_any_damage_to_a_file_is_an_error_or_loses_nothing() {
     let mut rng = rng("damage after a close");
     let foreign = foreign_files();
     let (mut noticed, mut harmless) = (0, 0);
-    for _ in 0..rounds(300) {
+    for _ in 0..rounds(150) {
         let sample = sample(&mut rng, true);
         for _ in 0..60 {
             let mut files = sample.files.clone();
@@ -222,7 +222,7 @@ fn in_a_running_journal_damage_is_an_error_or_loses_nothing_unless_it_reaches_th
     let mut rng = rng("damage in a running journal");
     let foreign = foreign_files();
     let (mut noticed, mut harmless, mut lost) = (0, 0, 0);
-    for _ in 0..rounds(300) {
+    for _ in 0..rounds(150) {
         let sample = sample(&mut rng, false);
         let (active, mark, mark_end) = sample.mark.clone().unwrap();
         for _ in 0..60 {

@@ -75,7 +75,7 @@ fn live(rng: &mut StdRng) {
 #[test]
 fn a_directory_has_what_was_appended_with_either_access_across_crashes_and_opens() {
     let mut rng = rng("files");
-    for _ in 0..rounds(20) {
+    for _ in 0..rounds(10) {
         live(&mut rng);
     }
 }
