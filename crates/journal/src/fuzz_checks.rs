@@ -205,6 +205,12 @@ mod tests {
     use rand::{Rng, RngExt, SeedableRng};
 
     #[test]
+    fn a_checkpoint_whose_position_is_after_it_never_counts() {
+        // A journal with one record, then a whole checkpoint with the lsn 3 and the position 4.
+        super::recovery(&[1, 1, 100, 0, 0, 3, 0x03, 1, 0, 5, 1, 4, 1, 2]);
+    }
+
+    #[test]
     fn an_open_of_any_files_returns() {
         let rounds = if cfg!(debug_assertions) { 100 } else { 500 };
         for seed in 0..rounds {
