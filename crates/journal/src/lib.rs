@@ -58,6 +58,7 @@
 //!   change its bytes. A block that becomes unreadable is damage.
 //! - A power cut tears a write at any byte, and may lose any write since the last sync, also if a later one is on disk. Of the
 //!   two copies of a segment's header it damages at most one.
+//! - A killed process leaves whole pages of the system call that was interrupted, and any bytes of a store to a mapping.
 //! - A sync that failed is reported. An open after it reads what the page cache has, which may not be on disk: a journal whose sync
 //!   failed should be opened on a repaired disk.
 

@@ -219,9 +219,7 @@ fn a_close_waits_for_calls_before_it_and_rejects_those_after_it() {
 fn a_journal_in_concurrent_use_keeps_what_it_acknowledged() {
     model(4_000, || {
         let disk = SimulatedDisk::default();
-        let mut options = Options::default();
-        options.smallest_segment = 64 << 10;
-        options.largest_segment = 64 << 10;
+        let options = Options { smallest_segment: 64 << 10, largest_segment: 64 << 10, ..Options::default() };
         let journal = Arc::new(Journal::create(disk.clone(), &options, &[]).unwrap());
         let (applied, acknowledged) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
         let mut threads: Vec<_> = (0..3u8)
