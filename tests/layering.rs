@@ -71,6 +71,24 @@ const ORDER: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("crates/core/src/machine", &["moment", "entry", "transition", "finish", "replay"]),
     (
+        "crates/journal/src",
+        &[
+            "error",
+            "sync",
+            "record",
+            "mapped",
+            "medium",
+            "segment",
+            "group_commit",
+            "output",
+            "recovery",
+            "journal",
+            "simulated",
+            "fuzz_checks",
+            "models",
+        ],
+    ),
+    (
         "crates/http/src",
         &[
             "attempt",
