@@ -1,7 +1,7 @@
 //! The journal: its parts put together.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::error::{Error, Result, not_written, unknown};
 use super::group_commit::{Batch, Durability, GroupCommit, Sink};
@@ -15,15 +15,18 @@ use super::sync::Mutex;
 /// The largest record. Its bytes, and those of the records that are written with it, are in memory twice for a moment.
 pub const MAX_RECORD: usize = 1 << 31;
 
+/// What other threads may append between [`Journal::reserve`] and an append.
+const RESERVE: usize = 64 << 10;
+
 /// How much disk space a journal takes. Segments are allocated before they are needed, and used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Options {
-    /// The size of the first segments, in bytes: a multiple of 4,096, at least 64 KiB. Default: 1 MiB. A journal that never
+    /// The size of the first segments, in bytes: a multiple of 4,096, at least 64 KiB. Default: 64 KiB. A journal that never
     /// has many records keeps two of them.
     pub smallest_segment: u64,
     /// The largest size of a segment, in bytes: a multiple of 4,096, at least `smallest_segment`, at most 1 GiB. Default:
-    /// 32 MiB. A new segment is as large as all those in use, within these bounds.
+    /// 32 MiB. A new segment is as large as everything that was written since the last checkpoint, within these bounds.
     pub largest_segment: u64,
     /// How many bytes of segments are kept for later use when a checkpoint frees them. Default: 64 MiB. At least two segments
     /// are kept.
@@ -32,7 +35,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { smallest_segment: 1 << 20, largest_segment: 32 << 20, spare_bytes: 64 << 20 }
+        Self { smallest_segment: 64 << 10, largest_segment: 32 << 20, spare_bytes: 64 << 20 }
     }
 }
 
@@ -63,7 +66,9 @@ pub struct Stats {
     pub written_bytes: u64,
     /// Syncs of group commits since the open.
     pub syncs: u64,
-    /// Bytes of the segments that the next open would read.
+    /// Segments that the next open would read.
+    pub segments: u64,
+    /// Bytes of these segments.
     pub used_bytes: u64,
     /// Bytes of the segments that are kept for later use.
     pub spare_bytes: u64,
@@ -88,6 +93,8 @@ struct End<M: Medium> {
     content_lsn: AtomicU64,
     /// The highest durable lsn that a record or a header states.
     stated_lsn: AtomicU64,
+    /// How many bytes can be written without a new segment.
+    allocated: AtomicUsize,
 }
 
 impl<M: Medium> Sink for End<M> {
@@ -95,6 +102,7 @@ impl<M: Medium> Sink for End<M> {
         let mut output = self.output.lock();
         let durable_lsn = self.durable_lsn.load(Ordering::Acquire);
         output.write(batch, durable_lsn)?;
+        self.allocated.store(output.allocated_bytes(), Ordering::Release);
         let next_lsn = output.next_lsn();
         if next_lsn - durable_lsn < NO_CLAIM {
             self.stated_lsn.store(durable_lsn, Ordering::Release);
@@ -169,7 +177,7 @@ impl<M: Medium> Journal<M> {
     }
 
     /// Opens a journal: passes its last checkpoint, and all records that were appended at or after the checkpoint's position,
-    /// to `visit`, in their order. What it passes is on disk when this returns.
+    /// to `visit`, in their order. What it passes is on disk.
     ///
     /// # Errors
     ///
@@ -182,10 +190,6 @@ impl<M: Medium> Journal<M> {
     ) -> Result<(Self, Report)> {
         options.check()?;
         let (start, report) = recovery::recover(&medium, visit)?;
-        // A killed process may have left these unsynced, and they count from now on.
-        for segment in &start.segments {
-            segment.slot.file.sync().map_err(|error| not_written("syncing", &segment.slot.place, error))?;
-        }
         Ok((Self::start(medium, options, start)?, report))
     }
 
@@ -201,6 +205,7 @@ impl<M: Medium> Journal<M> {
             durable_lsn: AtomicU64::new(next_lsn),
             content_lsn: AtomicU64::new(next_lsn),
             stated_lsn: AtomicU64::new(next_lsn),
+            allocated: AtomicUsize::new(0),
         };
         end.sync()?;
         let (commits, spare_bytes) = (GroupCommit::default(), options.spare_bytes);
@@ -217,6 +222,24 @@ impl<M: Medium> Journal<M> {
     /// [`Error::Unknown`] if it may be replayed or not: then all later calls fail.
     pub fn append(&self, parts: &[&[u8]], durability: Durability) -> Result<()> {
         self.append_as(Kind::Data, parts, durability)
+    }
+
+    /// Allocates segments until appends of so many bytes find them allocated, also if other threads append small records at
+    /// the same time. So a full disk is noticed before the caller has changed anything. Costs an atomic load if there is room.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotWritten`] if there is no space.
+    pub fn reserve(&self, bytes: usize) -> Result<()> {
+        let needed = bytes.saturating_add(RESERVE);
+        if self.end.allocated.load(Ordering::Acquire) >= needed {
+            return Ok(());
+        }
+        self.commits.check()?;
+        let mut output = self.end.output.lock();
+        output.allocate(needed)?;
+        self.end.allocated.store(output.allocated_bytes(), Ordering::Release);
+        Ok(())
     }
 
     fn append_as(&self, kind: Kind, parts: &[&[u8]], durability: Durability) -> Result<()> {
@@ -306,7 +329,13 @@ impl<M: Medium> Journal<M> {
     pub fn stats(&self) -> Stats {
         let output = self.end.output.lock();
         let (used_bytes, spare_bytes) = output.allocated();
-        Stats { written_bytes: output.bytes_written(), syncs: self.commits.syncs(), used_bytes, spare_bytes }
+        Stats {
+            written_bytes: output.bytes_written(),
+            syncs: self.commits.syncs(),
+            segments: output.segments(),
+            used_bytes,
+            spare_bytes,
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use super::segment::{DATA_START, Header, JournalId, MIN_BYTES, Slot};
 
 /// The smallest payload of a fragment that is not the last one of its record. A segment with less room is full.
 const MIN_FRAGMENT: usize = 64;
+/// A full segment has less than this unused at its end.
+const UNUSED: usize = HEADER + MIN_FRAGMENT;
 /// Encoded bytes are written at this size, so that a large record is not encoded twice in memory.
 const WRITE_BYTES: usize = 1 << 20;
 
@@ -49,6 +51,8 @@ pub(crate) struct Output<M: Medium> {
     unsynced: Vec<Arc<Slot<M::File>>>,
     /// The bytes that were written to files.
     bytes: u64,
+    /// `bytes` when segments were freed the last time.
+    bytes_at_free: u64,
     /// The smallest size of a new slot.
     smallest: usize,
     largest: usize,
@@ -97,6 +101,7 @@ impl<M: Medium> Output<M> {
             next_slot,
             unsynced: Vec::new(),
             bytes: 0,
+            bytes_at_free: 0,
             smallest,
             largest,
         };
@@ -111,6 +116,10 @@ impl<M: Medium> Output<M> {
 
     pub(crate) fn bytes_written(&self) -> u64 {
         self.bytes
+    }
+
+    pub(crate) fn segments(&self) -> u64 {
+        self.segments.len() as u64
     }
 
     /// The bytes of all files: of segments in use, and of spare ones.
@@ -224,10 +233,19 @@ impl<M: Medium> Output<M> {
         Ok(())
     }
 
+    /// How many bytes of fragments can be written without a new slot.
+    pub(crate) fn allocated_bytes(&self) -> usize {
+        let spares = self.spares.iter().rev().skip(1).map(|slot| slot.bytes - DATA_START - UNUSED);
+        self.room().saturating_sub(UNUSED) + spares.sum::<usize>()
+    }
+
+    /// Makes slots until a batch of so many bytes fits.
+    pub(crate) fn allocate(&mut self, bytes: usize) -> Result<()> {
+        self.provide(bytes, 1)
+    }
+
     /// Makes slots until `bytes` more fit, and `spares` are left then.
     fn provide(&mut self, bytes: usize, spares: usize) -> Result<()> {
-        // A full segment has less than this unused at its end.
-        const UNUSED: usize = HEADER + MIN_FRAGMENT;
         let mut missing = bytes.saturating_sub(self.room().saturating_sub(UNUSED));
         let mut needed = spares;
         for slot in &self.spares {
@@ -253,14 +271,15 @@ impl<M: Medium> Output<M> {
         Slot::create(&*self.medium, slot, bytes).map(Arc::new)
     }
 
-    /// The number and the size of the next slot: as large as all segments in use, so that there are never many.
+    /// The number and the size of the next slot: as large as everything since the last checkpoint, so that there are
+    /// never many.
     pub(crate) fn reserve_slot(&mut self) -> Result<(u32, usize)> {
         let slot = u32::try_from(self.next_slot).map_err(|_| {
             not_written("creating", &self.medium.place(""), io::Error::other("all names of segments were used"))
         })?;
         self.next_slot += 1;
-        let used: usize = self.segments.iter().map(|segment| segment.slot.bytes).sum();
-        Ok((slot, used.clamp(self.smallest, self.largest) / BLOCK * BLOCK))
+        let since_free = usize::try_from(self.bytes - self.bytes_at_free).unwrap_or(usize::MAX);
+        Ok((slot, since_free.clamp(self.smallest, self.largest) / BLOCK * BLOCK))
     }
 
     /// Begins a segment without records, so that the header says what is on disk, in another file than the records. Returns
@@ -288,6 +307,7 @@ impl<M: Medium> Output<M> {
     /// larger than `spare_bytes`, and are removed otherwise. Returns the slots to remove.
     pub(crate) fn free_below(&mut self, lsn: u64, spare_bytes: u64) -> Vec<Arc<Slot<M::File>>> {
         let mut removed = Vec::new();
+        self.bytes_at_free = self.bytes;
         while self.segments.get(1).is_some_and(|next| next.first_lsn <= lsn) {
             let Some(segment) = self.segments.pop_front() else { break };
             let (_, spare) = self.allocated();

@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::error::{Error, Result, corrupt};
-use super::medium::Medium;
+use super::error::{Error, Result, corrupt, not_written};
+use super::medium::{Medium, MediumFile};
 use super::output::{Segment, Start};
 use super::record::{Fragment, Kind};
 use super::segment::{self, Fragments, Header, JournalId, Slot, Use};
@@ -109,6 +109,10 @@ pub(crate) fn recover<M: Medium>(
         return Err(corrupt(name, "the segment is missing"));
     };
     spares.swap(0, at);
+    // Before it is passed on: a killed process may have left it unsynced, and a caller may store what follows from it.
+    for segment in &segments {
+        segment.slot.file.sync().map_err(|error| not_written("syncing", &segment.slot.place, error))?;
+    }
     let mut replay = Replay::default();
     deliver(&chain, end.lsn, &mut replay, &mut visit)?;
     let last_number = scanned.iter().map(|segment| segment.header.number).max().unwrap_or(0);

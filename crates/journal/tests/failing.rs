@@ -196,3 +196,20 @@ fn a_checkpoint_with_a_position_that_is_gone_or_of_another_journal_is_rejected()
     assert!(matches!(journal.checkpoint(first, b"older"), Err(Error::Option { option: "from", .. })));
     journal.checkpoint(journal.position(), b"newest").unwrap();
 }
+
+#[test]
+fn reserved_space_is_there_when_the_disk_is_full() {
+    let disk = SimulatedDisk::default();
+    let journal = Journal::create(disk.clone(), &small(), b"checkpoint").unwrap();
+    let large = payload(7, 5 * SEGMENT);
+    disk.set_free(Some(0));
+    let rejected = journal.reserve(large.len());
+    assert!(matches!(rejected, Err(Error::NotWritten { source, .. }) if source.kind() == ErrorKind::StorageFull));
+    disk.set_free(None);
+    journal.reserve(large.len()).unwrap();
+    disk.set_free(Some(0));
+    journal.append(&[&large], Durability::Disk).unwrap();
+    journal.append(&[b"small"], Durability::Disk).unwrap();
+    let found = content(&disk).unwrap();
+    assert_eq!(found.records, [large, b"small".to_vec()]);
+}
