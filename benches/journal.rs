@@ -68,7 +68,7 @@ impl Log for Rocks {
     fn append(&self, record: &[u8], number: u64, durability: Durability) {
         let mut batch = WriteBatch::with_capacity_bytes(256);
         batch.put(number.to_be_bytes(), record);
-        batch.put_log_data(&[1, 2, 3, 4, 5, 6, 7, 8]);
+        batch.put_log_data([1, 2, 3, 4, 5, 6, 7, 8]);
         self.db.write(batch).expect("the write succeeds");
         if durability == Durability::Disk {
             self.sync();

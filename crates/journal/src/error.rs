@@ -30,7 +30,19 @@ pub enum Error {
         /// The cause.
         source: Arc<io::Error>,
     },
-    /// Synced data is damaged or missing.
+    /// There are segments where a journal was to be created.
+    #[error("{place} exists: open the journal, or remove its files if its creation was interrupted")]
+    Exists {
+        /// A segment.
+        place: String,
+    },
+    /// There are no segments where a journal was to be opened.
+    #[error("{place} has no journal: create one")]
+    Missing {
+        /// The directory.
+        place: String,
+    },
+    /// Synced data is damaged or missing. Restore all files of the journal from one copy; do not remove single ones.
     #[error("{place} is corrupt: {detail}")]
     Corrupt {
         /// The file, and the position in it if it is known.

@@ -235,16 +235,30 @@ impl GroupCommit {
         self.wait(state, Call { record, durability: Durability::Disk, is_append: false }, sink)
     }
 
-    /// Makes all later calls fail. Returns when everything that was appended before is on disk or rejected: then the sink is
-    /// not used any more.
+    /// Makes all later calls fail. Returns when everything that was appended before is on disk or rejected, or after a
+    /// failure. The sink is not used any more then.
     pub(crate) fn close(&self, sink: &impl Sink) -> Result<()> {
         let mut state = self.state.lock();
-        if let Some(error) = state.refusal() {
-            return Err(error);
-        }
+        let refusal = state.refusal();
         state.is_closed = true;
         let record = state.last_queued;
-        self.wait(state, Call { record, durability: Durability::Disk, is_append: false }, sink)
+        let closed = match refusal {
+            Some(error) => {
+                drop(state);
+                Err(error)
+            }
+            None => self.wait(state, Call { record, durability: Durability::Disk, is_append: false }, sink),
+        };
+        // After a failure another thread may still write or sync.
+        while closed.is_err() && self.is_in_use() {
+            yield_now();
+        }
+        closed
+    }
+
+    fn is_in_use(&self) -> bool {
+        let state = self.state.lock();
+        state.is_writing || state.is_syncing
     }
 
     fn wait<'a>(&'a self, mut state: MutexGuard<'a, State>, call: Call, sink: &impl Sink) -> Result<()> {
@@ -279,6 +293,8 @@ impl GroupCommit {
         state.is_writing = false;
         state.spare = batch;
         match written {
+            // After a failed sync, nothing is acknowledged any more.
+            Ok(()) if state.failed.is_some() => {}
             Ok(()) => state.written = last,
             Err(error @ Error::Unknown { .. }) => state.failed = Some(error),
             Err(error) => {
@@ -499,5 +515,53 @@ mod tests {
         });
         assert_eq!(sink.written.load(Ordering::SeqCst), succeeded, "a record is written if its append succeeded");
         assert!(matches!(group.sync(&sink), Err(Error::Closed)));
+    }
+
+    /// Its first write lasts until it may end. Every sync fails.
+    #[derive(Default)]
+    struct SlowWrite {
+        may_end: std::sync::atomic::AtomicBool,
+        writes: AtomicU64,
+        ended: AtomicU64,
+    }
+
+    impl Sink for SlowWrite {
+        fn write(&self, _: &Batch) -> Result<()> {
+            if self.writes.fetch_add(1, Ordering::SeqCst) == 1 {
+                while !self.may_end.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            self.ended.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+
+        fn sync(&self) -> Result<()> {
+            Err(unknown("syncing", "a file", io::Error::other("the disk failed")))
+        }
+    }
+
+    #[test]
+    fn a_close_after_a_failed_sync_waits_for_the_write_and_the_write_is_not_acknowledged() {
+        let (group, sink) = (GroupCommit::default(), SlowWrite::default());
+        group.append(Kind::Data, &[b"written"], Durability::Process, &sink).unwrap();
+        std::thread::scope(|scope| {
+            let append = scope.spawn(|| group.append(Kind::Data, &[b"slow"], Durability::Process, &sink));
+            while sink.writes.load(Ordering::SeqCst) < 2 {
+                std::thread::yield_now();
+            }
+            let sync = group.sync(&sink);
+            assert!(matches!(sync, Err(Error::Unknown { .. })), "{sync:?}");
+            let end = scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(30));
+                sink.may_end.store(true, Ordering::SeqCst);
+            });
+            // The failure may be older than the close.
+            let closed = group.close(&sink);
+            assert!(closed.is_err());
+            assert_eq!(sink.ended.load(Ordering::SeqCst), 2, "the sink is not used after the close");
+            assert!(matches!(append.join().unwrap(), Err(Error::Unknown { .. })));
+            end.join().unwrap();
+        });
     }
 }

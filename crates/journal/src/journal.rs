@@ -54,9 +54,13 @@ impl Options {
     }
 }
 
-/// A position between two records. It stays valid when the journal is opened again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Position(u64);
+/// A position between two records of an open journal. Another journal, and the same one after it is opened again, rejects it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// The journal that returned it, since it was opened.
+    opened: u64,
+    lsn: u64,
+}
 
 /// What a journal has written and allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +84,8 @@ pub struct Journal<M: Medium> {
     commits: GroupCommit,
     end: End<M>,
     spare_bytes: u64,
+    /// A number of its own for each open.
+    opened: u64,
     /// Where the replay of the last checkpoint begins. Checkpoints, maintenance and the close run one at a time.
     replay_from: Mutex<u64>,
 }
@@ -141,7 +147,10 @@ impl<M: Medium> End<M> {
             Err(Error::NotWritten { .. }) => {
                 let mut batch = Batch::default();
                 batch.push(Kind::Mark, &[]);
-                output.write(&batch, durable_lsn)?;
+                match output.write(&batch, durable_lsn) {
+                    Err(Error::NotWritten { .. }) => return Ok(()),
+                    written => written?,
+                }
             }
             Err(error) => return Err(error),
         }
@@ -156,11 +165,11 @@ impl<M: Medium> Journal<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Option`], and errors of the medium.
+    /// [`Error::Option`], [`Error::Exists`], and errors of the medium.
     pub fn create(medium: M, options: &Options, checkpoint: &[u8]) -> Result<Self> {
         let names = medium.names().map_err(|error| not_written("listing", &medium.place(""), error))?;
         if let Some(name) = names.iter().find(|name| segment::slot(name).is_some()) {
-            return Err(super::error::corrupt(medium.place(name), "a new journal has no segments"));
+            return Err(Error::Exists { place: medium.place(name) });
         }
         let start = Start {
             journal: recovery::new_id()?,
@@ -172,7 +181,7 @@ impl<M: Medium> Journal<M> {
             replay_from: 1,
         };
         let journal = Self::start(medium, options, start)?;
-        journal.checkpoint(Position(1), checkpoint)?;
+        journal.checkpoint(journal.position(), checkpoint)?;
         Ok(journal)
     }
 
@@ -181,7 +190,8 @@ impl<M: Medium> Journal<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Corrupt`] if something is damaged or missing that was on disk; [`Error::Option`]; errors of the medium; and
+    /// [`Error::Missing`] if there are no segments; [`Error::Corrupt`] if something is damaged or missing that was on disk, or
+    /// if the creation was interrupted; [`Error::Option`]; errors of the medium; and
     /// any error of `visit`.
     pub fn open(
         medium: M,
@@ -209,7 +219,8 @@ impl<M: Medium> Journal<M> {
         };
         end.sync()?;
         let (commits, spare_bytes) = (GroupCommit::default(), options.spare_bytes);
-        Ok(Self { medium, commits, end, spare_bytes, replay_from: Mutex::new(replay_from) })
+        let opened = recovery::random()?;
+        Ok(Self { medium, commits, end, spare_bytes, opened, replay_from: Mutex::new(replay_from) })
     }
 
     /// Appends a record that has these parts, one after the other. Returns when it is as durable as asked.
@@ -224,8 +235,9 @@ impl<M: Medium> Journal<M> {
         self.append_as(Kind::Data, parts, durability)
     }
 
-    /// Allocates segments until appends of so many bytes find them allocated, also if other threads append small records at
-    /// the same time. So a full disk is noticed before the caller has changed anything. Costs an atomic load if there is room.
+    /// Allocates segments until there is room for this many bytes, with 16 bytes for each record, and for small records that
+    /// other threads append at the same time. So a full disk is noticed before the caller has changed anything. It is no
+    /// promise: other threads can use the room. Costs an atomic load if there is room, also after a close.
     ///
     /// # Errors
     ///
@@ -235,8 +247,9 @@ impl<M: Medium> Journal<M> {
         if self.end.allocated.load(Ordering::Acquire) >= needed {
             return Ok(());
         }
-        self.commits.check()?;
         let mut output = self.end.output.lock();
+        // Under the lock, so that no segment is created after a close.
+        self.commits.check()?;
         output.allocate(needed)?;
         self.end.allocated.store(output.allocated_bytes(), Ordering::Release);
         Ok(())
@@ -260,27 +273,30 @@ impl<M: Medium> Journal<M> {
     }
 
     /// The position after all records whose appends have returned. Records whose appends have not returned may be before it
-    /// or after it: a checkpoint from here must have what they change.
+    /// or after it, so a checkpoint from here must have what they change. The simplest way: no append runs while the position
+    /// is taken and the state is copied. Or: a record's change is in the state before the record is appended, and applying a
+    /// record a second time changes nothing.
     pub fn position(&self) -> Position {
-        Position(self.end.next_lsn.load(Ordering::Acquire))
+        Position { opened: self.opened, lsn: self.end.next_lsn.load(Ordering::Acquire) }
     }
 
-    /// Appends a checkpoint, which stands for all records before `from`: the next open passes it and the records from there
+    /// Appends a checkpoint, which replaces all records before `from`: the next open passes it and the records from there
     /// on. It is on disk when this returns, and the segments before `from` are free. Checkpoints are appended one at a time.
     ///
     /// # Errors
     ///
     /// As [`Journal::append`]; and [`Error::Option`] if `from` is before the position of an earlier checkpoint, whose records
-    /// are gone, or not a position of this journal. An error in removing a segment is none: it is removed or used later.
+    /// are gone, or not a position of this journal. Errors while removing a segment are ignored: it is removed or used later.
     pub fn checkpoint(&self, from: Position, checkpoint: &[u8]) -> Result<()> {
         let mut replay_from = self.replay_from.lock();
-        if from.0 < *replay_from || from > self.position() {
-            let bounds = "a position of this journal, at or after that of its last checkpoint";
-            return Err(Error::Option { option: "from", value: from.0, bounds });
+        let Position { opened, lsn } = from;
+        if opened != self.opened || lsn < *replay_from || lsn > self.position().lsn {
+            let bounds = "a position that this open journal has returned, at or after that of its last checkpoint";
+            return Err(Error::Option { option: "from", value: lsn, bounds });
         }
-        self.append_as(Kind::Checkpoint, &[&from.0.to_le_bytes(), checkpoint], Durability::Disk)?;
-        *replay_from = from.0;
-        let removed = self.end.output.lock().free_below(from.0, self.spare_bytes);
+        self.append_as(Kind::Checkpoint, &[&lsn.to_le_bytes(), checkpoint], Durability::Disk)?;
+        *replay_from = lsn;
+        let removed = self.end.output.lock().free_below(lsn, self.spare_bytes);
         for slot in removed {
             // If it is still there at the next open, it is a spare segment.
             let _ = self.medium.remove(&segment::name(slot.slot));
@@ -289,8 +305,8 @@ impl<M: Medium> Journal<M> {
     }
 
     /// Does what appends would have to do themselves otherwise: allocates a spare segment if there is none, and writes down
-    /// how far the journal was synced, so that damage to the last records is noticed. To be called every now and then by a
-    /// thread that may wait.
+    /// how far the journal was synced, so that damage to the last records is noticed. Call it periodically, from a thread that
+    /// may wait for the disk.
     ///
     /// # Errors
     ///
@@ -300,7 +316,7 @@ impl<M: Medium> Journal<M> {
         self.commits.check()?;
         let reserved = {
             let mut output = self.end.output.lock();
-            output.lacks_spare().then(|| output.reserve_slot()).transpose()?
+            output.lacks_spare().then(|| output.next_slot(0)).transpose()?
         };
         if let Some((slot, bytes)) = reserved {
             let slot = Slot::create(&*self.medium, slot, bytes)?;
@@ -318,7 +334,8 @@ impl<M: Medium> Journal<M> {
     ///
     /// # Errors
     ///
-    /// As [`Journal::append`].
+    /// [`Error::Unknown`], and [`Error::Closed`] if it was closed before. A full disk is no error: then only damage to the last
+    /// records is not noticed.
     pub fn close(&self) -> Result<()> {
         let _one_at_a_time = self.replay_from.lock();
         self.commits.close(&self.end)?;

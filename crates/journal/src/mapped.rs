@@ -14,6 +14,8 @@ use std::os::unix::fs::FileExt;
 use memmap2::MmapMut;
 use parking_lot::Mutex;
 
+use super::segment::DATA_START;
+
 /// How many bytes are made ready for stores at a time.
 const AHEAD: usize = 64 << 10;
 const ZEROS: &[u8; AHEAD] = &[0; AHEAD];
@@ -50,8 +52,13 @@ impl MappedFile {
         let mut mapping = self.mapping.lock();
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let end = start.checked_add(bytes.len()).ok_or(io::ErrorKind::InvalidInput)?;
-        // A header is written by the kernel: a kill in the middle of a copy must not leave a part of both of its copies.
-        if end > mapping.ready || start < mapping.ready.saturating_sub(AHEAD) || start == 0 {
+        if end <= DATA_START {
+            // A header begins another use of the file. It is written by the kernel: a kill in the middle of a copy must not
+            // leave a part of both of its copies.
+            mapping.ready = 0;
+            return self.file.write_all_at(bytes, offset);
+        }
+        if end > mapping.ready {
             return self.write_ahead(&mut mapping, bytes, start, end);
         }
         mapping.bytes.get_mut(start..end).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(bytes);

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::mapped::MappedFile;
+use super::segment;
 
 /// The unit of writes. A write never has a part of a block, so that the kernel never reads a block to write it.
 pub(crate) const BLOCK: usize = 4_096;
@@ -119,7 +120,8 @@ impl Directory {
         let directory = Self { path: path.into(), access };
         for entry in fs::read_dir(&directory.path)? {
             let entry = entry?;
-            if entry.file_name().to_string_lossy().ends_with(NEW) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.strip_suffix(NEW).and_then(segment::slot).is_some() {
                 fs::remove_file(entry.path())?;
             }
         }

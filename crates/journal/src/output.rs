@@ -11,7 +11,7 @@ use super::error::{Result, not_written, unknown};
 use super::group_commit::Batch;
 use super::medium::{BLOCK, Medium, MediumFile};
 use super::record::{self, Fragment, HEADER, Kind, Part, Salt};
-use super::segment::{DATA_START, Header, JournalId, MIN_BYTES, Slot};
+use super::segment::{self, DATA_START, Header, JournalId, MIN_BYTES, Slot};
 
 /// The smallest payload of a fragment that is not the last one of its record. A segment with less room is full.
 const MIN_FRAGMENT: usize = 64;
@@ -255,31 +255,38 @@ impl<M: Medium> Output<M> {
             missing = missing.saturating_sub(slot.bytes - DATA_START - UNUSED);
             needed += 1;
         }
+        let before = self.spares.len();
         while missing > 0 || self.spares.len() < needed {
-            let slot = self.create_slot()?;
-            if missing > 0 {
-                missing = missing.saturating_sub(slot.bytes - DATA_START - UNUSED);
-                needed += 1;
+            let created = self.next_slot(missing).and_then(|(slot, bytes)| Slot::create(&*self.medium, slot, bytes));
+            match created {
+                Ok(slot) => {
+                    if missing > 0 {
+                        missing = missing.saturating_sub(slot.bytes - DATA_START - UNUSED);
+                        needed += 1;
+                    }
+                    self.spares.push_back(Arc::new(slot));
+                }
+                Err(error) => {
+                    // The space may be what others need. A slot that cannot be removed now is a spare one after the next open.
+                    let unused = self.spares.split_off(before.max(1).min(self.spares.len()));
+                    unused.iter().for_each(|slot| drop(self.medium.remove(&segment::name(slot.slot))));
+                    return Err(error);
+                }
             }
-            self.spares.push_back(slot);
         }
         Ok(())
     }
 
-    fn create_slot(&mut self) -> Result<Arc<Slot<M::File>>> {
-        let (slot, bytes) = self.reserve_slot()?;
-        Slot::create(&*self.medium, slot, bytes).map(Arc::new)
-    }
-
-    /// The number and the size of the next slot: as large as everything since the last checkpoint, so that there are
-    /// never many.
-    pub(crate) fn reserve_slot(&mut self) -> Result<(u32, usize)> {
+    /// The number and the size of the next slot: as large as everything since the last checkpoint, or as what is missing, so
+    /// that there are never many.
+    pub(crate) fn next_slot(&mut self, missing: usize) -> Result<(u32, usize)> {
         let slot = u32::try_from(self.next_slot).map_err(|_| {
             not_written("creating", &self.medium.place(""), io::Error::other("all names of segments were used"))
         })?;
         self.next_slot += 1;
         let since_free = usize::try_from(self.bytes - self.bytes_at_free).unwrap_or(usize::MAX);
-        Ok((slot, since_free.clamp(self.smallest, self.largest) / BLOCK * BLOCK))
+        let bytes = since_free.max(missing.saturating_add(DATA_START + UNUSED + BLOCK));
+        Ok((slot, bytes.clamp(self.smallest, self.largest) / BLOCK * BLOCK))
     }
 
     /// Begins a segment without records, so that the header says what is on disk, in another file than the records. Returns
@@ -316,6 +323,10 @@ impl<M: Medium> Output<M> {
             } else {
                 removed.push(segment.slot);
             }
+        }
+        // The first one is named by the active segment's header.
+        while self.spares.len() > 2 && self.allocated().1 > spare_bytes {
+            removed.extend(self.spares.pop_back());
         }
         removed
     }

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::error::{Error, Result, corrupt, not_written};
+use super::error::{Error, Result, corrupt, unknown};
 use super::medium::{Medium, MediumFile};
 use super::output::{Segment, Start};
 use super::record::{Fragment, Kind};
@@ -33,7 +33,8 @@ pub struct Report {
     pub records: u64,
     /// The bytes of their payloads.
     pub bytes: u64,
-    /// Where the journal ended with a torn record or segment, if it did.
+    /// Where a record with several fragments, or a segment, was torn, if one was. A torn record of one fragment leaves no trace
+    /// that differs from unused space.
     pub torn: Option<String>,
 }
 
@@ -71,7 +72,13 @@ pub(crate) fn recover<M: Medium>(
 ) -> Result<(Start<M::File>, Report)> {
     let (scanned, mut spares) = scan(medium)?;
     let Some(any) = scanned.first() else {
-        return Err(corrupt(medium.place(""), "no segment of the journal was ever used"));
+        let place = medium.place("");
+        let is_missing = spares.is_empty();
+        return Err(if is_missing {
+            Error::Missing { place }
+        } else {
+            corrupt(place, "no segment of the journal was ever used")
+        });
     };
     let journal = any.header.journal;
     if let Some(other) = scanned.iter().find(|segment| segment.header.journal != journal) {
@@ -111,7 +118,7 @@ pub(crate) fn recover<M: Medium>(
     spares.swap(0, at);
     // Before it is passed on: a killed process may have left it unsynced, and a caller may store what follows from it.
     for segment in &segments {
-        segment.slot.file.sync().map_err(|error| not_written("syncing", &segment.slot.place, error))?;
+        segment.slot.file.sync().map_err(|error| unknown("syncing", &segment.slot.place, error))?;
     }
     let mut replay = Replay::default();
     deliver(&chain, end.lsn, &mut replay, &mut visit)?;
@@ -369,8 +376,13 @@ fn each_record<F: super::medium::MediumFile>(
 
 /// The id of a new journal.
 pub(crate) fn new_id() -> Result<JournalId> {
-    let mut id = [0; 16];
-    getrandom::fill(&mut id)
-        .map_err(|error| super::error::not_written("choosing an id for", "a journal", error.into()))?;
-    Ok(id)
+    Ok((u128::from(random()?) << 64 | u128::from(random()?)).to_le_bytes())
+}
+
+/// A random number.
+pub(crate) fn random() -> Result<u64> {
+    let mut number = [0; 8];
+    getrandom::fill(&mut number)
+        .map_err(|error| super::error::not_written("reading random numbers for", "a journal", error.into()))?;
+    Ok(u64::from_le_bytes(number))
 }

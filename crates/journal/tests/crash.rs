@@ -218,7 +218,7 @@ fn create(rng: &mut StdRng, crashes: &mut u64) -> (SimulatedDisk, Model, Content
                 return (image, model, found);
             }
             // Its owner removes the files and creates it again.
-            Err(Error::Corrupt { .. }) if !is_created => {}
+            Err(Error::Corrupt { .. } | Error::Missing { .. }) if !is_created => {}
             Err(error) => panic!("{crash:?}: {error}"),
         }
     }

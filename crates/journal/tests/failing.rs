@@ -8,7 +8,7 @@ mod common;
 use std::io::ErrorKind;
 
 use common::{Content, SEGMENT, content, durability, open, options, payload, rng, rounds, small};
-use onlyonce_journal::{Durability, Error, Journal, SimulatedDisk};
+use onlyonce_journal::{Durability, Error, Journal, Options, SimulatedDisk};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -191,6 +191,8 @@ fn a_checkpoint_with_a_position_that_is_gone_or_of_another_journal_is_rejected()
     let first = journal.position();
     (0..9).for_each(|_| other.append(&[b"a record"], Durability::Process).unwrap());
     assert!(matches!(journal.checkpoint(other.position(), b""), Err(Error::Option { option: "from", .. })));
+    // A position that both have.
+    assert!(matches!(other.checkpoint(first, b""), Err(Error::Option { option: "from", .. })));
     journal.append(&[b"a record"], Durability::Process).unwrap();
     journal.checkpoint(journal.position(), b"newer").unwrap();
     assert!(matches!(journal.checkpoint(first, b"older"), Err(Error::Option { option: "from", .. })));
@@ -212,4 +214,52 @@ fn reserved_space_is_there_when_the_disk_is_full() {
     journal.append(&[b"small"], Durability::Disk).unwrap();
     let found = content(&disk).unwrap();
     assert_eq!(found.records, [large, b"small".to_vec()]);
+}
+
+#[test]
+fn a_rejected_record_gives_the_space_back_that_was_allocated_for_it() {
+    let disk = SimulatedDisk::default();
+    let journal = Journal::create(disk.clone(), &small(), b"checkpoint").unwrap();
+    let before = journal.stats();
+    disk.set_free(Some(10 * SEGMENT as u64));
+    let rejected = journal.append(&[&payload(7, 30 * SEGMENT)], Durability::Process);
+    assert!(matches!(rejected, Err(Error::NotWritten { .. })));
+    assert_eq!(journal.stats().spare_bytes, before.spare_bytes);
+    disk.set_free(None);
+    journal.append(&[&payload(8, 30 * SEGMENT)], Durability::Disk).unwrap();
+    journal.checkpoint(journal.position(), b"newer").unwrap();
+    // Two segments, or as many as the options allow.
+    assert!(journal.stats().spare_bytes <= 2 * SEGMENT as u64, "{:?}", journal.stats());
+}
+
+#[test]
+fn a_close_on_a_full_disk_succeeds() {
+    let disk = SimulatedDisk::default();
+    let journal = Journal::create(disk.clone(), &small(), b"checkpoint").unwrap();
+    disk.set_free(Some(0));
+    let mut records = 0;
+    while journal.append(&[b"abc"], Durability::Process).is_ok() {
+        records += 1;
+    }
+    journal.close().unwrap();
+    assert!(matches!(journal.close(), Err(Error::Closed)));
+    assert_eq!(content(&disk).unwrap().records.len(), records);
+}
+
+#[test]
+fn a_large_record_needs_few_segments() {
+    let disk = SimulatedDisk::default();
+    let journal = Journal::create(disk.clone(), &Options::default(), &payload(1, 30 << 20)).unwrap();
+    journal.append(&[&payload(2, 100 << 20)], Durability::Process).unwrap();
+    assert!(disk.files().len() <= 10, "{} files", disk.files().len());
+}
+
+#[test]
+fn nothing_is_created_over_a_journal_or_opened_without_one() {
+    let disk = SimulatedDisk::default();
+    assert!(matches!(open(disk.clone(), &small()), Err(Error::Missing { .. })));
+    drop(Journal::create(disk.clone(), &small(), b"checkpoint").unwrap());
+    let again = Journal::create(disk.clone(), &small(), b"other").err();
+    assert!(matches!(again, Some(Error::Exists { .. })), "{again:?}");
+    assert_eq!(content(&disk).unwrap().checkpoint, b"checkpoint");
 }

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Content, SEGMENT, durability, open, options, payload, rng, rounds, small};
-use onlyonce_journal::{Access, Directory, Durability, Error, Journal};
+use onlyonce_journal::{Access, Directory, Durability, Error, Journal, Medium, MediumFile};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
@@ -167,5 +167,32 @@ fn a_new_journal_is_not_created_over_another_one() {
     let dir = tempfile::tempdir().unwrap();
     let create = || Journal::create(directory(dir.path(), Access::Write), &small(), b"checkpoint");
     drop(create().unwrap());
-    assert!(matches!(create(), Err(Error::Corrupt { .. })));
+    assert!(matches!(create(), Err(Error::Exists { .. })));
+}
+
+#[test]
+fn a_header_of_a_mapped_file_is_written_alone() {
+    const BLOCK: usize = 4_096;
+    let dir = tempfile::tempdir().unwrap();
+    let file = directory(dir.path(), Access::Map).create("a file", SEGMENT as u64).unwrap();
+    let content = || fs::read(dir.path().join("a file")).unwrap();
+    file.write_at(&[1; 30 * 1_024], 2 * BLOCK as u64).unwrap();
+    for (copy, byte) in [(0, 2), (BLOCK, 3)] {
+        let mut expected = content();
+        expected[copy..copy + BLOCK].fill(byte);
+        file.write_at(&[byte; BLOCK], copy as u64).unwrap();
+        assert_eq!(content(), expected);
+    }
+}
+
+#[test]
+fn only_files_of_the_journal_are_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["settings.toml.new", "000001.journal.new"] {
+        fs::write(dir.path().join(name), "half").unwrap();
+    }
+    fs::create_dir(dir.path().join("old.new")).unwrap();
+    drop(directory(dir.path(), Access::Write));
+    assert!(dir.path().join("settings.toml.new").exists() && dir.path().join("old.new").exists());
+    assert!(!dir.path().join("000001.journal.new").exists());
 }
