@@ -110,33 +110,15 @@ impl SimulatedDisk {
     /// torn. Removed files may be there again.
     pub fn power_cut(&self, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let image = self.power_cut_files(&mut rng);
-        for (name, file) in &self.state.lock().removed {
+        // One lock for all: a file that is removed later must not be in the image of an earlier time.
+        let state = self.state.lock();
+        let mut files = power_cut_files(&state, &mut rng);
+        for (name, file) in &state.removed {
             if rng.random_bool(0.5) {
-                image.state.lock().files.entry(name.clone()).or_insert_with(|| on_disk(Arc::clone(&file.synced)));
+                files.entry(name.clone()).or_insert_with(|| on_disk(Arc::clone(&file.synced)));
             }
         }
-        image
-    }
-
-    fn power_cut_files(&self, rng: &mut StdRng) -> Self {
-        let keep = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
-        let mut tears = 1;
-        self.image(|file| {
-            let mut content = Arc::clone(&file.synced);
-            for (offset, bytes) in &file.unsynced {
-                for (index, sector) in bytes.chunks(SECTOR).enumerate() {
-                    let at = offset + index * SECTOR;
-                    let mut len = if rng.random_bool(keep) { sector.len() } else { 0 };
-                    if tears > 0 && rng.random_bool(0.1) {
-                        tears -= 1;
-                        len = rng.random_range(0..=sector.len());
-                    }
-                    put(&mut content, at, &sector[..len]);
-                }
-            }
-            content
-        })
+        Self { state: Arc::new(Mutex::new(State { files, is_mapped: state.is_mapped, ..State::default() })) }
     }
 
     /// The disk with one file changed.
@@ -166,13 +148,27 @@ impl SimulatedDisk {
         let files = files.into_iter().map(|(name, content)| (name, on_disk(Arc::new(content)))).collect();
         Self { state: Arc::new(Mutex::new(State { files, ..State::default() })) }
     }
+}
 
-    fn image(&self, mut content: impl FnMut(&File) -> Arc<Vec<u8>>) -> Self {
-        let state = self.state.lock();
-        let files = state.files.iter().map(|(name, file)| (name.clone(), on_disk(content(file)))).collect();
-        let is_mapped = state.is_mapped;
-        Self { state: Arc::new(Mutex::new(State { files, is_mapped, ..State::default() })) }
-    }
+fn power_cut_files(state: &State, rng: &mut StdRng) -> BTreeMap<String, File> {
+    let keep = [0.0, 0.1, 0.5, 0.9, 1.0][rng.random_range(0..5)];
+    let mut tears = 1;
+    let mut after = |file: &File| {
+        let mut content = Arc::clone(&file.synced);
+        for (offset, bytes) in &file.unsynced {
+            for (index, sector) in bytes.chunks(SECTOR).enumerate() {
+                let at = offset + index * SECTOR;
+                let mut len = if rng.random_bool(keep) { sector.len() } else { 0 };
+                if tears > 0 && rng.random_bool(0.1) {
+                    tears -= 1;
+                    len = rng.random_range(0..=sector.len());
+                }
+                put(&mut content, at, &sector[..len]);
+            }
+        }
+        on_disk(content)
+    };
+    state.files.iter().map(|(name, file)| (name.clone(), after(file))).collect()
 }
 
 fn on_disk(content: Arc<Vec<u8>>) -> File {
