@@ -484,7 +484,8 @@ mod tests {
         ] {
             let group = GroupCommit::default();
             let (succeeded, failed) = append(&group, &sink);
-            assert!(succeeded >= 1 && failed >= 1);
+            // The failure may reach a caller between its write and its sync, so that none succeeds.
+            assert!(failed >= 1 && succeeded + failed == THREADS * RECORDS);
             let used = || (sink.writes.load(Ordering::SeqCst), sink.syncs.load(Ordering::SeqCst));
             let before = used();
             assert!(sink.failed_sync.is_none() || before.1 == 2, "no sync after the one that failed");

@@ -13,7 +13,8 @@
 //! - **A failed sync is final.** All later calls fail until the journal is opened again.
 //!
 //! What it is not: it has no index and no reads but those of an open, it is no message queue, and it does not lock its
-//! directory.
+//! directory: two processes that open the same one lose records. Dropping a journal without [`Journal::close`] loses nothing
+//! that is acknowledged; it is what a crash does. Unix only.
 //!
 //! # Example
 //!

@@ -105,7 +105,9 @@ pub enum Access {
     /// With system calls. Syncs are faster than with `Map`: for journals whose records are synced one by one.
     Write,
     /// Through a mapping. Appends are faster than with `Write`, because they need no system call: for journals that are
-    /// synced now and then.
+    /// synced periodically. If the disk cannot read a page of the file again, or another process truncates the file, a store
+    /// to it ends this process with `SIGBUS`. Not for file systems that copy on write: they may have no space for a block that
+    /// is written again, which is `SIGBUS` as well.
     Map,
 }
 
