@@ -76,6 +76,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "error",
             "sync",
             "record",
+            "layout",
             "mapped",
             "medium",
             "segment",

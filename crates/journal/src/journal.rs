@@ -70,7 +70,7 @@ pub struct Stats {
     pub written_bytes: u64,
     /// Syncs of group commits since the open.
     pub syncs: u64,
-    /// Segments that the next open would read.
+    /// Segments that may have records which the next open passes on.
     pub segments: u64,
     /// Bytes of these segments.
     pub used_bytes: u64,
@@ -286,7 +286,7 @@ impl<M: Medium> Journal<M> {
     /// # Errors
     ///
     /// As [`Journal::append`]; and [`Error::Option`] if `from` is before the position of an earlier checkpoint, whose records
-    /// are gone, or not a position of this journal. Errors while removing a segment are ignored: it is removed or used later.
+    /// are gone, or not a position that this open journal has returned. Errors while removing a segment are ignored: it is removed or used later.
     pub fn checkpoint(&self, from: Position, checkpoint: &[u8]) -> Result<()> {
         let mut replay_from = self.replay_from.lock();
         let Position { opened, lsn } = from;

@@ -68,6 +68,7 @@ mod error;
 pub mod fuzz_checks;
 mod group_commit;
 mod journal;
+mod layout;
 mod mapped;
 mod medium;
 #[cfg(all(feature = "testing", test, shuttle))]

@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use memmap2::MmapMut;
 use parking_lot::Mutex;
 
-use super::segment::DATA_START;
+use super::layout::DATA_START;
 
 /// How many bytes are made ready for stores at a time.
 const AHEAD: usize = 64 << 10;

@@ -5,11 +5,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+pub(crate) use super::layout::BLOCK;
+use super::layout::slot;
 use super::mapped::MappedFile;
-use super::segment;
-
-/// The unit of writes. A write never has a part of a block, so that the kernel never reads a block to write it.
-pub(crate) const BLOCK: usize = 4_096;
 
 /// A set of named files of fixed sizes.
 pub trait Medium: Send + Sync {
@@ -123,7 +121,7 @@ impl Directory {
         for entry in fs::read_dir(&directory.path)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.strip_suffix(NEW).and_then(segment::slot).is_some() {
+            if name.strip_suffix(NEW).and_then(slot).is_some() {
                 fs::remove_file(entry.path())?;
             }
         }

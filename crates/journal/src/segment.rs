@@ -17,11 +17,10 @@
 use parking_lot::Mutex;
 
 use super::error::{Result, corrupt, not_written};
+pub(crate) use super::layout::{DATA_START, name, slot};
 use super::medium::{BLOCK, Medium, MediumFile};
 use super::record::{self, Fragment, Salt};
 
-/// Where the fragments of a segment begin.
-pub(crate) const DATA_START: usize = 2 * BLOCK;
 /// The smallest size of a segment.
 pub(crate) const MIN_BYTES: u64 = 64 << 10;
 /// The largest size of a segment.
@@ -33,7 +32,6 @@ const MAGIC: &[u8; 8] = b"1ONCEJNL";
 const VERSION: u32 = 1;
 /// The size of the fields after the checksum.
 const FIELDS: usize = 4 + 16 + 5 * 8 + 4;
-const SUFFIX: &str = ".journal";
 /// A search for fragments computes checksums over at most this many times the size of a segment.
 const SCAN_EFFORT: usize = 16;
 
@@ -98,17 +96,6 @@ impl Header {
             && header.durable_lsn <= header.first_lsn;
         is_plausible.then_some(header)
     }
-}
-
-/// The name of a slot's file.
-pub(crate) fn name(slot: u32) -> String {
-    format!("{slot:06}{SUFFIX}")
-}
-
-/// The slot of a file. `None` for other names.
-pub(crate) fn slot(name: &str) -> Option<u32> {
-    let slot = name.strip_suffix(SUFFIX)?.parse().ok()?;
-    (self::name(slot) == name).then_some(slot)
 }
 
 /// The file of a slot.
