@@ -63,7 +63,7 @@ fn measure(
     let cycles = (after.completed - before.completed) as f64;
     assert_eq!(cycles, keys as f64, "every key is completed once");
     store.close().wait()?;
-    let syncs = (after.log_syncs - before.log_syncs).max(1) as f64;
+    let syncs = (after.journal_syncs - before.journal_syncs).max(1) as f64;
     Ok(Figures { rate: cycles / elapsed.as_secs_f64(), cycles_per_sync: cycles / syncs, cpu_us: cpu * 1e6 / cycles })
 }
 

@@ -33,7 +33,7 @@ struct Syncs {
 }
 
 impl Rocks {
-    /// As `fs::sync_group` of the store: the first waiter syncs for all whose writes are made, and yields while more arrive.
+    /// As the store did when it wrote to RocksDB's log: the first waiter syncs for all whose writes are made, and yields while more arrive.
     fn sync(&self) {
         let mut state = self.syncs.lock().expect("no caller panics");
         state.written += 1;

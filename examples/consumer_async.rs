@@ -143,7 +143,7 @@ async fn consume(directory: &Path) -> Result<Arc<Shop>, Failure> {
     .await?;
     println!(
         "{delivered} deliveries of {ORDERS} orders: {} completed, {} duplicates, {} syncs",
-        stats.completed, stats.duplicates, stats.log_syncs
+        stats.completed, stats.duplicates, stats.journal_syncs
     );
     store.close().await?;
     Ok(shop)

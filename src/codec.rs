@@ -11,10 +11,10 @@ pub(crate) use onlyonce_core::wire::{Reader, put_prefixed, put_varint};
 use onlyonce_core::{Fingerprint, OnInterrupt, PriorAttempt, StoredResult};
 
 /// The version of all encodings in this file, stored in each store.
-pub(crate) const FORMAT: u32 = 5;
+pub(crate) const FORMAT: u32 = 7;
 
 /// The version of stores on stream time, whose times are not comparable to the wall clock.
-pub(crate) const STREAM_FORMAT: u32 = 6;
+pub(crate) const STREAM_FORMAT: u32 = 8;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Primitives
@@ -124,7 +124,7 @@ fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult> {
 /// the store's time went back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RecordKind {
-    /// Claimed keys, or the checkpoint of keys in flight that a flush writes at the head of the journal.
+    /// Claimed keys, or the keys in progress in a checkpoint.
     Claimed = 1,
     /// Keys that were released or resolved to run again.
     Released = 2,
@@ -245,10 +245,6 @@ impl RecordWriter {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.items == 0
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.bytes.len()
     }
 
     pub(crate) fn finish(self) -> Vec<u8> {
@@ -674,10 +670,10 @@ mod tests {
         ];
         for (fill, kind) in fills.iter().zip([RecordKind::Claimed, RecordKind::Completed, RecordKind::Forgotten]) {
             let mut record = RecordWriter::new(kind, 50, 0);
-            let empty = record.len();
+            let empty = record.bytes.len();
             assert!(record.is_empty());
             fill(&mut record, &processing);
-            assert!(!record.is_empty() && record.len() > empty);
+            assert!(!record.is_empty() && record.bytes.len() > empty);
             let mut keys = 0;
             read_record(&record.finish(), |key, _| keys += usize::from(key == b"k")).unwrap();
             assert_eq!(keys, 1);

@@ -29,7 +29,7 @@ pub(crate) struct Gauges {
     pub(crate) buckets: u64,
     pub(crate) filter_bytes: u64,
     pub(crate) journal_bytes: u64,
-    pub(crate) log_syncs: u64,
+    pub(crate) journal_syncs: u64,
     pub(crate) now_ms: u64,
     pub(crate) is_poisoned: bool,
 }
@@ -164,7 +164,7 @@ mod enabled {
             Unit::Count,
             "Messages processed without deduplication because the store was unavailable"
         );
-        describe_counter!("onlyonce.log.syncs", Unit::Count, "Syncs of the log that calls waited for");
+        describe_counter!("onlyonce.journal.syncs", Unit::Count, "Syncs of the journal");
         describe_gauge!("onlyonce.keys.in_flight", Unit::Count, "Keys in progress");
         describe_gauge!("onlyonce.keys.held", Unit::Count, "Keys held for resolution");
         describe_gauge!(
@@ -206,7 +206,7 @@ mod enabled {
         attempt: Histogram,
         repeated: [Counter; 4],
         counters: Vec<Counter>,
-        log_syncs: Counter,
+        journal_syncs: Counter,
         gauges: [GaugeSource; 7],
         held: Gauge,
         disk_bytes: Gauge,
@@ -217,7 +217,7 @@ mod enabled {
     #[derive(Default)]
     struct LastExport {
         counters: Vec<u64>,
-        log_syncs: u64,
+        journal_syncs: u64,
         at: Option<Instant>,
         expensive_at: Option<Instant>,
     }
@@ -265,7 +265,7 @@ mod enabled {
                 repeated: PRIORS
                     .map(|(_, prior)| metrics::counter!("onlyonce.claims.repeated", labels(Some(("prior", prior))))),
                 counters: COUNTERS.iter().map(|(name, label, _)| metrics::counter!(*name, labels(*label))).collect(),
-                log_syncs: metrics::counter!("onlyonce.log.syncs", labels(None)),
+                journal_syncs: metrics::counter!("onlyonce.journal.syncs", labels(None)),
                 gauges: [
                     (gauge("onlyonce.keys.in_flight"), |gauges| gauges.in_flight as f64),
                     (gauge("onlyonce.keys.unflushed"), |gauges| gauges.unflushed as f64),
@@ -341,8 +341,8 @@ mod enabled {
 
         /// Exports the last counts when the store closes, and sets the gauges to zero.
         pub(crate) fn end(&self, counters: &Counters, gauges: impl FnOnce() -> Gauges) {
-            let Gauges { log_syncs, is_poisoned, now_ms, .. } = gauges();
-            let nothing = Gauges { log_syncs, is_poisoned, now_ms, ..Gauges::default() };
+            let Gauges { journal_syncs, is_poisoned, now_ms, .. } = gauges();
+            let nothing = Gauges { journal_syncs, is_poisoned, now_ms, ..Gauges::default() };
             self.export_now(&mut self.last.lock(), counters, &nothing);
             self.held.set(0.0);
         }
@@ -355,8 +355,8 @@ mod enabled {
                 counter.increment(now.saturating_sub(before));
             }
             last.counters = now;
-            self.log_syncs.increment(gauges.log_syncs.saturating_sub(last.log_syncs));
-            last.log_syncs = gauges.log_syncs;
+            self.journal_syncs.increment(gauges.journal_syncs.saturating_sub(last.journal_syncs));
+            last.journal_syncs = gauges.journal_syncs;
             for (gauge, get) in &self.gauges {
                 gauge.set(get(gauges));
             }

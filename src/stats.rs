@@ -40,8 +40,8 @@ pub struct Stats {
     pub filter_hits: u64,
     /// The part of `filter_hits` that no bucket held.
     pub filter_false_positives: u64,
-    /// Syncs of the log that calls waited for. Concurrent calls share one.
-    pub log_syncs: u64,
+    /// Syncs of the journal. Concurrent calls share one. Those of a flush and of `sync_interval` count as well.
+    pub journal_syncs: u64,
     /// Keys in progress: leased, or with an expired lease that was not taken over. Released and dropped keys do
     /// not count.
     pub in_flight: u64,

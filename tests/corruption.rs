@@ -2,8 +2,8 @@
 //! After any damage the store fails with an error that names the file, or answers correctly: never a wrong answer, a
 //! panic, a hang, or a store that is silently empty.
 //!
-//! Two damages to the log of a crashed store are excluded, because nothing on disk can reveal them: whole records
-//! removed from its start, and whole records removed after the last proof of a sync.
+//! What nothing on disk can reveal has a test of its own, which says so: damage to the last records of a killed process, after
+//! the last mark of its journal, looks like the torn tail that a power cut leaves.
 //!
 //! `ONLYONCE_CORRUPTION_ROUNDS` (default: 600) sets the rounds, `ONLYONCE_CORRUPTION_SEED` (default: random, and
 //! printed) the seed, and `ONLYONCE_CORRUPTION_FIRST` the first round. A round depends on the seed and its number
@@ -15,14 +15,15 @@ mod common;
 mod damage;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::panic::AssertUnwindSafe;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::START_MS;
-use damage::{Damage, Harm, Image, KINDS, kind};
+use damage::{BLOCK, DATA_START, Damage, Harm, Image, KINDS, Others, Prediction, Segment, kind, predict};
 use onlyonce::{
     Builder, Claim, Completed, Completion, Durability, Error, KeyStatus, Lease, LeaseState, ManualClock, PriorAttempt,
     Store, StoredKey, Timestamp,
@@ -56,31 +57,29 @@ impl State {
     }
 }
 
-/// One change of one key, and the length of the newest log after it.
+/// One change of one key, and the lsn of the journal's next fragment after it.
 struct Event {
     key: String,
     state: State,
-    log_bytes: usize,
+    lsn: u64,
 }
 
 /// A store with data of every kind, and its expected state.
 struct Base {
     image: Image,
+    /// The same store earlier.
+    earlier: Vec<Image>,
     /// True if it was closed; otherwise it is as a crash leaves it.
     closed: bool,
-    /// The newest log.
-    log: PathBuf,
-    /// The state of each key before the first record of the newest log.
+    /// The state of each key before the first event.
     before: BTreeMap<String, State>,
-    /// The changes in the newest log.
+    /// The changes at the end of the journal.
     events: Vec<Event>,
-    /// The number in the offset and the message of completions, each with the number of events of the newest log before it.
+    /// The number in the offset and the message of completions, each with the number of events before it.
     side_writes: Vec<(usize, u64)>,
-    /// True if the last process started with the newest log, so that no older log belongs to it.
-    is_first: bool,
-    /// The bytes of the newest log that were synced before its last write, which proves it.
-    proven_synced: usize,
     now_ms: u64,
+    /// The lsn of the journal's next fragment before the first event.
+    before_lsn: u64,
     last_token: u64,
 }
 
@@ -133,28 +132,29 @@ fn wait_for_filters(dir: &Path, count: usize) {
     }
 }
 
-fn log_bytes(path: &Path) -> usize {
-    std::fs::metadata(path).unwrap().len() as usize
-}
-
 impl Base {
-    /// Closed or crashed, and with a last process that flushed keys before the newest log, or found keys in the journal.
+    /// Closed or crashed; the last process flushed keys first, or found keys in the journal; and written with system calls or
+    /// through a mapping.
     fn all() -> Vec<Self> {
-        [(false, false), (false, true), (true, false), (true, true)]
-            .map(|(closed, flush_first)| Self::new(closed, flush_first))
-            .into()
+        let kinds = [(false, false), (false, true), (true, false), (true, true)];
+        let kinds = kinds.into_iter().flat_map(|(closed, flush_first)| {
+            [Durability::Disk, Durability::Process].map(|durability| (closed, flush_first, durability))
+        });
+        kinds.map(|(closed, flush_first, durability)| Self::new(closed, flush_first, durability)).collect()
     }
 
-    fn new(closed: bool, flush_first: bool) -> Self {
+    fn new(closed: bool, flush_first: bool, durability: Durability) -> Self {
         let dir = scratch();
         let path = dir.path().join("store");
         let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
+        let open = || builder(&clock).durability(durability).open(&path).unwrap();
         let mut keys: Vec<String> = (0..40).map(|i| format!("never-seen-{i}")).collect();
         let mut add = |key: String| {
             keys.push(key.clone());
             key
         };
-        let store = builder(&clock).open(&path).unwrap();
+        let mut earlier = Vec::new();
+        let store = open();
         for bucket in 0..2 {
             // The first bucket has one SST of several blocks, the second has two. More buckets would make each open slower.
             for sst in 0..1 + bucket {
@@ -163,11 +163,12 @@ impl Base {
                 let recorded: Vec<String> = (0..many).map(|i| add(format!("recorded-{bucket}-{sst}-{i}"))).collect();
                 store.record_batch(&recorded).wait().unwrap();
                 (0..3).for_each(|i| leave_in_flight(&store, &add(format!("in-flight-{bucket}-{sst}-{i}"))));
+                earlier.push(Image::read(&path));
                 store.flush().unwrap();
             }
             clock.advance(Duration::from_secs(10));
         }
-        // A second process: its open has moved the log's records to an SST of the journal.
+        // Records that the last process finds in the journal.
         (0..10).for_each(|i| complete(&store, &add(format!("journal-{i}"))));
         (0..3).for_each(|i| leave_in_flight(&store, &add(format!("journal-in-flight-{i}"))));
         store.forget("flushed-0-0-0").wait().unwrap();
@@ -177,7 +178,8 @@ impl Base {
         complete_with(lease, "the result of journal-with-more", 1);
         store.close().wait().unwrap();
         drop(store);
-        let store = builder(&clock).open(&path).unwrap();
+        earlier.push(Image::read(&path));
+        let store = open();
         wait_for_filters(&path.join("filters"), 2);
         if flush_first {
             clock.advance(Duration::from_secs(10));
@@ -185,15 +187,15 @@ impl Base {
             store.flush().unwrap();
         }
 
-        let new: Vec<String> = (0..12).map(|i| add(format!("log-{i}"))).collect();
+        let new: Vec<String> = (0..12).map(|i| add(format!("last-{i}"))).collect();
         let before = keys.iter().map(|key| (key.clone(), State::of(&store, key).unwrap())).collect();
-        let newest = Image::read_at_rest(&path).newest(".log");
-        let log = path.join(&newest);
+        earlier.push(Image::read_at_rest(&path));
+        let before_lsn = Image::read(&path).next_lsn();
         let mut events = Vec::new();
         let mut side_writes = vec![(0, 1)];
         let mut add_event = |key: &str| {
             let state = State::of(&store, key).unwrap();
-            events.push(Event { key: key.to_owned(), state, log_bytes: log_bytes(&log) });
+            events.push(Event { key: key.to_owned(), state, lsn: Image::read(&path).next_lsn() });
         };
         for (i, key) in new.iter().enumerate() {
             let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
@@ -214,7 +216,6 @@ impl Base {
         }
         store.forget("flushed-1-0-0").wait().unwrap();
         add_event("flushed-1-0-0");
-        let proven_synced = log_bytes(&log);
         let Claim::Acquired(lease) = store.claim("in-flight-1-0-0").wait().unwrap() else {
             panic!("its process has ended")
         };
@@ -223,19 +224,25 @@ impl Base {
         lease.complete("at the second attempt").wait().unwrap();
         add_event("in-flight-1-0-0");
         if closed {
+            earlier.push(Image::read(&path));
             store.close().wait().unwrap();
         }
-        Self {
-            image: Image::read_at_rest(&path),
-            closed,
-            log: newest,
-            before,
-            events,
-            side_writes,
-            is_first: !flush_first,
-            proven_synced,
-            now_ms: clock_ms(&clock),
-            last_token,
+        let image = Image::read_at_rest(&path);
+        Self { image, earlier, closed, before, events, side_writes, now_ms: clock_ms(&clock), before_lsn, last_token }
+    }
+
+    /// How many events there are in a journal that ends at this lsn.
+    fn events_before(&self, lsn: u64) -> usize {
+        self.events.iter().filter(|event| event.lsn <= lsn).count()
+    }
+
+    /// How many events this damage must leave, and whether it must be an error.
+    fn expectation(&self, damaged: &Image) -> Expectation {
+        match predict(&self.image, damaged) {
+            Prediction::Corrupt => Expectation { events: self.events.len(), is_error: true, is_known: true },
+            Prediction::EndsAt(lsn) => {
+                Expectation { events: self.events_before(lsn), is_error: false, is_known: lsn >= self.before_lsn }
+            }
         }
     }
 
@@ -254,25 +261,46 @@ fn clock_ms(clock: &ManualClock) -> u64 {
     onlyonce::Clock::wall(clock).as_unix_ms()
 }
 
+/// What damage to the journal must lead to.
+#[derive(Debug, Clone, Copy)]
+struct Expectation {
+    /// How many events there are.
+    events: usize,
+    is_error: bool,
+    /// Whether the state before the first event is known. The journal may end before it.
+    is_known: bool,
+}
+
+impl Expectation {
+    /// Nothing is lost.
+    fn all(base: &Base) -> Self {
+        Self { events: base.events.len(), is_error: false, is_known: true }
+    }
+}
+
 /// The result of an examination of a damaged store.
 #[derive(Debug)]
 enum Findings {
     OpenFailed(Error),
     /// Some calls failed, the first of them with this error; the other answers are correct.
     CallFailed(Error),
-    /// All answers are correct, without the last `missing` events of the log.
+    /// All answers are correct, without the last `missing` events.
     Correct {
         missing: usize,
     },
 }
 
-/// Opens the store in `path`, and checks every key. The first `certain` events of the newest log must be stored.
-fn examine(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result<Findings, String> {
+/// Opens the store in `path`, and checks every key. The first events must be stored, as many as expected.
+fn examine(base: &Base, path: &Path, expectation: Expectation, rng: &mut StdRng) -> Result<Findings, String> {
     let clock = ManualClock::at(Timestamp::from_unix_ms(base.now_ms));
     let store = match builder(&clock).open(path) {
         Ok(store) => store,
         Err(error) => return Ok(Findings::OpenFailed(error)),
     };
+    if !expectation.is_known {
+        store.close().wait().unwrap();
+        return Ok(Findings::Correct { missing: base.events.len() });
+    }
     let mut answers: BTreeMap<&str, State> = BTreeMap::new();
     let mut rejected = Vec::new();
     let keys: Vec<&str> = base.before.keys().map(String::as_str).collect();
@@ -313,9 +341,9 @@ fn examine(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result
             .map(|(key, state)| (*key, state, state_after[key]))
     };
     let all = base.events.len();
-    let Some(events) = (certain..=all).rev().find(|events| fits(*events).is_none()) else {
-        let (key, state, state_after) = fits(all).unwrap();
-        return Err(format!("{key} is {state:?}, but was {state_after:?}"));
+    let Some(events) = (expectation.events..=all).rev().find(|events| fits(*events).is_none()) else {
+        let (key, state, state_after) = fits(expectation.events).unwrap();
+        return Err(format!("{key} is {state:?}, but was {state_after:?} after {} events", expectation.events));
     };
     let side_writes: Vec<u64> =
         base.side_writes.iter().filter(|(after, _)| *after <= events).map(|(_, offset)| *offset).collect();
@@ -348,59 +376,6 @@ fn examine(base: &Base, path: &Path, certain: usize, rng: &mut StdRng) -> Result
     })
 }
 
-/// How many events of the newest log must survive this damage.
-fn certain(base: &Base, damage: &Damage) -> usize {
-    let all = base.events.len();
-    if base.closed || damage.file != base.log {
-        return all;
-    }
-    let damaged_to = match damage.harm {
-        Harm::Flipped { .. } => damage.at + 1,
-        Harm::CutOut { len } | Harm::Zeroed { len } => damage.at + len,
-        Harm::CutTail => usize::MAX,
-        Harm::Deleted => return all,
-    };
-    // The last write proves what was synced before it. Later records look like the unsynced tail of a crash.
-    let is_told = damage.at < base.proven_synced && damaged_to <= base.events[all - 2].log_bytes;
-    if is_told && (base.is_first || damage.at >= third_write(base)) {
-        return all;
-    }
-    base.events.iter().filter(|event| event.log_bytes <= damage.at).count()
-}
-
-/// The start of the newest log's first record, and the end of each record.
-fn record_edges(base: &Base) -> Vec<usize> {
-    edges(&base.image.files[&base.log])
-}
-
-fn edges(log: &[u8]) -> Vec<usize> {
-    let mut edges = vec![0];
-    // A header has a checksum (4 bytes), the length of the payload (2) and a type (1).
-    while let Some(header) = log.get(edges[edges.len() - 1]..).and_then(|rest| rest.first_chunk::<7>()) {
-        edges.push(edges[edges.len() - 1] + header.len() + usize::from(u16::from_le_bytes([header[4], header[5]])));
-    }
-    assert_eq!(edges.last(), Some(&log.len()), "the undamaged log cannot be parsed");
-    edges
-}
-
-/// The start of the newest log's third write: writes before it could be in an older log. The first record is RocksDB's
-/// own, about the log before it.
-fn third_write(base: &Base) -> usize {
-    record_edges(base)[3]
-}
-
-/// True if a damage removes whole records from the newest log of a crashed store so that the result is a valid log:
-/// that of a process that never wrote them, or wrote them to an older log.
-fn is_undetectable(base: &Base, damage: &Damage) -> bool {
-    let Harm::CutOut { len } = damage.harm else { return false };
-    if base.closed || damage.file != base.log {
-        return false;
-    }
-    let edges = record_edges(base);
-    let is_whole = edges.contains(&damage.at) && edges.contains(&(damage.at + len));
-    is_whole && (damage.at >= base.proven_synced || !base.is_first && damage.at < third_write(base))
-}
-
 fn rounds() -> u64 {
     number("ONLYONCE_CORRUPTION_ROUNDS").unwrap_or(DEFAULT_ROUNDS)
 }
@@ -431,7 +406,8 @@ impl Watchdog {
                 seconds = if round == last { seconds + 1 } else { 0 };
                 last = round;
                 if seconds > Self::PATIENCE_S {
-                    eprintln!("round {round} hangs");
+                    // Not captured, so that it is printed although the process aborts.
+                    let _ = writeln!(std::io::stderr(), "round {round} hangs");
                     std::process::abort();
                 }
                 std::thread::sleep(Duration::from_secs(1));
@@ -446,21 +422,35 @@ impl Watchdog {
 }
 
 /// What an error names.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Named {
     File,
-    /// The database. RocksDB sometimes reads a damaged properties block before its checksum, and does not name the file
-    /// then.
+    /// What the file is a part of: the database, or another segment of the journal. RocksDB sometimes reads a damaged
+    /// properties block before its checksum, and does not name the file then. An SST may be missing because the manifest is
+    /// an old one.
     Database,
     Nothing,
 }
 
 impl Named {
     fn by(error: &Error, damage: &Damage) -> Self {
-        let file = damage.file.file_name().unwrap().to_string_lossy();
+        let swapped = match &damage.harm {
+            Harm::Swapped { with } => Some(with),
+            _ => None,
+        };
+        let names = [&damage.file].into_iter().chain(swapped).map(|file| Self::file(error, file));
+        names.min().unwrap()
+    }
+
+    fn file(error: &Error, file: &Path) -> Self {
+        let file = file.file_name().unwrap().to_string_lossy();
         let named = match error {
             Error::Corrupt { place, detail } if !place.contains(&*file) && !detail.contains(&*file) => {
-                return if file.ends_with(".sst") && place.ends_with("/db") { Self::Database } else { Self::Nothing };
+                let is_near = file.ends_with(".sst") && place.ends_with("/db")
+                    || file.ends_with(".journal") && place.contains("/journal/")
+                    || file.starts_with("MANIFEST") && (place.contains(".sst of ") || detail.contains("MANIFEST file"))
+                    || file == "CURRENT" && place.contains("MANIFEST");
+                return if is_near { Self::Database } else { Self::Nothing };
             }
             Error::Corrupt { .. } => true,
             // A compaction in the background found it first, so that RocksDB rejects writes.
@@ -507,18 +497,22 @@ impl Tally {
 }
 
 /// Damages one file of one store, and examines the store.
-fn round(bases: &[Base], path: &Path, seed: u64, round: u64, tally: &Mutex<Tally>) {
+fn round(bases: &[Base], foreign: &Image, path: &Path, seed: u64, round: u64, tally: &Mutex<Tally>) {
     let mut rng = StdRng::seed_from_u64(seed << 32 ^ round);
     let base = &bases[rng.random_range(0..bases.len())];
     let mut image = base.image.clone();
-    let damage = Damage::draw(&image, &mut rng);
-    if is_undetectable(base, &damage) || !damage.inflict(&mut image) {
+    let others = Others { earlier: &base.earlier, foreign };
+    let damage = Damage::draw(&image, &others, &mut rng);
+    if !damage.inflict(&mut image, &others) {
         return;
+    }
+    if number("ONLYONCE_CORRUPTION_FIRST").is_some() {
+        eprintln!("round {round}: {damage:?}");
     }
     let begun = Instant::now();
     image.write(path);
-    let certain = certain(base, &damage);
-    let findings = std::panic::catch_unwind(AssertUnwindSafe(|| examine(base, path, certain, &mut rng)));
+    let expectation = base.expectation(&image);
+    let findings = std::panic::catch_unwind(AssertUnwindSafe(|| examine(base, path, expectation, &mut rng)));
     let mut tally = tally.lock().unwrap();
     let count = tally.counts.entry(kind(&damage.file)).or_default();
     count.rounds += 1;
@@ -527,16 +521,25 @@ fn round(bases: &[Base], path: &Path, seed: u64, round: u64, tally: &Mutex<Tally
         Err(_) => "a panic".to_owned(),
         Ok(Err(why)) => why,
         Ok(Ok(Findings::OpenFailed(error) | Findings::CallFailed(error))) => match Named::by(&error, &damage) {
+            Named::Nothing => format!("it fails with an error that does not name the file: {error:?}"),
+            _ if kind(&damage.file) == "journal" && !expectation.is_error && !is_exchanged(&damage) => {
+                format!("it fails, but nothing on disk says that something is missing: {error:?}")
+            }
             Named::File => return count.rejected += 1,
             Named::Database => return count.rejected_without_file += 1,
-            Named::Nothing => format!("it fails with an error that does not name the file: {error:?}"),
         },
+        Ok(Ok(findings)) if expectation.is_error && !is_exchanged(&damage) => format!("no error: {findings:?}"),
         Ok(Ok(Findings::Correct { missing: 0 })) => return count.correct += 1,
         Ok(Ok(Findings::Correct { .. })) => return count.correct_without_tail += 1,
     };
-    let why = format!("round {round} of seed {seed}, closed: {}, {damage:?}: {why}", base.closed);
+    let why = format!("round {round} of seed {seed}, closed: {}, {damage:?}, {expectation:?}: {why}", base.closed);
     eprintln!("{why}");
     tally.failures.push(why);
+}
+
+/// Whether there is another file in its place now, which may be an error of its own.
+fn is_exchanged(damage: &Damage) -> bool {
+    matches!(damage.harm, Harm::Replaced { .. } | Harm::Swapped { .. })
 }
 
 /// Calls `work` for each number in `first..end` on several threads, each with its own directory.
@@ -566,15 +569,32 @@ fn in_parallel(first: u64, end: u64, work: impl Fn(u64, &Path) + Sync) {
     });
 }
 
+/// Another store with files of every kind.
+fn foreign() -> Image {
+    let dir = scratch();
+    let path = dir.path().join("store");
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
+    let store = builder(&clock).open(&path).unwrap();
+    for bucket in 0..2 {
+        (0..20).for_each(|i| complete(&store, &format!("foreign-{bucket}-{i}")));
+        store.flush().unwrap();
+        clock.advance(Duration::from_secs(10));
+    }
+    wait_for_filters(&path.join("filters"), 1);
+    (0..20).for_each(|i| complete(&store, &format!("foreign-{i}")));
+    store.close().wait().unwrap();
+    Image::read(&path)
+}
+
 #[test]
 fn damage_to_any_file_causes_no_wrong_answer() {
     let (rounds, seed) = (rounds(), seed());
     let first = number("ONLYONCE_CORRUPTION_FIRST").unwrap_or(0);
     eprintln!("ONLYONCE_CORRUPTION_SEED={seed} ONLYONCE_CORRUPTION_ROUNDS={rounds}");
-    let bases = Base::all();
+    let (bases, foreign) = (Base::all(), foreign());
     let tally = Mutex::new(Tally::default());
     let begun = Instant::now();
-    in_parallel(first, first + rounds, |number, path| round(&bases, path, seed, number, &tally));
+    in_parallel(first, first + rounds, |number, path| round(&bases, &foreign, path, seed, number, &tally));
     let tally = tally.into_inner().unwrap();
     tally.print();
     let elapsed = begun.elapsed();
@@ -585,237 +605,474 @@ fn damage_to_any_file_causes_no_wrong_answer() {
     assert!(rounds < DEFAULT_ROUNDS || missed.is_empty(), "no file of these kinds was damaged: {missed:?}");
 }
 
-#[test]
-fn a_log_truncated_at_any_byte_loses_only_the_records_after_it() {
-    let base = Base::new(false, true);
-    let log_len = base.image.files[&base.log].len();
-    // With many rounds, every byte.
-    let step = if rounds() > DEFAULT_ROUNDS { 1 } else { 7 };
-    in_parallel(0, (log_len / step) as u64 + 1, |number, path| {
-        let mut image = base.image.clone();
-        let at = number as usize * step;
-        image.files.get_mut(&base.log).unwrap().truncate(at);
-        image.write(path);
-        let stored = base.events.iter().filter(|event| event.log_bytes <= at).count();
-        let findings = examine(&base, path, stored, &mut StdRng::seed_from_u64(number)).unwrap();
-        let Findings::Correct { missing } = findings else { panic!("truncated at {at} of {log_len}: {findings:?}") };
-        assert_eq!(missing, base.events.len() - stored, "truncated at {at} of {log_len}");
-    });
+/// Examines a store whose journal is damaged. It must be exactly as predicted: corrupt, or without the events that are lost.
+fn assert_predicted(base: &Base, damaged: &Image, path: &Path, what: &str) -> Prediction {
+    damaged.write(path);
+    let prediction = predict(&base.image, damaged);
+    let expectation = base.expectation(damaged);
+    let findings = examine(base, path, expectation, &mut StdRng::seed_from_u64(0));
+    match (&findings, prediction) {
+        (Ok(Findings::OpenFailed(Error::Corrupt { place, .. })), Prediction::Corrupt) => {
+            assert!(place.contains(".journal"), "{what}: {place}");
+        }
+        (Ok(Findings::Correct { missing }), Prediction::EndsAt(_)) => {
+            assert_eq!(*missing, base.events.len() - expectation.events, "{what}, {prediction:?}");
+        }
+        _ => panic!("{what}: {findings:?}, but {prediction:?}"),
+    }
+    prediction
+}
+
+/// The segment with the last fragments.
+fn last_written(image: &Image) -> Segment {
+    image.segments().into_iter().rfind(|segment| !segment.fragments.is_empty()).unwrap()
 }
 
 #[test]
-fn damage_in_a_log_is_corruption_if_it_was_synced_and_a_torn_tail_if_not() {
-    let base = Base::new(false, false);
+fn a_journal_that_ends_at_any_byte_is_corrupt_or_has_everything_before_it() {
+    for closed in [false, true] {
+        let base = Base::new(closed, true, Durability::Disk);
+        let last = last_written(&base.image);
+        // With many rounds, every byte.
+        let step = if rounds() > DEFAULT_ROUNDS { 1 } else { 17 };
+        let torn = AtomicU64::new(0);
+        // Before the first event is the checkpoint of the flush. Nothing is left in a running journal that says that it was on
+        // disk if all of this is lost.
+        let begin = last.fragments.iter().find(|fragment| fragment.lsn >= base.before_lsn).unwrap().at;
+        let begin = if closed { DATA_START } else { begin };
+        in_parallel(0, ((last.end() - begin) / step) as u64 + 1, |number, path| {
+            let at = begin + number as usize * step;
+            let mut image = base.image.clone();
+            image.files.get_mut(&last.file).unwrap()[at..].fill(0);
+            let prediction = assert_predicted(&base, &image, path, &format!("zeros from {at}, closed: {closed}"));
+            let is_same = image.files == base.image.files;
+            assert!(!closed || prediction == Prediction::Corrupt || is_same, "{at} of {}", last.end());
+            torn.fetch_add(u64::from(prediction != Prediction::Corrupt), Ordering::Relaxed);
+        });
+        let torn = torn.into_inner();
+        assert!(torn > 0, "no end is accepted");
+    }
+}
+
+#[test]
+fn damage_in_a_journal_is_corruption_if_it_was_synced_and_a_torn_tail_if_not() {
+    let base = Base::new(false, false, Durability::Disk);
     let seed = seed();
     eprintln!("ONLYONCE_CORRUPTION_SEED={seed}");
-    let log_len = base.image.files[&base.log].len();
-    let last_but_one = base.events[base.events.len() - 2].log_bytes;
+    let last = last_written(&base.image);
+    let stated = last.fragments.iter().map(|fragment| fragment.durable_lsn).max().unwrap();
+    let proven = last.fragments.iter().find(|fragment| fragment.lsn >= stated).unwrap().at;
+    let [corrupt, torn] = [(); 2].map(|()| AtomicU64::new(0));
     in_parallel(0, rounds() / 4, |number, path| {
         let mut rng = StdRng::seed_from_u64(seed << 32 ^ number);
         let mut image = base.image.clone();
-        let log = image.files.get_mut(&base.log).unwrap();
+        let bytes = image.files.get_mut(&last.file).unwrap();
         // Half of them after the bytes that the last write proves to be synced.
-        let begin = if rng.random_bool(0.5) { base.proven_synced } else { 0 };
-        let at = rng.random_range(begin..log_len);
-        let end = rng.random_range(at..log_len.min(at + 40)) + 1;
-        for byte in &mut log[at..end] {
+        let begin = if rng.random_bool(0.5) { proven } else { DATA_START };
+        let at = rng.random_range(begin..last.end());
+        let end = rng.random_range(at..last.end().min(at + 40)) + 1;
+        for byte in &mut bytes[at..end] {
             *byte ^= rng.random_range(1..=255_u8);
         }
-        image.write(path);
-        let stored = base.events.iter().filter(|event| event.log_bytes <= at).count();
-        let findings = examine(&base, path, stored, &mut rng);
-        let what = format!("round {number} of seed {seed}: {at}..{end} of {log_len}: {findings:?}");
-        match findings {
-            Ok(Findings::OpenFailed(Error::Corrupt { place, .. })) => {
-                assert!(at < base.proven_synced && place.ends_with(base.log.to_str().unwrap()), "{what}");
-            }
-            Ok(Findings::Correct { missing }) => {
-                assert_eq!(missing, base.events.len() - stored, "{what}");
-                assert!(at >= base.proven_synced || end > last_but_one, "{what}");
-            }
-            _ => panic!("{what}"),
-        }
+        let what = format!("round {number} of seed {seed}: {at}..{end} of {}", last.end());
+        match assert_predicted(&base, &image, path, &what) {
+            Prediction::Corrupt => corrupt.fetch_add(1, Ordering::Relaxed),
+            Prediction::EndsAt(_) => torn.fetch_add(1, Ordering::Relaxed),
+        };
     });
-}
-
-/// Records over several blocks of the log, and a small one between them and at the end, each with the log's length after it.
-fn long_records() -> (Image, PathBuf, Vec<(String, usize)>, u64) {
-    let dir = scratch();
-    let path = dir.path().join("store");
-    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
-    let store = builder(&clock).open(&path).unwrap();
-    let log = Image::read(&path).newest(".log");
-    let mut records = Vec::new();
-    for (number, bytes) in [100, 100_000, 100, 70_000, 33_000, 100, 120_000].into_iter().enumerate() {
-        let key = format!("long-{number}");
-        let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("{key} is new") };
-        lease.complete(vec![b'r'; bytes]).wait().unwrap();
-        records.push((key, log_bytes(&path.join(&log))));
-    }
-    (Image::read(&path), log, records, clock_ms(&clock))
+    let [corrupt, torn] = [corrupt, torn].map(AtomicU64::into_inner);
+    eprintln!("{corrupt} times corrupt, {torn} times a torn tail");
+    assert!(corrupt > 0 && torn > 0, "{corrupt}, {torn}");
 }
 
 #[test]
-fn a_record_over_several_blocks_of_the_log_is_atomic() {
-    let (image, log, records, now_ms) = long_records();
-    let log_len = image.files[&log].len();
-    // Around the ends of blocks and of records, so that headers are truncated, too.
-    let edges = (0..=log_len).step_by(32 * 1024).chain(records.iter().map(|(_, end)| *end));
-    let cuts: BTreeSet<usize> = edges.flat_map(|edge| edge.saturating_sub(8)..(edge + 9).min(log_len + 1)).collect();
-    let cuts: Vec<usize> = cuts.into_iter().collect();
-    in_parallel(0, cuts.len() as u64, |number, path| {
-        let cut = cuts[number as usize];
-        let mut image = image.clone();
-        image.files.get_mut(&log).unwrap().truncate(cut);
-        image.write(path);
-        let store = builder(&ManualClock::at(Timestamp::from_unix_ms(now_ms))).open(path);
-        let store = store.unwrap_or_else(|error| panic!("truncated at {cut} of {log_len}: {error}"));
-        for (key, end) in &records {
-            let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
-            assert_eq!(stored, *end <= cut, "{key}, which ends at {end}, truncated at {cut} of {log_len}");
+fn damage_to_what_a_killed_process_wrote_after_its_last_mark_looks_like_a_torn_tail() {
+    let dir = scratch();
+    let (path, copy) = (dir.path().join("store"), dir.path().join("copy"));
+    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
+    let store = builder(&clock).open(&path).unwrap();
+    // A mark is written within 100 ms, so it takes a few attempts to be faster.
+    let (last, image) = (0..1_000)
+        .find_map(|number| {
+            let key = format!("last-{number}");
+            complete(&store, &key);
+            let image = Image::read(&path);
+            let last = last_written(&image);
+            let fragment = last.fragments.last().unwrap();
+            (fragment.end - fragment.at > 40).then_some((key, image))
+        })
+        .expect("an image without a mark at its end");
+    let segment = last_written(&image);
+    let end = segment.end();
+    let mut unmarked = image.clone();
+    unmarked.files.get_mut(&segment.file).unwrap()[end - 1] ^= 1;
+    unmarked.write(&copy);
+    let found = builder(&clock).open(&copy).unwrap();
+    assert!(
+        matches!(found.check(&last).wait().unwrap(), KeyStatus::InProgress(_) | KeyStatus::New),
+        "it is not noticed"
+    );
+    drop(found);
+    std::fs::remove_dir_all(&copy).unwrap();
+
+    let mut marked = Image::read_at_rest(&path);
+    assert_eq!(marked.files[&segment.file][..end], image.files[&segment.file][..end], "only the mark is new");
+    assert!(marked.next_lsn() > image.next_lsn());
+    marked.files.get_mut(&segment.file).unwrap()[end - 1] ^= 1;
+    marked.write(&copy);
+    let Err(Error::Corrupt { place, .. }) = builder(&clock).open(&copy) else { panic!("it is not noticed") };
+    assert!(place.contains(segment.file.file_name().unwrap().to_str().unwrap()), "{place}");
+}
+
+/// A killed store with large records, some of which are in two segments: keys with the lsn of the next fragment after each.
+struct LongRecords {
+    image: Image,
+    records: Vec<(String, u64)>,
+    now_ms: u64,
+}
+
+impl LongRecords {
+    fn new() -> Self {
+        let dir = scratch();
+        let path = dir.path().join("store");
+        let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
+        let store = builder(&clock).open(&path).unwrap();
+        let mut records = Vec::new();
+        for (number, bytes) in [100, 100_000, 100, 170_000, 33_000, 100, 500_000, 100, 600_000].into_iter().enumerate()
+        {
+            let key = format!("long-{number}");
+            let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("{key} is new") };
+            lease.complete(vec![b'r'; bytes]).wait().unwrap();
+            records.push((key, Image::read(&path).next_lsn()));
         }
+        let image = Image::read(&path);
+        let segments = image.segments();
+        assert!(segments.len() > 3 && segments.iter().any(|segment| !segment.fragments[0].begins_record));
+        Self { image, records, now_ms: clock_ms(&clock) }
+    }
+
+    fn open(&self, path: &Path) -> onlyonce::Result<Store> {
+        builder(&ManualClock::at(Timestamp::from_unix_ms(self.now_ms))).open(path)
+    }
+
+    fn check(&self, damaged: &Image, path: &Path, what: &str) -> Prediction {
+        damaged.write(path);
+        let prediction = predict(&self.image, damaged);
+        match (self.open(path), prediction) {
+            (Ok(store), Prediction::EndsAt(lsn)) => {
+                for (key, end) in &self.records {
+                    let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
+                    assert_eq!(stored, *end <= lsn, "{what}: {key}, which ends at {end}, of {prediction:?}");
+                }
+            }
+            (Err(Error::Corrupt { place, .. }), Prediction::Corrupt) => {
+                assert!(place.contains(".journal"), "{what}: {place}");
+            }
+            (opened, _) => {
+                let segments = self.image.segments();
+                panic!("{what}: {:?}, but {prediction:?}; {segments:#?}", opened.map(drop));
+            }
+        }
+        prediction
+    }
+}
+
+#[test]
+fn a_record_in_several_segments_is_atomic() {
+    let long = LongRecords::new();
+    let segments = long.image.segments();
+    // Around the ends of fragments and of blocks, so that headers are torn, too. What was written after it is lost as well, as
+    // a power cut leaves it: the last record is not synced.
+    let last = long.records.len() - 2;
+    let from_lsn = long.records[last].1;
+    let mut ends = BTreeSet::new();
+    for (index, segment) in segments.iter().enumerate() {
+        for fragment in segment.fragments.iter().filter(|fragment| fragment.lsn >= from_lsn) {
+            for edge in
+                [fragment.at, fragment.at + 16, fragment.at / BLOCK * BLOCK + BLOCK, fragment.end - 4, fragment.end]
+            {
+                ends.extend((edge.saturating_sub(2)..edge + 3).map(|at| (index, at.max(DATA_START))));
+            }
+        }
+    }
+    let ends: Vec<_> = ends.into_iter().collect();
+    let torn = AtomicU64::new(0);
+    in_parallel(0, ends.len() as u64, |number, path| {
+        let (index, at) = ends[number as usize];
+        let mut image = long.image.clone();
+        for (other, segment) in segments.iter().enumerate().skip(index) {
+            let bytes = image.files.get_mut(&segment.file).unwrap();
+            let from = if other == index { at.min(bytes.len()) } else { DATA_START };
+            bytes[from..].fill(0);
+        }
+        let prediction = long.check(&image, path, &format!("{:?} from {at}", segments[index].file));
+        torn.fetch_add(u64::from(matches!(prediction, Prediction::EndsAt(_))), Ordering::Relaxed);
     });
+    assert!(torn.into_inner() > 0);
 }
 
 #[test]
 fn a_block_of_zeros_is_corruption_if_it_was_synced_and_a_torn_tail_if_not() {
-    let (image, log, records, now_ms) = long_records();
-    let log_len = image.files[&log].len();
-    let sectors = log_len.div_ceil(512);
-    // The last claim and the last completion prove that everything up to the completion before them was synced.
-    let proven_synced = records[records.len() - 2].1;
-    let last_claim = proven_synced..proven_synced + 200;
-    in_parallel(0, sectors as u64 / 4, |number, path| {
+    let long = LongRecords::new();
+    let segments = long.image.segments();
+    let sectors: Vec<_> = segments
+        .iter()
+        .flat_map(|segment| {
+            (DATA_START / 512..segment.end().div_ceil(512)).step_by(7).map(move |sector| (segment, sector))
+        })
+        .collect();
+    in_parallel(0, sectors.len() as u64, |number, path| {
         let mut rng = StdRng::seed_from_u64(number);
         // A few sectors, and in every second round all sectors after them.
-        let from = number as usize * 4 * 512;
-        let torn = rng.random_bool(0.5);
-        let to = if torn { log_len } else { (from + 512 * rng.random_range(1..16)).min(log_len) };
-        let mut image = image.clone();
-        image.files.get_mut(&log).unwrap()[from..to].fill(0);
-        image.write(path);
-        let what = format!("zeros from {from} to {to} of {log_len}");
-        match builder(&ManualClock::at(Timestamp::from_unix_ms(now_ms))).open(path) {
-            Ok(store) => {
-                assert!(
-                    from >= proven_synced || to > last_claim.start,
-                    "{what}: later records are lost without an error"
-                );
-                for (key, end) in &records {
-                    let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
-                    assert_eq!(stored, *end <= from, "{what}: {key}, which ends at {end}");
-                }
-            }
-            Err(Error::Corrupt { place, .. }) => {
-                assert!(from < proven_synced && to <= last_claim.end, "{what}: an error without a lost synced record");
-                assert!(place.ends_with(log.to_str().unwrap()), "{what}: {place}");
-            }
-            Err(error) => panic!("{what}: {error}"),
-        }
+        let (segment, sector) = sectors[number as usize];
+        let mut image = long.image.clone();
+        let bytes = image.files.get_mut(&segment.file).unwrap();
+        let from = sector * 512;
+        let to = if rng.random_bool(0.5) { bytes.len() } else { from + 512 * rng.random_range(1..16) };
+        let to = to.min(bytes.len());
+        bytes[from..to].fill(0);
+        long.check(&image, path, &format!("zeros from {from} to {to} of {:?}", segment.file));
     });
 }
 
 #[test]
-fn a_missing_or_truncated_log_before_a_newer_one_is_corruption() {
+fn a_missing_segment_is_corruption_that_names_it_unless_nothing_in_it_is_needed() {
+    let long = LongRecords::new();
     let dir = scratch();
     let path = dir.path().join("store");
-    let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
-    // Two logs that are both needed: the journal's memtable was full once, and the removal of a flushed key, which is
-    // still in its bucket's memtable, keeps the older log.
-    let open = |path: &Path| builder(&clock).memory_budget(1 << 30).durability(Durability::Disk).open(path);
-    let store = open(&path).unwrap();
-    complete(&store, "flushed and forgotten");
-    store.flush().unwrap();
-    store.forget("flushed and forgotten").wait().unwrap();
-    // A quarter of it after the older log, so that the file manifest has the newer one.
-    let keys: Vec<String> = (0..96).map(|i| format!("key-{i}")).collect();
-    for key in &keys {
-        let Claim::Acquired(lease) = store.claim(key).wait().unwrap() else { panic!("{key} is new") };
-        lease.complete(vec![b'r'; 900_000]).wait().unwrap();
+    let segments = long.image.segments();
+    let files: Vec<_> = long.image.files.keys().filter(|file| kind(file) == "journal").cloned().collect();
+    assert!(files.len() > segments.len(), "there is a spare segment");
+    let mut noticed = 0;
+    for file in files {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        let bytes = &long.image.files[&file];
+        for len in [
+            0,
+            bytes.len() / 2 / BLOCK * BLOCK,
+            bytes.len() - BLOCK,
+            bytes.len() - 1,
+            bytes.len() + 1,
+            bytes.len() + BLOCK,
+        ] {
+            let mut image = long.image.clone();
+            image.files.get_mut(&file).unwrap().resize(len, 0);
+            let prediction = long.check(&image, &path, &format!("{name} with {len} bytes"));
+            assert!(len % BLOCK == 0 && len > 0 || prediction == Prediction::Corrupt);
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+        let mut image = long.image.clone();
+        image.files.remove(&file);
+        if long.check(&image, &path, &format!("without {name}")) == Prediction::Corrupt {
+            noticed += 1;
+            let Err(Error::Corrupt { place, detail }) = long.open(&path) else { panic!("it was corrupt") };
+            let text = format!("{place}: {detail}");
+            // No other segment names the first one.
+            let is_first = segments[0].file == file && detail.contains("the segment before it");
+            assert!(is_first || text.contains(name), "{name} is missing: {text}");
+        }
+        std::fs::remove_dir_all(&path).unwrap();
     }
-    let image = Image::read_at_rest(&path);
-    store.close().wait().unwrap();
-    let logs = image.logs();
-    let [older, newer] = logs.as_slice() else { panic!("two logs: {logs:?}") };
-    let log_len = image.files[older].len();
-
-    let copy = dir.path().join("copy");
-    let try_with = |damaged: &Image| {
-        damaged.write(&copy);
-        let opened = open(&copy);
-        let answers = opened.map(|store| {
-            let checks: Vec<KeyStatus> = keys.iter().map(|key| store.check(key).wait().unwrap()).collect();
-            let forgotten = store.check("flushed and forgotten").wait().unwrap();
-            store.close().wait().unwrap();
-            (checks.iter().filter(|check| matches!(check, KeyStatus::Completed(_))).count(), forgotten)
-        });
-        std::fs::remove_dir_all(&copy).unwrap();
-        answers
-    };
-    assert_eq!(try_with(&image).unwrap(), (keys.len(), KeyStatus::New), "as a crash leaves it");
-    for cut in [1, 3, 1_000, 900_000, 5_000_000, log_len - 10, log_len] {
-        let mut damaged = image.clone();
-        damaged.files.get_mut(older).unwrap().truncate(log_len - cut);
-        let answers = try_with(&damaged);
-        assert!(
-            matches!(&answers, Err(Error::Corrupt { .. })),
-            "the older log without its last {cut} bytes: {answers:?}"
-        );
-    }
-    for missing_log in [older, newer] {
-        let mut damaged = image.clone();
-        damaged.files.remove(missing_log);
-        let answers = try_with(&damaged);
-        assert!(matches!(&answers, Err(Error::Corrupt { .. })), "{missing_log:?} is missing: {answers:?}");
-    }
-}
-
-/// The first record of a log, written by RocksDB: the length of the log before it.
-fn predecessor(log: u64, len: usize) -> Vec<u8> {
-    let checked = [&[130][..], &log.to_le_bytes(), &(len as u64).to_le_bytes(), &99_u64.to_le_bytes()].concat();
-    let crc = crc32c::crc32c(&checked).rotate_right(15).wrapping_add(0xa282_ead8);
-    let len = u16::try_from(checked.len() - 1).unwrap();
-    [&crc.to_le_bytes()[..], &len.to_le_bytes(), &checked].concat()
+    assert!(noticed >= segments.len(), "{noticed} of {}", segments.len());
 }
 
 #[test]
-fn a_log_that_a_power_cut_truncated_between_two_records_ends_there_although_a_newer_one_exists() {
+fn a_torn_tail_does_not_come_back_and_new_records_are_not_confused_with_it() {
     let dir = scratch();
     let path = dir.path().join("store");
     let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
-    let open = |path: &Path| builder(&clock).durability(Durability::Process).open(path);
+    let open = |path: &Path| {
+        builder(&clock).durability(Durability::Process).sync_interval(Duration::from_secs(3_600)).open(path)
+    };
     let store = open(&path).unwrap();
-    let log = Image::read(&path).newest(".log");
     let keys: Vec<String> = (0..8).map(|i| format!("key-{i}")).collect();
     let mut ends = Vec::new();
     for key in &keys {
         complete(&store, key);
-        ends.push(log_bytes(&path.join(&log)));
+        ends.push(Image::read(&path).next_lsn());
     }
     let image = Image::read_at_rest(&path);
     drop(store);
-    let number: u64 = log.file_stem().unwrap().to_str().unwrap().parse().unwrap();
-    let newer = log.with_file_name(format!("{:06}.log", number + 1));
-    let bytes = &image.files[&log];
-    assert_eq!(bytes.len(), ends[keys.len() - 1]);
-    let edges = edges(bytes);
-    for edge in edges[..edges.len() - 1].iter().copied() {
+    let last = last_written(&image);
+    let bytes = &image.files[&last.file];
+    for fragment in &last.fragments {
         let mut torn = image.clone();
-        torn.files.get_mut(&log).unwrap().truncate(edge);
-        torn.files.insert(newer.clone(), predecessor(number, bytes.len()));
+        // One byte of it: what is after it is still there.
+        torn.files.get_mut(&last.file).unwrap()[fragment.end - 1] ^= 1;
+        if predict(&image, &torn) == Prediction::Corrupt {
+            continue;
+        }
         let copy = dir.path().join("copy");
         torn.write(&copy);
-        let store = open(&copy).unwrap_or_else(|error| panic!("truncated at {edge} of {}: {error}", bytes.len()));
-        for (key, end) in keys.iter().zip(&ends) {
-            let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
-            assert_eq!(stored, *end <= edge, "{key}, which ends at {end}, truncated at {edge}");
-        }
-        // New records are not confused with the lost ones.
+        let store = open(&copy).unwrap_or_else(|error| panic!("torn at {} of {}: {error}", fragment.at, bytes.len()));
+        let check = |store: &Store| {
+            for (key, end) in keys.iter().zip(&ends) {
+                let stored = matches!(store.check(key).wait().unwrap(), KeyStatus::Completed(_));
+                assert_eq!(stored, *end <= fragment.lsn, "{key}, which ends at {end}, torn at {}", fragment.lsn);
+            }
+        };
+        check(&store);
         complete(&store, "after the loss");
+        // Killed again, and then closed.
+        let again = dir.path().join("again");
+        Image::read_at_rest(&copy).write(&again);
         store.close().wait().unwrap();
-        let reopened = open(&copy).unwrap();
-        assert!(matches!(reopened.check("after the loss").wait().unwrap(), KeyStatus::Completed(_)));
-        drop(reopened);
-        std::fs::remove_dir_all(&copy).unwrap();
+        for reopened in [&copy, &again] {
+            let store = open(reopened).unwrap();
+            assert!(matches!(store.check("after the loss").wait().unwrap(), KeyStatus::Completed(_)));
+            check(&store);
+            drop(store);
+            std::fs::remove_dir_all(reopened).unwrap();
+        }
     }
+}
+
+#[test]
+fn an_older_manifest_that_lacks_the_newest_ssts_is_corruption() {
+    for (closed, flush_first) in [(false, true), (true, true), (true, false), (false, false)] {
+        let base = Base::new(closed, flush_first, Durability::Disk);
+        let dir = scratch();
+        let path = dir.path().join("store");
+        let manifest = base.image.newest_manifest();
+        let bytes = &base.image.files[&manifest];
+        let mut noticed = 0;
+        // An earlier version of the same file is a prefix of it, which ends between two records.
+        let ends = manifest_ends(bytes);
+        for end in &ends {
+            let mut image = base.image.clone();
+            image.files.get_mut(&manifest).unwrap().truncate(*end);
+            image.write(&path);
+            let what = format!("closed: {closed}, flushed: {flush_first}, {end} of {} bytes", bytes.len());
+            match examine(&base, &path, Expectation::all(&base), &mut StdRng::seed_from_u64(0)) {
+                Ok(Findings::OpenFailed(Error::Corrupt { place, detail })) => {
+                    let text = format!("{place}: {detail}");
+                    assert!(
+                        ["MANIFEST", ".sst", "column family"].iter().any(|name| text.contains(name)),
+                        "{what}: {text}"
+                    );
+                    noticed += 1;
+                }
+                Ok(Findings::Correct { missing: 0 }) => {}
+                other => panic!("{what}: {other:?}"),
+            }
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+        eprintln!("{noticed} of {} prefixes are corrupt", ends.len());
+        assert!(!flush_first || noticed > 0);
+        // The previous file, with the name of it in CURRENT.
+        for earlier in &base.earlier {
+            let mut image = base.image.clone();
+            image.files.retain(|file, _| kind(file) != "MANIFEST" && kind(file) != "CURRENT");
+            let old = earlier.files.iter().filter(|(file, _)| kind(file) == "MANIFEST" || kind(file) == "CURRENT");
+            image.files.extend(old.map(|(file, bytes)| (file.clone(), bytes.clone())));
+            if image.files == base.image.files {
+                continue;
+            }
+            image.write(&path);
+            let findings = examine(&base, &path, Expectation::all(&base), &mut StdRng::seed_from_u64(0));
+            assert!(
+                matches!(findings, Ok(Findings::OpenFailed(Error::Corrupt { .. }) | Findings::Correct { missing: 0 })),
+                "closed: {closed}, flushed: {flush_first}: {findings:?}"
+            );
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+    }
+}
+
+/// The ends of the records of a manifest, which has the form of RocksDB's logs.
+fn manifest_ends(bytes: &[u8]) -> Vec<usize> {
+    let mut ends = vec![0];
+    // A header has a checksum (4 bytes), the length of the payload (2) and a type (1).
+    while let Some(header) = bytes.get(ends[ends.len() - 1]..).and_then(|rest| rest.first_chunk::<7>()) {
+        ends.push(ends[ends.len() - 1] + header.len() + usize::from(u16::from_le_bytes([header[4], header[5]])));
+    }
+    assert_eq!(ends.pop(), Some(bytes.len()), "the undamaged manifest cannot be parsed");
+    ends
+}
+
+#[test]
+fn a_missing_or_empty_directory_is_an_error_that_names_it_or_loses_nothing() {
+    for closed in [false, true] {
+        let base = Base::new(closed, true, Durability::Disk);
+        let dir = scratch();
+        let path = dir.path().join("store");
+        for (part, is_empty) in
+            ["db", "journal", "ssts", "filters"].into_iter().flat_map(|part| [(part, false), (part, true)])
+        {
+            base.image.write(&path);
+            std::fs::remove_dir_all(path.join(part)).unwrap();
+            if is_empty {
+                std::fs::create_dir(path.join(part)).unwrap();
+            }
+            let findings = examine(&base, &path, Expectation::all(&base), &mut StdRng::seed_from_u64(0));
+            let what = format!("{part}, empty: {is_empty}, closed: {closed}: {findings:?}");
+            match (part, &findings) {
+                ("ssts" | "filters", Ok(Findings::Correct { missing: 0 })) => {}
+                ("db" | "journal", Ok(Findings::OpenFailed(Error::Corrupt { place, detail }))) => {
+                    assert!(format!("{place}: {detail}").contains(path.join(part).to_str().unwrap()), "{what}");
+                }
+                _ => panic!("{what}"),
+            }
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+    }
+}
+
+/// The files of one directory from another image.
+fn with_part(base: &Image, part: &str, other: &Image) -> Image {
+    let mut image = base.clone();
+    image.files.retain(|file, _| !file.starts_with(part));
+    let theirs = other.files.iter().filter(|(file, _)| file.starts_with(part));
+    image.files.extend(theirs.map(|(file, bytes)| (file.clone(), bytes.clone())));
+    image
+}
+
+#[test]
+fn an_older_database_or_a_part_of_another_store_is_corruption_or_loses_nothing() {
+    let foreign = foreign();
+    for closed in [false, true] {
+        let base = Base::new(closed, true, Durability::Disk);
+        let dir = scratch();
+        let path = dir.path().join("store");
+        let examine = |image: &Image| {
+            image.write(&path);
+            let findings = examine(&base, &path, Expectation::all(&base), &mut StdRng::seed_from_u64(0));
+            std::fs::remove_dir_all(&path).unwrap();
+            findings
+        };
+        for (index, earlier) in base.earlier.iter().enumerate() {
+            let findings = examine(&with_part(&base.image, "db", earlier));
+            assert!(
+                matches!(findings, Ok(Findings::OpenFailed(Error::Corrupt { .. }) | Findings::Correct { missing: 0 })),
+                "closed: {closed}, the database of image {index}: {findings:?}"
+            );
+        }
+        for part in ["db", "journal"] {
+            let findings = examine(&with_part(&base.image, part, &foreign));
+            let is_corrupt = matches!(findings, Ok(Findings::OpenFailed(Error::Corrupt { .. })));
+            assert!(is_corrupt, "closed: {closed}, {part} of another store: {findings:?}");
+        }
+    }
+}
+
+#[test]
+fn an_older_directory_of_the_journal_is_not_always_noticed() {
+    // The checkpoint has the SSTs of its time, and they may still be there: the database does not say how far the journal was.
+    let base = Base::new(true, true, Durability::Disk);
+    let dir = scratch();
+    let path = dir.path().join("store");
+    let mut opened = 0;
+    for earlier in &base.earlier {
+        with_part(&base.image, "journal", earlier).write(&path);
+        let clock = ManualClock::at(Timestamp::from_unix_ms(base.now_ms));
+        match builder(&clock).open(&path) {
+            Ok(store) => {
+                opened += 1;
+                store.close().wait().unwrap();
+            }
+            Err(error) => assert!(matches!(error, Error::Corrupt { .. }), "{error}"),
+        }
+        std::fs::remove_dir_all(&path).unwrap();
+    }
+    assert!(opened > 0, "it is noticed: this test can be stricter");
 }

@@ -32,9 +32,9 @@ const LAYERS: &[&[&str]] = &[
 
 const ORDER: &[(&str, &[&str])] = &[
     ("clock", &["steps", "wall", "stream"]),
-    ("fs", &["directory", "sync_group"]),
-    ("rocks", &["options", "journal_cf", "lsn", "wal", "file_manifest", "fuzz_checks", "sst", "db"]),
-    ("journal", &["numbers"]),
+    ("fs", &["directory"]),
+    ("rocks", &["options", "manifest", "sst", "db"]),
+    ("journal", &["numbers", "replayed", "tx", "checkpoint", "medium", "store_journal"]),
     ("filter", &["sizing", "matrix", "file", "stack"]),
     ("buckets", &["range", "registry", "flush", "rotation", "recovery", "filters"]),
     ("memtable", &["slot", "arena", "shard", "recent", "table", "frozen"]),

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::START_MS;
-use onlyonce::internals::{RecordNumbers, SyncGroup};
+use onlyonce::internals::RecordNumbers;
 use onlyonce::{Claim, Durability, Error, ManualClock, Store, Timestamp};
 use oracle::Oracle;
 use shuttle::rand::Rng;
@@ -348,76 +348,4 @@ fn a_waiting_claim_returns_an_error_when_the_store_is_closed() {
         join([waits, closes]);
         drop(lease);
     });
-}
-
-/// A disk with the writes before the start of its last sync.
-#[derive(Default)]
-struct Disk {
-    written: AtomicU64,
-    synced: AtomicU64,
-    syncs: AtomicU64,
-    syncing: AtomicU64,
-    fails_at: Option<u64>,
-}
-
-impl Disk {
-    fn sync(&self) -> onlyonce::Result<()> {
-        assert_eq!(self.syncing.fetch_add(1, Ordering::SeqCst), 0, "two syncs at a time");
-        let covered = self.written.load(Ordering::SeqCst);
-        thread::yield_now();
-        let this = self.syncs.fetch_add(1, Ordering::SeqCst);
-        self.syncing.fetch_sub(1, Ordering::SeqCst);
-        if self.fails_at == Some(this) {
-            return Err(Error::WriteFailed { source: "the disk failed".into() });
-        }
-        self.synced.store(covered, Ordering::SeqCst);
-        Ok(())
-    }
-}
-
-fn share_syncs(fails_at: impl Fn() -> Option<u64> + Send + Sync + 'static) {
-    model(20_000, move || {
-        let group = Arc::new(SyncGroup::default());
-        let disk = Arc::new(Disk { fails_at: fails_at(), ..Disk::default() });
-        let threads: Vec<_> = (0..4)
-            .map(|_| {
-                let (group, disk) = (Arc::clone(&group), Arc::clone(&disk));
-                thread::spawn(move || {
-                    let mut failed = false;
-                    for _ in 0..2 {
-                        let mine = disk.written.fetch_add(1, Ordering::SeqCst) + 1;
-                        thread::yield_now();
-                        let outcome = group.wait(|| disk.sync());
-                        match outcome {
-                            Ok(()) => {
-                                assert!(!failed, "a sync succeeded after a failure");
-                                assert!(
-                                    disk.synced.load(Ordering::SeqCst) >= mine,
-                                    "the call returned before its write was synced"
-                                );
-                            }
-                            Err(_) => failed = true,
-                        }
-                    }
-                    assert!(!failed || disk.fails_at.is_some());
-                })
-            })
-            .collect();
-        // After a lost wakeup a thread waits forever, which the model reports as a deadlock.
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
-        if let Some(fails_at) = disk.fails_at.filter(|fails_at| disk.syncs.load(Ordering::SeqCst) > *fails_at) {
-            assert_eq!(disk.syncs.load(Ordering::SeqCst), fails_at + 1, "no sync after a failure");
-            assert!(group.wait(|| disk.sync()).is_err());
-        }
-    });
-}
-
-#[test]
-fn all_callers_of_a_shared_sync_return_and_none_too_early() {
-    share_syncs(|| None);
-}
-
-#[test]
-fn a_failed_sync_fails_all_callers_and_leaves_none_waiting() {
-    share_syncs(|| Some(pick(3) as u64));
 }

@@ -89,8 +89,8 @@ impl Builder {
     }
 
     /// Bytes of memory for filters (7/16 at most), unflushed keys (flushed at an eighth; callers wait at a quarter), recently
-    /// flushed keys (a sixteenth), cached blocks (an eighth) and RocksDB's write buffers (an eighth each, 8 to 64 MiB). From
-    /// 32 MiB to 16 TiB, 256 MiB by default. Keys in progress are extra: see [`Builder::in_flight_limit`].
+    /// flushed keys (a sixteenth) and cached blocks (a quarter). From 32 MiB to 16 TiB, 256 MiB by default. Keys in progress are
+    /// extra: see [`Builder::in_flight_limit`]. So are the offsets and messages since the last flush.
     pub fn memory_budget(mut self, bytes: usize) -> Self {
         self.options.memory_budget = bytes;
         self

@@ -46,7 +46,7 @@ impl Filters {
             found: Mutex::default(),
             persisted: Mutex::default(),
         };
-        let ssts = db.sst_files()?;
+        let ssts = db.sst_numbers()?;
         for bucket in buckets {
             match FilterFile::open(&filters.path(bucket), &filters.key, bucket) {
                 Ok(file) if file.covered.covers(ssts.get(bucket).map_or(&[], Vec::as_slice)) => {
@@ -293,7 +293,7 @@ mod tests {
     }
 
     fn persist(db: &Db, filters: &Filters, registry: &BucketRegistry, now_ms: u64) {
-        filters.persist(registry, now_ms, || db.sst_files(), || true).unwrap();
+        filters.persist(registry, now_ms, || db.sst_numbers(), || true).unwrap();
     }
 
     /// The start times, in seconds, of the buckets that the filter covers.
@@ -316,7 +316,7 @@ mod tests {
             fill(&db, &registry, second, second * 1_000..second * 1_000 + 1_000);
         }
         persist(&db, &filters, &registry, 2_500);
-        db.close().unwrap();
+        db.close();
     }
 
     fn assert_all_candidates(registry: &BucketRegistry) {
@@ -362,7 +362,7 @@ mod tests {
             assert_ne!(registry.snapshot().candidates(digest(i)), 0, "key {i}");
         }
         persist(&db, &filters, &registry, 1_500);
-        db.close().unwrap();
+        db.close();
         let (_db, filters, registry) = open(&dir);
         filters.load(&registry, &|| true);
         assert_eq!(filtered(&registry), [0]);
@@ -374,13 +374,13 @@ mod tests {
         three_buckets(&dir);
         let (db, _, registry) = open(&dir);
         fill(&db, &registry, 1, 5_000..5_100);
-        db.close().unwrap();
+        db.close();
         let (db, filters, registry) = open(&dir);
         filters.load(&registry, &|| true);
         assert_eq!(filtered(&registry), [0]);
         Filters::rebuild(&db, &registry, &|| true).unwrap();
         persist(&db, &filters, &registry, 2_500);
-        db.close().unwrap();
+        db.close();
         let (_db, filters, registry) = open(&dir);
         filters.load(&registry, &|| true);
         assert_eq!(filtered(&registry), [0, 1], "the file was written again");
@@ -399,7 +399,7 @@ mod tests {
                 count.set(count.get() + 1);
                 true
             };
-            filters.persist(&registry, 2_500, || db.sst_files(), should_continue).unwrap();
+            filters.persist(&registry, 2_500, || db.sst_numbers(), should_continue).unwrap();
             count.get()
         };
         assert_eq!((written(&filters), written(&filters)), (2, 0));
@@ -412,7 +412,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (db, _, registry) = open(&dir);
         fill(&db, &registry, 0, 0..20_000);
-        db.close().unwrap();
+        db.close();
         let (db, _, registry) = open(&dir);
         let rebuild = |max_calls: u64| {
             let calls = std::cell::Cell::new(0);
@@ -456,7 +456,7 @@ mod tests {
             filters.load(&registry, &|| true);
             assert_eq!(filtered(&registry), [0], "byte {at} of {}", good.len());
             assert_all_candidates(&registry);
-            db.close().unwrap();
+            db.close();
         }
     }
 

@@ -125,7 +125,7 @@ mod tests {
             let error = flush(&db, &registry, &Given(source, count)).unwrap_err();
             assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(expected)), "{error}");
             assert!(registry.poison().reason().is_some_and(|reason| reason.contains(expected)));
-            assert!(db.sst_files().unwrap().is_empty(), "{source:?}");
+            assert!(db.sst_numbers().unwrap().is_empty(), "{source:?}");
         }
     }
 

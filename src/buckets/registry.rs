@@ -445,7 +445,7 @@ mod tests {
     fn three_reopened(dir: &tempfile::TempDir) -> (Db, BucketRegistry, [Arc<Bucket>; 3]) {
         let (db, _) = open(dir);
         (0..3).for_each(|i| db.create_bucket(&second(i).family()).unwrap());
-        db.close().unwrap();
+        db.close();
         let (db, families) = open(dir);
         let registry = BucketRegistry::open(&db, &families, SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
         let buckets = [0, 1, 2].map(|i| registry.ensure(&db, second(i)).unwrap());
@@ -509,7 +509,7 @@ mod tests {
         let (_db, other, _) = three_reopened(&elsewhere);
         registry.moved(&next, other.snapshot().base().unwrap());
         assert_eq!(candidates(&registry, 99), [3]);
-        db.close().unwrap();
+        db.close();
         let (db, families) = open(&dir);
         assert_eq!(families, [0, 2, 3].map(|i| second(i).family()));
         let registry = BucketRegistry::open(&db, &families, SPAN, &Now::default(), 0, 1 << 20, None).unwrap();
@@ -564,14 +564,14 @@ mod tests {
         let reason = registry.poison().reason().unwrap();
         assert!(reason.contains("dropped only when all its keys have expired"), "{reason}");
         assert!(reason.contains("bucket-0-1000 at 4998"), "{reason}");
-        db.close().unwrap();
+        db.close();
 
         let (db, families) = open(&dir);
         let registry = BucketRegistry::open(&db, &families, SPAN, &at(last_ms + 1), 0, 1 << 20, None).unwrap();
         assert!(registry.has_expired());
         registry.remove_expired(&db, &|| true);
         registry.poison().unbroken().unwrap();
-        db.close().unwrap();
+        db.close();
         assert_eq!(open(&dir).1.len(), 2, "the bucket that had expired at the open was dropped");
     }
 

@@ -101,7 +101,7 @@ mod tests {
             drop_expired(&db, &registry, SPAN, &at(now_ms), &|| true);
             assert_eq!(seconds(&registry), left, "{now_ms}");
         }
-        db.close().unwrap();
+        db.close();
 
         let (db, registry) = open(&dir, 5_999);
         assert_eq!(seconds(&registry), [2]);
@@ -110,7 +110,7 @@ mod tests {
         assert!(has_expired(&registry, SPAN, &at(5_999)), "the drop was stopped");
         drop_expired(&db, &registry, SPAN, &at(5_999), &|| true);
         assert!(!has_expired(&registry, SPAN, &at(5_999)));
-        db.close().unwrap();
+        db.close();
         let (_db, registry) = open(&dir, 0);
         assert_eq!(seconds(&registry), [2], "the expired bucket was dropped from disk");
     }

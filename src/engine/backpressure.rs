@@ -14,6 +14,9 @@ const FLUSH_SHARE: usize = 8;
 /// Calls wait when unflushed keys take this share.
 const BACKLOG_SHARE: usize = 4;
 
+/// More than a record has for a key besides its bytes.
+const RECORD_BYTES: usize = 64;
+
 /// How long a call waits before it checks again whether flushes fail.
 const BACKLOG_WAIT: Duration = Duration::from_millis(100);
 
@@ -31,12 +34,13 @@ impl Engine {
         self.memtable.flushable_bytes() >= self.config().memory_budget / BACKLOG_SHARE
     }
 
-    /// Waits until there is room for a call: in the memtable, in one write, and among the reserved tokens.
+    /// Waits until there is room for a call: in the memtable, in one write, in the journal's segments, and among the reserved tokens.
     pub(super) fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
         // Even if the call writes nothing: a caller that waits for a key fails here once the store is poisoned or closed.
         self.ready()?;
         admit_bytes(bytes)?;
         self.wait_for_room()?;
+        self.journal.reserve(bytes.saturating_add(keys.saturating_mul(RECORD_BYTES)))?;
         self.reserve(keys)
     }
 

@@ -3,8 +3,8 @@
 //! A process may end before its first round of maintenance: a cron job, or a service that is killed repeatedly. Without this,
 //! such processes would leave expired buckets, the journal and small SSTs to each other forever.
 //!
-//! An open drops expired buckets for [`DROP_TIME`], and flushes the keys of an ended bucket if the journal has at most
-//! [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family has more SSTs than
+//! An open drops expired buckets for [`DROP_TIME`], and flushes the keys of an ended bucket, and a journal of many segments, if
+//! the journal has at most [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family has more SSTs than
 //! [`MAX_SSTS`], an open and a close wait for compactions, at most for [`COMPACTION_TIME`].
 
 use std::time::{Duration, Instant};
@@ -54,7 +54,7 @@ impl Engine {
         let ended = self.replayed.oldest_ms.is_some_and(|oldest_ms| {
             BucketRange::containing(oldest_ms, bucket_ms) != BucketRange::containing(self.now().time_ms, bucket_ms)
         });
-        if ended && self.replayed.bytes <= FLUSH_BYTES {
+        if (ended || self.has_many_segments()?) && self.replayed.bytes <= FLUSH_BYTES {
             self.flush()?;
         } else {
             maintenance_state.has_leftover_work |= ended;
@@ -150,7 +150,7 @@ mod tests {
         assert_eq!((engine.memtable.flushable(), engine.buckets.snapshot().newest_first().len()), (0, 0));
         assert!(!engine.buckets.has_expired());
         assert_eq!(std::fs::read_dir(&filters).unwrap().count(), 0);
-        assert!(engine.db.sst_files().unwrap().keys().all(|family| !family.starts_with("bucket")));
+        assert!(engine.db.sst_numbers().unwrap().keys().all(|family| !family.starts_with("bucket")));
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! The parts of a store, and how records reach the journal.
 //!
-//! Order: a record's number is taken before the memtable shows its effect. So a record that overrules an earlier one has the
-//! higher number, unless the two calls overlapped; then tokens decide. Otherwise the journal could be truncated between the
-//! two so that only the overruled record is left, and a replay would bring the old state back.
+//! Order: a record's number is taken before the memtable shows its effect. So a flush, which waits for all records below its
+//! own number, waits for the record of each effect that it freezes. Otherwise it could move a completion to its bucket
+//! although the call then fails.
 //!
 //! A completion or a release takes effect only when its record is written (`OpenRecord::finish`). Otherwise a caller could
 //! act on a result that a crash takes back.
 //!
-//! No lock is held while the disk is read or written.
+//! No lock of a shard is held while the disk is read or written.
 
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -21,16 +21,18 @@ use super::side_writes::{self, Admitted};
 use super::timekeeping::TimeSaved;
 use super::waiters::{Waiter, Waiters};
 use crate::buckets::filters::Filters;
-use crate::buckets::recovery::Replayed;
 use crate::buckets::registry::BucketRegistry;
 use crate::clock::{Now, Timeline};
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::{Config, MAX_KEY};
 use crate::digest::Digester;
 use crate::invariant::Poison;
+use crate::journal::replayed::Totals;
+use crate::journal::store_journal::StoreJournal;
+use crate::journal::tx::Tx;
 use crate::memtable::table::MemTable;
 use crate::metrics::Metrics;
-use crate::rocks::db::{self, Db};
+use crate::rocks::db::Db;
 use crate::stats::Counters;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Condvar, Mutex};
 use onlyonce_core::Key;
@@ -41,6 +43,7 @@ pub(crate) struct Engine {
     pub(super) config: Config,
     pub(super) policy: Policy,
     pub(super) db: Db,
+    pub(super) journal: StoreJournal,
     pub(super) memtable: MemTable,
     pub(super) buckets: BucketRegistry,
     pub(super) filters: Filters,
@@ -49,9 +52,8 @@ pub(crate) struct Engine {
     pub(super) time_saved: TimeSaved,
     pub(super) counters: Counters,
     pub(super) metrics: Metrics,
-    /// Held during a flush, and by operations that must not overlap with one: dropping buckets, forgetting a key. The value
-    /// is the number of the last record of the journal's checkpoint.
-    pub(super) flush_lock: Mutex<u64>,
+    /// Held during a flush, and by operations that must not overlap with one: dropping buckets, forgetting a key.
+    pub(super) flush_lock: Mutex<()>,
     /// Incremented before flushed keys are removed from the memtable. A reader that sees it change reads the disk again: a
     /// key that it did not find on disk may be in a bucket now.
     pub(super) flush_generation: AtomicU64,
@@ -59,14 +61,12 @@ pub(crate) struct Engine {
     pub(super) waiters: Arc<Waiters>,
     /// The outbox has no messages of records below this number.
     pub(super) delivered_below: AtomicU64,
-    /// Bytes of records that were written since the last flush, or found at open.
+    /// Bytes that were written to the journal since the last flush, or found at open.
     pub(super) journal_bytes: AtomicU64,
-    /// Bytes that were written to RocksDB's log since it was truncated.
-    pub(super) log_bytes: AtomicU64,
     /// Whether a write was not synced yet.
     pub(super) unsynced: AtomicBool,
     /// Figures of the journal's replay at open.
-    pub(super) replayed: Replayed,
+    pub(super) replayed: Totals,
     pub(super) digester: Digester,
     /// Shared with the memtable, the buckets and the sequence.
     pub(super) poison: Arc<Poison>,
@@ -163,17 +163,23 @@ impl Engine {
         RecordWriter::new(kind, now.time_ms, capacity)
     }
 
-    /// Writes to the database. Poisons the store if the outcome is unknown.
-    pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut db::Tx<'_>) -> Result<()>) -> Result<()> {
+    /// Writes a transaction. Poisons the store if the outcome is unknown.
+    pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx)) -> Result<()> {
+        let bytes = self.write_uncounted(sync, fill)?;
+        self.journal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// As [`Engine::write`], for a transaction that does not bring the next flush closer. Returns its size.
+    pub(super) fn write_uncounted(&self, sync: bool, fill: impl FnOnce(&mut Tx)) -> Result<usize> {
         self.ready()?;
-        let mut saving = None;
+        let mut tx = Tx::default();
+        fill(&mut tx);
+        let saving = self.time_saved.put_changed(&self.timeline, &mut tx);
+        let bytes = if tx.is_empty() { 0 } else { tx.len() };
         let written = {
             let _timer = self.metrics.commit(sync);
-            self.db.write(sync, |tx| {
-                fill(tx)?;
-                saving = self.time_saved.put_changed(&self.timeline, tx)?;
-                Ok(())
-            })
+            self.journal.write(&self.db, tx, sync)
         };
         written.inspect_err(|error| self.poison_by(error))?;
         if let Some(saving) = saving {
@@ -182,13 +188,13 @@ impl Engine {
         // After the write: `sync` clears the flag before it syncs. Set earlier, the flag of this write could be cleared by a
         // sync that does not include the write.
         self.unsynced.fetch_or(!sync, Ordering::Release);
-        Ok(())
+        Ok(bytes)
     }
 
     /// Syncs the store's time.
     pub(super) fn save_time(&self) -> Result<()> {
         self.timeline.ask_to_be_saved();
-        self.write(true, |_| Ok(()))
+        self.write(true, |_| ())
     }
 
     /// Ensures that `count` tokens, and the numbers of a few records, can be taken.
@@ -202,16 +208,6 @@ impl Engine {
     pub(super) fn begin_record(&self) -> OpenRecord<'_> {
         let number = self.memtable.records().begin(|| self.sequence.take());
         OpenRecord { engine: self, number, finished: false }
-    }
-
-    pub(super) fn count_record_bytes(&self, bytes: usize) {
-        self.journal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.count_log(bytes);
-    }
-
-    /// Counts bytes that go to RocksDB's log and do not bring the next flush closer.
-    pub(super) fn count_log(&self, bytes: usize) {
-        self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// Writes a record and makes its effect visible.
@@ -229,13 +225,10 @@ impl Engine {
     ) -> Result<()> {
         self.check_invariants()?;
         if !record.is_empty() {
-            let record = record.finish();
             self.write(sync, |tx| {
-                tx.put_record(open.number, &record);
-                side_writes::put(tx, open.number, side_writes)
+                tx.put_record(open.number, record.finish());
+                side_writes::put(tx, open.number, side_writes);
             })?;
-            self.count_record_bytes(record.len());
-            self.count_log(side_writes.iter().map(|(side_writes, _)| side_writes.encoded_len()).sum());
         }
         open.finish();
         Ok(())
@@ -308,18 +301,18 @@ mod tests {
     fn journal_bytes_are_counted_until_a_flush() {
         let dir = tempfile::tempdir().unwrap();
         let engine = small_engine(&dir);
-        let counted = || (engine.journal_bytes.load(Ordering::Relaxed), engine.log_bytes.load(Ordering::Relaxed));
-        assert_eq!(counted(), (0, 0));
-        engine.record(&engine.request(["k"]).unwrap()).unwrap();
-        let mut written = 0;
-        let count = |_, record: &[u8]| {
-            written += record.len() as u64;
-            Ok(())
-        };
-        engine.db.for_each_record(count).unwrap();
-        assert_eq!(counted(), (written, written));
+        let counted = || engine.journal_bytes.load(Ordering::Relaxed);
         engine.flush().unwrap();
-        assert_eq!(counted(), (0, written), "the log is truncated later");
-        assert!(written > 0);
+        assert_eq!(counted(), 0);
+        engine.record(&engine.request(["k"]).unwrap()).unwrap();
+        let one = counted();
+        assert!(one > 0);
+        engine.set_offset(b"stream", 3, 7).unwrap();
+        let two = counted();
+        assert!(two > one);
+        engine.remove_messages([onlyonce_core::MessageId::new(1, 2)]).unwrap();
+        assert!(counted() > two);
+        engine.flush().unwrap();
+        assert_eq!(counted(), 0);
     }
 }

@@ -287,19 +287,14 @@ impl Engine {
         }
         let mut record = self.record_writer(RecordKind::Forgotten, now, key_ref.key.len() + 16);
         record.forgotten(key_ref.key, token);
-        let record = record.finish();
         let mut entry_key = Vec::new();
         codec::put_entry_key(key_ref.digest, key_ref.key, &mut entry_key);
         Failpoint::ForgetBegun.pass();
         self.write(self.config.sync_results(), |tx| {
-            tx.put_record(open.number(), &record);
-            for bucket in &flushed {
-                tx.delete_key(&bucket.family, &entry_key);
-            }
-            Ok(())
+            tx.put_record(open.number(), record.finish());
+            flushed.iter().for_each(|bucket| tx.delete_key(&bucket.family, &entry_key));
         })?;
         Failpoint::ForgetWritten.pass();
-        self.count_record_bytes(record.len());
         let mut shard = self.memtable.shard(key_ref.digest);
         self.memtable.invalidate_recent(key_ref.digest);
         if shard.get(key_ref.digest, key_ref.key).is_some_and(|entry| entry.token() < token) {
@@ -357,9 +352,13 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(&dir, &Options { durability, on_interrupt: Some(on_interrupt), ..Options::default() });
             let syncs_of = |what: &str, expected: u64, call: &dyn Fn()| {
-                let before = engine.db.syncs();
+                let before = engine.journal.syncs();
                 call();
-                assert_eq!(engine.db.syncs() - before, expected, "{what} under {durability:?} and {on_interrupt:?}");
+                assert_eq!(
+                    engine.journal.syncs() - before,
+                    expected,
+                    "{what} under {durability:?} and {on_interrupt:?}"
+                );
             };
             syncs_of("a claim", started, &|| drop(claim(&engine, "a")));
             let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };

@@ -1,15 +1,15 @@
-//! The flush: moves completed and released keys from the memtable to their buckets, and truncates the journal.
+//! The flush: moves completed and released keys from the memtable to their buckets, and writes a checkpoint.
 //!
 //! Order, and the bug that each step prevents:
 //!
-//! 1. Records below `start` are finished, then the arenas are frozen. Otherwise the journal would be truncated below a record
-//!    that is still being written.
-//! 2. RocksDB's log is synced, then SSTs are written. At open the journal overrules the buckets: if a power cut took records
+//! 1. The journal's position is read, then a number is taken, then all records below that number are finished, then the arenas
+//!    are frozen. So a key that is frozen has its record in the journal, and the record of a key that is not frozen is after the
+//!    position. Otherwise the checkpoint could replace a record whose effect is nowhere else.
+//! 2. The journal is synced, then SSTs are written. At open the journal overrules the buckets: if a power cut took records
 //!    whose keys are in a bucket already, an older record of the same key would hide its completion.
-//! 3. The SSTs are ingested and the file manifest is written, then the journal is truncated. Otherwise a lost SST would go
-//!    unnoticed.
-//! 4. The checkpoint is written and the older records are deleted in one write. Otherwise a crash could lose a key in progress.
-//! 5. The recent cache is published, then the generation is incremented, then the memtable drops the keys. Otherwise a reader
+//! 3. The SSTs are ingested and `meta` is flushed, then the checkpoint is written, which lists all SSTs. Otherwise it would
+//!    replace records whose effect is not on disk, and a lost SST would go unnoticed.
+//! 4. The recent cache is published, then the generation is incremented, then the memtable drops the keys. Otherwise a reader
 //!    could miss a key in both places, or find an older state of it in the cache.
 //!
 //! A crash in between replays records whose keys are in buckets already. To flush them again changes nothing.
@@ -22,56 +22,48 @@ use crate::buckets::flush::flush;
 use crate::buckets::rotation::prepare_next;
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::Span;
+use crate::journal::checkpoint;
 use crate::memtable::frozen::FrozenSet;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::sleep;
 use onlyonce_core::Result;
 use onlyonce_core::machine::LeaseState;
+use onlyonce_journal::Position;
 
-/// The size at which a record of the checkpoint ends and the next one begins.
-const CHECKPOINT_RECORD_BYTES: usize = 16 << 20;
-/// The log size at which a flush truncates the log. A replay after a crash reads at most so much, and what is written during
-/// one more flush.
-const TRUNCATE_BYTES: u64 = 32 << 20;
-/// The same while there is nothing to flush.
-pub(super) const IDLE_TRUNCATE_BYTES: u64 = 1 << 20;
+/// The number of segments from which an open flushes. An open begins one, unless the last one is empty.
+const MAX_SEGMENTS: u64 = 32;
 /// How often a flush checks whether an open record was finished.
 const RECORD_POLL: Duration = Duration::from_micros(200);
 
 impl Engine {
-    /// Moves all flushable keys to their buckets and truncates the journal.
+    /// Moves all flushable keys to their buckets and writes a checkpoint.
     pub(crate) fn flush(&self) -> Result<()> {
-        let mut last_checkpoint = self.flush_lock.lock();
+        let _flush_lock = self.flush_lock.lock();
         self.ready()?;
-        let flushed = self.flush_locked(&mut last_checkpoint).inspect_err(|_| self.memtable.restore());
+        let flushed = self.flush_locked().inspect_err(|_| self.memtable.restore());
         *self.backlog.failure.lock() = flushed.as_ref().err().cloned();
         self.backlog.eased.notify_all();
-        flushed?;
-        // After the backlog is eased: if this fails, the memory is free nevertheless.
-        self.truncate_log(TRUNCATE_BYTES)
+        flushed
     }
 
-    fn flush_locked(&self, last_checkpoint: &mut u64) -> Result<()> {
+    fn flush_locked(&self) -> Result<()> {
         let journal_bytes = self.journal_bytes.load(Ordering::Relaxed);
-        if journal_bytes == 0 && self.memtable.flushable() == 0 {
+        if journal_bytes == 0 && self.memtable.flushable() == 0 && !self.has_many_segments()? {
             return Ok(());
         }
         let _timer = self.metrics.flush();
         let started = std::time::Instant::now();
         self.reserve(0)?;
-        let start = self.first_open_record(*last_checkpoint)?;
+        // Before the number: a record from `start` on is appended after this position.
+        let position = self.journal.position()?;
+        let start = self.finish_records()?;
         let now = self.now();
         let Span { window_ms, bucket_ms } = self.config().span;
-        let mut checkpoint = vec![self.record_writer(RecordKind::Claimed, now, 0)];
+        let mut in_progress = self.record_writer(RecordKind::Claimed, now, 0);
         let arenas = self.memtable.freeze(start, |key, processing| {
             let stays = self.lease_state_at(processing, now) != LeaseState::Forgotten;
             if stays {
-                if checkpoint.last().is_none_or(|record| record.len() > CHECKPOINT_RECORD_BYTES) {
-                    checkpoint.push(self.record_writer(RecordKind::Claimed, now, CHECKPOINT_RECORD_BYTES));
-                }
-                if let Some(record) = checkpoint.last_mut() {
-                    record.processing(key, processing);
-                }
+                in_progress.processing(key, processing);
             }
             stays
         });
@@ -84,15 +76,18 @@ impl Engine {
             self.drop_expired_at(now, &|| true)?;
         }
         // Before the SSTs: if a power cut lost records whose keys are in a bucket, an older record would hide them.
-        self.sync_log()?;
+        self.sync_journal()?;
         flush(&self.db, &self.buckets, &frozen_set)?;
         self.check_invariants()?;
         Failpoint::FlushIngested.pass();
-        // Before the records are deleted: at the next open, a missing SST must be an error.
-        self.db.write_manifest()?;
-        Failpoint::FlushManifestWritten.pass();
-
-        *last_checkpoint = self.write_checkpoint(start, checkpoint)?.unwrap_or(*last_checkpoint);
+        // Stored with each flush: on stream time no other write has it.
+        self.timeline.ask_to_be_saved();
+        self.write_uncounted(false, |_| ())?;
+        let families = self.buckets.snapshot().newest_first();
+        self.journal
+            .flush(&self.db, families.iter().map(|bucket| bucket.family.as_str()))
+            .inspect_err(|error| self.poison_by(error))?;
+        self.write_checkpoint(position, in_progress)?;
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
         self.memtable.publish();
@@ -106,70 +101,36 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes the checkpoint and deletes the records below `start`, in one write. Returns the number of the checkpoint's last
-    /// record, if it has any.
-    fn write_checkpoint(&self, start: u64, checkpoint: Vec<RecordWriter>) -> Result<Option<u64>> {
-        self.reserve(checkpoint.len())?;
-        let mut written = Vec::with_capacity(checkpoint.len());
-        self.timeline.ask_to_be_saved();
-        self.write(false, |tx| {
-            tx.delete_records_before(start);
-            // Each record is freed once it is in the transaction: a checkpoint may be large.
-            for record in checkpoint.into_iter().filter(|record| !record.is_empty()).map(RecordWriter::finish) {
-                let open = self.begin_record();
-                tx.put_record(open.number(), &record);
-                written.push((open, record.len()));
-            }
-            Ok(())
-        })?;
-        Failpoint::FlushJournalTruncated.pass();
-        let mut last = None;
-        for (open, bytes) in written {
-            self.log_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-            last = Some(open.number());
-            open.finish();
-        }
-        Ok(last)
+    /// Appends a checkpoint with the keys in progress and with all SSTs. It replaces what was written before `position`.
+    fn write_checkpoint(&self, position: Position, in_progress: RecordWriter) -> Result<()> {
+        let record = if in_progress.is_empty() { Vec::new() } else { in_progress.finish() };
+        let checkpoint = checkpoint::encode(&self.db.ssts()?, &record);
+        Failpoint::CheckpointBegun.pass();
+        self.journal.checkpoint(&self.db, position, &checkpoint).inspect_err(|error| self.poison_by(error))?;
+        Failpoint::CheckpointWritten.pass();
+        Ok(())
     }
 
-    /// The number below which all records are finished, once it is above the last checkpoint. The journal is never truncated
-    /// within a checkpoint: its record may say that a key is in progress which an earlier record has completed, so both must be
-    /// deleted together. Otherwise a replay would take the key for unfinished.
-    fn first_open_record(&self, last_checkpoint: u64) -> Result<u64> {
-        loop {
-            let start = self.memtable.records().finished_below(|| self.sequence.take());
-            if start > last_checkpoint {
-                return Ok(start);
-            }
+    /// Whether the journal has more segments than opens and closes may leave to each other.
+    pub(super) fn has_many_segments(&self) -> Result<bool> {
+        Ok(self.journal.segments()? > MAX_SEGMENTS)
+    }
+
+    /// Waits until all records that have a number are written, and returns the next number.
+    fn finish_records(&self) -> Result<u64> {
+        let start = self.sequence.take();
+        while self.memtable.records().finished_below(|| self.sequence.take()) < start {
             // An abandoned record stays open forever. The store is poisoned or closed then.
             self.ready()?;
-            // A caller took a number before the checkpoint and is still writing its record.
             sleep(RECORD_POLL);
         }
+        Ok(start)
     }
 
-    /// Truncates RocksDB's log by a flush of RocksDB's own memtable of the journal, if at least `min_bytes` were written since
-    /// the last time. After a flush nearly all records in that memtable are deleted, but those that are not are written
-    /// again, so the log is truncated rarely.
-    pub(super) fn truncate_log(&self, min_bytes: u64) -> Result<()> {
-        if self.log_bytes.load(Ordering::Relaxed) < min_bytes {
-            return Ok(());
-        }
-        let bytes = self.log_bytes.swap(0, Ordering::Relaxed);
-        let families = self.buckets.snapshot().newest_first();
-        self.db.flush_journal(families.iter().map(|bucket| bucket.family.as_str())).inspect_err(|_| {
-            self.log_bytes.fetch_add(bytes, Ordering::Relaxed);
-        })
-    }
-
-    /// Flushes, drops expired buckets, truncates the log and creates the next bucket, all at once.
+    /// Drops expired buckets, flushes and creates the next bucket, all at once.
     pub(crate) fn flush_and_rotate(&self) -> Result<()> {
         self.drop_expired()?;
         self.flush()?;
-        {
-            let _flush_lock = self.flush_lock.lock();
-            self.truncate_log(1)?;
-        }
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
     }
 }
@@ -181,80 +142,61 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::Options;
-    use crate::engine::fixture::{claim, engine, flush_generation, record, short_windows};
+    use crate::engine::fixture::{engine, flush_generation, record, short_windows};
     use crate::memtable::slot::Pending;
     use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow};
-    use onlyonce_core::{Error, Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
+    use onlyonce_core::{Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
 
     #[test]
-    fn the_log_is_truncated_by_an_idle_round_or_by_a_flush_of_a_larger_log() {
+    fn an_idle_round_replaces_a_large_journal_by_a_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &short_windows(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))));
         let mut maintenance_state = engine.maintenance_state();
-        let mut log_bytes_after_a_round = |bytes| {
-            engine.log_bytes.store(bytes, Ordering::Relaxed);
+        let mut journal_bytes_after_a_round = |bytes| {
+            engine.journal_bytes.store(bytes, Ordering::Relaxed);
             engine.run_maintenance(&mut maintenance_state).unwrap();
-            engine.log_bytes.load(Ordering::Relaxed)
+            engine.journal_bytes.load(Ordering::Relaxed)
         };
-        let (idle, busy) = (1 << 20, 32 << 20);
-        assert_eq!(log_bytes_after_a_round(idle - 1), idle - 1);
-        assert_eq!(log_bytes_after_a_round(idle), 0);
+        let idle = 1 << 20;
+        assert_eq!(journal_bytes_after_a_round(idle - 1), idle - 1);
+        assert!(journal_bytes_after_a_round(idle) < 1_000, "the flush itself writes the time");
         record(&engine, "unflushed");
-        assert_eq!(log_bytes_after_a_round(idle), idle);
-        let log_bytes_after_a_flush = |key: &str, bytes| {
-            record(&engine, key);
-            engine.log_bytes.store(bytes, Ordering::Relaxed);
-            engine.flush().unwrap();
-            engine.log_bytes.load(Ordering::Relaxed)
-        };
-        assert_eq!(log_bytes_after_a_flush("a", busy - 1), busy - 1);
-        assert_eq!(log_bytes_after_a_flush("b", busy), 0);
+        assert_eq!(journal_bytes_after_a_round(idle), idle);
     }
 
     #[test]
-    fn a_checkpoint_has_few_large_records() {
+    fn a_checkpoint_has_the_keys_in_progress_and_frees_the_records_before_it() {
         let dir = tempfile::tempdir().unwrap();
-        let engine = engine(
-            &dir,
-            &Options { key_limit: 65_535, ..short_windows(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))) },
-        );
-        let records = || {
-            let mut records = Vec::new();
-            engine.db.for_each_record(|_, record| {
-                records.push(record.len());
-                Ok(())
-            })?;
-            Ok::<_, Error>(records)
-        };
-        engine.flush().unwrap();
-        assert_eq!((flush_generation(&engine), records().unwrap().len()), (0, 0), "there is nothing to flush");
-        let _few = ["a", "b", "c"].map(|key| claim(&engine, key));
-        assert_eq!(records().unwrap().len(), 3);
-        engine.flush().unwrap();
-        assert_eq!((flush_generation(&engine), records().unwrap().len()), (1, 1));
+        let options =
+            Options { key_limit: 65_535, ..short_windows(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))) };
+        let flushed = engine(&dir, &options);
+        flushed.flush().unwrap();
+        assert_eq!(flush_generation(&flushed), 0, "there is nothing to flush");
         let long = "k".repeat(65_000);
-        let many = engine.request((0..300).map(|i| format!("{i}{long}"))).unwrap();
-        assert!(engine.claim(&many).unwrap().iter().all(Result::is_ok));
-        engine.flush().unwrap();
-        let records = records().unwrap();
-        assert_eq!(records.len(), 2, "{records:?}");
-        assert!((CHECKPOINT_RECORD_BYTES..CHECKPOINT_RECORD_BYTES + 70_000).contains(&records[0]), "{records:?}");
+        let many = flushed.request((0..300).map(|i| format!("{i}{long}"))).unwrap();
+        assert!(flushed.claim(&many).unwrap().iter().all(Result::is_ok));
+        flushed.flush().unwrap();
+        assert_eq!(flush_generation(&flushed), 1);
+        flushed.close().unwrap();
+        drop(flushed);
+        let reopened = engine(&dir, &options);
+        assert_eq!(reopened.memtable.in_flight() + reopened.memtable.flushable(), 300);
+        assert_eq!(reopened.replayed.records, 1, "the checkpoint's");
     }
 
     #[test]
-    fn a_flush_waits_for_records_that_began_before_the_last_checkpoint() {
+    fn a_flush_waits_for_the_records_that_began_before_it() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let slow = engine.begin_record();
-        let checkpoint = engine.sequence.take();
-        assert!(slow.number() < checkpoint);
-        let (send, truncated) = std::sync::mpsc::channel();
+        let (send, ended) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
-            scope.spawn(|| send.send(engine.first_open_record(checkpoint).unwrap()));
-            let early = truncated.recv_timeout(Duration::from_millis(50));
-            assert!(early.is_err(), "the journal would be truncated at {early:?}, below the checkpoint {checkpoint}");
+            scope.spawn(|| send.send(engine.finish_records().unwrap()));
+            let early = ended.recv_timeout(Duration::from_millis(50));
+            assert!(early.is_err(), "the checkpoint would replace the open record: {early:?}");
+            let number = slow.number();
             slow.finish();
-            assert!(truncated.recv().unwrap() > checkpoint);
+            assert!(ended.recv().unwrap() > number);
         });
     }
 
@@ -282,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_whose_record_is_open_is_neither_flushed_nor_completed() {
+    fn a_key_whose_record_is_open_is_not_completed_and_the_flush_waits_for_it() {
         let dir = tempfile::tempdir().unwrap();
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["k"]).unwrap();
@@ -301,12 +243,14 @@ mod tests {
         engine.memtable.shard(key_ref.digest).set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);
         let status = |engine: &Engine| engine.check(&request).unwrap().pop().unwrap().unwrap();
 
-        engine.flush().unwrap();
-        assert!(matches!(status(&engine), KeyStatus::InProgress(_)));
-        assert_eq!(engine.memtable.flushable(), 1, "it waits for its record and for the next flush");
-        open.finish();
-        assert!(matches!(status(&engine), KeyStatus::Completed(_)));
-        engine.flush().unwrap();
+        std::thread::scope(|scope| {
+            let flush = scope.spawn(|| engine.flush().unwrap());
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(matches!(status(&engine), KeyStatus::InProgress(_)));
+            assert!(!flush.is_finished() && engine.memtable.flushable() == 2);
+            open.finish();
+            flush.join().unwrap();
+        });
         assert_eq!(engine.memtable.flushable(), 0);
         assert!(matches!(status(&engine), KeyStatus::Completed(_)));
     }

@@ -37,7 +37,7 @@ impl Engine {
             buckets: snapshot.newest_first().len() as u64,
             filter_bytes: snapshot.filter_bytes(),
             journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
-            log_syncs: self.db.syncs(),
+            journal_syncs: self.journal.syncs(),
             now_ms: self.now().time_ms,
             is_poisoned: self.poisoned().is_some(),
         }
@@ -90,7 +90,7 @@ impl Engine {
             filter_checks: counters.filter_checks.get(),
             filter_hits: counters.filter_hits.get(),
             filter_false_positives: counters.filter_false_positives.get(),
-            log_syncs: self.db.syncs(),
+            journal_syncs: self.journal.syncs(),
             in_flight: self.memtable.in_flight() as u64,
             held: self.count_held(),
             unflushed: self.memtable.flushable() as u64,

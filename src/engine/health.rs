@@ -9,6 +9,7 @@ use super::core::Engine;
 use super::meta_entries::TOKENS;
 use super::timekeeping;
 use crate::invariant::Invariant;
+use crate::journal::tx::Tx;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::{Error, Result};
 
@@ -84,7 +85,7 @@ impl Engine {
         Failpoint::CloseBegun.pass();
         self.metrics.end(&self.counters, || self.gauges());
         let written = match self.poison.error() {
-            None => self.db.write(false, |tx| timekeeping::put(&self.timeline, tx).map(drop)),
+            None => self.write_time(),
             Some(error) => Err(error),
         };
         Failpoint::CloseTimeWritten.pass();
@@ -95,11 +96,19 @@ impl Engine {
         }
         // Unused tokens are returned. Otherwise every open would use up 2^32 of them, and consumers may store tokens in 53
         // bits. The running calls have ended by then, so no token from this one on is in use.
-        let closed = self.db.close_with(|tx| match self.poison.reason() {
-            None => tx.put_meta(TOKENS, &self.sequence.next_unused().to_le_bytes()),
-            Some(_) => Ok(()),
+        let closed = self.journal.close_with(&self.db, |tx| {
+            if self.poison.reason().is_none() {
+                tx.put_meta(TOKENS, &self.sequence.next_unused().to_le_bytes());
+            }
         });
+        self.db.close();
         tracing::info!(path = %self.db.directory().root().display(), "store closed");
         written.and(closed)
+    }
+
+    fn write_time(&self) -> Result<()> {
+        let mut tx = Tx::default();
+        timekeeping::put(&self.timeline, &mut tx);
+        self.journal.write(&self.db, tx, false)
     }
 }

@@ -1,15 +1,15 @@
-//! Rounds of maintenance: store the time, drop expired buckets, purge the memtable, flush, create the next bucket. Also the
-//! syncs and the filter work of the other background threads.
+//! Rounds of maintenance: store the time, prepare the journal's next segment, drop expired buckets, purge the memtable, flush,
+//! create the next bucket. Also the syncs and the filter work of the other background threads.
 //!
 //! The threads of `workers.rs` call it, so no caller waits for it.
 //!
 //! Order: expired buckets are dropped before a flush, which creates the buckets that it needs. Otherwise a store that has its
-//! maximum of buckets could not flush.
+//! maximum of buckets could not flush. A failure to prepare a segment is reported last: on a full disk, expired buckets free the
+//! space that the segment needs.
 
 use std::sync::atomic::Ordering;
 
 use super::core::Engine;
-use super::flush::IDLE_TRUNCATE_BYTES;
 use crate::buckets::filters::Filters;
 use crate::buckets::range::BucketRange;
 use crate::buckets::rotation::{drop_expired, has_expired, prepare_next};
@@ -20,6 +20,9 @@ use onlyonce_core::machine::{Entry, LeaseState};
 
 /// The shortest time between two purges: each visits the whole memtable.
 const PURGE_INTERVAL_MS: u64 = 1_000;
+
+/// The size of the journal from which it is replaced by a checkpoint although there is no key to flush.
+const IDLE_JOURNAL_BYTES: u64 = 1 << 20;
 
 /// What one round of maintenance leaves for the next.
 pub(super) struct MaintenanceState {
@@ -36,7 +39,7 @@ impl Engine {
         self.check_invariants()?;
         self.save_time_if_changed()?;
         let present = self.present_range();
-        self.db.write_manifest_if_due();
+        let prepared = self.journal.maintain(&self.db).inspect_err(|error| self.poison_by(error));
         // Before the flush: see the module's order.
         self.drop_expired()?;
         let now_ms = self.now().monotonic_ms;
@@ -46,23 +49,22 @@ impl Engine {
         }
         // When a bucket has ended, its last keys are flushed, so that they leave memory and the journal.
         let ended = state.has_leftover_work || (state.last_range != present && self.memtable.flushable() > 0);
-        if ended || self.is_flush_due() {
+        // Without keys to flush, a flush only replaces the journal's records by a checkpoint.
+        let is_idle =
+            self.memtable.flushable() == 0 && self.journal_bytes.load(Ordering::Relaxed) >= IDLE_JOURNAL_BYTES;
+        if ended || self.is_flush_due() || is_idle {
             self.flush()?;
-        }
-        if self.memtable.flushable() == 0 {
-            // The records of completed keys are deleted, so the flush of RocksDB's memtable writes only keys in progress.
-            let _flush_lock = self.flush_lock.lock();
-            self.truncate_log(IDLE_TRUNCATE_BYTES)?;
         }
         state.last_range = present;
         state.has_leftover_work = false;
-        prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
+        prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)?;
+        prepared
     }
 
     /// Reads the clocks. Writes a change of the store's time at once; elapsed time alone is stored with the next write.
     fn save_time_if_changed(&self) -> Result<()> {
         self.time_saved.refresh(self.timeline.observe());
-        if self.time_saved.is_outdated(&self.timeline) { self.write(false, |_| Ok(())) } else { Ok(()) }
+        if self.time_saved.is_outdated(&self.timeline) { self.write(false, |_| ()) } else { Ok(()) }
     }
 
     /// The state before the first round.
@@ -122,14 +124,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Syncs the log if something was written without a sync.
+    /// Syncs the journal if something was written without a sync.
     pub(super) fn sync(&self) -> Result<()> {
-        if self.unsynced.swap(false, Ordering::AcqRel) { self.sync_log() } else { Ok(()) }
+        if self.unsynced.swap(false, Ordering::AcqRel) { self.sync_journal() } else { Ok(()) }
     }
 
-    pub(super) fn sync_log(&self) -> Result<()> {
+    pub(super) fn sync_journal(&self) -> Result<()> {
         self.ready()?;
-        self.db.sync_log().inspect_err(|error| self.poison_by(error))
+        self.journal.sync(&self.db).inspect_err(|error| self.poison_by(error))
     }
 
     /// Reads or rebuilds the filter of each bucket that has none, until `should_continue` returns false.
@@ -150,7 +152,7 @@ impl Engine {
         let ssts = || {
             // Under the lock: an SST that a flush has ingested and not marked in the filter yet must not be listed as covered.
             let _flush_lock = self.flush_lock.lock();
-            self.db.sst_files()
+            self.db.sst_numbers()
         };
         self.filters.persist(&self.buckets, self.now().time_ms, ssts, should_continue)
     }
@@ -237,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_is_synced_after_a_write_without_a_sync() {
+    fn the_journal_is_synced_after_a_write_without_a_sync() {
         for (durability, waits) in [(Durability::Process, false), (Durability::Disk, true)] {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(
@@ -249,11 +251,36 @@ mod tests {
             );
             engine.sync().unwrap();
             record(&engine, "k");
-            // A sync of the closed database fails, so an error shows that the log was synced.
-            engine.db.close().unwrap();
+            // A sync of the closed journal fails, so an error shows that it was synced.
+            engine.journal.close_with(&engine.db, |_| ()).unwrap();
             assert_eq!(engine.sync().is_ok(), waits, "{durability:?}");
             engine.sync().expect("nothing is left to sync");
         }
+    }
+
+    #[test]
+    fn expired_buckets_are_dropped_although_no_segment_can_be_created() {
+        let (dir, clock) =
+            (tempfile::tempdir().unwrap(), ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)));
+        let engine = engine(&dir, &Options { key_limit: 65_535, ..short_windows(&clock) });
+        let mut maintenance_state = engine.maintenance_state();
+        record(&engine, "k");
+        engine.flush().unwrap();
+        // A directory takes the name under which each of the next segments would be created.
+        let journal = engine.db.directory().journal();
+        (0..50).for_each(|slot| std::fs::create_dir(journal.join(format!("{slot:06}.journal.new"))).unwrap());
+        // More than a segment, so that the last spare one is used.
+        let large = |i: u32| engine.claim(&engine.request([format!("{i}{}", "k".repeat(60_000))]).unwrap());
+        let rejected = (0..5).filter_map(|i| large(i).err()).next();
+        assert!(matches!(rejected, Some(onlyonce_core::Error::Io { .. })), "{rejected:?}");
+        let families =
+            || -> Vec<_> { engine.buckets.snapshot().newest_first().iter().map(|b| b.family.clone()).collect() };
+        let before = families();
+        clock.advance(Duration::from_secs(60));
+        let prepared = engine.run_maintenance(&mut maintenance_state);
+        assert!(matches!(prepared, Err(onlyonce_core::Error::Io { .. })), "{prepared:?}");
+        assert!(before.len() == 1 && !families().contains(&before[0]), "{before:?}, {:?}", families());
+        assert_eq!(engine.poisoned(), None);
     }
 
     #[test]

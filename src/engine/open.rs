@@ -5,6 +5,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::core::{Backlog, Engine};
 use super::meta_entries::{
@@ -13,13 +14,15 @@ use super::meta_entries::{
 use super::sequence::Sequence;
 use super::timekeeping::{self, TimeSaved};
 use crate::buckets::filters::Filters;
-use crate::buckets::recovery;
 use crate::buckets::registry::BucketRegistry;
 use crate::clock::ClockState;
 use crate::codec;
-use crate::config::{Options, Stored};
+use crate::config::{Durability, Options, Stored};
 use crate::digest::Digester;
 use crate::fs::directory::Directory;
+use crate::journal::checkpoint;
+use crate::journal::replayed::Totals;
+use crate::journal::store_journal::{Replayed as FromJournal, StoreJournal};
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::Db;
@@ -29,8 +32,7 @@ use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex};
 use onlyonce_core::machine::{self, Entry, Event, Opened, Policy, Replayed};
 use onlyonce_core::{Error, Result};
 
-/// The filters' share of the memory budget, in sixteenths. Unflushed keys have four, the block cache two, the journal's
-/// memtable two, the recent cache one.
+/// The filters' share of the memory budget, in sixteenths. Unflushed keys have four, the block cache four, the recent cache one.
 const FILTER_SIXTEENTHS: usize = 7;
 
 /// The recent cache gets the memory budget divided by this.
@@ -39,20 +41,33 @@ const RECENT_SHARE: usize = 16;
 impl Engine {
     /// Opens or creates the store in `directory`, and replays the journal into the memtable.
     pub(crate) fn open(directory: Directory, options: &Options) -> Result<Self> {
-        let path = directory.root().to_owned();
-        let seed = || first_meta_entries(options, &path);
+        let (path, journal_path) = (directory.root().to_owned(), directory.journal());
+        let seed = || {
+            let entries = first_meta_entries(options, &path)?;
+            StoreJournal::create(&journal_path)?;
+            Ok(entries)
+        };
         let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
-        let StoredMeta { stored, secret, tokens } = StoredMeta::read(&db, &path)?;
+        check_format(&db, &path)?;
+        let secret = meta(&db, SECRET)?;
+        let digester = Digester::new(&secret);
+        let memtable = MemTable::new(options.memory_budget / RECENT_SHARE);
+        let poison = Arc::clone(memtable.poison());
+        let (mut replayed, mut ssts) = (Totals::default(), checkpoint::Ssts::new());
+        let is_synced_often = options.durability == Durability::Disk;
+        let journal = StoreJournal::open(&journal_path, &db, is_synced_often, |found| match found {
+            FromJournal::Ssts(found) => {
+                ssts = found;
+                Ok(())
+            }
+            FromJournal::Record(number, record) => replayed.add(number, record, |key, event| {
+                let digest = digester.digest(key);
+                apply(&mut memtable.shard(digest), digest, key, event);
+            }),
+        })?;
+        let StoredMeta { stored, tokens } = StoredMeta::read(&db)?;
         let stored_span = stored.span;
         let config = options.check(Some(stored))?;
-
-        let digester = Digester::new(&secret);
-        let memtable = MemTable::new(config.memory_budget / RECENT_SHARE);
-        let poison = Arc::clone(memtable.poison());
-        let replayed = recovery::replay(&db, |key, event| {
-            let digest = digester.digest(key);
-            apply(&mut memtable.shard(digest), digest, key, event);
-        })?;
         if replayed.last_number >= tokens {
             return Err(Error::Corrupt {
                 place: "`tokens` in `meta`".to_owned(),
@@ -66,6 +81,7 @@ impl Engine {
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
         let now = timeline.now();
+        checkpoint::compare(&ssts, &db.ssts()?)?;
         let (span, expected) = (config.span, config.bucket_keys);
         let buckets = BucketRegistry::open(&db, &families, span, &now, expected, filter_budget, filters.geometry())?;
         let buckets = buckets.of(&poison);
@@ -79,6 +95,7 @@ impl Engine {
             },
             config,
             db,
+            journal,
             memtable,
             buckets,
             filters,
@@ -87,13 +104,12 @@ impl Engine {
             time_saved: TimeSaved::default(),
             counters: Counters::default(),
             metrics: Metrics::new(&path),
-            flush_lock: Mutex::new(replayed.last_number),
+            flush_lock: Mutex::new(()),
             flush_generation: AtomicU64::new(0),
             backlog: Backlog::default(),
             waiters: Arc::default(),
             delivered_below: AtomicU64::new(0),
             journal_bytes: AtomicU64::new(replayed.bytes),
-            log_bytes: AtomicU64::new(replayed.bytes),
             unsynced: AtomicBool::new(false),
             replayed,
             digester,
@@ -129,15 +145,17 @@ impl Engine {
         self.check_invariants()?;
         self.timeline.ask_to_be_saved();
         self.write(true, |tx| {
-            tx.put_meta(SPAN, &codec::put_span(self.config.span))?;
-            tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt))?;
-            self.config.max_ahead_ms.map_or(Ok(()), |ahead_ms| tx.put_meta(STREAM_TIME, &ahead_ms.to_le_bytes()))
+            tx.put_meta(SPAN, &codec::put_span(self.config.span));
+            tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt));
+            if let Some(ahead_ms) = self.config.max_ahead_ms {
+                tx.put_meta(STREAM_TIME, &ahead_ms.to_le_bytes());
+            }
         })?;
         Failpoint::OpenOptionsWritten.pass();
         self.reserve(0)?;
+        // A flush has nothing to do if only this was written.
+        self.journal_bytes.store(self.replayed.bytes, Ordering::Relaxed);
         Failpoint::OpenTokensReserved.pass();
-        // Persists the reservation outside of the log: if the log is lost, tokens must not be handed out again.
-        self.db.begin_log()?;
         tracing::info!(
             path = %self.db.directory().root().display(),
             journal_records = self.replayed.records,
@@ -176,33 +194,32 @@ fn first_meta_entries(options: &Options, path: &Path) -> Result<Vec<(&'static st
     Ok(meta_entries)
 }
 
-/// The meta entries that an open needs before the journal is replayed.
+/// Fails if the store has another format. Checked before the journal is read.
+fn check_format(db: &Db, path: &Path) -> Result<()> {
+    match u32::from_le_bytes(meta(db, FORMAT)?) {
+        codec::FORMAT | codec::STREAM_FORMAT => Ok(()),
+        found => {
+            let supported = codec::STREAM_FORMAT;
+            Err(Error::UnsupportedFormat { path: path.to_owned(), found, supported })
+        }
+    }
+}
+
+/// The meta entries that an open needs, as they are after the replay.
 struct StoredMeta {
     stored: Stored,
-    secret: codec::Secret,
     /// Tokens and record numbers below this one were reserved.
     tokens: u64,
 }
 
 impl StoredMeta {
-    fn read(db: &Db, path: &Path) -> Result<Self> {
-        let format = u32::from_le_bytes(meta(db, FORMAT)?);
-        let max_ahead_ms = match format {
-            codec::FORMAT => None,
-            codec::STREAM_FORMAT => Some(u64::from_le_bytes(meta(db, STREAM_TIME)?)),
-            found => {
-                let supported = codec::STREAM_FORMAT;
-                return Err(Error::UnsupportedFormat { path: path.to_owned(), found, supported });
-            }
-        };
+    fn read(db: &Db) -> Result<Self> {
+        let is_stream = u32::from_le_bytes(meta(db, FORMAT)?) == codec::STREAM_FORMAT;
+        let max_ahead_ms = if is_stream { Some(u64::from_le_bytes(meta(db, STREAM_TIME)?)) } else { None };
         let span = codec::read_span(&meta::<16>(db, SPAN)?).ok_or_else(|| corrupt_meta(SPAN))?;
         let on_interrupt = codec::read_on_interrupt(&meta::<1>(db, ON_INTERRUPT)?);
         let on_interrupt = on_interrupt.ok_or_else(|| corrupt_meta(ON_INTERRUPT))?;
-        Ok(Self {
-            stored: Stored { span, on_interrupt, max_ahead_ms },
-            secret: meta(db, SECRET)?,
-            tokens: u64::from_le_bytes(meta(db, TOKENS)?),
-        })
+        Ok(Self { stored: Stored { span, on_interrupt, max_ahead_ms }, tokens: u64::from_le_bytes(meta(db, TOKENS)?) })
     }
 }
 

@@ -17,7 +17,7 @@ impl Engine {
         let Some(value) = self.db.meta(&offset_name(stream, partition))? else { return Ok(None) };
         if self.config.sync_results() {
             // An empty write joins the next sync.
-            self.write(true, |_| Ok(()))?;
+            self.write(true, |_| ())?;
         }
         match value.try_into() {
             Ok(offset) => Ok(Some(u64::from_le_bytes(offset))),
@@ -29,9 +29,7 @@ impl Engine {
     pub(crate) fn set_offset(&self, stream: &[u8], partition: u32, offset: u64) -> Result<()> {
         let name = offset_name(stream, partition);
         admit_bytes(name.len())?;
-        self.write(self.config.sync_results(), |tx| tx.put_meta(&name, &offset.to_le_bytes()))?;
-        self.count_log(name.len());
-        Ok(())
+        self.write(self.config.sync_results(), |tx| tx.put_meta(&name, &offset.to_le_bytes()))
     }
 
     /// Returns the oldest messages that are not removed and whose completion is durable.
@@ -64,16 +62,7 @@ impl Engine {
 
     /// Removes messages. Not synced: a message that a power cut brings back is delivered again.
     pub(crate) fn remove_messages(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
-        let mut bytes = 0;
-        self.write(false, |tx| {
-            ids.into_iter().try_for_each(|id| {
-                let name = message_name(id);
-                bytes += name.len();
-                tx.delete_meta(&name)
-            })
-        })?;
-        self.count_log(bytes);
-        Ok(())
+        self.write(false, |tx| ids.into_iter().for_each(|id| tx.delete_meta(&message_name(id))))
     }
 }
 
@@ -89,20 +78,6 @@ mod tests {
     use super::*;
     use crate::config::Options;
     use crate::fs::directory::Directory;
-
-    #[test]
-    fn offsets_and_removals_count_towards_the_truncation_of_the_log() {
-        let dir = tempfile::tempdir().unwrap();
-        let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let engine = Engine::open(directory, &Options::default()).unwrap();
-        let counted = || engine.log_bytes.load(Ordering::Relaxed) as usize;
-        engine.set_offset(b"stream", 3, 7).unwrap();
-        let offset = offset_name(b"stream", 3).len();
-        assert_eq!(counted(), offset);
-        let ids = [1, 2].map(|index| MessageId::new(1, index));
-        engine.remove_messages(ids).unwrap();
-        assert_eq!(counted(), offset + ids.map(|id| message_name(id).len()).iter().sum::<usize>());
-    }
 
     #[test]
     fn a_message_is_visible_once_its_completion_is_durable() {

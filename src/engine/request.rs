@@ -5,7 +5,7 @@ use onlyonce_core::machine::{KeyRequest, OwnWindow};
 use onlyonce_core::{Error, Result, TimestampError};
 use onlyonce_core::{Fingerprint, Key};
 
-/// The limit of a call's keys, results and messages in bytes: a record must fit into RocksDB's 32-bit lengths, with a margin.
+/// The limit of a call's keys, results and messages in bytes: they are one record of the journal, which has a limit of 2 GiB.
 const CALL_BYTES: usize = 1 << 30;
 
 /// The size hint of a call with one key.

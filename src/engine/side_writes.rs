@@ -2,10 +2,10 @@
 //!
 //! They are part of the write of their completion. In a write of their own, a crash could leave one without the other.
 
-use onlyonce_core::{MessageId, Result, SideWrites};
+use onlyonce_core::{MessageId, SideWrites};
 
 use crate::codec::put_varint;
-use crate::rocks::db;
+use crate::journal::tx::Tx;
 
 const OFFSET: u8 = 1;
 const MESSAGE: u8 = 2;
@@ -14,19 +14,18 @@ const MESSAGE: u8 = 2;
 pub(super) type Admitted<'a> = (&'a SideWrites, bool);
 
 /// Adds the side writes of the completions of a record to its transaction.
-pub(super) fn put(tx: &mut db::Tx<'_>, record: u64, side_writes: &[Admitted<'_>]) -> Result<()> {
+pub(super) fn put(tx: &mut Tx, record: u64, side_writes: &[Admitted<'_>]) {
     let mut index = 0;
     for (side_writes, with_offsets) in side_writes {
         for offset in side_writes.offsets.iter().filter(|_| *with_offsets) {
             let name = offset_name(&offset.stream, offset.partition);
-            tx.put_meta(&name, &offset.offset.to_le_bytes())?;
+            tx.put_meta(&name, &offset.offset.to_le_bytes());
         }
         for message in &side_writes.messages {
-            tx.put_meta(&message_name(MessageId::new(record, index)), &message.encode())?;
+            tx.put_meta(&message_name(MessageId::new(record, index)), &message.encode());
             index += 1;
         }
     }
-    Ok(())
 }
 
 /// The meta key of a partition's offset.

@@ -10,7 +10,8 @@ use super::meta_entries::{CLOCK, FLOOR, HIGH_WATER, corrupt_meta, meta};
 use crate::clock::{Clock, MAX_WALL_MS, Now, Saved, Timeline};
 use crate::codec;
 use crate::config::{Config, Span};
-use crate::rocks::db::{Db, Tx};
+use crate::journal::tx::Tx;
+use crate::rocks::db::Db;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, MutexGuard};
 use onlyonce_core::Result;
 
@@ -45,14 +46,14 @@ pub(super) fn resume(db: &Db, clock: &Arc<dyn Clock>, config: &Config, span: Spa
 }
 
 /// Adds the store's time to a write, and returns it.
-pub(super) fn put(timeline: &Timeline, tx: &mut Tx<'_>) -> Result<u64> {
+pub(super) fn put(timeline: &Timeline, tx: &mut Tx) -> u64 {
     let (saved, state) = timeline.save();
-    tx.put_meta(HIGH_WATER, &saved.time_ms.to_le_bytes())?;
-    tx.put_meta(FLOOR, &saved.floor_ms.to_le_bytes())?;
+    tx.put_meta(HIGH_WATER, &saved.time_ms.to_le_bytes());
+    tx.put_meta(FLOOR, &saved.floor_ms.to_le_bytes());
     if let Some(state) = state {
-        tx.put_meta(CLOCK, &codec::put_clock(&state))?;
+        tx.put_meta(CLOCK, &codec::put_clock(&state));
     }
-    Ok(saved.time_ms)
+    saved.time_ms
 }
 
 /// Which state of the store's time was stored last.
@@ -99,21 +100,21 @@ impl TimeSaved {
 
     /// Adds the time to a write if it has changed or is due. Waits for another write that is storing a change: no write after
     /// a change may be on disk without the change.
-    pub(super) fn put_changed(&self, timeline: &Timeline, tx: &mut Tx<'_>) -> Result<Option<Saving<'_>>> {
+    pub(super) fn put_changed(&self, timeline: &Timeline, tx: &mut Tx) -> Option<Saving<'_>> {
         let saving = match (self.is_outdated(timeline), self.is_due.load(Ordering::Relaxed)) {
             (true, _) => Some(self.saving.lock()),
             (false, true) => self.saving.try_lock(),
             (false, false) => None,
         };
-        let Some(saving) = saving else { return Ok(None) };
+        let saving = saving?;
         let is_due = self.is_due.swap(false, Ordering::Relaxed);
         // Another write may have stored it meanwhile.
         if !is_due && !self.is_outdated(timeline) {
-            return Ok(None);
+            return None;
         }
         // Before the time is read: a later change is not part of this write, and must stay outdated.
         let changes = timeline.changes();
-        let time_ms = put(timeline, tx)?;
-        Ok(Some(Saving { saved: self, changes, time_ms, _saving: saving }))
+        let time_ms = put(timeline, tx);
+        Some(Saving { saved: self, changes, time_ms, _saving: saving })
     }
 }

@@ -260,7 +260,7 @@ mod tests {
         engine.record(&engine.request(["k"]).unwrap()).unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         while engine.unsynced.load(Ordering::Acquire) {
-            assert!(Instant::now() < deadline, "the log is not synced");
+            assert!(Instant::now() < deadline, "the journal is not synced");
             std::thread::sleep(Duration::from_millis(1));
         }
     }

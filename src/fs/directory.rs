@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! STORE/onlyonce.lock   locked by the process that has the store open; contains "created" once the store exists
-//! STORE/onlyonce.files  the file manifest: the required content of `db/`, see `file_manifest.rs`
+//! STORE/journal/        the journal's segments
 //! STORE/db/             RocksDB
 //! STORE/db.new/         a store that is being created; removed at open if a crash left it
 //! STORE/ssts/           SSTs that are written but not ingested yet; removed at open
@@ -22,7 +22,7 @@ use crate::testing::failpoint::Failpoint;
 use onlyonce_core::{Cause, Error, Result, printable};
 
 const LOCK: &str = "onlyonce.lock";
-const FILES: &str = "onlyonce.files";
+const JOURNAL: &str = "journal";
 const DATABASE: &str = "db";
 const NEW_DATABASE: &str = "db.new";
 const SST_DIR: &str = "ssts";
@@ -90,6 +90,10 @@ impl Directory {
             remove_files(&directory.database(), is_half_written_options)?;
         }
         directory.write_created_flag()?;
+        if !directory.holds_a_store()? {
+            // Of a creation that was interrupted: the journal is complete before the database is in place.
+            remove_dir(&directory.journal())?;
+        }
         Ok(directory)
     }
 
@@ -115,8 +119,8 @@ impl Directory {
         drop(self.lock.lock().take());
     }
 
-    /// Returns a sentinel file, or the whole directory, that was deleted while the store was open. Writes to deleted
-    /// files succeed but are lost.
+    /// Returns a sentinel file or a directory that was deleted while the store was open. Writes to deleted files succeed but
+    /// are lost.
     pub(crate) fn deleted(&self) -> Option<PathBuf> {
         let is_gone = |path: &Path| matches!(path.try_exists(), Ok(false));
         let is_nameless = |lock: &File| lock.metadata().is_ok_and(|metadata| metadata.nlink() == 0);
@@ -124,7 +128,7 @@ impl Directory {
             self.root.join(LOCK)
         } else {
             // RocksDB replaces this file atomically, so that it always exists.
-            Some(self.database().join("CURRENT")).filter(|current| is_gone(current))?
+            [self.database().join("CURRENT"), self.journal()].into_iter().find(|path| is_gone(path))?
         };
         Some(if is_gone(&self.root) { self.root.clone() } else { missing })
     }
@@ -137,9 +141,8 @@ impl Directory {
         self.root.join(DATABASE)
     }
 
-    /// The path of the file manifest.
-    pub(crate) fn file_manifest(&self) -> PathBuf {
-        self.root.join(FILES)
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.root.join(JOURNAL)
     }
 
     pub(crate) fn sst_dir(&self) -> PathBuf {
@@ -256,7 +259,7 @@ fn obstacle(path: &Path) -> Option<String> {
     None
 }
 
-fn make_private(path: &Path) -> Result<()> {
+pub(crate) fn make_private(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| io_error("creating", path, &error))
 }
 

@@ -1,4 +1,3 @@
-//! File-system parts outside RocksDB: the store's directory with its lock, and group commit for syncs.
+//! File-system parts outside RocksDB and the journal: the store's directory with its lock.
 
 pub(crate) mod directory;
-pub(crate) mod sync_group;

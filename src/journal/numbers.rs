@@ -1,7 +1,7 @@
 //! Numbers journal records and tracks which of them are still being written.
 //!
-//! A flush may delete only the records below [`RecordNumbers::finished_below`]. Deleting a record that is still being
-//! written would lose an acknowledged call.
+//! A flush takes a number and waits until [`RecordNumbers::finished_below`] is not lower. Its checkpoint replaces records: to
+//! replace one whose effect is neither in the memtable nor on disk would lose an acknowledged call.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -1,28 +1,27 @@
 //! The RocksDB database: creates, opens, reads, writes and closes it, and converts RocksDB's errors into [`Error`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rocksdb::{
-    ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Direction, FlushOptions,
+    ColumnFamilyDescriptor, DBPinnableSlice, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Direction,
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions, properties,
 };
 
-use super::lsn::LsnTracker;
 use super::options::Tuning;
 use super::sst::SstWriter;
-use super::{cause, failed, file_manifest, journal_cf, sst, unreadable};
+use super::{failed, manifest, sst, unreadable};
 use crate::fs::directory::Directory;
-use crate::fs::sync_group::SyncGroup;
 use crate::testing::failpoint::Failpoint;
-use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex, RwLock, RwLockReadGuard};
+use crate::testing::sync_shim::{AtomicU64, RwLock, RwLockReadGuard};
 use onlyonce_core::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
 
-const JOURNAL: &str = DEFAULT_COLUMN_FAMILY_NAME;
+/// RocksDB requires this column family. It stays empty.
+const UNUSED: &str = DEFAULT_COLUMN_FAMILY_NAME;
 const META: &str = "meta";
 
 /// In a process that is being killed, RocksDB's own lock outlives the store's by at most this.
@@ -32,9 +31,6 @@ const OPEN_POLL: Duration = Duration::from_millis(20);
 
 /// How long to sleep between two checks for finished compactions.
 const MERGE_POLL: Duration = Duration::from_millis(1);
-
-/// Enough for a record of one key and its LSN header, so that the batch is allocated once.
-const SMALL_BATCH_BYTES: usize = 256;
 
 /// Below and above every key of a bucket.
 const FIRST_KEY: &[u8] = &[];
@@ -46,15 +42,7 @@ pub(crate) struct Db {
     rocks: RwLock<Option<Rocks>>,
     directory: Directory,
     tuning: Tuning,
-    group: SyncGroup,
-    lsn: LsnTracker,
     ssts_written: AtomicU64,
-    /// A write or a sync has failed, so the content of the files is unknown.
-    in_doubt: AtomicBool,
-    /// Held while the file manifest is written.
-    manifest_lock: Mutex<()>,
-    /// Bytes written since the last file manifest.
-    bytes_since_manifest: AtomicU64,
 }
 
 /// The initial `meta` values of a new database.
@@ -75,24 +63,22 @@ impl Db {
             directory.create_database(|path| create(&tuning, path, &seed))?;
         }
         let path = directory.database();
-        file_manifest::check(&directory.file_manifest(), &path)?;
+        manifest::check(&path)?;
         let options = tuning.database();
         let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("opening", &path, &error))?;
-        let buckets: Vec<String> = families.iter().filter(|name| *name != JOURNAL && *name != META).cloned().collect();
+        let buckets: Vec<String> = families.iter().filter(|name| *name != UNUSED && *name != META).cloned().collect();
         if !families.iter().any(|name| name == META) {
             return Err(Error::Corrupt {
                 place: path.display().to_string(),
-                detail: "column family `meta` is missing".to_owned(),
+                detail: "column family `meta` is missing from the MANIFEST file".to_owned(),
             });
         }
-        file_manifest::reopen(&directory.file_manifest())?;
         Failpoint::OpenChecked.pass();
         let start = Instant::now();
         let rocks = loop {
             let descriptors = families.iter().map(|name| {
                 let options = match name.as_str() {
-                    JOURNAL => tuning.journal(),
-                    META => tuning.meta(),
+                    UNUSED | META => tuning.meta(),
                     _ => tuning.bucket(),
                 };
                 ColumnFamilyDescriptor::new(name, options)
@@ -106,23 +92,17 @@ impl Db {
             }
         };
         Failpoint::OpenDatabase.pass();
-        let db = Self {
-            rocks: RwLock::new(Some(rocks)),
-            directory,
-            tuning,
-            group: SyncGroup::default(),
-            lsn: LsnTracker::default(),
-            ssts_written: AtomicU64::new(0),
-            in_doubt: AtomicBool::new(false),
-            manifest_lock: Mutex::new(()),
-            bytes_since_manifest: AtomicU64::new(0),
-        };
-        db.lsn.begin_epoch(file_manifest::newest_log(&path)?.unwrap_or_default());
-        Ok((db, buckets))
+        let ssts_written = AtomicU64::new(0);
+        Ok((Self { rocks: RwLock::new(Some(rocks)), directory, tuning, ssts_written }, buckets))
     }
 
     pub(crate) fn directory(&self) -> &Directory {
         &self.directory
+    }
+
+    /// The size at which RocksDB would flush the memtable of `meta` by itself.
+    pub(crate) fn meta_memtable_bytes(&self) -> usize {
+        self.tuning.memory_budget
     }
 
     fn rocks(&self) -> Result<Open<'_>> {
@@ -130,64 +110,21 @@ impl Db {
         if guard.is_some() { Ok(Open(guard)) } else { Err(Error::Closed) }
     }
 
-    /// Writes the transaction that `fill` builds, atomically. With `sync` it is on disk when this returns. After an
-    /// error the outcome is unknown.
-    pub(crate) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
+    /// Applies the changes that `fill` adds, atomically. They are not on disk before the next
+    /// [`Db::flush_memtables`]: the journal has them until then.
+    pub(crate) fn apply(&self, fill: impl FnOnce(&mut Batch<'_>) -> Result<()>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
-        let mut tx = Tx { rocks, batch: WriteBatch::with_capacity_bytes(SMALL_BATCH_BYTES) };
-        fill(&mut tx)?;
-        if !tx.batch.is_empty() {
-            self.write_batch(rocks, tx.batch)?;
+        let mut batch = Batch { rocks, batch: WriteBatch::default() };
+        fill(&mut batch)?;
+        if batch.batch.is_empty() {
+            return Ok(());
         }
-        if sync {
-            self.group.wait(|| self.sync(rocks))?;
-        }
-        Ok(())
-    }
-
-    fn write_batch(&self, rocks: &Rocks, mut batch: WriteBatch) -> Result<()> {
-        let bytes = batch.size_in_bytes() as u64;
-        let header = self.lsn.begin();
-        header.put(&mut batch);
-        Failpoint::WriteBegun.pass();
-        rocks.write(batch).map_err(|error| self.write_failed(&error))?;
-        self.lsn.written(&header);
-        self.bytes_since_manifest.fetch_add(bytes, Ordering::Relaxed);
-        Failpoint::WriteDone.pass();
-        Ok(())
-    }
-
-    /// The number of log syncs that callers waited for.
-    pub(crate) fn syncs(&self) -> u64 {
-        self.group.syncs()
-    }
-
-    /// Syncs everything written so far.
-    pub(crate) fn sync_log(&self) -> Result<()> {
-        let open = self.rocks()?;
-        self.sync(open.get()?)
-    }
-
-    fn sync(&self, rocks: &Rocks) -> Result<()> {
-        let written_lsn = self.lsn.written_lsn();
-        Failpoint::SyncBegun.pass();
-        rocks.flush_wal(true).map_err(|error| self.write_failed(&error))?;
-        if let Some(path) = self.directory.deleted() {
-            self.in_doubt.store(true, Ordering::Release);
-            return Err(Error::DirectoryGone { path });
-        }
-        self.lsn.synced(written_lsn);
-        Failpoint::SyncDone.pass();
-        Ok(())
-    }
-
-    fn write_failed(&self, error: &rocksdb::Error) -> Error {
-        self.in_doubt.store(true, Ordering::Release);
-        match self.directory.deleted() {
-            Some(path) => Error::DirectoryGone { path },
-            None => Error::WriteFailed { source: cause(error) },
-        }
+        let mut unlogged = WriteOptions::default();
+        unlogged.disable_wal(true);
+        rocks
+            .write_opt(batch.batch, &unlogged)
+            .map_err(|error| failed("writing to", &self.directory.database(), &error))
     }
 
     /// Reads a value of `meta`.
@@ -247,22 +184,6 @@ impl Db {
         Ok(())
     }
 
-    /// Passes every journal record to `visit`, ordered by number.
-    pub(crate) fn for_each_record(&self, mut visit: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
-        let open = self.rocks()?;
-        for item in open.get()?.iterator(IteratorMode::Start) {
-            let (key, record) = item.map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
-            let Some(number) = journal_cf::number(&key) else {
-                return Err(Error::Corrupt {
-                    place: "the journal".to_owned(),
-                    detail: format!("the key {} is not a record number", key.escape_ascii()),
-                });
-            };
-            visit(number, &record)?;
-        }
-        Ok(())
-    }
-
     /// Passes the entry keys of a bucket to `visit`, in order, until it returns false.
     pub(crate) fn for_each_key(&self, bucket: &str, mut visit: impl FnMut(&[u8]) -> Result<bool>) -> Result<()> {
         let open = self.rocks()?;
@@ -305,21 +226,27 @@ impl Db {
         Ok(())
     }
 
-    /// The numbers of the SSTs of each column family. Numbers are never reused.
-    pub(crate) fn sst_files(&self) -> Result<HashMap<String, Vec<u64>>> {
+    /// The numbers of the SSTs of each column family.
+    pub(crate) fn sst_numbers(&self) -> Result<HashMap<String, Vec<u64>>> {
+        let numbers = |ssts: Vec<(u64, u64)>| ssts.into_iter().map(|(number, _)| number).collect();
+        Ok(self.ssts()?.into_iter().map(|(family, ssts)| (family, numbers(ssts))).collect())
+    }
+
+    /// The numbers and sizes in bytes of the SSTs of each column family. Numbers are never reused.
+    pub(crate) fn ssts(&self) -> Result<BTreeMap<String, Vec<(u64, u64)>>> {
         let open = self.rocks()?;
         let path = self.directory.database();
         let files = open.get()?.live_files().map_err(|error| failed("listing the files of", &path, &error))?;
-        let mut sst_files: HashMap<String, Vec<u64>> = HashMap::new();
+        let mut ssts: BTreeMap<String, Vec<(u64, u64)>> = BTreeMap::new();
         for file in files {
             let number =
                 file.name.trim_start_matches('/').trim_end_matches(".sst").parse().map_err(|_| Error::Corrupt {
                     place: path.display().to_string(),
                     detail: format!("the file name {} is not a number", file.name),
                 })?;
-            sst_files.entry(file.column_family_name).or_default().push(number);
+            ssts.entry(file.column_family_name).or_default().push((number, file.size as u64));
         }
-        Ok(sst_files)
+        Ok(ssts)
     }
 
     /// RocksDB's estimate of the number of keys in a bucket. Exact except for keys that were forgotten or ingested
@@ -361,60 +288,21 @@ impl Db {
         Ok(())
     }
 
-    /// Flushes `meta`, so that its values do not depend on the log alone, and begins a new log. Must not run
-    /// concurrently with writes.
-    pub(crate) fn begin_log(&self) -> Result<()> {
+    /// Flushes RocksDB's memtables of the buckets with deleted keys and of `meta`, so that what was applied is on disk. `meta`
+    /// comes last: its newest SST shows at the next open that RocksDB's manifest has all the others.
+    pub(crate) fn flush_memtables<'a>(&self, buckets: impl Iterator<Item = &'a str>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
-        let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        let database = self.directory.database();
-        rocks.flush_cf(&meta).map_err(|error| failed("flushing", &database, &error))?;
-        self.lsn.begin_epoch(file_manifest::newest_log(&database)?.unwrap_or_default());
-        self.write_manifest()
-    }
-
-    /// Writes the file manifest if enough was written that there may be a new log. Waits for the disk.
-    pub(crate) fn write_manifest_if_due(&self) {
-        if self.bytes_since_manifest.load(Ordering::Relaxed) >= self.tuning.manifest_interval_bytes()
-            && let Err(error) = self.write_manifest()
-        {
-            // Only the detection of missing files suffers, not the data.
-            tracing::warn!(error = error.chain(), "failed to write file manifest");
-        }
-    }
-
-    /// Writes the file manifest.
-    pub(crate) fn write_manifest(&self) -> Result<()> {
-        self.write_manifest_as(false)
-    }
-
-    fn write_manifest_as(&self, closed: bool) -> Result<()> {
-        let _manifest_lock = self.manifest_lock.lock();
-        self.bytes_since_manifest.store(0, Ordering::Relaxed);
-        file_manifest::write(&self.directory.file_manifest(), &self.directory.database(), closed)
-    }
-
-    /// Flushes RocksDB's memtables of the journal and of `meta`, so that RocksDB can delete old logs. Also flushes
-    /// buckets with pending deletes, which would otherwise keep the logs alive.
-    pub(crate) fn flush_journal<'a>(&self, buckets: impl Iterator<Item = &'a str>) -> Result<()> {
-        let open = self.rocks()?;
-        let rocks = open.get()?;
-        let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
-        let Some(journal) = rocks.cf_handle(JOURNAL) else { return Err(missing_family(JOURNAL)) };
         let cannot_flush = |error| failed("flushing", &self.directory.database(), &error);
-        let mut families = vec![journal, meta];
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
             let entries =
                 rocks.property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE).map_err(cannot_flush)?;
             if entries.is_some_and(|entries| entries > 0) {
-                families.push(bucket);
+                rocks.flush_cf(&bucket).map_err(cannot_flush)?;
             }
         }
-        let families: Vec<_> = families.iter().collect();
-        Failpoint::LogFlushBegun.pass();
-        rocks.flush_cfs_opt(&families, &FlushOptions::default()).map_err(cannot_flush)?;
-        Failpoint::LogFlushed.pass();
-        self.write_manifest()
+        let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
+        rocks.flush_cf(&meta).map_err(cannot_flush)
     }
 
     /// Waits until no column family has more than `max_ssts` SSTs in level 0. False if compaction has not achieved
@@ -428,7 +316,7 @@ impl Db {
         let begun = Instant::now();
         let open = self.rocks()?;
         let rocks = open.get()?;
-        for family in [JOURNAL, META].into_iter().chain(buckets) {
+        for family in std::iter::once(META).chain(buckets) {
             // A bucket that was dropped concurrently has none.
             while let Some(family) = rocks.cf_handle(family)
                 && let Ok(Some(ssts)) = rocks.property_int_value_cf(&family, properties::num_files_at_level(0))
@@ -443,37 +331,13 @@ impl Db {
         Ok(true)
     }
 
-    /// As [`Db::close_with`], without a last write.
-    #[cfg(test)]
-    pub(crate) fn close(&self) -> Result<()> {
-        self.close_with(|_| Ok(()))
-    }
-
-    /// Waits for running calls, writes what `last` adds, syncs everything and closes. Later calls fail with
-    /// [`Error::Closed`].
-    pub(crate) fn close_with(&self, last: impl FnOnce(&mut Tx<'_>) -> Result<()>) -> Result<()> {
-        let Some(rocks) = self.rocks.write().take() else { return Ok(()) };
-        let mut tx = Tx { rocks: &rocks, batch: WriteBatch::default() };
-        let filled = last(&mut tx);
-        let batch = tx.batch;
-        let written = filled.and_then(|()| if batch.is_empty() { Ok(()) } else { self.write_batch(&rocks, batch) });
-        Failpoint::CloseTokensWritten.pass();
-        let synced = written.and_then(|()| self.sync(&rocks));
-        Failpoint::CloseSynced.pass();
+    /// Waits for running calls and closes. Later calls fail with [`Error::Closed`].
+    pub(crate) fn close(&self) {
+        let Some(rocks) = self.rocks.write().take() else { return };
         rocks.cancel_all_background_work(true);
         drop(rocks);
         Failpoint::CloseDatabase.pass();
-        if !self.in_doubt.load(Ordering::Acquire)
-            && let Err(error) = self.write_manifest_as(true)
-        {
-            tracing::warn!(
-                error = error.chain(),
-                "failed to write shutdown file manifest; the next open cannot detect truncated files"
-            );
-        }
-        Failpoint::CloseManifestWritten.pass();
         self.directory.release();
-        synced
     }
 }
 
@@ -486,22 +350,14 @@ impl Open<'_> {
     }
 }
 
-/// A batch of writes that are applied atomically.
-pub(crate) struct Tx<'a> {
+/// Changes that are applied together.
+pub(crate) struct Batch<'a> {
     rocks: &'a Rocks,
     batch: WriteBatch,
 }
 
-impl Tx<'_> {
-    pub(crate) fn put_record(&mut self, number: u64, record: &[u8]) {
-        journal_cf::put(&mut self.batch, number, record);
-    }
-
-    pub(crate) fn delete_records_before(&mut self, end: u64) {
-        journal_cf::delete_before(&mut self.batch, end);
-    }
-
-    pub(crate) fn put_meta(&mut self, name: &(impl AsRef<[u8]> + ?Sized), value: &[u8]) -> Result<()> {
+impl Batch<'_> {
+    pub(crate) fn put_meta(&mut self, name: &[u8], value: &[u8]) -> Result<()> {
         let family = self.rocks.cf_handle(META).ok_or_else(|| missing_family(META))?;
         self.batch.put_cf(&family, name, value);
         Ok(())
@@ -525,8 +381,7 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
     let mut options = tuning.database();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
-    let descriptors =
-        [ColumnFamilyDescriptor::new(JOURNAL, tuning.journal()), ColumnFamilyDescriptor::new(META, tuning.meta())];
+    let descriptors = [UNUSED, META].map(|name| ColumnFamilyDescriptor::new(name, tuning.meta()));
     let cannot_create = |error| failed("creating", path, &error);
     let rocks = Rocks::open_cf_descriptors(&options, path, descriptors).map_err(cannot_create)?;
     let mut batch = WriteBatch::default();
@@ -534,9 +389,9 @@ fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
     for (name, value) in seed {
         batch.put_cf(&meta, name, value);
     }
-    let mut synced = WriteOptions::default();
-    synced.set_sync(true);
-    rocks.write_opt(batch, &synced).map_err(cannot_create)
+    let mut unlogged = WriteOptions::default();
+    unlogged.disable_wal(true);
+    rocks.write_opt(batch, &unlogged).and_then(|()| rocks.flush_cf(&meta)).map_err(cannot_create)
 }
 
 fn missing_family(name: &str) -> Error {
@@ -557,24 +412,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = open(&dir);
         let flush = |number: u64| {
-            db.write(false, |tx| {
-                tx.put_record(number, b"a record");
-                Ok(())
-            })
-            .unwrap();
-            db.flush_journal(std::iter::empty()).unwrap();
+            db.apply(|batch| batch.put_meta(&number.to_be_bytes(), b"a value")).unwrap();
+            db.flush_memtables(std::iter::empty()).unwrap();
         };
         (1..=60).for_each(flush);
         assert!(db.wait_for_merges(std::iter::empty(), 8, Duration::from_secs(60)).unwrap());
-        let ssts: usize = db.sst_files().unwrap().values().map(Vec::len).sum();
-        assert!(ssts <= 20, "{ssts} of 120 SSTs are left");
-        let mut records = 0;
-        db.for_each_record(|_, _| {
-            records += 1;
-            Ok(())
+        let ssts: usize = db.ssts().unwrap().values().map(Vec::len).sum();
+        assert!(ssts <= 20, "{ssts} of 60 SSTs are left");
+        let mut values = 0;
+        db.for_each_meta(&[], |_, _| {
+            values += 1;
+            Ok(true)
         })
         .unwrap();
-        assert_eq!(records, 60);
+        assert_eq!(values, 60);
         // Repeated, because a compaction may just have removed the last SST of level 0.
         let is_timeout = (61..100).any(|number| {
             flush(number);
@@ -587,11 +438,16 @@ mod tests {
     }
 
     #[test]
-    fn the_last_write_of_a_close_is_there_at_the_next_open() {
+    fn what_was_applied_is_on_disk_after_a_flush_and_not_before() {
         let dir = tempfile::tempdir().unwrap();
         let db = open(&dir);
-        db.close_with(|tx| tx.put_meta("last", b"value")).unwrap();
-        assert!(matches!(db.close_with(|_| panic!("the database is closed")), Ok(())));
-        assert_eq!(open(&dir).meta("last").unwrap().as_deref(), Some(&b"value"[..]));
+        db.apply(|batch| batch.put_meta(b"flushed", b"value")).unwrap();
+        db.flush_memtables(std::iter::empty()).unwrap();
+        db.apply(|batch| batch.put_meta(b"lost", b"value")).unwrap();
+        db.close();
+        assert!(matches!(db.meta("flushed"), Err(Error::Closed)));
+        let db = open(&dir);
+        assert_eq!(db.meta("flushed").unwrap().as_deref(), Some(&b"value"[..]));
+        assert_eq!(db.meta("lost").unwrap(), None, "RocksDB flushes at a close only what its log is on for");
     }
 }

@@ -1,14 +1,9 @@
 //! RocksDB: the database, its options, its errors and its files. Only this folder uses the crate `rocksdb`.
 
 pub(crate) mod db;
-mod file_manifest;
-#[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz_checks;
-mod journal_cf;
-mod lsn;
+mod manifest;
 mod options;
 pub(crate) mod sst;
-mod wal;
 
 use std::path::Path;
 
@@ -39,11 +34,12 @@ fn failed(action: &'static str, path: &Path, error: &rocksdb::Error) -> Error {
 /// A failed read of data that must exist. A missing file is corruption.
 fn unreadable(action: &'static str, database: &Path, error: &rocksdb::Error) -> Error {
     let detail = error.to_string();
-    let place = place(database, &detail);
     // The text distinguishes a missing file from one that RocksDB could not write and has removed.
-    let is_missing = detail.contains("No such file") && matches!(Path::new(&place).try_exists(), Ok(false));
-    if error.kind() == rocksdb::ErrorKind::IOError && is_missing {
-        return Error::Corrupt { place, detail };
+    if error.kind() == rocksdb::ErrorKind::IOError && detail.contains("No such file") {
+        let mut files = files(database, &detail);
+        if let Some(place) = files.find(|place| matches!(Path::new(place).try_exists(), Ok(false))) {
+            return Error::Corrupt { place, detail };
+        }
     }
     failed(action, database, error)
 }
@@ -51,14 +47,23 @@ fn unreadable(action: &'static str, database: &Path, error: &rocksdb::Error) -> 
 /// The file in `database` that RocksDB's error text is about. RocksDB also names the manifest in most texts, although
 /// it is valid; if no other file is named, the file is unknown.
 fn place(database: &Path, text: &str) -> String {
+    let manifest = format!("{}/MANIFEST", database.display());
+    let other = files(database, text).find(|place| !place.starts_with(&manifest));
+    other.unwrap_or_else(|| database.display().to_string())
+}
+
+/// The files in `database` that a text names.
+fn files(database: &Path, text: &str) -> impl Iterator<Item = String> + use<> {
     let below = format!("{}/", database.display());
-    let mut names = text.match_indices(&below).map(|(at, _)| {
-        let name = text.get(at + below.len()..).unwrap_or_default();
-        let name = name.split(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-').next();
-        name.unwrap_or_default().trim_end_matches('.')
-    });
-    let name = names.find(|name| !name.starts_with("MANIFEST"));
-    name.map_or_else(|| database.display().to_string(), |name| format!("{below}{name}"))
+    let names: Vec<_> = text
+        .match_indices(&below)
+        .map(|(at, _)| {
+            let name = text.get(at + below.len()..).unwrap_or_default();
+            let name = name.split(|c: char| !c.is_ascii_alphanumeric() && c != '.' && c != '-').next();
+            format!("{below}{}", name.unwrap_or_default().trim_end_matches('.'))
+        })
+        .collect();
+    names.into_iter()
 }
 
 #[cfg(test)]

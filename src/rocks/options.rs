@@ -1,65 +1,48 @@
 //! RocksDB's options, each with its reason.
 
 use rocksdb::{
-    BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, DBRecoveryMode, InfoLogger, LogLevel,
-    Options, UniversalCompactOptions,
+    BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, InfoLogger, LogLevel, Options,
+    UniversalCompactOptions,
 };
 
 const MIB: usize = 1 << 20;
 /// The size from which RocksDB may rewrite its manifest.
 const MANIFEST_BYTES: usize = MIB / 4;
-/// SSTs that one compaction merges: of the journal or `meta`, and of a bucket.
-const MERGED_JOURNAL_SSTS: i32 = 4;
+/// SSTs that one compaction merges: of `meta`, and of a bucket.
+const MERGED_META_SSTS: i32 = 4;
 const MERGED_BUCKET_SSTS: i32 = 8;
 
 /// The options of one database. Each kind of column family has its own set, so that none uses RocksDB's defaults.
 pub(super) struct Tuning {
     block_cache: Cache,
-    memtable_bytes: usize,
+    pub(super) memory_budget: usize,
 }
 
 impl Tuning {
-    /// An eighth of the budget is the block cache; another eighth is RocksDB's memtable of the journal. That must
-    /// hold the records of two flushes: if RocksDB flushes it before the store has flushed and deleted its records,
-    /// they are written to disk twice.
+    /// A quarter of the budget is the block cache.
     pub(super) fn for_budget(memory_budget: usize) -> Self {
         Self {
             // Concurrent lookups use it without a lock. 0: it estimates the size of an entry itself.
-            block_cache: Cache::new_hyper_clock_cache(memory_budget / 8, 0),
-            memtable_bytes: (memory_budget / 8).clamp(8 * MIB, 64 * MIB),
+            block_cache: Cache::new_hyper_clock_cache(memory_budget / 4, 0),
+            memory_budget,
         }
-    }
-
-    /// Bytes written between two file manifests: a quarter of a memtable. A log is as long as a memtable, so each new
-    /// log is in a manifest soon after its start.
-    pub(super) fn manifest_interval_bytes(&self) -> u64 {
-        (self.memtable_bytes / 4) as u64
     }
 
     /// Options of the whole database.
     pub(super) fn database(&self) -> Options {
         let mut options = Options::default();
-        // A crash leaves a log that ends with a partial record. A corrupt record before the end is corruption and
-        // must not be taken for the end (G6). Point-in-time recovery, RocksDB's default, would silently drop
-        // everything after it. This mode still takes some corrupt lengths for the end, so `wal.rs` checks the logs
-        // first.
-        options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
-        options.set_track_and_verify_wals_in_manifest(true);
-        // Each log records its predecessor's number and length, so that a missing or truncated log is detected. The
-        // binding has no setter for this option.
-        if let Ok(verifying) = options.get_options_from_string("track_and_verify_wals=true") {
-            options = verifying;
+        // RocksDB's log is off, and the journal has what was not flushed. A flush at the close could write a change whose
+        // journal record was never synced. The binding has no setter for this option.
+        if let Ok(unflushed) = options.get_options_from_string("avoid_flush_during_shutdown=true") {
+            options = unflushed;
         }
-        // Some flushes also flush the journal, which frees the log. This bounds the log if there are many claims but
-        // few flushes.
-        options.set_max_total_wal_size(4 * self.memtable_bytes as u64);
         // SSTs are sorted before they are ingested, so two threads are enough: one for a flush, one for a compaction.
         options.set_max_background_jobs(2);
         // The usual limit of a process is 1,024 descriptors, and the application needs most of them.
         options.set_max_open_files(512);
         // By default RocksDB starts 16 threads in every column family to open files.
         options.set_max_file_opening_threads(1);
-        // Writes SSTs to disk in small steps, so that syncs of the log do not wait for them.
+        // Writes SSTs to disk in small steps, so that syncs of the journal do not wait for them.
         options.set_bytes_per_sync(MIB as u64);
         // The manifest grows with every flush and bucket until RocksDB rewrites it: at this size, or at six times the
         // needed size. RocksDB's default is a gigabyte.
@@ -73,31 +56,16 @@ impl Tuning {
         options
     }
 
-    /// The journal: records ordered by number, read only at open, deleted soon after they are written.
-    pub(super) fn journal(&self) -> Options {
-        let mut options = Options::default();
-        options.set_write_buffer_size(self.memtable_bytes);
-        options.set_max_write_buffer_number(4);
-        options.set_block_based_table_factory(&self.table());
-        // SSTs of the journal do not overlap. Leveled compaction would move each of them down unchanged and never
-        // merge them: one SST would pile up for each open that found records.
-        options.set_compaction_style(DBCompactionStyle::Universal);
-        options.set_level_zero_file_num_compaction_trigger(MERGED_JOURNAL_SSTS);
-        never_stall(&mut options);
-        options
-    }
-
-    /// `meta`: a few small values, and the side writes of completions. Its memtables are as large in total as the
-    /// journal's, split into four, so that writers do not stall while a full one is flushed.
+    /// `meta`: a few small values, and the side writes of completions. The store flushes it with each of its own flushes,
+    /// after a sync of the journal. RocksDB must not do so earlier, so its memtable is never full.
     pub(super) fn meta(&self) -> Options {
         let mut options = Options::default();
-        options.set_write_buffer_size(self.memtable_bytes / 4);
-        options.set_max_write_buffer_number(4);
+        options.set_write_buffer_size(self.memory_budget);
         options.set_block_based_table_factory(&self.table());
-        // Each open leaves a small SST. Universal compaction merges the small ones with each other and rarely
+        // Each flush leaves a small SST. Universal compaction merges the small ones with each other and rarely
         // rewrites the large one of an outbox.
         options.set_compaction_style(DBCompactionStyle::Universal);
-        options.set_level_zero_file_num_compaction_trigger(MERGED_JOURNAL_SSTS);
+        options.set_level_zero_file_num_compaction_trigger(MERGED_META_SSTS);
         never_stall(&mut options);
         options
     }

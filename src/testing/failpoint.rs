@@ -34,7 +34,7 @@ failpoints! {
     OpenReplayed,
     /// The options are written, but no tokens are reserved yet.
     OpenOptionsWritten,
-    /// Tokens are reserved, but only in the log.
+    /// Tokens are reserved.
     OpenTokensReserved,
     /// The persisted columns are in memory, but their buckets are not marked as filtered yet.
     FilterLoaded,
@@ -70,31 +70,31 @@ failpoints! {
     SstWritten,
     /// The SST is ingested, but its keys are not in the filter yet.
     SstIngested,
-    /// All SSTs are ingested, but the file manifest does not list them yet.
+    /// All SSTs are ingested, but no checkpoint lists them yet.
     FlushIngested,
-    /// The file manifest is written, but the journal is not truncated yet.
-    FlushManifestWritten,
-    /// The journal is truncated, but the memtable still has the flushed keys.
-    FlushJournalTruncated,
+    /// The journal is synced, but RocksDB's memtable of `meta` is not flushed yet.
+    DatabaseFlushBegun,
+    /// Everything that the checkpoint replaces is on disk.
+    DatabaseFlushed,
+    /// Before the checkpoint is appended.
+    CheckpointBegun,
+    /// The checkpoint is on disk, but the memtable still has the flushed keys.
+    CheckpointWritten,
     /// The flushed keys are in the recent cache, but still in the memtable.
     FlushPublished,
     /// The flushed keys are removed from the memtable.
     FlushRetired,
-    /// Before the journal's column family is flushed to free the log.
-    LogFlushBegun,
-    /// The log is freed, but the file manifest is not written yet.
-    LogFlushed,
-    /// A new file manifest is on disk under its temporary name.
-    ManifestWritten,
-    /// The file manifest is renamed into place, but the rename may not be on disk.
-    ManifestRenamed,
-    /// Before a write to RocksDB.
+    /// Before a segment of the journal is allocated.
+    SegmentBegun,
+    /// The segment is on disk, but not used yet.
+    SegmentCreated,
+    /// Before a write to a segment.
     WriteBegun,
-    /// The write is in the log, but neither synced nor in effect.
+    /// The write is in the segment, but neither synced nor in effect.
     WriteDone,
-    /// Before the leader of a group commit syncs.
+    /// Before a segment is synced.
     SyncBegun,
-    /// The sync is done, but no waiter has returned.
+    /// The segment is synced, but no waiter has returned.
     SyncDone,
     /// `forget` has a record number, but has not written the record.
     ForgetBegun,
@@ -104,16 +104,14 @@ failpoints! {
     ForgetRemoved,
     /// The store rejects calls, but its time is not written yet.
     CloseBegun,
-    /// The time is written, but only to the log.
+    /// The time is written, but not synced.
     CloseTimeWritten,
-    /// The unused tokens are returned, but only in the log.
+    /// The unused tokens are returned, but not synced.
     CloseTokensWritten,
     /// Everything is synced, but the database is still open.
     CloseSynced,
-    /// The database is closed, but the file manifest is not written yet.
+    /// The database is closed, but the directory is still locked.
     CloseDatabase,
-    /// The file manifest is written, but the directory is still locked.
-    CloseManifestWritten,
 }
 
 impl Failpoint {

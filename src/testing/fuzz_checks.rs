@@ -9,7 +9,6 @@ use crate::codec::{self, Reader, RecordKind, RecordWriter};
 use crate::digest::Digester;
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
-use crate::rocks;
 use onlyonce_core::Key;
 use onlyonce_core::machine::Event;
 
@@ -84,7 +83,6 @@ pub fn meta_entries(bytes: &[u8]) {
         let written = onlyonce_core::Completion::encode(&result).unwrap_or_default();
         assert_eq!(completed(written.result()).result_as::<Typed>().ok(), Some(Some(result)));
     }
-    rocks::fuzz_checks::file_manifest(bytes);
 }
 
 #[cfg(feature = "bincode")]
@@ -92,11 +90,6 @@ fn completed(result: &[u8]) -> onlyonce_core::Completed {
     let result = onlyonce_core::StoredResult::Bytes(std::sync::Arc::from(result));
     let (token, time) = (onlyonce_core::FencingToken::new(1), onlyonce_core::Timestamp::UNIX_EPOCH);
     onlyonce_core::Completed::new(result, token, time, time)
-}
-
-/// A log, or a manifest, which has the same format, is valid up to its corrupt offset.
-pub fn wal(bytes: &[u8]) {
-    rocks::fuzz_checks::wal(bytes);
 }
 
 /// Two keys have the same encoding if and only if they are equal; invalid encodings are rejected; and bucket entries
@@ -223,11 +216,6 @@ mod tests {
     #[test]
     fn the_meta_entries_corpus_passes_its_check() {
         replay("meta_entries", meta_entries);
-    }
-
-    #[test]
-    fn the_wal_corpus_passes_its_check() {
-        replay("wal", wal);
     }
 
     #[test]

@@ -5,7 +5,6 @@ use std::hint::black_box;
 
 use crate::codec::{RecordKind, RecordWriter, read_record};
 use crate::filter::matrix::{Columns, FilterMatrix};
-use crate::fs::sync_group;
 use crate::journal::numbers;
 use crate::memtable::table;
 pub use crate::testing::failpoint::Failpoint;
@@ -157,20 +156,5 @@ impl RecordNumbers {
     /// The number below which every record is finished.
     pub fn finished_below(&self, next: impl FnOnce() -> u64) -> u64 {
         self.0.finished_below(next)
-    }
-}
-
-/// A group commit.
-#[derive(Default)]
-pub struct SyncGroup(sync_group::SyncGroup);
-
-impl SyncGroup {
-    /// Returns when everything written before this call is on disk.
-    ///
-    /// # Errors
-    ///
-    /// If a sync has failed.
-    pub fn wait(&self, sync: impl Fn() -> crate::Result<()>) -> crate::Result<()> {
-        self.0.wait(sync)
     }
 }

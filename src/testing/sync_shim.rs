@@ -11,7 +11,7 @@ pub(crate) use real::*;
 #[cfg(not(shuttle))]
 mod real {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, fence};
-    pub(crate) use std::thread::{Thread, current, park, park_timeout, sleep, yield_now};
+    pub(crate) use std::thread::{Thread, current, park, park_timeout, sleep};
 
     pub(crate) use arc_swap::{ArcSwap, Guard};
     pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};

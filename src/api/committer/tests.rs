@@ -164,7 +164,7 @@ async fn large_results_are_written_one_by_one_and_small_ones_together() {
         a.await.unwrap();
         b.await.unwrap();
         let after = gated.stats();
-        assert_eq!((after.completed, after.log_syncs - before.log_syncs), (2, syncs), "{bytes} bytes each");
+        assert_eq!((after.completed, after.journal_syncs - before.journal_syncs), (2, syncs), "{bytes} bytes each");
     }
 }
 
@@ -219,7 +219,7 @@ async fn concurrent_calls_share_one_journal_record_and_one_sync() {
         completion.await.unwrap();
     }
     let after = gated.stats();
-    assert_eq!((after.completed, after.log_syncs - before.log_syncs), (50, 1));
+    assert_eq!((after.completed, after.journal_syncs - before.journal_syncs), (50, 1));
 }
 
 #[tokio::test]
