@@ -258,6 +258,7 @@ fn converted(path: &Path, error: onlyonce_journal::Error) -> Error {
     use onlyonce_journal::Error as E;
     match error {
         E::Corrupt { place, detail } => Error::Corrupt { place, detail },
+        E::Missing { place } => Error::Corrupt { place, detail: "the journal is missing".to_owned() },
         E::NotWritten { action, ref place, .. } => Error::io(action, PathBuf::from(place), cause(&error)),
         E::Closed => Error::Closed,
         _ => Error::io("opening the journal in", path, cause(&error)),

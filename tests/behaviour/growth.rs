@@ -17,7 +17,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 struct Footprint {
     files: usize,
     tables: usize,
-    /// Without those of the journal's segments, which are allocated in advance.
+    /// Without those of the journal's segments, which are allocated in advance, and of filters: whether the filter of an ended
+    /// bucket is persisted before the bucket expires depends on the machine's speed.
     bytes: u64,
     journal: u64,
     manifest: u64,
@@ -34,10 +35,10 @@ impl Footprint {
             // A file that is deleted in the meantime counts as nothing.
             let Ok(metadata) = entry.metadata() else { continue };
             let name = entry.file_name().to_string_lossy().into_owned();
-            if metadata.is_dir() && name == "journal" {
-                let journal = Self::of(&entry.path());
-                here.files += journal.files;
-                here.journal += journal.bytes;
+            if metadata.is_dir() && matches!(name.as_str(), "journal" | "filters") {
+                let apart = Self::of(&entry.path());
+                here.files += apart.files;
+                here.journal += if name == "journal" { apart.bytes } else { 0 };
                 continue;
             }
             if metadata.is_dir() {

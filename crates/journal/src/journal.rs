@@ -17,6 +17,8 @@ pub const MAX_RECORD: usize = 1 << 31;
 
 /// What other threads may append between [`Journal::reserve`] and an append.
 const RESERVE: usize = 64 << 10;
+/// The room below which [`Journal::maintain`] creates a segment, so that callers find one.
+const PREPARE: usize = RESERVE + RESERVE / 2;
 
 /// How much disk space a journal takes. Segments are allocated before they are needed, and used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -316,7 +318,7 @@ impl<M: Medium> Journal<M> {
         self.commits.check()?;
         let reserved = {
             let mut output = self.end.output.lock();
-            output.lacks_spare().then(|| output.next_slot(0)).transpose()?
+            output.lacks_room(PREPARE).then(|| output.next_slot(0)).transpose()?
         };
         if let Some((slot, bytes)) = reserved {
             let slot = Slot::create(&*self.medium, slot, bytes)?;

@@ -300,9 +300,9 @@ impl<M: Medium> Output<M> {
         Ok(true)
     }
 
-    /// Whether the next change to another segment would have to create a slot.
-    pub(crate) fn lacks_spare(&self) -> bool {
-        self.spares.len() < 2
+    /// Whether a caller that writes so many bytes, or changes to another segment, would have to create a slot.
+    pub(crate) fn lacks_room(&self, bytes: usize) -> bool {
+        self.spares.len() < 2 || self.allocated_bytes() < bytes
     }
 
     /// Adds a slot that was created in advance.
