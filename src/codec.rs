@@ -2,8 +2,6 @@
 //!
 //! Every decoder returns `None` for bytes that no encoder writes, and none of them panics.
 
-use std::sync::Arc;
-
 use crate::clock::{BootTime, ClockState, Deviation, MAX_WALL_MS, Step, Steps};
 use crate::config::Span;
 use onlyonce_core::machine::{Backoff, CompletedEntry, Entry, Event, Holder, OwnWindow, Processing};
@@ -98,10 +96,10 @@ fn result_flag<B>(stored_result: &StoredResult<B>) -> u8 {
     bits << RESULT_SHIFT
 }
 
-fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult> {
+fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult<&[u8]>> {
     match (flags & RESULT_MASK) >> RESULT_SHIFT {
         RESULT_NONE if bytes.is_empty() => Some(StoredResult::None),
-        RESULT_BYTES => Some(StoredResult::Bytes(Arc::from(bytes))),
+        RESULT_BYTES => Some(StoredResult::Bytes(bytes)),
         RESULT_TOO_LARGE if bytes.is_empty() => Some(StoredResult::TooLarge),
         _ => None,
     }
@@ -183,6 +181,15 @@ impl RecordWriter {
         put_signed(&mut self.bytes, self.time_ms.wrapping_sub(since_ms) as i64);
     }
 
+    /// Appends an event. All events of a record are of its kind.
+    pub(crate) fn event(&mut self, key: &[u8], event: &Event<&[u8]>) {
+        match event {
+            Event::Claimed(processing) | Event::Released(processing) => self.processing(key, processing),
+            Event::Completed(done) => self.completed(key, done),
+            Event::Forgotten { token } => self.forgotten(key, *token),
+        }
+    }
+
     /// Appends an item of a `Claimed` or `Released` record. The end of the lease is not stored: leases end with their
     /// process.
     pub(crate) fn processing(&mut self, key: &[u8], processing: &Processing) {
@@ -190,7 +197,9 @@ impl RecordWriter {
             | own_window_flag(processing.own_window, PROCESSING_OWN_WINDOW);
         let mut backoff_ms = None;
         match processing.holder {
-            Holder::Leased { .. } | Holder::Committing => flags |= HOLDER_LEASED << HOLDER_SHIFT,
+            Holder::Leased { .. } | Holder::Claiming { .. } | Holder::Committing => {
+                flags |= HOLDER_LEASED << HOLDER_SHIFT
+            }
             Holder::Interrupted(prior) => flags |= HOLDER_INTERRUPTED << HOLDER_SHIFT | prior_bits(prior),
             // Not claimed: if the process dies now, the key is free and needs no resolution.
             Holder::CommittingUnclaimed => {
@@ -247,6 +256,11 @@ impl RecordWriter {
         self.items == 0
     }
 
+    /// The bytes so far.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub(crate) fn finish(self) -> Vec<u8> {
         self.bytes
     }
@@ -254,7 +268,7 @@ impl RecordWriter {
 
 /// Decodes a journal record: passes each item's key and event to `visit` and returns the record's time. `None` if it
 /// is not a valid record.
-pub(crate) fn read_record(record: &[u8], mut visit: impl FnMut(&[u8], Event)) -> Option<u64> {
+pub(crate) fn read_record<'a>(record: &'a [u8], mut visit: impl FnMut(&'a [u8], Event<&'a [u8]>)) -> Option<u64> {
     let mut reader = Reader::new(record);
     reader.byte().filter(|format| *format == RECORD_FORMAT)?;
     let kind = reader.byte().filter(|kind| (1..=4).contains(kind))?;
@@ -387,7 +401,7 @@ pub(crate) fn read_value(value: &[u8], bucket_start_ms: u64) -> Option<Entry> {
         let processing = Processing { token, attempt, since_ms: time_ms, fingerprint, own_window, holder };
         return reader.is_empty().then_some(Entry::Processing(processing));
     }
-    let result = stored_result(flags, reader.rest())?;
+    let result = stored_result(flags, reader.rest())?.to_shared();
     Some(Entry::Completed(CompletedEntry { token, completed_ms: time_ms, fingerprint, own_window, result }))
 }
 
@@ -489,6 +503,8 @@ pub(crate) fn read_clock(bytes: &[u8]) -> Option<ClockState> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -595,7 +611,7 @@ mod tests {
                 record.completed(&key, &done.borrowed());
                 let mut seen = 0;
                 read_record(&record.finish(), |read_key, event| {
-                    assert_eq!((read_key, event), (key.as_slice(), Event::Completed(done.clone())));
+                    assert_eq!((read_key, event.shared()), (key.as_slice(), Event::Completed(done.clone())));
                     seen += 1;
                 }).unwrap();
                 prop_assert_eq!(seen, 2);
@@ -647,7 +663,7 @@ mod tests {
         let mut record = RecordWriter::new(RecordKind::Claimed, 50, 0);
         record.processing(b"k", &unclaimed);
         let mut read = Vec::new();
-        read_record(&record.finish(), |_, event| read.push(event)).unwrap();
+        read_record(&record.finish(), |_, event| read.push(event.shared())).unwrap();
         let holder = Holder::Released { prior: PriorAttempt::Crashed, backoff: Backoff::NONE };
         assert_eq!(read, [Event::Claimed(Processing { holder, ..unclaimed })]);
     }

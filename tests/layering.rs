@@ -50,11 +50,14 @@ const ORDER: &[(&str, &[&str])] = &[
             "side_writes",
             "core",
             "health",
-            "open",
             "backpressure",
             "lookup",
+            "execute",
+            "open",
             "claim",
             "finish",
+            "leases",
+            "forget",
             "renewal",
             "outbox",
             "gauges",
@@ -69,7 +72,7 @@ const ORDER: &[(&str, &[&str])] = &[
 
 /// The files of other crates, in the order in which they may use each other.
 const CRATES: &[(&str, &[&str])] = &[
-    ("crates/core/src/machine", &["moment", "entry", "transition", "finish", "replay"]),
+    ("crates/core/src/machine", &["moment", "entry", "event", "transition", "finish", "step"]),
     (
         "crates/journal/src",
         &[

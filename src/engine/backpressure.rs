@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::core::Engine;
-use super::request::admit_bytes;
+use super::request::{Request, admit_bytes};
 use onlyonce_core::{Error, Result};
 
 /// The number of unflushed keys at which a flush is due. Fewer make more SSTs to search; more make a replay longer.
@@ -14,11 +14,32 @@ const FLUSH_SHARE: usize = 8;
 /// Calls wait when unflushed keys take this share.
 const BACKLOG_SHARE: usize = 4;
 
-/// More than a record has for a key besides its bytes.
+/// More than the journal has for an item besides its bytes.
 const RECORD_BYTES: usize = 64;
 
 /// How long a call waits before it checks again whether flushes fail.
 const BACKLOG_WAIT: Duration = Duration::from_millis(100);
+
+/// What a call needs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Demand {
+    /// The number of its keys, or of its other items in the journal.
+    pub(super) items: usize,
+    /// The number of tokens that it may take.
+    pub(super) tokens: usize,
+    /// The bytes of its items.
+    pub(super) bytes: usize,
+    /// Whether it changes more than keys in the memtable.
+    pub(super) changes_database: bool,
+}
+
+impl Demand {
+    /// What a claim or a record of these keys needs.
+    pub(super) fn of(request: &Request) -> Self {
+        let items = request.len();
+        Self { items, tokens: items, bytes: request.key_bytes(), changes_database: false }
+    }
+}
 
 impl Engine {
     /// Whether the memtable or the journal is large enough for a flush.
@@ -26,22 +47,29 @@ impl Engine {
         let bytes = self.config().memory_budget / FLUSH_SHARE;
         self.memtable.flushable() >= FLUSH_KEYS
             || self.memtable.flushable_bytes() >= bytes
+            || self.journal.unflushed() >= bytes
             || self.journal_bytes.load(Ordering::Relaxed) >= bytes as u64
     }
 
-    /// Whether unflushed keys fill the memory that they may use, so that calls wait.
+    /// Whether unflushed keys, or offsets and messages, fill the memory that they may use, so that calls wait.
     pub(super) fn is_backlogged(&self) -> bool {
-        self.memtable.flushable_bytes() >= self.config().memory_budget / BACKLOG_SHARE
+        let bytes = self.config().memory_budget / BACKLOG_SHARE;
+        self.memtable.flushable_bytes() >= bytes || self.journal.unflushed() >= bytes
     }
 
-    /// Waits until there is room for a call: in the memtable, in one write, in the journal's segments, and among the reserved tokens.
-    pub(super) fn admit(&self, keys: usize, bytes: usize) -> Result<()> {
+    /// Waits until there is room for a call: in memory, in one write, in the journal's segments, and among the reserved tokens.
+    /// Fails if the call could not be written, before it has changed anything.
+    pub(super) fn admit(&self, demand: Demand) -> Result<()> {
         // Even if the call writes nothing: a caller that waits for a key fails here once the store is poisoned or closed.
         self.ready()?;
+        let Demand { items, tokens, bytes, changes_database } = demand;
         admit_bytes(bytes)?;
         self.wait_for_room()?;
-        self.journal.reserve(bytes.saturating_add(keys.saturating_mul(RECORD_BYTES)))?;
-        self.reserve(keys)
+        if changes_database || self.time_saved.is_outdated(&self.timeline) {
+            self.db.check_writable()?;
+        }
+        self.journal.reserve(&self.db, bytes.saturating_add(items.saturating_mul(RECORD_BYTES)))?;
+        self.reserve(tokens)
     }
 
     /// Waits while the backlog is full. Fails if flushes fail.

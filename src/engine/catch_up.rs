@@ -4,8 +4,8 @@
 //! such processes would leave expired buckets, the journal and small SSTs to each other forever.
 //!
 //! An open drops expired buckets for [`DROP_TIME`], and flushes the keys of an ended bucket, and a journal of many segments, if
-//! the journal has at most [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family has more SSTs than
-//! [`MAX_SSTS`], an open and a close wait for compactions, at most for [`COMPACTION_TIME`].
+//! the journal has at most [`FLUSH_BYTES`]. The maintenance thread does the rest before it can be stopped. If a column family
+//! has more SSTs than [`MAX_SSTS`], an open and a close wait for compactions, at most for [`COMPACTION_TIME`].
 
 use std::time::{Duration, Instant};
 
@@ -54,10 +54,11 @@ impl Engine {
         let ended = self.replayed.oldest_ms.is_some_and(|oldest_ms| {
             BucketRange::containing(oldest_ms, bucket_ms) != BucketRange::containing(self.now().time_ms, bucket_ms)
         });
-        if (ended || self.has_many_segments()?) && self.replayed.bytes <= FLUSH_BYTES {
+        let is_flush_due = ended || self.has_many_segments()?;
+        if is_flush_due && self.replayed.bytes <= FLUSH_BYTES {
             self.flush()?;
         } else {
-            maintenance_state.has_leftover_work |= ended;
+            maintenance_state.has_leftover_work |= is_flush_due;
         }
         self.wait_for_compactions()
     }

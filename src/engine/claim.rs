@@ -1,77 +1,67 @@
-//! Claims and records: the order of their effects.
-//!
-//! 1. Look the keys up on disk, without a lock.
-//! 2. Take a record number.
-//! 3. For each key: lock its shard, decide, take a token, change the memtable, unlock.
-//! 4. Write the record, with one sync if the configuration requires it.
-//!
-//! A claimed key is visible as leased in step 3, before its record is written. Otherwise a concurrent claim could acquire the
-//! same key. A recorded key is visible as committing in step 3, and as completed only after step 4. Otherwise a caller could
-//! skip its work because of a record that a crash takes back.
+//! Claims and records: what they ask of the machine, and what they count. `execute.rs` has the order of their effects.
 
 use std::sync::Arc;
 
+use super::backpressure::Demand;
 use super::core::Engine;
-use super::request::Request;
+use super::request::{KeyRef, Request};
 use super::response::{Grant, completed, in_progress, payload_mismatch, too_old};
+use crate::clock::Now;
 use crate::codec::RecordKind;
-use crate::memtable::slot::Pending;
 use crate::metrics::Call;
-use onlyonce_core::machine::{self, Decision, Entry, Holder, Processing};
-use onlyonce_core::{Claim, Error, RecordOutcome, Result, TimestampError};
+use onlyonce_core::machine::{self, Acquired, Decision, Entry, Holder};
+use onlyonce_core::{Claim, Completed, Error, InProgress, KeyStatus, RecordOutcome, Result, TimestampError};
+
+/// What a call on a key found.
+pub(super) enum Found<A> {
+    Available(A),
+    InProgress(InProgress),
+    Completed(Completed),
+}
 
 impl Engine {
     /// Claims each key that is free, in one record.
     pub(crate) fn claim(&self, request: &Arc<Request>) -> Result<Vec<Result<Claim<Grant>>>> {
         let _timer = self.metrics.call(Call::Claim, request.len());
-        self.admit(request.len(), request.key_bytes())?;
+        self.admit(Demand::of(request))?;
         let on_disk = self.look_up_on_disk(request)?;
         let now = self.now();
         let until_monotonic_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
-        let open = self.begin_record();
-        let mut record = self.record_writer(RecordKind::Claimed, now, request.key_bytes() + request.len() * 12);
-        let mut claimed = Vec::with_capacity(request.len());
-        for key_ref in request.iter() {
-            // An error is this key's alone: earlier keys of the call are claimed already.
-            let decided = self.with_locked_key(key_ref, &on_disk, |shard, stored| {
-                let at_ms = request.at_ms(key_ref.index);
-                let now = match at_ms {
-                    None => now,
-                    Some(at_ms) => self.moment(request, key_ref, at_ms, now)?,
-                };
-                let key_request = key_ref.key_request(at_ms);
-                match machine::decide(stored.as_ref(), key_request, now, self.policy) {
-                    Decision::Available(available) => {
-                        self.admit_in_flight(stored.as_ref())?;
-                        // Under the shard's lock, so that a later holder has a higher token.
-                        let token = self.sequence.take();
-                        let processing =
-                            available.claimed(stored.as_ref(), key_request, token, until_monotonic_ms, now);
-                        let Processing { attempt, since_ms: at_ms, fingerprint, .. } = processing;
-                        record.processing(key_ref.key, &processing);
-                        shard.set(key_ref.digest, key_ref.key, Entry::Processing(processing));
-                        Ok(Claim::Acquired(Grant {
-                            request: Arc::clone(request),
-                            index: key_ref.index,
+        let mut batch = self.begin(RecordKind::Claimed, now, request.key_bytes() + request.len() * 12);
+        // An error is its key's alone: earlier keys of the call are claimed already.
+        let claimed = request.iter().map(|key_ref| {
+            let at_ms = request.at_ms(key_ref.index);
+            let claim = machine::Claim { request: key_ref.key_request(at_ms), until_monotonic_ms };
+            let moment = || self.moment_of(request, key_ref, now);
+            let admit = |stored: Option<&Entry>| {
+                self.admit_in_flight(stored)?;
+                // Under the shard's lock, so that a later holder has a higher token.
+                Ok(self.sequence.take())
+            };
+            batch.execute(key_ref, &on_disk, claim, moment, admit, |decision, now| {
+                Ok(match self.found(decision, key_ref, at_ms, now)? {
+                    Found::Available(acquired) => {
+                        let Acquired { token, attempt, prior, since_ms, fingerprint } = acquired;
+                        let (request, index) = (Arc::clone(request), key_ref.index);
+                        let claimed_monotonic_ms = now.monotonic_ms;
+                        Claim::Acquired(Grant {
+                            request,
+                            index,
                             token,
                             attempt,
-                            prior: available.prior,
+                            prior,
                             fingerprint,
-                            at_ms,
-                            claimed_monotonic_ms: now.monotonic_ms,
-                        }))
+                            at_ms: since_ms,
+                            claimed_monotonic_ms,
+                        })
                     }
-                    Decision::InProgress { retry_after_ms, attempt } => {
-                        Ok(Claim::InProgress(in_progress(retry_after_ms, attempt)))
-                    }
-                    Decision::Completed(done) => Ok(Claim::Completed(completed(done, &now, self.policy.window_ms))),
-                    Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
-                    Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
-                }
-            });
-            claimed.push(decided.flatten());
-        }
-        self.append(open, record, self.config.sync_claims())?;
+                    Found::InProgress(in_progress) => Claim::InProgress(in_progress),
+                    Found::Completed(completed) => Claim::Completed(completed),
+                })
+            })
+        });
+        let claimed: Vec<_> = claimed.collect();
+        batch.commit(&[], self.config.sync_claims())?;
         self.count_claims(&claimed);
         self.check_response_count(claimed, request.len())
     }
@@ -79,41 +69,31 @@ impl Engine {
     /// Records each key that is free as completed, without a result, in one record.
     pub(crate) fn record(&self, request: &Request) -> Result<Vec<Result<RecordOutcome>>> {
         let _timer = self.metrics.call(Call::Record, request.len());
-        self.admit(request.len(), request.key_bytes())?;
+        self.admit(Demand::of(request))?;
         let on_disk = self.look_up_on_disk(request)?;
         let now = self.now();
-        let open = self.begin_record();
-        let mut record = self.record_writer(RecordKind::Completed, now, request.key_bytes() + request.len() * 8);
-        let mut responses = Vec::with_capacity(request.len());
-        for key_ref in request.iter() {
-            let decided = self.with_locked_key(key_ref, &on_disk, |shard, stored| {
-                let at_ms = request.at_ms(key_ref.index);
-                let now = match at_ms {
-                    None => now,
-                    Some(at_ms) => self.moment(request, key_ref, at_ms, now)?,
-                };
-                let key_request = key_ref.key_request(at_ms);
-                match machine::decide(stored.as_ref(), key_request, now, self.policy) {
-                    Decision::Available(available) => {
-                        let done = available.recorded(stored.as_ref(), key_request, self.sequence.take(), now);
-                        record.completed(key_ref.key, &done);
-                        let pending = Pending {
-                            record: open.number(),
-                            attempt: available.attempt,
-                            holder: Holder::CommittingUnclaimed,
-                        };
-                        shard.set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);
-                        Ok(RecordOutcome::First)
-                    }
-                    Decision::InProgress { .. } => Ok(RecordOutcome::Duplicate { in_flight: true }),
-                    Decision::Completed(_) => Ok(RecordOutcome::Duplicate { in_flight: false }),
-                    Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
-                    Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
-                }
-            });
-            responses.push(decided.flatten());
-        }
-        self.append(open, record, self.config.sync_results())?;
+        let mut batch = self.begin(RecordKind::Completed, now, request.key_bytes() + request.len() * 8);
+        let responses = request.iter().map(|key_ref| {
+            let at_ms = request.at_ms(key_ref.index);
+            let record = machine::Record { request: key_ref.key_request(at_ms) };
+            let moment = || self.moment_of(request, key_ref, now);
+            batch.execute(
+                key_ref,
+                &on_disk,
+                record,
+                moment,
+                |_| Ok(self.sequence.take()),
+                |decision, now| {
+                    Ok(match self.found(decision, key_ref, at_ms, now)? {
+                        Found::Available(_) => RecordOutcome::First,
+                        Found::InProgress(_) => RecordOutcome::Duplicate { in_flight: true },
+                        Found::Completed(_) => RecordOutcome::Duplicate { in_flight: false },
+                    })
+                },
+            )
+        });
+        let mut responses: Vec<_> = responses.collect();
+        batch.commit(&[], self.config.sync_results())?;
         self.waiters.wake(request.digests());
         // A key that occurs twice in one call was committing at its second occurrence. It is completed now.
         for (key_ref, response) in request.iter().zip(&mut responses) {
@@ -127,6 +107,42 @@ impl Engine {
         self.count_records(&responses);
         self.wake_if_due();
         self.check_response_count(responses, request.len())
+    }
+
+    /// Returns the status of each key. Changes nothing.
+    pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<KeyStatus>>> {
+        let _timer = self.metrics.call(Call::Check, request.len());
+        let now = self.now();
+        self.look_up_each(request, |key_ref, stored| {
+            let at_ms = request.at_ms(key_ref.index);
+            let now = self.foreseen(key_ref, at_ms, now)?;
+            let decision = machine::decide(stored.as_ref(), key_ref.key_request(at_ms), now, self.policy);
+            Ok(match self.found(decision, key_ref, at_ms, now)? {
+                Found::Available(_) => KeyStatus::New,
+                Found::InProgress(in_progress) => KeyStatus::InProgress(in_progress),
+                Found::Completed(completed) => KeyStatus::Completed(completed),
+            })
+        })
+    }
+
+    /// Converts the decision about a key.
+    #[inline]
+    fn found<A>(
+        &self,
+        decision: Decision<'_, A>,
+        key_ref: KeyRef<'_>,
+        at_ms: Option<u64>,
+        now: Now,
+    ) -> Result<Found<A>> {
+        match decision {
+            Decision::Available(available) => Ok(Found::Available(available)),
+            Decision::InProgress { retry_after_ms, attempt } => {
+                Ok(Found::InProgress(in_progress(retry_after_ms, attempt)))
+            }
+            Decision::Completed(done) => Ok(Found::Completed(completed(done, &now, self.policy.window_ms))),
+            Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
+            Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
+        }
     }
 
     /// Fails if `in_flight_limit` or `held_limit` is reached. Only the key's shard is locked, so concurrent callers may exceed

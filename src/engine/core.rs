@@ -1,11 +1,10 @@
 //! The parts of a store, and how records reach the journal.
 //!
-//! Order: a record's number is taken before the memtable shows its effect. So a flush, which waits for all records below its
-//! own number, waits for the record of each effect that it freezes. Otherwise it could move a completion to its bucket
-//! although the call then fails.
+//! `execute.rs` has the order of a call's effects.
 //!
-//! A completion or a release takes effect only when its record is written (`OpenRecord::finish`). Otherwise a caller could
-//! act on a result that a crash takes back.
+//! A record's number is taken before the memtable shows its effect. So a flush, which waits for all records below its own number,
+//! waits for the record of each effect that it freezes. Otherwise it could move a completion to its bucket although the call then
+//! fails.
 //!
 //! No lock of a shard is held while the disk is read or written.
 
@@ -148,11 +147,21 @@ impl Engine {
         self.save_time()
     }
 
-    /// The time at which a key is decided, on stream time. Read under the shard's lock, so after the lookup: if a bucket was
+    /// The time at which a key is decided. On stream time it follows the key's message. Read under the shard's lock, so after the lookup: if a bucket was
     /// dropped between the lookup and the lock, the new stream time makes the message too old. Read earlier, a message whose
     /// completion was in the dropped bucket would be processed twice.
-    pub(super) fn moment(&self, request: &Request, key_ref: KeyRef<'_>, at_ms: u64, now: Now) -> Result<Now> {
+    pub(super) fn moment_of(&self, request: &Request, key_ref: KeyRef<'_>, now: Now) -> Result<Now> {
+        let Some(at_ms) = request.at_ms(key_ref.index) else { return Ok(now) };
         match self.timeline.follow(at_ms, request.timestamps_after(key_ref.index)) {
+            Ok(time_ms) => Ok(Now { time_ms, ..now }),
+            Err(leap) => Err(too_far_ahead(key_ref, at_ms, leap)),
+        }
+    }
+
+    /// The time at which a check of a key decides. Unlike a claim, it does not advance stream time.
+    pub(super) fn foreseen(&self, key_ref: KeyRef<'_>, at_ms: Option<u64>, now: Now) -> Result<Now> {
+        let Some(at_ms) = at_ms else { return Ok(now) };
+        match self.timeline.foresee(at_ms) {
             Ok(time_ms) => Ok(Now { time_ms, ..now }),
             Err(leap) => Err(too_far_ahead(key_ref, at_ms, leap)),
         }
@@ -163,7 +172,7 @@ impl Engine {
         RecordWriter::new(kind, now.time_ms, capacity)
     }
 
-    /// Writes a transaction. Poisons the store if the outcome is unknown.
+    /// Writes a transaction. Poisons the store if the outcome is unknown: any other error means that nothing has changed.
     pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx)) -> Result<()> {
         let bytes = self.write_uncounted(sync, fill)?;
         self.journal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -175,7 +184,7 @@ impl Engine {
         self.ready()?;
         let mut tx = Tx::default();
         fill(&mut tx);
-        let saving = self.time_saved.put_changed(&self.timeline, &mut tx);
+        let saving = self.time_saved.put_changed(&self.timeline, &mut tx, || self.db.check_writable().is_ok());
         let bytes = if tx.is_empty() { 0 } else { tx.len() };
         let written = {
             let _timer = self.metrics.commit(sync);
@@ -210,13 +219,8 @@ impl Engine {
         OpenRecord { engine: self, number, finished: false }
     }
 
-    /// Writes a record and makes its effect visible.
-    pub(super) fn append(&self, open: OpenRecord<'_>, record: RecordWriter, sync: bool) -> Result<()> {
-        self.append_with(open, record, &[], sync)
-    }
-
-    /// As [`Engine::append`], with the side writes of its completions.
-    pub(super) fn append_with(
+    /// Writes a record with the side writes of its completions, and makes its effect visible.
+    pub(super) fn append(
         &self,
         open: OpenRecord<'_>,
         record: RecordWriter,

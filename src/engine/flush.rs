@@ -3,8 +3,9 @@
 //! Order, and the bug that each step prevents:
 //!
 //! 1. The journal's position is read, then a number is taken, then all records below that number are finished, then the arenas
-//!    are frozen. So a key that is frozen has its record in the journal, and the record of a key that is not frozen is after the
-//!    position. Otherwise the checkpoint could replace a record whose effect is nowhere else.
+//!    are frozen. So a key that is frozen has its record in the journal. A completion that is not frozen has its record after
+//!    the position, and a key in progress is in the checkpoint. Otherwise the checkpoint could replace a record whose effect is
+//!    nowhere else.
 //! 2. The journal is synced, then SSTs are written. At open the journal overrules the buckets: if a power cut took records
 //!    whose keys are in a bucket already, an older record of the same key would hide its completion.
 //! 3. The SSTs are ingested and `meta` is flushed, then the checkpoint is written, which lists all SSTs. Otherwise it would
@@ -22,7 +23,7 @@ use crate::buckets::flush::flush;
 use crate::buckets::rotation::prepare_next;
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::Span;
-use crate::journal::checkpoint;
+use crate::journal::checkpoint::Checkpoint;
 use crate::memtable::frozen::FrozenSet;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::sleep;
@@ -30,8 +31,10 @@ use onlyonce_core::Result;
 use onlyonce_core::machine::LeaseState;
 use onlyonce_journal::Position;
 
-/// The number of segments from which an open flushes. An open begins one, unless the last one is empty.
+/// An open that finds more segments flushes. It begins one, unless the last one is empty.
 const MAX_SEGMENTS: u64 = 32;
+/// More than a checkpoint has besides the keys in progress, unless there are hundreds of SSTs.
+const CHECKPOINT_BYTES: usize = 8 << 10;
 /// How often a flush checks whether an open record was finished.
 const RECORD_POLL: Duration = Duration::from_micros(200);
 
@@ -70,6 +73,8 @@ impl Engine {
         Failpoint::FlushFrozen.pass();
         self.check_invariants()?;
         let frozen_set = FrozenSet::new(arenas, now, window_ms, bucket_ms);
+        // Before anything is written: the checkpoint must fit.
+        self.journal.reserve(&self.db, in_progress.len() + CHECKPOINT_BYTES)?;
         if self.policy.is_stream {
             // Stream time may have advanced far since the last round of maintenance. Expired buckets make room for those of
             // this flush.
@@ -84,10 +89,11 @@ impl Engine {
         self.timeline.ask_to_be_saved();
         self.write_uncounted(false, |_| ())?;
         let families = self.buckets.snapshot().newest_first();
-        self.journal
+        let flushes = self
+            .journal
             .flush(&self.db, families.iter().map(|bucket| bucket.family.as_str()))
             .inspect_err(|error| self.poison_by(error))?;
-        self.write_checkpoint(position, in_progress)?;
+        self.write_checkpoint(position, flushes, in_progress)?;
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
         self.memtable.publish();
@@ -102,9 +108,9 @@ impl Engine {
     }
 
     /// Appends a checkpoint with the keys in progress and with all SSTs. It replaces what was written before `position`.
-    fn write_checkpoint(&self, position: Position, in_progress: RecordWriter) -> Result<()> {
+    fn write_checkpoint(&self, position: Position, flushes: u64, in_progress: RecordWriter) -> Result<()> {
         let record = if in_progress.is_empty() { Vec::new() } else { in_progress.finish() };
-        let checkpoint = checkpoint::encode(&self.db.ssts()?, &record);
+        let checkpoint = Checkpoint { flushes, ssts: self.db.ssts()? }.encode(&record);
         Failpoint::CheckpointBegun.pass();
         self.journal.checkpoint(&self.db, position, &checkpoint).inspect_err(|error| self.poison_by(error))?;
         Failpoint::CheckpointWritten.pass();
@@ -143,9 +149,10 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::config::Options;
     use crate::engine::fixture::{engine, flush_generation, record, short_windows};
+    use crate::engine::response::{FinishKind, FinishedBy};
     use crate::memtable::slot::Pending;
-    use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow};
-    use onlyonce_core::{Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
+    use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow, Processing};
+    use onlyonce_core::{Claim, Key, KeyStatus, RecordOutcome, StoredResult, Timestamp};
 
     #[test]
     fn an_idle_round_replaces_a_large_journal_by_a_checkpoint() {
@@ -221,6 +228,52 @@ mod tests {
             engine.flush().unwrap();
             assert_eq!(engine.buckets.snapshot().newest_first().len(), 48 + lap as usize, "lap {lap}");
         }
+    }
+
+    #[test]
+    fn a_key_whose_claim_is_not_written_yet_is_not_taken_over_so_that_its_records_are_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(Timestamp::from_unix_ms(1_000_000));
+        let options = Options { clock: Arc::new(clock.clone()), lease: Duration::from_millis(1), ..Options::default() };
+        let slow = engine(&dir, &options);
+        let request = slow.request(["k"]).unwrap();
+        let key_ref = request.get(0).unwrap();
+        let claim = |engine: &Engine| engine.claim(&request).unwrap().pop().unwrap().unwrap();
+        // A claim that is slow to write its record, for longer than its lease.
+        let open = slow.begin_record();
+        let now = slow.now();
+        let processing = Processing {
+            token: slow.sequence.take(),
+            attempt: 1,
+            since_ms: now.time_ms,
+            fingerprint: None,
+            own_window: OwnWindow::NONE,
+            holder: Holder::Leased { until_monotonic_ms: now.monotonic_ms + 1 },
+        };
+        let pending = Pending { record: open.number(), attempt: 1, holder: Holder::Committing };
+        slow.memtable.shard(key_ref.digest).set_pending(
+            key_ref.digest,
+            key_ref.key,
+            Entry::Processing(processing.clone()),
+            pending,
+        );
+        clock.advance(Duration::from_millis(5));
+        assert!(matches!(claim(&slow), Claim::InProgress(_)), "its record would come after those of the next attempt");
+        let mut record = slow.record_writer(RecordKind::Claimed, now, 0);
+        record.processing(key_ref.key, &processing);
+        std::thread::scope(|scope| {
+            let flush = scope.spawn(|| slow.flush().unwrap());
+            std::thread::sleep(Duration::from_millis(50));
+            slow.append(open, record, &[], false).unwrap();
+            flush.join().unwrap();
+        });
+        let Claim::Acquired(grant) = claim(&slow) else { panic!("its lease has ended") };
+        let done = FinishKind::Complete { result: StoredResult::None, side_writes: None, follows: false };
+        slow.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
+        slow.flush().unwrap();
+        slow.close().unwrap();
+        drop(slow);
+        assert!(matches!(claim(&engine(&dir, &options)), Claim::Completed(_)));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::core::Engine;
 use super::meta_entries::TOKENS;
-use super::timekeeping;
+use super::timekeeping::Saving;
 use crate::invariant::Invariant;
 use crate::journal::tx::Tx;
 use crate::testing::failpoint::Failpoint;
@@ -108,7 +108,10 @@ impl Engine {
 
     fn write_time(&self) -> Result<()> {
         let mut tx = Tx::default();
-        timekeeping::put(&self.timeline, &mut tx);
-        self.journal.write(&self.db, tx, false)
+        self.timeline.ask_to_be_saved();
+        let saving = self.time_saved.put_changed(&self.timeline, &mut tx, || true);
+        self.journal.write(&self.db, tx, false)?;
+        saving.into_iter().for_each(Saving::done);
+        Ok(())
     }
 }

@@ -8,14 +8,13 @@ use std::sync::atomic::Ordering;
 
 use super::core::Engine;
 use super::request::{KeyRef, Request};
-use super::response::{completed, in_progress, payload_mismatch, too_far_ahead, too_old};
+use super::response::completed;
 use crate::buckets::registry::{Probe, Snapshot, look_up};
 use crate::clock::Now;
 use crate::invariant::Invariant;
 use crate::memtable::table::Shard;
-use crate::metrics::Call;
-use onlyonce_core::machine::{self, Decision, Entry, LeaseState, Processing};
-use onlyonce_core::{Error, FencingToken, HeldKey, Key, KeyStatus, Result, StoredKey, Timestamp};
+use onlyonce_core::machine::{self, Entry, LeaseState, Processing};
+use onlyonce_core::{Error, FencingToken, HeldKey, Key, Result, StoredKey, Timestamp};
 
 /// The entries that the buckets have for a request's keys, as of a flush generation.
 pub(super) struct DiskLookup {
@@ -25,6 +24,9 @@ pub(super) struct DiskLookup {
 }
 
 impl DiskLookup {
+    /// No lookup yet: a key that the memtable does not have is looked up when it is needed.
+    pub(super) const DEFERRED: Self = Self { flush_generation: u64::MAX, entries: Vec::new() };
+
     fn entry(&self, index: usize) -> Option<&Entry> {
         let start = self.entries.partition_point(|(found, _)| *found < index);
         let entries = self.entries.iter().skip(start).take_while(|(found, _)| *found == index);
@@ -123,29 +125,6 @@ impl Engine {
         }
     }
 
-    /// Returns the status of each key. Changes nothing.
-    pub(crate) fn check(&self, request: &Request) -> Result<Vec<Result<KeyStatus>>> {
-        let _timer = self.metrics.call(Call::Check, request.len());
-        let now = self.now();
-        self.look_up_each(request, |key_ref, stored| {
-            let at_ms = request.at_ms(key_ref.index);
-            let now = match at_ms.map(|at_ms| (at_ms, self.timeline.foresee(at_ms))) {
-                None => now,
-                Some((_, Ok(time_ms))) => Now { time_ms, ..now },
-                Some((at_ms, Err(leap))) => return Err(too_far_ahead(key_ref, at_ms, leap)),
-            };
-            match machine::decide(stored.as_ref(), key_ref.key_request(at_ms), now, self.policy) {
-                Decision::Available(_) => Ok(KeyStatus::New),
-                Decision::InProgress { retry_after_ms, attempt } => {
-                    Ok(KeyStatus::InProgress(in_progress(retry_after_ms, attempt)))
-                }
-                Decision::Completed(done) => Ok(KeyStatus::Completed(completed(done, &now, self.policy.window_ms))),
-                Decision::PayloadMismatch => Err(payload_mismatch(key_ref)),
-                Decision::TooOld => Err(too_old(key_ref, at_ms, now, self.policy.window_ms)),
-            }
-        })
-    }
-
     /// Returns the entry of a request's key, unless it has expired.
     pub(crate) fn inspect(&self, request: &Request) -> Result<Option<StoredKey>> {
         let now = self.now();
@@ -166,7 +145,11 @@ impl Engine {
     }
 
     /// Looks each key up and maps it and its entry to a response.
-    fn look_up_each<R>(&self, request: &Request, response: impl Fn(KeyRef<'_>, Option<Entry>) -> R) -> Result<Vec<R>> {
+    pub(super) fn look_up_each<R>(
+        &self,
+        request: &Request,
+        response: impl Fn(KeyRef<'_>, Option<Entry>) -> R,
+    ) -> Result<Vec<R>> {
         // Again: the store may have been closed or poisoned since the call was made.
         self.ready()?;
         let on_disk = self.look_up_on_disk(request)?;
@@ -229,6 +212,7 @@ mod tests {
     use crate::engine::fixture::engine;
     use onlyonce_core::Claim;
     use onlyonce_core::Error;
+    use onlyonce_core::KeyStatus;
     use onlyonce_core::machine::Backoff;
     use onlyonce_core::{PriorAttempt, StoredResult};
 

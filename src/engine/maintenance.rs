@@ -4,8 +4,8 @@
 //! The threads of `workers.rs` call it, so no caller waits for it.
 //!
 //! Order: expired buckets are dropped before a flush, which creates the buckets that it needs. Otherwise a store that has its
-//! maximum of buckets could not flush. A failure to prepare a segment is reported last: on a full disk, expired buckets free the
-//! space that the segment needs.
+//! maximum of buckets could not flush. A failure to store the time or to prepare a segment is reported last: on a full disk,
+//! expired buckets free the space that they need.
 
 use std::sync::atomic::Ordering;
 
@@ -37,7 +37,7 @@ impl Engine {
     /// Runs one round of maintenance.
     pub(super) fn run_maintenance(&self, state: &mut MaintenanceState) -> Result<()> {
         self.check_invariants()?;
-        self.save_time_if_changed()?;
+        let saved = self.save_time_if_changed();
         let present = self.present_range();
         let prepared = self.journal.maintain(&self.db).inspect_err(|error| self.poison_by(error));
         // Before the flush: see the module's order.
@@ -58,7 +58,7 @@ impl Engine {
         state.last_range = present;
         state.has_leftover_work = false;
         prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)?;
-        prepared
+        saved.and(prepared)
     }
 
     /// Reads the clocks. Writes a change of the store's time at once; elapsed time alone is stored with the next write.
@@ -269,9 +269,8 @@ mod tests {
         // A directory takes the name under which each of the next segments would be created.
         let journal = engine.db.directory().journal();
         (0..50).for_each(|slot| std::fs::create_dir(journal.join(format!("{slot:06}.journal.new"))).unwrap());
-        // More than a segment, so that the last spare one is used.
-        let large = |i: u32| engine.claim(&engine.request([format!("{i}{}", "k".repeat(60_000))]).unwrap());
-        let rejected = (0..5).filter_map(|i| large(i).err()).next();
+        let large = |i: u32| engine.claim(&engine.request([format!("{i}{}", "k".repeat(20_000))]).unwrap());
+        let rejected = (0..50).filter_map(|i| large(i).err()).next();
         assert!(matches!(rejected, Some(onlyonce_core::Error::Io { .. })), "{rejected:?}");
         let families =
             || -> Vec<_> { engine.buckets.snapshot().newest_first().iter().map(|b| b.family.clone()).collect() };

@@ -1,18 +1,20 @@
 //! The engine: it composes the store's parts and owns the order of their effects.
 //!
-//! Every call has the same order: look the keys up without a lock, take a record number, lock a key's shard, decide, change
-//! the memtable, unlock, write the record. `claim.rs`, `finish.rs` and `flush.rs` state which bug each order prevents.
+//! `execute.rs` has the order of every call on keys, and `flush.rs` that of a flush. Each states the bug that a step prevents.
 
 mod backpressure;
 mod catch_up;
 mod claim;
 pub(crate) mod core;
+mod execute;
 mod finish;
 #[cfg(test)]
 mod fixture;
 mod flush;
+mod forget;
 mod gauges;
 mod health;
+mod leases;
 mod lookup;
 mod maintenance;
 mod meta_entries;

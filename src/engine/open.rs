@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::core::{Backlog, Engine};
+use super::execute::apply;
 use super::meta_entries::{
     CLOCK, FLOOR, FORMAT, HIGH_WATER, ON_INTERRUPT, SECRET, SPAN, STREAM_TIME, TOKENS, corrupt_meta, meta,
 };
+use super::request::KeyRef;
 use super::sequence::Sequence;
 use super::timekeeping::{self, TimeSaved};
 use crate::buckets::filters::Filters;
@@ -20,16 +22,15 @@ use crate::codec;
 use crate::config::{Durability, Options, Stored};
 use crate::digest::Digester;
 use crate::fs::directory::Directory;
-use crate::journal::checkpoint;
 use crate::journal::replayed::Totals;
-use crate::journal::store_journal::{Replayed as FromJournal, StoreJournal};
+use crate::journal::store_journal::StoreJournal;
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::Db;
 use crate::stats::Counters;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex};
-use onlyonce_core::machine::{self, Entry, Event, Opened, Policy, Replayed};
+use onlyonce_core::machine::{self, Crash, Event, Opened, Policy};
 use onlyonce_core::{Error, Result};
 
 /// The filters' share of the memory budget, in sixteenths. Unflushed keys have four, the block cache four, the recent cache one.
@@ -53,18 +54,15 @@ impl Engine {
         let digester = Digester::new(&secret);
         let memtable = MemTable::new(options.memory_budget / RECENT_SHARE);
         let poison = Arc::clone(memtable.poison());
-        let (mut replayed, mut ssts) = (Totals::default(), checkpoint::Ssts::new());
+        let mut replayed = Totals::default();
         let is_synced_often = options.durability == Durability::Disk;
-        let journal = StoreJournal::open(&journal_path, &db, is_synced_often, |found| match found {
-            FromJournal::Ssts(found) => {
-                ssts = found;
-                Ok(())
-            }
-            FromJournal::Record(number, record) => replayed.add(number, record, |key, event| {
+        let (journal, replayed_bytes) = StoreJournal::open(&journal_path, &db, is_synced_often, |number, record| {
+            replayed.add(number, record, |key, event| {
                 let digest = digester.digest(key);
-                apply(&mut memtable.shard(digest), digest, key, event);
-            }),
+                replay(&mut memtable.shard(digest), digest, key, event);
+            })
         })?;
+        replayed.bytes = replayed_bytes;
         let StoredMeta { stored, tokens } = StoredMeta::read(&db)?;
         let stored_span = stored.span;
         let config = options.check(Some(stored))?;
@@ -81,7 +79,6 @@ impl Engine {
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
         let now = timeline.now();
-        checkpoint::compare(&ssts, &db.ssts()?)?;
         let (span, expected) = (config.span, config.bucket_keys);
         let buckets = BucketRegistry::open(&db, &families, span, &now, expected, filter_budget, filters.geometry())?;
         let buckets = buckets.of(&poison);
@@ -117,27 +114,23 @@ impl Engine {
             closed: AtomicBool::new(false),
         };
         Failpoint::OpenReplayed.pass();
-        engine.mark_crashed_attempts();
+        engine.mark_crashed_attempts()?;
         engine.persist_opening()?;
         Ok(engine)
     }
 
     /// Marks the keys that were leased when the journal was written: the process that held them has crashed. A held key
     /// becomes free if the store is opened with `OnInterrupt::Rerun`.
-    fn mark_crashed_attempts(&self) {
+    fn mark_crashed_attempts(&self) -> Result<()> {
         let now = self.timeline.now();
-        for mut shard in self.memtable.shards() {
-            let crashed: Vec<_> = shard
-                .in_flight()
-                .filter_map(|(digest, key, processing)| {
-                    let crashed = machine::crashed(processing, now, self.policy)?;
-                    Some((digest, key.to_vec(), crashed))
-                })
-                .collect();
-            for (digest, key, processing) in crashed {
-                shard.set(digest, &key, Entry::Processing(processing));
+        for shard in self.memtable.shards() {
+            let keys: Vec<_> = shard.in_flight().map(|(digest, key, _)| (digest, key.to_vec())).collect();
+            drop(shard);
+            for (digest, key) in keys {
+                self.execute_in_memory(KeyRef { digest, key: &key, ..KeyRef::MISSING }, Crash, now, |()| ())?;
             }
         }
+        Ok(())
     }
 
     /// Syncs what this opening changes, before the first call: options, the retention floor and tokens.
@@ -223,20 +216,17 @@ impl StoredMeta {
     }
 }
 
-/// Applies an event of the journal to the memtable.
-fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event) {
-    match machine::replay(shard.get(digest, key).as_ref(), event) {
-        Replayed::Stored(entry) => shard.set(digest, key, entry.borrowed()),
-        Replayed::Removed => shard.remove(digest, key),
-        Replayed::Unchanged => {}
-    }
+/// Replays an event of the journal in the memtable.
+fn replay(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event<&[u8]>) {
+    let change = machine::replay(shard.get(digest, key).as_ref(), event);
+    apply(shard, digest, key, change, 0);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::engine::fixture::{fill, small_engine};
-    use onlyonce_core::machine::{CompletedEntry, Holder, OwnWindow, Processing};
+    use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow, Processing};
     use onlyonce_core::{PriorAttempt, StoredResult};
 
     #[test]
@@ -268,10 +258,10 @@ mod tests {
                 result: StoredResult::None,
             })
         };
-        let after = |events: &[Event]| {
+        let after = |events: &[Event<&[u8]>]| {
             let table = MemTable::new(0);
             for event in events {
-                apply(&mut table.shard(5), 5, b"k", event.clone());
+                replay(&mut table.shard(5), 5, b"k", event.clone());
             }
             table.shard(5).get(5, b"k")
         };

@@ -5,8 +5,8 @@
 
 use std::sync::atomic::Ordering;
 
+use super::backpressure::Demand;
 use super::core::Engine;
-use super::request::admit_bytes;
 use super::side_writes::{message_id, message_name, offset_name};
 use onlyonce_core::{Error, Message, MessageId, NewMessage, Result};
 
@@ -28,7 +28,7 @@ impl Engine {
     /// Stores a partition's offset without a completion.
     pub(crate) fn set_offset(&self, stream: &[u8], partition: u32, offset: u64) -> Result<()> {
         let name = offset_name(stream, partition);
-        admit_bytes(name.len())?;
+        self.admit(Demand { items: 1, bytes: name.len(), changes_database: true, ..Demand::default() })?;
         self.write(self.config.sync_results(), |tx| tx.put_meta(&name, &offset.to_le_bytes()))
     }
 
@@ -62,6 +62,8 @@ impl Engine {
 
     /// Removes messages. Not synced: a message that a power cut brings back is delivered again.
     pub(crate) fn remove_messages(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
+        let ids: Vec<MessageId> = ids.into_iter().collect();
+        self.admit(Demand { items: ids.len(), changes_database: true, ..Demand::default() })?;
         self.write(false, |tx| ids.into_iter().for_each(|id| tx.delete_meta(&message_name(id))))
     }
 }

@@ -56,6 +56,10 @@ pub(crate) struct KeyRef<'a> {
 }
 
 impl<'a> KeyRef<'a> {
+    /// A key that its request does not have.
+    pub(super) const MISSING: KeyRef<'static> =
+        KeyRef { index: 0, digest: 0, key: &[], payload: None, own_window: OwnWindow::NONE };
+
     /// What the call says about the key. `at_ms` is the message's timestamp on stream time.
     #[inline]
     pub(super) fn key_request(&self, at_ms: Option<u64>) -> KeyRequest<'a> {

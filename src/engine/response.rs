@@ -29,12 +29,18 @@ pub(crate) struct Grant {
 }
 
 impl Grant {
+    /// Its key. A key without bytes if the grant was damaged: [`Engine::require_key`](super::core::Engine::require_key)
+    /// reports it.
+    pub(super) fn key_ref(&self) -> KeyRef<'_> {
+        self.request.get(self.index).unwrap_or(KeyRef::MISSING)
+    }
+
     pub(crate) fn key(&self) -> &[u8] {
-        self.request.get(self.index).map_or(&[], |key_ref| key_ref.key)
+        self.key_ref().key
     }
 
     pub(crate) fn digest(&self) -> u64 {
-        self.request.get(self.index).map_or(0, |key_ref| key_ref.digest)
+        self.key_ref().digest
     }
 
     /// The key with everything that its claim said about it.
@@ -75,6 +81,16 @@ pub(crate) enum FinishKind<'a> {
     Complete { result: StoredResult<&'a [u8]>, side_writes: Option<&'a SideWrites>, follows: bool },
     /// The work is not done, and the key can be claimed after the backoff.
     Release { prior: PriorAttempt, backoff: Backoff },
+}
+
+impl<'a> FinishKind<'a> {
+    /// The offsets and messages that are stored with a completion.
+    pub(super) fn side_writes(&self) -> Option<&'a SideWrites> {
+        match self {
+            Self::Complete { side_writes, .. } => *side_writes,
+            Self::Release { .. } => None,
+        }
+    }
 }
 
 pub(super) fn payload_mismatch(key_ref: KeyRef<'_>) -> Error {

@@ -99,12 +99,18 @@ impl TimeSaved {
     }
 
     /// Adds the time to a write if it has changed or is due. Waits for another write that is storing a change: no write after
-    /// a change may be on disk without the change.
-    pub(super) fn put_changed(&self, timeline: &Timeline, tx: &mut Tx) -> Option<Saving<'_>> {
+    /// a change may be on disk without the change. A time that is only due is not added unless `is_possible`: a write of keys
+    /// alone does not fail because of it.
+    pub(super) fn put_changed(
+        &self,
+        timeline: &Timeline,
+        tx: &mut Tx,
+        is_possible: impl FnOnce() -> bool,
+    ) -> Option<Saving<'_>> {
         let saving = match (self.is_outdated(timeline), self.is_due.load(Ordering::Relaxed)) {
             (true, _) => Some(self.saving.lock()),
-            (false, true) => self.saving.try_lock(),
-            (false, false) => None,
+            (false, true) if is_possible() => self.saving.try_lock(),
+            (false, _) => None,
         };
         let saving = saving?;
         let is_due = self.is_due.swap(false, Ordering::Relaxed);

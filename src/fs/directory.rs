@@ -169,6 +169,8 @@ impl Directory {
         make_private(&new)?;
         create(&new)?;
         Failpoint::StoreCreated.pass();
+        // First the name of the journal, which was created before: a database without a journal is corruption.
+        sync_dir(&self.root)?;
         fs::rename(&new, &database).map_err(|error| Error::io("renaming", &new, error))?;
         Failpoint::StorePlaced.pass();
         sync_dir(&self.root)?;

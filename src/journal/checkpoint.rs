@@ -1,11 +1,12 @@
-//! The checkpoint: what a replay begins with. It stands for all records before it.
+//! The checkpoint: what a replay begins with. It replaces all records before it.
 //!
 //! ```text
-//! checkpoint := number of families (varint) | family* | record of the keys in progress, or nothing
+//! checkpoint := number of the flush (varint) | number of families (varint) | family* | record of the keys in progress, or nothing
 //! family     := length (varint) and name | number of SSTs (varint) | (number (varint) | bytes (varint))*
 //! ```
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::codec::{Reader, put_prefixed, put_varint};
 use onlyonce_core::{Error, Result};
@@ -13,30 +14,42 @@ use onlyonce_core::{Error, Result};
 /// The SSTs of each column family: numbers and sizes in bytes.
 pub(crate) type Ssts = BTreeMap<String, Vec<(u64, u64)>>;
 
-/// Encodes a checkpoint of these SSTs and this record of the keys in progress.
-pub(crate) fn encode(ssts: &Ssts, record: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    put_varint(&mut out, ssts.len() as u64);
-    for (family, files) in ssts {
-        put_prefixed(&mut out, family.as_bytes());
-        put_varint(&mut out, files.len() as u64);
-        for (number, bytes) in files {
-            put_varint(&mut out, *number);
-            put_varint(&mut out, *bytes);
-        }
-    }
-    out.extend_from_slice(record);
-    out
+/// What the database has at a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Checkpoint {
+    /// The number of its last flush.
+    pub(crate) flushes: u64,
+    pub(crate) ssts: Ssts,
 }
 
-/// Reads a checkpoint: its SSTs, and the record.
-pub(crate) fn read(bytes: &[u8]) -> Result<(Ssts, &[u8])> {
-    let mut reader = Reader::new(bytes);
-    let ssts = read_ssts(&mut reader).ok_or_else(|| Error::Corrupt {
-        place: "the journal".to_owned(),
-        detail: "its checkpoint has an unknown form".to_owned(),
-    })?;
-    Ok((ssts, reader.rest()))
+impl Checkpoint {
+    /// Encodes it with the record of the keys in progress.
+    pub(crate) fn encode(&self, record: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        put_varint(&mut out, self.flushes);
+        put_varint(&mut out, self.ssts.len() as u64);
+        for (family, files) in &self.ssts {
+            put_prefixed(&mut out, family.as_bytes());
+            put_varint(&mut out, files.len() as u64);
+            for (number, bytes) in files {
+                put_varint(&mut out, *number);
+                put_varint(&mut out, *bytes);
+            }
+        }
+        out.extend_from_slice(record);
+        out
+    }
+
+    /// Reads a checkpoint, and the record of the keys in progress.
+    pub(crate) fn read(bytes: &[u8]) -> Result<(Self, &[u8])> {
+        let mut reader = Reader::new(bytes);
+        let mut read = || Some(Self { flushes: reader.varint()?, ssts: read_ssts(&mut reader)? });
+        let checkpoint = read().ok_or_else(|| Error::Corrupt {
+            place: "the journal".to_owned(),
+            detail: "its checkpoint has an unknown form".to_owned(),
+        })?;
+        Ok((checkpoint, reader.rest()))
+    }
 }
 
 fn read_ssts(reader: &mut Reader<'_>) -> Option<Ssts> {
@@ -49,32 +62,26 @@ fn read_ssts(reader: &mut Reader<'_>) -> Option<Ssts> {
     Some(ssts)
 }
 
-/// The family whose SST is the last one that a flush adds. It is never dropped, and never empty.
-const LAST_FLUSHED: &str = "meta";
-
-/// Compares the SSTs of a checkpoint with those that the database has now. Those that are in both have the same size. The
-/// newest one of `meta` is still there, or RocksDB has replaced it: it gives the result of a compaction a higher number. The
-/// others are then there as well, or replaced, or their bucket is dropped, because RocksDB's manifest lists them before it.
-pub(crate) fn compare(expected: &Ssts, found: &Ssts) -> Result<()> {
-    let corrupt = |number: u64, family: &str, detail: String| {
-        Err(Error::Corrupt { place: format!("{number:06}.sst of {family}"), detail })
-    };
-    let of = |family: &str| found.get(family).map_or(&[][..], Vec::as_slice);
-    for (family, ssts) in expected {
+/// Compares a checkpoint with what the database, in this directory, has now: the number of its last flush, and its SSTs. An SST that is in both has
+/// the same size. An SST that is missing was merged by a compaction, or its bucket was dropped: RocksDB's manifest lists the SSTs
+/// before the number of the flush.
+pub(crate) fn compare(database: &Path, checkpoint: &Checkpoint, flushed: u64, found: &Ssts) -> Result<()> {
+    let flushes = checkpoint.flushes;
+    if flushed < flushes {
+        let detail = format!(
+            "its MANIFEST file ends at flush {flushed}, and the journal has a checkpoint of flush {flushes}: restore all files of the \
+             store from one copy"
+        );
+        return Err(Error::Corrupt { place: database.display().to_string(), detail });
+    }
+    for (family, ssts) in &checkpoint.ssts {
+        let found = found.get(family).map_or(&[][..], Vec::as_slice);
         for (number, bytes) in ssts {
-            if let Some((_, other)) = of(family).iter().find(|(found, other)| found == number && other != bytes) {
-                return corrupt(
-                    *number,
-                    family,
-                    format!("it has {other} bytes, and had {bytes} at the last checkpoint"),
-                );
+            if let Some((_, other)) = found.iter().find(|(found, other)| found == number && other != bytes) {
+                let detail = format!("it has {other} bytes, and had {bytes} at the last checkpoint");
+                return Err(Error::Corrupt { place: format!("{number:06}.sst of {family}"), detail });
             }
         }
-    }
-    let newest = expected.get(LAST_FLUSHED).into_iter().flatten().map(|(number, _)| *number).max();
-    if let Some(newest) = newest.filter(|newest| of(LAST_FLUSHED).iter().all(|(number, _)| number < newest)) {
-        let detail = "the database is older than the last checkpoint of the journal, which lists it".to_owned();
-        return corrupt(newest, LAST_FLUSHED, detail);
     }
     Ok(())
 }
@@ -86,39 +93,28 @@ mod tests {
     #[test]
     fn a_checkpoint_is_read_back_as_written() {
         let ssts = Ssts::from([("a".to_owned(), vec![(1, 10), (1 << 40, 0)]), ("b".to_owned(), Vec::new())]);
-        for record in [&b""[..], b"record"] {
-            assert_eq!(read(&encode(&ssts, record)).unwrap(), (ssts.clone(), record));
+        for (record, flushes) in [(&b""[..], 0), (b"record", 300)] {
+            let checkpoint = Checkpoint { flushes, ssts: ssts.clone() };
+            assert_eq!(Checkpoint::read(&checkpoint.encode(record)).unwrap(), (checkpoint, record));
         }
-        for bytes in [&b""[..], &[1], &[1, 1, 255, 0], &[1, 0, 200, 200, 200, 200, 1]] {
-            assert!(matches!(read(bytes), Err(Error::Corrupt { .. })), "{bytes:?}");
+        for bytes in [&b""[..], &[1], &[1, 1], &[1, 1, 1, 255, 0], &[1, 1, 0, 200, 200, 200, 200, 1]] {
+            assert!(matches!(Checkpoint::read(bytes), Err(Error::Corrupt { .. })), "{bytes:?}");
         }
     }
 
     #[test]
     fn a_database_that_is_older_than_a_checkpoint_is_corruption_and_a_compacted_one_is_not() {
-        let ssts = |meta: &[(u64, u64)], bucket: &[(u64, u64)]| {
-            Ssts::from([("meta".to_owned(), meta.to_vec()), ("bucket".to_owned(), bucket.to_vec())])
+        let ssts = |bucket: &[(u64, u64)]| Ssts::from([("bucket".to_owned(), bucket.to_vec())]);
+        let checkpoint = Checkpoint { flushes: 7, ssts: ssts(&[(3, 30), (5, 50)]) };
+        let compare = |flushed, found: &Ssts| {
+            compare(Path::new("store/db"), &checkpoint, flushed, found).map_err(|error| error.to_string())
         };
-        let expected = ssts(&[(4, 40), (6, 60)], &[(3, 30), (5, 50)]);
-        let compare = |found: &Ssts| compare(&expected, found).map_err(|error| error.to_string());
-        for found in [
-            expected.clone(),
-            ssts(&[(4, 40), (6, 60), (8, 1)], &[(3, 30), (5, 50), (7, 9)]),
-            // The result of a compaction, which began before the newest SST.
-            ssts(&[(4, 40), (6, 60)], &[(5, 50)]),
-            ssts(&[(7, 100)], &[]),
-        ] {
-            compare(&found).unwrap();
+        for flushed in [7, 8] {
+            for found in [ssts(&[(3, 30), (5, 50), (7, 9)]), ssts(&[(6, 80)]), Ssts::new()] {
+                compare(flushed, &found).unwrap();
+            }
         }
-        for (found, what) in [
-            (ssts(&[(4, 40)], &[(3, 30), (5, 50)]), "000006.sst of meta"),
-            (ssts(&[], &[(3, 30), (5, 50), (9, 90)]), "000006.sst of meta"),
-            (Ssts::new(), "000006.sst of meta"),
-            (ssts(&[(4, 40), (6, 60)], &[(3, 30), (5, 49)]), "has 49 bytes"),
-        ] {
-            let error = compare(&found).unwrap_err();
-            assert!(error.contains(what), "{error}");
-        }
-        super::compare(&Ssts::new(), &expected).unwrap();
+        assert!(compare(6, &checkpoint.ssts).unwrap_err().contains("checkpoint of flush 7"));
+        assert!(compare(7, &ssts(&[(3, 30), (5, 49)])).unwrap_err().contains("000005.sst of bucket"));
     }
 }

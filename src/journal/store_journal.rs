@@ -3,34 +3,34 @@
 //! A transaction is appended to the journal first, and then applied to the database, whose own log is off. What it changes in
 //! the database is on disk with the next flush of the database; until then the journal has it. Order: two transactions that
 //! change the database are applied in the order of their records, or a replay could end in another state.
+//!
+//! Each flush of the database has a number, which is in `meta` and in the checkpoint that follows. Order: the number is synced in
+//! the journal, then flushed, then in the checkpoint. So an open notices a database or a journal that is older than the other.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use onlyonce_journal::{Access, Durability, Journal, Options, Position, Recovered};
 
-use super::checkpoint::{self, Ssts};
+use super::checkpoint::{self, Checkpoint};
 use super::medium::StoreMedium;
 use super::tx::{self, Change, Tx};
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
-use crate::testing::sync_shim::{Mutex, RwLock, RwLockReadGuard};
+use crate::testing::sync_shim::{AtomicUsize, Mutex, RwLock, RwLockReadGuard};
 use onlyonce_core::{Cause, Error, Result};
+
+/// The meta entry with the number of the last flush.
+const FLUSHES: &str = "flushes";
 
 /// The journal of an open store.
 pub(crate) struct StoreJournal {
     // Each call holds a read lock, so that `close_with` can wait for running calls.
     journal: RwLock<Option<Journal<StoreMedium>>>,
-    /// Held while a transaction that changes the database is appended and applied. The bytes that were applied since the last
-    /// flush of the database.
-    order: Mutex<usize>,
-}
-
-/// What a replay passes on.
-pub(crate) enum Replayed<'a> {
-    /// The SSTs at the last checkpoint.
-    Ssts(Ssts),
-    /// A record of keys. That of the checkpoint has no number.
-    Record(Option<u64>, &'a [u8]),
+    /// The number of the last flush. Held while a transaction that changes the database is appended and applied.
+    order: Mutex<u64>,
+    /// About the memory of the changes that the database has not flushed.
+    unflushed: AtomicUsize,
 }
 
 impl StoreJournal {
@@ -38,34 +38,40 @@ impl StoreJournal {
     pub(crate) fn create(path: &Path) -> Result<()> {
         crate::fs::directory::make_private(path)?;
         let medium = medium(path, Access::Write)?;
-        let empty = checkpoint::encode(&Ssts::new(), &[]);
-        let journal = Journal::create(medium, &Options::default(), &empty).map_err(|error| converted(path, error))?;
-        journal.close().map_err(|error| converted(path, error))
+        let journal = Journal::create(medium, &Options::default(), &Checkpoint::default().encode(&[]))
+            .map_err(|error| unusable(path, error))?;
+        journal.close().map_err(|error| unusable(path, error))
     }
 
-    /// Opens the journal: applies its changes to the database, and passes on the rest. `is_synced_often`: whether most calls
-    /// wait for a sync.
+    /// Opens the journal: applies its changes to the database, and passes the records of keys to `visit`, with their numbers; that
+    /// of the checkpoint has none. Returns the bytes that it replayed, too. `is_synced_often`: whether most calls wait for a sync.
+    ///
+    /// Nothing of this is on disk before the next flush: an open that fails has changed nothing.
     pub(crate) fn open(
         path: &Path,
         db: &Db,
         is_synced_often: bool,
-        mut visit: impl FnMut(Replayed<'_>) -> Result<()>,
-    ) -> Result<Self> {
+        mut visit: impl FnMut(Option<u64>, &[u8]) -> Result<()>,
+    ) -> Result<(Self, u64)> {
+        let missing =
+            || Error::Corrupt { place: path.display().to_string(), detail: "the journal is missing".to_owned() };
         if !path.is_dir() {
-            let detail = "the journal is missing".to_owned();
-            return Err(Error::Corrupt { place: path.display().to_string(), detail });
+            return Err(missing());
         }
         let medium = medium(path, if is_synced_often { Access::Write } else { Access::Map })?;
-        let mut failed = None;
+        let flushed = flushes(db)?;
+        let (mut last, mut unflushed, mut failed) = (0, 0, None);
         let opened = Journal::open(medium, &Options::default(), |recovered| {
             let replayed = match recovered {
-                Recovered::Checkpoint(bytes) => checkpoint::read(bytes).and_then(|(ssts, record)| {
-                    visit(Replayed::Ssts(ssts))?;
-                    if record.is_empty() { Ok(()) } else { visit(Replayed::Record(None, record)) }
+                Recovered::Checkpoint(bytes) => Checkpoint::read(bytes).and_then(|(checkpoint, record)| {
+                    checkpoint::compare(&db.directory().database(), &checkpoint, flushed, &db.ssts()?)?;
+                    last = checkpoint.flushes;
+                    if record.is_empty() { Ok(()) } else { visit(None, record) }
                 }),
-                Recovered::Record(bytes) => replay(db, bytes).and_then(|record| match record {
-                    Some((number, record)) => visit(Replayed::Record(Some(number), record)),
-                    None => Ok(()),
+                Recovered::Record(bytes) => apply(db, bytes).and_then(|applied| {
+                    last = applied.flushes.unwrap_or(last);
+                    unflushed += applied.memory;
+                    applied.record.map_or(Ok(()), |(number, record)| visit(Some(number), record))
                 }),
             };
             replayed.map_err(|error| {
@@ -73,16 +79,23 @@ impl StoreJournal {
                 onlyonce_journal::Error::Closed
             })
         });
-        match (opened, failed) {
-            (_, Some(error)) => Err(error),
-            (Err(error), None) => Err(converted(path, error)),
-            (Ok((journal, report)), None) => {
-                if let Some(place) = report.torn {
-                    tracing::warn!(place, "discarded the torn tail of the journal after an unclean shutdown");
-                }
-                Ok(Self { journal: RwLock::new(Some(journal)), order: Mutex::new(0) })
-            }
+        let (journal, report) = match (opened, failed) {
+            (_, Some(error)) => return Err(error),
+            (Err(onlyonce_journal::Error::Missing { .. }), None) => return Err(missing()),
+            (Err(error), None) => return Err(unusable(path, error)),
+            (Ok(opened), None) => opened,
+        };
+        if flushed > last {
+            let detail = format!(
+                "it ends at flush {last}, and the database has flush {flushed}: restore all files of the store from one copy"
+            );
+            return Err(Error::Corrupt { place: path.display().to_string(), detail });
         }
+        if let Some(place) = report.torn {
+            tracing::warn!(place, "discarded the torn tail of the journal after an unclean shutdown");
+        }
+        let (order, unflushed) = (Mutex::new(last), AtomicUsize::new(unflushed));
+        Ok((Self { journal: RwLock::new(Some(journal)), order, unflushed }, report.bytes))
     }
 
     fn journal(&self) -> Result<Open<'_>> {
@@ -90,47 +103,60 @@ impl StoreJournal {
         if guard.is_some() { Ok(Open(guard)) } else { Err(Error::Closed) }
     }
 
-    /// Appends a transaction and applies it to the database. With `sync` it is on disk when this returns. After an error the
-    /// outcome is unknown.
+    /// Appends a transaction and applies it to the database. With `sync` it is on disk when this returns. After
+    /// [`Error::WriteFailed`] and [`Error::DirectoryGone`] the outcome is unknown; after any other error nothing has changed.
     pub(crate) fn write(&self, db: &Db, tx: Tx, sync: bool) -> Result<()> {
         let open = self.journal()?;
         let journal = open.get()?;
-        self.append(db, journal, tx, sync)?;
+        if tx.is_empty() {
+            if sync {
+                written(db, journal.sync())?;
+            }
+        } else if tx.changes_database() {
+            let order = self.order.lock();
+            self.append_and_apply(db, journal, tx)?;
+            drop(order);
+            if sync {
+                written(db, journal.sync())?;
+            }
+        } else {
+            let (head, record) = tx.finish();
+            let durability = if sync { Durability::Disk } else { Durability::Process };
+            written(db, journal.append(&[&head, &record], durability))?;
+        }
         if sync { reject_deleted(db) } else { Ok(()) }
     }
 
-    fn append(&self, db: &Db, journal: &Journal<StoreMedium>, tx: Tx, sync: bool) -> Result<()> {
-        if tx.is_empty() {
-            return if sync { synced(db, journal.sync()) } else { Ok(()) };
+    /// The caller holds `order`.
+    fn append_and_apply(&self, db: &Db, journal: &Journal<StoreMedium>, tx: Tx) -> Result<()> {
+        // Before the append: a change that is in the journal must be applied.
+        db.check_writable()?;
+        let (head, record) = tx.finish();
+        written(db, journal.append(&[&head, &record], Durability::Process))?;
+        if self.unflushed() >= db.meta_memtable_bytes() / 3 {
+            // RocksDB may flush what it has before this change, which must be synced by then.
+            written(db, journal.sync())?;
         }
-        let durability = if sync { Durability::Disk } else { Durability::Process };
-        let (head, record, changes) = tx.finish();
-        if changes == 0 {
-            return synced(db, journal.append(&[&head, &record], durability));
-        }
-        let mut unflushed = self.order.lock();
-        // RocksDB flushes a full memtable by itself: what it has by then must be synced.
-        let is_nearly_full = *unflushed + changes >= db.meta_memtable_bytes() / 2;
-        synced(
-            db,
-            journal.append(&[&head, &record], if is_nearly_full { Durability::Disk } else { Durability::Process }),
-        )?;
-        replay(db, &head)?;
-        *unflushed += changes;
-        drop(unflushed);
-        if sync { synced(db, journal.sync()) } else { Ok(()) }
+        let applied = apply(db, &head).map_err(|error| Error::WriteFailed { source: error.into() })?;
+        self.unflushed.fetch_add(applied.memory, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// About the memory of the changes that the database has not flushed.
+    pub(crate) fn unflushed(&self) -> usize {
+        self.unflushed.load(Ordering::Relaxed)
     }
 
     /// Allocates what a call of so many bytes needs, so that a full disk is noticed before the call has changed anything.
-    pub(crate) fn reserve(&self, bytes: usize) -> Result<()> {
+    pub(crate) fn reserve(&self, db: &Db, bytes: usize) -> Result<()> {
         let open = self.journal()?;
-        open.get()?.reserve(bytes).map_err(|error| converted(Path::new(""), error))
+        written(db, open.get()?.reserve(bytes))
     }
 
     /// Syncs everything written so far.
     pub(crate) fn sync(&self, db: &Db) -> Result<()> {
         let open = self.journal()?;
-        synced(db, open.get()?.sync())?;
+        written(db, open.get()?.sync())?;
         reject_deleted(db)
     }
 
@@ -139,33 +165,35 @@ impl StoreJournal {
         Ok(self.journal()?.get()?.position())
     }
 
-    /// Flushes the database. The journal is synced before, because what the database has must not be newer than the journal:
-    /// a message would be on disk, and its completion would not.
-    pub(crate) fn flush<'a>(&self, db: &Db, families: impl Iterator<Item = &'a str>) -> Result<()> {
+    /// Flushes the database, and returns the number of the flush. The journal is synced before, because what the database has
+    /// must not be newer than the journal: a message would be on disk, and its completion would not.
+    pub(crate) fn flush<'a>(&self, db: &Db, families: impl Iterator<Item = &'a str>) -> Result<u64> {
         let open = self.journal()?;
         let journal = open.get()?;
-        let mut unflushed = self.order.lock();
-        synced(db, journal.sync())?;
+        let mut order = self.order.lock();
+        let number = *order + 1;
+        let mut tx = Tx::default();
+        tx.put_meta(FLUSHES, &number.to_le_bytes());
+        self.append_and_apply(db, journal, tx)?;
+        *order = number;
+        written(db, journal.sync())?;
         Failpoint::DatabaseFlushBegun.pass();
         db.flush_memtables(families)?;
-        *unflushed = 0;
+        self.unflushed.store(0, Ordering::Relaxed);
         Failpoint::DatabaseFlushed.pass();
-        Ok(())
+        Ok(number)
     }
 
     /// Appends a checkpoint, which replaces the transactions before `from`.
     pub(crate) fn checkpoint(&self, db: &Db, from: Position, checkpoint: &[u8]) -> Result<()> {
         let open = self.journal()?;
-        synced(db, open.get()?.checkpoint(from, checkpoint))
+        written(db, open.get()?.checkpoint(from, checkpoint))
     }
 
     /// Prepares the next segment. Called by a thread that may wait for the disk.
     pub(crate) fn maintain(&self, db: &Db) -> Result<()> {
         let open = self.journal()?;
-        match open.get()?.maintain() {
-            Err(error @ onlyonce_journal::Error::NotWritten { .. }) => Err(converted(Path::new(""), error)),
-            maintained => synced(db, maintained),
-        }
+        written(db, open.get()?.maintain())
     }
 
     /// The number of segments that the next open would read.
@@ -178,20 +206,19 @@ impl StoreJournal {
         self.journal().ok().and_then(|open| open.get().ok().map(|journal| journal.stats().syncs)).unwrap_or(0)
     }
 
-    /// Waits for running calls, writes what `last` adds, syncs everything and closes. Later calls fail with
+    /// Waits for running calls, appends the changes of `last`, syncs everything and closes. Later calls fail with
     /// [`Error::Closed`].
     pub(crate) fn close_with(&self, db: &Db, last: impl FnOnce(&mut Tx)) -> Result<()> {
         let Some(journal) = self.journal.write().take() else { return Ok(()) };
         let mut tx = Tx::default();
         last(&mut tx);
-        let is_empty = tx.is_empty();
-        let (head, _, _) = tx.finish();
-        if !is_empty {
-            synced(db, journal.append(&[&head], Durability::Process))?;
+        if !tx.is_empty() {
+            let (head, record) = tx.finish();
             // To the journal alone: the next open applies it to the database.
+            written(db, journal.append(&[&head, &record], Durability::Process))?;
         }
         Failpoint::CloseTokensWritten.pass();
-        synced(db, journal.close())?;
+        written(db, journal.close())?;
         Failpoint::CloseSynced.pass();
         reject_deleted(db)
     }
@@ -206,21 +233,49 @@ impl Open<'_> {
     }
 }
 
-/// Applies the changes of an encoded transaction to the database, and returns its record.
-fn replay<'a>(db: &Db, bytes: &'a [u8]) -> Result<Option<(u64, &'a [u8])>> {
-    let mut record = None;
+/// The number of the last flush that the database has.
+fn flushes(db: &Db) -> Result<u64> {
+    let corrupt =
+        || Error::Corrupt { place: format!("`{FLUSHES}` in `meta`"), detail: "it is not 8 bytes long".to_owned() };
+    match db.meta(FLUSHES)? {
+        None => Ok(0),
+        Some(value) => Ok(u64::from_le_bytes(value.try_into().map_err(|_| corrupt())?)),
+    }
+}
+
+/// A transaction whose changes are applied to the database.
+struct Applied<'a> {
+    /// The number and the bytes of its record.
+    record: Option<(u64, &'a [u8])>,
+    /// About the memory of its changes.
+    memory: usize,
+    /// The number of a flush.
+    flushes: Option<u64>,
+}
+
+/// Applies the changes of an encoded transaction to the database.
+fn apply<'a>(db: &Db, bytes: &'a [u8]) -> Result<Applied<'a>> {
+    let mut applied = Applied { record: None, memory: 0, flushes: None };
     db.apply(|batch| {
-        record = tx::read(bytes, |change| match change {
-            Change::PutMeta { name, value } => batch.put_meta(name, value),
-            Change::DeleteMeta { name } => batch.delete_meta(name),
-            Change::DeleteKey { family, entry_key } => {
-                batch.delete_key(family, entry_key);
-                Ok(())
+        applied.record = tx::read(bytes, |change| {
+            applied.memory += change.memory();
+            match change {
+                Change::PutMeta { name, value } => {
+                    if name == FLUSHES.as_bytes() {
+                        applied.flushes = value.try_into().ok().map(u64::from_le_bytes);
+                    }
+                    batch.put_meta(name, value)
+                }
+                Change::DeleteMeta { name } => batch.delete_meta(name),
+                Change::DeleteKey { family, entry_key } => {
+                    batch.delete_key(family, entry_key);
+                    Ok(())
+                }
             }
         })?;
         Ok(())
     })?;
-    Ok(record)
+    Ok(applied)
 }
 
 fn medium(path: &Path, access: Access) -> Result<StoreMedium> {
@@ -232,16 +287,17 @@ fn reject_deleted(db: &Db) -> Result<()> {
     db.directory().deleted().map_or(Ok(()), |path| Err(Error::DirectoryGone { path }))
 }
 
-/// The outcome of an append or a sync.
-fn synced(db: &Db, outcome: onlyonce_journal::Result<()>) -> Result<()> {
-    match outcome {
-        Ok(()) => Ok(()),
-        Err(onlyonce_journal::Error::Closed) => Err(Error::Closed),
-        Err(error) => Err(match db.directory().deleted() {
-            Some(path) => Error::DirectoryGone { path },
-            None => Error::WriteFailed { source: cause(&error) },
-        }),
-    }
+/// The outcome of a call to the open journal.
+fn written(db: &Db, outcome: onlyonce_journal::Result<()>) -> Result<()> {
+    use onlyonce_journal::Error as E;
+    outcome.map_err(|error| match (error, db.directory().deleted()) {
+        (E::Closed, _) => Error::Closed,
+        (_, Some(path)) => Error::DirectoryGone { path },
+        (E::NotWritten { action, ref place, ref source }, None) => {
+            Error::io(action, PathBuf::from(place), Cause::new(source.kind(), source.clone()))
+        }
+        (error, None) => Error::WriteFailed { source: cause(&error) },
+    })
 }
 
 fn cause(error: &onlyonce_journal::Error) -> Cause {
@@ -253,13 +309,14 @@ fn cause(error: &onlyonce_journal::Error) -> Cause {
     Cause::new(kind, error.clone())
 }
 
-/// An error outside of an append.
-fn converted(path: &Path, error: onlyonce_journal::Error) -> Error {
+/// Why the journal in `path` cannot be created or opened.
+fn unusable(path: &Path, error: onlyonce_journal::Error) -> Error {
     use onlyonce_journal::Error as E;
     match error {
         E::Corrupt { place, detail } => Error::Corrupt { place, detail },
-        E::Missing { place } => Error::Corrupt { place, detail: "the journal is missing".to_owned() },
-        E::NotWritten { action, ref place, .. } => Error::io(action, PathBuf::from(place), cause(&error)),
+        E::NotWritten { action, ref place, ref source } => {
+            Error::io(action, PathBuf::from(place), Cause::new(source.kind(), source.clone()))
+        }
         E::Closed => Error::Closed,
         _ => Error::io("opening the journal in", path, cause(&error)),
     }
@@ -278,7 +335,7 @@ mod tests {
         let path = directory.journal();
         let seed = || StoreJournal::create(&path).map(|()| Vec::new());
         let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, seed).unwrap();
-        let journal = StoreJournal::open(&path, &db, false, |_| Ok(())).unwrap();
+        let (journal, _) = StoreJournal::open(&path, &db, false, |_, _| Ok(())).unwrap();
         (db, journal)
     }
 

@@ -34,6 +34,21 @@ pub(crate) enum Change<'a> {
     },
 }
 
+/// About the memory that RocksDB uses for a change besides its bytes.
+const CHANGE_BYTES: usize = 64;
+
+impl Change<'_> {
+    /// About the memory that it takes in the database until it is flushed.
+    pub(super) fn memory(&self) -> usize {
+        CHANGE_BYTES
+            + match self {
+                Self::PutMeta { name, value } => name.len() + value.len(),
+                Self::DeleteMeta { name } => name.len(),
+                Self::DeleteKey { family: _, entry_key } => entry_key.len(),
+            }
+    }
+}
+
 impl Tx {
     /// Adds the record of the call's keys. A transaction has one at most.
     pub(crate) fn put_record(&mut self, number: u64, record: Vec<u8>) {
@@ -62,20 +77,24 @@ impl Tx {
         self.changes.is_empty() && self.record.is_none()
     }
 
+    /// Whether it changes more than keys in the memtable.
+    pub(super) fn changes_database(&self) -> bool {
+        !self.changes.is_empty()
+    }
+
     /// The size of the record in the journal, without its header.
     pub(crate) fn len(&self) -> usize {
         self.changes.len() + 1 + self.record.as_ref().map_or(0, |(number, record)| varint_len(*number) + record.len())
     }
 
-    /// The encoded parts, and the changes of the database.
-    pub(super) fn finish(mut self) -> (Vec<u8>, Vec<u8>, usize) {
-        let changes = self.changes.len();
+    /// The encoded parts: its changes with the number of its record, and the record.
+    pub(super) fn finish(mut self) -> (Vec<u8>, Vec<u8>) {
         let (number, record) = self.record.unwrap_or_default();
         self.changes.push(END);
         if !record.is_empty() {
             put_varint(&mut self.changes, number);
         }
-        (self.changes, record, changes)
+        (self.changes, record)
     }
 }
 
@@ -122,7 +141,7 @@ mod tests {
 
     fn encoded(tx: Tx) -> Vec<u8> {
         let len = tx.len();
-        let (mut bytes, record, _) = tx.finish();
+        let (mut bytes, record) = tx.finish();
         bytes.extend(record);
         assert_eq!(bytes.len(), len);
         bytes

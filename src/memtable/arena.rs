@@ -131,14 +131,14 @@ impl ShardArena {
 
     fn entry(&self, slot: &Slot, records: &RecordNumbers) -> Entry {
         if !records.is_finished(slot.record) {
-            return Entry::Processing(slot.committing());
+            return Entry::Processing(slot.unwritten());
         }
         match (&slot.state, self.completed_entry(slot)) {
             (_, Some(done)) => Entry::Completed(done.shared()),
             (State::Processing(holder), None) => Entry::Processing(slot.processing(*holder)),
             (_, None) => {
                 self.report_removed_slot();
-                Entry::Processing(slot.committing())
+                Entry::Processing(slot.unwritten())
             }
         }
     }

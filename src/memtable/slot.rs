@@ -49,7 +49,7 @@ pub(crate) struct Pending {
     pub(crate) record: u64,
     /// The key's attempt until then.
     pub(crate) attempt: u32,
-    /// The key's holder until then: `Committing` or `CommittingUnclaimed`.
+    /// The key's holder until then, unless it is claimed: `Committing` or `CommittingUnclaimed`.
     pub(crate) holder: Holder,
 }
 
@@ -105,7 +105,9 @@ impl Slot {
             State::Processing(Holder::Interrupted(_)) => return Tally { held: 1, ..Tally::default() },
             // Resolved by an operator: it counts against neither limit.
             State::Processing(Holder::Resolved(_)) => return Tally::default(),
-            State::Processing(Holder::Leased { .. } | Holder::Committing | Holder::CommittingUnclaimed) => {
+            State::Processing(
+                Holder::Leased { .. } | Holder::Claiming { .. } | Holder::Committing | Holder::CommittingUnclaimed,
+            ) => {
                 return Tally { in_flight: 1, ..Tally::default() };
             }
             State::Processing(Holder::Released { .. }) | State::NoResult | State::TooLarge => 0,
@@ -135,8 +137,12 @@ impl Slot {
     }
 
     /// The key's entry until its record is written.
-    pub(super) fn committing(&self) -> Processing {
-        self.processing(if self.is_unclaimed { Holder::CommittingUnclaimed } else { Holder::Committing })
+    pub(super) fn unwritten(&self) -> Processing {
+        self.processing(match self.state {
+            State::Processing(Holder::Leased { until_monotonic_ms }) => Holder::Claiming { until_monotonic_ms },
+            _ if self.is_unclaimed => Holder::CommittingUnclaimed,
+            _ => Holder::Committing,
+        })
     }
 }
 

@@ -64,7 +64,7 @@ impl Db {
         }
         let path = directory.database();
         manifest::check(&path)?;
-        let options = tuning.database();
+        let options = tuning.database(&path)?;
         let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("opening", &path, &error))?;
         let buckets: Vec<String> = families.iter().filter(|name| *name != UNUSED && *name != META).cloned().collect();
         if !families.iter().any(|name| name == META) {
@@ -100,7 +100,7 @@ impl Db {
         &self.directory
     }
 
-    /// The size at which RocksDB would flush the memtable of `meta` by itself.
+    /// The size at which RocksDB flushes the memtable of `meta` by itself, before its next change.
     pub(crate) fn meta_memtable_bytes(&self) -> usize {
         self.tuning.memory_budget
     }
@@ -108,6 +108,18 @@ impl Db {
     fn rocks(&self) -> Result<Open<'_>> {
         let guard = self.rocks.read();
         if guard.is_some() { Ok(Open(guard)) } else { Err(Error::Closed) }
+    }
+
+    /// Fails if RocksDB would reject a change. After a failed flush it rejects all of them until it has recovered.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        let open = self.rocks()?;
+        self.write(open.get()?, WriteBatch::default())
+    }
+
+    fn write(&self, rocks: &Rocks, batch: WriteBatch) -> Result<()> {
+        let mut unlogged = WriteOptions::default();
+        unlogged.disable_wal(true);
+        rocks.write_opt(batch, &unlogged).map_err(|error| failed("writing to", &self.directory.database(), &error))
     }
 
     /// Applies the changes that `fill` adds, atomically. They are not on disk before the next
@@ -120,11 +132,7 @@ impl Db {
         if batch.batch.is_empty() {
             return Ok(());
         }
-        let mut unlogged = WriteOptions::default();
-        unlogged.disable_wal(true);
-        rocks
-            .write_opt(batch.batch, &unlogged)
-            .map_err(|error| failed("writing to", &self.directory.database(), &error))
+        self.write(rocks, batch.batch)
     }
 
     /// Reads a value of `meta`.
@@ -289,16 +297,17 @@ impl Db {
     }
 
     /// Flushes RocksDB's memtables of the buckets with deleted keys and of `meta`, so that what was applied is on disk. `meta`
-    /// comes last: its newest SST shows at the next open that RocksDB's manifest has all the others.
+    /// comes last: it counts the flushes, and its count shows at the next open that RocksDB's manifest has all the other SSTs.
     pub(crate) fn flush_memtables<'a>(&self, buckets: impl Iterator<Item = &'a str>) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let cannot_flush = |error| failed("flushing", &self.directory.database(), &error);
         for bucket in buckets.filter_map(|bucket| rocks.cf_handle(bucket)) {
-            let entries =
-                rocks.property_int_value_cf(&bucket, properties::NUM_ENTRIES_ACTIVE_MEM_TABLE).map_err(cannot_flush)?;
-            if entries.is_some_and(|entries| entries > 0) {
-                rocks.flush_cf(&bucket).map_err(cannot_flush)?;
+            // RocksDB may be flushing a full memtable already.
+            for entries in [properties::NUM_ENTRIES_ACTIVE_MEM_TABLE, properties::NUM_ENTRIES_IMM_MEM_TABLES] {
+                if rocks.property_int_value_cf(&bucket, entries).map_err(cannot_flush)?.is_some_and(|count| count > 0) {
+                    rocks.flush_cf(&bucket).map_err(cannot_flush)?;
+                }
             }
         }
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
@@ -378,7 +387,7 @@ impl Batch<'_> {
 }
 
 fn create(tuning: &Tuning, path: &Path, seed: Seed<'_>) -> Result<()> {
-    let mut options = tuning.database();
+    let mut options = tuning.database(path)?;
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     let descriptors = [UNUSED, META].map(|name| ColumnFamilyDescriptor::new(name, tuning.meta()));

@@ -1,5 +1,9 @@
 //! RocksDB's options, each with its reason.
 
+use std::path::Path;
+
+use super::failed;
+use onlyonce_core::Result;
 use rocksdb::{
     BlockBasedOptions, BlockBasedTablePinningTier, Cache, DBCompactionStyle, InfoLogger, LogLevel, Options,
     UniversalCompactOptions,
@@ -29,13 +33,12 @@ impl Tuning {
     }
 
     /// Options of the whole database.
-    pub(super) fn database(&self) -> Options {
+    pub(super) fn database(&self, path: &Path) -> Result<Options> {
         let mut options = Options::default();
         // RocksDB's log is off, and the journal has what was not flushed. A flush at the close could write a change whose
         // journal record was never synced. The binding has no setter for this option.
-        if let Ok(unflushed) = options.get_options_from_string("avoid_flush_during_shutdown=true") {
-            options = unflushed;
-        }
+        let unflushed = options.get_options_from_string("avoid_flush_during_shutdown=true");
+        options = unflushed.map_err(|error| failed("configuring", path, &error))?;
         // SSTs are sorted before they are ingested, so two threads are enough: one for a flush, one for a compaction.
         options.set_max_background_jobs(2);
         // The usual limit of a process is 1,024 descriptors, and the application needs most of them.
@@ -53,11 +56,12 @@ impl Tuning {
         options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Warn, forward_log));
         options.set_stats_dump_period_sec(0);
         options.set_stats_persist_period_sec(0);
-        options
+        Ok(options)
     }
 
     /// `meta`: a few small values, and the side writes of completions. The store flushes it with each of its own flushes,
-    /// after a sync of the journal. RocksDB must not do so earlier, so its memtable is never full.
+    /// after a sync of the journal. RocksDB flushes a full memtable earlier: that of one call with very large messages. It is
+    /// not larger, because RocksDB resumes after a full disk only when so much space is free.
     pub(super) fn meta(&self) -> Options {
         let mut options = Options::default();
         options.set_write_buffer_size(self.memory_budget);

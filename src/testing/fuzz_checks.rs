@@ -16,7 +16,8 @@ use onlyonce_core::machine::Event;
 pub fn journal_record(bytes: &[u8]) {
     let read = |record: &[u8]| {
         let mut events = Vec::new();
-        codec::read_record(record, |key, event| events.push((key.to_vec(), event))).map(|time_ms| (time_ms, events))
+        codec::read_record(record, |key, event| events.push((key.to_vec(), event.shared())))
+            .map(|time_ms| (time_ms, events))
     };
     let Some((time_ms, events)) = read(bytes) else { return };
     let kind = match bytes.get(1) {

@@ -119,7 +119,8 @@ impl Cron {
             .bucket(self.bucket)
             .durability(durability)
             .memory_budget(32 << 20)
-            .lock_wait(Duration::ZERO)
+            // A process that another test starts holds the lock until it executes its program.
+            .lock_wait(Duration::from_secs(10))
             .clock(self.clock.clone())
     }
 

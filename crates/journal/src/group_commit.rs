@@ -1,15 +1,16 @@
 //! Group commit: one thread at a time writes, and one syncs, for all callers that wait meanwhile.
 //!
-//! There is no thread of its own. A caller that finds nobody writing takes all queued records and writes them: it is the
-//! *writer*. A caller that waits for the disk and finds nobody syncing is the *syncer*, for everything that is written by then.
+//! There is no thread of its own. If no other caller writes, a caller takes all queued records and writes them: it is the
+//! *writer*. If no other caller syncs, a caller that waits for the disk is the *syncer*, for everything that is written by then.
 //! One writes while the other syncs. When either has finished, it wakes the callers whose records are done, each by itself,
 //! and first of all one that continues in its role. So no caller wakes up only to find that it has to wait again.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::error::{Error, Result};
+use super::error::{Error, Result, unknown};
 use super::record::Kind;
 use super::sync::{AtomicBool, Mutex, MutexGuard, Thread, current, park, yield_now};
 
@@ -287,7 +288,9 @@ impl GroupCommit {
         let mut batch = std::mem::replace(&mut state.queued, spare);
         let last = state.last_queued;
         drop(state);
+        let panic = FailOnPanic { commits: self, armed: true };
         let written = sink.write(&batch);
+        panic.disarm();
         batch.clear();
         let mut state = self.state.lock();
         state.is_writing = false;
@@ -323,7 +326,9 @@ impl GroupCommit {
         }
         let written = state.written;
         drop(state);
+        let panic = FailOnPanic { commits: self, armed: true };
         let synced = sink.sync();
+        panic.disarm();
         let mut state = self.state.lock();
         state.is_syncing = false;
         match synced {
@@ -334,6 +339,16 @@ impl GroupCommit {
             Err(error) => state.failed = Some(error),
         }
         self.wake(state, call)
+    }
+
+    /// Makes all calls fail after a panic of the sink: what it wrote is unknown, and no other thread knows that it has ended.
+    fn fail_after_panic(&self) {
+        let mut state = self.state.lock();
+        (state.is_writing, state.is_syncing) = (false, false);
+        state.failed = Some(unknown("writing to", "the journal", io::Error::other("the thread that wrote panicked")));
+        for waiter in std::mem::take(&mut state.waiters) {
+            waiter.wake();
+        }
     }
 
     fn wake<'a>(&'a self, mut state: MutexGuard<'a, State>, call: Call) -> MutexGuard<'a, State> {
@@ -362,14 +377,33 @@ impl GroupCommit {
     }
 }
 
+/// Held while the sink is used.
+struct FailOnPanic<'a> {
+    commits: &'a GroupCommit,
+    armed: bool,
+}
+
+impl FailOnPanic<'_> {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.commits.fail_after_panic();
+        }
+    }
+}
+
 #[cfg(all(test, not(shuttle)))]
 mod tests {
-    use std::io;
     use std::sync::atomic::AtomicU64;
     use std::time::Duration;
 
     use super::*;
-    use crate::error::{not_written, unknown};
+    use crate::error::not_written;
 
     /// Counts records, and fails where it is asked to.
     #[derive(Default)]
@@ -497,6 +531,35 @@ mod tests {
             }
             assert_eq!(used(), before);
         }
+    }
+
+    /// Panics in its first write, after other callers have queued records.
+    struct Panics(AtomicU64);
+
+    impl Sink for Panics {
+        fn write(&self, _: &Batch) -> Result<()> {
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(self.0.fetch_add(1, Ordering::SeqCst) > 0, "a panic of the sink");
+            Ok(())
+        }
+
+        fn sync(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_sink_fails_all_calls_and_leaves_none_waiting() {
+        let (group, sink) = (GroupCommit::default(), Panics(AtomicU64::new(0)));
+        let append = || group.append(Kind::Data, &[b"record"], Durability::Disk, &sink);
+        let outcomes: Vec<_> = std::thread::scope(|scope| {
+            let callers: Vec<_> = (0..4).map(|_| scope.spawn(append)).collect();
+            callers.into_iter().map(|caller| caller.join().map_err(drop)).collect()
+        });
+        assert_eq!(outcomes.iter().filter(|outcome| outcome.is_err()).count(), 1, "the writer panicked: {outcomes:?}");
+        assert!(outcomes.iter().flatten().all(|outcome| matches!(outcome, Err(Error::Unknown { .. }))), "{outcomes:?}");
+        assert!(matches!(append(), Err(Error::Unknown { .. })));
+        assert!(group.close(&sink).is_err());
     }
 
     #[test]

@@ -97,7 +97,7 @@ struct End<M: Medium> {
     output: Mutex<Output<M>>,
     next_lsn: AtomicU64,
     durable_lsn: AtomicU64,
-    /// The lsn after the last record that is not a mark. Nobody needs to know that a mark is on disk.
+    /// The lsn after the last record that is not a mark: marks need not be synced.
     content_lsn: AtomicU64,
     /// The highest durable lsn that a record or a header states.
     stated_lsn: AtomicU64,
@@ -298,7 +298,12 @@ impl<M: Medium> Journal<M> {
         }
         self.append_as(Kind::Checkpoint, &[&lsn.to_le_bytes(), checkpoint], Durability::Disk)?;
         *replay_from = lsn;
-        let removed = self.end.output.lock().free_below(lsn, self.spare_bytes);
+        let removed = {
+            let mut output = self.end.output.lock();
+            let removed = output.free_below(lsn, self.spare_bytes);
+            self.end.allocated.store(output.allocated_bytes(), Ordering::Release);
+            removed
+        };
         for slot in removed {
             // If it is still there at the next open, it is a spare segment.
             let _ = self.medium.remove(&segment::name(slot.slot));
@@ -316,6 +321,10 @@ impl<M: Medium> Journal<M> {
     pub fn maintain(&self) -> Result<()> {
         let _one_at_a_time = self.replay_from.lock();
         self.commits.check()?;
+        // Before a segment is created, which fails on a full disk.
+        if self.end.is_durable_unstated() {
+            self.append_as(Kind::Mark, &[], Durability::Process)?;
+        }
         let reserved = {
             let mut output = self.end.output.lock();
             output.lacks_room(PREPARE).then(|| output.next_slot(0)).transpose()?
@@ -323,9 +332,6 @@ impl<M: Medium> Journal<M> {
         if let Some((slot, bytes)) = reserved {
             let slot = Slot::create(&*self.medium, slot, bytes)?;
             self.end.output.lock().add_spare(slot);
-        }
-        if self.end.is_durable_unstated() {
-            self.append_as(Kind::Mark, &[], Durability::Process)?;
         }
         Ok(())
     }

@@ -51,7 +51,7 @@
 //!   after them, such as an earlier version of that file, looks like a torn tail.
 //! - Damage to records after the last mark, or after the last record that states them, looks like a torn tail.
 //!
-//! A file that is blamed is the first one whose content ends too early, or the one after a missing file.
+//! The error names the first file whose content ends too early, or the file after a missing one.
 //!
 //! # Assumptions about the disk
 //!

@@ -35,7 +35,8 @@ struct Mapping {
 }
 
 impl MappedFile {
-    pub(crate) fn new(file: File) -> io::Result<Self> {
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
+        let file = file.try_clone()?;
         // SAFETY: the bytes must not change except through this mapping and this file. The file is private to its owner, in
         // a directory that the caller has locked, and nothing keeps a reference into the mapping: bytes are copied to it
         // under a lock. If the file is truncated by another process, a store ends this process by SIGBUS; it does not

@@ -102,7 +102,7 @@ pub struct Directory {
 pub enum Access {
     /// With system calls. Syncs are faster than with `Map`: for journals whose records are synced one by one.
     Write,
-    /// Through a mapping. Appends are faster than with `Write`, because they need no system call: for journals that are
+    /// Through a mapping, where the system can map the file. Appends are faster than with `Write`, because they need no system call: for journals that are
     /// synced periodically. If the disk cannot read a page of the file again, or another process truncates the file, a store
     /// to it ends this process with `SIGBUS`. Not for file systems that copy on write: they may have no space for a block that
     /// is written again, which is `SIGBUS` as well.
@@ -169,10 +169,11 @@ impl Medium for Directory {
 
     fn open(&self, name: &str) -> io::Result<DirectoryFile> {
         let file = OpenOptions::new().read(true).write(true).open(self.path.join(name))?;
-        Ok(DirectoryFile(match self.access {
-            Access::Map if file.metadata()?.len() > 0 => Opened::Mapped(MappedFile::new(file)?),
-            _ => Opened::Plain(file),
-        }))
+        // On other systems a sync of the file need not include stores to a mapping.
+        let is_mapped = self.access == Access::Map && cfg!(target_os = "linux") && file.metadata()?.len() > 0;
+        // Some file systems have no shared mappings.
+        let mapped = if is_mapped { MappedFile::new(&file).ok() } else { None };
+        Ok(DirectoryFile(mapped.map_or(Opened::Plain(file), Opened::Mapped)))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

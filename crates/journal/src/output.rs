@@ -166,7 +166,7 @@ impl<M: Medium> Output<M> {
         self.segments.back().map_or(0, |segment| segment.slot.bytes - self.position)
     }
 
-    /// Writes what is new in the buffer, and keeps its last block if that is incomplete.
+    /// Writes the new bytes of the buffer, and keeps its last block if that is incomplete.
     fn flush(&mut self) -> Result<()> {
         let Some(active) = self.segments.back().filter(|_| self.flushed < self.buffer.len()) else { return Ok(()) };
         let (slot, len) = (&active.slot, self.buffer.len());

@@ -106,7 +106,7 @@ pub(crate) struct Slot<F> {
     pub(crate) file: F,
     /// How messages name it.
     pub(crate) place: String,
-    /// What its next header must mind.
+    /// What its next header depends on.
     pub(crate) past: Mutex<Past>,
 }
 

@@ -110,6 +110,12 @@ pub enum Holder {
         /// The end of the lease, on the monotonic clock.
         until_monotonic_ms: u64,
     },
+    /// As `Leased`, and the claim is being written to the journal. The key cannot be taken over, also after the lease: the
+    /// records of a key are in the order of its attempts.
+    Claiming {
+        /// The end of the lease, on the monotonic clock.
+        until_monotonic_ms: u64,
+    },
     /// It has finished, and the outcome is being written to the journal. The key cannot be taken over.
     Committing,
     /// As `Committing`, for a `record` call, which has no lease.

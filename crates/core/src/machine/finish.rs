@@ -1,4 +1,4 @@
-//! How an attempt ends: completion, release, renewal, interruption, and `forget`.
+//! How an attempt ends: the entries of completions, releases, renewals and interruptions.
 
 use super::entry::{Backoff, CompletedEntry, Entry, Holder, OwnWindow, Processing};
 use super::moment::Moment;
@@ -20,15 +20,16 @@ pub enum FinishedBy {
 /// completion is accepted, since a rejection would cause the work to be repeated.
 #[inline]
 #[must_use]
-pub fn may_finish(stored: Option<&Entry>, token: u64) -> bool {
+pub(super) fn may_finish(stored: Option<&Entry>, token: u64) -> bool {
     matches!(stored, Some(Entry::Processing(processing))
-        if processing.token == token && !matches!(processing.holder, Holder::Committing | Holder::CommittingUnclaimed))
+        if processing.token == token
+            && !matches!(processing.holder, Holder::Claiming { .. } | Holder::Committing | Holder::CommittingUnclaimed))
 }
 
 /// The entry that a completion or a release with `token` finishes. `None`: superseded.
 #[inline]
 #[must_use]
-pub fn finishable(
+pub(super) fn finishable(
     stored: Option<&Entry>,
     token: u64,
     finished_by: FinishedBy,
@@ -42,12 +43,6 @@ pub fn finishable(
         }
         _ => None,
     }
-}
-
-/// Whether `token` has completed the key, and the completion is remembered: a repeated completion is accepted.
-#[must_use]
-pub fn has_completed(stored: Option<&Entry>, token: u64, now: impl Moment, policy: Policy) -> bool {
-    matches!(stored, Some(Entry::Completed(done)) if done.token == token && done.is_live(now, policy.window_ms))
 }
 
 /// How long the lease with `token` still excludes other holders.
@@ -81,7 +76,7 @@ impl Attempt {
     /// The entry of a completion.
     #[inline]
     #[must_use]
-    pub fn completed<B>(
+    pub(super) fn completed<B>(
         self,
         own_window: OwnWindow,
         result: StoredResult<B>,
@@ -94,7 +89,7 @@ impl Attempt {
 
     /// The entry of a release. `prior` is how the attempt ended.
     #[must_use]
-    pub fn released(
+    pub(super) fn released(
         self,
         own_window: OwnWindow,
         finished_by: FinishedBy,
@@ -117,7 +112,7 @@ impl Holder {
     /// The holder after a renewal, which never shortens a lease. `None` if the lease has ended: a resolution is durable, so a
     /// renewal, which is not, must not undo it.
     #[must_use]
-    pub fn renewed(self, full_ms: u64) -> Option<Self> {
+    pub(super) fn renewed(self, full_ms: u64) -> Option<Self> {
         match self {
             Self::Leased { until_monotonic_ms } => {
                 Some(Self::Leased { until_monotonic_ms: until_monotonic_ms.max(full_ms) })
@@ -128,7 +123,7 @@ impl Holder {
 
     /// The holder after its lease was given up: `ended`. A lease that has ended already stays as it is.
     #[must_use]
-    pub fn ended(self, ended: Self) -> Self {
+    pub(super) fn ended(self, ended: Self) -> Self {
         if matches!(self, Self::Leased { .. }) { ended } else { self }
     }
 }
@@ -136,7 +131,7 @@ impl Holder {
 impl Processing {
     /// The entry after its holder changed without a finish.
     #[must_use]
-    pub fn with_holder(self, holder: Holder, now: impl Moment, policy: Policy) -> Self {
+    pub(super) fn with_holder(self, holder: Holder, now: impl Moment, policy: Policy) -> Self {
         let since_ms = policy.next_time_ms(self.since_ms, now);
         let fingerprint = match holder {
             Holder::Released { prior, .. } => binding(self.fingerprint, prior),
@@ -144,24 +139,11 @@ impl Processing {
         };
         Self { since_ms, holder, fingerprint, ..self }
     }
-
-    /// What other calls see of a key while an entry with `token` is removed.
-    #[must_use]
-    pub fn removing(token: u64, now: impl Moment) -> Self {
-        Self {
-            token,
-            attempt: 1,
-            since_ms: now.time_ms(),
-            fingerprint: None,
-            own_window: OwnWindow::NONE,
-            holder: Holder::Committing,
-        }
-    }
 }
 
 /// The state of a key whose holder crashed, dropped its lease or let it expire.
 #[must_use]
-pub fn interrupted(prior: PriorAttempt, on_interrupt: OnInterrupt) -> Holder {
+pub(super) fn interrupted(prior: PriorAttempt, on_interrupt: OnInterrupt) -> Holder {
     match on_interrupt {
         OnInterrupt::Hold => Holder::Interrupted(prior),
         OnInterrupt::Rerun => Holder::Released { prior, backoff: Backoff::NONE },
@@ -170,7 +152,7 @@ pub fn interrupted(prior: PriorAttempt, on_interrupt: OnInterrupt) -> Holder {
 
 /// The state of a key whose lease reached no caller, so that no work was done. `prior` is how the attempt before it ended.
 #[must_use]
-pub fn taken_back(prior: Option<PriorAttempt>) -> Holder {
+pub(super) fn taken_back(prior: Option<PriorAttempt>) -> Holder {
     Holder::Released { prior: prior.unwrap_or(PriorAttempt::Released), backoff: Backoff::NONE }
 }
 
@@ -179,33 +161,4 @@ pub fn taken_back(prior: Option<PriorAttempt>) -> Holder {
 #[inline]
 fn binding(fingerprint: Option<Fingerprint>, prior: PriorAttempt) -> Option<Fingerprint> {
     fingerprint.filter(|_| prior.may_have_happened())
-}
-
-/// Whether a key can be forgotten.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Forget {
-    /// Its entry can be removed.
-    Allowed,
-    /// A holder has it.
-    InUse {
-        /// The token of the holder.
-        token: u64,
-    },
-    /// It is held: without the entry, the next claim would not report that the work may have happened.
-    Undecided {
-        /// The token of the interrupted attempt.
-        token: u64,
-    },
-}
-
-/// Decides whether a key can be forgotten.
-#[must_use]
-pub fn check_forget(stored: Option<&Entry>, now: impl Moment, policy: Policy) -> Forget {
-    let Some(Entry::Processing(processing)) = stored else { return Forget::Allowed };
-    let token = processing.token;
-    match lease_state(processing, now, policy) {
-        LeaseState::Active { .. } | LeaseState::Committing => Forget::InUse { token },
-        LeaseState::Held(_) => Forget::Undecided { token },
-        _ => Forget::Allowed,
-    }
 }

@@ -1,20 +1,23 @@
-//! The state machine of a key, for engines: it maps the stored [`Entry`], a call and the time to a decision and the next
-//! entry.
+//! The state machine of a key, for engines: [`step`] maps the stored [`Entry`], an operation, the time and the policy to an
+//! answer and a [`Change`]. [`replay`] gives the change of an event that was written before.
 //!
-//! No I/O, no lock, no clock. An engine looks the entry up, holds its lock while the machine decides, stores the next entry,
-//! and orders the effects. The table of states in the guarantees of `onlyonce` describes the same rules.
+//! No I/O, no lock, no clock. An engine executes every operation in the same way: it looks the entry up, holds its lock, calls
+//! [`step`], applies the change, writes its event, and answers. The table of states in the guarantees of `onlyonce` describes
+//! the same rules.
 //!
-//! | to | call |
+//! | call | operation |
 //! |--|--|
-//! | answer a claim, a check or a record | [`decide`] |
-//! | get the entry of a claim or a record | [`Available::claimed`], [`Available::recorded`] |
-//! | finish an attempt | [`finishable`], then [`Attempt::completed`] or [`Attempt::released`] |
-//! | renew or interrupt a lease | [`Holder::renewed`], [`interrupted`], then [`Processing::with_holder`] |
-//! | forget a key | [`check_forget`] |
-//! | replay a journal | [`replay`], then [`crashed`] |
+//! | claim, record | [`Claim`], [`Record`] |
+//! | check | none: [`decide`] answers it |
+//! | complete, release, resolve | [`Complete`], [`Release`] |
+//! | renew or drop a lease | [`Renew`], [`Abandon`] |
+//! | forget | [`Forget`] |
+//! | open: end the attempts of the last process | [`Crash`], after a [`replay`] of the journal |
 //!
 //! ```
-//! use onlyonce_core::machine::{Decision, KeyRequest, Opened, PlainMoment, Policy, decide};
+//! use std::convert::Infallible;
+//!
+//! use onlyonce_core::machine::{Change, Claim, Decision, Event, KeyRequest, Opened, PlainMoment, Policy, Step, step};
 //! use onlyonce_core::OnInterrupt;
 //!
 //! let now = PlainMoment { time_ms: 1_000, monotonic_ms: 0 };
@@ -25,27 +28,32 @@
 //!     opened: Opened::at(now),
 //!     first_token: 1,
 //! };
-//! let request = KeyRequest::default();
-//! let Decision::Available(available) = decide(None, request, now, policy) else { panic!("the key is new") };
-//! let processing = available.claimed(None, request, 1, 30_000, now);
-//! assert_eq!((processing.token, processing.attempt), (1, 1));
+//! let claim = Claim { request: KeyRequest::default(), until_monotonic_ms: 30_000 };
+//! let Step { answer, change } = step(None, claim, now, policy, || Ok::<u64, Infallible>(1))?;
+//! assert!(matches!(answer, Decision::Available(available) if available.attempt == 1));
+//! assert!(matches!(change, Change::<Vec<u8>>::Immediate(Event::Claimed(processing)) if processing.token == 1));
+//! # Ok::<(), Infallible>(())
 //! ```
 
 mod entry;
+mod event;
+#[cfg(test)]
+mod exhaustive;
 mod finish;
 mod moment;
-mod replay;
+mod step;
 #[cfg(test)]
 mod tests;
 mod transition;
 
 pub use entry::{Backoff, CompletedEntry, Entry, Holder, OwnWindow, Processing};
-pub use finish::{
-    Attempt, FinishedBy, Forget, check_forget, finishable, has_completed, interrupted, may_finish, remaining_ms,
-    taken_back,
-};
+pub use event::Event;
+pub use finish::{Attempt, FinishedBy, remaining_ms};
 #[cfg(feature = "testing")]
 pub(crate) use moment::millis;
 pub use moment::{Moment, PlainMoment};
-pub use replay::{Event, Replayed, crashed, replay};
+pub use step::{
+    Abandon, Abandoned, Acquired, Change, Claim, Complete, Crash, Finished, Forget, Forgotten, Op, Record, Release,
+    Renew, Step, replay, step,
+};
 pub use transition::{Available, Decision, KeyRequest, LeaseState, Opened, Policy, counts, decide, held, lease_state};

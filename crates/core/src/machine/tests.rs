@@ -1,13 +1,21 @@
+use std::convert::Infallible;
 use std::time::Duration;
 
 use super::entry::*;
+use super::event::*;
 use super::finish::*;
 use super::moment::*;
-use super::replay::*;
+use super::step::*;
 use super::transition::*;
 use crate::answer::{OnInterrupt, StoredResult};
 use crate::attempt::PriorAttempt;
 use crate::key::Fingerprint;
+
+/// A step whose next token is 8.
+fn run<'s, O: Op>(stored: Option<&'s Entry>, op: O, now: PlainMoment, policy: Policy) -> Step<O::Answer<'s>> {
+    let Ok(step) = step(stored, op, now, policy, || Ok::<u64, Infallible>(8));
+    step
+}
 
 const WINDOW_MS: u64 = 1_000;
 const OPENED: Opened = Opened { time_ms: 5_000, monotonic_ms: 0 };
@@ -89,6 +97,19 @@ fn a_leased_key_is_in_progress_until_its_lease_expires() {
     assert_eq!(decision(&leased, 5_299, RERUN), in_progress(Some(1)));
     assert_eq!(decision(&leased, 5_300, RERUN), again(PriorAttempt::LeaseExpired));
     assert_eq!(decision(&leased, 5_300, HOLD), in_progress(None));
+}
+
+#[test]
+fn a_claim_that_is_not_written_yet_is_not_taken_over_when_its_lease_ends() {
+    let claiming = processing(Holder::Claiming { until_monotonic_ms: 300 });
+    for policy in [RERUN, HOLD, STREAM] {
+        assert_eq!(decision(&claiming, 5_000, policy), in_progress(Some(300)));
+        assert_eq!(decision(&claiming, 5_299, policy), in_progress(Some(1)));
+        assert_eq!(decision(&claiming, 5_300, policy), in_progress(Some(10)), "it is committing");
+        assert_eq!(decision(&claiming, 900_000, policy), in_progress(Some(10)));
+        assert_eq!(run(Some(&claiming), Forget, at(5_300), policy).answer, Forgotten::InUse { token: 7 });
+    }
+    assert!(!may_finish(Some(&claiming), 7), "its token is not returned yet");
 }
 
 #[test]
@@ -346,11 +367,17 @@ fn a_release_drops_the_payload_only_if_no_attempt_can_have_had_its_effect() {
 
 #[test]
 fn a_completion_is_repeated_by_its_own_token_within_its_window() {
+    let complete = |stored: &Entry, token, now_ms| {
+        let attempt = Attempt { token, attempt: 2, fingerprint: None, at_ms: 5_000 };
+        run(Some(stored), Complete { attempt, by: FinishedBy::Holder, result: StoredResult::None }, at(now_ms), RERUN)
+    };
     let stored = completed();
-    assert!(has_completed(Some(&stored), 7, at(5_999), RERUN));
-    assert!(!has_completed(Some(&stored), 7, at(6_000), RERUN));
-    assert!(!has_completed(Some(&stored), 6, at(5_999), RERUN));
-    assert!(!has_completed(Some(&processing(RELEASED)), 7, at(5_999), RERUN));
+    assert_eq!(complete(&stored, 7, 5_999).answer, Finished::Repeated);
+    assert_eq!(complete(&stored, 7, 6_000).answer, Finished::Superseded);
+    assert_eq!(complete(&stored, 6, 5_999).answer, Finished::Superseded);
+    assert_eq!(complete(&processing(Holder::Committing), 7, 5_999).answer, Finished::Committing);
+    assert_eq!(complete(&processing(Holder::CommittingUnclaimed), 7, 5_999).answer, Finished::Superseded);
+    assert_eq!(complete(&processing(RELEASED), 7, 5_999).answer, Finished::Accepted);
 }
 
 #[test]
@@ -367,28 +394,31 @@ fn a_renewal_extends_a_lease_and_nothing_else() {
 #[test]
 fn a_key_can_be_forgotten_unless_it_is_leased_committing_or_held() {
     let dropped = Holder::Interrupted(PriorAttempt::Dropped);
-    let forget = |holder, policy| check_forget(Some(&processing(holder)), at(5_100), policy);
+    let forget = |stored: Option<&Entry>, now_ms, policy| run(stored, Forget, at(now_ms), policy).answer;
     for in_use in [Holder::Leased { until_monotonic_ms: 101 }, Holder::Committing] {
-        assert_eq!(forget(in_use, RERUN), Forget::InUse { token: 7 });
+        assert_eq!(forget(Some(&processing(in_use)), 5_100, RERUN), Forgotten::InUse { token: 7 });
     }
-    assert_eq!(forget(dropped, HOLD), Forget::Undecided { token: 7 });
-    assert_eq!(forget(dropped, RERUN), Forget::Allowed);
-    assert_eq!(check_forget(Some(&completed()), at(5_100), HOLD), Forget::Allowed);
-    assert_eq!(check_forget(None, at(5_100), HOLD), Forget::Allowed);
+    assert_eq!(forget(Some(&processing(dropped)), 5_100, HOLD), Forgotten::Undecided { token: 7 });
+    let removed = |counted| Forgotten::Removed { counted };
+    assert_eq!(forget(Some(&processing(dropped)), 5_100, RERUN), removed(true));
+    assert_eq!(forget(Some(&completed()), 5_999, HOLD), removed(true));
+    assert_eq!(forget(Some(&completed()), 6_000, HOLD), removed(false));
+    assert_eq!(forget(None, 5_100, HOLD), removed(false));
 }
 
 #[test]
-fn an_open_marks_the_attempts_of_a_crashed_process() {
-    let open = |holder, policy| {
-        let Entry::Processing(before) = processing(holder) else { panic!("it is in progress") };
-        crashed(before, at(5_100), policy).map(|after| (after.since_ms, after.holder))
+fn an_open_ends_the_attempts_of_a_crashed_process() {
+    let open = |holder, policy| match run(Some(&processing(holder)), Crash, at(5_100), policy).change {
+        Change::InMemory(after) => Some((after.since_ms, after.holder)),
+        Change::None => None,
+        change => panic!("an open writes nothing: {change:?}"),
     };
     let leased = Holder::Leased { until_monotonic_ms: 1 << 40 };
     assert_eq!(open(leased, HOLD), Some((5_100, Holder::Interrupted(PriorAttempt::Crashed))));
     assert_eq!(open(leased, STREAM), Some((5_000, interrupted(PriorAttempt::Crashed, OnInterrupt::Rerun))));
     let dropped = Holder::Interrupted(PriorAttempt::Dropped);
     assert_eq!(open(dropped, RERUN), Some((5_000, interrupted(PriorAttempt::Dropped, OnInterrupt::Rerun))));
-    assert_eq!(open(RELEASED, RERUN), None);
+    assert_eq!((open(dropped, HOLD), open(RELEASED, RERUN)), (None, None));
 }
 
 #[test]
@@ -401,7 +431,7 @@ fn a_replay_orders_events_by_their_tokens() {
         let Entry::Completed(done) = completed() else { panic!("it is completed") };
         CompletedEntry { token, ..done }
     };
-    let changes = |stored, event| replay(stored, event) != Replayed::Unchanged;
+    let changes = |stored, event| replay(stored, event) != Change::None;
     let claimed = processing(Holder::Interrupted(PriorAttempt::Crashed));
     for (token, claim, release, complete, forget) in
         [(6, false, false, false, false), (7, false, true, true, false), (8, true, true, true, true)]
@@ -416,9 +446,7 @@ fn a_replay_orders_events_by_their_tokens() {
         let released = Event::Released(with_token(token));
         assert_eq!(changes(Some(&done_before), released), release, "only a later holder releases it again: {token}");
     }
-    let stored = |event| matches!(replay(None, event), Replayed::Stored(entry) if entry.token() == 1);
-    assert!(stored(Event::Claimed(with_token(1))) && stored(Event::Released(with_token(1))));
-    assert!(stored(Event::Completed(done(1))));
-    assert_eq!(replay(None, Event::Forgotten { token: 1 }), Replayed::Unchanged);
-    assert_eq!(replay(Some(&claimed), Event::Forgotten { token: 8 }), Replayed::Removed);
+    let new = [Event::Claimed(with_token(1)), Event::Released(with_token(1)), Event::Completed(done(1))];
+    assert!(new.into_iter().all(|event| changes(None, event)));
+    assert!(!changes(None, Event::Forgotten { token: 1 }));
 }

@@ -74,7 +74,7 @@ pub enum LeaseState {
         /// How long.
         remaining_ms: u64,
     },
-    /// Its completion or release is not durable yet.
+    /// Its claim, completion or release is not durable yet.
     Committing,
     /// The next claim acquires it.
     Free(PriorAttempt),
@@ -118,6 +118,10 @@ pub fn lease_state(processing: &Processing, now: impl Moment, policy: Policy) ->
     };
     match processing.holder {
         Holder::Committing | Holder::CommittingUnclaimed => LeaseState::Committing,
+        Holder::Claiming { until_monotonic_ms } => match until_monotonic_ms.saturating_sub(now.monotonic_ms()) {
+            0 => LeaseState::Committing,
+            remaining_ms => LeaseState::Active { remaining_ms },
+        },
         Holder::Leased { until_monotonic_ms } => match until_monotonic_ms.checked_sub(now.monotonic_ms()) {
             Some(remaining_ms) if remaining_ms > 0 => LeaseState::Active { remaining_ms },
             // On stream time the window does not run on elapsed time, as leases do.
@@ -145,9 +149,9 @@ pub fn lease_state(processing: &Processing, now: impl Moment, policy: Policy) ->
 
 /// The answer of the state machine to a claim, a check or a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision<'a> {
+pub enum Decision<'a, A = Available> {
     /// The key is new or free: the caller may work on it.
-    Available(Available),
+    Available(A),
     /// Another holder has it, or it is in backoff. `None`: it is held until it is resolved.
     InProgress {
         /// When to claim again.
@@ -161,6 +165,20 @@ pub enum Decision<'a> {
     PayloadMismatch,
     /// No entry counts, and the message is older than the window: it cannot be known whether the key was completed.
     TooOld,
+}
+
+impl<'a> Decision<'a> {
+    /// Begins the attempt of a key that is available.
+    #[inline(always)]
+    pub(super) fn begin<A, E>(self, begin: impl FnOnce(Available) -> Result<A, E>) -> Result<Decision<'a, A>, E> {
+        Ok(match self {
+            Self::Available(available) => Decision::Available(begin(available)?),
+            Self::InProgress { retry_after_ms, attempt } => Decision::InProgress { retry_after_ms, attempt },
+            Self::Completed(done) => Decision::Completed(done),
+            Self::PayloadMismatch => Decision::PayloadMismatch,
+            Self::TooOld => Decision::TooOld,
+        })
+    }
 }
 
 /// The retry hint for a committing key: about as long as a completion takes to reach the disk.
@@ -183,7 +201,7 @@ impl Default for KeyRequest<'_> {
     }
 }
 
-/// Decides what a call gets for a key.
+/// Decides what a claim or a record of a key gets, and answers a check. It changes nothing.
 #[inline]
 #[must_use]
 pub fn decide<'a>(
@@ -236,7 +254,7 @@ impl Available {
     /// The entry of a claim that got the key.
     #[inline]
     #[must_use]
-    pub fn claimed(
+    pub(super) fn claimed(
         self,
         stored: Option<&Entry>,
         request: KeyRequest<'_>,
@@ -257,7 +275,7 @@ impl Available {
     /// The entry of a record: a completion without a claim and without a result.
     #[inline]
     #[must_use]
-    pub fn recorded<B>(
+    pub(super) fn recorded<B>(
         self,
         stored: Option<&Entry>,
         request: KeyRequest<'_>,

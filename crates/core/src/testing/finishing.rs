@@ -11,19 +11,17 @@ use crate::completion::Completion;
 use crate::engine::{Finish, Grant, Release};
 use crate::error::{Error, Result};
 use crate::key::Key;
-use crate::machine::{self, Attempt, Backoff, Entry, FinishedBy, Forget, PlainMoment, Processing};
+use crate::machine::{
+    self, Abandon, Abandoned, Attempt, Backoff, Complete, Finished, FinishedBy, Forget, Forgotten, Processing, Renew,
+};
 use crate::timestamp::Timestamp;
 
 impl State {
     pub(super) fn renew(&mut self, grant: &Grant) -> Result<()> {
-        let full_ms = self.monotonic_ms().saturating_add(self.lease_ms);
-        let leased = self.lease_of(grant).ok_or_else(|| grant.superseded())?;
-        if let Entry::Processing(processing) = &mut leased.entry
-            && let Some(holder) = processing.holder.renewed(full_ms)
-        {
-            processing.holder = holder;
-        }
-        Ok(())
+        let now = self.now();
+        let until_monotonic_ms = now.monotonic_ms.saturating_add(self.lease_ms);
+        let renew = Renew { token: grant.token().get(), until_monotonic_ms };
+        self.execute(&grant.key, renew, now, |_, is_ours| is_ours.then_some(()).ok_or_else(|| grant.superseded()))
     }
 
     /// The key of a grant's lease, also if that expired. `None` if it was finished, dropped, taken over or resolved.
@@ -40,49 +38,37 @@ impl State {
 
     /// The token decides, never the clock: to reject a late holder that no other has overtaken would only cause a duplicate.
     fn finish_one(&mut self, grant: &Grant, finish: Finish, batch: &mut Batch) -> Result<()> {
-        let (now, policy, token) = (self.now(), self.policy, grant.token().get());
-        let stored = self.stored(&grant.key, now);
-        match (machine::finishable(stored.as_ref(), token, FinishedBy::Holder, now, policy), finish) {
-            (Some(processing), Finish::Complete(completion)) => {
-                self.complete(grant, processing, completion, now, batch)
-            }
-            (Some(processing), Finish::Release(release)) => self.release(grant, processing, release, now),
-            // Repeated: it is stored already, and so are its side writes.
-            (None, Finish::Complete(_)) if machine::has_completed(stored.as_ref(), token, now, policy) => {}
-            (None, finish) => {
-                if matches!(finish, Finish::Complete(_)) {
-                    batch.hold_back_offsets();
-                }
+        match finish {
+            Finish::Complete(completion) => self.complete(grant, &completion, batch),
+            Finish::Release(release) => self.release(grant, release),
+        }
+    }
+
+    fn complete(&mut self, grant: &Grant, completion: &Completion, batch: &mut Batch) -> Result<()> {
+        let result = self.stored_result(completion.result());
+        let complete = Complete { attempt: attempt(grant), by: FinishedBy::Holder, result };
+        let finished = self.execute(&grant.key, complete, self.now(), |_, finished| Ok(finished))?;
+        match (finished, completion.side_writes()) {
+            (Finished::Accepted, Some(side_writes)) => self.side_writes.store(side_writes, batch),
+            // If it is repeated, its side writes are stored already.
+            (Finished::Accepted, None) | (Finished::Repeated, _) => {}
+            (Finished::Committing | Finished::Superseded, _) => {
+                batch.hold_back_offsets();
                 return Err(grant.superseded());
             }
         }
         Ok(())
     }
 
-    fn complete(
-        &mut self,
-        grant: &Grant,
-        processing: &Processing,
-        completion: Completion,
-        now: PlainMoment,
-        batch: &mut Batch,
-    ) {
-        if let Some(side_writes) = completion.side_writes() {
-            self.side_writes.store(side_writes, batch);
-        }
-        let attempt = Attempt { at_ms: grant.claimed_at.as_unix_ms(), ..attempt(processing) };
-        let result = self.stored_result(completion.result());
-        let done = attempt.completed(processing.own_window, result, now, self.policy);
-        self.keys.insert(grant.key.clone(), Stored::new(Entry::Completed(done)));
-    }
-
     fn stored_result(&self, result: &[u8]) -> StoredResult {
         StoredResult::within(result, self.config.result_limit).to_shared()
     }
 
-    fn release(&mut self, grant: &Grant, processing: &Processing, release: Release, now: PlainMoment) {
+    fn release(&mut self, grant: &Grant, release: Release) -> Result<()> {
+        let now = self.now();
+        let superseded = || grant.superseded();
         if release.may_have_happened && self.policy.on_interrupt == OnInterrupt::Hold {
-            return self.abandon(grant);
+            return self.drop_lease(grant).then_some(()).ok_or_else(superseded);
         }
         // This attempt may have had no effect: whether an earlier one had is still open.
         let doubt = grant.attempt.prior().filter(|prior| prior.may_have_happened());
@@ -91,20 +77,23 @@ impl State {
             false => PriorAttempt::Released,
         });
         let backoff = Backoff::from(now, release.backoff, self.policy.window_ms);
-        let number = if release.reset_attempts { 0 } else { processing.attempt };
-        let attempt = Attempt { attempt: number, ..attempt(processing) };
-        let released = attempt.released(processing.own_window, FinishedBy::Holder, prior, backoff, now, self.policy);
-        self.keys.insert(grant.key.clone(), Stored::new(Entry::Processing(released)));
+        let mut attempt = attempt(grant);
+        if release.reset_attempts {
+            attempt.attempt = 0;
+        }
+        let release = machine::Release { attempt, by: FinishedBy::Holder, prior, backoff };
+        let finished = self.execute(&grant.key, release, now, |_, finished| Ok(finished))?;
+        (finished == Finished::Accepted).then_some(()).ok_or_else(superseded)
     }
 
     /// Ends an attempt with unknown outcome. Only a lease can be dropped.
     pub(super) fn abandon(&mut self, grant: &Grant) {
-        let (now, policy) = (self.now(), self.policy);
-        let Some(leased) = self.lease_of(grant) else { return };
-        if let Entry::Processing(processing) = &leased.entry {
-            let dropped = machine::interrupted(PriorAttempt::Dropped, policy.on_interrupt);
-            *leased = Stored::new(Entry::Processing(processing.clone().with_holder(dropped, now, policy)));
-        }
+        self.drop_lease(grant);
+    }
+
+    fn drop_lease(&mut self, grant: &Grant) -> bool {
+        let abandon = Abandon { token: grant.token().get(), outcome: Abandoned::Unknown };
+        self.execute(&grant.key, abandon, self.now(), |_, is_ours| Ok(is_ours)).unwrap_or(false)
     }
 
     pub(super) fn held(&self) -> Vec<HeldKey> {
@@ -120,42 +109,37 @@ impl State {
         held
     }
 
-    pub(super) fn resolve(&mut self, key: Key<'static>, resolution: Resolution) -> Result<()> {
-        self.check_stored_key(&key)?;
-        let (now, policy) = (self.now(), self.policy);
-        let stored = self.stored(&key, now);
-        let Some((processing, prior)) = machine::held(stored.as_ref(), now, policy) else {
+    pub(super) fn resolve(&mut self, key: &Key<'static>, resolution: Resolution) -> Result<()> {
+        self.check_stored_key(key)?;
+        let (now, by) = (self.now(), FinishedBy::Operator);
+        let stored = self.stored(key, now);
+        let Some((processing, prior)) = machine::held(stored.as_ref(), now, self.policy) else {
             return Err(Error::NotHeld { key: key.to_string() });
         };
-        let (attempt, own_window) = (attempt(processing), processing.own_window);
-        let entry = match resolution {
+        let Processing { token, attempt, fingerprint, since_ms: at_ms, .. } = *processing;
+        let attempt = Attempt { token, attempt, fingerprint, at_ms };
+        match resolution {
             Resolution::Rerun => {
-                Entry::Processing(attempt.released(own_window, FinishedBy::Operator, prior, Backoff::NONE, now, policy))
+                let rerun = machine::Release { attempt, by, prior, backoff: Backoff::NONE };
+                self.execute(key, rerun, now, |_, _| Ok(()))
             }
-            // With a token of its own, so that the old holder's late completion fails.
             Resolution::Completed(result) => {
-                let attempt = Attempt { token: self.next_token(), ..attempt };
-                Entry::Completed(attempt.completed(own_window, self.stored_result(&result), now, policy))
+                let complete = Complete { attempt, by, result: self.stored_result(&result) };
+                self.execute(key, complete, now, |_, _| Ok(()))
             }
-        };
-        self.keys.insert(key, Stored::new(entry));
-        Ok(())
+        }
     }
 
     pub(super) fn forget(&mut self, key: &Key<'static>) -> Result<bool> {
         self.check_stored_key(key)?;
         let now = self.now();
-        let stored = self.stored(key, now);
-        let name = || key.to_string();
-        match machine::check_forget(stored.as_ref(), now, self.policy) {
-            Forget::Allowed => {}
-            Forget::InUse { token } => return Err(Error::InUse { key: name(), token: FencingToken::new(token) }),
-            Forget::Undecided { token } => {
-                return Err(Error::Undecided { key: name(), token: FencingToken::new(token) });
+        self.execute(key, Forget, now, |_, forgotten| match forgotten {
+            Forgotten::Removed { counted } => Ok(counted),
+            Forgotten::InUse { token } => Err(Error::InUse { key: key.to_string(), token: FencingToken::new(token) }),
+            Forgotten::Undecided { token } => {
+                Err(Error::Undecided { key: key.to_string(), token: FencingToken::new(token) })
             }
-        }
-        self.keys.remove(key);
-        Ok(stored.is_some_and(|entry| machine::counts(&entry, now, self.policy)))
+        })
     }
 
     /// Ends the lease of a key, and its renewal. False if it has none.
@@ -178,8 +162,12 @@ impl State {
     }
 }
 
-/// The attempt of an entry.
-fn attempt(processing: &Processing) -> Attempt {
-    let Processing { token, attempt, fingerprint, since_ms: at_ms, .. } = *processing;
-    Attempt { token, attempt, fingerprint, at_ms }
+/// The attempt of a grant.
+fn attempt(grant: &Grant) -> Attempt {
+    Attempt {
+        token: grant.token().get(),
+        attempt: grant.attempt.number(),
+        fingerprint: grant.key.payload_fingerprint().copied(),
+        at_ms: grant.claimed_at.as_unix_ms(),
+    }
 }

@@ -230,7 +230,7 @@ impl Engine for MemoryStore {
     }
 
     fn resolve<'a>(&'a self, key: Key<'static>, resolution: Resolution) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async move { self.call_and_wake(|state| state.resolve(key, resolution)) })
+        Box::pin(async move { self.call_and_wake(|state| state.resolve(&key, resolution)) })
     }
 
     fn forget<'a>(&'a self, key: Key<'static>) -> BoxFuture<'a, Result<bool>> {

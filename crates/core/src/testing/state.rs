@@ -15,7 +15,9 @@ use crate::attempt::{AttemptInfo, FencingToken};
 use crate::engine::{Answers, EngineStats, Grant, Limits};
 use crate::error::{Error, Result, TimestampError};
 use crate::key::Key;
-use crate::machine::{self, Available, Decision, Entry, LeaseState, Opened, PlainMoment, Policy, millis};
+use crate::machine::{
+    self, Acquired, Change, Decision, Entry, LeaseState, Op, Opened, PlainMoment, Policy, Record, millis,
+};
 use crate::timestamp::Timestamp;
 
 #[derive(Debug)]
@@ -34,8 +36,8 @@ pub(super) struct State {
 }
 
 /// What a claim, a check or a record finds.
-enum Found {
-    Available(Available),
+enum Found<A> {
+    Available(A),
     InProgress(InProgress),
     Completed(Completed),
 }
@@ -121,8 +123,47 @@ impl State {
         }
     }
 
-    fn find(&self, key: &Key<'_>, stored: Option<&Entry>, now: PlainMoment) -> Result<Found> {
-        match machine::decide(stored, key_request(key), now, self.policy) {
+    /// Executes an operation on a key. Every change takes effect at once: nothing is written.
+    pub(super) fn execute<O: Op, R>(
+        &mut self,
+        key: &Key<'static>,
+        op: O,
+        now: PlainMoment,
+        answer: impl FnOnce(&Self, O::Answer<'_>) -> Result<R>,
+    ) -> Result<R> {
+        self.execute_admitted(key, op, now, |_| Ok(()), answer)
+    }
+
+    /// As [`State::execute`]. An error of `admit` ends an operation that would begin an attempt.
+    fn execute_admitted<O: Op, R>(
+        &mut self,
+        key: &Key<'static>,
+        op: O,
+        now: PlainMoment,
+        admit: impl FnOnce(&mut Self) -> Result<()>,
+        answer: impl FnOnce(&Self, O::Answer<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let (stored, policy) = (self.stored(key, now), self.policy);
+        let step = machine::step(stored.as_ref(), op, now, policy, || admit(self).map(|()| self.next_token()))?;
+        let answer = answer(self, step.answer);
+        match step.change {
+            Change::None => {}
+            // Whatever renews the lease goes on.
+            Change::InMemory(processing) => {
+                if let Some(stored) = self.keys.get_mut(key) {
+                    stored.entry = Entry::Processing(processing);
+                }
+            }
+            Change::Immediate(event) | Change::OnceWritten { event, .. } => match event.into_entry() {
+                Some(entry) => drop(self.keys.insert(key.clone(), Stored::new(entry))),
+                None => drop(self.keys.remove(key)),
+            },
+        }
+        answer
+    }
+
+    fn found<A>(&self, key: &Key<'_>, decision: Decision<'_, A>, now: PlainMoment) -> Result<Found<A>> {
+        match decision {
             Decision::Available(available) => Ok(Found::Available(available)),
             Decision::InProgress { retry_after_ms, attempt } => {
                 Ok(Found::InProgress(InProgress::new(retry_after_ms.map(Duration::from_millis), attempt)))
@@ -147,22 +188,16 @@ impl State {
 
     fn claim_one(&mut self, key: Key<'static>, later: &[Timestamp]) -> Result<Claim<Grant>> {
         let now = self.advance_to(&key, later)?;
-        let stored = self.stored(&key, now);
-        let available = match self.find(&key, stored.as_ref(), now)? {
-            Found::Available(available) => available,
-            Found::InProgress(in_progress) => return Ok(Claim::InProgress(in_progress)),
-            Found::Completed(completed) => return Ok(Claim::Completed(completed)),
-        };
-        self.admit_one_more(now)?;
-        let until_ms = now.monotonic_ms.saturating_add(self.lease_ms);
-        let token = self.next_token();
-        let processing = available.claimed(stored.as_ref(), key_request(&key), token, until_ms, now);
-        let info = AttemptInfo::new(FencingToken::new(token), available.attempt, available.prior);
-        let claimed_at = Timestamp::from_unix_ms(processing.since_ms);
-        let grant =
-            Grant::new(key.clone().with_fingerprint(processing.fingerprint), info, claimed_at, now.monotonic_ms);
-        self.keys.insert(key, Stored::new(Entry::Processing(processing)));
-        Ok(Claim::Acquired(grant))
+        let until_monotonic_ms = now.monotonic_ms.saturating_add(self.lease_ms);
+        let claim = machine::Claim { request: key_request(&key), until_monotonic_ms };
+        let admit = |state: &mut Self| state.admit_one_more(now);
+        self.execute_admitted(&key, claim, now, admit, |state, decision| {
+            Ok(match state.found(&key, decision, now)? {
+                Found::Available(acquired) => Claim::Acquired(grant(key.clone(), &acquired, now)),
+                Found::InProgress(in_progress) => Claim::InProgress(in_progress),
+                Found::Completed(completed) => Claim::Completed(completed),
+            })
+        })
     }
 
     fn admit_one_more(&self, now: PlainMoment) -> Result<()> {
@@ -206,15 +241,13 @@ impl State {
 
     fn record_one(&mut self, key: Key<'static>, later: &[Timestamp]) -> Result<RecordOutcome> {
         let now = self.advance_to(&key, later)?;
-        let stored = self.stored(&key, now);
-        let available = match self.find(&key, stored.as_ref(), now)? {
-            Found::Available(available) => available,
-            Found::InProgress(_) => return Ok(RecordOutcome::Duplicate { in_flight: true }),
-            Found::Completed(_) => return Ok(RecordOutcome::Duplicate { in_flight: false }),
-        };
-        let done = available.recorded(stored.as_ref(), key_request(&key), self.next_token(), now);
-        self.keys.insert(key, Stored::new(Entry::Completed(done)));
-        Ok(RecordOutcome::First)
+        self.execute(&key, Record { request: key_request(&key) }, now, |state, decision| {
+            Ok(match state.found(&key, decision, now)? {
+                Found::Available(_) => RecordOutcome::First,
+                Found::InProgress(_) => RecordOutcome::Duplicate { in_flight: true },
+                Found::Completed(_) => RecordOutcome::Duplicate { in_flight: false },
+            })
+        })
     }
 
     pub(super) fn check(&self, keys: &[Key<'static>]) -> Answers<KeyStatus> {
@@ -230,7 +263,9 @@ impl State {
             },
             _ => self.now(),
         };
-        Ok(match self.find(key, self.stored(key, now).as_ref(), now)? {
+        let stored = self.stored(key, now);
+        let decision = machine::decide(stored.as_ref(), key_request(key), now, self.policy);
+        Ok(match self.found(key, decision, now)? {
             Found::Available(_) => KeyStatus::New,
             Found::InProgress(in_progress) => KeyStatus::InProgress(in_progress),
             Found::Completed(completed) => KeyStatus::Completed(completed),
@@ -259,6 +294,13 @@ impl State {
         let (in_flight, held) = self.count(self.now());
         EngineStats::new(in_flight as u64, held as u64)
     }
+}
+
+/// The grant of a claim that acquired the key.
+fn grant(key: Key<'static>, acquired: &Acquired, now: PlainMoment) -> Grant {
+    let info = AttemptInfo::new(FencingToken::new(acquired.token), acquired.attempt, acquired.prior);
+    let claimed_at = Timestamp::from_unix_ms(acquired.since_ms);
+    Grant::new(key.with_fingerprint(acquired.fingerprint), info, claimed_at, now.monotonic_ms)
 }
 
 fn timestamps(keys: &[Key<'_>]) -> Vec<Timestamp> {

@@ -1,0 +1,98 @@
+//! `forget`: removes a key from the memtable and from all buckets.
+//!
+//! It excludes a flush, which could write the key to its bucket after the bucket's entry was deleted. So its record is begun
+//! under the shard's lock, and not by a [`Batch`](super::execute::Batch).
+
+use std::sync::Arc;
+
+use super::backpressure::Demand;
+use super::core::{Engine, OpenRecord};
+use super::request::Request;
+use crate::buckets::registry::{Probe, look_up};
+use crate::codec::{self, RecordKind};
+use crate::testing::failpoint::Failpoint;
+use onlyonce_core::machine::{self, Change, Entry, Forget, Forgotten, OwnWindow, Processing, Step};
+use onlyonce_core::{Error, FencingToken, Key, Result};
+
+impl Engine {
+    /// Removes everything that is stored about a key. Returns whether something was stored that had not expired.
+    pub(crate) fn forget(&self, request: &Request) -> Result<bool> {
+        // A key may be in many buckets.
+        let bytes = request.key_bytes().saturating_mul(self.buckets.snapshot().newest_first().len() + 1);
+        self.admit(Demand { items: 1, tokens: 1, bytes, changes_database: true })?;
+        let flush_lock = self.flush_lock.lock();
+        let key_ref = self.single_key(request)?;
+        let (digest, key) = (key_ref.digest, key_ref.key);
+        let now = self.now();
+        let snapshot = self.buckets.snapshot();
+        let probe = Probe { index: 0, digest, key, column_bits: snapshot.candidates(digest) };
+        let (mut flushed, mut newest) = (Vec::new(), None::<Entry>);
+        look_up(&self.db, &snapshot, &[probe], |_, bucket, entry| {
+            newest = newest.take().filter(|newest| newest.token() > entry.token()).or(Some(entry));
+            flushed.push(Arc::clone(bucket));
+        })?;
+
+        let mut shard = self.memtable.shard(digest);
+        let in_memory = shard.get(digest, key);
+        let stored = in_memory.as_ref().or(newest.as_ref());
+        let mut open: Option<OpenRecord<'_>> = None;
+        // Under the lock: the record's number is above those of the key's earlier records, and its token is below that of the
+        // next claim. So a replay removes the old state and keeps a newer one.
+        let begin = || {
+            open = Some(self.begin_record());
+            Ok::<u64, Error>(self.sequence.take())
+        };
+        let Step { answer, change }: Step<Forgotten, &[u8]> = machine::step(stored, Forget, now, self.policy, begin)?;
+        let counted = match answer {
+            Forgotten::Removed { counted } => counted,
+            Forgotten::InUse { token } => {
+                return Err(Error::InUse { key: Key::display_encoded(key), token: FencingToken::new(token) });
+            }
+            Forgotten::Undecided { token } => {
+                return Err(Error::Undecided { key: Key::display_encoded(key), token: FencingToken::new(token) });
+            }
+        };
+        let (Some(open), Change::OnceWritten { event, attempt, holder }) = (open, change) else {
+            drop(shard);
+            self.check_invariants()?;
+            return Ok(false);
+        };
+        let token = event.token();
+        if let Some(entry) = &in_memory {
+            // Until the record is written, other calls see the key as committing.
+            let removing = Processing {
+                token: entry.token(),
+                attempt,
+                since_ms: now.time_ms,
+                fingerprint: None,
+                own_window: OwnWindow::NONE,
+                holder,
+            };
+            shard.set(digest, key, Entry::Processing(removing));
+        }
+        drop(shard);
+        self.check_invariants()?;
+        let mut record = self.record_writer(RecordKind::Forgotten, now, key.len() + 16);
+        record.event(key, &event);
+        let mut entry_key = Vec::new();
+        codec::put_entry_key(digest, key, &mut entry_key);
+        Failpoint::ForgetBegun.pass();
+        self.write(self.config.sync_results(), |tx| {
+            tx.put_record(open.number(), record.finish());
+            flushed.iter().for_each(|bucket| tx.delete_key(&bucket.family, &entry_key));
+        })?;
+        Failpoint::ForgetWritten.pass();
+        let mut shard = self.memtable.shard(digest);
+        self.memtable.invalidate_recent(digest);
+        if shard.get(digest, key).is_some_and(|entry| entry.token() < token) {
+            shard.remove(digest, key);
+        }
+        drop(shard);
+        Failpoint::ForgetRemoved.pass();
+        open.finish();
+        // Released before the wakeup: a waker runs caller code.
+        drop(flush_lock);
+        self.waiters.wake([digest]);
+        Ok(counted)
+    }
+}
