@@ -67,6 +67,8 @@ fn fingerprint_flag(fingerprint: Option<&Fingerprint>) -> u8 {
 
 /// In the flags of a completed key, and of a bucket value.
 const OWN_WINDOW: u8 = 0b1000;
+/// In the flags of a completed key: its claim has the key.
+const OF_CLAIM: u8 = 0b0001_0000;
 /// In the flags of a processing key.
 const PROCESSING_OWN_WINDOW: u8 = 0b0010_0000;
 
@@ -115,8 +117,11 @@ fn stored_result(flags: u8, bytes: &[u8]) -> Option<StoredResult<&[u8]>> {
 ///               | [own window in ms (varint)] | [fingerprint (16)] | key length (varint) | key
 /// completed  := flags (1) | token (varint) | age in ms (zigzag) | [own window in ms (varint)] | [fingerprint (16)]
 ///               | key length (varint) | key | [result length (varint) | result]
+///             | flags (1) | token (varint) | age in ms (zigzag) | [result length (varint) | result]
 /// forgotten  := token (varint) | key length (varint) | key
 /// ```
+///
+/// The second form of `completed` has the key, the window and the fingerprint of the claim with its token.
 ///
 /// The age is the record's time minus the item's time. It is negative if a message is newer than its record, or if
 /// the store's time went back.
@@ -132,7 +137,7 @@ pub(crate) enum RecordKind {
     Forgotten = 4,
 }
 
-const RECORD_FORMAT: u8 = 3;
+const RECORD_FORMAT: u8 = 4;
 
 const HOLDER_SHIFT: u32 = 1;
 const HOLDER_MASK: u8 = 0b0000_0110;
@@ -186,6 +191,7 @@ impl RecordWriter {
         match event {
             Event::Claimed(processing) | Event::Released(processing) => self.processing(key, processing),
             Event::Completed(done) => self.completed(key, done),
+            Event::ClaimCompleted(done) => self.claim_completed(done),
             Event::Forgotten { token } => self.forgotten(key, *token),
         }
     }
@@ -245,6 +251,17 @@ impl RecordWriter {
         self.items += 1;
     }
 
+    /// Appends an item of a `Completed` record, for the claim with its token.
+    fn claim_completed(&mut self, done: &CompletedEntry<&[u8]>) {
+        self.bytes.push(OF_CLAIM | result_flag(&done.result));
+        put_varint(&mut self.bytes, done.token);
+        self.age(done.completed_ms);
+        if let StoredResult::Bytes(result) = done.result {
+            put_prefixed(&mut self.bytes, result);
+        }
+        self.items += 1;
+    }
+
     /// Appends an item of a `Forgotten` record: it voids earlier items of the key with tokens up to `token`.
     pub(crate) fn forgotten(&mut self, key: &[u8], token: u64) {
         put_varint(&mut self.bytes, token);
@@ -266,9 +283,17 @@ impl RecordWriter {
     }
 }
 
-/// Decodes a journal record: passes each item's key and event to `visit` and returns the record's time. `None` if it
-/// is not a valid record.
-pub(crate) fn read_record<'a>(record: &'a [u8], mut visit: impl FnMut(&'a [u8], Event<&'a [u8]>)) -> Option<u64> {
+/// An item of a journal record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Item<'a> {
+    /// An event of this key.
+    Event(&'a [u8], Event<&'a [u8]>),
+    /// The completion of the claim with this token.
+    ClaimCompleted { token: u64, completed_ms: u64, result: StoredResult<&'a [u8]> },
+}
+
+/// Decodes a journal record: passes each item to `visit` and returns the record's time. `None` if it is not a valid record.
+pub(crate) fn read_record<'a>(record: &'a [u8], mut visit: impl FnMut(Item<'a>)) -> Option<u64> {
     let mut reader = Reader::new(record);
     reader.byte().filter(|format| *format == RECORD_FORMAT)?;
     let kind = reader.byte().filter(|kind| (1..=4).contains(kind))?;
@@ -277,26 +302,32 @@ pub(crate) fn read_record<'a>(record: &'a [u8], mut visit: impl FnMut(&'a [u8], 
         match kind {
             1 => {
                 let (key, processing) = read_processing(&mut reader, time_ms)?;
-                visit(key, Event::Claimed(processing));
+                visit(Item::Event(key, Event::Claimed(processing)));
             }
             2 => {
                 let (key, processing) = read_processing(&mut reader, time_ms)?;
-                visit(key, Event::Released(processing));
+                visit(Item::Event(key, Event::Released(processing)));
             }
             3 => {
                 let flags = reader.byte()?;
                 let token = reader.varint()?;
                 let completed_ms = reader.time(time_ms)?;
+                let stored = (flags & RESULT_MASK) >> RESULT_SHIFT == RESULT_BYTES;
+                if flags & OF_CLAIM != 0 {
+                    let result = stored_result(flags, if stored { reader.prefixed()? } else { &[] })?;
+                    visit(Item::ClaimCompleted { token, completed_ms, result });
+                    continue;
+                }
                 let own_window = reader.own_window(flags & OWN_WINDOW != 0)?;
                 let fingerprint = reader.fingerprint(flags)?;
                 let key = reader.prefixed()?;
-                let stored = (flags & RESULT_MASK) >> RESULT_SHIFT == RESULT_BYTES;
                 let result = stored_result(flags, if stored { reader.prefixed()? } else { &[] })?;
-                visit(key, Event::Completed(CompletedEntry { token, completed_ms, fingerprint, own_window, result }));
+                let done = CompletedEntry { token, completed_ms, fingerprint, own_window, result };
+                visit(Item::Event(key, Event::Completed(done)));
             }
             4 => {
                 let token = reader.varint()?;
-                visit(reader.prefixed()?, Event::Forgotten { token });
+                visit(Item::Event(reader.prefixed()?, Event::Forgotten { token }));
             }
             _ => return None,
         }
@@ -565,8 +596,8 @@ mod tests {
             record.processing(&key, &processing);
             record.processing(&key, &processing);
             let mut seen = 0;
-            let read = read_record(&record.finish(), |read_key, event| {
-                assert_eq!((read_key, event), (key.as_slice(), Event::Released(processing.clone())));
+            let read = read_record(&record.finish(), |item| {
+                assert_eq!(item, Item::Event(&key, Event::Released(processing.clone())));
                 seen += 1;
             });
             prop_assert_eq!(read, Some(time_ms));
@@ -607,14 +638,13 @@ mod tests {
                 RecordWriter::new(RecordKind::Completed, completed_ms.saturating_add(bucket_age_ms), 0),
             ];
             for mut record in records {
-                record.completed(&key, &done.borrowed());
-                record.completed(&key, &done.borrowed());
-                let mut seen = 0;
-                read_record(&record.finish(), |read_key, event| {
-                    assert_eq!((read_key, event.shared()), (key.as_slice(), Event::Completed(done.clone())));
-                    seen += 1;
-                }).unwrap();
-                prop_assert_eq!(seen, 2);
+                record.event(&key, &Event::Completed(done.borrowed()));
+                record.event(&key, &Event::ClaimCompleted(done.borrowed()));
+                let record = record.finish();
+                let mut read = Vec::new();
+                read_record(&record, |item| read.push(item)).unwrap();
+                let of_claim = Item::ClaimCompleted { token, completed_ms, result: done.result.as_slice() };
+                prop_assert_eq!(read, [Item::Event(&key, Event::Completed(done.borrowed())), of_claim]);
             }
 
             let start_ms = completed_ms.saturating_sub(bucket_age_ms);
@@ -625,7 +655,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80), start: u64) {
-            let _ = read_record(&bytes, |_, _| {});
+            let _ = read_record(&bytes, |_| {});
             let _ = read_value(&bytes, start);
             let _ = read_span(&bytes);
         }
@@ -643,11 +673,9 @@ mod tests {
         };
         let mut record = RecordWriter::new(RecordKind::Claimed, 50, 0);
         record.processing(b"\x00k", &processing);
-        read_record(&record.finish(), |_, event| {
-            let expected = Processing { holder: Holder::Leased { until_monotonic_ms: 0 }, ..processing.clone() };
-            assert_eq!(event, Event::Claimed(expected));
-        })
-        .unwrap();
+        let expected = Processing { holder: Holder::Leased { until_monotonic_ms: 0 }, ..processing };
+        read_record(&record.finish(), |item| assert_eq!(item, Item::Event(b"\x00k", Event::Claimed(expected.clone()))))
+            .unwrap();
     }
 
     #[test]
@@ -662,10 +690,11 @@ mod tests {
         };
         let mut record = RecordWriter::new(RecordKind::Claimed, 50, 0);
         record.processing(b"k", &unclaimed);
+        let record = record.finish();
         let mut read = Vec::new();
-        read_record(&record.finish(), |_, event| read.push(event.shared())).unwrap();
+        read_record(&record, |item| read.push(item)).unwrap();
         let holder = Holder::Released { prior: PriorAttempt::Crashed, backoff: Backoff::NONE };
-        assert_eq!(read, [Event::Claimed(Processing { holder, ..unclaimed })]);
+        assert_eq!(read, [Item::Event(b"k", Event::Claimed(Processing { holder, ..unclaimed }))]);
     }
 
     #[test]
@@ -691,7 +720,7 @@ mod tests {
             fill(&mut record, &processing);
             assert!(!record.is_empty() && record.bytes.len() > empty);
             let mut keys = 0;
-            read_record(&record.finish(), |key, _| keys += usize::from(key == b"k")).unwrap();
+            read_record(&record.finish(), |item| keys += usize::from(matches!(item, Item::Event(b"k", _)))).unwrap();
             assert_eq!(keys, 1);
         }
     }
@@ -750,7 +779,7 @@ mod tests {
         let record = record.finish();
         for len in 0..record.len() {
             // The header alone is a record without items.
-            assert_eq!(read_record(&record[..len], |_, _| {}).is_some(), len == 10, "truncated at {len}");
+            assert_eq!(read_record(&record[..len], |_| {}).is_some(), len == 10, "truncated at {len}");
         }
     }
 

@@ -68,8 +68,13 @@ impl Engine {
         if changes_database || self.time_saved.is_outdated(&self.timeline) {
             self.db.check_writable()?;
         }
-        self.journal.reserve(&self.db, bytes.saturating_add(items.saturating_mul(RECORD_BYTES)))?;
+        self.reserve_bytes(bytes.saturating_add(items.saturating_mul(RECORD_BYTES)))?;
         self.reserve(tokens)
+    }
+
+    /// Allocates room in the journal for so many bytes.
+    pub(super) fn reserve_bytes(&self, bytes: usize) -> Result<()> {
+        self.journal.reserve(&self.db, bytes).inspect_err(|error| self.poison_by(error))
     }
 
     /// Waits while the backlog is full. Fails if flushes fail.

@@ -203,7 +203,16 @@ impl Engine {
     /// Syncs the store's time.
     pub(super) fn save_time(&self) -> Result<()> {
         self.timeline.ask_to_be_saved();
-        self.write(true, |_| ())
+        if self.db.check_writable().is_ok() {
+            return self.write(true, |_| ());
+        }
+        // After a failed flush, for example on a full disk. Each flush stores the time again.
+        self.ready()?;
+        let mut tx = Tx::default();
+        let Some(saving) = self.time_saved.put_changed(&self.timeline, &mut tx, || true) else { return Ok(()) };
+        self.journal.append_only(&self.db, tx).inspect_err(|error| self.poison_by(error))?;
+        saving.done();
+        Ok(())
     }
 
     /// Ensures that `count` tokens, and the numbers of a few records, can be taken.

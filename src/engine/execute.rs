@@ -27,7 +27,7 @@ use crate::clock::Now;
 use crate::codec::{RecordKind, RecordWriter};
 use crate::memtable::slot::Pending;
 use crate::memtable::table::Shard;
-use onlyonce_core::machine::{self, Change, Entry, Holder, Op, Step};
+use onlyonce_core::machine::{self, Change, Entry, Holder, Op, OwnWindow, Processing, Step};
 use onlyonce_core::{Error, Result};
 
 /// The operations of one call, and their record in the journal.
@@ -101,14 +101,28 @@ impl<'e> Batch<'e> {
 /// Applies a change to the memtable. `record` has its event; 0: its record is written already, or it has none.
 #[inline(always)]
 pub(super) fn apply(shard: &mut Shard<'_>, digest: u64, key: &[u8], change: Change<&[u8]>, record: u64) {
-    let (event, attempt, holder) = match change {
-        Change::None => return,
-        Change::InMemory(processing) => return shard.set(digest, key, Entry::Processing(processing)),
-        Change::Immediate(event) => (event, 0, Holder::Committing),
-        Change::OnceWritten { event, attempt, holder } => (event, attempt, holder),
-    };
-    match event.into_entry() {
-        Some(entry) => shard.set_pending(digest, key, entry, Pending { record, attempt, holder }),
-        None => shard.remove(digest, key),
+    match change {
+        Change::None => {}
+        Change::InMemory(processing) => shard.set(digest, key, Entry::Processing(processing)),
+        Change::Immediate(event) => match event.into_entry() {
+            Some(entry) => {
+                let pending = Pending { record, attempt: 0, holder: Holder::Committing };
+                shard.set_pending(digest, key, entry, pending);
+            }
+            None => shard.remove(digest, key),
+        },
+        Change::OnceWritten { event, attempt, holder } => match event.into_entry() {
+            Some(entry) => shard.set_pending(digest, key, entry, Pending { record, attempt, holder }),
+            None => begin_removal(shard, digest, key, attempt, holder),
+        },
     }
+}
+
+/// Until the record is written, other calls see the key as committing.
+fn begin_removal(shard: &mut Shard<'_>, digest: u64, key: &[u8], attempt: u32, holder: Holder) {
+    // A key that is only in buckets is removed from them.
+    let Some(entry) = shard.get(digest, key) else { return };
+    let (token, since_ms, own_window) = (entry.token(), entry.time_ms(), OwnWindow::NONE);
+    let removing = Processing { token, attempt, since_ms, fingerprint: None, own_window, holder };
+    shard.set(digest, key, Entry::Processing(removing));
 }

@@ -38,7 +38,7 @@ impl Engine {
         let mut is_contiguous = true;
         for (grant, finish_kind) in &leases {
             let (key_ref, attempt) = (grant.key_ref(), grant.as_attempt());
-            // In the memtable, unless the lease is superseded or the call is repeated.
+            // It is in the memtable, unless the lease was released or superseded, or the call is repeated.
             let on_disk = &DiskLookup::DEFERRED;
             let (moment, token) = (|| Ok(now), |_: Option<&_>| Ok(self.sequence.take()));
             let answer = |finished, _| Ok(finished);

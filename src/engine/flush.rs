@@ -74,7 +74,7 @@ impl Engine {
         self.check_invariants()?;
         let frozen_set = FrozenSet::new(arenas, now, window_ms, bucket_ms);
         // Before anything is written: the checkpoint must fit.
-        self.journal.reserve(&self.db, in_progress.len() + CHECKPOINT_BYTES)?;
+        self.reserve_bytes(in_progress.len() + CHECKPOINT_BYTES)?;
         if self.policy.is_stream {
             // Stream time may have advanced far since the last round of maintenance. Expired buckets make room for those of
             // this flush.

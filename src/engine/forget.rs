@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use super::backpressure::Demand;
 use super::core::{Engine, OpenRecord};
+use super::execute::apply;
+use super::lookup::age;
 use super::request::Request;
 use crate::buckets::registry::{Probe, look_up};
 use crate::codec::{self, RecordKind};
 use crate::testing::failpoint::Failpoint;
-use onlyonce_core::machine::{self, Change, Entry, Forget, Forgotten, OwnWindow, Processing, Step};
+use onlyonce_core::machine::{self, Entry, Forget, Forgotten, Step};
 use onlyonce_core::{Error, FencingToken, Key, Result};
 
 impl Engine {
@@ -28,7 +30,7 @@ impl Engine {
         let probe = Probe { index: 0, digest, key, column_bits: snapshot.candidates(digest) };
         let (mut flushed, mut newest) = (Vec::new(), None::<Entry>);
         look_up(&self.db, &snapshot, &[probe], |_, bucket, entry| {
-            newest = newest.take().filter(|newest| newest.token() > entry.token()).or(Some(entry));
+            newest = newest.take().filter(|newest| age(newest) > age(&entry)).or(Some(entry));
             flushed.push(Arc::clone(bucket));
         })?;
 
@@ -52,28 +54,16 @@ impl Engine {
                 return Err(Error::Undecided { key: Key::display_encoded(key), token: FencingToken::new(token) });
             }
         };
-        let (Some(open), Change::OnceWritten { event, attempt, holder }) = (open, change) else {
-            drop(shard);
-            self.check_invariants()?;
-            return Ok(false);
-        };
-        let token = event.token();
-        if let Some(entry) = &in_memory {
-            // Until the record is written, other calls see the key as committing.
-            let removing = Processing {
-                token: entry.token(),
-                attempt,
-                since_ms: now.time_ms,
-                fingerprint: None,
-                own_window: OwnWindow::NONE,
-                holder,
-            };
-            shard.set(digest, key, Entry::Processing(removing));
-        }
+        let mut record = self.record_writer(RecordKind::Forgotten, now, key.len() + 16);
+        let token = change.event().map_or(0, |event| {
+            record.event(key, event);
+            event.token()
+        });
+        apply(&mut shard, digest, key, change, 0);
         drop(shard);
         self.check_invariants()?;
-        let mut record = self.record_writer(RecordKind::Forgotten, now, key.len() + 16);
-        record.event(key, &event);
+        // Nothing is stored.
+        let Some(open) = open else { return Ok(false) };
         let mut entry_key = Vec::new();
         codec::put_entry_key(digest, key, &mut entry_key);
         Failpoint::ForgetBegun.pass();

@@ -23,6 +23,12 @@ pub(super) struct DiskLookup {
     entries: Vec<(usize, Entry)>,
 }
 
+/// Orders the entries of a key that is in several buckets: it was claimed again after a release, or forgotten, or completed by the
+/// token that had released it.
+pub(super) fn age(entry: &Entry) -> (u64, bool) {
+    (entry.token(), matches!(entry, Entry::Completed(_)))
+}
+
 impl DiskLookup {
     /// No lookup yet: a key that the memtable does not have is looked up when it is needed.
     pub(super) const DEFERRED: Self = Self { flush_generation: u64::MAX, entries: Vec::new() };
@@ -30,8 +36,7 @@ impl DiskLookup {
     fn entry(&self, index: usize) -> Option<&Entry> {
         let start = self.entries.partition_point(|(found, _)| *found < index);
         let entries = self.entries.iter().skip(start).take_while(|(found, _)| *found == index);
-        // A key that was released and completed later, or forgotten and completed again, may be in two buckets.
-        entries.map(|(_, entry)| entry).max_by_key(|entry| entry.token())
+        entries.map(|(_, entry)| entry).max_by_key(|entry| age(entry))
     }
 }
 
@@ -209,11 +214,11 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
-    use crate::engine::fixture::engine;
+    use crate::engine::fixture::{claim, engine};
     use onlyonce_core::Claim;
     use onlyonce_core::Error;
     use onlyonce_core::KeyStatus;
-    use onlyonce_core::machine::Backoff;
+    use onlyonce_core::machine::{Backoff, CompletedEntry, Holder, OwnWindow};
     use onlyonce_core::{PriorAttempt, StoredResult};
 
     #[test]
@@ -242,6 +247,50 @@ mod tests {
         assert_eq!(after.filter_checks - before.filter_checks, 6);
         assert_eq!(after.filter_hits - before.filter_hits, 4);
         assert_eq!(after.filter_false_positives, 0);
+    }
+
+    #[test]
+    fn a_late_completion_overrules_the_release_of_its_token_in_another_bucket() {
+        let (token, own_window) = (7, OwnWindow::NONE);
+        let holder = Holder::Released { prior: PriorAttempt::Released, backoff: Backoff::NONE };
+        let released = Processing { token, attempt: 1, since_ms: 1, fingerprint: None, own_window, holder };
+        let result = StoredResult::None;
+        let completed = CompletedEntry { token, completed_ms: 2, fingerprint: None, own_window, result };
+        let both = [Entry::Processing(released), Entry::Completed(completed)];
+        for entries in [[0, 1], [1, 0]] {
+            let entries = entries.map(|of: usize| (0, both[of].clone())).to_vec();
+            let on_disk = DiskLookup { flush_generation: 0, entries };
+            assert!(matches!(on_disk.entry(0), Some(Entry::Completed(_))));
+        }
+    }
+
+    #[test]
+    fn a_late_completion_of_a_flushed_release_is_kept_over_a_reopen() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1 << 40));
+        let options = Options { clock: Arc::new(clock.clone()), ..Options::default() };
+        let late = engine(&dir, &options);
+        let request = late.request(["k"]).unwrap();
+        let grant = claim(&late, "k");
+        let open = FinishKind::Release { prior: PriorAttempt::Released, backoff: Backoff::NONE };
+        late.finish(RecordKind::Released, FinishedBy::Holder, vec![(&grant, open)]).unwrap();
+        late.flush().unwrap();
+        clock.advance(Duration::from_secs(3_600));
+        let done = FinishKind::Complete { result: StoredResult::Bytes(b"r"), side_writes: None, follows: false };
+        let finished = late.finish(RecordKind::Completed, FinishedBy::Holder, vec![(&grant, done)]).unwrap();
+        assert!(matches!(finished[..], [Ok(true)]), "no later holder has the key: {finished:?}");
+        late.close().unwrap();
+        drop(late);
+        for flush_first in [false, true] {
+            let again = engine(&dir, &options);
+            if flush_first {
+                again.flush().unwrap();
+                again.memtable.invalidate_recent(request.digests().next().unwrap());
+            }
+            let claimed = again.claim(&again.request(["k"]).unwrap()).unwrap().pop().unwrap();
+            assert!(matches!(claimed, Ok(Claim::Completed(_))), "{claimed:?}");
+            again.close().unwrap();
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::codec;
 use crate::config::{Durability, Options, Stored};
 use crate::digest::Digester;
 use crate::fs::directory::Directory;
-use crate::journal::replayed::Totals;
+use crate::journal::replayed::{Replay, Totals};
 use crate::journal::store_journal::StoreJournal;
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
@@ -54,15 +54,16 @@ impl Engine {
         let digester = Digester::new(&secret);
         let memtable = MemTable::new(options.memory_budget / RECENT_SHARE);
         let poison = Arc::clone(memtable.poison());
-        let mut replayed = Totals::default();
+        let mut replay = Replay::default();
         let is_synced_often = options.durability == Durability::Disk;
         let (journal, replayed_bytes) = StoreJournal::open(&journal_path, &db, is_synced_often, |number, record| {
-            replayed.add(number, record, |key, event| {
+            replay.add(number, record, |key, event| {
                 let digest = digester.digest(key);
-                replay(&mut memtable.shard(digest), digest, key, event);
+                apply_replayed(&mut memtable.shard(digest), digest, key, event);
             })
         })?;
-        replayed.bytes = replayed_bytes;
+        let replayed = Totals { bytes: replayed_bytes, ..replay.totals };
+        drop(replay);
         let StoredMeta { stored, tokens } = StoredMeta::read(&db)?;
         let stored_span = stored.span;
         let config = options.check(Some(stored))?;
@@ -127,7 +128,7 @@ impl Engine {
             let keys: Vec<_> = shard.in_flight().map(|(digest, key, _)| (digest, key.to_vec())).collect();
             drop(shard);
             for (digest, key) in keys {
-                self.execute_in_memory(KeyRef { digest, key: &key, ..KeyRef::MISSING }, Crash, now, |()| ())?;
+                self.execute_in_memory(KeyRef::of(digest, &key), Crash, now, |()| ())?;
             }
         }
         Ok(())
@@ -217,7 +218,7 @@ impl StoredMeta {
 }
 
 /// Replays an event of the journal in the memtable.
-fn replay(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event<&[u8]>) {
+fn apply_replayed(shard: &mut Shard<'_>, digest: u64, key: &[u8], event: Event<&[u8]>) {
     let change = machine::replay(shard.get(digest, key).as_ref(), event);
     apply(shard, digest, key, change, 0);
 }
@@ -261,7 +262,7 @@ mod tests {
         let after = |events: &[Event<&[u8]>]| {
             let table = MemTable::new(0);
             for event in events {
-                replay(&mut table.shard(5), 5, b"k", event.clone());
+                apply_replayed(&mut table.shard(5), 5, b"k", event.clone());
             }
             table.shard(5).get(5, b"k")
         };

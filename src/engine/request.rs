@@ -57,8 +57,12 @@ pub(crate) struct KeyRef<'a> {
 
 impl<'a> KeyRef<'a> {
     /// A key that its request does not have.
-    pub(super) const MISSING: KeyRef<'static> =
-        KeyRef { index: 0, digest: 0, key: &[], payload: None, own_window: OwnWindow::NONE };
+    pub(super) const MISSING: KeyRef<'static> = KeyRef::of(0, &[]);
+
+    /// A key outside of a request.
+    pub(super) const fn of(digest: u64, key: &'a [u8]) -> Self {
+        Self { index: 0, digest, key, payload: None, own_window: OwnWindow::NONE }
+    }
 
     /// What the call says about the key. `at_ms` is the message's timestamp on stream time.
     #[inline]

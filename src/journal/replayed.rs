@@ -1,8 +1,10 @@
-//! What a replay of the journal found.
+//! A replay of the journal: what its records found.
 
-use crate::codec::read_record;
-use onlyonce_core::machine::Event;
-use onlyonce_core::{Error, Result};
+use std::collections::HashMap;
+
+use crate::codec::{Item, read_record};
+use onlyonce_core::machine::{CompletedEntry, Event, Holder, OwnWindow, Processing};
+use onlyonce_core::{Error, Fingerprint, Result};
 
 /// Totals of a replay.
 #[derive(Debug, Default, Clone, Copy)]
@@ -18,8 +20,24 @@ pub(crate) struct Totals {
     pub(crate) last_number: u64,
 }
 
-impl Totals {
-    /// Reads a record, and passes its events to `apply`. The records of a checkpoint have no number.
+/// A replay of the journal.
+#[derive(Debug, Default)]
+pub(crate) struct Replay {
+    pub(crate) totals: Totals,
+    /// The claims that were not completed yet, by their tokens: completions refer to them.
+    claims: HashMap<u64, Claim>,
+}
+
+/// What a completion has from its claim.
+#[derive(Debug)]
+struct Claim {
+    key: Box<[u8]>,
+    fingerprint: Option<Fingerprint>,
+    own_window: OwnWindow,
+}
+
+impl Replay {
+    /// Reads a record, and passes its events to `apply`. The record of a checkpoint has no number.
     pub(crate) fn add(
         &mut self,
         number: Option<u64>,
@@ -28,18 +46,43 @@ impl Totals {
     ) -> Result<()> {
         // On stream time a key may be newer than its record.
         let mut newest_ms = 0;
-        let read = read_record(record, |key, event| {
-            newest_ms = newest_ms.max(event.time_ms());
-            apply(key, event);
+        let claims = &mut self.claims;
+        let read = read_record(record, |item| match item {
+            Item::Event(key, event) => {
+                newest_ms = newest_ms.max(event.time_ms());
+                if let Event::Claimed(Processing {
+                    token,
+                    fingerprint,
+                    own_window,
+                    holder: Holder::Leased { .. },
+                    ..
+                }) = event
+                {
+                    claims.insert(token, Claim { key: key.into(), fingerprint, own_window });
+                }
+                apply(key, event);
+            }
+            Item::ClaimCompleted { token, completed_ms, result } => {
+                newest_ms = newest_ms.max(completed_ms);
+                // The claim is missing if a checkpoint has replaced it. Then the completion is in a bucket: a checkpoint has the
+                // claims of all keys that a flush has left in the memtable.
+                if let Some(Claim { key, fingerprint, own_window }) = claims.remove(&token) {
+                    apply(
+                        &key,
+                        Event::Completed(CompletedEntry { token, completed_ms, fingerprint, own_window, result }),
+                    );
+                }
+            }
         });
         let time_ms = read.ok_or_else(|| Error::Corrupt {
             place: "the journal".to_owned(),
             detail: format!("record {} has an unknown form", number.unwrap_or_default()),
         })?;
-        self.records += 1;
-        self.time_ms = self.time_ms.max(time_ms).max(newest_ms);
-        self.oldest_ms = Some(self.oldest_ms.map_or(time_ms, |oldest_ms| oldest_ms.min(time_ms)));
-        self.last_number = self.last_number.max(number.unwrap_or_default());
+        let totals = &mut self.totals;
+        totals.records += 1;
+        totals.time_ms = totals.time_ms.max(time_ms).max(newest_ms);
+        totals.oldest_ms = Some(totals.oldest_ms.map_or(time_ms, |oldest_ms| oldest_ms.min(time_ms)));
+        totals.last_number = totals.last_number.max(number.unwrap_or_default());
         Ok(())
     }
 }
@@ -60,7 +103,7 @@ mod tests {
             fingerprint: None,
             result: StoredResult::None,
         };
-        let (mut totals, mut events) = (Totals::default(), 0);
+        let (mut replay, mut events) = (Replay::default(), 0);
         // On stream time a record may be older than its keys, and than the record before it.
         for (number, record_ms, completed_ms) in [(Some(4), 500, 900), (Some(7), 700, 600), (None, 100, 100)] {
             let mut record = RecordWriter::new(RecordKind::Completed, record_ms, 0);
@@ -70,10 +113,50 @@ mod tests {
                 assert!(key == b"k" && matches!(event, Event::Completed(_)));
                 events += 1;
             };
-            totals.add(number, &record, apply).unwrap();
+            replay.add(number, &record, apply).unwrap();
         }
+        let totals = replay.totals;
         assert_eq!((events, totals.records), (3, 3));
         assert_eq!((totals.time_ms, totals.oldest_ms, totals.last_number), (900, Some(100), 7));
-        assert!(matches!(totals.add(None, b"unknown", |_, _| {}), Err(Error::Corrupt { .. })));
+        assert!(matches!(replay.add(None, b"unknown", |_, _| {}), Err(Error::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_completion_has_the_key_the_payload_and_the_window_of_its_claim() {
+        let own_window = OwnWindow::from_ms(400).unwrap();
+        let claim = |token| Processing {
+            token,
+            attempt: 1,
+            since_ms: 90,
+            fingerprint: Some([7; 16]),
+            own_window,
+            holder: Holder::Leased { until_monotonic_ms: 0 },
+        };
+        let done = |token| CompletedEntry {
+            token,
+            completed_ms: 100,
+            fingerprint: Some([7; 16]),
+            own_window,
+            result: StoredResult::Bytes(&b"r"[..]),
+        };
+        let record = |kind, events: &[(&[u8], Event<&[u8]>)]| {
+            let mut record = RecordWriter::new(kind, 100, 0);
+            events.iter().for_each(|(key, event)| record.event(key, event));
+            record.finish()
+        };
+        let claimed =
+            record(RecordKind::Claimed, &[(b"a", Event::Claimed(claim(1))), (b"b", Event::Claimed(claim(2)))]);
+        // The claim with token 3 was replaced by a checkpoint.
+        let completed = record(
+            RecordKind::Completed,
+            &[2, 3, 1].map(|token| (&b"not stored"[..], Event::ClaimCompleted(done(token)))),
+        );
+        let (mut replay, mut keys) = (Replay::default(), Vec::new());
+        replay.add(Some(1), &claimed, |_, _| {}).unwrap();
+        let apply = |key: &[u8], event: Event<&[u8]>| keys.push((key.to_vec(), event.shared()));
+        replay.add(Some(2), &completed, apply).unwrap();
+        let expected =
+            [(b"b".to_vec(), 2), (b"a".to_vec(), 1)].map(|(key, token)| (key, Event::Completed(done(token)).shared()));
+        assert_eq!(keys, expected);
     }
 }

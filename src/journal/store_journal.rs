@@ -46,7 +46,8 @@ impl StoreJournal {
     /// Opens the journal: applies its changes to the database, and passes the records of keys to `visit`, with their numbers; that
     /// of the checkpoint has none. Returns the bytes that it replayed, too. `is_synced_often`: whether most calls wait for a sync.
     ///
-    /// Nothing of this is on disk before the next flush: an open that fails has changed nothing.
+    /// Nothing of this is on disk before the next flush, unless it is more than RocksDB's memtable holds: an open that fails has
+    /// changed nothing.
     pub(crate) fn open(
         path: &Path,
         db: &Db,
@@ -114,7 +115,8 @@ impl StoreJournal {
             }
         } else if tx.changes_database() {
             let order = self.order.lock();
-            self.append_and_apply(db, journal, tx)?;
+            // Synced after it is applied, without the lock.
+            self.append_and_apply(db, journal, tx, false)?;
             drop(order);
             if sync {
                 written(db, journal.sync())?;
@@ -127,19 +129,29 @@ impl StoreJournal {
         if sync { reject_deleted(db) } else { Ok(()) }
     }
 
-    /// The caller holds `order`.
-    fn append_and_apply(&self, db: &Db, journal: &Journal<StoreMedium>, tx: Tx) -> Result<()> {
+    /// The caller holds `order`. With `sync` the record is on disk before it is applied.
+    fn append_and_apply(&self, db: &Db, journal: &Journal<StoreMedium>, tx: Tx, sync: bool) -> Result<()> {
         // Before the append: a change that is in the journal must be applied.
         db.check_writable()?;
+        // RocksDB flushes a full memtable by itself, and what it flushes must be synced by then.
+        let may_fill = self.unflushed().saturating_add(tx.len()) >= db.meta_memtable_bytes() / 3;
+        let durability = if sync || may_fill { Durability::Disk } else { Durability::Process };
         let (head, record) = tx.finish();
-        written(db, journal.append(&[&head, &record], Durability::Process))?;
-        if self.unflushed() >= db.meta_memtable_bytes() / 3 {
-            // RocksDB may flush what it has before this change, which must be synced by then.
-            written(db, journal.sync())?;
-        }
+        written(db, journal.append(&[&head, &record], durability))?;
         let applied = apply(db, &head).map_err(|error| Error::WriteFailed { source: error.into() })?;
         self.unflushed.fetch_add(applied.memory, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Appends a transaction and syncs it, without applying it: the next open does. For changes that are written again, and
+    /// applied, before the next checkpoint.
+    pub(crate) fn append_only(&self, db: &Db, tx: Tx) -> Result<()> {
+        let open = self.journal()?;
+        let order = self.order.lock();
+        let (head, record) = tx.finish();
+        written(db, open.get()?.append(&[&head, &record], Durability::Disk))?;
+        drop(order);
+        reject_deleted(db)
     }
 
     /// About the memory of the changes that the database has not flushed.
@@ -174,9 +186,10 @@ impl StoreJournal {
         let number = *order + 1;
         let mut tx = Tx::default();
         tx.put_meta(FLUSHES, &number.to_le_bytes());
-        self.append_and_apply(db, journal, tx)?;
+        // Synced before it is applied, and everything before it as well: RocksDB may flush `meta` by itself when it resumes after
+        // a full disk.
+        self.append_and_apply(db, journal, tx, true)?;
         *order = number;
-        written(db, journal.sync())?;
         Failpoint::DatabaseFlushBegun.pass();
         db.flush_memtables(families)?;
         self.unflushed.store(0, Ordering::Relaxed);
@@ -355,6 +368,69 @@ mod tests {
             journal.flush(&db, std::iter::empty()).unwrap();
             assert!(journal.syncs() > before, "the database has a change that a power cut could take from the journal");
         }
+    }
+
+    #[test]
+    fn a_change_that_could_fill_the_memtable_of_meta_is_synced_before_it_is_applied() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, journal) = open(&dir);
+        for (bytes, synced) in [(1 << 20, 0), (20 << 20, 1), (1, 1)] {
+            let before = journal.syncs();
+            journal.write(&db, put(b"name", &vec![7; bytes]), false).unwrap();
+            assert_eq!(journal.syncs() - before, synced, "{bytes} bytes, {} before", journal.unflushed());
+        }
+        journal.flush(&db, std::iter::empty()).unwrap();
+        assert_eq!(journal.unflushed(), 0);
+        let before = journal.syncs();
+        journal.write(&db, put(b"name", b"value"), false).unwrap();
+        assert_eq!(journal.syncs(), before);
+    }
+
+    #[test]
+    fn an_older_database_or_journal_is_corruption_and_nothing_is_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("store");
+        let copy = |from: &Path, to: &Path| {
+            std::fs::create_dir_all(to).unwrap();
+            for entry in std::fs::read_dir(from).unwrap() {
+                let entry = entry.unwrap();
+                std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+            }
+        };
+        let flush = |db: &Db, journal: &StoreJournal| {
+            let position = journal.position().unwrap();
+            let flushes = journal.flush(db, std::iter::empty()).unwrap();
+            let checkpoint = Checkpoint { flushes, ssts: db.ssts().unwrap() }.encode(&[]);
+            journal.checkpoint(db, position, &checkpoint).unwrap();
+        };
+        let (db, journal) = open(&dir);
+        flush(&db, &journal);
+        journal.close_with(&db, |_| {}).unwrap();
+        db.close();
+        let old = dir.path().join("old");
+        ["db", "journal"].iter().for_each(|part| copy(&root.join(part), &old.join(part)));
+        drop((db, journal));
+        let (db, journal) = open(&dir);
+        flush(&db, &journal);
+        journal.close_with(&db, |_| {}).unwrap();
+        db.close();
+        drop((db, journal));
+        for (part, text) in [("db", "MANIFEST file ends at flush 1"), ("journal", "it ends at flush 1")] {
+            let newer = dir.path().join(format!("newer-{part}"));
+            std::fs::rename(root.join(part), &newer).unwrap();
+            copy(&old.join(part), &root.join(part));
+            let directory = Directory::acquire(&root, Duration::ZERO).unwrap();
+            let path = directory.journal();
+            let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+            let rejected = StoreJournal::open(&path, &db, false, |_, _| Ok(())).map(drop);
+            let error = rejected.expect_err(part).to_string();
+            assert!(error.contains(text), "{error}");
+            db.close();
+            drop(db);
+            std::fs::remove_dir_all(root.join(part)).unwrap();
+            std::fs::rename(newer, root.join(part)).unwrap();
+        }
+        open(&dir);
     }
 
     #[test]

@@ -289,10 +289,16 @@ impl ShardArena {
                 continue;
             }
             let key = frozen.key(slot);
-            // Completions at or after `start` are kept unconditionally.
             let kept = match frozen.entry(slot, records) {
                 Entry::Processing(processing) => keep(key, &processing),
-                Entry::Completed(_) => true,
+                // Completions at or after `start` are kept unconditionally. Their records may refer to the claim, so the
+                // checkpoint has the key as it was before.
+                Entry::Completed(_) => {
+                    if !slot.is_unclaimed {
+                        keep(key, &slot.unwritten());
+                    }
+                    true
+                }
             };
             let (digest, key) = (slot.digest, key.to_vec());
             if kept {

@@ -369,6 +369,29 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_passes_on_the_claim_of_a_key_that_is_completed_after_its_start() {
+        let table = MemTable::new(RECENT_BYTES);
+        table.shard(5).set(5, b"claimed", processing(1));
+        for (key, holder) in [(&b"claimed"[..], Holder::Committing), (b"recorded", Holder::CommittingUnclaimed)] {
+            let record = table.records().begin(|| if key == b"claimed" { 7 } else { 8 });
+            table.shard(5).set_pending(5, key, completed(1), Pending { record, attempt: 3, holder });
+            table.records().finish(record);
+        }
+        let mut visited = Vec::new();
+        let arenas = table.freeze(7, |key, processing| {
+            visited.push((key.to_vec(), processing.clone()));
+            true
+        });
+        assert!(arenas.is_empty(), "the records are not below the start");
+        let [(key, claim)] = &visited[..] else { panic!("{visited:?}") };
+        assert_eq!(
+            (key.as_slice(), claim.token, claim.attempt, claim.holder),
+            (&b"claimed"[..], 1, 3, Holder::Committing)
+        );
+        assert_eq!(result(&table, 5, b"claimed").unwrap().token, 1, "it stays completed");
+    }
+
+    #[test]
     fn the_recent_cache_evicts_the_oldest_flush_first() {
         let table = MemTable::new(RECENT_BYTES);
         for frozen_set in 0..20_u64 {

@@ -5,21 +5,17 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::buckets::range::BucketRange;
-use crate::codec::{self, Reader, RecordKind, RecordWriter};
+use crate::codec::{self, Item, Reader, RecordKind, RecordWriter};
 use crate::digest::Digester;
 use crate::filter::file::{self, Covered, FileKey, FilterFile};
 use crate::filter::matrix::{Columns, FilterMatrix, SHARDS};
 use onlyonce_core::Key;
-use onlyonce_core::machine::Event;
+use onlyonce_core::machine::{CompletedEntry, Event, OwnWindow};
 
 /// A journal record is rejected, or decodes to the same events after it is encoded again.
 pub fn journal_record(bytes: &[u8]) {
-    let read = |record: &[u8]| {
-        let mut events = Vec::new();
-        codec::read_record(record, |key, event| events.push((key.to_vec(), event.shared())))
-            .map(|time_ms| (time_ms, events))
-    };
-    let Some((time_ms, events)) = read(bytes) else { return };
+    let mut items = Vec::new();
+    let Some(time_ms) = codec::read_record(bytes, |item| items.push(item)) else { return };
     let kind = match bytes.get(1) {
         Some(1) => RecordKind::Claimed,
         Some(2) => RecordKind::Released,
@@ -28,17 +24,23 @@ pub fn journal_record(bytes: &[u8]) {
         other => unreachable!("decoded a record of kind {other:?}"),
     };
     let mut record = RecordWriter::new(kind, time_ms, 0);
-    for (key, event) in &events {
-        match event {
-            Event::Claimed(processing) | Event::Released(processing) => record.processing(key, processing),
-            Event::Completed(done) => record.completed(key, &done.borrowed()),
-            Event::Forgotten { token } => record.forgotten(key, *token),
+    for item in &items {
+        match item {
+            Item::Event(key, event) => record.event(key, event),
+            Item::ClaimCompleted { token, completed_ms, result } => {
+                let (token, completed_ms, result) = (*token, *completed_ms, *result);
+                let own_window = OwnWindow::NONE;
+                let done = CompletedEntry { token, completed_ms, fingerprint: None, own_window, result };
+                record.event(&[], &Event::ClaimCompleted(done));
+            }
         }
     }
-    assert_eq!(record.is_empty(), events.is_empty());
+    assert_eq!(record.is_empty(), items.is_empty());
     let written = record.finish();
     assert!(written.len() <= bytes.len(), "the input is shorter than its encoding");
-    assert_eq!(read(&written), Some((time_ms, events)));
+    let mut again = Vec::new();
+    assert_eq!(codec::read_record(&written, |item| again.push(item)), Some(time_ms));
+    assert_eq!(again, items);
 }
 
 /// A bucket value is rejected, or decodes to the same entry after it is encoded again. The input begins with the

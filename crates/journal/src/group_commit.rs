@@ -288,7 +288,7 @@ impl GroupCommit {
         let mut batch = std::mem::replace(&mut state.queued, spare);
         let last = state.last_queued;
         drop(state);
-        let panic = FailOnPanic { commits: self, armed: true };
+        let panic = FailOnPanic { commits: self, role: |state| &mut state.is_writing, armed: true };
         let written = sink.write(&batch);
         panic.disarm();
         batch.clear();
@@ -326,7 +326,7 @@ impl GroupCommit {
         }
         let written = state.written;
         drop(state);
-        let panic = FailOnPanic { commits: self, armed: true };
+        let panic = FailOnPanic { commits: self, role: |state| &mut state.is_syncing, armed: true };
         let synced = sink.sync();
         panic.disarm();
         let mut state = self.state.lock();
@@ -342,9 +342,9 @@ impl GroupCommit {
     }
 
     /// Makes all calls fail after a panic of the sink: what it wrote is unknown, and no other thread knows that it has ended.
-    fn fail_after_panic(&self) {
+    fn fail_after_panic(&self, role: fn(&mut State) -> &mut bool) {
         let mut state = self.state.lock();
-        (state.is_writing, state.is_syncing) = (false, false);
+        *role(&mut state) = false;
         state.failed = Some(unknown("writing to", "the journal", io::Error::other("the thread that wrote panicked")));
         for waiter in std::mem::take(&mut state.waiters) {
             waiter.wake();
@@ -380,6 +380,8 @@ impl GroupCommit {
 /// Held while the sink is used.
 struct FailOnPanic<'a> {
     commits: &'a GroupCommit,
+    /// The flag of the thread's role: another thread may have the other one.
+    role: fn(&mut State) -> &mut bool,
     armed: bool,
 }
 
@@ -392,7 +394,7 @@ impl FailOnPanic<'_> {
 impl Drop for FailOnPanic<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.commits.fail_after_panic();
+            self.commits.fail_after_panic(self.role);
         }
     }
 }

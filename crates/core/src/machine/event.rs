@@ -1,4 +1,4 @@
-//! The events of a journal, and the order of those that were written in another order than they happened.
+//! The events of a journal, and their order.
 
 use std::sync::Arc;
 
@@ -13,6 +13,9 @@ pub enum Event<B = Arc<[u8]>> {
     Released(Processing),
     /// The key was completed or recorded.
     Completed(CompletedEntry<B>),
+    /// The holder of the lease with this token completed the key while nothing had ended the lease. The key, its payload and its
+    /// own window are those of the claim: a journal that has the claim need not store them again.
+    ClaimCompleted(CompletedEntry<B>),
     /// The key was forgotten.
     Forgotten {
         /// The token of the `forget`. Entries with a lower one are removed.
@@ -26,7 +29,7 @@ impl<B> Event<B> {
     pub fn time_ms(&self) -> u64 {
         match self {
             Self::Claimed(processing) | Self::Released(processing) => processing.since_ms,
-            Self::Completed(done) => done.completed_ms,
+            Self::Completed(done) | Self::ClaimCompleted(done) => done.completed_ms,
             Self::Forgotten { .. } => 0,
         }
     }
@@ -36,7 +39,7 @@ impl<B> Event<B> {
     pub fn token(&self) -> u64 {
         match self {
             Self::Claimed(processing) | Self::Released(processing) => processing.token,
-            Self::Completed(done) => done.token,
+            Self::Completed(done) | Self::ClaimCompleted(done) => done.token,
             Self::Forgotten { token } => *token,
         }
     }
@@ -47,15 +50,15 @@ impl<B> Event<B> {
     pub fn into_entry(self) -> Option<Entry<B>> {
         match self {
             Self::Claimed(processing) | Self::Released(processing) => Some(Entry::Processing(processing)),
-            Self::Completed(done) => Some(Entry::Completed(done)),
+            Self::Completed(done) | Self::ClaimCompleted(done) => Some(Entry::Completed(done)),
             Self::Forgotten { .. } => None,
         }
     }
 
     /// Whether it is later than the stored entry.
     ///
-    /// A record is numbered before it takes effect, so the records of one holder are in order. The records of two holders whose
-    /// calls overlapped may be in the other order; then their tokens decide.
+    /// The records of a key are in the order of its attempts, and a record may be replayed again. Only a `forget` of a key that
+    /// is in no memory may be written after a later claim: then the tokens decide.
     #[inline]
     pub(super) fn follows(&self, stored: Option<&Entry>) -> bool {
         let Some(entry) = stored else { return !matches!(self, Self::Forgotten { .. }) };
@@ -65,7 +68,7 @@ impl<B> Event<B> {
                 Entry::Processing(before) => before.token <= processing.token,
                 Entry::Completed(done) => done.token < processing.token,
             },
-            Self::Completed(done) => entry.token() <= done.token,
+            Self::Completed(done) | Self::ClaimCompleted(done) => entry.token() <= done.token,
             Self::Forgotten { token } => entry.token() < *token,
         }
     }
@@ -79,6 +82,7 @@ impl Event<&[u8]> {
             Self::Claimed(processing) => Event::Claimed(processing.clone()),
             Self::Released(processing) => Event::Released(processing.clone()),
             Self::Completed(done) => Event::Completed(done.shared()),
+            Self::ClaimCompleted(done) => Event::ClaimCompleted(done.shared()),
             Self::Forgotten { token } => Event::Forgotten { token: *token },
         }
     }

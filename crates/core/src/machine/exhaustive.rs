@@ -197,15 +197,14 @@ fn entries() -> Vec<Option<Entry>> {
 
 fn cases() -> impl Iterator<Item = Case> {
     let opened = Opened { time_ms: SINCE_MS, monotonic_ms: 0 };
-    let policies = [(OnInterrupt::Rerun, false), (OnInterrupt::Hold, false), (OnInterrupt::Rerun, true)].map(
-        move |(on_interrupt, is_stream)| Policy {
-            window_ms: WINDOW_MS,
-            on_interrupt,
-            is_stream,
-            opened,
-            first_token: 1,
-        },
-    );
+    let policy =
+        |on_interrupt, is_stream| Policy { window_ms: WINDOW_MS, on_interrupt, is_stream, opened, first_token: 1 };
+    let policies = [
+        policy(OnInterrupt::Rerun, false),
+        policy(OnInterrupt::Hold, false),
+        policy(OnInterrupt::Rerun, true),
+        policy(OnInterrupt::Hold, true),
+    ];
     // Both sides of each boundary: a backoff and a lease of 300 ms, an own window of 400, the window, a lapsed lease.
     let times = [0, 1, 299, 300, 399, 400, 999, 1_000, 1_299, 1_300, 2_000, 3_000, 9_000];
     entries().into_iter().flat_map(move |stored| {
@@ -348,7 +347,12 @@ fn a_lease_is_finished_by_its_token_and_a_held_key_by_an_operator() {
             }
             accepted += 1;
             let before = case.processing().unwrap();
-            let Change::OnceWritten { event: Event::Completed(done), .. } = complete.change else { panic!("{case:?}") };
+            let is_leased = matches!(before.holder, Holder::Leased { .. }) && by == FinishedBy::Holder;
+            let done = match complete.change {
+                Change::OnceWritten { event: Event::Completed(done), .. } if !is_leased => done,
+                Change::OnceWritten { event: Event::ClaimCompleted(done), .. } if is_leased => done,
+                change => panic!("{case:?}: {change:?}"),
+            };
             assert_eq!((done.own_window, done.fingerprint), (before.own_window, PAYLOADS[1]));
             let Change::OnceWritten { event: Event::Released(free), .. } = release.change else { panic!("{case:?}") };
             // No work of this attempt happened: the next one may have another payload.
@@ -380,6 +384,14 @@ fn a_renewal_and_a_drop_change_only_a_lease_and_only_in_memory() {
             }
             for outcome in [Abandoned::Unknown, Abandoned::NotReceived { prior: Some(PriorAttempt::Crashed) }] {
                 let dropped = case.checked(Abandon { token, outcome });
+                let has_key = token == STORED
+                    && case.processing().is_some_and(|processing| {
+                        !matches!(
+                            processing.holder,
+                            Holder::Claiming { .. } | Holder::Committing | Holder::CommittingUnclaimed
+                        )
+                    });
+                assert_eq!(dropped.answer, has_key, "{case:?}");
                 match dropped.change {
                     Change::InMemory(processing) => {
                         assert!(lease_until_ms.is_some(), "{case:?}");
@@ -403,7 +415,7 @@ fn a_renewal_and_a_drop_change_only_a_lease_and_only_in_memory() {
 }
 
 #[test]
-fn a_key_is_forgotten_unless_somebody_may_work_on_it() {
+fn a_key_is_forgotten_unless_a_holder_may_work_on_it() {
     for case in cases() {
         let forgotten = case.checked(Forget);
         let state = case.state(None);
@@ -421,7 +433,7 @@ fn a_key_is_forgotten_unless_somebody_may_work_on_it() {
 }
 
 #[test]
-fn every_event_of_a_step_replays_once() {
+fn the_event_of_every_step_replays_after_those_before_it() {
     for case in cases() {
         let claim = case.checked(Claim { request: KeyRequest::default(), until_monotonic_ms: 1 << 20 });
         let attempt = Attempt { token: STORED, attempt: 2, fingerprint: None, at_ms: SINCE_MS };

@@ -229,7 +229,11 @@ impl<B> Op<B> for Complete<B> {
         if by == FinishedBy::Operator {
             attempt.token = token()?;
         }
-        let event = Event::Completed(attempt.completed(processing.own_window, result, now, policy));
+        let done = attempt.completed(processing.own_window, result, now, policy);
+        let event = match processing.holder {
+            Holder::Leased { .. } if by == FinishedBy::Holder => Event::ClaimCompleted(done),
+            _ => Event::Completed(done),
+        };
         Ok(finished(event, attempt))
     }
 }
