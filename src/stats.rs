@@ -55,6 +55,8 @@ pub struct Stats {
     pub filter_bytes: u64,
     /// Bytes of all files in the store's directory.
     pub disk_bytes: u64,
+    /// The part of `disk_bytes` that the journal's segments take. They are allocated in advance and used again.
+    pub journal_disk_bytes: u64,
     /// The store's time: elapsed time, or stream time. It can differ from the wall clock, because the store follows a
     /// deviating wall clock only after 10 minutes. The Unix epoch on a stream store without messages.
     pub now: Timestamp,

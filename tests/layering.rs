@@ -72,7 +72,7 @@ const ORDER: &[(&str, &[&str])] = &[
 
 /// The files of other crates, in the order in which they may use each other.
 const CRATES: &[(&str, &[&str])] = &[
-    ("crates/core/src/machine", &["moment", "entry", "event", "transition", "finish", "step"]),
+    ("crates/core/src/machine", &["moment", "entry", "event", "transition", "finish", "step", "exhaustive"]),
     (
         "crates/journal/src",
         &[

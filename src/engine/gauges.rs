@@ -97,6 +97,7 @@ impl Engine {
             buckets,
             filter_bytes: snapshot.filter_bytes(),
             disk_bytes: self.db.directory().bytes(),
+            journal_disk_bytes: self.journal.allocated(),
             now: Timestamp::from_unix_ms(now.time_ms),
             window: Duration::from_millis(window_ms),
             remembers_since: Timestamp::from_unix_ms(now.remembers_since(window_ms)),

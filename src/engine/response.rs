@@ -29,8 +29,7 @@ pub(crate) struct Grant {
 }
 
 impl Grant {
-    /// Its key. A key without bytes if the grant was damaged: [`Engine::require_key`](super::core::Engine::require_key)
-    /// reports it.
+    /// Its key. A key without bytes if the grant was damaged: `Engine::require_key` reports it.
     pub(super) fn key_ref(&self) -> KeyRef<'_> {
         self.request.get(self.index).unwrap_or(KeyRef::MISSING)
     }

@@ -214,6 +214,12 @@ impl StoreJournal {
         Ok(self.journal()?.get()?.stats().segments)
     }
 
+    /// The bytes of all segments.
+    pub(crate) fn allocated(&self) -> u64 {
+        let stats = self.journal().ok().and_then(|open| open.get().ok().map(Journal::stats));
+        stats.map_or(0, |stats| stats.used_bytes + stats.spare_bytes)
+    }
+
     /// The number of syncs.
     pub(crate) fn syncs(&self) -> u64 {
         self.journal().ok().and_then(|open| open.get().ok().map(|journal| journal.stats().syncs)).unwrap_or(0)

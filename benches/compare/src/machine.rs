@@ -62,6 +62,22 @@ pub fn directory_bytes(path: &Path) -> u64 {
         .sum()
 }
 
+/// The disk space of the segments of onlyonce's journal in a directory. They are allocated in advance and used again, so that
+/// their size does not depend on the number of keys.
+pub fn journal_bytes(path: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(path) else { return 0 };
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => journal_bytes(&entry.path()),
+            Ok(metadata) if entry.path().extension().is_some_and(|extension| extension == "journal") => {
+                metadata.blocks() * 512
+            }
+            _ => 0,
+        })
+        .sum()
+}
+
 /// How many small appends per second the disk can sync, one after the other.
 pub fn fsyncs_per_s(dir: &Path, duration: Duration) -> Result<f64> {
     let path = dir.join("fsyncs");

@@ -99,7 +99,8 @@ fn words(workload: Workload) -> &'static str {
         Workload::W3 => {
             "New keys without a result: `record` of onlyonce, insert-if-absent of peers, one transaction per call. The time \
              includes the flush or checkpoint. Write amplification is the number of bytes passed to `write` (for Redis: pages \
-             dirtied by the server) per byte of key and result."
+             dirtied by the server) per byte of key and result. Disk is without the segments of onlyonce's journal, which are \
+             allocated in advance and used again; a column of their own has their size."
         }
         Workload::W4 => "Two calls: claim, then complete with a result. Peers only do the insert of W3.",
         Workload::W5 => {

@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow, ensure};
 use super::{BATCH, Run, describe, insert_again, say};
 use crate::args::{Size, Workload};
 use crate::keys::{self, Key, RESULT};
-use crate::machine::directory_bytes;
+use crate::machine::{directory_bytes, journal_bytes};
 use crate::measure::{Latencies, call_each};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
@@ -92,7 +92,8 @@ fn one(
     let first: u64 = called.iter().map(|called| called.answers).sum();
     let count = keys.len();
     ensure!(first == count as u64, "{count} distinct keys were inserted, but {first} were reported as new");
-    let disk = directory_bytes(dir);
+    let journal = journal_bytes(dir);
+    let disk = directory_bytes(dir) - journal;
     insert_again(subject, keys, result)?;
 
     let mut latencies = Latencies::new()?;
@@ -110,5 +111,8 @@ fn one(
     row.figures.disk_bytes_per_key = Some(disk as f64 / count as f64);
     row.figures.write_amp = Some(written as f64 / (count * (size_of::<Key>() + result.len())) as f64);
     row.more("answered_per_s", count as f64 / answered.as_secs_f64());
+    if journal > 0 {
+        row.more("journal_mib", journal as f64 / f64::from(1 << 20));
+    }
     Ok(row)
 }
