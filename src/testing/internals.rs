@@ -9,7 +9,7 @@ use crate::journal::numbers;
 use crate::memtable::table;
 pub use crate::testing::failpoint::Failpoint;
 use onlyonce_core::StoredResult;
-use onlyonce_core::machine::{CompletedEntry, Entry, Event, OwnWindow};
+use onlyonce_core::machine::{CompletedEntry, Entry, OwnWindow};
 use onlyonce_core::{self, Key};
 
 /// Digests keys as a store does.
