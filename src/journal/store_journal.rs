@@ -38,7 +38,7 @@ impl StoreJournal {
     pub(crate) fn create(path: &Path) -> Result<()> {
         crate::fs::directory::make_private(path)?;
         let medium = medium(path, Access::Write)?;
-        let journal = Journal::create(medium, &Options::default(), &Checkpoint::default().encode(&[]))
+        let journal = Journal::create(medium, &options(), &Checkpoint::default().encode(&[]))
             .map_err(|error| unusable(path, error))?;
         journal.close().map_err(|error| unusable(path, error))
     }
@@ -62,7 +62,7 @@ impl StoreJournal {
         let medium = medium(path, if is_synced_often { Access::Write } else { Access::Map })?;
         let flushed = flushes(db)?;
         let (mut last, mut unflushed, mut failed) = (0, 0, None);
-        let opened = Journal::open(medium, &Options::default(), |recovered| {
+        let opened = Journal::open(medium, &options(), |recovered| {
             let replayed = match recovered {
                 Recovered::Checkpoint(bytes) => Checkpoint::read(bytes).and_then(|(checkpoint, record)| {
                     checkpoint::compare(&db.directory().database(), &checkpoint, flushed, &db.ssts()?)?;
@@ -295,6 +295,13 @@ fn apply<'a>(db: &Db, bytes: &'a [u8]) -> Result<Applied<'a>> {
         Ok(())
     })?;
     Ok(applied)
+}
+
+/// Segments are created full of zeros. A flush frees them after some 12 MB of records, so that larger ones would mostly be zeros.
+fn options() -> Options {
+    let mut options = Options::default();
+    options.largest_segment = 8 << 20;
+    options
 }
 
 fn medium(path: &Path, access: Access) -> Result<StoreMedium> {
