@@ -32,35 +32,16 @@ mod modelled {
         yield_now();
     }
 
-    /// Like `parking_lot::Condvar`: notified threads wake in any order, and there are no spurious wakeups.
+    /// Like `parking_lot::Condvar`. Each wait has a limit, and ends at any moment that the model chooses.
     #[derive(Debug, Default)]
-    pub(crate) struct Condvar {
-        notifications: shuttle::sync::Mutex<u64>,
-        changed: shuttle::sync::Condvar,
-    }
+    pub(crate) struct Condvar;
 
     impl Condvar {
-        pub(crate) fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
-            // Locked before the caller's lock is released: no later notification is missed.
-            let mut notifications = self.notifications.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let before = *notifications;
-            MutexGuard::unlocked(guard, || {
-                while *notifications == before {
-                    notifications = self.changed.wait(notifications).unwrap_or_else(|poisoned| poisoned.into_inner());
-                }
-                drop(notifications);
-            });
-        }
-
-        /// Times out at any moment that the model chooses.
         pub(crate) fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, _: Duration) {
             MutexGuard::unlocked(guard, yield_now);
         }
 
-        pub(crate) fn notify_all(&self) {
-            *self.notifications.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
-            self.changed.notify_all();
-        }
+        pub(crate) fn notify_all(&self) {}
     }
 
     /// Like `arc_swap::ArcSwap`: readers keep the value they loaded while another one is stored.
