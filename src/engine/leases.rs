@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use super::core::Engine;
-use super::request::{KeyRef, Request};
+use super::request::Request;
 use super::response::Grant;
-use crate::invariant::Invariant;
 use onlyonce_core::machine::{self, Abandon, Abandoned, Renew};
 use onlyonce_core::{PriorAttempt, Result};
 
@@ -95,13 +94,5 @@ impl Engine {
             claimed_monotonic_ms: 0,
         };
         Ok(Some((grant, prior)))
-    }
-
-    /// The key of a request that has one.
-    pub(super) fn single_key<'r>(&self, request: &'r Request) -> Result<KeyRef<'r>> {
-        let none = || self.broken(Invariant::KeyInRequest, format_args!("the request has no key"));
-        let key_ref = request.iter().next().ok_or_else(none)?;
-        self.require_key(key_ref.key)?;
-        Ok(key_ref)
     }
 }

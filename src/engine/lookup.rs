@@ -166,6 +166,14 @@ impl Engine {
         self.check_response_count(responses, request.len())
     }
 
+    /// The key of a request that has one.
+    pub(super) fn single_key<'r>(&self, request: &'r Request) -> Result<KeyRef<'r>> {
+        let none = || self.broken(Invariant::KeyInRequest, format_args!("the request has no key"));
+        let key_ref = request.iter().next().ok_or_else(none)?;
+        self.require_key(key_ref.key)?;
+        Ok(key_ref)
+    }
+
     /// Fails if a key has no bytes: an encoded key has at least one, so the request was damaged.
     #[inline]
     pub(super) fn require_key(&self, key: &[u8]) -> Result<()> {
