@@ -43,16 +43,28 @@ pub struct Called {
     pub latencies: Latencies,
 }
 
-/// Calls with each batch in turn. Reads the clock once per call.
-pub fn call_each(keys: &[Key], batch: usize, call: impl Fn(&[Key]) -> Result<usize>) -> Result<Called> {
-    let mut called = Called { answers: 0, latencies: Latencies::new()? };
-    let mut before = Instant::now();
-    for keys in keys.chunks(batch) {
-        called.answers += call(keys)? as u64;
-        let now = Instant::now();
-        called.latencies.add(now - before);
-        before = now;
+impl Called {
+    pub fn new() -> Result<Self> {
+        Ok(Self { answers: 0, latencies: Latencies::new()? })
     }
+
+    /// Adds a call with each batch in turn. Reads the clock once per call.
+    pub fn call_each(&mut self, keys: &[Key], batch: usize, call: impl Fn(&[Key]) -> Result<usize>) -> Result<()> {
+        let mut before = Instant::now();
+        for keys in keys.chunks(batch) {
+            self.answers += call(keys)? as u64;
+            let now = Instant::now();
+            self.latencies.add(now - before);
+            before = now;
+        }
+        Ok(())
+    }
+}
+
+/// Calls with each batch in turn.
+pub fn call_each(keys: &[Key], batch: usize, call: impl Fn(&[Key]) -> Result<usize>) -> Result<Called> {
+    let mut called = Called::new()?;
+    called.call_each(keys, batch, call)?;
     Ok(called)
 }
 

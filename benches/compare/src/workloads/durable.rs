@@ -9,7 +9,7 @@ use super::{BATCH, Run, describe, say};
 use crate::args::Workload;
 use crate::child;
 use crate::keys::{RESULT, keys};
-use crate::measure::{Latencies, call_each};
+use crate::measure::{Called, Latencies};
 use crate::row::Row;
 use crate::subject::{Durability, Kind, Setup, Subject};
 
@@ -97,17 +97,15 @@ pub fn run(run: &Run) -> Result<Vec<Row>> {
 pub fn insert_for(subject: &dyn Subject, way: Way, duration: Duration) -> Result<(u64, Latencies)> {
     let deadline = Instant::now() + duration;
     let one_caller = |caller: u64| -> Result<(u64, Latencies)> {
-        let mut latencies = Latencies::new()?;
-        let (mut count, mut first) = (0, 0);
+        let (mut called, mut count) = (Called::new()?, 0);
         while Instant::now() < deadline {
             let keys = keys((caller << 32) + count, way.batch());
-            let called = call_each(&keys, way.batch(), |keys| subject.insert(keys, RESULT))?;
-            latencies.merge(&called.latencies)?;
-            first += called.answers;
+            called.call_each(&keys, way.batch(), |keys| subject.insert(keys, RESULT))?;
             count += keys.len() as u64;
         }
+        let first = called.answers;
         ensure!(first == count, "{count} distinct keys were inserted, but {first} were reported as new");
-        Ok((count, latencies))
+        Ok((count, called.latencies))
     };
     let called = std::thread::scope(|scope| {
         let one_caller = &one_caller;
