@@ -1,48 +1,55 @@
 //! Files that are written through a mapping.
 //!
 //! A store to a shared mapping is in the page cache at once, so it survives a crash of the process as a `write` does, and
-//! costs a fiftieth of one. A sync of a mapped file costs more, because the next store to each page faults: so this is for
-//! journals that sync rarely.
+//! costs a fiftieth of one. Only a window of the file is mapped at a time: a sync write-protects each page that is mapped and
+//! has to tell all CPUs, which costs more than to write it. What is before the window costs a sync nothing.
 //!
 //! This is the only file with `unsafe` code (`docs/decisions/0025-own-journal.md`).
 #![allow(unsafe_code, reason = "mapping a file is unsafe: another process could change it")]
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use memmap2::MmapMut;
+use memmap2::{Advice, MmapMut, MmapOptions};
 use parking_lot::Mutex;
 
-use super::layout::DATA_START;
+use super::layout::{BLOCK, DATA_START};
 
-/// How many bytes are made ready for stores at a time.
-const AHEAD: usize = 64 << 10;
-const ZEROS: &[u8; AHEAD] = &[0; AHEAD];
+/// The size of a window, which ends at a multiple of it.
+const WINDOW: usize = 256 << 10;
+const ZEROS: &[u8; 64 << 10] = &[0; 64 << 10];
 
 /// A file that is written through a mapping.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     file: File,
-    mapping: Mutex<Mapping>,
+    bytes: usize,
+    window: Mutex<Option<Window>>,
 }
 
+/// A mapped part of the file. Its pages are cached, and zero from the last store on.
 #[derive(Debug)]
-struct Mapping {
+struct Window {
+    start: usize,
     bytes: MmapMut,
-    /// The bytes before this offset are cached, and zero from the last store on.
-    ready: usize,
+}
+
+impl Window {
+    /// The part of the file at these offsets, if all of it is in the window.
+    fn get_mut(&mut self, range: &Range<usize>) -> Option<&mut [u8]> {
+        self.bytes.get_mut(range.start.checked_sub(self.start)?..range.end.checked_sub(self.start)?)
+    }
 }
 
 impl MappedFile {
+    /// Fails if the file cannot be mapped.
     pub(crate) fn new(file: &File) -> io::Result<Self> {
         let file = file.try_clone()?;
-        // SAFETY: the bytes must not change except through this mapping and this file. The file is private to its owner, in
-        // a directory that the caller has locked, and nothing keeps a reference into the mapping: bytes are copied to it
-        // under a lock. If the file is truncated by another process, a store ends this process by SIGBUS; it does not
-        // reach other memory.
-        let bytes = unsafe { MmapMut::map_mut(&file)? };
-        Ok(Self { file, mapping: Mutex::new(Mapping { bytes, ready: 0 }) })
+        let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        map(&file, 0..bytes.min(BLOCK))?;
+        Ok(Self { file, bytes, window: Mutex::new(None) })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -50,34 +57,47 @@ impl MappedFile {
     }
 
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        let mut mapping = self.mapping.lock();
+        let mut window = self.window.lock();
         let start = usize::try_from(offset).map_err(io::Error::other)?;
         let end = start.checked_add(bytes.len()).ok_or(io::ErrorKind::InvalidInput)?;
-        if end <= DATA_START {
-            // A header begins another use of the file. It is written by the kernel: a kill in the middle of a copy must not
-            // leave a part of both of its copies.
-            mapping.ready = 0;
-            return self.file.write_all_at(bytes, offset);
+        if let Some(mapped) = window.as_mut().and_then(|window| window.get_mut(&(start..end))) {
+            mapped.copy_from_slice(bytes);
+            return Ok(());
         }
-        if end > mapping.ready {
-            return self.write_ahead(&mut mapping, bytes, start, end);
-        }
-        mapping.bytes.get_mut(start..end).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(bytes);
+        self.file.write_all_at(bytes, offset)?;
+        // A header begins another use of the file. It is always written by the kernel: a kill in the middle of a copy must not
+        // leave a part of both of its copies.
+        *window = if end <= DATA_START { None } else { self.open_window(end)? };
         Ok(())
     }
 
-    /// Writes with a system call, and zeros after it. So the pages of the next stores are cached without being read from
+    /// Maps the part after `written`, after it has filled it with zeros. So its pages are cached without being read from
     /// disk: a read that fails in a store would end the process. It also removes what an earlier use left there.
     #[cold]
-    fn write_ahead(&self, mapping: &mut Mapping, bytes: &[u8], start: usize, end: usize) -> io::Result<()> {
-        self.file.write_all_at(bytes, start as u64)?;
-        let ready = (end + AHEAD / 2).next_multiple_of(AHEAD).min(mapping.bytes.len());
-        if let Some(zeros) = ZEROS.get(..ready.saturating_sub(end)) {
-            self.file.write_all_at(zeros, end as u64)?;
-        } else {
-            self.file.write_all_at(&vec![0; ready - end], end as u64)?;
+    fn open_window(&self, written: usize) -> io::Result<Option<Window>> {
+        let start = written / BLOCK * BLOCK;
+        let end = (written + WINDOW / 2).next_multiple_of(WINDOW).min(self.bytes);
+        if end <= written {
+            return Ok(None);
         }
-        mapping.ready = ready;
-        Ok(())
+        for zeros in (written..end).step_by(ZEROS.len()) {
+            let len = ZEROS.len().min(end - zeros);
+            self.file.write_all_at(ZEROS.get(..len).unwrap_or(ZEROS), zeros as u64)?;
+        }
+        // If it cannot be mapped, writes are system calls.
+        let Ok(bytes) = map(&self.file, start..end) else { return Ok(None) };
+        // Saves a fault for each page. Older kernels do not know it.
+        let _ = bytes.advise(Advice::PopulateWrite);
+        Ok(Some(Window { start, bytes }))
     }
+}
+
+fn map(file: &File, range: Range<usize>) -> io::Result<MmapMut> {
+    let mut options = MmapOptions::new();
+    options.offset(range.start as u64).len(range.len());
+    // SAFETY: the bytes must not change except through this mapping and this file. The file is private to its owner, in
+    // a directory that the caller has locked, and nothing keeps a reference into the mapping: bytes are copied to it
+    // under a lock. If the file is truncated by another process, a store ends this process by SIGBUS; it does not
+    // reach other memory.
+    unsafe { options.map_mut(file) }
 }

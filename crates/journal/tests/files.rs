@@ -186,6 +186,34 @@ fn a_header_of_a_mapped_file_is_written_alone() {
 }
 
 #[test]
+fn a_mapped_file_has_what_was_written_to_it_also_across_windows() {
+    const BYTES: usize = 2 << 20;
+    const DATA_START: usize = 8_192;
+    let dir = tempfile::tempdir().unwrap();
+    let file = directory(dir.path(), Access::Map).create("a file", BYTES as u64).unwrap();
+    let mut rng = rng(&"windows");
+    for reuse in 1..=4_u8 {
+        let mut expected = vec![reuse; DATA_START];
+        file.write_at(&expected, 0).unwrap();
+        while expected.len() < BYTES {
+            // Mostly small, some longer than a window.
+            let longest = if rng.random_bool(0.1) { 400_000 } else { 5_000 };
+            let len = rng.random_range(1..=longest).min(BYTES - expected.len());
+            let at = expected.len();
+            expected.resize(at + len, rng.random());
+            file.write_at(&expected[at..], at as u64).unwrap();
+            if rng.random_bool(0.01) {
+                file.sync().unwrap();
+            }
+            if rng.random_bool(0.02) || expected.len() == BYTES {
+                let content = fs::read(dir.path().join("a file")).unwrap();
+                assert!(content.starts_with(&expected), "use {reuse}, {at}");
+            }
+        }
+    }
+}
+
+#[test]
 fn only_files_of_the_journal_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["settings.toml.new", "000001.journal.new"] {
