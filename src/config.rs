@@ -13,6 +13,7 @@ const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// More than any machine has, and less than the largest size of RocksDB's caches.
 const MAX_MEMORY_BUDGET: usize = 1 << 44;
 const MIB: usize = 1024 * 1024;
+const MAX_SPARE_SEGMENTS: u64 = 1 << 40;
 /// The longest key, with its scope, of any store.
 pub(crate) const MAX_KEY: usize = 65_535;
 
@@ -45,6 +46,8 @@ pub(crate) struct Options {
     pub(crate) key_limit: usize,
     pub(crate) in_flight_limit: usize,
     pub(crate) held_limit: usize,
+    /// Bytes of unused segments that the journal keeps.
+    pub(crate) spare_segments: u64,
     pub(crate) lock_wait: Duration,
     /// Capacity of each queue of the committer, in calls.
     pub(crate) queue_limit: usize,
@@ -70,6 +73,7 @@ impl Default for Options {
             key_limit: 1_024,
             in_flight_limit: 1_000_000,
             held_limit: 1_000_000,
+            spare_segments: 64 << 20,
             lock_wait: Duration::from_secs(1),
             queue_limit: 1_024,
             create: true,
@@ -134,6 +138,7 @@ impl Options {
         within("key_limit", self.key_limit, 1, MAX_KEY)?;
         within("in_flight_limit", self.in_flight_limit, 1, usize::MAX)?;
         within("queue_limit", self.queue_limit, 1, 1_000_000)?;
+        within("spare_segments", self.spare_segments, 0, MAX_SPARE_SEGMENTS)?;
         within("held_limit", self.held_limit, 1, usize::MAX)
     }
 
@@ -245,6 +250,8 @@ mod tests {
         assert!(message.contains("`lease` is 0ns"), "{message}");
         let message = rejected(Options { memory_budget: 1, ..Options::default() });
         assert!(message.contains("`memory_budget` is 1"), "{message}");
+        let message = rejected(Options { spare_segments: u64::MAX, ..Options::default() });
+        assert!(message.contains("`spare_segments` is 184"), "{message}");
     }
 
     #[test]

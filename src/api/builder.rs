@@ -134,6 +134,14 @@ impl Builder {
         self
     }
 
+    /// Disk space of unused journal segments, in bytes, which are kept because to write over them is faster than to allocate new
+    /// ones. At most 1 TiB, 64 MiB by default; two segments are always kept. A segment has at most an eighth of it, and from
+    /// 64 KiB to 8 MiB. The segments in use are extra: they have what was written since the last flush, rounded up to a segment.
+    pub fn spare_segments(mut self, bytes: u64) -> Self {
+        self.options.spare_segments = bytes;
+        self
+    }
+
     /// How many awaited calls each of the store's two queues holds; a batch is one call. If a queue is full, `.await` waits for
     /// room. From 1 to 1,000,000, 1,024 by default. More than the number of concurrent tasks has no effect; fewer make smaller
     /// commit groups.

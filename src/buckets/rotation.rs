@@ -1,4 +1,4 @@
-//! Rotation: creates the next bucket before it is needed, and drops expired buckets whole.
+//! Rotation: creates the next bucket before it is needed, has the SSTs of ended buckets merged, and drops expired buckets whole.
 
 use std::sync::atomic::Ordering;
 
@@ -8,6 +8,9 @@ use crate::clock::Now;
 use crate::config::Span;
 use crate::rocks::db::Db;
 use onlyonce_core::Result;
+
+/// The number of SSTs from which an ended bucket is merged. A lookup asks the filter of each of them.
+const MERGED_SSTS: u64 = 4;
 
 /// Whether there are buckets whose keys have all expired.
 pub(crate) fn has_expired(registry: &BucketRegistry, span: Span, now: &Now) -> bool {
@@ -46,12 +49,26 @@ pub(crate) fn prepare_next(db: &Db, registry: &BucketRegistry, span: Span, now_m
     Ok(())
 }
 
+/// Makes RocksDB merge the SSTs of the ended buckets that have many. The caller excludes drops of buckets.
+pub(crate) fn merge_ended(db: &Db, registry: &BucketRegistry, now_ms: u64) -> Result<()> {
+    for bucket in registry.snapshot().newest_first() {
+        let is_due = bucket.range.end_ms() <= now_ms && !bucket.is_merging.load(Ordering::Relaxed);
+        if is_due && db.unmerged_ssts(&bucket.family)? >= MERGED_SSTS {
+            db.merge_bucket(&bucket.family)?;
+            bucket.is_merging.store(true, Ordering::Relaxed);
+            tracing::debug!(bucket = %bucket.range, "merging the SSTs of an ended bucket");
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
     use crate::fs::directory::Directory;
+    use crate::rocks::sst::SstWriter;
 
     const SPAN: Span = Span { window_ms: 4_000, bucket_ms: 1_000 };
 
@@ -86,6 +103,41 @@ mod tests {
         assert_eq!(prepared(5_500), [5, 6]);
         assert_eq!(prepared(5_600), [5, 6]);
         assert_eq!(prepared(6_900), [5, 6]);
+    }
+
+    #[test]
+    fn the_ssts_of_a_bucket_are_merged_once_it_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let (db, registry) = open(&dir, 0);
+        let bucket = registry.ensure(&db, BucketRange::containing(5_000, 1_000)).unwrap();
+        // Each spans the whole range: RocksDB adds an SST beside the others to the same sorted run.
+        let add = |number: u8| {
+            let put =
+                |sst: &mut SstWriter<'_>| [0, 255].iter().try_for_each(|first| sst.put(&[*first, number], b"value"));
+            db.add_sst(&bucket.family, put).unwrap();
+        };
+        let ssts = || db.sst_numbers().unwrap().remove(&bucket.family).unwrap_or_default();
+        (0..3).for_each(add);
+        merge_ended(&db, &registry, 6_000).unwrap();
+        assert!(!bucket.is_merging.load(Ordering::Relaxed), "so few are not worth it");
+        (3..10).for_each(add);
+        merge_ended(&db, &registry, 5_999).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(ssts().len(), 10, "it may get more");
+        merge_ended(&db, &registry, 6_000).unwrap();
+        let started = std::time::Instant::now();
+        while ssts().len() > 2 {
+            assert!(started.elapsed() < Duration::from_secs(60), "{:?} are not merged", ssts());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(registry.snapshot().newest_first().iter().all(|bucket| bucket.is_merging.load(Ordering::Relaxed)));
+        let mut keys = 0;
+        db.for_each_key(&bucket.family, |_| {
+            keys += 1;
+            Ok(true)
+        })
+        .unwrap();
+        assert_eq!(keys, 20);
     }
 
     #[test]

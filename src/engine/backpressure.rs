@@ -74,7 +74,7 @@ impl Engine {
 
     /// Allocates room in the journal for so many bytes.
     pub(super) fn reserve_bytes(&self, bytes: usize) -> Result<()> {
-        self.journal.reserve(&self.db, bytes).inspect_err(|error| self.poison_by(error))
+        self.journal.reserve(bytes).inspect_err(|error| self.poison_by(error))
     }
 
     /// Waits while the backlog is full. Fails if flushes fail.

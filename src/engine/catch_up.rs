@@ -22,7 +22,7 @@ const FLUSH_BYTES: u64 = 8 << 20;
 const COMPACTION_TIME: Duration = Duration::from_secs(1);
 /// The number of SSTs in a column family beyond which they wait. RocksDB compacts at half as many, unless each process ends
 /// before a compaction does.
-const MAX_SSTS: u64 = 16;
+const MAX_SSTS: u64 = 64;
 
 impl Engine {
     /// Runs the tasks that are due at open, and returns the state for the first round of maintenance. That round retries a

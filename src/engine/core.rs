@@ -41,7 +41,7 @@ use onlyonce_core::{Error, Result, TimestampError};
 pub(crate) struct Engine {
     pub(super) config: Config,
     pub(super) policy: Policy,
-    pub(super) db: Db,
+    pub(super) db: Arc<Db>,
     pub(super) journal: StoreJournal,
     pub(super) memtable: MemTable,
     pub(super) buckets: BucketRegistry,
@@ -188,7 +188,7 @@ impl Engine {
         let bytes = if tx.is_empty() { 0 } else { tx.len() };
         let written = {
             let _timer = self.metrics.commit(sync);
-            self.journal.write(&self.db, tx, sync)
+            self.journal.write(tx, sync)
         };
         written.inspect_err(|error| self.poison_by(error))?;
         if let Some(saving) = saving {
@@ -210,7 +210,7 @@ impl Engine {
         self.ready()?;
         let mut tx = Tx::default();
         let Some(saving) = self.time_saved.put_changed(&self.timeline, &mut tx, || true) else { return Ok(()) };
-        self.journal.append_only(&self.db, tx).inspect_err(|error| self.poison_by(error))?;
+        self.journal.append_only(tx).inspect_err(|error| self.poison_by(error))?;
         saving.done();
         Ok(())
     }

@@ -91,7 +91,7 @@ impl Engine {
         let families = self.buckets.snapshot().newest_first();
         let flushes = self
             .journal
-            .flush(&self.db, families.iter().map(|bucket| bucket.family.as_str()))
+            .flush(families.iter().map(|bucket| bucket.family.as_str()))
             .inspect_err(|error| self.poison_by(error))?;
         self.write_checkpoint(position, flushes, in_progress)?;
         self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
@@ -112,7 +112,7 @@ impl Engine {
         let record = if in_progress.is_empty() { Vec::new() } else { in_progress.finish() };
         let checkpoint = Checkpoint { flushes, ssts: self.db.ssts()? }.encode(&record);
         Failpoint::CheckpointBegun.pass();
-        self.journal.checkpoint(&self.db, position, &checkpoint).inspect_err(|error| self.poison_by(error))?;
+        self.journal.checkpoint(position, &checkpoint).inspect_err(|error| self.poison_by(error))?;
         Failpoint::CheckpointWritten.pass();
         Ok(())
     }

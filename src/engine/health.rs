@@ -96,7 +96,7 @@ impl Engine {
         }
         // Unused tokens are returned. Otherwise every open would use up 2^32 of them, and consumers may store tokens in 53
         // bits. The running calls have ended by then, so no token from this one on is in use.
-        let closed = self.journal.close_with(&self.db, |tx| {
+        let closed = self.journal.close_with(|tx| {
             if self.poison.reason().is_none() {
                 tx.put_meta(TOKENS, &self.sequence.next_unused().to_le_bytes());
             }
@@ -110,7 +110,7 @@ impl Engine {
         let mut tx = Tx::default();
         self.timeline.ask_to_be_saved();
         let saving = self.time_saved.put_changed(&self.timeline, &mut tx, || true);
-        self.journal.write(&self.db, tx, false)?;
+        self.journal.write(tx, false)?;
         saving.into_iter().for_each(Saving::done);
         Ok(())
     }

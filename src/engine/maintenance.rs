@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use super::core::Engine;
 use crate::buckets::filters::Filters;
 use crate::buckets::range::BucketRange;
-use crate::buckets::rotation::{drop_expired, has_expired, prepare_next};
+use crate::buckets::rotation::{drop_expired, has_expired, merge_ended, prepare_next};
 use crate::clock::Now;
 use crate::testing::failpoint::Failpoint;
 use onlyonce_core::Result;
@@ -39,7 +39,7 @@ impl Engine {
         self.check_invariants()?;
         let saved = self.save_time_if_changed();
         let present = self.present_range();
-        let prepared = self.journal.maintain(&self.db).inspect_err(|error| self.poison_by(error));
+        let prepared = self.journal.maintain().inspect_err(|error| self.poison_by(error));
         // Before the flush: see the module's order.
         self.drop_expired()?;
         let now_ms = self.now().monotonic_ms;
@@ -131,7 +131,7 @@ impl Engine {
 
     pub(super) fn sync_journal(&self) -> Result<()> {
         self.ready()?;
-        self.journal.sync(&self.db).inspect_err(|error| self.poison_by(error))
+        self.journal.sync().inspect_err(|error| self.poison_by(error))
     }
 
     /// Reads or rebuilds the filter of each bucket that has none, until `should_continue` returns false.
@@ -142,6 +142,12 @@ impl Engine {
         self.check_invariants()?;
         tracing::info!(elapsed = ?started.elapsed(), "filters restored");
         Ok(())
+    }
+
+    /// Has the SSTs of ended buckets merged.
+    pub(super) fn merge_ended(&self) -> Result<()> {
+        let _flush_lock = self.flush_lock.lock();
+        merge_ended(&self.db, &self.buckets, self.now().time_ms)
     }
 
     /// Moves ended buckets to the newest base matrix, and persists their columns.
@@ -252,7 +258,7 @@ mod tests {
             engine.sync().unwrap();
             record(&engine, "k");
             // A sync of the closed journal fails, so an error shows that it was synced.
-            engine.journal.close_with(&engine.db, |_| ()).unwrap();
+            engine.journal.close_with(|_| ()).unwrap();
             assert_eq!(engine.sync().is_ok(), waits, "{durability:?}");
             engine.sync().expect("nothing is left to sync");
         }

@@ -23,7 +23,7 @@ use crate::config::{Durability, Options, Stored};
 use crate::digest::Digester;
 use crate::fs::directory::Directory;
 use crate::journal::replayed::{Replay, Totals};
-use crate::journal::store_journal::StoreJournal;
+use crate::journal::store_journal::{Segments, StoreJournal};
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::Db;
@@ -49,14 +49,16 @@ impl Engine {
             Ok(entries)
         };
         let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
+        let db = Arc::new(db);
         check_format(&db, &path)?;
         let secret = meta(&db, SECRET)?;
         let digester = Digester::new(&secret);
         let memtable = MemTable::new(options.memory_budget / RECENT_SHARE);
         let poison = Arc::clone(memtable.poison());
         let mut replay = Replay::default();
-        let is_synced_often = options.durability == Durability::Disk;
-        let (journal, replayed_bytes) = StoreJournal::open(&journal_path, &db, is_synced_often, |number, record| {
+        let are_synced_often = options.durability == Durability::Disk;
+        let segments = Segments { are_synced_often, spare_bytes: options.spare_segments };
+        let (journal, replayed_bytes) = StoreJournal::open(&journal_path, &db, segments, |number, record| {
             replay.add(number, record, |key, event| {
                 let digest = digester.digest(key);
                 apply_replayed(&mut memtable.shard(digest), digest, key, event);

@@ -14,8 +14,8 @@ use onlyonce_core::{Error, Result};
 
 /// The interval between rounds of maintenance.
 const TICK: Duration = Duration::from_millis(100);
-/// The interval between checks for filters to persist.
-const FILTER_INTERVAL: Duration = Duration::from_secs(1);
+/// The interval between checks for ended buckets.
+const ENDED_INTERVAL: Duration = Duration::from_secs(1);
 /// The backoff after a failed round of maintenance.
 const FAILURE_BACKOFF: Duration = Duration::from_secs(1);
 
@@ -43,7 +43,7 @@ impl BackgroundWorkers {
         workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
             run_workers(engine, maintenance_state, &woken, stopped);
         })?;
-        workers.spawn(engine, &stopped, "onlyonce-filter", persist_filters)?;
+        workers.spawn(engine, &stopped, "onlyonce-filter", tend_ended_buckets)?;
         if engine.config().durability == Durability::Process {
             workers.spawn(engine, &stopped, "onlyonce-sync", sync)?;
         }
@@ -168,24 +168,19 @@ fn run_workers(engine: &Engine, mut state: MaintenanceState, woken: &Receiver<()
     }
 }
 
-/// Restores filters at open, then persists those of ended buckets. An error costs only time: buckets without a filter are read
-/// on disk.
-fn persist_filters(engine: &Engine, stopped: &Receiver<()>) {
+/// Restores filters at open. Then merges the SSTs of ended buckets and persists their filters. An error costs only time: buckets
+/// without a filter are read on disk.
+fn tend_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
     let should_continue = || !is_stopped(stopped);
-    match engine.restore_filters(&should_continue) {
+    let warn = |outcome: Result<()>, failure: &str| match outcome {
         Ok(()) | Err(Error::Closed) => {}
-        Err(error) => {
-            tracing::warn!(error = error.chain(), "failed to restore filters; lookups read the disk more often")
-        }
-    }
-    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(FILTER_INTERVAL) {
-        match engine.persist_filters(should_continue) {
-            Ok(()) | Err(Error::Closed) => {}
-            Err(error) => tracing::warn!(
-                error = error.chain(),
-                "failed to persist the filter of an ended bucket; it will be retried"
-            ),
-        }
+        Err(error) => tracing::warn!(error = error.chain(), "{failure}"),
+    };
+    warn(engine.restore_filters(&should_continue), "failed to restore filters; lookups read the disk more often");
+    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(ENDED_INTERVAL) {
+        warn(engine.merge_ended(), "failed to merge the SSTs of an ended bucket; it will be retried");
+        let persisted = engine.persist_filters(should_continue);
+        warn(persisted, "failed to persist the filter of an ended bucket; it will be retried");
     }
 }
 

@@ -1,72 +1,90 @@
-//! The journal's files, with a failpoint at each step.
+//! The journal's files, with a failpoint at each step. After a sync they check that the store was not deleted.
 
 use std::io;
+use std::path::Path;
+use std::sync::Arc;
 
-use onlyonce_journal::{Access, Directory, DirectoryFile, Medium, MediumFile};
+use onlyonce_journal::{Access, DirectoryFile, Medium, MediumFile};
 
+use crate::fs::directory::Directory;
 use crate::testing::failpoint::Failpoint;
 
-pub(super) struct StoreMedium(Directory);
+pub(super) struct StoreMedium {
+    segments: onlyonce_journal::Directory,
+    /// `None` while the store is created.
+    store: Option<Arc<Directory>>,
+}
 
 impl StoreMedium {
-    pub(super) fn new(path: &std::path::Path, access: Access) -> io::Result<Self> {
-        Directory::new(path, access).map(Self)
+    pub(super) fn new(path: &Path, access: Access, store: Option<Arc<Directory>>) -> io::Result<Self> {
+        Ok(Self { segments: onlyonce_journal::Directory::new(path, access)?, store })
+    }
+
+    fn file(&self, file: DirectoryFile) -> StoreFile {
+        StoreFile { file, store: self.store.clone() }
     }
 }
 
-pub(super) struct StoreFile(DirectoryFile);
+pub(super) struct StoreFile {
+    file: DirectoryFile,
+    store: Option<Arc<Directory>>,
+}
 
 impl Medium for StoreMedium {
     type File = StoreFile;
 
     fn names(&self) -> io::Result<Vec<String>> {
-        self.0.names()
+        self.segments.names()
     }
 
     fn create(&self, name: &str, bytes: u64) -> io::Result<StoreFile> {
         Failpoint::SegmentBegun.pass();
-        let file = self.0.create(name, bytes)?;
+        let file = self.segments.create(name, bytes)?;
         Failpoint::SegmentCreated.pass();
-        Ok(StoreFile(file))
+        Ok(self.file(file))
     }
 
     fn open(&self, name: &str) -> io::Result<StoreFile> {
-        self.0.open(name).map(StoreFile)
+        self.segments.open(name).map(|file| self.file(file))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.0.remove(name)
+        self.segments.remove(name)
     }
 
     fn place(&self, name: &str) -> String {
-        self.0.place(name)
+        self.segments.place(name)
     }
 }
 
 impl MediumFile for StoreFile {
     fn len(&self) -> io::Result<u64> {
-        self.0.len()
+        self.file.len()
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buffer, offset)
+        self.file.read_at(buffer, offset)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         Failpoint::WriteBegun.pass();
-        self.0.write_at(bytes, offset)?;
+        self.file.write_at(bytes, offset)?;
         Failpoint::WriteDone.pass();
         Ok(())
     }
 
     fn unit(&self) -> usize {
-        self.0.unit()
+        self.file.unit()
     }
 
     fn sync(&self) -> io::Result<()> {
         Failpoint::SyncBegun.pass();
-        self.0.sync()?;
+        self.file.sync()?;
         Failpoint::SyncDone.pass();
-        Ok(())
+        // A sync of a deleted file succeeds.
+        match self.store.as_ref().and_then(|store| store.deleted()) {
+            Some(path) => Err(io::Error::new(io::ErrorKind::NotFound, format!("{} was deleted", path.display()))),
+            None => Ok(()),
+        }
     }
 }

@@ -8,6 +8,7 @@
 //! the journal, then flushed, then in the checkpoint. So an open notices a database or a journal that is older than the other.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use onlyonce_journal::{Access, Durability, Journal, Options, Position, Recovered};
@@ -15,20 +16,31 @@ use onlyonce_journal::{Access, Durability, Journal, Options, Position, Recovered
 use super::checkpoint::{self, Checkpoint};
 use super::medium::StoreMedium;
 use super::tx::{self, Change, Tx};
+use crate::fs::directory::Directory;
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicUsize, Mutex, RwLock, RwLockReadGuard};
 use onlyonce_core::{Cause, Error, Result};
+
+/// How the journal's segments are used.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Segments {
+    /// Whether most calls wait for a sync.
+    pub(crate) are_synced_often: bool,
+    /// Bytes of unused segments that are kept.
+    pub(crate) spare_bytes: u64,
+}
 
 /// The meta entry with the number of the last flush.
 const FLUSHES: &str = "flushes";
 
 /// The journal of an open store.
 pub(crate) struct StoreJournal {
+    db: Arc<Db>,
     // Each call holds a read lock, so that `close_with` can wait for running calls.
     journal: RwLock<Option<Journal<StoreMedium>>>,
     /// The number of the last flush. Held while a transaction that changes the database is appended and applied.
-    order: Mutex<u64>,
+    flushes: Mutex<u64>,
     /// About the memory of the changes that the database has not flushed.
     unflushed: AtomicUsize,
 }
@@ -37,21 +49,21 @@ impl StoreJournal {
     /// Creates the journal of a new store in this directory, which must not exist.
     pub(crate) fn create(path: &Path) -> Result<()> {
         crate::fs::directory::make_private(path)?;
-        let medium = medium(path, Access::Write)?;
-        let journal = Journal::create(medium, &options(), &Checkpoint::default().encode(&[]))
+        let medium = medium(path, Access::Write, None)?;
+        let journal = Journal::create(medium, &Options::default(), &Checkpoint::default().encode(&[]))
             .map_err(|error| unusable(path, error))?;
         journal.close().map_err(|error| unusable(path, error))
     }
 
     /// Opens the journal: applies its changes to the database, and passes the records of keys to `visit`, with their numbers; that
-    /// of the checkpoint has none. Returns the bytes that it replayed, too. `is_synced_often`: whether most calls wait for a sync.
+    /// of the checkpoint has none. Returns the bytes that it replayed, too.
     ///
     /// Nothing of this is on disk before the next flush, unless it is more than RocksDB's memtable holds: an open that fails has
     /// changed nothing.
     pub(crate) fn open(
         path: &Path,
-        db: &Db,
-        is_synced_often: bool,
+        db: &Arc<Db>,
+        segments: Segments,
         mut visit: impl FnMut(Option<u64>, &[u8]) -> Result<()>,
     ) -> Result<(Self, u64)> {
         let missing =
@@ -59,10 +71,11 @@ impl StoreJournal {
         if !path.is_dir() {
             return Err(missing());
         }
-        let medium = medium(path, if is_synced_often { Access::Write } else { Access::Map })?;
+        let access = if segments.are_synced_often { Access::Write } else { Access::Map };
+        let medium = medium(path, access, Some(Arc::clone(db.directory())))?;
         let flushed = flushes(db)?;
         let (mut last, mut unflushed, mut failed) = (0, 0, None);
-        let opened = Journal::open(medium, &options(), |recovered| {
+        let opened = Journal::open(medium, &options(segments.spare_bytes), |recovered| {
             let replayed = match recovered {
                 Recovered::Checkpoint(bytes) => Checkpoint::read(bytes).and_then(|(checkpoint, record)| {
                     checkpoint::compare(&db.directory().database(), &checkpoint, flushed, &db.ssts()?)?;
@@ -95,8 +108,8 @@ impl StoreJournal {
         if let Some(place) = report.torn {
             tracing::warn!(place, "discarded the torn tail of the journal after an unclean shutdown");
         }
-        let (order, unflushed) = (Mutex::new(last), AtomicUsize::new(unflushed));
-        Ok((Self { journal: RwLock::new(Some(journal)), order, unflushed }, report.bytes))
+        let (flushes, unflushed) = (Mutex::new(last), AtomicUsize::new(unflushed));
+        Ok((Self { db: Arc::clone(db), journal: RwLock::new(Some(journal)), flushes, unflushed }, report.bytes))
     }
 
     fn journal(&self) -> Result<Open<'_>> {
@@ -106,52 +119,45 @@ impl StoreJournal {
 
     /// Appends a transaction and applies it to the database. With `sync` it is on disk when this returns. After
     /// [`Error::WriteFailed`] and [`Error::DirectoryGone`] the outcome is unknown; after any other error nothing has changed.
-    pub(crate) fn write(&self, db: &Db, tx: Tx, sync: bool) -> Result<()> {
+    pub(crate) fn write(&self, tx: Tx, sync: bool) -> Result<()> {
         let open = self.journal()?;
         let journal = open.get()?;
         if tx.is_empty() {
-            if sync {
-                written(db, journal.sync())?;
-            }
-        } else if tx.changes_database() {
-            let order = self.order.lock();
-            // Synced after it is applied, without the lock.
-            self.append_and_apply(db, journal, tx, false)?;
-            drop(order);
-            if sync {
-                written(db, journal.sync())?;
-            }
-        } else {
-            let (head, record) = tx.finish();
-            let durability = if sync { Durability::Disk } else { Durability::Process };
-            written(db, journal.append(&[&head, &record], durability))?;
+            return if sync { self.written(journal.sync()) } else { Ok(()) };
         }
-        if sync { reject_deleted(db) } else { Ok(()) }
+        if tx.changes_database() {
+            let flushes = self.flushes.lock();
+            // Synced after it is applied, without the lock.
+            self.append_and_apply(journal, tx, false)?;
+            drop(flushes);
+            return if sync { self.written(journal.sync()) } else { Ok(()) };
+        }
+        let (head, record) = tx.finish();
+        let durability = if sync { Durability::Disk } else { Durability::Process };
+        self.written(journal.append(&[&head, &record], durability))
     }
 
-    /// The caller holds `order`. With `sync` the record is on disk before it is applied.
-    fn append_and_apply(&self, db: &Db, journal: &Journal<StoreMedium>, tx: Tx, sync: bool) -> Result<()> {
+    /// The caller holds `flushes`. With `sync` the record is on disk before it is applied.
+    fn append_and_apply(&self, journal: &Journal<StoreMedium>, tx: Tx, sync: bool) -> Result<()> {
         // Before the append: a change that is in the journal must be applied.
-        db.check_writable()?;
+        self.db.check_writable()?;
         // RocksDB flushes a full memtable by itself, and what it flushes must be synced by then.
-        let may_fill = self.unflushed().saturating_add(tx.len()) >= db.meta_memtable_bytes() / 3;
+        let may_fill = self.unflushed().saturating_add(tx.len()) >= self.db.meta_memtable_bytes() / 3;
         let durability = if sync || may_fill { Durability::Disk } else { Durability::Process };
         let (head, record) = tx.finish();
-        written(db, journal.append(&[&head, &record], durability))?;
-        let applied = apply(db, &head).map_err(|error| Error::WriteFailed { source: error.into() })?;
+        self.written(journal.append(&[&head, &record], durability))?;
+        let applied = apply(&self.db, &head).map_err(|error| Error::WriteFailed { source: error.into() })?;
         self.unflushed.fetch_add(applied.memory, Ordering::Relaxed);
         Ok(())
     }
 
     /// Appends a transaction and syncs it, without applying it: the next open does. For changes that are written again, and
     /// applied, before the next checkpoint.
-    pub(crate) fn append_only(&self, db: &Db, tx: Tx) -> Result<()> {
+    pub(crate) fn append_only(&self, tx: Tx) -> Result<()> {
         let open = self.journal()?;
-        let order = self.order.lock();
+        let _in_order = self.flushes.lock();
         let (head, record) = tx.finish();
-        written(db, open.get()?.append(&[&head, &record], Durability::Disk))?;
-        drop(order);
-        reject_deleted(db)
+        self.written(open.get()?.append(&[&head, &record], Durability::Disk))
     }
 
     /// About the memory of the changes that the database has not flushed.
@@ -160,16 +166,15 @@ impl StoreJournal {
     }
 
     /// Allocates what a call of so many bytes needs, so that a full disk is noticed before the call has changed anything.
-    pub(crate) fn reserve(&self, db: &Db, bytes: usize) -> Result<()> {
+    pub(crate) fn reserve(&self, bytes: usize) -> Result<()> {
         let open = self.journal()?;
-        written(db, open.get()?.reserve(bytes))
+        self.written(open.get()?.reserve(bytes))
     }
 
     /// Syncs everything written so far.
-    pub(crate) fn sync(&self, db: &Db) -> Result<()> {
+    pub(crate) fn sync(&self) -> Result<()> {
         let open = self.journal()?;
-        written(db, open.get()?.sync())?;
-        reject_deleted(db)
+        self.written(open.get()?.sync())
     }
 
     /// The position after all transactions whose writes have returned.
@@ -179,34 +184,34 @@ impl StoreJournal {
 
     /// Flushes the database, and returns the number of the flush. The journal is synced before, because what the database has
     /// must not be newer than the journal: a message would be on disk, and its completion would not.
-    pub(crate) fn flush<'a>(&self, db: &Db, families: impl Iterator<Item = &'a str>) -> Result<u64> {
+    pub(crate) fn flush<'a>(&self, families: impl Iterator<Item = &'a str>) -> Result<u64> {
         let open = self.journal()?;
         let journal = open.get()?;
-        let mut order = self.order.lock();
-        let number = *order + 1;
+        let mut flushes = self.flushes.lock();
+        let number = *flushes + 1;
         let mut tx = Tx::default();
         tx.put_meta(FLUSHES, &number.to_le_bytes());
         // Synced before it is applied, and everything before it as well: RocksDB may flush `meta` by itself when it resumes after
         // a full disk.
-        self.append_and_apply(db, journal, tx, true)?;
-        *order = number;
+        self.append_and_apply(journal, tx, true)?;
+        *flushes = number;
         Failpoint::DatabaseFlushBegun.pass();
-        db.flush_memtables(families)?;
+        self.db.flush_memtables(families)?;
         self.unflushed.store(0, Ordering::Relaxed);
         Failpoint::DatabaseFlushed.pass();
         Ok(number)
     }
 
     /// Appends a checkpoint, which replaces the transactions before `from`.
-    pub(crate) fn checkpoint(&self, db: &Db, from: Position, checkpoint: &[u8]) -> Result<()> {
+    pub(crate) fn checkpoint(&self, from: Position, checkpoint: &[u8]) -> Result<()> {
         let open = self.journal()?;
-        written(db, open.get()?.checkpoint(from, checkpoint))
+        self.written(open.get()?.checkpoint(from, checkpoint))
     }
 
     /// Prepares the next segment. Called by a thread that may wait for the disk.
-    pub(crate) fn maintain(&self, db: &Db) -> Result<()> {
+    pub(crate) fn maintain(&self) -> Result<()> {
         let open = self.journal()?;
-        written(db, open.get()?.maintain())
+        self.written(open.get()?.maintain())
     }
 
     /// The number of segments that the next open would read.
@@ -227,19 +232,33 @@ impl StoreJournal {
 
     /// Waits for running calls, appends the changes of `last`, syncs everything and closes. Later calls fail with
     /// [`Error::Closed`].
-    pub(crate) fn close_with(&self, db: &Db, last: impl FnOnce(&mut Tx)) -> Result<()> {
+    pub(crate) fn close_with(&self, last: impl FnOnce(&mut Tx)) -> Result<()> {
         let Some(journal) = self.journal.write().take() else { return Ok(()) };
         let mut tx = Tx::default();
         last(&mut tx);
         if !tx.is_empty() {
             let (head, record) = tx.finish();
             // To the journal alone: the next open applies it to the database.
-            written(db, journal.append(&[&head, &record], Durability::Process))?;
+            self.written(journal.append(&[&head, &record], Durability::Process))?;
         }
         Failpoint::CloseTokensWritten.pass();
-        written(db, journal.close())?;
+        self.written(journal.close())?;
         Failpoint::CloseSynced.pass();
-        reject_deleted(db)
+        // Also if there was nothing to sync.
+        self.db.directory().deleted().map_or(Ok(()), |path| Err(Error::DirectoryGone { path }))
+    }
+
+    /// The outcome of a call to the open journal.
+    fn written(&self, outcome: onlyonce_journal::Result<()>) -> Result<()> {
+        use onlyonce_journal::Error as E;
+        outcome.map_err(|error| match (error, self.db.directory().deleted()) {
+            (E::Closed, _) => Error::Closed,
+            (_, Some(path)) => Error::DirectoryGone { path },
+            (E::NotWritten { action, ref place, ref source }, None) => {
+                Error::io(action, PathBuf::from(place), Cause::new(source.kind(), source.clone()))
+            }
+            (error, None) => Error::WriteFailed { source: cause(&error) },
+        })
     }
 }
 
@@ -297,33 +316,24 @@ fn apply<'a>(db: &Db, bytes: &'a [u8]) -> Result<Applied<'a>> {
     Ok(applied)
 }
 
-/// Segments are created full of zeros. A flush frees them after some 12 MB of records, so that larger ones would mostly be zeros.
-fn options() -> Options {
+/// Sizes of segments are multiples of this.
+const BLOCK: u64 = 4_096;
+/// The largest segment of any store. Segments are created full of zeros, and a flush frees them after some 12 MB of records: larger
+/// ones would mostly be zeros.
+const LARGEST_SEGMENT: u64 = 8 << 20;
+/// The number of spare segments of the largest size.
+const SPARE_SEGMENTS: u64 = 8;
+
+fn options(spare_bytes: u64) -> Options {
     let mut options = Options::default();
-    options.largest_segment = 8 << 20;
+    options.spare_bytes = spare_bytes;
+    let blocks = spare_bytes / SPARE_SEGMENTS / BLOCK * BLOCK;
+    options.largest_segment = blocks.clamp(options.smallest_segment, LARGEST_SEGMENT);
     options
 }
 
-fn medium(path: &Path, access: Access) -> Result<StoreMedium> {
-    StoreMedium::new(path, access).map_err(|error| Error::io("opening", path, error))
-}
-
-/// Fails if the directory of the store was deleted. Writes to deleted files succeed, and so do their syncs.
-fn reject_deleted(db: &Db) -> Result<()> {
-    db.directory().deleted().map_or(Ok(()), |path| Err(Error::DirectoryGone { path }))
-}
-
-/// The outcome of a call to the open journal.
-fn written(db: &Db, outcome: onlyonce_journal::Result<()>) -> Result<()> {
-    use onlyonce_journal::Error as E;
-    outcome.map_err(|error| match (error, db.directory().deleted()) {
-        (E::Closed, _) => Error::Closed,
-        (_, Some(path)) => Error::DirectoryGone { path },
-        (E::NotWritten { action, ref place, ref source }, None) => {
-            Error::io(action, PathBuf::from(place), Cause::new(source.kind(), source.clone()))
-        }
-        (error, None) => Error::WriteFailed { source: cause(&error) },
-    })
+fn medium(path: &Path, access: Access, store: Option<Arc<Directory>>) -> Result<StoreMedium> {
+    StoreMedium::new(path, access, store).map_err(|error| Error::io("opening", path, error))
 }
 
 fn cause(error: &onlyonce_journal::Error) -> Cause {
@@ -354,14 +364,15 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::fs::directory::Directory;
 
-    fn open(dir: &tempfile::TempDir) -> (Db, StoreJournal) {
+    const SEGMENTS: Segments = Segments { are_synced_often: false, spare_bytes: 1 << 20 };
+
+    fn open(dir: &tempfile::TempDir) -> (Arc<Db>, StoreJournal) {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let path = directory.journal();
         let seed = || StoreJournal::create(&path).map(|()| Vec::new());
-        let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, seed).unwrap();
-        let (journal, _) = StoreJournal::open(&path, &db, false, |_, _| Ok(())).unwrap();
+        let db = Arc::new(Db::open(directory, 32 << 20, Duration::ZERO, seed).unwrap().0);
+        let (journal, _) = StoreJournal::open(&path, &db, SEGMENTS, |_, _| Ok(())).unwrap();
         (db, journal)
     }
 
@@ -374,11 +385,11 @@ mod tests {
     #[test]
     fn a_flush_of_the_database_syncs_the_journal_first() {
         let dir = tempfile::tempdir().unwrap();
-        let (db, journal) = open(&dir);
+        let (_, journal) = open(&dir);
         for round in 1..=3_u64 {
-            journal.write(&db, put(b"name", &round.to_le_bytes()), false).unwrap();
+            journal.write(put(b"name", &round.to_le_bytes()), false).unwrap();
             let before = journal.syncs();
-            journal.flush(&db, std::iter::empty()).unwrap();
+            journal.flush(std::iter::empty()).unwrap();
             assert!(journal.syncs() > before, "the database has a change that a power cut could take from the journal");
         }
     }
@@ -386,16 +397,16 @@ mod tests {
     #[test]
     fn a_change_that_could_fill_the_memtable_of_meta_is_synced_before_it_is_applied() {
         let dir = tempfile::tempdir().unwrap();
-        let (db, journal) = open(&dir);
+        let (_, journal) = open(&dir);
         for (bytes, synced) in [(1 << 20, 0), (20 << 20, 1), (1, 1)] {
             let before = journal.syncs();
-            journal.write(&db, put(b"name", &vec![7; bytes]), false).unwrap();
+            journal.write(put(b"name", &vec![7; bytes]), false).unwrap();
             assert_eq!(journal.syncs() - before, synced, "{bytes} bytes, {} before", journal.unflushed());
         }
-        journal.flush(&db, std::iter::empty()).unwrap();
+        journal.flush(std::iter::empty()).unwrap();
         assert_eq!(journal.unflushed(), 0);
         let before = journal.syncs();
-        journal.write(&db, put(b"name", b"value"), false).unwrap();
+        journal.write(put(b"name", b"value"), false).unwrap();
         assert_eq!(journal.syncs(), before);
     }
 
@@ -412,20 +423,20 @@ mod tests {
         };
         let flush = |db: &Db, journal: &StoreJournal| {
             let position = journal.position().unwrap();
-            let flushes = journal.flush(db, std::iter::empty()).unwrap();
+            let flushes = journal.flush(std::iter::empty()).unwrap();
             let checkpoint = Checkpoint { flushes, ssts: db.ssts().unwrap() }.encode(&[]);
-            journal.checkpoint(db, position, &checkpoint).unwrap();
+            journal.checkpoint(position, &checkpoint).unwrap();
         };
         let (db, journal) = open(&dir);
         flush(&db, &journal);
-        journal.close_with(&db, |_| {}).unwrap();
+        journal.close_with(|_| {}).unwrap();
         db.close();
         let old = dir.path().join("old");
         ["db", "journal"].iter().for_each(|part| copy(&root.join(part), &old.join(part)));
         drop((db, journal));
         let (db, journal) = open(&dir);
         flush(&db, &journal);
-        journal.close_with(&db, |_| {}).unwrap();
+        journal.close_with(|_| {}).unwrap();
         db.close();
         drop((db, journal));
         for (part, text) in [("db", "MANIFEST file ends at flush 1"), ("journal", "it ends at flush 1")] {
@@ -434,8 +445,8 @@ mod tests {
             copy(&old.join(part), &root.join(part));
             let directory = Directory::acquire(&root, Duration::ZERO).unwrap();
             let path = directory.journal();
-            let (db, _) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
-            let rejected = StoreJournal::open(&path, &db, false, |_, _| Ok(())).map(drop);
+            let db = Arc::new(Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap().0);
+            let rejected = StoreJournal::open(&path, &db, SEGMENTS, |_, _| Ok(())).map(drop);
             let error = rejected.expect_err(part).to_string();
             assert!(error.contains(text), "{error}");
             db.close();
@@ -457,7 +468,7 @@ mod tests {
                     scope.spawn(|| {
                         for _ in 0..25 {
                             let value = next.fetch_add(1, Ordering::Relaxed);
-                            journal.write(&db, put(&round.to_le_bytes(), &value.to_le_bytes()), false).unwrap();
+                            journal.write(put(&round.to_le_bytes(), &value.to_le_bytes()), false).unwrap();
                         }
                     });
                 }
@@ -466,7 +477,7 @@ mod tests {
         let values = |db: &Db| -> Vec<_> { (0..50_u64).map(|round| db.meta(&round.to_le_bytes()).unwrap()).collect() };
         let applied = values(&db);
         // The database was not flushed: a replay applies all of it again.
-        journal.close_with(&db, |_| {}).unwrap();
+        journal.close_with(|_| {}).unwrap();
         db.close();
         let (db, _) = open(&dir);
         assert_eq!(values(&db), applied);

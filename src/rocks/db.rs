@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use rocksdb::{
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions, properties,
 };
 
-use super::options::Tuning;
+use super::options::{ENDED_BUCKET, Tuning};
 use super::sst::SstWriter;
 use super::{failed, manifest, sst, unreadable};
 use crate::fs::directory::Directory;
@@ -40,7 +41,7 @@ const LAST_KEY: &[u8] = &[0xff; 16];
 pub(crate) struct Db {
     // Each call holds a read lock, so that `close` can wait for running calls.
     rocks: RwLock<Option<Rocks>>,
-    directory: Directory,
+    directory: Arc<Directory>,
     tuning: Tuning,
     ssts_written: AtomicU64,
 }
@@ -93,10 +94,11 @@ impl Db {
         };
         Failpoint::OpenDatabase.pass();
         let ssts_written = AtomicU64::new(0);
+        let directory = Arc::new(directory);
         Ok((Self { rocks: RwLock::new(Some(rocks)), directory, tuning, ssts_written }, buckets))
     }
 
-    pub(crate) fn directory(&self) -> &Directory {
+    pub(crate) fn directory(&self) -> &Arc<Directory> {
         &self.directory
     }
 
@@ -312,6 +314,27 @@ impl Db {
         }
         let Some(meta) = rocks.cf_handle(META) else { return Err(missing_family(META)) };
         rocks.flush_cf(&meta).map_err(cannot_flush)
+    }
+
+    /// The number of SSTs of a bucket that no compaction has merged yet.
+    pub(crate) fn unmerged_ssts(&self, bucket: &str) -> Result<u64> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
+        let ssts = rocks
+            .property_int_value_cf(&family, properties::num_files_at_level(0))
+            .map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
+        Ok(ssts.unwrap_or(0))
+    }
+
+    /// Makes RocksDB merge the SSTs of a bucket that has ended. Returns before they are merged.
+    pub(crate) fn merge_bucket(&self, bucket: &str) -> Result<()> {
+        let open = self.rocks()?;
+        let rocks = open.get()?;
+        let Some(family) = rocks.cf_handle(bucket) else { return Ok(()) };
+        rocks
+            .set_options_cf(&family, &ENDED_BUCKET)
+            .map_err(|error| failed("merging a bucket in", &self.directory.database(), &error))
     }
 
     /// Waits until no column family has more than `max_ssts` SSTs in level 0. False if compaction has not achieved

@@ -12,9 +12,12 @@ use rocksdb::{
 const MIB: usize = 1 << 20;
 /// The size from which RocksDB may rewrite its manifest.
 const MANIFEST_BYTES: usize = MIB / 4;
-/// SSTs that one compaction merges: of `meta`, and of a bucket.
+/// SSTs that one compaction merges: of `meta`, and of a bucket that still gets keys.
 const MERGED_META_SSTS: i32 = 4;
-const MERGED_BUCKET_SSTS: i32 = 8;
+const MERGED_BUCKET_SSTS: i32 = 32;
+/// The options of a bucket that has ended: RocksDB merges its SSTs to one, or to two if the newest one is small.
+pub(super) const ENDED_BUCKET: [(&str, &str); 2] =
+    [("level0_file_num_compaction_trigger", "2"), ("compaction_options_universal", "{min_merge_width=2}")];
 
 /// The options of one database. Each kind of column family has its own set, so that none uses RocksDB's defaults.
 pub(super) struct Tuning {
@@ -74,7 +77,7 @@ impl Tuning {
         options
     }
 
-    /// A bucket: SSTs are ingested, read by whole key, compacted a few times at most, and dropped with the bucket.
+    /// A bucket: SSTs are ingested, read by whole key, merged once or twice, and dropped with the bucket. See [`ENDED_BUCKET`].
     pub(super) fn bucket(&self) -> Options {
         let mut options = Options::default();
         // Only `forget` writes here other than by ingestion.
@@ -88,7 +91,8 @@ impl Tuning {
         table.set_unpartitioned_pinning_tier(BlockBasedTablePinningTier::All);
         table.set_top_level_index_pinning_tier(BlockBasedTablePinningTier::All);
         options.set_block_based_table_factory(&table);
-        // Eight SSTs become one: each key is rewritten once for every eightfold growth of its bucket.
+        // Most merges wait until the bucket has ended: earlier ones would rewrite the same keys again. Without any, a lookup
+        // would ask the filters of hundreds of SSTs.
         options.set_compaction_style(DBCompactionStyle::Universal);
         let mut universal = UniversalCompactOptions::default();
         universal.set_min_merge_width(MERGED_BUCKET_SSTS);

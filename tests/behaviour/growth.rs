@@ -332,6 +332,35 @@ fn expired_buckets_and_idle_hours_leave_no_data_in_a_long_process() {
 }
 
 #[test]
+fn unused_segments_take_no_more_than_their_option() {
+    let used = |spare: u64| {
+        let dir = scratch();
+        let builder = Store::builder().durability(Durability::Process).spare_segments(spare);
+        let store = builder.open(dir.path().join("store")).unwrap();
+        let most = (0..3)
+            .map(|round| {
+                for batch in 0..40 {
+                    let keys: Vec<_> =
+                        (0..512).map(|key| format!("{round} {batch} {key} {}", "-".repeat(100))).collect();
+                    store.record_batch(&keys).wait().unwrap();
+                }
+                store.flush().unwrap();
+                store.stats().journal_disk_bytes
+            })
+            .max()
+            .unwrap();
+        store.close().wait().unwrap();
+        most
+    };
+    let (none, some, default) = (used(0), used(1 << 20), used(64 << 20));
+    // Two spare segments and the one in use, of 64 KiB; then of 128 KiB.
+    assert!(none <= 3 * (64 << 10), "{none}");
+    assert!(some <= (1 << 20) + 2 * (128 << 10), "{some}");
+    // 2.5 MB were written between two flushes.
+    assert!((3 << 20..16 << 20).contains(&default), "{default}");
+}
+
+#[test]
 fn an_open_and_a_close_use_no_tokens() {
     let mut cron = Cron::new(60 * MINUTE, 10 * MINUTE);
     let mut last = 0;
