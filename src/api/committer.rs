@@ -288,7 +288,7 @@ impl Round {
         let claimed = together(&self.claims, |request| engine.claim(request));
         for (ask, (offset, answer)) in self.claims.into_iter().zip(claimed) {
             let claims =
-                answer.and_then(|claims| engine.check_response_count(claims, ask.request.len())).map(|claims| {
+                answer.and_then(|claims| engine.health.check_response_count(claims, ask.request.len())).map(|claims| {
                     let claims =
                         claims.into_iter().map(|claim| own_request(claim?, &ask.request, offset, engine)).collect();
                     Undelivered { claims, engine: Arc::clone(engine) }
@@ -301,7 +301,7 @@ impl Round {
         self.records.retain(|ask| !ask.reply.is_closed());
         let recorded = together(&self.records, |request| engine.record(request));
         for (ask, (_, answer)) in self.records.into_iter().zip(recorded) {
-            let answers = answer.and_then(|answers| engine.check_response_count(answers, ask.request.len()));
+            let answers = answer.and_then(|answers| engine.health.check_response_count(answers, ask.request.len()));
             let _ = ask.reply.send(answers);
         }
         finish(self.completions, one_by_one, complete_calls);
@@ -354,7 +354,7 @@ fn own_request(claim: Claim<Grant>, request: &Arc<Request>, offset: usize, engin
             let index = grant.index.checked_sub(offset).filter(|index| *index < request.len());
             grant.index = index.ok_or_else(|| {
                 let detail = format_args!("key {} of all is not one of those from {offset} on", grant.index);
-                engine.broken(Invariant::AnswerForEachKey, detail)
+                engine.health.broken(Invariant::AnswerForEachKey, detail)
             })?;
             grant.request = Arc::clone(request);
             Ok(Claim::Acquired(grant))

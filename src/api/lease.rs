@@ -495,7 +495,7 @@ pub(crate) fn in_order<E>(
 /// The error of a lease that has no answer, although each must have one.
 #[cold]
 pub(crate) fn unanswered(shared: &Shared) -> Error {
-    shared.engine().broken(Invariant::AnswerForEachKey, format_args!("a lease has none"))
+    shared.engine().health.broken(Invariant::AnswerForEachKey, format_args!("a lease has none"))
 }
 
 #[cfg(test)]

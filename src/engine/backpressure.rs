@@ -1,10 +1,12 @@
 //! Backpressure: calls wait while completed keys fill their share of memory, and wake the thread that flushes them.
 
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::core::Engine;
 use super::request::{Request, admit_bytes};
+use crate::testing::sync_shim::{Condvar, Mutex};
 use onlyonce_core::{Error, Result};
 
 /// The number of unflushed keys at which a flush is due. Fewer make more SSTs to search; more make a replay longer.
@@ -41,66 +43,97 @@ impl Demand {
     }
 }
 
+/// Where calls wait while the memtable is full.
+#[derive(Default)]
+pub(super) struct Backlog {
+    /// Why the last flush failed.
+    failure: Mutex<Option<Error>>,
+    /// Notified when a flush ends.
+    eased: Condvar,
+    /// Wakes the maintenance thread.
+    wake: OnceLock<crossbeam::channel::Sender<()>>,
+}
+
+impl Backlog {
+    /// Sets what wakes the maintenance thread. An engine has one set of threads, so this is called once.
+    pub(super) fn set_wake(&self, wake: crossbeam::channel::Sender<()>) {
+        let _ = self.wake.set(wake);
+    }
+
+    /// Called at the end of a flush.
+    pub(super) fn flushed(&self, outcome: &Result<()>) {
+        *self.failure.lock() = outcome.as_ref().err().cloned();
+        self.eased.notify_all();
+    }
+
+    /// Makes all waiting calls check again whether they may run.
+    pub(super) fn wake_all(&self) {
+        self.eased.notify_all();
+    }
+
+    /// Waits until a flush ends or for some time. Fails if flushes fail.
+    fn wait(&self) -> Result<()> {
+        let mut failure = self.failure.lock();
+        if let Some(error) = failure.as_ref() {
+            return Err(Error::FlushFailed { source: error.clone().into() });
+        }
+        self.eased.wait_for(&mut failure, BACKLOG_WAIT);
+        Ok(())
+    }
+
+    fn wake_workers(&self) {
+        if let Some(wake) = self.wake.get() {
+            // If the channel is full, a wakeup is pending already.
+            let _ = wake.try_send(());
+        }
+    }
+}
+
 impl Engine {
     /// Whether the memtable or the journal is large enough for a flush.
     pub(super) fn is_flush_due(&self) -> bool {
         let bytes = self.config().memory_budget / FLUSH_SHARE;
-        self.memtable.flushable() >= FLUSH_KEYS
-            || self.memtable.flushable_bytes() >= bytes
-            || self.journal.unflushed() >= bytes
-            || self.journal_bytes.load(Ordering::Relaxed) >= bytes as u64
+        self.tables.memtable.flushable() >= FLUSH_KEYS
+            || self.tables.memtable.flushable_bytes() >= bytes
+            || self.writer.journal.unflushed() >= bytes
+            || self.writer.journal_bytes.load(Ordering::Relaxed) >= bytes as u64
     }
 
     /// Whether unflushed keys, or offsets and messages, fill the memory that they may use, so that calls wait.
     pub(super) fn is_backlogged(&self) -> bool {
         let bytes = self.config().memory_budget / BACKLOG_SHARE;
-        self.memtable.flushable_bytes() >= bytes || self.journal.unflushed() >= bytes
+        self.tables.memtable.flushable_bytes() >= bytes || self.writer.journal.unflushed() >= bytes
     }
 
     /// Waits until there is room for a call: in memory, in one write, in the journal's segments, and among the reserved tokens.
     /// Fails if the call could not be written, before it has changed anything.
     pub(super) fn admit(&self, demand: Demand) -> Result<()> {
         // Even if the call writes nothing: a caller that waits for a key fails here once the store is poisoned or closed.
-        self.ready()?;
+        self.health.ready()?;
         let Demand { items, tokens, bytes, changes_database } = demand;
         admit_bytes(bytes)?;
         self.wait_for_room()?;
-        if changes_database || self.time_saved.is_outdated(&self.timeline) {
-            self.db.check_writable()?;
+        if changes_database {
+            self.tables.db.check_writable()?;
         }
-        self.reserve_bytes(bytes.saturating_add(items.saturating_mul(RECORD_BYTES)))?;
-        self.reserve(tokens)
-    }
-
-    /// Allocates room in the journal for so many bytes.
-    pub(super) fn reserve_bytes(&self, bytes: usize) -> Result<()> {
-        self.journal.reserve(bytes).inspect_err(|error| self.poison_by(error))
+        self.writer.check_time_writable()?;
+        self.writer.reserve_bytes(bytes.saturating_add(items.saturating_mul(RECORD_BYTES)))?;
+        self.writer.reserve_tokens(tokens)
     }
 
     /// Waits while the backlog is full. Fails if flushes fail.
     fn wait_for_room(&self) -> Result<()> {
         while self.is_backlogged() {
-            self.ready()?;
-            self.wake_workers();
-            let mut failure = self.backlog.failure.lock();
-            if let Some(error) = failure.as_ref() {
-                return Err(Error::FlushFailed { source: error.clone().into() });
-            }
-            self.backlog.eased.wait_for(&mut failure, BACKLOG_WAIT);
+            self.health.ready()?;
+            self.backlog.wake_workers();
+            self.backlog.wait()?;
         }
         Ok(())
     }
 
-    pub(super) fn wake_workers(&self) {
-        if let Some(wake) = self.backlog.wake.get() {
-            // If the channel is full, a wakeup is pending already.
-            let _ = wake.try_send(());
-        }
-    }
-
     pub(super) fn wake_if_due(&self) {
         if self.is_flush_due() {
-            self.wake_workers();
+            self.backlog.wake_workers();
         }
     }
 }
@@ -159,10 +192,10 @@ mod tests {
         let eighth = 4 << 20;
         let is_due_or_too_late = || (small.is_flush_due(), small.is_backlogged());
         for (journal, is_due) in [(0, false), (eighth - 1, false), (eighth, true)] {
-            small.journal_bytes.store(journal as u64, Ordering::Relaxed);
+            small.writer.journal_bytes.store(journal as u64, Ordering::Relaxed);
             assert_eq!(is_due_or_too_late(), (is_due, false), "{journal} bytes of records");
         }
-        small.journal_bytes.store(0, Ordering::Relaxed);
+        small.writer.journal_bytes.store(0, Ordering::Relaxed);
         let least = OVERHEAD_BYTES + 1;
         for (digest, bytes, is_due, is_too_late) in [
             (1, eighth - least, false, false),
@@ -175,7 +208,12 @@ mod tests {
             if bytes >= least {
                 fill_counted(&small, digest, bytes);
             }
-            assert_eq!(is_due_or_too_late(), (is_due, is_too_late), "{} bytes", small.memtable.flushable_bytes());
+            assert_eq!(
+                is_due_or_too_late(),
+                (is_due, is_too_late),
+                "{} bytes",
+                small.tables.memtable.flushable_bytes()
+            );
         }
 
         let dir = tempfile::tempdir().unwrap();

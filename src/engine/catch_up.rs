@@ -48,7 +48,7 @@ impl Engine {
         let started = Instant::now();
         maintenance_state.has_leftover_work = !self.drop_expired_while(|| started.elapsed() < DROP_TIME)?;
         // An earlier process may have dropped a bucket and not removed its filter file.
-        self.filters.remove_expired(&self.buckets)?;
+        self.tables.filters.remove_expired(&self.tables.buckets)?;
         // The journal has keys of an ended bucket: completed keys, or claims that may have expired since.
         let bucket_ms = self.config().span.bucket_ms;
         let ended = self.replayed.oldest_ms.is_some_and(|oldest_ms| {
@@ -65,9 +65,9 @@ impl Engine {
 
     /// Waits for RocksDB's compactions if a column family has too many SSTs.
     pub(super) fn wait_for_compactions(&self) -> Result<()> {
-        let families = self.buckets.snapshot().newest_first();
+        let families = self.tables.buckets.snapshot().newest_first();
         let families = families.iter().map(|bucket| bucket.family.as_str());
-        if !self.db.wait_for_merges(families, MAX_SSTS, COMPACTION_TIME)? {
+        if !self.tables.db.wait_for_merges(families, MAX_SSTS, COMPACTION_TIME)? {
             tracing::warn!(waited = ?COMPACTION_TIME, "SSTs accumulate faster than RocksDB compacts them");
         }
         Ok(())
@@ -118,12 +118,12 @@ mod tests {
         engine.close().unwrap();
         let engine = open(&dir, &clock);
         assert!(!engine.catch_up().unwrap().has_leftover_work);
-        assert_eq!((engine.memtable.flushable(), flush_generation(&engine)), (1, 0), "its bucket has not ended");
+        assert_eq!((engine.tables.memtable.flushable(), flush_generation(&engine)), (1, 0), "its bucket has not ended");
         engine.close().unwrap();
         clock.advance(Duration::from_secs(1));
         let engine = open(&dir, &clock);
         assert!(!engine.catch_up().unwrap().has_leftover_work);
-        assert_eq!((engine.memtable.flushable(), flush_generation(&engine)), (0, 1));
+        assert_eq!((engine.tables.memtable.flushable(), flush_generation(&engine)), (0, 1));
         engine.close().unwrap();
         clock.advance(Duration::from_secs(1));
         let engine = open(&dir, &clock);
@@ -140,18 +140,18 @@ mod tests {
         clock.advance(Duration::from_secs(1));
         engine.flush().unwrap();
         engine.persist_filters(|| true).unwrap();
-        let filters = engine.db.directory().filters();
+        let filters = engine.tables.db.directory().filters();
         assert_eq!(std::fs::read_dir(&filters).unwrap().count(), 1);
         complete(&engine, "b", b"r");
         engine.close().unwrap();
         clock.advance(Duration::from_secs(20));
         let engine = open(&dir, &clock);
-        assert_eq!(engine.memtable.flushable(), 1);
+        assert_eq!(engine.tables.memtable.flushable(), 1);
         engine.catch_up().unwrap();
-        assert_eq!((engine.memtable.flushable(), engine.buckets.snapshot().newest_first().len()), (0, 0));
-        assert!(!engine.buckets.has_expired());
+        assert_eq!((engine.tables.memtable.flushable(), engine.tables.buckets.snapshot().newest_first().len()), (0, 0));
+        assert!(!engine.tables.buckets.has_expired());
         assert_eq!(std::fs::read_dir(&filters).unwrap().count(), 0);
-        assert!(engine.db.sst_numbers().unwrap().keys().all(|family| !family.starts_with("bucket")));
+        assert!(engine.tables.db.sst_numbers().unwrap().keys().all(|family| !family.starts_with("bucket")));
     }
 
     #[test]
@@ -166,10 +166,10 @@ mod tests {
         let engine = open(&dir, &clock);
         let mut maintenance_state = engine.catch_up().unwrap();
         assert!(maintenance_state.has_leftover_work);
-        assert_eq!((engine.memtable.flushable(), flush_generation(&engine)), (3, 0));
+        assert_eq!((engine.tables.memtable.flushable(), flush_generation(&engine)), (3, 0));
         engine.run_maintenance(&mut maintenance_state).unwrap();
         assert_eq!(
-            (engine.memtable.flushable(), flush_generation(&engine), maintenance_state.has_leftover_work),
+            (engine.tables.memtable.flushable(), flush_generation(&engine), maintenance_state.has_leftover_work),
             (0, 1, false)
         );
     }
@@ -183,10 +183,10 @@ mod tests {
         engine.close().unwrap();
         clock.advance(Duration::from_secs(1));
         let engine = open(&dir, &clock);
-        std::fs::remove_dir_all(engine.db.directory().sst_dir()).unwrap();
+        std::fs::remove_dir_all(engine.tables.db.directory().sst_dir()).unwrap();
         engine.catch_up().unwrap();
-        assert_eq!(engine.memtable.flushable(), 1, "its SST cannot be written");
-        engine.poison("a test");
+        assert_eq!(engine.tables.memtable.flushable(), 1, "its SST cannot be written");
+        engine.health.poison("a test");
         assert!(matches!(engine.catch_up(), Err(Error::Poisoned { .. })));
     }
 }

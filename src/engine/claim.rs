@@ -36,7 +36,7 @@ impl Engine {
             let admit = |stored: Option<&Entry>| {
                 self.admit_in_flight(stored)?;
                 // Under the shard's lock, so that a later holder has a higher token.
-                Ok(self.sequence.take())
+                Ok(self.writer.sequence.take())
             };
             batch.execute(key_ref, &on_disk, claim, moment, admit, |decision, now| {
                 Ok(match self.found(decision, key_ref, at_ms, now)? {
@@ -63,7 +63,7 @@ impl Engine {
         let claimed: Vec<_> = claimed.collect();
         batch.commit(&[], self.config.sync_claims())?;
         self.count_claims(&claimed);
-        self.check_response_count(claimed, request.len())
+        self.health.check_response_count(claimed, request.len())
     }
 
     /// Records each key that is free as completed, without a result, in one record.
@@ -82,7 +82,7 @@ impl Engine {
                 &on_disk,
                 record,
                 moment,
-                |_| Ok(self.sequence.take()),
+                |_| Ok(self.writer.sequence.take()),
                 |decision, now| {
                     Ok(match self.found(decision, key_ref, at_ms, now)? {
                         Found::Available(_) => RecordOutcome::First,
@@ -106,7 +106,7 @@ impl Engine {
         }
         self.count_records(&responses);
         self.wake_if_due();
-        self.check_response_count(responses, request.len())
+        self.health.check_response_count(responses, request.len())
     }
 
     /// Returns the status of each key. Changes nothing.
@@ -152,11 +152,11 @@ impl Engine {
             Some(Entry::Processing(processing)) => Some(processing.holder),
             _ => None,
         };
-        let (in_flight, limit) = (self.memtable.in_flight(), self.config.in_flight_limit);
+        let (in_flight, limit) = (self.tables.memtable.in_flight(), self.config.in_flight_limit);
         if in_flight >= limit && !matches!(holder, Some(Holder::Leased { .. })) {
             return Err(Error::TooManyInFlight { in_flight, limit });
         }
-        let (held, limit) = (self.memtable.held(), self.config.held_limit);
+        let (held, limit) = (self.tables.memtable.held(), self.config.held_limit);
         if held >= limit {
             return Err(Error::TooManyHeld { held, limit });
         }

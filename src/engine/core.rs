@@ -1,4 +1,4 @@
-//! The parts of a store, and how records reach the journal.
+//! The parts of a store, its requests and times, and its records until they are written.
 //!
 //! `execute.rs` has the order of a call's effects.
 //!
@@ -9,31 +9,26 @@
 //! No lock of a shard is held while the disk is read or written.
 
 use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::Ordering;
 
-use super::meta_entries::TOKENS;
+use super::backpressure::Backlog;
+use super::health::Health;
 use super::request::{KeyRef, Request, TimeSource};
 use super::response::too_far_ahead;
-use super::sequence::Sequence;
 use super::side_writes::{self, Admitted};
-use super::timekeeping::TimeSaved;
 use super::waiters::{Waiter, Waiters};
+use super::writer::Writer;
 use crate::buckets::filters::Filters;
 use crate::buckets::registry::BucketRegistry;
 use crate::clock::{Now, Timeline};
 use crate::codec::{RecordKind, RecordWriter};
 use crate::config::{Config, MAX_KEY};
 use crate::digest::Digester;
-use crate::invariant::Poison;
 use crate::journal::replayed::Totals;
-use crate::journal::store_journal::StoreJournal;
-use crate::journal::tx::Tx;
 use crate::memtable::table::MemTable;
 use crate::metrics::Metrics;
 use crate::rocks::db::Db;
 use crate::stats::Counters;
-use crate::testing::sync_shim::{AtomicBool, AtomicU64, Condvar, Mutex};
+use crate::testing::sync_shim::{AtomicU64, Mutex};
 use onlyonce_core::Key;
 use onlyonce_core::machine::Policy;
 use onlyonce_core::{Error, Result, TimestampError};
@@ -41,51 +36,39 @@ use onlyonce_core::{Error, Result, TimestampError};
 pub(crate) struct Engine {
     pub(super) config: Config,
     pub(super) policy: Policy,
+    pub(super) digester: Digester,
+    pub(super) timeline: Arc<Timeline>,
+    pub(crate) health: Arc<Health>,
+    pub(super) writer: Writer,
+    pub(super) tables: Tables,
+    /// Where calls wait for a flush.
+    pub(super) backlog: Arc<Backlog>,
+    /// Where calls wait for a key.
+    pub(super) waiters: Arc<Waiters>,
+    /// The outbox has no messages of records below this number.
+    pub(super) delivered_below: AtomicU64,
+    pub(super) counters: Counters,
+    pub(super) metrics: Arc<Metrics>,
+    /// Figures of the journal's replay at open.
+    pub(super) replayed: Totals,
+}
+
+/// Where keys are: in memory, in buckets with their filters, or on the way from one to the other.
+pub(super) struct Tables {
     pub(super) db: Arc<Db>,
-    pub(super) journal: StoreJournal,
     pub(super) memtable: MemTable,
     pub(super) buckets: BucketRegistry,
     pub(super) filters: Filters,
-    pub(super) sequence: Sequence,
-    pub(super) timeline: Timeline,
-    pub(super) time_saved: TimeSaved,
-    pub(super) counters: Counters,
-    pub(super) metrics: Metrics,
     /// Held during a flush, and by operations that must not overlap with one: dropping buckets, forgetting a key.
     pub(super) flush_lock: Mutex<()>,
     /// Incremented before flushed keys are removed from the memtable. A reader that sees it change reads the disk again: a
     /// key that it did not find on disk may be in a bucket now.
     pub(super) flush_generation: AtomicU64,
-    pub(super) backlog: Backlog,
-    pub(super) waiters: Arc<Waiters>,
-    /// The outbox has no messages of records below this number.
-    pub(super) delivered_below: AtomicU64,
-    /// Bytes that were written to the journal since the last flush, or found at open.
-    pub(super) journal_bytes: AtomicU64,
-    /// Whether a write was not synced yet.
-    pub(super) unsynced: AtomicBool,
-    /// Figures of the journal's replay at open.
-    pub(super) replayed: Totals,
-    pub(super) digester: Digester,
-    /// Shared with the memtable, the buckets and the sequence.
-    pub(super) poison: Arc<Poison>,
-    pub(super) closed: AtomicBool,
-}
-
-/// Where calls wait while the memtable is full. See `backpressure.rs`.
-#[derive(Default)]
-pub(super) struct Backlog {
-    /// Why the last flush failed.
-    pub(super) failure: Mutex<Option<Error>>,
-    /// Notified when a flush ends.
-    pub(super) eased: Condvar,
-    /// Wakes the maintenance thread.
-    pub(super) wake: OnceLock<crossbeam::channel::Sender<()>>,
 }
 
 impl Engine {
     pub(crate) fn path(&self) -> &std::path::Path {
-        self.db.directory().root()
+        self.tables.db.directory().root()
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -107,13 +90,13 @@ impl Engine {
         &self,
         keys: impl IntoIterator<Item = K>,
     ) -> Result<Arc<Request>> {
-        self.ready()?;
+        self.health.ready()?;
         Ok(Arc::new(Request::new(keys, TimeSource::Any, MAX_KEY, &self.digester)?))
     }
 
     /// Encodes and digests the keys of a call.
     pub(crate) fn request<'k, K: Into<Key<'k>>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Arc<Request>> {
-        self.ready()?;
+        self.health.ready()?;
         let time = if self.timeline.is_stream() { TimeSource::Stream } else { TimeSource::Clock };
         Ok(Arc::new(Request::new(keys, time, self.config.key_limit, &self.digester)?))
     }
@@ -136,7 +119,7 @@ impl Engine {
 
     /// Advances stream time regardless of message timestamps, and syncs the new time.
     pub(crate) fn advance_stream_time(&self, to_ms: u64) -> Result<()> {
-        self.ready()?;
+        self.health.ready()?;
         if !self.timeline.is_stream() {
             return Err(Error::Timestamp(TimestampError::Unexpected));
         }
@@ -144,7 +127,7 @@ impl Engine {
             let bounds = "up to a year ahead of the wall clock or of stream time, in milliseconds".to_owned();
             return Err(Error::Config { option: "advance_stream_time", value: to_ms.to_string(), bounds });
         }
-        self.save_time()
+        self.writer.save_time()
     }
 
     /// The time at which a key is decided. On stream time it follows the key's message. Read under the shard's lock, so after the lookup: if a bucket was
@@ -172,59 +155,10 @@ impl Engine {
         RecordWriter::new(kind, now.time_ms, capacity)
     }
 
-    /// Writes a transaction. Poisons the store if the outcome is unknown: any other error means that nothing has changed.
-    pub(super) fn write(&self, sync: bool, fill: impl FnOnce(&mut Tx)) -> Result<()> {
-        let bytes = self.write_uncounted(sync, fill)?;
-        self.journal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// As [`Engine::write`], for a transaction that does not bring the next flush closer. Returns its size.
-    pub(super) fn write_uncounted(&self, sync: bool, fill: impl FnOnce(&mut Tx)) -> Result<usize> {
-        self.ready()?;
-        let mut tx = Tx::default();
-        fill(&mut tx);
-        let saving = self.time_saved.put_changed(&self.timeline, &mut tx, || self.db.check_writable().is_ok());
-        let bytes = if tx.is_empty() { 0 } else { tx.len() };
-        let written = {
-            let _timer = self.metrics.commit(sync);
-            self.journal.write(tx, sync)
-        };
-        written.inspect_err(|error| self.poison_by(error))?;
-        if let Some(saving) = saving {
-            saving.done();
-        }
-        // After the write: `sync` clears the flag before it syncs. Set earlier, the flag of this write could be cleared by a
-        // sync that does not include the write.
-        self.unsynced.fetch_or(!sync, Ordering::Release);
-        Ok(bytes)
-    }
-
-    /// Syncs the store's time.
-    pub(super) fn save_time(&self) -> Result<()> {
-        self.timeline.ask_to_be_saved();
-        if self.db.check_writable().is_ok() {
-            return self.write(true, |_| ());
-        }
-        // After a failed flush, for example on a full disk. Each flush stores the time again.
-        self.ready()?;
-        let mut tx = Tx::default();
-        let Some(saving) = self.time_saved.put_changed(&self.timeline, &mut tx, || true) else { return Ok(()) };
-        self.journal.append_only(tx).inspect_err(|error| self.poison_by(error))?;
-        saving.done();
-        Ok(())
-    }
-
-    /// Ensures that `count` tokens, and the numbers of a few records, can be taken.
-    pub(super) fn reserve(&self, count: usize) -> Result<()> {
-        self.sequence
-            .ensure(count as u64 + 16, |reserved| self.write(true, |tx| tx.put_meta(TOKENS, &reserved.to_le_bytes())))
-    }
-
     /// Takes the number of a record that is about to be written. Call it before the memtable shows the record's effect: see the
     /// module's order.
     pub(super) fn begin_record(&self) -> OpenRecord<'_> {
-        let number = self.memtable.records().begin(|| self.sequence.take());
+        let number = self.tables.memtable.records().begin(|| self.writer.sequence.take());
         OpenRecord { engine: self, number, finished: false }
     }
 
@@ -236,9 +170,9 @@ impl Engine {
         side_writes: &[Admitted<'_>],
         sync: bool,
     ) -> Result<()> {
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         if !record.is_empty() {
-            self.write(sync, |tx| {
+            self.writer.write(sync, |tx| {
                 tx.put_record(open.number, record.finish());
                 side_writes::put(tx, open.number, side_writes);
             })?;
@@ -263,7 +197,7 @@ impl OpenRecord<'_> {
     /// Ends the record: it is written, or it has no effect in the memtable.
     pub(super) fn finish(mut self) {
         self.finished = true;
-        self.engine.memtable.records().finish(self.number);
+        self.engine.tables.memtable.records().finish(self.number);
     }
 }
 
@@ -271,15 +205,14 @@ impl OpenRecord<'_> {
 /// unknown, so the store is poisoned.
 impl Drop for OpenRecord<'_> {
     fn drop(&mut self) {
-        if !self.finished && !self.engine.closed.load(Ordering::Acquire) {
-            self.engine.poison("a record was abandoned before it was written");
+        if !self.finished && !self.engine.health.is_closed() {
+            self.engine.health.poison("a record was abandoned before it was written");
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::engine::fixture::small_engine;
 
     #[test]
@@ -296,10 +229,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = small_engine(&dir);
         engine.begin_record().finish();
-        assert_eq!(engine.poisoned(), None);
+        assert_eq!(engine.health.poisoned(), None);
         let (first, last) = (engine.begin_record(), engine.begin_record());
         drop(first);
-        assert!(engine.poisoned().is_some_and(|reason| reason.contains("abandoned")));
+        assert!(engine.health.poisoned().is_some_and(|reason| reason.contains("abandoned")));
         drop(last);
 
         let dir = tempfile::tempdir().unwrap();
@@ -307,25 +240,6 @@ mod tests {
         let open = engine.begin_record();
         engine.close().unwrap();
         drop(open);
-        assert_eq!(engine.poisoned(), None, "calls fail with `Closed` anyway");
-    }
-
-    #[test]
-    fn journal_bytes_are_counted_until_a_flush() {
-        let dir = tempfile::tempdir().unwrap();
-        let engine = small_engine(&dir);
-        let counted = || engine.journal_bytes.load(Ordering::Relaxed);
-        engine.flush().unwrap();
-        assert_eq!(counted(), 0);
-        engine.record(&engine.request(["k"]).unwrap()).unwrap();
-        let one = counted();
-        assert!(one > 0);
-        engine.set_offset(b"stream", 3, 7).unwrap();
-        let two = counted();
-        assert!(two > one);
-        engine.remove_messages([onlyonce_core::MessageId::new(1, 2)]).unwrap();
-        assert!(counted() > two);
-        engine.flush().unwrap();
-        assert_eq!(counted(), 0);
+        assert_eq!(engine.health.poisoned(), None, "calls fail with `Closed` anyway");
     }
 }

@@ -53,10 +53,10 @@ impl Engine {
     ) -> Result<R> {
         let KeyRef { digest, key, .. } = key_ref;
         self.require_key(key)?;
-        let mut shard = self.memtable.shard(digest);
+        let mut shard = self.tables.memtable.shard(digest);
         let stored = shard.get(digest, key);
         // Taken by no operation of this kind.
-        let token = || Ok::<u64, Error>(self.sequence.take());
+        let token = || Ok::<u64, Error>(self.writer.sequence.take());
         let Step { answer: answered, change } = machine::step(stored.as_ref(), op, now, self.policy, token)?;
         let answer = answer(answered);
         apply(&mut shard, digest, key, change, 0);

@@ -40,7 +40,7 @@ impl Engine {
             let (key_ref, attempt) = (grant.key_ref(), grant.as_attempt());
             // It is in the memtable, unless the lease was released or superseded, or the call is repeated.
             let on_disk = &DiskLookup::DEFERRED;
-            let (moment, token) = (|| Ok(now), |_: Option<&_>| Ok(self.sequence.take()));
+            let (moment, token) = (|| Ok(now), |_: Option<&_>| Ok(self.writer.sequence.take()));
             let answer = |finished, _| Ok(finished);
             let finished = match *finish_kind {
                 FinishKind::Complete { result, .. } => {
@@ -86,7 +86,7 @@ impl Engine {
             .collect();
         self.counters.superseded.add(responses.iter().filter(|response| matches!(response, Ok(false))).count() as u64);
         self.wake_if_due();
-        self.check_response_count(responses, leases.len())
+        self.health.check_response_count(responses, leases.len())
     }
 }
 
@@ -130,10 +130,10 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let engine = engine(&dir, &Options { durability, on_interrupt: Some(on_interrupt), ..Options::default() });
             let syncs_of = |what: &str, expected: u64, call: &dyn Fn()| {
-                let before = engine.journal.syncs();
+                let before = engine.writer.journal.syncs();
                 call();
                 assert_eq!(
-                    engine.journal.syncs() - before,
+                    engine.writer.journal.syncs() - before,
                     expected,
                     "{what} under {durability:?} and {on_interrupt:?}"
                 );

@@ -58,9 +58,9 @@ pub(super) fn fill(engine: &Engine, digest: u64, bytes: usize) {
         fingerprint: None,
         result: StoredResult::Bytes(result.as_slice()),
     };
-    engine.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
+    engine.tables.memtable.shard(digest).set(digest, b"k", Entry::Completed(done));
 }
 
 pub(super) fn flush_generation(engine: &Engine) -> u64 {
-    engine.flush_generation.load(Ordering::Relaxed)
+    engine.tables.flush_generation.load(Ordering::Relaxed)
 }

@@ -41,29 +41,28 @@ const RECORD_POLL: Duration = Duration::from_micros(200);
 impl Engine {
     /// Moves all flushable keys to their buckets and writes a checkpoint.
     pub(crate) fn flush(&self) -> Result<()> {
-        let _flush_lock = self.flush_lock.lock();
-        self.ready()?;
-        let flushed = self.flush_locked().inspect_err(|_| self.memtable.restore());
-        *self.backlog.failure.lock() = flushed.as_ref().err().cloned();
-        self.backlog.eased.notify_all();
+        let _flush_lock = self.tables.flush_lock.lock();
+        self.health.ready()?;
+        let flushed = self.flush_locked().inspect_err(|_| self.tables.memtable.restore());
+        self.backlog.flushed(&flushed);
         flushed
     }
 
     fn flush_locked(&self) -> Result<()> {
-        let journal_bytes = self.journal_bytes.load(Ordering::Relaxed);
-        if journal_bytes == 0 && self.memtable.flushable() == 0 && !self.has_many_segments()? {
+        let journal_bytes = self.writer.journal_bytes.load(Ordering::Relaxed);
+        if journal_bytes == 0 && self.tables.memtable.flushable() == 0 && !self.has_many_segments()? {
             return Ok(());
         }
         let _timer = self.metrics.flush();
         let started = std::time::Instant::now();
-        self.reserve(0)?;
+        self.writer.reserve_tokens(0)?;
         // Before the number: a record from `start` on is appended after this position.
-        let position = self.journal.position()?;
+        let position = self.writer.journal.position()?;
         let start = self.finish_records()?;
         let now = self.now();
         let Span { window_ms, bucket_ms } = self.config().span;
         let mut in_progress = self.record_writer(RecordKind::Claimed, now, 0);
-        let arenas = self.memtable.freeze(start, |key, processing| {
+        let arenas = self.tables.memtable.freeze(start, |key, processing| {
             let stays = self.lease_state_at(processing, now) != LeaseState::Forgotten;
             if stays {
                 in_progress.processing(key, processing);
@@ -71,38 +70,39 @@ impl Engine {
             stays
         });
         Failpoint::FlushFrozen.pass();
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         let frozen_set = FrozenSet::new(arenas, now, window_ms, bucket_ms);
         // Before anything is written: the checkpoint must fit.
-        self.reserve_bytes(in_progress.len() + CHECKPOINT_BYTES)?;
+        self.writer.reserve_bytes(in_progress.len() + CHECKPOINT_BYTES)?;
         if self.policy.is_stream {
             // Stream time may have advanced far since the last round of maintenance. Expired buckets make room for those of
             // this flush.
             self.drop_expired_at(now, &|| true)?;
         }
         // Before the SSTs: if a power cut lost records whose keys are in a bucket, an older record would hide them.
-        self.sync_journal()?;
-        flush(&self.db, &self.buckets, &frozen_set)?;
-        self.check_invariants()?;
+        self.writer.sync()?;
+        flush(&self.tables.db, &self.tables.buckets, &frozen_set)?;
+        self.health.check_invariants()?;
         Failpoint::FlushIngested.pass();
         // Stored with each flush: on stream time no other write has it.
         self.timeline.ask_to_be_saved();
-        self.write_uncounted(false, |_| ())?;
-        let families = self.buckets.snapshot().newest_first();
+        self.writer.write_uncounted(false, |_| ())?;
+        let families = self.tables.buckets.snapshot().newest_first();
         let flushes = self
+            .writer
             .journal
             .flush(families.iter().map(|bucket| bucket.family.as_str()))
-            .inspect_err(|error| self.poison_by(error))?;
+            .inspect_err(|error| self.health.poison_by(error))?;
         self.write_checkpoint(position, flushes, in_progress)?;
-        self.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
+        self.writer.journal_bytes.fetch_sub(journal_bytes, Ordering::Relaxed);
 
-        self.memtable.publish();
+        self.tables.memtable.publish();
         Failpoint::FlushPublished.pass();
         // Before the memtable drops a key: `Engine::with_locked_key` reads the disk again if it sees the change.
-        self.flush_generation.fetch_add(1, Ordering::AcqRel);
-        self.memtable.retire();
+        self.tables.flush_generation.fetch_add(1, Ordering::AcqRel);
+        self.tables.memtable.retire();
         Failpoint::FlushRetired.pass();
-        let in_flight = self.memtable.in_flight();
+        let in_flight = self.tables.memtable.in_flight();
         tracing::debug!(keys = frozen_set.len(), in_flight, journal_bytes, elapsed = ?started.elapsed(), "flushed");
         Ok(())
     }
@@ -110,24 +110,24 @@ impl Engine {
     /// Appends a checkpoint with the keys in progress and with all SSTs. It replaces what was written before `position`.
     fn write_checkpoint(&self, position: Position, flushes: u64, in_progress: RecordWriter) -> Result<()> {
         let record = if in_progress.is_empty() { Vec::new() } else { in_progress.finish() };
-        let checkpoint = Checkpoint { flushes, ssts: self.db.ssts()? }.encode(&record);
+        let checkpoint = Checkpoint { flushes, ssts: self.tables.db.ssts()? }.encode(&record);
         Failpoint::CheckpointBegun.pass();
-        self.journal.checkpoint(position, &checkpoint).inspect_err(|error| self.poison_by(error))?;
+        self.writer.journal.checkpoint(position, &checkpoint).inspect_err(|error| self.health.poison_by(error))?;
         Failpoint::CheckpointWritten.pass();
         Ok(())
     }
 
     /// Whether the journal has more segments than opens and closes may leave to each other.
     pub(super) fn has_many_segments(&self) -> Result<bool> {
-        Ok(self.journal.segments()? > MAX_SEGMENTS)
+        Ok(self.writer.journal.segments()? > MAX_SEGMENTS)
     }
 
     /// Waits until all records that have a number are written, and returns the next number.
     fn finish_records(&self) -> Result<u64> {
-        let start = self.sequence.take();
-        while self.memtable.records().finished_below(|| self.sequence.take()) < start {
+        let start = self.writer.sequence.take();
+        while self.tables.memtable.records().finished_below(|| self.writer.sequence.take()) < start {
             // An abandoned record stays open forever. The store is poisoned or closed then.
-            self.ready()?;
+            self.health.ready()?;
             sleep(RECORD_POLL);
         }
         Ok(start)
@@ -137,7 +137,7 @@ impl Engine {
     pub(crate) fn flush_and_rotate(&self) -> Result<()> {
         self.drop_expired()?;
         self.flush()?;
-        prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)
+        prepare_next(&self.tables.db, &self.tables.buckets, self.config().span, self.now().time_ms)
     }
 }
 
@@ -160,9 +160,9 @@ mod tests {
         let engine = engine(&dir, &short_windows(&ManualClock::at(Timestamp::from_unix_ms(1_000_000))));
         let mut maintenance_state = engine.maintenance_state();
         let mut journal_bytes_after_a_round = |bytes| {
-            engine.journal_bytes.store(bytes, Ordering::Relaxed);
+            engine.writer.journal_bytes.store(bytes, Ordering::Relaxed);
             engine.run_maintenance(&mut maintenance_state).unwrap();
-            engine.journal_bytes.load(Ordering::Relaxed)
+            engine.writer.journal_bytes.load(Ordering::Relaxed)
         };
         let idle = 1 << 20;
         assert_eq!(journal_bytes_after_a_round(idle - 1), idle - 1);
@@ -187,7 +187,7 @@ mod tests {
         flushed.close().unwrap();
         drop(flushed);
         let reopened = engine(&dir, &options);
-        assert_eq!(reopened.memtable.in_flight() + reopened.memtable.flushable(), 300);
+        assert_eq!(reopened.tables.memtable.in_flight() + reopened.tables.memtable.flushable(), 300);
         assert_eq!(reopened.replayed.records, 1, "the checkpoint's");
     }
 
@@ -226,7 +226,7 @@ mod tests {
             assert!(engine.record(&request).unwrap().iter().all(|outcome| matches!(outcome, Ok(RecordOutcome::First))));
             // No round of maintenance in between.
             engine.flush().unwrap();
-            assert_eq!(engine.buckets.snapshot().newest_first().len(), 48 + lap as usize, "lap {lap}");
+            assert_eq!(engine.tables.buckets.snapshot().newest_first().len(), 48 + lap as usize, "lap {lap}");
         }
     }
 
@@ -243,7 +243,7 @@ mod tests {
         let open = slow.begin_record();
         let now = slow.now();
         let processing = Processing {
-            token: slow.sequence.take(),
+            token: slow.writer.sequence.take(),
             attempt: 1,
             since_ms: now.time_ms,
             fingerprint: None,
@@ -251,7 +251,7 @@ mod tests {
             holder: Holder::Leased { until_monotonic_ms: now.monotonic_ms + 1 },
         };
         let pending = Pending { record: open.number(), attempt: 1, holder: Holder::Committing };
-        slow.memtable.shard(key_ref.digest).set_pending(
+        slow.tables.memtable.shard(key_ref.digest).set_pending(
             key_ref.digest,
             key_ref.key,
             Entry::Processing(processing.clone()),
@@ -293,18 +293,23 @@ mod tests {
             result: StoredResult::None,
         };
         let pending = Pending { record: open.number(), attempt: 1, holder: Holder::CommittingUnclaimed };
-        engine.memtable.shard(key_ref.digest).set_pending(key_ref.digest, key_ref.key, Entry::Completed(done), pending);
+        engine.tables.memtable.shard(key_ref.digest).set_pending(
+            key_ref.digest,
+            key_ref.key,
+            Entry::Completed(done),
+            pending,
+        );
         let status = |engine: &Engine| engine.check(&request).unwrap().pop().unwrap().unwrap();
 
         std::thread::scope(|scope| {
             let flush = scope.spawn(|| engine.flush().unwrap());
             std::thread::sleep(Duration::from_millis(50));
             assert!(matches!(status(&engine), KeyStatus::InProgress(_)));
-            assert!(!flush.is_finished() && engine.memtable.flushable() == 2);
+            assert!(!flush.is_finished() && engine.tables.memtable.flushable() == 2);
             open.finish();
             flush.join().unwrap();
         });
-        assert_eq!(engine.memtable.flushable(), 0);
+        assert_eq!(engine.tables.memtable.flushable(), 0);
         assert!(matches!(status(&engine), KeyStatus::Completed(_)));
     }
 }

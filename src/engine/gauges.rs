@@ -24,22 +24,22 @@ impl Engine {
         self.metrics.export(
             &self.counters,
             || self.gauges(),
-            || ExpensiveGauges { held: self.count_held(), disk_bytes: self.db.directory().bytes() },
+            || ExpensiveGauges { held: self.count_held(), disk_bytes: self.tables.db.directory().bytes() },
         );
     }
 
     /// The gauges that cost no more than atomic loads and a snapshot.
     pub(super) fn gauges(&self) -> Gauges {
-        let snapshot = self.buckets.snapshot();
+        let snapshot = self.tables.buckets.snapshot();
         Gauges {
-            in_flight: self.memtable.in_flight() as u64,
-            unflushed: self.memtable.flushable() as u64,
+            in_flight: self.tables.memtable.in_flight() as u64,
+            unflushed: self.tables.memtable.flushable() as u64,
             buckets: snapshot.newest_first().len() as u64,
             filter_bytes: snapshot.filter_bytes(),
-            journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
-            journal_syncs: self.journal.syncs(),
+            journal_bytes: self.writer.journal_bytes.load(Ordering::Relaxed),
+            journal_syncs: self.writer.journal.syncs(),
             now_ms: self.now().time_ms,
-            is_poisoned: self.poisoned().is_some(),
+            is_poisoned: self.health.poisoned().is_some(),
         }
     }
 
@@ -51,19 +51,19 @@ impl Engine {
         let now = self.now();
         let held = |processing: &Processing| matches!(self.lease_state_at(processing, now), LeaseState::Held(_));
         let held_in = |shard: Shard<'_>| shard.in_flight().filter(|(_, _, processing)| held(processing)).count();
-        self.memtable.shards().map(held_in).sum::<usize>() as u64
+        self.tables.memtable.shards().map(held_in).sum::<usize>() as u64
     }
 
     /// The counts of the engine contract. Visits the whole memtable, unless the policy holds no keys.
     #[cfg(feature = "tokio")]
     pub(crate) fn engine_stats(&self) -> onlyonce_core::EngineStats {
-        onlyonce_core::EngineStats::new(self.memtable.in_flight() as u64, self.count_held())
+        onlyonce_core::EngineStats::new(self.tables.memtable.in_flight() as u64, self.count_held())
     }
 
     /// The store's statistics. Expensive: visits the whole memtable and the directory.
     pub(crate) fn stats(&self) -> Stats {
         let now = self.timeline.observe();
-        let snapshot = self.buckets.snapshot();
+        let snapshot = self.tables.buckets.snapshot();
         let bucket_stats = |bucket: &Arc<Bucket>| BucketStats {
             start: Timestamp::from_unix_ms(bucket.range.start_ms),
             end: Timestamp::from_unix_ms(bucket.range.end_ms()),
@@ -90,18 +90,18 @@ impl Engine {
             filter_checks: counters.filter_checks.get(),
             filter_hits: counters.filter_hits.get(),
             filter_false_positives: counters.filter_false_positives.get(),
-            journal_syncs: self.journal.syncs(),
-            in_flight: self.memtable.in_flight() as u64,
+            journal_syncs: self.writer.journal.syncs(),
+            in_flight: self.tables.memtable.in_flight() as u64,
             held: self.count_held(),
-            unflushed: self.memtable.flushable() as u64,
+            unflushed: self.tables.memtable.flushable() as u64,
             buckets,
             filter_bytes: snapshot.filter_bytes(),
-            disk_bytes: self.db.directory().bytes(),
-            journal_disk_bytes: self.journal.allocated(),
+            disk_bytes: self.tables.db.directory().bytes(),
+            journal_disk_bytes: self.writer.journal.allocated(),
             now: Timestamp::from_unix_ms(now.time_ms),
             window: Duration::from_millis(window_ms),
             remembers_since: Timestamp::from_unix_ms(now.remembers_since(window_ms)),
-            poisoned: self.poisoned().map(str::to_owned),
+            poisoned: self.health.poisoned().map(str::to_owned),
         }
     }
 }

@@ -1,27 +1,58 @@
-//! The health of a store: poisoned, broken or closed, and how each comes about.
+//! The health of a store: open, closed, or poisoned.
 //!
 //! A write that fails has an unknown outcome. The store is *poisoned*: all calls fail until it is reopened, and the journal
 //! decides at the next open.
+//!
+//! This is the one flag of failure. A flush that fails and is repeated leaves the store healthy (`backpressure.rs`).
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::core::Engine;
-use super::meta_entries::TOKENS;
-use super::timekeeping::Saving;
-use crate::invariant::Invariant;
-use crate::journal::tx::Tx;
-use crate::testing::failpoint::Failpoint;
+use super::backpressure::Backlog;
+use super::waiters::Waiters;
+use crate::invariant::{Invariant, Poison};
+use crate::testing::sync_shim::AtomicBool;
 use onlyonce_core::{Error, Result};
 
-impl Engine {
+/// Whether calls may run. It wakes those that wait when they may not any more.
+pub(crate) struct Health {
+    /// Shared with the memtable, the buckets and the sequence.
+    poison: Arc<Poison>,
+    closed: AtomicBool,
+    waiters: Arc<Waiters>,
+    backlog: Arc<Backlog>,
+}
+
+impl Health {
+    pub(super) fn new(poison: Arc<Poison>, waiters: &Arc<Waiters>, backlog: &Arc<Backlog>) -> Self {
+        let (waiters, backlog) = (Arc::clone(waiters), Arc::clone(backlog));
+        Self { poison, closed: AtomicBool::new(false), waiters, backlog }
+    }
+
     /// Fails if the store is closed or poisoned.
     pub(super) fn ready(&self) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::Closed);
-        }
+        if self.is_closed() { Err(Error::Closed) } else { self.unpoisoned() }
+    }
+
+    /// Fails if the store is poisoned.
+    pub(super) fn unpoisoned(&self) -> Result<()> {
         self.poison.error().map_or(Ok(()), Err)
     }
 
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Rejects further calls. False if an earlier call has done so.
+    pub(super) fn close(&self) -> bool {
+        let is_first = !self.closed.swap(true, Ordering::AcqRel);
+        if is_first {
+            self.wake_all();
+        }
+        is_first
+    }
+
+    /// Why the store is poisoned, if it is.
     pub(crate) fn poisoned(&self) -> Option<&str> {
         self.poison.reason()
     }
@@ -50,7 +81,7 @@ impl Engine {
 
     /// Wakes all waiting calls, so that they fail if the store is poisoned or closed.
     pub(super) fn wake_all(&self) {
-        self.backlog.eased.notify_all();
+        self.backlog.wake_all();
         self.waiters.wake_all();
     }
 
@@ -73,45 +104,5 @@ impl Engine {
             return Ok(responses);
         }
         Err(self.broken(Invariant::AnswerForEachKey, format_args!("{} answers to {keys} keys", responses.len())))
-    }
-
-    /// Rejects further calls, and closes the database when the running calls have ended.
-    pub(crate) fn close(&self) -> Result<()> {
-        if self.closed.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
-        self.backlog.eased.notify_all();
-        self.waiters.wake_all();
-        Failpoint::CloseBegun.pass();
-        self.metrics.end(&self.counters, || self.gauges());
-        let written = match self.poison.error() {
-            None => self.write_time(),
-            Some(error) => Err(error),
-        };
-        Failpoint::CloseTimeWritten.pass();
-        // Otherwise processes that run briefly would accumulate small SSTs over restarts.
-        let compacted = if self.poison.reason().is_none() { self.wait_for_compactions() } else { Ok(()) };
-        if let Err(error) = compacted {
-            tracing::warn!(error = error.chain(), "failed to wait for compactions; small SSTs may accumulate");
-        }
-        // Unused tokens are returned. Otherwise every open would use up 2^32 of them, and consumers may store tokens in 53
-        // bits. The running calls have ended by then, so no token from this one on is in use.
-        let closed = self.journal.close_with(|tx| {
-            if self.poison.reason().is_none() {
-                tx.put_meta(TOKENS, &self.sequence.next_unused().to_le_bytes());
-            }
-        });
-        self.db.close();
-        tracing::info!(path = %self.db.directory().root().display(), "store closed");
-        written.and(closed)
-    }
-
-    fn write_time(&self) -> Result<()> {
-        let mut tx = Tx::default();
-        self.timeline.ask_to_be_saved();
-        let saving = self.time_saved.put_changed(&self.timeline, &mut tx, || true);
-        self.journal.write(tx, false)?;
-        saving.into_iter().for_each(Saving::done);
-        Ok(())
     }
 }

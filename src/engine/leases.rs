@@ -21,7 +21,7 @@ impl Engine {
     }
 
     fn renew_until(&self, grant: &Grant, limit_ms: u64) -> Result<bool> {
-        self.ready()?;
+        self.health.ready()?;
         let now = self.now();
         let full_ms = now.monotonic_ms.saturating_add(self.config.lease_ms);
         let renew = Renew { token: grant.token, until_monotonic_ms: full_ms.min(limit_ms) };
@@ -32,7 +32,7 @@ impl Engine {
     /// How long a lease still excludes other holders.
     pub(crate) fn remaining_ms(&self, grant: &Grant) -> u64 {
         let now = self.now();
-        let shard = self.memtable.shard(grant.digest());
+        let shard = self.tables.memtable.shard(grant.digest());
         machine::remaining_ms(shard.get(grant.digest(), grant.key()).as_ref(), grant.token, now, self.policy)
     }
 
@@ -45,7 +45,7 @@ impl Engine {
     /// As [`Engine::abandon`], for a caller that waits for the answer. False: superseded.
     #[cfg(feature = "tokio")]
     pub(crate) fn interrupt(&self, grant: &Grant) -> Result<bool> {
-        self.ready()?;
+        self.health.ready()?;
         let is_ours = self.end_unwritten(grant, Abandoned::Unknown)?;
         self.count_superseded(is_ours)
     }
@@ -67,7 +67,7 @@ impl Engine {
     }
 
     fn count_superseded(&self, is_ours: bool) -> Result<bool> {
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         if !is_ours {
             self.counters.superseded.add(1);
         }
@@ -76,12 +76,12 @@ impl Engine {
 
     /// The grant of a held key, for its resolution, and how its attempt ended.
     pub(crate) fn held_grant(&self, request: &Arc<Request>) -> Result<Option<(Grant, PriorAttempt)>> {
-        self.ready()?;
+        self.health.ready()?;
         let now = self.now();
         let key_ref = self.single_key(request)?;
-        let shard = self.memtable.shard(key_ref.digest);
+        let shard = self.tables.memtable.shard(key_ref.digest);
         let stored = shard.get(key_ref.digest, key_ref.key);
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         let Some((processing, prior)) = machine::held(stored.as_ref(), now, self.policy) else { return Ok(None) };
         let grant = Grant {
             request: Arc::clone(request),

@@ -44,8 +44,8 @@ impl Engine {
     /// Looks the keys of a request up in the recent cache and the buckets.
     pub(super) fn look_up_on_disk(&self, request: &Request) -> Result<DiskLookup> {
         // First, so that a flush that ends during the lookup is noticed.
-        let flush_generation = self.flush_generation.load(Ordering::Acquire);
-        let snapshot = self.buckets.snapshot();
+        let flush_generation = self.tables.flush_generation.load(Ordering::Acquire);
+        let snapshot = self.tables.buckets.snapshot();
         let digests: Vec<u64> = request.digests().collect();
         let mut column_bits = vec![0; digests.len()];
         snapshot.candidates_of(&digests, &mut column_bits);
@@ -59,7 +59,9 @@ impl Engine {
         );
         let entries = self.look_up_in_buckets(&snapshot, key_refs)?;
         if is_missing {
-            return Err(self.broken(Invariant::KeyInRequest, format_args!("{} digests, but fewer keys", digests.len())));
+            return Err(self
+                .health
+                .broken(Invariant::KeyInRequest, format_args!("{} digests, but fewer keys", digests.len())));
         }
         self.counters.filter_checks.add(digests.len() as u64);
         Ok(DiskLookup { flush_generation, entries })
@@ -67,8 +69,8 @@ impl Engine {
 
     /// As [`Engine::look_up_on_disk`], for one key.
     pub(super) fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
-        let flush_generation = self.flush_generation.load(Ordering::Acquire);
-        let snapshot = self.buckets.snapshot();
+        let flush_generation = self.tables.flush_generation.load(Ordering::Acquire);
+        let snapshot = self.tables.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
         let entries =
             self.look_up_in_buckets(&snapshot, (column_bits != 0).then_some((key_ref, column_bits)).into_iter())?;
@@ -81,7 +83,7 @@ impl Engine {
         snapshot: &Snapshot,
         key_refs: impl Iterator<Item = (KeyRef<'a>, u64)>,
     ) -> Result<Vec<(usize, Entry)>> {
-        let recent = self.memtable.recent();
+        let recent = self.tables.memtable.recent();
         let mut found = Vec::new();
         let mut probes = Vec::new();
         let mut hits = 0;
@@ -98,7 +100,7 @@ impl Engine {
         if hits == 0 {
             return Ok(found);
         }
-        look_up(&self.db, snapshot, &probes, |index, _, entry| found.push((index, entry)))?;
+        look_up(&self.tables.db, snapshot, &probes, |index, _, entry| found.push((index, entry)))?;
         // Sorted for the binary search in `DiskLookup::entry`.
         found.sort_unstable_by_key(|(index, _)| *index);
         self.counters.filter_hits.add(hits);
@@ -117,9 +119,9 @@ impl Engine {
         let mut on_disk = on_disk;
         self.require_key(key_ref.key)?;
         loop {
-            let mut shard = self.memtable.shard(key_ref.digest);
+            let mut shard = self.tables.memtable.shard(key_ref.digest);
             let in_memory = shard.get(key_ref.digest, key_ref.key);
-            if in_memory.is_some() || self.flush_generation.load(Ordering::Acquire) == on_disk.flush_generation {
+            if in_memory.is_some() || self.tables.flush_generation.load(Ordering::Acquire) == on_disk.flush_generation {
                 let stored = in_memory.or_else(|| on_disk.entry(key_ref.index).cloned());
                 return Ok(decide(&mut shard, stored));
             }
@@ -156,19 +158,19 @@ impl Engine {
         response: impl Fn(KeyRef<'_>, Option<Entry>) -> R,
     ) -> Result<Vec<R>> {
         // Again: the store may have been closed or poisoned since the call was made.
-        self.ready()?;
+        self.health.ready()?;
         let on_disk = self.look_up_on_disk(request)?;
         let responses = request
             .iter()
             .map(|key_ref| self.with_locked_key(key_ref, &on_disk, |_, stored| response(key_ref, stored)));
         let responses = responses.collect::<Result<Vec<R>>>()?;
-        self.check_invariants()?;
-        self.check_response_count(responses, request.len())
+        self.health.check_invariants()?;
+        self.health.check_response_count(responses, request.len())
     }
 
     /// The key of a request that has one.
     pub(super) fn single_key<'r>(&self, request: &'r Request) -> Result<KeyRef<'r>> {
-        let none = || self.broken(Invariant::KeyInRequest, format_args!("the request has no key"));
+        let none = || self.health.broken(Invariant::KeyInRequest, format_args!("the request has no key"));
         let key_ref = request.iter().next().ok_or_else(none)?;
         self.require_key(key_ref.key)?;
         Ok(key_ref)
@@ -178,7 +180,7 @@ impl Engine {
     #[inline]
     pub(super) fn require_key(&self, key: &[u8]) -> Result<()> {
         if key.is_empty() {
-            return Err(self.broken(Invariant::KeyInRequest, format_args!("a key has no bytes")));
+            return Err(self.health.broken(Invariant::KeyInRequest, format_args!("a key has no bytes")));
         }
         Ok(())
     }
@@ -189,17 +191,17 @@ impl Engine {
 
     /// The keys that are held for resolution, the oldest claim first. Visits the whole memtable.
     pub(crate) fn held(&self) -> Result<Vec<HeldKey>> {
-        self.ready()?;
+        self.health.ready()?;
         let now = self.now();
         let mut held = Vec::new();
-        for shard in self.memtable.shards() {
+        for shard in self.tables.memtable.shards() {
             held.extend(shard.in_flight().filter_map(|(_, key, processing)| {
                 let LeaseState::Held(prior) = self.lease_state_at(&processing, now) else { return None };
                 Some((Box::<[u8]>::from(key), processing, prior))
             }));
         }
         held.sort_by_key(|(_, processing, _)| processing.token);
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         held.into_iter()
             .map(|(key, Processing { token, attempt, since_ms, .. }, prior)| {
                 let key = Key::decode(&key).ok_or_else(|| Error::Corrupt {
@@ -245,7 +247,7 @@ mod tests {
         let request = engine.request(["a", "new", "b"]).unwrap();
         for cached in [true, false] {
             if !cached {
-                request.digests().for_each(|digest| engine.memtable.invalidate_recent(digest));
+                request.digests().for_each(|digest| engine.tables.memtable.invalidate_recent(digest));
             }
             let on_disk = engine.look_up_on_disk(&request).unwrap();
             let found = [0, 1, 2].map(|index| on_disk.entry(index).is_some());
@@ -293,7 +295,7 @@ mod tests {
             let again = engine(&dir, &options);
             if flush_first {
                 again.flush().unwrap();
-                again.memtable.invalidate_recent(request.digests().next().unwrap());
+                again.tables.memtable.invalidate_recent(request.digests().next().unwrap());
             }
             let claimed = again.claim(&again.request(["k"]).unwrap()).unwrap().pop().unwrap();
             assert!(matches!(claimed, Ok(Claim::Completed(_))), "{claimed:?}");
@@ -319,7 +321,7 @@ mod tests {
     fn assert_broken(engine: &Engine, name: &str, failed: Result<()>, text: &str) {
         let error = failed.expect_err(name);
         assert!(matches!(&error, Error::Broken { invariant, .. } if invariant.contains(text)), "{name}: {error}");
-        for refused in [engine.ready(), engine.flush(), engine.held().map(drop)] {
+        for refused in [engine.health.ready(), engine.flush(), engine.held().map(drop)] {
             let error = refused.expect_err(name);
             assert!(matches!(&error, Error::Poisoned { reason } if reason.contains(text)), "{name}: {error}");
         }
@@ -350,7 +352,7 @@ mod tests {
             let engine = engine(&dir, &Options::default());
             let request = engine.request(["a"]).unwrap();
             let Some(Ok(Claim::Acquired(grant))) = engine.claim(&request).unwrap().pop() else { panic!("a is new") };
-            engine.memtable.lose_slots(grant.digest());
+            engine.tables.memtable.lose_slots(grant.digest());
             assert_broken(&engine, name, call(&engine, &request, &grant), Invariant::IndexedSlot.text());
         }
     }
@@ -361,7 +363,7 @@ mod tests {
         let engine = engine(&dir, &Options::default());
         let request = engine.request(["a"]).unwrap();
         engine.record(&request).unwrap();
-        engine.memtable.lose_slots(request.digests().next().unwrap());
+        engine.tables.memtable.lose_slots(request.digests().next().unwrap());
         assert_broken(&engine, "flush", engine.flush(), Invariant::IndexedSlot.text());
         engine.close().unwrap_err();
         let engine = super::tests::engine(&dir, &Options::default());

@@ -36,10 +36,10 @@ pub(super) struct MaintenanceState {
 impl Engine {
     /// Runs one round of maintenance.
     pub(super) fn run_maintenance(&self, state: &mut MaintenanceState) -> Result<()> {
-        self.check_invariants()?;
-        let saved = self.save_time_if_changed();
+        self.health.check_invariants()?;
+        let saved = self.writer.save_time_if_changed(self.timeline.observe());
         let present = self.present_range();
-        let prepared = self.journal.maintain().inspect_err(|error| self.poison_by(error));
+        let prepared = self.writer.journal.maintain().inspect_err(|error| self.health.poison_by(error));
         // Before the flush: see the module's order.
         self.drop_expired()?;
         let now_ms = self.now().monotonic_ms;
@@ -48,23 +48,17 @@ impl Engine {
             self.purge();
         }
         // When a bucket has ended, its last keys are flushed, so that they leave memory and the journal.
-        let ended = state.has_leftover_work || (state.last_range != present && self.memtable.flushable() > 0);
+        let ended = state.has_leftover_work || (state.last_range != present && self.tables.memtable.flushable() > 0);
         // Without keys to flush, a flush only replaces the journal's records by a checkpoint.
-        let is_idle =
-            self.memtable.flushable() == 0 && self.journal_bytes.load(Ordering::Relaxed) >= IDLE_JOURNAL_BYTES;
+        let is_idle = self.tables.memtable.flushable() == 0
+            && self.writer.journal_bytes.load(Ordering::Relaxed) >= IDLE_JOURNAL_BYTES;
         if ended || self.is_flush_due() || is_idle {
             self.flush()?;
         }
         state.last_range = present;
         state.has_leftover_work = false;
-        prepare_next(&self.db, &self.buckets, self.config().span, self.now().time_ms)?;
+        prepare_next(&self.tables.db, &self.tables.buckets, self.config().span, self.now().time_ms)?;
         saved.and(prepared)
-    }
-
-    /// Reads the clocks. Writes a change of the store's time at once; elapsed time alone is stored with the next write.
-    fn save_time_if_changed(&self) -> Result<()> {
-        self.time_saved.refresh(self.timeline.observe());
-        if self.time_saved.is_outdated(&self.timeline) { self.write(false, |_| ()) } else { Ok(()) }
     }
 
     /// The state before the first round.
@@ -84,7 +78,7 @@ impl Engine {
     fn purge(&self) {
         let now = self.now();
         let window_ms = self.config().span.window_ms;
-        for mut shard in self.memtable.shards() {
+        for mut shard in self.tables.memtable.shards() {
             shard.retain(|entry| match entry {
                 // Also after its own window: it overrules what a bucket may hold of an earlier attempt.
                 Entry::Completed(done) => now.remembers(done.completed_ms, window_ms),
@@ -95,7 +89,7 @@ impl Engine {
 
     /// Whether claims fail because too many keys are in progress.
     fn is_crowded(&self) -> bool {
-        self.memtable.in_flight() >= self.config().in_flight_limit
+        self.tables.memtable.in_flight() >= self.config().in_flight_limit
     }
 
     /// Drops expired buckets, under the flush lock: a flush or a `forget` that writes to a bucket must not see it dropped.
@@ -105,62 +99,52 @@ impl Engine {
 
     /// As [`Engine::drop_expired`], until `should_continue` returns false. Returns false if expired buckets are left.
     pub(super) fn drop_expired_while(&self, should_continue: impl Fn() -> bool) -> Result<bool> {
-        let _flush_lock = self.flush_lock.lock();
+        let _flush_lock = self.tables.flush_lock.lock();
         let now = self.now();
         self.drop_expired_at(now, &should_continue)?;
-        Ok(!has_expired(&self.buckets, self.config().span, &now))
+        Ok(!has_expired(&self.tables.buckets, self.config().span, &now))
     }
 
     /// Drops the buckets that are expired at `now`. The caller holds the flush lock.
     pub(super) fn drop_expired_at(&self, now: Now, should_continue: &impl Fn() -> bool) -> Result<()> {
         let span = self.config().span;
-        if has_expired(&self.buckets, span, &now) {
+        if has_expired(&self.tables.buckets, span, &now) {
             Failpoint::BucketExpired.pass();
             // Synced before the drop. Otherwise the store's time could be earlier after a crash, and dropped keys would be
             // missing although their window is not over.
-            self.save_time()?;
-            drop_expired(&self.db, &self.buckets, span, &now, should_continue);
+            self.writer.save_time()?;
+            drop_expired(&self.tables.db, &self.tables.buckets, span, &now, should_continue);
         }
         Ok(())
-    }
-
-    /// Syncs the journal if something was written without a sync.
-    pub(super) fn sync(&self) -> Result<()> {
-        if self.unsynced.swap(false, Ordering::AcqRel) { self.sync_journal() } else { Ok(()) }
-    }
-
-    pub(super) fn sync_journal(&self) -> Result<()> {
-        self.ready()?;
-        self.journal.sync().inspect_err(|error| self.poison_by(error))
     }
 
     /// Reads or rebuilds the filter of each bucket that has none, until `should_continue` returns false.
     pub(super) fn restore_filters(&self, should_continue: &(impl Fn() -> bool + Sync)) -> Result<()> {
         let started = std::time::Instant::now();
-        self.filters.load(&self.buckets, should_continue);
-        Filters::rebuild(&self.db, &self.buckets, should_continue)?;
-        self.check_invariants()?;
+        self.tables.filters.load(&self.tables.buckets, should_continue);
+        Filters::rebuild(&self.tables.db, &self.tables.buckets, should_continue)?;
+        self.health.check_invariants()?;
         tracing::info!(elapsed = ?started.elapsed(), "filters restored");
         Ok(())
     }
 
     /// Has the SSTs of ended buckets merged.
     pub(super) fn merge_ended(&self) -> Result<()> {
-        let _flush_lock = self.flush_lock.lock();
-        merge_ended(&self.db, &self.buckets, self.now().time_ms)
+        let _flush_lock = self.tables.flush_lock.lock();
+        merge_ended(&self.tables.db, &self.tables.buckets, self.now().time_ms)
     }
 
     /// Moves ended buckets to the newest base matrix, and persists their columns.
     pub(super) fn persist_filters(&self, should_continue: impl Fn() -> bool) -> Result<()> {
-        Filters::tidy(&self.db, &self.buckets, self.now().time_ms, &should_continue)?;
+        Filters::tidy(&self.tables.db, &self.tables.buckets, self.now().time_ms, &should_continue)?;
         // A column that misses bits must not be persisted: it would hide keys from all later opens.
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         let ssts = || {
             // Under the lock: an SST that a flush has ingested and not marked in the filter yet must not be listed as covered.
-            let _flush_lock = self.flush_lock.lock();
-            self.db.sst_numbers()
+            let _flush_lock = self.tables.flush_lock.lock();
+            self.tables.db.sst_numbers()
         };
-        self.filters.persist(&self.buckets, self.now().time_ms, ssts, should_continue)
+        self.tables.filters.persist(&self.tables.buckets, self.now().time_ms, ssts, should_continue)
     }
 }
 
@@ -203,7 +187,7 @@ mod tests {
         let mut maintenance_state = engine.maintenance_state();
         let mut round = || {
             engine.run_maintenance(&mut maintenance_state).unwrap();
-            (engine.memtable.flushable(), flush_generation(&engine))
+            (engine.tables.memtable.flushable(), flush_generation(&engine))
         };
         record(&engine, "first");
         assert_eq!(round(), (1, 0));
@@ -211,7 +195,7 @@ mod tests {
         assert_eq!(round(), (0, 1), "its bucket has ended");
         record(&engine, "second");
         assert_eq!(round(), (1, 1), "once for each bucket");
-        engine.journal_bytes.fetch_add(4 << 20, Ordering::Relaxed);
+        engine.writer.journal_bytes.fetch_add(4 << 20, Ordering::Relaxed);
         assert_eq!(round(), (0, 2), "a flush was due");
         let _open = claim(&engine, "open");
         clock.advance(Duration::from_secs(1));
@@ -230,7 +214,7 @@ mod tests {
         let mut round_after = |ms| {
             clock.advance(Duration::from_millis(ms));
             engine.run_maintenance(&mut maintenance_state).unwrap();
-            engine.memtable.in_flight()
+            engine.tables.memtable.in_flight()
         };
         // Dropping an internal grant does not end its lease, so these leases expire.
         let _leaked = claim(&engine, "a");
@@ -255,12 +239,12 @@ mod tests {
                     ..short_windows(&ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000)))
                 },
             );
-            engine.sync().unwrap();
+            engine.writer.sync_if_needed().unwrap();
             record(&engine, "k");
             // A sync of the closed journal fails, so an error shows that it was synced.
-            engine.journal.close_with(|_| ()).unwrap();
-            assert_eq!(engine.sync().is_ok(), waits, "{durability:?}");
-            engine.sync().expect("nothing is left to sync");
+            engine.writer.journal.close_with(|_| ()).unwrap();
+            assert_eq!(engine.writer.sync_if_needed().is_ok(), waits, "{durability:?}");
+            engine.writer.sync_if_needed().expect("nothing is left to sync");
         }
     }
 
@@ -273,19 +257,19 @@ mod tests {
         record(&engine, "k");
         engine.flush().unwrap();
         // A directory takes the name under which each of the next segments would be created.
-        let journal = engine.db.directory().journal();
+        let journal = engine.tables.db.directory().journal();
         (0..50).for_each(|slot| std::fs::create_dir(journal.join(format!("{slot:06}.journal.new"))).unwrap());
         let large = |i: u32| engine.claim(&engine.request([format!("{i}{}", "k".repeat(20_000))]).unwrap());
         let rejected = (0..50).filter_map(|i| large(i).err()).next();
         assert!(matches!(rejected, Some(onlyonce_core::Error::Io { .. })), "{rejected:?}");
         let families =
-            || -> Vec<_> { engine.buckets.snapshot().newest_first().iter().map(|b| b.family.clone()).collect() };
+            || -> Vec<_> { engine.tables.buckets.snapshot().newest_first().iter().map(|b| b.family.clone()).collect() };
         let before = families();
         clock.advance(Duration::from_secs(60));
         let prepared = engine.run_maintenance(&mut maintenance_state);
         assert!(matches!(prepared, Err(onlyonce_core::Error::Io { .. })), "{prepared:?}");
         assert!(before.len() == 1 && !families().contains(&before[0]), "{before:?}, {:?}", families());
-        assert_eq!(engine.poisoned(), None);
+        assert_eq!(engine.health.poisoned(), None);
     }
 
     #[test]
@@ -295,7 +279,7 @@ mod tests {
         let engine = engine(&dir, &short_windows(&clock));
         let persisted = || {
             engine.persist_filters(|| true).unwrap();
-            std::fs::read_dir(engine.db.directory().filters()).unwrap().count()
+            std::fs::read_dir(engine.tables.db.directory().filters()).unwrap().count()
         };
         record(&engine, "k");
         engine.flush().unwrap();

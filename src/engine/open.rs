@@ -7,14 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::core::{Backlog, Engine};
+use super::core::{Engine, Tables};
 use super::execute::apply;
+use super::health::Health;
 use super::meta_entries::{
     CLOCK, FLOOR, FORMAT, HIGH_WATER, ON_INTERRUPT, SECRET, SPAN, STREAM_TIME, TOKENS, corrupt_meta, meta,
 };
 use super::request::KeyRef;
 use super::sequence::Sequence;
-use super::timekeeping::{self, TimeSaved};
+use super::timekeeping;
+use super::writer::Writer;
 use crate::buckets::filters::Filters;
 use crate::buckets::registry::BucketRegistry;
 use crate::clock::ClockState;
@@ -29,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::rocks::db::Db;
 use crate::stats::Counters;
 use crate::testing::failpoint::Failpoint;
-use crate::testing::sync_shim::{AtomicBool, AtomicU64, Mutex};
+use crate::testing::sync_shim::{AtomicU64, Mutex};
 use onlyonce_core::machine::{self, Crash, Event, Opened, Policy};
 use onlyonce_core::{Error, Result};
 
@@ -78,43 +80,45 @@ impl Engine {
                 ),
             });
         }
-        let timeline = timekeeping::resume(&db, &options.clock, &config, stored_span, replayed.time_ms)?;
+        let timeline = Arc::new(timekeeping::resume(&db, &options.clock, &config, stored_span, replayed.time_ms)?);
         let filter_budget = (config.memory_budget / 16).saturating_mul(FILTER_SIXTEENTHS) as u64;
         let filters = Filters::find(&db, &secret, &families)?;
         let now = timeline.now();
         let (span, expected) = (config.span, config.bucket_keys);
         let buckets = BucketRegistry::open(&db, &families, span, &now, expected, filter_budget, filters.geometry())?;
         let buckets = buckets.of(&poison);
+        let policy = Policy {
+            window_ms: config.span.window_ms,
+            on_interrupt: config.on_interrupt,
+            is_stream: timeline.is_stream(),
+            opened: Opened::at(now),
+            first_token: tokens,
+        };
+        let sequence = Sequence::after(tokens).of(&poison);
+        let (waiters, backlog) = (Arc::default(), Arc::default());
+        let health = Arc::new(Health::new(poison, &waiters, &backlog));
+        let metrics = Arc::new(Metrics::new(&path));
         let engine = Self {
-            policy: Policy {
-                window_ms: config.span.window_ms,
-                on_interrupt: config.on_interrupt,
-                is_stream: timeline.is_stream(),
-                opened: Opened::at(now),
-                first_token: tokens,
-            },
             config,
-            db,
-            journal,
-            memtable,
-            buckets,
-            filters,
-            sequence: Sequence::after(tokens).of(&poison),
-            timeline,
-            time_saved: TimeSaved::default(),
-            counters: Counters::default(),
-            metrics: Metrics::new(&path),
-            flush_lock: Mutex::new(()),
-            flush_generation: AtomicU64::new(0),
-            backlog: Backlog::default(),
-            waiters: Arc::default(),
-            delivered_below: AtomicU64::new(0),
-            journal_bytes: AtomicU64::new(replayed.bytes),
-            unsynced: AtomicBool::new(false),
-            replayed,
+            policy,
             digester,
-            poison,
-            closed: AtomicBool::new(false),
+            writer: Writer::new(journal, sequence, &db, &health, &timeline, &metrics, replayed.bytes),
+            timeline,
+            health,
+            tables: Tables {
+                db,
+                memtable,
+                buckets,
+                filters,
+                flush_lock: Mutex::new(()),
+                flush_generation: AtomicU64::new(0),
+            },
+            backlog,
+            waiters,
+            delivered_below: AtomicU64::new(0),
+            counters: Counters::default(),
+            metrics,
+            replayed,
         };
         Failpoint::OpenReplayed.pass();
         engine.mark_crashed_attempts()?;
@@ -126,7 +130,7 @@ impl Engine {
     /// becomes free if the store is opened with `OnInterrupt::Rerun`.
     fn mark_crashed_attempts(&self) -> Result<()> {
         let now = self.timeline.now();
-        for shard in self.memtable.shards() {
+        for shard in self.tables.memtable.shards() {
             let keys: Vec<_> = shard.in_flight().map(|(digest, key, _)| (digest, key.to_vec())).collect();
             drop(shard);
             for (digest, key) in keys {
@@ -138,9 +142,9 @@ impl Engine {
 
     /// Syncs what this opening changes, before the first call: options, the retention floor and tokens.
     fn persist_opening(&self) -> Result<()> {
-        self.check_invariants()?;
+        self.health.check_invariants()?;
         self.timeline.ask_to_be_saved();
-        self.write(true, |tx| {
+        self.writer.write(true, |tx| {
             tx.put_meta(SPAN, &codec::put_span(self.config.span));
             tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt));
             if let Some(ahead_ms) = self.config.max_ahead_ms {
@@ -148,16 +152,16 @@ impl Engine {
             }
         })?;
         Failpoint::OpenOptionsWritten.pass();
-        self.reserve(0)?;
+        self.writer.reserve_tokens(0)?;
         // A flush has nothing to do if only this was written.
-        self.journal_bytes.store(self.replayed.bytes, Ordering::Relaxed);
+        self.writer.journal_bytes.store(self.replayed.bytes, Ordering::Relaxed);
         Failpoint::OpenTokensReserved.pass();
         tracing::info!(
-            path = %self.db.directory().root().display(),
+            path = %self.tables.db.directory().root().display(),
             journal_records = self.replayed.records,
-            unflushed = self.memtable.flushable(),
-            interrupted = self.memtable.in_flight(),
-            buckets = self.buckets.snapshot().newest_first().len(),
+            unflushed = self.tables.memtable.flushable(),
+            interrupted = self.tables.memtable.in_flight(),
+            buckets = self.tables.buckets.snapshot().newest_first().len(),
             "store opened"
         );
         Ok(())
@@ -240,7 +244,7 @@ mod tests {
             fill(&engine, digest, 1 << 20);
             engine.flush().unwrap();
         }
-        let cached = |digest: &u64| engine.memtable.recent().get(*digest, b"k").is_some();
+        let cached = |digest: &u64| engine.tables.memtable.recent().get(*digest, b"k").is_some();
         assert_eq!((0..6).filter(cached).collect::<Vec<_>>(), [4, 5], "two MiB of six");
     }
 

@@ -13,11 +13,11 @@ use onlyonce_core::{Error, Message, MessageId, NewMessage, Result};
 impl Engine {
     /// Returns a partition's offset. Under `Durability::Disk` it is synced first: the caller may commit it to the broker.
     pub(crate) fn offset(&self, stream: &[u8], partition: u32) -> Result<Option<u64>> {
-        self.ready()?;
-        let Some(value) = self.db.meta(&offset_name(stream, partition))? else { return Ok(None) };
+        self.health.ready()?;
+        let Some(value) = self.tables.db.meta(&offset_name(stream, partition))? else { return Ok(None) };
         if self.config.sync_results() {
             // An empty write joins the next sync.
-            self.write(true, |_| ())?;
+            self.writer.write(true, |_| ())?;
         }
         match value.try_into() {
             Ok(offset) => Ok(Some(u64::from_le_bytes(offset))),
@@ -29,21 +29,21 @@ impl Engine {
     pub(crate) fn set_offset(&self, stream: &[u8], partition: u32, offset: u64) -> Result<()> {
         let name = offset_name(stream, partition);
         self.admit(Demand { items: 1, bytes: name.len(), changes_database: true, ..Demand::default() })?;
-        self.write(self.config.sync_results(), |tx| tx.put_meta(&name, &offset.to_le_bytes()))
+        self.writer.write(self.config.sync_results(), |tx| tx.put_meta(&name, &offset.to_le_bytes()))
     }
 
     /// Returns the oldest messages that are not removed and whose completion is durable.
     pub(crate) fn outbox(&self, limit: usize) -> Result<Vec<Message>> {
-        self.ready()?;
-        self.reserve(0)?;
+        self.health.ready()?;
+        self.writer.reserve_tokens(0)?;
         // Records below this number are written with their messages, so no message can appear there any more.
-        let finished = self.memtable.records().finished_below(|| self.sequence.take());
+        let finished = self.tables.memtable.records().finished_below(|| self.writer.sequence.take());
         let from = message_name(MessageId::new(self.delivered_below.load(Ordering::Acquire), 0));
         let mut messages = Vec::new();
-        self.db.for_each_meta(&from, |name, value| {
+        self.tables.db.for_each_meta(&from, |name, value| {
             let Some(id) = message_id(name).filter(|_| messages.len() < limit) else { return Ok(false) };
             // The message is written, but its record may not be synced yet.
-            if !self.memtable.records().is_finished(id.record()) {
+            if !self.tables.memtable.records().is_finished(id.record()) {
                 return Ok(true);
             }
             let Some(message) = NewMessage::decode(value) else {
@@ -64,7 +64,7 @@ impl Engine {
     pub(crate) fn remove_messages(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<()> {
         let ids: Vec<MessageId> = ids.into_iter().collect();
         self.admit(Demand { items: ids.len(), changes_database: true, ..Demand::default() })?;
-        self.write(false, |tx| ids.into_iter().for_each(|id| tx.delete_meta(&message_name(id))))
+        self.writer.write(false, |tx| ids.into_iter().for_each(|id| tx.delete_meta(&message_name(id))))
     }
 }
 
@@ -91,7 +91,7 @@ mod tests {
         let early = engine.begin_record();
         let open = engine.begin_record();
         for record in [&open, &early] {
-            engine.write(false, |tx| side_writes::put(tx, record.number(), &[(side_writes, true)])).unwrap();
+            engine.writer.write(false, |tx| side_writes::put(tx, record.number(), &[(side_writes, true)])).unwrap();
         }
         assert!(engine.outbox(10).unwrap().is_empty(), "their records may not be synced");
         let (first, second) = (early.number(), open.number());

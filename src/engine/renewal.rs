@@ -134,7 +134,7 @@ impl Entry {
             state.waker.take()
         };
         if let Some(engine) = self.engine.upgrade() {
-            engine.poison(&reason);
+            engine.health.poison(&reason);
         }
         if let Some(waker) = waker {
             waker.wake();
@@ -371,7 +371,7 @@ mod tests {
             let lost = renewals[i].poll_lost(&Context::from_waker(Waker::noop()));
             assert!(matches!(lost, Poll::Ready(Error::Superseded { .. })), "{lost:?}");
         }
-        assert_eq!(engine.poisoned(), None);
+        assert_eq!(engine.health.poisoned(), None);
         assert!(matches!(Renewal::start(&engine, &grants[0]).lost(), Some(Error::Superseded { .. })), "at once");
     }
 }

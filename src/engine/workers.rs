@@ -31,8 +31,7 @@ impl BackgroundWorkers {
     pub(crate) fn start(engine: &Arc<Engine>) -> Result<Self> {
         let (stop, stopped) = bounded(0);
         let (wake, woken) = bounded(1);
-        // Set once: an engine has one set of workers.
-        let _ = engine.backlog.wake.set(wake);
+        engine.backlog.set_wake(wake);
         let workers = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
         if cfg!(shuttle) {
             // The model checker cannot schedule these threads.
@@ -58,7 +57,7 @@ impl BackgroundWorkers {
         work: impl FnOnce(&Engine, &Receiver<()>) + Send + 'static,
     ) -> Result<()> {
         let (engine, stopped) = (Arc::clone(engine), stopped.clone());
-        let path = engine.db.directory().root().to_owned();
+        let path = engine.tables.db.directory().root().to_owned();
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -121,7 +120,7 @@ pub(crate) struct PoisonOnPanic<'a> {
 impl Drop for PoisonOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.engine.poison(&format!("the thread {} panicked", self.name));
+            self.engine.health.poison(&format!("the thread {} panicked", self.name));
         }
     }
 }
@@ -153,7 +152,7 @@ fn run_workers(engine: &Engine, mut state: MaintenanceState, woken: &Receiver<()
             Err(Error::Closed) => return,
             Err(Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => {
                 // A part of the store may have set the poison without waking the waiting calls.
-                engine.wake_all();
+                engine.health.wake_all();
                 break;
             }
             Err(error) => {
@@ -187,7 +186,7 @@ fn tend_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
 fn sync(engine: &Engine, stopped: &Receiver<()>) {
     while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(engine.config().sync_interval) {
         // The error has poisoned the store.
-        if engine.sync().is_err() {
+        if engine.writer.sync_if_needed().is_err() {
             return;
         }
     }
@@ -195,7 +194,6 @@ fn sync(engine: &Engine, stopped: &Receiver<()>) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
     use std::time::Instant;
 
     use super::*;
@@ -243,7 +241,7 @@ mod tests {
         handle.close().unwrap();
         clock.advance(Duration::from_secs(3 * 60 * 60));
         start(&dir, &options).close().unwrap();
-        assert_eq!(start(&dir, &options).engine.memtable.flushable(), 0);
+        assert_eq!(start(&dir, &options).engine.tables.memtable.flushable(), 0);
     }
 
     #[test]
@@ -254,7 +252,7 @@ mod tests {
         let engine = &handle.engine;
         engine.record(&engine.request(["k"]).unwrap()).unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
-        while engine.unsynced.load(Ordering::Acquire) {
+        while engine.writer.is_unsynced() {
             assert!(Instant::now() < deadline, "the journal is not synced");
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -270,7 +268,7 @@ mod tests {
             handle.workers.spawn(&handle.engine, &stopped, "onlyonce-test", work).unwrap();
             let thread = handle.workers.threads.lock().pop().unwrap();
             assert_eq!(thread.join().is_err(), panics);
-            handle.engine.poisoned().map(str::to_owned)
+            handle.engine.health.poisoned().map(str::to_owned)
         };
         assert_eq!(ends(false), None);
         assert_eq!(ends(true).as_deref(), Some("the thread onlyonce-test panicked"));
@@ -293,7 +291,7 @@ mod tests {
         let snapshotter = recorder.snapshotter();
         let dir = tempfile::tempdir().unwrap();
         let handle = metrics::with_local_recorder(&recorder, || start(&dir, &Options::default()));
-        handle.engine.poison("a test");
+        handle.engine.health.poison("a test");
         let deadline = Instant::now() + Duration::from_secs(60);
         // Each snapshot resets the gauges.
         for time in 1..=2 {

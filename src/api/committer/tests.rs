@@ -334,7 +334,7 @@ async fn a_poisoned_store_returns_the_error_to_all_waiting_calls() {
     }
     let gate = gated.block_ask_thread().await;
     let claims: Vec<_> = (0..5).map(|i| submitted(gated.store.claim(i.to_string()))).collect();
-    gated.engine().poison("a test");
+    gated.engine().health.poison("a test");
     drop(gate);
     for claim in claims {
         assert!(matches!(claim.await, Err(Error::Poisoned { .. })));

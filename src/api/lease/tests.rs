@@ -16,7 +16,7 @@ fn a_lease_without_an_answer_fails_and_poisons_the_store() {
     let superseded = || Err(lease.grant.superseded());
     let answers = in_order(vec![None, Some(superseded()), None], [Ok(()), Ok(())], &shared, |error| error);
     assert!(matches!(answers[..], [Ok(()), Err(Error::Superseded { .. }), Ok(())]), "{answers:?}");
-    assert_eq!(shared.engine().poisoned(), None);
+    assert_eq!(shared.engine().health.poisoned(), None);
 
     let answers = in_order(vec![None, Some(superseded()), None], [Ok(())], &shared, |error| error);
     let [Ok(()), Err(Error::Superseded { .. }), Err(error @ Error::Broken { .. })] = &answers[..] else {
@@ -37,11 +37,11 @@ fn a_call_with_too_few_or_too_many_answers_fails_and_poisons_the_store() {
     for (answers, keys) in [(vec![1], 2), (vec![1, 2], 1), (vec![], 1)] {
         let (store, _lease) = store_with_lease(&dir.path().join(format!("{}-{keys}", answers.len())));
         let engine = store.shared.engine();
-        assert_eq!(engine.check_response_count(vec![7; keys], keys).unwrap().len(), keys);
-        assert_eq!(engine.poisoned(), None);
-        let error = engine.check_response_count(answers, keys).unwrap_err();
+        assert_eq!(engine.health.check_response_count(vec![7; keys], keys).unwrap().len(), keys);
+        assert_eq!(engine.health.poisoned(), None);
+        let error = engine.health.check_response_count(answers, keys).unwrap_err();
         assert!(matches!(error, Error::Broken { .. }), "{error}");
-        assert!(engine.poisoned().is_some());
+        assert!(engine.health.poisoned().is_some());
     }
     assert!(matches!(only::<()>(Vec::new()), Err(Error::Broken { .. })));
 }
