@@ -135,8 +135,8 @@ impl Builder {
     }
 
     /// Disk space of unused journal segments, in bytes, which are kept because to write over them is faster than to allocate new
-    /// ones. At most 1 TiB, 64 MiB by default; two segments are always kept. A segment has at most an eighth of it, and from
-    /// 64 KiB to 8 MiB. The segments in use are extra: they have what was written since the last flush, rounded up to a segment.
+    /// ones. At most 1 TiB, 64 MiB by default; two segments are always kept. The largest segments have an eighth of it, but
+    /// at least 1 MiB and at most 8 MiB. Segments in use are extra: they have what was written since the last flush.
     pub fn spare_segments(mut self, bytes: u64) -> Self {
         self.options.spare_segments = bytes;
         self

@@ -22,8 +22,8 @@ pub(crate) struct Bucket {
     pub(crate) column_id: ColumnId,
     pub(crate) family: String,
     pub(crate) keys: AtomicU64,
-    /// Whether RocksDB was told to merge its SSTs.
-    pub(crate) is_merging: AtomicBool,
+    /// Whether RocksDB merges its SSTs, because it has ended.
+    pub(crate) is_merge_requested: AtomicBool,
 }
 
 /// The buckets and the filter at one moment.
@@ -365,8 +365,8 @@ impl Snapshot {
             return None;
         }
         let column_id = ColumnId::try_from(free).ok()?;
-        let (keys, is_merging) = (AtomicU64::new(keys), AtomicBool::new(false));
-        let bucket = Arc::new(Bucket { range, column_id, family: range.family(), keys, is_merging });
+        let (keys, is_merge_requested) = (AtomicU64::new(keys), AtomicBool::new(false));
+        let bucket = Arc::new(Bucket { range, column_id, family: range.family(), keys, is_merge_requested });
         match self.buckets.get_mut(free) {
             Some(entry) => *entry = Some(Arc::clone(&bucket)),
             None => self.buckets.push(Some(Arc::clone(&bucket))),
@@ -592,8 +592,8 @@ mod tests {
         assert!(error.contains("sets all its bits (bits are missing for keys of a filter file)"), "{error}");
 
         // No matrix counts keys for column id 64.
-        let (keys, is_merging) = (AtomicU64::new(0), AtomicBool::new(false));
-        let outside = Bucket { range: second(9), column_id: 64, family: "none".to_owned(), keys, is_merging };
+        let (keys, is_merge_requested) = (AtomicU64::new(0), AtomicBool::new(false));
+        let outside = Bucket { range: second(9), column_id: 64, family: "none".to_owned(), keys, is_merge_requested };
         let (_db, registry, _) = three_reopened(&tempfile::tempdir().unwrap());
         registry.insert_moved(&outside, &base, &[4]);
         assert!(registry.poison().unbroken().is_err());

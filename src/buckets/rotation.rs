@@ -1,4 +1,4 @@
-//! Rotation: creates the next bucket before it is needed, has the SSTs of ended buckets merged, and drops expired buckets whole.
+//! Rotation: creates the next bucket before it is needed, merges the SSTs of ended buckets, and drops expired buckets whole.
 
 use std::sync::atomic::Ordering;
 
@@ -9,8 +9,8 @@ use crate::config::Span;
 use crate::rocks::db::Db;
 use onlyonce_core::Result;
 
-/// The number of SSTs from which an ended bucket is merged. A lookup asks the filter of each of them.
-const MERGED_SSTS: u64 = 4;
+/// The number of sorted runs from which an ended bucket is merged. A lookup asks a filter of each of them.
+const MERGED_RUNS: u64 = 4;
 
 /// Whether there are buckets whose keys have all expired.
 pub(crate) fn has_expired(registry: &BucketRegistry, span: Span, now: &Now) -> bool {
@@ -49,17 +49,22 @@ pub(crate) fn prepare_next(db: &Db, registry: &BucketRegistry, span: Span, now_m
     Ok(())
 }
 
-/// Makes RocksDB merge the SSTs of the ended buckets that have many. The caller excludes drops of buckets.
-pub(crate) fn merge_ended(db: &Db, registry: &BucketRegistry, now_ms: u64) -> Result<()> {
+/// Merges the SSTs of the ended buckets that have many. The caller excludes drops of buckets. Returns the first error, after it has
+/// tried all buckets.
+pub(crate) fn merge_ended(db: &Db, registry: &BucketRegistry, span: Span, now: &Now) -> Result<()> {
+    let mut outcome = Ok(());
     for bucket in registry.snapshot().newest_first() {
-        let is_due = bucket.range.end_ms() <= now_ms && !bucket.is_merging.load(Ordering::Relaxed);
-        if is_due && db.unmerged_ssts(&bucket.family)? >= MERGED_SSTS {
-            db.merge_bucket(&bucket.family)?;
-            bucket.is_merging.store(true, Ordering::Relaxed);
+        let has_ended = bucket.range.end_ms() <= now.time_ms && bucket.range.is_live(now, span.window_ms);
+        if has_ended
+            && !bucket.is_merge_requested.load(Ordering::Relaxed)
+            && db.sorted_runs(&bucket.family)? >= MERGED_RUNS
+        {
             tracing::debug!(bucket = %bucket.range, "merging the SSTs of an ended bucket");
+            bucket.is_merge_requested.store(true, Ordering::Relaxed);
+            outcome = outcome.and(db.merge_bucket(&bucket.family));
         }
     }
-    Ok(())
+    outcome
 }
 
 #[cfg(test)]
@@ -110,27 +115,30 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (db, registry) = open(&dir, 0);
         let bucket = registry.ensure(&db, BucketRange::containing(5_000, 1_000)).unwrap();
-        // Each spans the whole range: RocksDB adds an SST beside the others to the same sorted run.
+        // Each spans the whole range. RocksDB would add SSTs side by side to one sorted run.
         let add = |number: u8| {
             let put =
                 |sst: &mut SstWriter<'_>| [0, 255].iter().try_for_each(|first| sst.put(&[*first, number], b"value"));
             db.add_sst(&bucket.family, put).unwrap();
         };
         let ssts = || db.sst_numbers().unwrap().remove(&bucket.family).unwrap_or_default();
+        let is_requested = |now_ms| {
+            merge_ended(&db, &registry, SPAN, &at(now_ms)).unwrap();
+            bucket.is_merge_requested.load(Ordering::Relaxed)
+        };
         (0..3).for_each(add);
-        merge_ended(&db, &registry, 6_000).unwrap();
-        assert!(!bucket.is_merging.load(Ordering::Relaxed), "so few are not worth it");
+        assert!(!is_requested(6_000), "so few are not worth it");
         (3..10).for_each(add);
-        merge_ended(&db, &registry, 5_999).unwrap();
-        std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(ssts().len(), 10, "it may get more");
-        merge_ended(&db, &registry, 6_000).unwrap();
+        assert!(!is_requested(5_999), "it may get more");
+        assert!(!is_requested(10_000), "it is dropped next");
+        assert_eq!((ssts().len(), db.sorted_runs(&bucket.family).unwrap()), (10, 10));
+        assert!(is_requested(6_000));
         let started = std::time::Instant::now();
         while ssts().len() > 2 {
             assert!(started.elapsed() < Duration::from_secs(60), "{:?} are not merged", ssts());
             std::thread::sleep(Duration::from_millis(1));
         }
-        assert!(registry.snapshot().newest_first().iter().all(|bucket| bucket.is_merging.load(Ordering::Relaxed)));
+        assert!(db.sorted_runs(&bucket.family).unwrap() <= 2);
         let mut keys = 0;
         db.for_each_key(&bucket.family, |_| {
             keys += 1;

@@ -1,13 +1,10 @@
 //! Backpressure: calls wait while completed keys fill their share of memory, and wake the thread that flushes them.
 
-use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use super::core::Engine;
 use super::request::{Request, admit_bytes};
-use crate::testing::sync_shim::{Condvar, Mutex};
-use onlyonce_core::{Error, Result};
+use onlyonce_core::Result;
 
 /// The number of unflushed keys at which a flush is due. Fewer make more SSTs to search; more make a replay longer.
 const FLUSH_KEYS: usize = 250_000;
@@ -18,9 +15,6 @@ const BACKLOG_SHARE: usize = 4;
 
 /// More than the journal has for an item besides its bytes.
 const RECORD_BYTES: usize = 64;
-
-/// How long a call waits before it checks again whether flushes fail.
-const BACKLOG_WAIT: Duration = Duration::from_millis(100);
 
 /// What a call needs.
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,52 +34,6 @@ impl Demand {
     pub(super) fn of(request: &Request) -> Self {
         let items = request.len();
         Self { items, tokens: items, bytes: request.key_bytes(), changes_database: false }
-    }
-}
-
-/// Where calls wait while the memtable is full.
-#[derive(Default)]
-pub(super) struct Backlog {
-    /// Why the last flush failed.
-    failure: Mutex<Option<Error>>,
-    /// Notified when a flush ends.
-    eased: Condvar,
-    /// Wakes the maintenance thread.
-    wake: OnceLock<crossbeam::channel::Sender<()>>,
-}
-
-impl Backlog {
-    /// Sets what wakes the maintenance thread. An engine has one set of threads, so this is called once.
-    pub(super) fn set_wake(&self, wake: crossbeam::channel::Sender<()>) {
-        let _ = self.wake.set(wake);
-    }
-
-    /// Called at the end of a flush.
-    pub(super) fn flushed(&self, outcome: &Result<()>) {
-        *self.failure.lock() = outcome.as_ref().err().cloned();
-        self.eased.notify_all();
-    }
-
-    /// Makes all waiting calls check again whether they may run.
-    pub(super) fn wake_all(&self) {
-        self.eased.notify_all();
-    }
-
-    /// Waits until a flush ends or for some time. Fails if flushes fail.
-    fn wait(&self) -> Result<()> {
-        let mut failure = self.failure.lock();
-        if let Some(error) = failure.as_ref() {
-            return Err(Error::FlushFailed { source: error.clone().into() });
-        }
-        self.eased.wait_for(&mut failure, BACKLOG_WAIT);
-        Ok(())
-    }
-
-    fn wake_workers(&self) {
-        if let Some(wake) = self.wake.get() {
-            // If the channel is full, a wakeup is pending already.
-            let _ = wake.try_send(());
-        }
     }
 }
 
@@ -140,10 +88,13 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::config::Options;
     use crate::engine::fixture::{engine, fill, small_engine};
     use crate::memtable::slot::OVERHEAD_BYTES;
+    use onlyonce_core::Error;
 
     /// Adds a completed key that counts for `bytes` in the memtable.
     fn fill_counted(engine: &Engine, digest: u64, bytes: usize) {
@@ -155,7 +106,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = small_engine(&dir);
         let (wake, woken) = crossbeam::channel::bounded(1);
-        engine.backlog.wake.set(wake).unwrap();
+        engine.backlog.set_wake(wake);
         let record = |key: &str| engine.record(&engine.request([key]).unwrap()).unwrap();
         record("a");
         assert!(woken.try_recv().is_err());
@@ -170,12 +121,12 @@ mod tests {
         let engine = small_engine(&dir);
         fill(&engine, 1, 8 << 20);
         let request = engine.request(["k"]).unwrap();
-        *engine.backlog.failure.lock() = Some(Error::io("writing", "/", "no space"));
+        engine.backlog.flushed(&Err(Error::io("writing", "/", "no space")));
         for refused in [engine.claim(&request).map(|_| ()), engine.record(&request).map(|_| ())] {
             let Err(Error::FlushFailed { source }) = refused else { panic!("{refused:?}") };
             assert!(onlyonce_core::chain(&source).contains("no space"), "{source}");
         }
-        *engine.backlog.failure.lock() = None;
+        engine.backlog.flushed(&Ok(()));
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| engine.claim(&request).unwrap().len());
             std::thread::sleep(Duration::from_millis(50));

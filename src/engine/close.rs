@@ -13,8 +13,7 @@ impl Engine {
         }
         Failpoint::CloseBegun.pass();
         self.metrics.end(&self.counters, || self.gauges());
-        let healthy = self.health.unpoisoned();
-        let written = healthy.clone().and_then(|()| self.writer.write_last_time());
+        let written = self.health.unpoisoned().and_then(|()| self.writer.write_last_time());
         Failpoint::CloseTimeWritten.pass();
         // Otherwise processes that run briefly would accumulate small SSTs over restarts.
         let compacted = if self.health.poisoned().is_none() { self.wait_for_compactions() } else { Ok(()) };

@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use super::backpressure::Backlog;
+use super::backlog::Backlog;
 use super::health::Health;
 use super::request::{KeyRef, Request, TimeSource};
 use super::response::too_far_ahead;

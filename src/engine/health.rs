@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::backpressure::Backlog;
+use super::backlog::Backlog;
 use super::waiters::Waiters;
 use crate::invariant::{Invariant, Poison};
 use crate::testing::sync_shim::AtomicBool;

@@ -128,10 +128,11 @@ impl Engine {
         Ok(())
     }
 
-    /// Has the SSTs of ended buckets merged.
+    /// Merges the SSTs of ended buckets.
     pub(super) fn merge_ended(&self) -> Result<()> {
+        self.health.ready()?;
         let _flush_lock = self.tables.flush_lock.lock();
-        merge_ended(&self.tables.db, &self.tables.buckets, self.now().time_ms)
+        merge_ended(&self.tables.db, &self.tables.buckets, self.config().span, &self.now())
     }
 
     /// Moves ended buckets to the newest base matrix, and persists their columns.

@@ -2,6 +2,7 @@
 //!
 //! `execute.rs` has the order of every call on keys, and `flush.rs` that of a flush. Each states the bug that a step prevents.
 
+mod backlog;
 mod backpressure;
 mod catch_up;
 mod claim;

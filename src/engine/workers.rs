@@ -42,7 +42,7 @@ impl BackgroundWorkers {
         workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
             run_workers(engine, maintenance_state, &woken, stopped);
         })?;
-        workers.spawn(engine, &stopped, "onlyonce-filter", tend_ended_buckets)?;
+        workers.spawn(engine, &stopped, "onlyonce-filter", maintain_ended_buckets)?;
         if engine.config().durability == Durability::Process {
             workers.spawn(engine, &stopped, "onlyonce-sync", sync)?;
         }
@@ -169,7 +169,7 @@ fn run_workers(engine: &Engine, mut state: MaintenanceState, woken: &Receiver<()
 
 /// Restores filters at open. Then merges the SSTs of ended buckets and persists their filters. An error costs only time: buckets
 /// without a filter are read on disk.
-fn tend_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
+fn maintain_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
     let should_continue = || !is_stopped(stopped);
     let warn = |outcome: Result<()>, failure: &str| match outcome {
         Ok(()) | Err(Error::Closed) => {}
@@ -177,7 +177,7 @@ fn tend_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
     };
     warn(engine.restore_filters(&should_continue), "failed to restore filters; lookups read the disk more often");
     while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(ENDED_INTERVAL) {
-        warn(engine.merge_ended(), "failed to merge the SSTs of an ended bucket; it will be retried");
+        warn(engine.merge_ended(), "failed to merge the SSTs of an ended bucket; lookups in it take longer");
         let persisted = engine.persist_filters(should_continue);
         warn(persisted, "failed to persist the filter of an ended bucket; it will be retried");
     }
@@ -200,6 +200,7 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::codec::RecordKind;
     use crate::config::Options;
+    use crate::engine::fixture::short_windows;
     use crate::engine::response::{FinishKind, FinishedBy};
     use crate::fs::directory::Directory;
     use onlyonce_core::Claim;
@@ -242,6 +243,28 @@ mod tests {
         clock.advance(Duration::from_secs(3 * 60 * 60));
         start(&dir, &options).close().unwrap();
         assert_eq!(start(&dir, &options).engine.tables.memtable.flushable(), 0);
+    }
+
+    #[test]
+    fn the_ssts_of_an_ended_bucket_are_merged() {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = ManualClock::at(onlyonce_core::Timestamp::from_unix_ms(1_000_000));
+        let handle = start(&dir, &short_windows(&clock));
+        let engine = &handle.engine;
+        for round in 0..4 {
+            // Their digests span the whole range, so that no two SSTs are one sorted run.
+            engine.record(&engine.request((0..100).map(|key| format!("{round} {key}"))).unwrap()).unwrap();
+            engine.flush().unwrap();
+        }
+        let family = &engine.tables.buckets.snapshot().newest_first()[0].family.clone();
+        let runs = || engine.tables.db.sorted_runs(family).unwrap();
+        assert_eq!(runs(), 4);
+        clock.advance(Duration::from_secs(1));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while runs() > 1 {
+            assert!(Instant::now() < deadline, "{} runs are left", runs());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The writer: how transactions reach the journal, with the store's time where it has changed, and what was written since.
+//! The writer: how transactions reach the journal, together with the store's time if it has changed.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,7 +31,7 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// `tokens`: those below were reserved by earlier opens. `replayed_bytes`: what the open found in the journal.
+    /// `replayed_bytes`: the bytes that the open has replayed.
     pub(super) fn new(
         journal: StoreJournal,
         sequence: Sequence,
@@ -76,7 +76,7 @@ impl Writer {
         if let Some(saving) = saving {
             saving.done();
         }
-        // After the write: `sync` clears the flag before it syncs. Set earlier, the flag of this write could be cleared by a
+        // After the write: `sync_if_needed` clears the flag before it syncs. Set earlier, the flag of this write could be cleared by a
         // sync that does not include the write.
         self.unsynced.fetch_or(!sync, Ordering::Release);
         Ok(bytes)
@@ -109,7 +109,7 @@ impl Writer {
         self.journal.reserve(bytes).inspect_err(|error| self.health.poison_by(error))
     }
 
-    /// Fails if the next write would fail because RocksDB rejects changes, although it has none of its own.
+    /// Fails if the next write has to store the time, and RocksDB rejects changes.
     pub(super) fn check_time_writable(&self) -> Result<()> {
         if self.is_time_outdated() { self.db.check_writable() } else { Ok(()) }
     }

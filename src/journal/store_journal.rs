@@ -123,7 +123,8 @@ impl StoreJournal {
         let open = self.journal()?;
         let journal = open.get()?;
         if tx.is_empty() {
-            return if sync { self.written(journal.sync()) } else { Ok(()) };
+            // Checked in any case: what the caller has read may be of a deleted store, also if nothing is left to sync.
+            return if sync { self.written(journal.sync()).and_then(|()| self.reject_deleted()) } else { Ok(()) };
         }
         if tx.changes_database() {
             let flushes = self.flushes.lock();
@@ -245,6 +246,11 @@ impl StoreJournal {
         self.written(journal.close())?;
         Failpoint::CloseSynced.pass();
         // Also if there was nothing to sync.
+        self.reject_deleted()
+    }
+
+    /// Fails if the directory of the store was deleted. Writes to deleted files succeed, and so do their syncs.
+    fn reject_deleted(&self) -> Result<()> {
         self.db.directory().deleted().map_or(Ok(()), |path| Err(Error::DirectoryGone { path }))
     }
 
@@ -318,17 +324,17 @@ fn apply<'a>(db: &Db, bytes: &'a [u8]) -> Result<Applied<'a>> {
 
 /// Sizes of segments are multiples of this.
 const BLOCK: u64 = 4_096;
-/// The largest segment of any store. Segments are created full of zeros, and a flush frees them after some 12 MB of records: larger
-/// ones would mostly be zeros.
-const LARGEST_SEGMENT: u64 = 8 << 20;
-/// The number of spare segments of the largest size.
-const SPARE_SEGMENTS: u64 = 8;
+/// Bounds of the largest size. Segments are created full of zeros, and a flush frees them after some 12 MB of records: larger ones
+/// would mostly be zeros. With smaller ones a journal would need hundreds of files.
+const LEAST_LARGEST: u64 = 1 << 20;
+const MOST_LARGEST: u64 = 8 << 20;
+/// How many unused segments of the largest size a journal keeps.
+const KEPT: u64 = 8;
 
 fn options(spare_bytes: u64) -> Options {
     let mut options = Options::default();
     options.spare_bytes = spare_bytes;
-    let blocks = spare_bytes / SPARE_SEGMENTS / BLOCK * BLOCK;
-    options.largest_segment = blocks.clamp(options.smallest_segment, LARGEST_SEGMENT);
+    options.largest_segment = (spare_bytes / KEPT / BLOCK * BLOCK).clamp(LEAST_LARGEST, MOST_LARGEST);
     options
 }
 

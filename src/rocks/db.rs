@@ -30,6 +30,9 @@ const OPEN_WAIT: Duration = Duration::from_secs(1);
 /// How long to wait between two attempts to open a database whose files a dying process still holds.
 const OPEN_POLL: Duration = Duration::from_millis(20);
 
+/// The levels of a column family: RocksDB's default.
+const LEVELS: usize = 7;
+
 /// How long to sleep between two checks for finished compactions.
 const MERGE_POLL: Duration = Duration::from_millis(1);
 
@@ -316,18 +319,25 @@ impl Db {
         rocks.flush_cf(&meta).map_err(cannot_flush)
     }
 
-    /// The number of SSTs of a bucket that no compaction has merged yet.
-    pub(crate) fn unmerged_ssts(&self, bucket: &str) -> Result<u64> {
+    /// The number of sorted runs of a bucket: a lookup asks the filter of one SST in each.
+    pub(crate) fn sorted_runs(&self, bucket: &str) -> Result<u64> {
         let open = self.rocks()?;
         let rocks = open.get()?;
         let Some(family) = rocks.cf_handle(bucket) else { return Ok(0) };
-        let ssts = rocks
-            .property_int_value_cf(&family, properties::num_files_at_level(0))
-            .map_err(|error| unreadable("reading", &self.directory.database(), &error))?;
-        Ok(ssts.unwrap_or(0))
+        let mut runs = 0;
+        for level in 0..LEVELS {
+            let ssts = rocks
+                .property_int_value_cf(&family, properties::num_files_at_level(level))
+                .map_err(|error| unreadable("reading", &self.directory.database(), &error))?
+                .unwrap_or(0);
+            // An SST that overlaps with no other one of a deeper level is ingested there. Each SST of level 0 is a run.
+            runs += if level == 0 { ssts } else { ssts.min(1) };
+        }
+        Ok(runs)
     }
 
-    /// Makes RocksDB merge the SSTs of a bucket that has ended. Returns before they are merged.
+    /// Makes RocksDB merge the SSTs of a bucket that has ended. Returns before they are merged. Also after an error RocksDB may
+    /// merge them.
     pub(crate) fn merge_bucket(&self, bucket: &str) -> Result<()> {
         let open = self.rocks()?;
         let rocks = open.get()?;

@@ -15,9 +15,10 @@ const MANIFEST_BYTES: usize = MIB / 4;
 /// SSTs that one compaction merges: of `meta`, and of a bucket that still gets keys.
 const MERGED_META_SSTS: i32 = 4;
 const MERGED_BUCKET_SSTS: i32 = 32;
-/// The options of a bucket that has ended: RocksDB merges its SSTs to one, or to two if the newest one is small.
+/// The options of a bucket that has ended: RocksDB merges four or more sorted runs of about the same size. So most keys are in one
+/// run, and what a message that arrives late adds is not merged with them each time.
 pub(super) const ENDED_BUCKET: [(&str, &str); 2] =
-    [("level0_file_num_compaction_trigger", "2"), ("compaction_options_universal", "{min_merge_width=2}")];
+    [("level0_file_num_compaction_trigger", "4"), ("compaction_options_universal", "{min_merge_width=4}")];
 
 /// The options of one database. Each kind of column family has its own set, so that none uses RocksDB's defaults.
 pub(super) struct Tuning {
@@ -91,8 +92,8 @@ impl Tuning {
         table.set_unpartitioned_pinning_tier(BlockBasedTablePinningTier::All);
         table.set_top_level_index_pinning_tier(BlockBasedTablePinningTier::All);
         options.set_block_based_table_factory(&table);
-        // Most merges wait until the bucket has ended: earlier ones would rewrite the same keys again. Without any, a lookup
-        // would ask the filters of hundreds of SSTs.
+        // Most merges wait until the bucket has ended: earlier ones would write the same keys twice. Without any, a lookup would
+        // ask the filters of hundreds of SSTs.
         options.set_compaction_style(DBCompactionStyle::Universal);
         let mut universal = UniversalCompactOptions::default();
         universal.set_min_merge_width(MERGED_BUCKET_SSTS);

@@ -1,8 +1,8 @@
 //! Files that are written through a mapping.
 //!
 //! A store to a shared mapping is in the page cache at once, so it survives a crash of the process as a `write` does, and
-//! costs a fiftieth of one. Only a window of the file is mapped at a time: a sync write-protects each page that is mapped and
-//! has to tell all CPUs, which costs more than to write it. What is before the window costs a sync nothing.
+//! costs a fiftieth of one. Only a window of the file is mapped at a time: a sync write-protects each mapped page that was written,
+//! and interrupts all CPUs for each, which costs more than to write the page.
 //!
 //! This is the only file with `unsafe` code (`docs/decisions/0025-own-journal.md`).
 #![allow(unsafe_code, reason = "mapping a file is unsafe: another process could change it")]
@@ -12,12 +12,12 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use memmap2::{Advice, MmapMut, MmapOptions};
+use memmap2::{MmapMut, MmapOptions};
 use parking_lot::Mutex;
 
 use super::layout::{BLOCK, DATA_START};
 
-/// The size of a window, which ends at a multiple of it.
+/// A window ends at a multiple of this, and is at least half as large unless the file ends.
 const WINDOW: usize = 256 << 10;
 const ZEROS: &[u8; 64 << 10] = &[0; 64 << 10];
 
@@ -29,17 +29,19 @@ pub(crate) struct MappedFile {
     window: Mutex<Option<Window>>,
 }
 
-/// A mapped part of the file. Its pages are cached, and zero from the last store on.
+/// A part of the file. Its pages are cached, and zero from the last write on.
 #[derive(Debug)]
 struct Window {
     start: usize,
-    bytes: MmapMut,
+    end: usize,
+    /// `None` if it cannot be mapped: then writes are system calls.
+    bytes: Option<MmapMut>,
 }
 
 impl Window {
     /// The part of the file at these offsets, if all of it is in the window.
     fn get_mut(&mut self, range: &Range<usize>) -> Option<&mut [u8]> {
-        self.bytes.get_mut(range.start.checked_sub(self.start)?..range.end.checked_sub(self.start)?)
+        self.bytes.as_mut()?.get_mut(range.start.checked_sub(self.start)?..range.end.checked_sub(self.start)?)
     }
 }
 
@@ -67,7 +69,12 @@ impl MappedFile {
         self.file.write_all_at(bytes, offset)?;
         // A header begins another use of the file. It is always written by the kernel: a kill in the middle of a copy must not
         // leave a part of both of its copies.
-        *window = if end <= DATA_START { None } else { self.open_window(end)? };
+        if end <= DATA_START {
+            *window = None;
+        } else if window.as_ref().is_none_or(|window| end > window.end) {
+            // A long record would pay for zeros that the next one overwrites.
+            *window = if bytes.len() < WINDOW / 4 { self.open_window(end)? } else { None };
+        }
         Ok(())
     }
 
@@ -84,11 +91,8 @@ impl MappedFile {
             let len = ZEROS.len().min(end - zeros);
             self.file.write_all_at(ZEROS.get(..len).unwrap_or(ZEROS), zeros as u64)?;
         }
-        // If it cannot be mapped, writes are system calls.
-        let Ok(bytes) = map(&self.file, start..end) else { return Ok(None) };
-        // Saves a fault for each page. Older kernels do not know it.
-        let _ = bytes.advise(Advice::PopulateWrite);
-        Ok(Some(Window { start, bytes }))
+        let bytes = map(&self.file, start..end).and_then(prepare).ok();
+        Ok(Some(Window { start, end, bytes }))
     }
 }
 
@@ -100,4 +104,19 @@ fn map(file: &File, range: Range<usize>) -> io::Result<MmapMut> {
     // under a lock. If the file is truncated by another process, a store ends this process by SIGBUS; it does not
     // reach other memory.
     unsafe { options.map_mut(file) }
+}
+
+/// Makes all pages writable, which saves a fault for each. Fails where a store would end the process.
+#[cfg(target_os = "linux")]
+fn prepare(bytes: MmapMut) -> io::Result<MmapMut> {
+    match bytes.advise(memmap2::Advice::PopulateWrite) {
+        // Kernels before 5.14 do not know it.
+        Err(error) if error.kind() != io::ErrorKind::InvalidInput => Err(error),
+        _ => Ok(bytes),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn prepare(bytes: MmapMut) -> io::Result<MmapMut> {
+    Ok(bytes)
 }

@@ -191,7 +191,7 @@ fn a_mapped_file_has_what_was_written_to_it_also_across_windows() {
     const DATA_START: usize = 8_192;
     let dir = tempfile::tempdir().unwrap();
     let file = directory(dir.path(), Access::Map).create("a file", BYTES as u64).unwrap();
-    let mut rng = rng(&"windows");
+    let mut rng = rng("windows");
     for reuse in 1..=4_u8 {
         let mut expected = vec![reuse; DATA_START];
         file.write_at(&expected, 0).unwrap();

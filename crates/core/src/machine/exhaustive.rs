@@ -377,7 +377,11 @@ fn a_renewal_and_a_drop_change_only_a_lease_and_only_in_memory() {
             match (renewed.change, lease_until_ms) {
                 (Change::InMemory(processing), Some(before_ms)) => {
                     assert!(before_ms < until_monotonic_ms);
-                    assert_eq!(processing.holder, Holder::Leased { until_monotonic_ms });
+                    let holder = Holder::Leased { until_monotonic_ms };
+                    assert_eq!(
+                        Some(processing),
+                        case.processing().map(|before| Processing { holder, ..before.clone() })
+                    );
                 }
                 (Change::None, before_ms) => assert!(before_ms.is_none_or(|before_ms| before_ms >= until_monotonic_ms)),
                 (change, _) => panic!("{case:?}: {change:?}"),

@@ -302,12 +302,16 @@ impl<B> Op<B> for Renew {
     fn step<E>(
         self,
         stored: Option<&Entry>,
-        now: impl Moment,
-        policy: Policy,
+        _now: impl Moment,
+        _policy: Policy,
         _token: impl FnOnce() -> Result<u64, E>,
     ) -> Result<Step<bool, B>, E> {
-        let renewed = |holder: Holder| holder.renewed(self.until_monotonic_ms);
-        Ok(with_holder(stored, self.token, renewed, now, policy))
+        // The attempt is as old as before.
+        let renewed = |before: &Processing| {
+            let holder = before.holder.renewed(self.until_monotonic_ms)?;
+            Some(Processing { holder, ..before.clone() })
+        };
+        Ok(in_memory(stored, self.token, renewed))
     }
 }
 
@@ -346,25 +350,21 @@ impl<B> Op<B> for Abandon {
             Abandoned::Unknown => interrupted(PriorAttempt::Dropped, policy.on_interrupt),
             Abandoned::NotReceived { prior } => taken_back(prior),
         };
-        Ok(with_holder(stored, self.token, |holder| Some(holder.ended(ended)), now, policy))
+        let ended = |before: &Processing| Some(before.clone().with_holder(before.holder.ended(ended), now, policy));
+        Ok(in_memory(stored, self.token, ended))
     }
 }
 
 /// Changes the holder of a token's key, in memory. False if the token does not have the key, or `change` returns `None`.
-fn with_holder<B>(
+fn in_memory<B>(
     stored: Option<&Entry>,
     token: u64,
-    change: impl FnOnce(Holder) -> Option<Holder>,
-    now: impl Moment,
-    policy: Policy,
+    change: impl FnOnce(&Processing) -> Option<Processing>,
 ) -> Step<bool, B> {
     let superseded = Step { answer: false, change: Change::None };
-    let Some(Entry::Processing(processing)) = stored.filter(|_| may_finish(stored, token)) else { return superseded };
-    let Some(holder) = change(processing.holder) else { return superseded };
-    let change = match holder == processing.holder {
-        true => Change::None,
-        false => Change::InMemory(processing.clone().with_holder(holder, now, policy)),
-    };
+    let Some(Entry::Processing(before)) = stored.filter(|_| may_finish(stored, token)) else { return superseded };
+    let Some(after) = change(before) else { return superseded };
+    let change = if after.holder == before.holder { Change::None } else { Change::InMemory(after) };
     Step { answer: true, change }
 }
 
