@@ -148,7 +148,7 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::Options;
-    use crate::engine::fixture::{engine, flush_generation, record, short_windows};
+    use crate::engine::fixture::{engine, fill, flush_generation, record, short_windows};
     use crate::engine::response::{FinishKind, FinishedBy};
     use crate::memtable::slot::Pending;
     use onlyonce_core::machine::{CompletedEntry, Entry, Holder, OwnWindow, Processing};
@@ -189,6 +189,49 @@ mod tests {
         let reopened = engine(&dir, &options);
         assert_eq!(reopened.tables.memtable.in_flight() + reopened.tables.memtable.flushable(), 300);
         assert_eq!(reopened.replayed.records, 1, "the checkpoint's");
+    }
+
+    #[test]
+    fn the_generation_is_incremented_before_a_flushed_key_leaves_the_memtable() {
+        // Its shard is the first one whose keys are removed, so that another order has time to be seen.
+        const DIGEST: u64 = 1;
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        for round in 0..100 {
+            fill(&engine, DIGEST, 1);
+            std::thread::scope(|scope| {
+                let seen = scope.spawn(|| {
+                    loop {
+                        let shard = engine.tables.memtable.shard(DIGEST);
+                        if shard.get(DIGEST, b"k").is_none() {
+                            return flush_generation(&engine);
+                        }
+                    }
+                });
+                engine.flush().unwrap();
+                assert_eq!(seen.join().unwrap(), round + 1, "a reader would miss the key in the memtable and on disk");
+            });
+        }
+    }
+
+    #[test]
+    fn the_recent_cache_has_the_newer_state_before_the_generation_is_incremented() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = engine(&dir, &Options::default());
+        for round in 0..100 {
+            let result_bytes = round as usize + 1;
+            fill(&engine, 1, result_bytes);
+            std::thread::scope(|scope| {
+                let seen = scope.spawn(|| {
+                    while flush_generation(&engine) == round {}
+                    engine.tables.memtable.recent().get(1, b"k")
+                });
+                engine.flush().unwrap();
+                let Some(Entry::Completed(done)) = seen.join().unwrap() else { panic!("it is in the cache") };
+                let StoredResult::Bytes(result) = done.result else { panic!("{done:?}") };
+                assert_eq!(result.len(), result_bytes, "a reader would believe the older state");
+            });
+        }
     }
 
     #[test]

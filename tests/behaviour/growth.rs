@@ -164,6 +164,7 @@ fn open_time(builder: &impl Fn() -> Builder, path: &Path) -> Duration {
 fn after_two_thousand_opens_a_store_is_small_and_opens_fast() {
     let mut cron = Cron::new(60 * MINUTE, 10 * MINUTE);
     let early_copy = cron.dir.path().join("early");
+    let mut early_clock = None;
     let (mut early, mut late) = (Footprint::default(), Footprint::default());
     for run in 0..2_000 {
         let left = cron.run(|store, run| {
@@ -182,21 +183,27 @@ fn after_two_thousand_opens_a_store_is_small_and_opens_fast() {
         if run == 619 {
             // As far into a bucket as the last process.
             copy_store(&cron.path(), &early_copy);
+            early_clock = Some(ManualClock::at(Timestamp::from_unix_ms(START_MS + (run + 1) * 20_000)));
         }
     }
     late.assert_no_more_than(early);
     assert!(late.files < 100 && late.manifest < 50_000, "{late:?}");
-    // Alternating, so that other load on the machine counts for both.
-    let builder = || cron.builder();
+    // On the clock of its time, or its buckets would have expired.
+    let (late_builder, early_clock) = (|| cron.builder(), early_clock.unwrap());
+    let early_builder = || cron.builder().clock(early_clock.clone());
     // Each open leaves a segment to the next ones, until one of them flushes: both begin with none.
-    for path in [&cron.path(), &early_copy] {
-        let store = builder().open(path).unwrap();
+    let flush = |builder: Builder, path: &Path| {
+        let store = builder.open(path).unwrap();
         store.flush().unwrap();
         store.close().wait().unwrap();
-    }
+        Footprint::of(path).tables
+    };
+    let tables = [flush(late_builder(), &cron.path()), flush(early_builder(), &early_copy)];
+    assert!(tables[0].abs_diff(tables[1]) <= 2 && tables[1] >= 6, "not as many live buckets: {tables:?}");
     let mut slower = Vec::new();
+    // Alternating, so that other load on the machine counts for both.
     for _ in 0..9 {
-        let (late, early) = (open_time(&builder, &cron.path()), open_time(&builder, &early_copy));
+        let (late, early) = (open_time(&late_builder, &cron.path()), open_time(&early_builder, &early_copy));
         slower.push(late.as_secs_f64() / early.as_secs_f64());
     }
     slower.sort_unstable_by(f64::total_cmp);
