@@ -3,7 +3,7 @@
 //! A write that fails has an unknown outcome. The store is *poisoned*: all calls fail until it is reopened, and the journal
 //! decides at the next open.
 //!
-//! This is the one flag of failure. A flush that fails and is repeated leaves the store healthy (`backpressure.rs`).
+//! This is the one flag of failure. A flush that fails and is repeated leaves the store healthy (`backlog.rs`).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

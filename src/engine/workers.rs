@@ -172,7 +172,8 @@ fn run_workers(engine: &Engine, mut state: MaintenanceState, woken: &Receiver<()
 fn maintain_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
     let should_continue = || !is_stopped(stopped);
     let warn = |outcome: Result<()>, failure: &str| match outcome {
-        Ok(()) | Err(Error::Closed) => {}
+        // A poison was logged when it was set.
+        Ok(()) | Err(Error::Closed | Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => {}
         Err(error) => tracing::warn!(error = error.chain(), "{failure}"),
     };
     warn(engine.restore_filters(&should_continue), "failed to restore filters; lookups read the disk more often");

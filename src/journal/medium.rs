@@ -1,4 +1,4 @@
-//! The journal's files, with a failpoint at each step. After a sync they check that the store was not deleted.
+//! The journal's files, with a failpoint at each step. A sync also checks that the store was not deleted.
 
 use std::io;
 use std::path::Path;

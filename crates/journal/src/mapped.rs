@@ -2,7 +2,7 @@
 //!
 //! A store to a shared mapping is in the page cache at once, so it survives a crash of the process as a `write` does, and
 //! costs a fiftieth of one. Only a window of the file is mapped at a time: a sync write-protects each mapped page that was written,
-//! and interrupts all CPUs for each, which costs more than to write the page.
+//! and interrupts the other CPUs for each.
 //!
 //! This is the only file with `unsafe` code (`docs/decisions/0025-own-journal.md`).
 #![allow(unsafe_code, reason = "mapping a file is unsafe: another process could change it")]
