@@ -59,6 +59,7 @@ mod metrics;
 mod rocks;
 mod stats;
 mod testing;
+mod wake;
 
 pub use api::{
     Builder, Call, Claim, ClaimKey, Complete, CompleteError, KeepAlive, Lease, Operation, Release, RunError,

@@ -17,6 +17,7 @@ const LAYERS: &[&[&str]] = &[
         "stats",
         "metrics",
         "invariant",
+        "wake",
     ],
     &["fs"],
     &["rocks"],

@@ -1,9 +1,9 @@
 //! The backlog: where calls wait while the memtable is full, and what they wake.
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::testing::sync_shim::{Condvar, Mutex};
+use crate::wake::Wake;
 use onlyonce_core::{Error, Result};
 
 /// How long a call waits before it checks again whether flushes fail.
@@ -17,15 +17,10 @@ pub(super) struct Backlog {
     /// Notified when a flush ends.
     eased: Condvar,
     /// Wakes the maintenance thread.
-    wake: OnceLock<crossbeam::channel::Sender<()>>,
+    pub(super) flush_needed: Wake,
 }
 
 impl Backlog {
-    /// Sets what wakes the maintenance thread. An engine has one set of threads, so this is called once.
-    pub(super) fn set_wake(&self, wake: crossbeam::channel::Sender<()>) {
-        let _ = self.wake.set(wake);
-    }
-
     /// Called at the end of a flush.
     pub(super) fn flushed(&self, outcome: &Result<()>) {
         *self.failure.lock() = outcome.as_ref().err().cloned();
@@ -45,12 +40,5 @@ impl Backlog {
         }
         self.eased.wait_for(&mut failure, BACKLOG_WAIT);
         Ok(())
-    }
-
-    pub(super) fn wake_workers(&self) {
-        if let Some(wake) = self.wake.get() {
-            // If the channel is full, a wakeup is pending already.
-            let _ = wake.try_send(());
-        }
     }
 }

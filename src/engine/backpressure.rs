@@ -73,7 +73,7 @@ impl Engine {
     fn wait_for_room(&self) -> Result<()> {
         while self.is_backlogged() {
             self.health.ready()?;
-            self.backlog.wake_workers();
+            self.backlog.flush_needed.wake();
             self.backlog.wait()?;
         }
         Ok(())
@@ -81,7 +81,7 @@ impl Engine {
 
     pub(super) fn wake_if_due(&self) {
         if self.is_flush_due() {
-            self.backlog.wake_workers();
+            self.backlog.flush_needed.wake();
         }
     }
 }
@@ -105,8 +105,7 @@ mod tests {
     fn the_maintenance_thread_is_woken_when_a_flush_is_due() {
         let dir = tempfile::tempdir().unwrap();
         let engine = small_engine(&dir);
-        let (wake, woken) = crossbeam::channel::bounded(1);
-        engine.backlog.set_wake(wake);
+        let woken = engine.backlog.flush_needed.receiver();
         let record = |key: &str| engine.record(&engine.request([key]).unwrap()).unwrap();
         record("a");
         assert!(woken.try_recv().is_err());

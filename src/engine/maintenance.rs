@@ -1,11 +1,11 @@
-//! Rounds of maintenance: store the time, prepare the journal's next segment, drop expired buckets, purge the memtable, flush,
-//! create the next bucket. Also the syncs and the filter work of the other background threads.
+//! Rounds of maintenance: store the time, drop expired buckets, purge the memtable, flush, create the next bucket. Also the filter
+//! work of another background thread.
 //!
 //! The threads of `workers.rs` call it, so no caller waits for it.
 //!
 //! Order: expired buckets are dropped before a flush, which creates the buckets that it needs. Otherwise a store that has its
-//! maximum of buckets could not flush. A failure to store the time or to prepare a segment is reported last: on a full disk,
-//! expired buckets free the space that they need.
+//! maximum of buckets could not flush. A failure to store the time is reported last: on a full disk, expired buckets free the
+//! space that it needs.
 
 use std::sync::atomic::Ordering;
 
@@ -39,7 +39,6 @@ impl Engine {
         self.health.check_invariants()?;
         let saved = self.writer.save_time_if_changed(self.timeline.observe());
         let present = self.present_range();
-        let prepared = self.writer.journal.maintain().inspect_err(|error| self.health.poison_by(error));
         // Before the flush: see the module's order.
         self.drop_expired()?;
         let now_ms = self.now().monotonic_ms;
@@ -58,7 +57,7 @@ impl Engine {
         state.last_range = present;
         state.has_leftover_work = false;
         prepare_next(&self.tables.db, &self.tables.buckets, self.config().span, self.now().time_ms)?;
-        saved.and(prepared)
+        saved
     }
 
     /// The state before the first round.
@@ -267,8 +266,9 @@ mod tests {
             || -> Vec<_> { engine.tables.buckets.snapshot().newest_first().iter().map(|b| b.family.clone()).collect() };
         let before = families();
         clock.advance(Duration::from_secs(60));
-        let prepared = engine.run_maintenance(&mut maintenance_state);
+        let prepared = engine.writer.prepare_segment();
         assert!(matches!(prepared, Err(onlyonce_core::Error::Io { .. })), "{prepared:?}");
+        engine.run_maintenance(&mut maintenance_state).unwrap();
         assert!(before.len() == 1 && !families().contains(&before[0]), "{before:?}, {:?}", families());
         assert_eq!(engine.health.poisoned(), None);
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, after, bounded, never, tick};
 
 use super::core::Engine;
 use super::maintenance::MaintenanceState;
@@ -30,8 +30,8 @@ impl BackgroundWorkers {
     /// Starts the threads of an engine.
     pub(crate) fn start(engine: &Arc<Engine>) -> Result<Self> {
         let (stop, stopped) = bounded(0);
-        let (wake, woken) = bounded(1);
-        engine.backlog.set_wake(wake);
+        let (flush_needed, segment_needed) =
+            (engine.backlog.flush_needed.receiver(), engine.writer.journal.segment_needed.receiver());
         let workers = Self { stop: Mutex::new(Some(stop)), threads: Mutex::new(Vec::new()) };
         if cfg!(shuttle) {
             // The model checker cannot schedule these threads.
@@ -40,12 +40,12 @@ impl BackgroundWorkers {
         // Before the threads start: a bucket that ends until the first round counts as ended, however late the thread runs.
         let maintenance_state = engine.catch_up()?;
         workers.spawn(engine, &stopped, "onlyonce-worker", move |engine, stopped| {
-            run_workers(engine, maintenance_state, &woken, stopped);
+            run_workers(engine, maintenance_state, &flush_needed, stopped);
         })?;
         workers.spawn(engine, &stopped, "onlyonce-filter", maintain_ended_buckets)?;
-        if engine.config().durability == Durability::Process {
-            workers.spawn(engine, &stopped, "onlyonce-sync", sync)?;
-        }
+        workers.spawn(engine, &stopped, "onlyonce-journal", move |engine, stopped| {
+            maintain_journal(engine, &segment_needed, stopped);
+        })?;
         Ok(workers)
     }
 
@@ -184,11 +184,34 @@ fn maintain_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
     }
 }
 
-fn sync(engine: &Engine, stopped: &Receiver<()>) {
-    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(engine.config().sync_interval) {
-        // The error has poisoned the store.
-        if engine.writer.sync_if_needed().is_err() {
-            return;
+/// Prepares the journal's segments, and syncs the journal periodically under [`Durability::Process`]. In a thread of its own: a
+/// flush can take longer than a segment lasts.
+fn maintain_journal(engine: &Engine, segment_needed: &Receiver<()>, stopped: &Receiver<()>) {
+    let syncs = match engine.config().durability {
+        Durability::Process => tick(engine.config().sync_interval),
+        Durability::Disk => never(),
+    };
+    // The first round is at once. A failed one is not repeated before its backoff, however often the thread is woken.
+    let (mut round, mut may_be_woken, no_wakeups) = (after(Duration::ZERO), true, never());
+    loop {
+        let segment_needed = if may_be_woken { segment_needed } else { &no_wakeups };
+        crossbeam::select! {
+            recv(stopped) -> _ => return,
+            recv(syncs) -> _ => match engine.writer.sync_if_needed() {
+                Ok(()) => continue,
+                // The error has poisoned the store.
+                Err(_) => return,
+            },
+            recv(segment_needed) -> _ => {}
+            recv(round) -> _ => {}
+        }
+        match engine.writer.prepare_segment() {
+            Ok(()) => (round, may_be_woken) = (after(TICK), true),
+            Err(Error::Closed | Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => return,
+            Err(error) => {
+                tracing::warn!(error = error.chain(), "failed to prepare a segment of the journal; it will be retried");
+                (round, may_be_woken) = (after(FAILURE_BACKOFF), false);
+            }
         }
     }
 }

@@ -82,6 +82,12 @@ impl Writer {
         Ok(bytes)
     }
 
+    /// Prepares the journal's next segment if there is none.
+    pub(super) fn prepare_segment(&self) -> Result<()> {
+        self.health.ready()?;
+        self.journal.maintain().inspect_err(|error| self.health.poison_by(error))
+    }
+
     /// Syncs the journal.
     pub(super) fn sync(&self) -> Result<()> {
         self.health.ready()?;
@@ -172,5 +178,27 @@ mod tests {
         assert!(counted() > two);
         engine.flush().unwrap();
         assert_eq!(counted(), 0);
+    }
+
+    #[test]
+    fn a_write_asks_for_a_segment_when_the_last_spare_one_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = small_engine(&dir);
+        while engine.writer.journal.lacks_segment() {
+            engine.writer.prepare_segment().unwrap();
+        }
+        let woken = engine.writer.journal.segment_needed.receiver();
+        record(&engine, "k");
+        assert!(woken.try_recv().is_err(), "there is one");
+        let asked = (0..1_000).find(|i| {
+            record(&engine, &format!("{i} {}", "k".repeat(500)));
+            woken.try_recv().is_ok()
+        });
+        asked.expect("segments are taken");
+        while engine.writer.journal.lacks_segment() {
+            engine.writer.prepare_segment().unwrap();
+        }
+        record(&engine, "another");
+        assert!(woken.try_recv().is_err(), "there is one again");
     }
 }

@@ -20,6 +20,7 @@ use crate::fs::directory::Directory;
 use crate::rocks::db::Db;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicUsize, Mutex, RwLock, RwLockReadGuard};
+use crate::wake::Wake;
 use onlyonce_core::{Cause, Error, Result};
 
 /// How the journal's segments are used.
@@ -43,6 +44,8 @@ pub(crate) struct StoreJournal {
     flushes: Mutex<u64>,
     /// About the memory of the changes that the database has not flushed.
     unflushed: AtomicUsize,
+    /// Wakes the thread that calls `maintain`.
+    pub(crate) segment_needed: Wake,
 }
 
 impl StoreJournal {
@@ -109,7 +112,8 @@ impl StoreJournal {
             tracing::warn!(place, "discarded the torn tail of the journal after an unclean shutdown");
         }
         let (flushes, unflushed) = (Mutex::new(last), AtomicUsize::new(unflushed));
-        Ok((Self { db: Arc::clone(db), journal: RwLock::new(Some(journal)), flushes, unflushed }, report.bytes))
+        let (db, journal) = (Arc::clone(db), RwLock::new(Some(journal)));
+        Ok((Self { db, journal, flushes, unflushed, segment_needed: Wake::default() }, report.bytes))
     }
 
     fn journal(&self) -> Result<Open<'_>> {
@@ -122,6 +126,10 @@ impl StoreJournal {
     pub(crate) fn write(&self, tx: Tx, sync: bool) -> Result<()> {
         let open = self.journal()?;
         let journal = open.get()?;
+        // Only a hint: this write need not be the one that takes the last segment.
+        if journal.lacks_segment() {
+            self.segment_needed.wake();
+        }
         if tx.is_empty() {
             // Checked in any case: what the caller has read may be of a deleted store, also if nothing is left to sync.
             return if sync { self.written(journal.sync()).and_then(|()| self.reject_deleted()) } else { Ok(()) };
@@ -213,6 +221,11 @@ impl StoreJournal {
     pub(crate) fn maintain(&self) -> Result<()> {
         let open = self.journal()?;
         self.written(open.get()?.maintain())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn lacks_segment(&self) -> bool {
+        self.journal().is_ok_and(|open| open.get().is_ok_and(Journal::lacks_segment))
     }
 
     /// The number of segments that the next open would read.

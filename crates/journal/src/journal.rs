@@ -1,7 +1,7 @@
 //! The journal: its parts put together.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::error::{Error, Result, not_written, unknown};
 use super::group_commit::{Batch, Durability, GroupCommit, Sink};
@@ -28,7 +28,7 @@ pub struct Options {
     /// has many records keeps two of them.
     pub smallest_segment: u64,
     /// The largest size of a segment, in bytes: a multiple of 4,096, at least `smallest_segment`, at most 1 GiB. Default:
-    /// 32 MiB. A new segment is as large as everything that was written since the last checkpoint, within these bounds.
+    /// 32 MiB. A new segment is four times as large as everything that was written since the last checkpoint, within these bounds.
     pub largest_segment: u64,
     /// How many bytes of segments are kept for later use when a checkpoint frees them. Default: 64 MiB. At least two segments
     /// are kept.
@@ -103,6 +103,8 @@ struct End<M: Medium> {
     stated_lsn: AtomicU64,
     /// How many bytes can be written without a new segment.
     allocated: AtomicUsize,
+    /// Whether an append would soon have to create a segment.
+    lacks_segment: AtomicBool,
 }
 
 impl<M: Medium> Sink for End<M> {
@@ -110,7 +112,7 @@ impl<M: Medium> Sink for End<M> {
         let mut output = self.output.lock();
         let durable_lsn = self.durable_lsn.load(Ordering::Acquire);
         output.write(batch, durable_lsn)?;
-        self.allocated.store(output.allocated_bytes(), Ordering::Release);
+        self.publish_room(&output);
         let next_lsn = output.next_lsn();
         if next_lsn - durable_lsn < NO_CLAIM {
             self.stated_lsn.store(durable_lsn, Ordering::Release);
@@ -133,6 +135,12 @@ impl<M: Medium> Sink for End<M> {
 }
 
 impl<M: Medium> End<M> {
+    /// Called after each change of the segments or of the room in them.
+    fn publish_room(&self, output: &Output<M>) {
+        self.allocated.store(output.allocated_bytes(), Ordering::Release);
+        self.lacks_segment.store(output.lacks_room(PREPARE), Ordering::Release);
+    }
+
     fn is_durable_unstated(&self) -> bool {
         let content = self.durable_lsn.load(Ordering::Acquire).min(self.content_lsn.load(Ordering::Acquire));
         content > self.stated_lsn.load(Ordering::Acquire)
@@ -218,7 +226,9 @@ impl<M: Medium> Journal<M> {
             content_lsn: AtomicU64::new(next_lsn),
             stated_lsn: AtomicU64::new(next_lsn),
             allocated: AtomicUsize::new(0),
+            lacks_segment: AtomicBool::new(false),
         };
+        end.publish_room(&end.output.lock());
         end.sync()?;
         let (commits, spare_bytes) = (GroupCommit::default(), options.spare_bytes);
         let opened = recovery::random()?;
@@ -253,7 +263,7 @@ impl<M: Medium> Journal<M> {
         // Under the lock, so that no segment is created after a close.
         self.commits.check()?;
         output.allocate(needed)?;
-        self.end.allocated.store(output.allocated_bytes(), Ordering::Release);
+        self.end.publish_room(&output);
         Ok(())
     }
 
@@ -301,7 +311,7 @@ impl<M: Medium> Journal<M> {
         let removed = {
             let mut output = self.end.output.lock();
             let removed = output.free_below(lsn, self.spare_bytes);
-            self.end.allocated.store(output.allocated_bytes(), Ordering::Release);
+            self.end.publish_room(&output);
             removed
         };
         for slot in removed {
@@ -312,8 +322,8 @@ impl<M: Medium> Journal<M> {
     }
 
     /// Does what appends would have to do themselves otherwise: allocates a spare segment if there is none, and writes down
-    /// how far the journal was synced, so that damage to the last records is noticed. Call it periodically, from a thread that
-    /// may wait for the disk.
+    /// how far the journal was synced, so that damage to the last records is noticed. Call it periodically, and when
+    /// [`Journal::lacks_segment`] says so, from a thread that may wait for the disk.
     ///
     /// # Errors
     ///
@@ -331,9 +341,16 @@ impl<M: Medium> Journal<M> {
         };
         if let Some((slot, bytes)) = reserved {
             let slot = Slot::create(&*self.medium, slot, bytes)?;
-            self.end.output.lock().add_spare(slot);
+            let mut output = self.end.output.lock();
+            output.add_spare(slot);
+            self.end.publish_room(&output);
         }
         Ok(())
+    }
+
+    /// Whether an append would soon have to create a segment itself, and wait for the disk. Costs an atomic load.
+    pub fn lacks_segment(&self) -> bool {
+        self.end.lacks_segment.load(Ordering::Acquire)
     }
 
     /// Waits for the calls that are under way, syncs all records, and writes down, in the header of another segment, that they

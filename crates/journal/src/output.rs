@@ -17,6 +17,8 @@ use super::segment::{self, DATA_START, Header, JournalId, MIN_BYTES, Slot};
 const MIN_FRAGMENT: usize = 64;
 /// A full segment has less than this unused at its end.
 const UNUSED: usize = HEADER + MIN_FRAGMENT;
+/// A new slot is this many times as large as everything that was written since the last checkpoint.
+const GROWTH: usize = 4;
 /// Encoded bytes are written at this size, so that a large record is not encoded twice in memory.
 const WRITE_BYTES: usize = 1 << 20;
 
@@ -277,15 +279,15 @@ impl<M: Medium> Output<M> {
         Ok(())
     }
 
-    /// The number and the size of the next slot: as large as everything since the last checkpoint, or as what is missing, so
-    /// that there are never many.
+    /// The number and the size of the next slot: several times as large as everything since the last checkpoint, so that it lasts
+    /// until the one after it is created and there are never many; or as large as what is missing.
     pub(crate) fn next_slot(&mut self, missing: usize) -> Result<(u32, usize)> {
         let slot = u32::try_from(self.next_slot).map_err(|_| {
             not_written("creating", &self.medium.place(""), io::Error::other("all names of segments were used"))
         })?;
         self.next_slot += 1;
         let since_free = usize::try_from(self.bytes - self.bytes_at_free).unwrap_or(usize::MAX);
-        let bytes = since_free.max(missing.saturating_add(DATA_START + UNUSED + BLOCK));
+        let bytes = since_free.saturating_mul(GROWTH).max(missing.saturating_add(DATA_START + UNUSED + BLOCK));
         Ok((slot, bytes.clamp(self.smallest, self.largest) / BLOCK * BLOCK))
     }
 

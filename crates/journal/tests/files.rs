@@ -224,3 +224,22 @@ fn only_files_of_the_journal_are_removed() {
     assert!(dir.path().join("settings.toml.new").exists() && dir.path().join("old.new").exists());
     assert!(!dir.path().join("000001.journal.new").exists());
 }
+
+#[test]
+fn an_append_creates_no_segment_if_maintenance_runs_when_one_is_lacking() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::create(directory(dir.path(), Access::Write), &small(), &payload(1, 50)).unwrap();
+    let names = || fs::read_dir(dir.path()).unwrap().count();
+    let mut prepared = 0;
+    for id in 2..200 {
+        while journal.lacks_segment() {
+            journal.maintain().unwrap();
+            prepared += 1;
+        }
+        let before = names();
+        journal.append(&[&payload(id, 2_000)], Durability::Process).unwrap();
+        assert_eq!(names(), before, "append {id}");
+    }
+    // Each record has a header, and a segment two.
+    assert!(prepared >= 200 * 2_000 / SEGMENT - 1, "{prepared}");
+}
