@@ -43,6 +43,10 @@ impl DiskLookup {
 impl Engine {
     /// Looks the keys of a request up in the recent cache and the buckets.
     pub(super) fn look_up_on_disk(&self, request: &Request) -> Result<DiskLookup> {
+        if let Some(key_ref) = request.only() {
+            self.counters.filter_checks.add(1);
+            return self.look_up_key_on_disk(key_ref);
+        }
         // First, so that a flush that ends during the lookup is noticed.
         let flush_generation = self.tables.flush_generation.load(Ordering::Acquire);
         let snapshot = self.tables.buckets.snapshot();
@@ -67,8 +71,8 @@ impl Engine {
         Ok(DiskLookup { flush_generation, entries })
     }
 
-    /// As [`Engine::look_up_on_disk`], for one key.
-    pub(super) fn look_up_on_disk_again(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
+    /// As [`Engine::look_up_on_disk`], for one key: without the memory that a batch needs.
+    pub(super) fn look_up_key_on_disk(&self, key_ref: KeyRef<'_>) -> Result<DiskLookup> {
         let flush_generation = self.tables.flush_generation.load(Ordering::Acquire);
         let snapshot = self.tables.buckets.snapshot();
         let column_bits = snapshot.candidates(key_ref.digest);
@@ -127,7 +131,7 @@ impl Engine {
             }
             // A flush may have moved the key to its bucket since the disk was read.
             drop(shard);
-            again = self.look_up_on_disk_again(key_ref)?;
+            again = self.look_up_key_on_disk(key_ref)?;
             on_disk = &again;
         }
     }

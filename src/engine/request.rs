@@ -169,6 +169,11 @@ impl Request {
         Some(item.key_ref(index, key))
     }
 
+    /// The key of a call with one key.
+    pub(crate) fn only(&self) -> Option<KeyRef<'_>> {
+        if self.items.len() == 1 { self.get(0) } else { None }
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = KeyRef<'_>> {
         let mut start = 0;
         self.items.iter().enumerate().map(move |(index, item)| {
