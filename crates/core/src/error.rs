@@ -89,8 +89,9 @@ pub enum Error {
         source: Cause,
     },
 
-    /// A write failed, and it is unknown whether it reached the disk. The store is poisoned.
-    #[error("write failed with unknown outcome; the store is poisoned, reopen it")]
+    /// A write failed, and it is unknown whether it reached the disk. A local store is poisoned; on a database a repetition of the
+    /// call finds out.
+    #[error("write failed with unknown outcome: repeat the call, after a reopen if the store is local")]
     WriteFailed {
         /// The error of the system, of RocksDB, or of the database server.
         source: Cause,
