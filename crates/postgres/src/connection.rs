@@ -228,12 +228,29 @@ impl Database {
         }
     }
 
+    /// A connection for statements that are not repeated.
+    pub(crate) async fn connection(&self) -> Result<Object, Failure> {
+        match self.suspended.reason() {
+            Some(reason) => Err(Failure::NotDone(reason)),
+            None => self.pooled(Source::Shared).await,
+        }
+    }
+
     async fn pooled(&self, source: Source) -> Result<Object, Failure> {
         let pool = match source {
             Source::Shared => &self.pool,
             Source::Reserved => &self.reserved,
         };
         Ok(pool.get().await?)
+    }
+
+    /// Runs statements within the time limit of a try.
+    pub(crate) async fn limited<T>(&self, run: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let answer = timeout(self.statement_limit, run).await.unwrap_or_else(|_| Err(Failure::timed_out()));
+        if let Err(Failure::Unknown(_)) = &answer {
+            self.count_unknown_write();
+        }
+        answer
     }
 
     /// The rows of one statement, which is prepared once on each connection.
@@ -320,7 +337,7 @@ impl Database {
     }
 
     /// What a connection found that was opened before the last of them may not be on the standby.
-    fn unknown_writes(&self) -> u64 {
+    pub(crate) fn unknown_writes(&self) -> u64 {
         self.unknown_writes.load(Ordering::SeqCst)
     }
 

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use crate::connection::Database;
 use crate::contended::Contended;
+use crate::failing::FailingKeys;
 use crate::in_flight::InFlight;
 use crate::kept::Kept;
 use crate::names::Names;
@@ -36,6 +37,9 @@ pub(crate) struct Core {
     pub(crate) kept: Kept,
     pub(crate) held: HeldCount,
     pub(crate) contended: Contended,
+    pub(crate) failing: FailingKeys,
+    /// Each relay has a connection while it publishes.
+    pub(crate) relays: Semaphore,
     /// Each write of a lease whose row a transaction may have locked has a connection while it waits.
     pub(crate) locked_writes: Semaphore,
     /// The id of the session's worker. 0 while there is no session.
@@ -61,6 +65,8 @@ impl Core {
             kept: Kept::default(),
             held: HeldCount::default(),
             contended: Contended::default(),
+            failing: FailingKeys::default(),
+            relays: Semaphore::new((options.connections / 4).max(1)),
             locked_writes: Semaphore::new((options.connections / 4).max(1)),
             worker: AtomicI32::new(0),
             last_worker: AtomicI32::new(0),

@@ -68,7 +68,7 @@ pub(crate) async fn outbox(core: &Core, limit: usize) -> Result<Vec<Message>> {
 }
 
 /// A message of the outbox.
-fn message(row: &tokio_postgres::Row) -> Result<Option<Message>, tokio_postgres::Error> {
+pub(crate) fn message(row: &tokio_postgres::Row) -> Result<Option<Message>, tokio_postgres::Error> {
     let (record, index): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
     let id = MessageId::new(unsigned(record), u32::try_from(index).unwrap_or(u32::MAX));
     let mut parts = SideWrites::default();

@@ -22,6 +22,9 @@ pub(crate) mod state {
 /// batch together would take longer than a statement may.
 pub(crate) const INLINE_RESULT: i32 = 16 << 10;
 
+/// How many messages a relay reads at a time to find keys.
+pub(crate) const RELAY_WINDOW: i64 = 10_000;
+
 #[derive(Debug)]
 pub(crate) struct Statements {
     /// $1 keys, $2 fingerprints, $3 own windows, $4 calls, $5 state, $6 lease in ms, $7 worker.
@@ -60,6 +63,10 @@ pub(crate) struct Statements {
     pub(crate) outbox: String,
     /// $1 records, $2 indexes.
     pub(crate) remove_messages: String,
+    /// $1 limit, $2 record, $3 index, $4 keys that are left out.
+    pub(crate) lock_message_keys: String,
+    /// $1 keys, $2 limit.
+    pub(crate) messages_of_keys: String,
     pub(crate) stream_time: String,
     pub(crate) lock_stream_time: String,
     /// $1 stream time, $2 the last timestamp that was rejected.
@@ -286,6 +293,36 @@ impl Statements {
             remove_messages: format!(
                 "DELETE FROM {outbox} o USING unnest($1::bigint[], $2::bigint[]) AS i(record, index)
                  WHERE o.record = i.record AND o.index = i.index"
+            ),
+            // Of the next messages, tries the lock of each key once, in the order of their first messages, until it has enough. Also
+            // returns the last message, from which the next call goes on. Other locks of the store have two numbers.
+            lock_message_keys: format!(
+                "WITH w AS MATERIALIZED (
+                     SELECT o.key, o.record, o.index FROM {outbox} o
+                     WHERE (o.record, o.index) > ($2::bigint, $3::bigint) AND o.key NOT IN (SELECT unnest($4::bytea[]))
+                     ORDER BY o.record, o.index LIMIT {RELAY_WINDOW}
+                 ),
+                 d AS MATERIALIZED (
+                     SELECT n.key FROM (
+                         SELECT w.key, row_number() OVER (ORDER BY w.record, w.index) AS number FROM w
+                     ) n GROUP BY n.key ORDER BY min(n.number)
+                 ),
+                 l AS MATERIALIZED (
+                     SELECT d.key FROM d WHERE pg_try_advisory_lock(hashtextextended(encode(d.key, 'hex'), {class})) LIMIT $1
+                 )
+                 SELECT l.key, e.record, e.index, (SELECT count(*) FROM w)
+                 FROM (SELECT w.record, w.index FROM w ORDER BY w.record DESC, w.index DESC LIMIT 1) e LEFT JOIN l ON true"
+            ),
+            // The first message of each key comes before the second one of any.
+            messages_of_keys: format!(
+                "SELECT o.record, o.index, o.topic, o.key, o.payload FROM (
+                     SELECT w.record, w.index, row_number() OVER (PARTITION BY w.key ORDER BY w.record, w.index) AS number FROM (
+                         SELECT o.key, o.record, o.index FROM {outbox} o WHERE o.key IN (SELECT unnest($1::bytea[]))
+                         ORDER BY o.record, o.index LIMIT {RELAY_WINDOW}
+                     ) w
+                     ORDER BY number, w.record, w.index LIMIT $2
+                 ) n JOIN {outbox} o ON o.record = n.record AND o.index = n.index
+                 ORDER BY n.number, o.record, o.index"
             ),
             stream_time: format!("SELECT m.stream_ms, m.rejected_ms, {wall} FROM {meta} m"),
             lock_stream_time: format!("SELECT m.stream_ms, m.rejected_ms, {wall} FROM {meta} m FOR UPDATE"),

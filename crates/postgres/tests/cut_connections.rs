@@ -5,12 +5,14 @@ mod common;
 #[path = "common/proxy.rs"]
 mod proxy;
 
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{builder, client, database, drop_schema, new_schema, start};
 use onlyonce_core::{
-    Claim, Completion, Engine, Error, Finish, Grant, Key, KeyStatus, LeaseState, OnInterrupt, PriorAttempt,
+    Claim, Completion, Engine, Error, Finish, Grant, Key, KeyStatus, LeaseState, Message, OnInterrupt, PriorAttempt,
     RecordOutcome, Release, Resolution, StoredKey, Timestamp,
 };
 use onlyonce_postgres::{PgLease, PgStore, SetupError};
@@ -215,6 +217,27 @@ verbs! {
     } check(answer) {
         answer.unwrap();
         assert_eq!(bench.cut.offset(name.as_bytes(), 3).await.unwrap(), Some(9), "{name}");
+    }
+    a_relay(bench, name) {
+        let grant = bench.acquire(name).await;
+        let completion = Completion::new("").message("t", name, "");
+        bench.direct.finish(vec![(grant, Finish::Complete(completion))]).await.remove(0).unwrap();
+        let published = AtomicUsize::new(0);
+    } run {
+        // It is not repeated: messages that were published may be published again.
+        loop {
+            let publish = async |message: Message| {
+                published.fetch_add(usize::from(message.key == name.as_bytes()), Ordering::SeqCst);
+                Ok::<_, Infallible>(())
+            };
+            let relayed = bench.cut.relay(1_000, publish).await;
+            let count = published.load(Ordering::SeqCst);
+            if relayed.is_ok() && count > 0 && bench.messages(name).await == 0 {
+                break count;
+            }
+        }
+    } check(answer) {
+        assert!((1..=2).contains(&answer), "{name} was published {answer} times");
     }
     a_list_of_messages(bench, name) {} run {
         bench.cut.outbox(10).await

@@ -322,5 +322,11 @@ async fn a_transaction_of_the_caller_is_rejected_as_soon_as_the_server_has_no_st
     assert!(error.chain().contains("synchronous_standby_names") && lease.is_some(), "{error:?}");
     let error = store.claim_in(&transaction, "other").await.unwrap_err();
     assert!(error.chain().contains("synchronous_standby_names"), "{error:?}");
+    // So is a relay, as soon as a check has noticed it.
+    until(async || {
+        let relayed = store.relay(1, async |_| Ok::<_, ()>(())).await;
+        relayed.is_err_and(|error| error.chain().contains("synchronous_standby_names"))
+    })
+    .await;
     drop((transaction, store));
 }
