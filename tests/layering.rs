@@ -105,6 +105,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "schema",
             "sql",
             "caller",
+            "sqlx_client",
             "row",
             "connector",
             "opening",

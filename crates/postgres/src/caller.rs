@@ -8,7 +8,8 @@ use tokio_postgres::{GenericClient, Row, Statement, Transaction};
 use crate::error::Failure;
 
 /// A transaction of the caller, which [`PgLease::complete_in`](crate::PgLease::complete_in) and
-/// [`PgStore::claim_in`](crate::PgStore::claim_in) write in: `&tokio_postgres::Transaction`.
+/// [`PgStore::claim_in`](crate::PgStore::claim_in) write in: `&tokio_postgres::Transaction`, or with the feature `sqlx`
+/// `&mut sqlx::Transaction<'_, Postgres>`.
 pub trait CallerTransaction<'t>: sealed::IntoExecutor<'t> {}
 
 pub(crate) mod sealed {
@@ -84,15 +85,19 @@ impl Columns for Row {
     }
 }
 
-/// A row of a client.
+/// A row of either client.
 pub(crate) enum AnyRow {
     Native(Row),
+    #[cfg(feature = "sqlx")]
+    Sqlx(sqlx::postgres::PgRow),
 }
 
 impl Columns for AnyRow {
     fn column<'a, T: FromSql<'a>>(&'a self, index: usize) -> Result<T, Failure> {
         match self {
             Self::Native(row) => row.column(index),
+            #[cfg(feature = "sqlx")]
+            Self::Sqlx(row) => row.column(index),
         }
     }
 }

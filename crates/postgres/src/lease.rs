@@ -99,8 +99,8 @@ impl PgLease {
 
     /// Completes the lease in a transaction of the caller: its writes, the completion, and the completion's offsets and messages
     /// are committed together or not at all. The transaction is one of the store's database, on a connection of the caller, whose
-    /// role can write the store's tables. It waits for a synchronous standby, whatever its session says.
-    /// It is one of `tokio-postgres` ([`CallerTransaction`]).
+    /// role can write the store's tables. It waits for a synchronous standby, whatever its session says. It is one of
+    /// `tokio-postgres`, or of `sqlx` with the feature of this name ([`CallerTransaction`]).
     ///
     /// Commit the transaction, then call [`CompletedIn::committed`]. If this future is dropped before it returns, roll the transaction
     /// back: it may have completed the lease.

@@ -58,6 +58,8 @@ mod schema;
 mod session;
 mod side_writes;
 mod sql;
+#[cfg(feature = "sqlx")]
+mod sqlx_client;
 mod store;
 mod stream_time;
 mod waiters;
