@@ -17,7 +17,7 @@ mod damage;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -603,6 +603,79 @@ fn damage_to_any_file_causes_no_wrong_answer() {
     assert!(failures.is_empty(), "{} failures: {:#?}", failures.len(), &failures[..failures.len().min(20)]);
     let missed: Vec<_> = KINDS.iter().filter(|(kind, _)| !tally.counts.contains_key(kind)).collect();
     assert!(rounds < DEFAULT_ROUNDS || missed.is_empty(), "no file of these kinds was damaged: {missed:?}");
+}
+
+/// The offsets at which the records of a manifest begin, and its end. It is shorter than a block of its log.
+fn manifest_records(manifest: &[u8]) -> Vec<usize> {
+    let mut starts = vec![0];
+    let mut at = 0;
+    while let Some(&[_, _, _, _, low, high, _]) = manifest.get(at..).and_then(|rest| rest.first_chunk::<7>()) {
+        at += 7 + usize::from(u16::from_le_bytes([low, high]));
+        starts.push(at);
+    }
+    assert!(at == manifest.len() && at < 32 << 10, "{at} of {}", manifest.len());
+    starts
+}
+
+/// Each record has a checksum, and none says how many there are.
+#[test]
+fn a_manifest_that_lacks_some_of_its_records_causes_no_wrong_answer() {
+    let bases = Base::all();
+    let is_manifest = |path: &&PathBuf| kind(path) == "MANIFEST";
+    let mut cuts = Vec::new();
+    for (number, base) in bases.iter().enumerate() {
+        let path = base.image.files.keys().find(is_manifest).unwrap();
+        let starts = manifest_records(&base.image.files[path]);
+        // With more rounds, any number of records.
+        let most = if rounds() > DEFAULT_ROUNDS { starts.len() } else { 4 };
+        for (first, start) in starts.iter().enumerate() {
+            cuts.extend(starts.iter().skip(first + 1).take(most).map(|end| (number, path, *start..*end)));
+        }
+    }
+    let (failures, rejected) = (Mutex::new(Vec::new()), AtomicU64::new(0));
+    in_parallel(0, cuts.len() as u64, |round, path| {
+        let (number, manifest, cut) = &cuts[round as usize];
+        let base = &bases[*number];
+        let mut image = base.image.clone();
+        image.files.get_mut(*manifest).unwrap().drain(cut.clone());
+        image.write(path);
+        match examine(base, path, Expectation::all(base), &mut StdRng::seed_from_u64(round)) {
+            Ok(Findings::Correct { missing: 0 }) => {}
+            Ok(Findings::OpenFailed(Error::Corrupt { .. }) | Findings::CallFailed(Error::Corrupt { .. })) => {
+                rejected.fetch_add(1, Ordering::Relaxed);
+            }
+            other => failures.lock().unwrap().push(format!("closed: {}, {cut:?}: {other:?}", base.closed)),
+        }
+    });
+    let (failures, rejected) = (failures.into_inner().unwrap(), rejected.into_inner());
+    eprintln!("{} cuts, {rejected} rejected", cuts.len());
+    assert!(failures.is_empty(), "{} of {}: {:#?}", failures.len(), cuts.len(), &failures[..failures.len().min(20)]);
+    assert!(rejected > cuts.len() as u64 / 2);
+}
+
+/// RocksDB deletes what its manifest does not list, and the journal says whether the manifest is whole.
+#[test]
+fn an_open_that_cannot_read_the_journal_changes_nothing_in_the_database() {
+    let base = Base::new(false, true, Durability::Disk);
+    let dir = scratch();
+    let path = dir.path().join("store");
+    let segments = base.image.segments();
+    for segment in &segments {
+        let mut image = base.image.clone();
+        let bytes = image.files.get_mut(&segment.file).unwrap();
+        bytes[..DATA_START].fill(0x5a);
+        image.write(&path);
+        let opened = builder(&ManualClock::at(Timestamp::from_unix_ms(base.now_ms))).open(&path);
+        let Err(Error::Corrupt { place, .. }) = opened else { panic!("{opened:?}") };
+        assert!(place.contains("journal"), "{place}");
+        let after = Image::read(&path);
+        let database = |image: &Image| -> Vec<_> {
+            let files = image.files.iter().filter(|(path, _)| path.starts_with("db"));
+            files.map(|(path, bytes)| (path.clone(), bytes.clone())).collect()
+        };
+        assert!(database(&after) == database(&image), "{:?}", after.files.keys());
+        std::fs::remove_dir_all(&path).unwrap();
+    }
 }
 
 /// Examines a store whose journal is damaged. It must be exactly as predicted: corrupt, or without the events that are lost.

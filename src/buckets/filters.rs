@@ -281,7 +281,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir) -> (Db, Filters, BucketRegistry) {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, None, || Ok(Vec::new())).unwrap();
         let filters = Filters::find(&db, &SECRET, &families).unwrap();
         let registry =
             BucketRegistry::open(&db, &families, SPAN, &Now::default(), 0, 64 << 20, filters.geometry()).unwrap();

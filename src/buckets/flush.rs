@@ -101,7 +101,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir) -> (Db, BucketRegistry) {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, None, || Ok(Vec::new())).unwrap();
         let span = Span { window_ms: 10_000, bucket_ms: 1_000 };
         let registry =
             BucketRegistry::open(&db, &families, span, &Now { time_ms: 5_500, ..Now::default() }, 0, 1 << 20, None)

@@ -437,7 +437,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir) -> (Db, Vec<String>) {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap()
+        Db::open(directory, 32 << 20, Duration::ZERO, None, || Ok(Vec::new())).unwrap()
     }
 
     fn second(second: u64) -> BucketRange {

@@ -79,7 +79,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir, now_ms: u64) -> (Db, BucketRegistry) {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap();
+        let (db, families) = Db::open(directory, 32 << 20, Duration::ZERO, None, || Ok(Vec::new())).unwrap();
         let registry = BucketRegistry::open(&db, &families, SPAN, &at(now_ms), 0, 1 << 20, None).unwrap();
         (db, registry)
     }

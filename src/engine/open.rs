@@ -25,7 +25,7 @@ use crate::config::{Durability, Options, Stored};
 use crate::digest::Digester;
 use crate::fs::directory::Directory;
 use crate::journal::replayed::{Replay, Totals};
-use crate::journal::store_journal::{Segments, StoreJournal};
+use crate::journal::store_journal::{JournalReplay, MANIFEST, Segments, StoreJournal};
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::Db;
@@ -50,17 +50,29 @@ impl Engine {
             StoreJournal::create(&journal_path)?;
             Ok(entries)
         };
-        let (db, families) = Db::open(directory, options.memory_budget, options.lock_wait, seed)?;
+        let directory = Arc::new(directory);
+        let segments =
+            Segments { are_synced_often: options.durability == Durability::Disk, spare_bytes: options.spare_segments };
+        let read = || JournalReplay::read(&journal_path, &directory, segments);
+        // Before the database is opened, which deletes what its manifest does not list. Another version may write another journal.
+        let replay = match directory.holds_a_store()? {
+            true => {
+                Db::require(&directory)?;
+                Some(read().map_err(|error| unsupported_format(&directory).unwrap_or(error))?)
+            }
+            false => None,
+        };
+        let stated = replay.as_ref().and_then(|replay| replay.manifest);
+        let (db, families) = Db::open(Arc::clone(&directory), options.memory_budget, options.lock_wait, stated, seed)?;
         let db = Arc::new(db);
         check_format(&db, &path)?;
+        let journal_replay = replay.map_or_else(read, Ok)?;
         let secret = meta(&db, SECRET)?;
         let digester = Digester::new(&secret);
         let memtable = MemTable::new(options.memory_budget / RECENT_SHARE);
         let poison = Arc::clone(memtable.poison());
         let mut replay = Replay::default();
-        let are_synced_often = options.durability == Durability::Disk;
-        let segments = Segments { are_synced_often, spare_bytes: options.spare_segments };
-        let (journal, replayed_bytes) = StoreJournal::open(&journal_path, &db, segments, |number, record| {
+        let (journal, replayed_bytes) = StoreJournal::open(journal_replay, &db, |number, record| {
             replay.add(number, record, |key, event| {
                 let digest = digester.digest(key);
                 apply_replayed(&mut memtable.shard(digest), digest, key, event);
@@ -144,7 +156,9 @@ impl Engine {
     fn persist_opening(&self) -> Result<()> {
         self.health.check_invariants()?;
         self.timeline.ask_to_be_saved();
+        let manifest = self.tables.db.manifest()?;
         self.writer.write(true, |tx| {
+            tx.put_meta(MANIFEST, &manifest.encode());
             tx.put_meta(SPAN, &codec::put_span(self.config.span));
             tx.put_meta(ON_INTERRUPT, &codec::put_on_interrupt(self.config.on_interrupt));
             if let Some(ahead_ms) = self.config.max_ahead_ms {
@@ -194,9 +208,19 @@ fn first_meta_entries(options: &Options, path: &Path) -> Result<Vec<(&'static st
     Ok(meta_entries)
 }
 
-/// Fails if the store has another format. Checked before the journal is read.
+/// Fails if the store has another format.
 fn check_format(db: &Db, path: &Path) -> Result<()> {
-    match u32::from_le_bytes(meta(db, FORMAT)?) {
+    check_supported(u32::from_le_bytes(meta(db, FORMAT)?), path)
+}
+
+/// The error of a store of another format, whose journal cannot be read.
+fn unsupported_format(directory: &Directory) -> Option<Error> {
+    let format = Db::read_meta(directory, FORMAT)?.try_into().ok()?;
+    check_supported(u32::from_le_bytes(format), directory.root()).err()
+}
+
+fn check_supported(format: u32, path: &Path) -> Result<()> {
+    match format {
         codec::FORMAT | codec::STREAM_FORMAT => Ok(()),
         found => {
             let supported = codec::STREAM_FORMAT;
@@ -246,6 +270,27 @@ mod tests {
         }
         let cached = |digest: &u64| engine.tables.memtable.recent().get(*digest, b"k").is_some();
         assert_eq!((0..6).filter(cached).collect::<Vec<_>>(), [4, 5], "two MiB of six");
+    }
+
+    #[test]
+    fn a_store_of_another_format_is_rejected_also_if_its_journal_cannot_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = small_engine(&dir);
+        engine.writer.write(true, |tx| tx.put_meta(FORMAT, &99_u32.to_le_bytes())).unwrap();
+        engine.flush().unwrap();
+        engine.close().unwrap();
+        drop(engine);
+        let journal = dir.path().join("store/journal");
+        for is_readable in [true, false] {
+            if !is_readable {
+                for entry in std::fs::read_dir(&journal).unwrap() {
+                    std::fs::write(entry.unwrap().path(), vec![7; 64 << 10]).unwrap();
+                }
+            }
+            let directory = Directory::acquire(&dir.path().join("store"), std::time::Duration::ZERO).unwrap();
+            let rejected = Engine::open(directory, &Options::default()).map(drop);
+            assert!(matches!(rejected, Err(Error::UnsupportedFormat { found: 99, .. })), "{rejected:?}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, after, bounded, never, tick};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
 
 use super::core::Engine;
 use super::maintenance::MaintenanceState;
@@ -44,8 +44,11 @@ impl BackgroundWorkers {
         })?;
         workers.spawn(engine, &stopped, "onlyonce-filter", maintain_ended_buckets)?;
         workers.spawn(engine, &stopped, "onlyonce-journal", move |engine, stopped| {
-            maintain_journal(engine, &segment_needed, stopped);
+            prepare_segments(engine, &segment_needed, stopped);
         })?;
+        if engine.config().durability == Durability::Process {
+            workers.spawn(engine, &stopped, "onlyonce-sync", sync)?;
+        }
         Ok(workers)
     }
 
@@ -184,34 +187,33 @@ fn maintain_ended_buckets(engine: &Engine, stopped: &Receiver<()>) {
     }
 }
 
-/// Prepares the journal's segments, and syncs the journal periodically under [`Durability::Process`]. In a thread of its own: a
-/// flush can take longer than a segment lasts.
-fn maintain_journal(engine: &Engine, segment_needed: &Receiver<()>, stopped: &Receiver<()>) {
-    let syncs = match engine.config().durability {
-        Durability::Process => tick(engine.config().sync_interval),
-        Durability::Disk => never(),
-    };
+/// Prepares the journal's segments. In a thread of its own: a flush can take longer than a segment lasts.
+fn prepare_segments(engine: &Engine, segment_needed: &Receiver<()>, stopped: &Receiver<()>) {
     // The first round is at once. A failed one is not repeated before its backoff, however often the thread is woken.
-    let (mut round, mut may_be_woken, no_wakeups) = (after(Duration::ZERO), true, never());
+    let (mut pause, no_wakeups) = (Duration::ZERO, never());
     loop {
-        let segment_needed = if may_be_woken { segment_needed } else { &no_wakeups };
+        let segment_needed = if pause == FAILURE_BACKOFF { &no_wakeups } else { segment_needed };
         crossbeam::select! {
             recv(stopped) -> _ => return,
-            recv(syncs) -> _ => match engine.writer.sync_if_needed() {
-                Ok(()) => continue,
-                // The error has poisoned the store.
-                Err(_) => return,
-            },
             recv(segment_needed) -> _ => {}
-            recv(round) -> _ => {}
+            default(pause) => {}
         }
         match engine.writer.prepare_segment() {
-            Ok(()) => (round, may_be_woken) = (after(TICK), true),
+            Ok(()) => pause = TICK,
             Err(Error::Closed | Error::Poisoned { .. } | Error::DirectoryGone { .. } | Error::Broken { .. }) => return,
             Err(error) => {
                 tracing::warn!(error = error.chain(), "failed to prepare a segment of the journal; it will be retried");
-                (round, may_be_woken) = (after(FAILURE_BACKOFF), false);
+                pause = FAILURE_BACKOFF;
             }
+        }
+    }
+}
+
+fn sync(engine: &Engine, stopped: &Receiver<()>) {
+    while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(engine.config().sync_interval) {
+        // The error has poisoned the store.
+        if engine.writer.sync_if_needed().is_err() {
+            return;
         }
     }
 }
@@ -239,7 +241,7 @@ mod tests {
     fn the_background_threads_end_before_the_store_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let handle = start(&dir, &Options { durability: Durability::Process, ..Options::default() });
-        assert_eq!(Arc::strong_count(&handle.engine), 4, "one for each thread, and the handle");
+        assert_eq!(Arc::strong_count(&handle.engine), 5, "one for each thread, and the handle");
         handle.close().unwrap();
         assert_eq!(Arc::strong_count(&handle.engine), 1);
     }

@@ -1,7 +1,7 @@
 //! The checkpoint: what a replay begins with. It replaces all records before it.
 //!
 //! ```text
-//! checkpoint := number of the flush (varint) | number of families (varint) | family* | record of the keys in progress, or nothing
+//! checkpoint := number of the flush (varint) | state of the manifest (20) or zeros | number of families (varint) | family* | record of the keys in progress, or nothing
 //! family     := length (varint) and name | number of SSTs (varint) | (number (varint) | bytes (varint))*
 //! ```
 
@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::codec::{Reader, put_prefixed, put_varint};
+use crate::rocks::manifest::ManifestState;
 use onlyonce_core::{Error, Result};
 
 /// The SSTs of each column family: numbers and sizes in bytes.
@@ -20,6 +21,8 @@ pub(crate) struct Checkpoint {
     /// The number of its last flush.
     pub(crate) flushes: u64,
     pub(crate) ssts: Ssts,
+    /// How much of the manifest lists them. `None` in a new store.
+    pub(crate) manifest: Option<ManifestState>,
 }
 
 impl Checkpoint {
@@ -27,6 +30,7 @@ impl Checkpoint {
     pub(crate) fn encode(&self, record: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
         put_varint(&mut out, self.flushes);
+        out.extend_from_slice(&self.manifest.map_or([0; 20], |manifest| manifest.encode()));
         put_varint(&mut out, self.ssts.len() as u64);
         for (family, files) in &self.ssts {
             put_prefixed(&mut out, family.as_bytes());
@@ -43,7 +47,12 @@ impl Checkpoint {
     /// Reads a checkpoint, and the record of the keys in progress.
     pub(crate) fn read(bytes: &[u8]) -> Result<(Self, &[u8])> {
         let mut reader = Reader::new(bytes);
-        let mut read = || Some(Self { flushes: reader.varint()?, ssts: read_ssts(&mut reader)? });
+        let mut read = || {
+            let flushes = reader.varint()?;
+            let manifest = ManifestState::decode(reader.take(20)?.first_chunk()?);
+            let manifest = (manifest.number > 0).then_some(manifest);
+            Some(Self { flushes, manifest, ssts: read_ssts(&mut reader)? })
+        };
         let checkpoint = read().ok_or_else(|| Error::Corrupt {
             place: "the journal".to_owned(),
             detail: "its checkpoint has an unknown form".to_owned(),
@@ -94,7 +103,8 @@ mod tests {
     fn a_checkpoint_is_read_back_as_written() {
         let ssts = Ssts::from([("a".to_owned(), vec![(1, 10), (1 << 40, 0)]), ("b".to_owned(), Vec::new())]);
         for (record, flushes) in [(&b""[..], 0), (b"record", 300)] {
-            let checkpoint = Checkpoint { flushes, ssts: ssts.clone() };
+            let manifest = (flushes > 0).then_some(ManifestState { number: 7, bytes: 1 << 40, crc: u32::MAX });
+            let checkpoint = Checkpoint { flushes, ssts: ssts.clone(), manifest };
             assert_eq!(Checkpoint::read(&checkpoint.encode(record)).unwrap(), (checkpoint, record));
         }
         for bytes in [&b""[..], &[1], &[1, 1], &[1, 1, 1, 255, 0], &[1, 1, 0, 200, 200, 200, 200, 1]] {
@@ -105,7 +115,7 @@ mod tests {
     #[test]
     fn a_database_that_is_older_than_a_checkpoint_is_corruption_and_a_compacted_one_is_not() {
         let ssts = |bucket: &[(u64, u64)]| Ssts::from([("bucket".to_owned(), bucket.to_vec())]);
-        let checkpoint = Checkpoint { flushes: 7, ssts: ssts(&[(3, 30), (5, 50)]) };
+        let checkpoint = Checkpoint { flushes: 7, ssts: ssts(&[(3, 30), (5, 50)]), manifest: None };
         let compare = |flushed, found: &Ssts| {
             compare(Path::new("store/db"), &checkpoint, flushed, found).map_err(|error| error.to_string())
         };

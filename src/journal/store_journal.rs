@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use onlyonce_journal::{Access, Durability, Journal, Options, Position, Recovered};
+use onlyonce_journal::{Access, Durability, Journal, Options, Position, Recovered, Recovery, Report};
 
 use super::checkpoint::{self, Checkpoint};
 use super::medium::StoreMedium;
 use super::tx::{self, Change, Tx};
 use crate::fs::directory::Directory;
 use crate::rocks::db::Db;
+use crate::rocks::manifest::ManifestState;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicUsize, Mutex, RwLock, RwLockReadGuard};
 use crate::wake::Wake;
@@ -34,6 +35,73 @@ pub(crate) struct Segments {
 
 /// The meta entry with the number of the last flush.
 const FLUSHES: &str = "flushes";
+/// The meta entry with the state of the manifest that the last open began.
+pub(crate) const MANIFEST: &str = "manifest";
+
+/// A journal that was read, before the database is opened: RocksDB deletes the SSTs that its manifest does not list, so what the journal
+/// says of the manifest is needed first.
+pub(crate) struct JournalReplay {
+    path: PathBuf,
+    recovery: Recovery<StoreMedium>,
+    report: Report,
+    options: Options,
+    /// What it states of the database's manifest.
+    pub(crate) manifest: Option<ManifestState>,
+    checkpoint: Vec<u8>,
+    records: Records,
+}
+
+/// Records in memory, one after the other.
+#[derive(Default)]
+struct Records {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl Records {
+    fn push(&mut self, record: &[u8]) {
+        self.bytes.extend_from_slice(record);
+        self.ends.push(self.bytes.len());
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(&0).chain(&self.ends);
+        starts.zip(&self.ends).map(|(start, end)| self.bytes.get(*start..*end).unwrap_or_default())
+    }
+}
+
+impl JournalReplay {
+    /// Reads the journal in `path`, and changes nothing.
+    pub(crate) fn read(path: &Path, store: &Arc<Directory>, segments: Segments) -> Result<Self> {
+        let missing =
+            || Error::Corrupt { place: path.display().to_string(), detail: "the journal is missing".to_owned() };
+        if !path.is_dir() {
+            return Err(missing());
+        }
+        let access = if segments.are_synced_often { Access::Write } else { Access::Map };
+        let medium = medium(path, access, Some(Arc::clone(store)))?;
+        let (mut checkpoint, mut records, mut manifest) = (Vec::new(), Records::default(), None);
+        let read = Journal::recover(medium, |recovered| {
+            match recovered {
+                Recovered::Checkpoint(bytes) => {
+                    checkpoint = bytes.to_vec();
+                    manifest = Checkpoint::read(bytes).ok().and_then(|(read, _)| read.manifest);
+                }
+                Recovered::Record(bytes) => {
+                    manifest = tx::stated_manifest(bytes, MANIFEST).or(manifest);
+                    records.push(bytes);
+                }
+            }
+            Ok(())
+        });
+        let (recovery, report) = match read {
+            Err(onlyonce_journal::Error::Missing { .. }) => return Err(missing()),
+            read => read.map_err(|error| unusable(path, error))?,
+        };
+        let options = options(segments.spare_bytes);
+        Ok(Self { path: path.to_owned(), recovery, report, options, manifest, checkpoint, records })
+    }
+}
 
 /// The journal of an open store.
 pub(crate) struct StoreJournal {
@@ -58,56 +126,39 @@ impl StoreJournal {
         journal.close().map_err(|error| unusable(path, error))
     }
 
-    /// Opens the journal: applies its changes to the database, and passes the records of keys to `visit`, with their numbers; that
-    /// of the checkpoint has none. Returns the bytes that it replayed, too.
+    /// Opens a journal that was read: applies its changes to the database, and passes the records of keys to `visit`, with their
+    /// numbers; that of the checkpoint has none. Returns the bytes that it replayed, too.
     ///
     /// Nothing of this is on disk before the next flush, unless it is more than RocksDB's memtable holds: an open that fails has
     /// changed nothing.
     pub(crate) fn open(
-        path: &Path,
+        replay: JournalReplay,
         db: &Arc<Db>,
-        segments: Segments,
         mut visit: impl FnMut(Option<u64>, &[u8]) -> Result<()>,
     ) -> Result<(Self, u64)> {
-        let missing =
-            || Error::Corrupt { place: path.display().to_string(), detail: "the journal is missing".to_owned() };
-        if !path.is_dir() {
-            return Err(missing());
-        }
-        let access = if segments.are_synced_often { Access::Write } else { Access::Map };
-        let medium = medium(path, access, Some(Arc::clone(db.directory())))?;
+        let JournalReplay { path, recovery, report, options, checkpoint, records, .. } = replay;
         let flushed = flushes(db)?;
-        let (mut last, mut unflushed, mut failed) = (0, 0, None);
-        let opened = Journal::open(medium, &options(segments.spare_bytes), |recovered| {
-            let replayed = match recovered {
-                Recovered::Checkpoint(bytes) => Checkpoint::read(bytes).and_then(|(checkpoint, record)| {
-                    checkpoint::compare(&db.directory().database(), &checkpoint, flushed, &db.ssts()?)?;
-                    last = checkpoint.flushes;
-                    if record.is_empty() { Ok(()) } else { visit(None, record) }
-                }),
-                Recovered::Record(bytes) => apply(db, bytes).and_then(|applied| {
-                    last = applied.flushes.unwrap_or(last);
-                    unflushed += applied.memory;
-                    applied.record.map_or(Ok(()), |(number, record)| visit(Some(number), record))
-                }),
-            };
-            replayed.map_err(|error| {
-                failed = Some(error);
-                onlyonce_journal::Error::Closed
-            })
-        });
-        let (journal, report) = match (opened, failed) {
-            (_, Some(error)) => return Err(error),
-            (Err(onlyonce_journal::Error::Missing { .. }), None) => return Err(missing()),
-            (Err(error), None) => return Err(unusable(path, error)),
-            (Ok(opened), None) => opened,
-        };
+        let (checkpoint, record) = Checkpoint::read(&checkpoint)?;
+        checkpoint::compare(&db.directory().database(), &checkpoint, flushed, &db.ssts()?)?;
+        let (mut last, mut unflushed) = (checkpoint.flushes, 0);
+        if !record.is_empty() {
+            visit(None, record)?;
+        }
+        for bytes in records.iter() {
+            let applied = apply(db, bytes)?;
+            last = applied.flushes.unwrap_or(last);
+            unflushed += applied.memory;
+            if let Some((number, record)) = applied.record {
+                visit(Some(number), record)?;
+            }
+        }
         if flushed > last {
             let detail = format!(
                 "it ends at flush {last}, and the database has flush {flushed}: restore all files of the store from one copy"
             );
             return Err(Error::Corrupt { place: path.display().to_string(), detail });
         }
+        let journal = recovery.start(&options).map_err(|error| unusable(&path, error))?;
         if let Some(place) = report.torn {
             tracing::warn!(place, "discarded the torn tail of the journal after an unclean shutdown");
         }
@@ -390,8 +441,9 @@ mod tests {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
         let path = directory.journal();
         let seed = || StoreJournal::create(&path).map(|()| Vec::new());
-        let db = Arc::new(Db::open(directory, 32 << 20, Duration::ZERO, seed).unwrap().0);
-        let (journal, _) = StoreJournal::open(&path, &db, SEGMENTS, |_, _| Ok(())).unwrap();
+        let db = Arc::new(Db::open(directory, 32 << 20, Duration::ZERO, None, seed).unwrap().0);
+        let replay = JournalReplay::read(&path, db.directory(), SEGMENTS).unwrap();
+        let (journal, _) = StoreJournal::open(replay, &db, |_, _| Ok(())).unwrap();
         (db, journal)
     }
 
@@ -443,7 +495,7 @@ mod tests {
         let flush = |db: &Db, journal: &StoreJournal| {
             let position = journal.position().unwrap();
             let flushes = journal.flush(std::iter::empty()).unwrap();
-            let checkpoint = Checkpoint { flushes, ssts: db.ssts().unwrap() }.encode(&[]);
+            let checkpoint = Checkpoint { flushes, ssts: db.ssts().unwrap(), manifest: None }.encode(&[]);
             journal.checkpoint(position, &checkpoint).unwrap();
         };
         let (db, journal) = open(&dir);
@@ -464,8 +516,9 @@ mod tests {
             copy(&old.join(part), &root.join(part));
             let directory = Directory::acquire(&root, Duration::ZERO).unwrap();
             let path = directory.journal();
-            let db = Arc::new(Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap().0);
-            let rejected = StoreJournal::open(&path, &db, SEGMENTS, |_, _| Ok(())).map(drop);
+            let db = Arc::new(Db::open(directory, 32 << 20, Duration::ZERO, None, || Ok(Vec::new())).unwrap().0);
+            let replay = JournalReplay::read(&path, db.directory(), SEGMENTS).unwrap();
+            let rejected = StoreJournal::open(replay, &db, |_, _| Ok(())).map(drop);
             let error = rejected.expect_err(part).to_string();
             assert!(error.contains(text), "{error}");
             db.close();

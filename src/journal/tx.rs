@@ -1,6 +1,7 @@
 //! A transaction: what one call writes, as one record of the journal.
 
 use crate::codec::{Reader, put_prefixed, put_varint};
+use crate::rocks::manifest::ManifestState;
 use onlyonce_core::{Error, Result};
 
 /// No further changes: the number and the bytes of a record follow, or nothing.
@@ -116,6 +117,20 @@ pub(crate) fn read<'a>(
     }
     let number = reader.varint().ok_or_else(unknown)?;
     Ok(Some((number, reader.rest())))
+}
+
+/// What an encoded transaction puts into the meta entry `name`, if that is the state of a manifest.
+pub(super) fn stated_manifest(bytes: &[u8], name: &str) -> Option<ManifestState> {
+    let mut reader = Reader::new(bytes);
+    let mut stated = None;
+    while let Some(Some(change)) = read_change(&mut reader) {
+        if let Change::PutMeta { name: put, value } = change
+            && put == name.as_bytes()
+        {
+            stated = value.try_into().ok().map(ManifestState::decode);
+        }
+    }
+    stated
 }
 
 /// The next change, or `Some(None)` at their end.

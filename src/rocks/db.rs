@@ -11,12 +11,13 @@ use rocksdb::{
     IngestExternalFileOptions, IteratorMode, MultiThreaded, ReadOptions, WriteBatch, WriteOptions, properties,
 };
 
+use super::manifest::ManifestState;
 use super::options::{ENDED_BUCKET, Tuning};
 use super::sst::SstWriter;
 use super::{failed, manifest, sst, unreadable};
 use crate::fs::directory::Directory;
 use crate::testing::failpoint::Failpoint;
-use crate::testing::sync_shim::{AtomicU64, RwLock, RwLockReadGuard};
+use crate::testing::sync_shim::{AtomicU64, Mutex, RwLock, RwLockReadGuard};
 use onlyonce_core::{Error, Result};
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
@@ -47,27 +48,31 @@ pub(crate) struct Db {
     directory: Arc<Directory>,
     tuning: Tuning,
     ssts_written: AtomicU64,
+    /// The last state of the manifest that was read.
+    manifest: Mutex<Option<ManifestState>>,
 }
 
 /// The initial `meta` values of a new database.
 pub(crate) type Seed<'a> = &'a [(&'static str, Vec<u8>)];
 
 impl Db {
-    /// Opens the database in `directory`, or creates it with `seed`. Returns it with the names of its bucket column
+    /// Opens the database in `directory`, or creates it with `seed`. `stated` is what the journal says of its manifest. Returns it with the names of its bucket column
     /// families.
     pub(crate) fn open(
-        directory: Directory,
+        directory: impl Into<Arc<Directory>>,
         memory_budget: usize,
         wait: Duration,
+        stated: Option<ManifestState>,
         seed: impl FnOnce() -> Result<Vec<(&'static str, Vec<u8>)>>,
     ) -> Result<(Self, Vec<String>)> {
+        let directory = directory.into();
         let tuning = Tuning::for_budget(memory_budget);
         if !directory.holds_a_store()? {
             let seed = seed()?;
             directory.create_database(|path| create(&tuning, path, &seed))?;
         }
         let path = directory.database();
-        manifest::check(&path)?;
+        manifest::check(&path, stated)?;
         let options = tuning.database(&path)?;
         let families = Rocks::list_cf(&options, &path).map_err(|error| unreadable("opening", &path, &error))?;
         let buckets: Vec<String> = families.iter().filter(|name| *name != UNUSED && *name != META).cloned().collect();
@@ -97,8 +102,29 @@ impl Db {
         };
         Failpoint::OpenDatabase.pass();
         let ssts_written = AtomicU64::new(0);
-        let directory = Arc::new(directory);
-        Ok((Self { rocks: RwLock::new(Some(rocks)), directory, tuning, ssts_written }, buckets))
+        let (rocks, manifest) = (RwLock::new(Some(rocks)), Mutex::new(None));
+        Ok((Self { rocks, directory, tuning, ssts_written, manifest }, buckets))
+    }
+
+    /// Fails if the file is missing without which RocksDB finds no database.
+    pub(crate) fn require(directory: &Directory) -> Result<()> {
+        let current = directory.database().join("CURRENT");
+        match current.try_exists() {
+            Ok(false) => {
+                Err(Error::Corrupt { place: current.display().to_string(), detail: "the file is missing".to_owned() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads a value of `meta` of a database that is not open, without changing anything. `None` if that is not possible.
+    pub(crate) fn read_meta(directory: &Directory, name: &str) -> Option<Vec<u8>> {
+        let path = directory.database();
+        manifest::check(&path, None).ok()?;
+        let options = Tuning::for_budget(32 << 20).database(&path).ok()?;
+        let rocks = Rocks::open_cf_for_read_only(&options, &path, [UNUSED, META], false).ok()?;
+        let value = rocks.get_cf(&rocks.cf_handle(META)?, name);
+        value.ok().flatten()
     }
 
     pub(crate) fn directory(&self) -> &Arc<Directory> {
@@ -237,6 +263,14 @@ impl Db {
         rocks.drop_cf(bucket).map_err(cannot_drop)?;
         Failpoint::BucketDropped.pass();
         Ok(())
+    }
+
+    /// The present state of the manifest, which lists all SSTs. It is on disk when this returns.
+    pub(crate) fn manifest(&self) -> Result<ManifestState> {
+        let mut last = self.manifest.lock();
+        let state = ManifestState::read(&self.directory.database(), *last)?;
+        *last = Some(state);
+        Ok(state)
     }
 
     /// The numbers of the SSTs of each column family.
@@ -446,7 +480,7 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir) -> Db {
         let directory = Directory::acquire(&dir.path().join("store"), Duration::ZERO).unwrap();
-        Db::open(directory, 32 << 20, Duration::ZERO, || Ok(Vec::new())).unwrap().0
+        Db::open(directory, 32 << 20, Duration::ZERO, None, || Ok(Vec::new())).unwrap().0
     }
 
     #[test]

@@ -1,13 +1,21 @@
-//! A check of RocksDB's manifest before RocksDB reads it.
+//! Checks of RocksDB's manifest before RocksDB reads it.
 //!
 //! RocksDB reads its manifest as a log. In a log, some types of records are for files that are used again, and RocksDB 11
 //! never returns from reading one of them after a record of another type. A single flipped bit makes one of the other.
+//!
+//! Each record has a checksum, but none says that another one exists. Without some of its records RocksDB would open a database that
+//! lacks their SSTs, and delete these. So the journal states how long the manifest was, and its checksum. RocksDB only appends to
+//! a manifest, and begins a new one at each open.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use onlyonce_core::{Error, Result};
 
+const CURRENT: &str = "CURRENT";
+/// How often a manifest that has been replaced is looked for again.
+const RETRIES: usize = 10;
 /// Records do not cross the end of a block.
 const BLOCK: usize = 32 << 10;
 /// A checksum (4 bytes), the length (2) and the type (1).
@@ -16,18 +24,97 @@ const HEADER: usize = 7;
 /// one, the last part.
 const LAST_TYPE: u8 = 4;
 
-/// Rejects a manifest that RocksDB cannot read. RocksDB reports a missing file and any other damage by itself.
-pub(super) fn check(database: &Path) -> Result<()> {
-    let Ok(current) = fs::read_to_string(database.join("CURRENT")) else { return Ok(()) };
-    let path = database.join(current.trim_end());
-    let Ok(bytes) = fs::read(&path) else { return Ok(()) };
-    match foreign_record(&bytes) {
-        None => Ok(()),
-        Some(at) => Err(Error::Corrupt {
-            place: path.display().to_string(),
-            detail: format!("the record at offset {at} has a type that no manifest has"),
-        }),
+/// The start of a manifest that was on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ManifestState {
+    /// The number in its name.
+    pub(crate) number: u64,
+    pub(crate) bytes: u64,
+    /// The CRC-32C of these bytes.
+    pub(crate) crc: u32,
+}
+
+impl ManifestState {
+    pub(crate) fn encode(&self) -> [u8; 20] {
+        let mut encoded = [0; 20];
+        let fields =
+            self.number.to_le_bytes().into_iter().chain(self.bytes.to_le_bytes()).chain(self.crc.to_le_bytes());
+        encoded.iter_mut().zip(fields).for_each(|(byte, field)| *byte = field);
+        encoded
     }
+
+    pub(crate) fn decode(encoded: &[u8; 20]) -> Self {
+        let [number, bytes] = [0, 8]
+            .map(|at| encoded.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |it| u64::from_le_bytes(*it)));
+        let crc = encoded.last_chunk().map_or(0, |it| u32::from_le_bytes(*it));
+        Self { number, bytes, crc }
+    }
+
+    /// The present state of the database's manifest. It is on disk when this returns. `last` is an earlier state, whose bytes are not read
+    /// again.
+    pub(super) fn read(database: &Path, last: Option<Self>) -> Result<Self> {
+        // RocksDB removes a manifest when it has begun the next one.
+        for _ in 0..RETRIES {
+            let (name, number) = current(database)?;
+            let path = database.join(name);
+            match extend(&path, last.filter(|last| last.number == number), number) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                read => {
+                    let (state, file) = read.map_err(|error| Error::io("reading", path, error))?;
+                    // A failed sync is final: what is in memory may be lost, and a second sync would succeed.
+                    return file
+                        .sync_data()
+                        .map(|()| state)
+                        .map_err(|error| Error::WriteFailed { source: error.into() });
+                }
+            }
+        }
+        Err(corrupt(&database.join(CURRENT), "it names a MANIFEST file that does not exist"))
+    }
+}
+
+/// Reads what follows `last`. RocksDB may be writing the last record.
+fn extend(path: &Path, last: Option<ManifestState>, number: u64) -> io::Result<(ManifestState, File)> {
+    let last = last.unwrap_or(ManifestState { number, bytes: 0, crc: 0 });
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(last.bytes))?;
+    let mut added = Vec::new();
+    file.read_to_end(&mut added)?;
+    let state =
+        ManifestState { number, bytes: last.bytes + added.len() as u64, crc: crc32c::crc32c_append(last.crc, &added) };
+    Ok((state, file))
+}
+
+/// The name and the number of the present manifest.
+fn current(database: &Path) -> Result<(String, u64)> {
+    let path = database.join(CURRENT);
+    let name = fs::read_to_string(&path).map_err(|error| Error::io("reading", &path, error))?;
+    let name = name.trim_end();
+    let number = name.strip_prefix("MANIFEST-").and_then(|number| number.parse().ok());
+    Ok((name.to_owned(), number.ok_or_else(|| corrupt(&path, "it names no MANIFEST file"))?))
+}
+
+/// Rejects a manifest that RocksDB cannot read, and one that lacks bytes of the state that the journal has. RocksDB reports a missing file
+/// and any other damage by itself.
+pub(super) fn check(database: &Path, stated: Option<ManifestState>) -> Result<()> {
+    let Ok((name, number)) = current(database) else { return Ok(()) };
+    let path = database.join(name);
+    let Ok(bytes) = fs::read(&path) else { return Ok(()) };
+    if let Some(at) = foreign_record(&bytes) {
+        return Err(corrupt(&path, format!("the record at offset {at} has a type that no manifest has")));
+    }
+    // A process that was killed in its open has begun another one, and stated nothing about it.
+    let Some(stated) = stated.filter(|stated| stated.number == number) else { return Ok(()) };
+    let start = usize::try_from(stated.bytes).ok().and_then(|len| bytes.get(..len));
+    match start.map(crc32c::crc32c) {
+        Some(crc) if crc == stated.crc => Ok(()),
+        Some(_) => Err(corrupt(&path, format!("its first {} bytes are not those that were synced", stated.bytes))),
+        None => Err(corrupt(&path, format!("it has {} bytes, and {} were synced", bytes.len(), stated.bytes))),
+    }
+}
+
+fn corrupt(path: &Path, detail: impl Into<String>) -> Error {
+    Error::Corrupt { place: path.display().to_string(), detail: detail.into() }
 }
 
 fn foreign_record(bytes: &[u8]) -> Option<usize> {
@@ -78,7 +165,8 @@ mod tests {
 
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("store");
-        let open = || Db::open(Directory::acquire(&root, Duration::ZERO)?, 32 << 20, Duration::ZERO, || Ok(Vec::new()));
+        let open =
+            || Db::open(Directory::acquire(&root, Duration::ZERO)?, 32 << 20, Duration::ZERO, None, || Ok(Vec::new()));
         let (db, _) = open().unwrap();
         db.create_bucket("a bucket").unwrap();
         let database = db.directory().database();

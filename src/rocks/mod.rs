@@ -1,7 +1,7 @@
 //! RocksDB: the database, its options, its errors and its files. Only this folder uses the crate `rocksdb`.
 
 pub(crate) mod db;
-mod manifest;
+pub(crate) mod manifest;
 mod options;
 pub(crate) mod sst;
 

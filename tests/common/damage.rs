@@ -86,7 +86,8 @@ fn read_below(root: &Path, inside: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>
         let path = inside.join(entry.file_name());
         if entry.path().is_dir() {
             read_below(root, &path, files);
-        } else {
+        } else if !path.to_string_lossy().ends_with(".new") {
+            // An open removes a file that a thread of the store is creating.
             match fs::read(entry.path()) {
                 Ok(bytes) => drop(files.insert(path, bytes)),
                 // A running store removes files that it no longer needs.

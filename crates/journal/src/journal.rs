@@ -92,6 +92,23 @@ pub struct Journal<M: Medium> {
     replay_from: Mutex<u64>,
 }
 
+/// A journal that was read, before anything is appended to it.
+pub struct Recovery<M: Medium> {
+    medium: M,
+    start: Start<M::File>,
+}
+
+impl<M: Medium> Recovery<M> {
+    /// Begins a segment after what was read. From then on, everything that the recovery gave up is void.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`], and errors of the medium.
+    pub fn start(self, options: &Options) -> Result<Journal<M>> {
+        Journal::start(self.medium, options, self.start)
+    }
+}
+
 /// What the group commit writes to.
 struct End<M: Medium> {
     output: Mutex<Output<M>>,
@@ -209,8 +226,18 @@ impl<M: Medium> Journal<M> {
         visit: impl FnMut(Recovered<'_>) -> Result<()>,
     ) -> Result<(Self, Report)> {
         options.check()?;
+        let (recovery, report) = Self::recover(medium, visit)?;
+        Ok((recovery.start(options)?, report))
+    }
+
+    /// Reads a journal as [`Journal::open`] does, and changes nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Journal::open`].
+    pub fn recover(medium: M, visit: impl FnMut(Recovered<'_>) -> Result<()>) -> Result<(Recovery<M>, Report)> {
         let (start, report) = recovery::recover(&medium, visit)?;
-        Ok((Self::start(medium, options, start)?, report))
+        Ok((Recovery { medium, start }, report))
     }
 
     /// Begins a segment, with its header on disk: from then on, everything that was given up is void.

@@ -83,7 +83,7 @@ mod sync;
 
 pub use error::{Error, Result};
 pub use group_commit::Durability;
-pub use journal::{Journal, MAX_RECORD, Options, Position, Stats};
+pub use journal::{Journal, MAX_RECORD, Options, Position, Recovery, Stats};
 pub use medium::{Access, Directory, DirectoryFile, Medium, MediumFile};
 pub use recovery::{Recovered, Report};
 #[cfg(feature = "testing")]
