@@ -21,7 +21,7 @@ fn command(name: &str, args: &[&str]) -> Command {
     let mut command = match is_root {
         true => {
             let mut command = Command::new("setpriv");
-            command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]).arg(binary(name));
+            command.args(["--reuid=nobody", "--regid=65534", "--clear-groups", "--"]).arg(binary(name));
             command
         }
         false => Command::new(binary(name)),
