@@ -811,10 +811,11 @@ impl LongRecords {
         let dir = scratch();
         let path = dir.path().join("store");
         let clock = ManualClock::at(Timestamp::from_unix_ms(START_MS));
-        let store = builder(&clock).open(&path).unwrap();
+        // Segments of at most a mebibyte, so that the last record does not fit into one.
+        let store = builder(&clock).spare_segments(0).result_limit(2 << 20).open(&path).unwrap();
         let mut records = Vec::new();
-        for (number, bytes) in [100, 100_000, 100, 170_000, 33_000, 100, 500_000, 100, 600_000].into_iter().enumerate()
-        {
+        let sizes = [100, 100_000, 100, 170_000, 33_000, 100, 500_000, 100, 1_500_000];
+        for (number, bytes) in sizes.into_iter().enumerate() {
             let key = format!("long-{number}");
             let Claim::Acquired(lease) = store.claim(&key).wait().unwrap() else { panic!("{key} is new") };
             lease.complete(vec![b'r'; bytes]).wait().unwrap();
@@ -822,7 +823,7 @@ impl LongRecords {
         }
         let image = Image::read(&path);
         let segments = image.segments();
-        assert!(segments.len() > 3 && segments.iter().any(|segment| !segment.fragments[0].begins_record));
+        assert!(segments.len() > 3 && segments.last().is_some_and(|segment| !segment.fragments[0].begins_record));
         Self { image, records, now_ms: clock_ms(&clock) }
     }
 
