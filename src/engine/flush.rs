@@ -110,11 +110,8 @@ impl Engine {
     /// Appends a checkpoint with the keys in progress and with all SSTs. It replaces what was written before `position`.
     fn write_checkpoint(&self, position: Position, flushes: u64, in_progress: RecordWriter) -> Result<()> {
         let record = if in_progress.is_empty() { Vec::new() } else { in_progress.finish() };
-        let (ssts, manifest) = (
-            self.tables.db.ssts()?,
-            Some(self.tables.db.manifest().inspect_err(|error| self.health.poison_by(error))?),
-        );
-        let checkpoint = Checkpoint { flushes, ssts, manifest }.encode(&record);
+        let manifest = self.tables.db.manifest().inspect_err(|error| self.health.poison_by(error))?;
+        let checkpoint = Checkpoint { flushes, ssts: self.tables.db.ssts()?, manifest: Some(manifest) }.encode(&record);
         Failpoint::CheckpointBegun.pass();
         self.writer.journal.checkpoint(position, &checkpoint).inspect_err(|error| self.health.poison_by(error))?;
         Failpoint::CheckpointWritten.pass();

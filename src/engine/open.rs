@@ -29,6 +29,7 @@ use crate::journal::store_journal::{JournalReplay, MANIFEST, Segments, StoreJour
 use crate::memtable::table::{MemTable, Shard};
 use crate::metrics::Metrics;
 use crate::rocks::db::Db;
+use crate::rocks::manifest;
 use crate::stats::Counters;
 use crate::testing::failpoint::Failpoint;
 use crate::testing::sync_shim::{AtomicU64, Mutex};
@@ -57,7 +58,7 @@ impl Engine {
         // Before the database is opened, which deletes what its manifest does not list. Another version may write another journal.
         let replay = match directory.holds_a_store()? {
             true => {
-                Db::require(&directory)?;
+                manifest::require(&directory.database())?;
                 Some(read().map_err(|error| unsupported_format(&directory).unwrap_or(error))?)
             }
             false => None,

@@ -56,8 +56,8 @@ pub(crate) struct Db {
 pub(crate) type Seed<'a> = &'a [(&'static str, Vec<u8>)];
 
 impl Db {
-    /// Opens the database in `directory`, or creates it with `seed`. `stated` is what the journal says of its manifest. Returns it with the names of its bucket column
-    /// families.
+    /// Opens the database in `directory`, or creates it with `seed`. `stated` is what the journal has of its manifest. Returns it
+    /// with the names of its bucket column families.
     pub(crate) fn open(
         directory: impl Into<Arc<Directory>>,
         memory_budget: usize,
@@ -104,17 +104,6 @@ impl Db {
         let ssts_written = AtomicU64::new(0);
         let (rocks, manifest) = (RwLock::new(Some(rocks)), Mutex::new(None));
         Ok((Self { rocks, directory, tuning, ssts_written, manifest }, buckets))
-    }
-
-    /// Fails if the file is missing without which RocksDB finds no database.
-    pub(crate) fn require(directory: &Directory) -> Result<()> {
-        let current = directory.database().join("CURRENT");
-        match current.try_exists() {
-            Ok(false) => {
-                Err(Error::Corrupt { place: current.display().to_string(), detail: "the file is missing".to_owned() })
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Reads a value of `meta` of a database that is not open, without changing anything. `None` if that is not possible.

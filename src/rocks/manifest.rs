@@ -3,9 +3,9 @@
 //! RocksDB reads its manifest as a log. In a log, some types of records are for files that are used again, and RocksDB 11
 //! never returns from reading one of them after a record of another type. A single flipped bit makes one of the other.
 //!
-//! Each record has a checksum, but none says that another one exists. Without some of its records RocksDB would open a database that
-//! lacks their SSTs, and delete these. So the journal states how long the manifest was, and its checksum. RocksDB only appends to
-//! a manifest, and begins a new one at each open.
+//! Each record has a checksum, but none says that another one exists. Without some of its records RocksDB would open a database
+//! that lacks their SSTs, and delete these. So the journal has the length of the manifest and its checksum. RocksDB only appends
+//! to a manifest, and begins a new one at each open.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -50,8 +50,8 @@ impl ManifestState {
         Self { number, bytes, crc }
     }
 
-    /// The present state of the database's manifest. It is on disk when this returns. `last` is an earlier state, whose bytes are not read
-    /// again.
+    /// The present state of the database's manifest. It is on disk when this returns. The bytes of `last`, an earlier state, are
+    /// not read again.
     pub(super) fn read(database: &Path, last: Option<Self>) -> Result<Self> {
         // RocksDB removes a manifest when it has begun the next one.
         for _ in 0..RETRIES {
@@ -94,8 +94,14 @@ fn current(database: &Path) -> Result<(String, u64)> {
     Ok((name.to_owned(), number.ok_or_else(|| corrupt(&path, "it names no MANIFEST file"))?))
 }
 
-/// Rejects a manifest that RocksDB cannot read, and one that lacks bytes of the state that the journal has. RocksDB reports a missing file
-/// and any other damage by itself.
+/// Fails if the file is missing that names the manifest: without it there is no database.
+pub(crate) fn require(database: &Path) -> Result<()> {
+    let path = database.join(CURRENT);
+    if matches!(path.try_exists(), Ok(false)) { Err(corrupt(&path, "the file is missing")) } else { Ok(()) }
+}
+
+/// Rejects a manifest that RocksDB cannot read, and one that lacks bytes of the state that the journal has. RocksDB reports a
+/// missing manifest and any other damage by itself.
 pub(super) fn check(database: &Path, stated: Option<ManifestState>) -> Result<()> {
     let Ok((name, number)) = current(database) else { return Ok(()) };
     let path = database.join(name);
